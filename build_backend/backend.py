@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""scikit-build-core, plus one build requirement that depends on the machine.
+
+CUTLASS headers come from the ``nvidia-cutlass`` wheel. It is asked for only when CUDA kernels are going to be built
+and one of them includes CUTLASS, so that a CPU-only build downloads nothing made for CUDA.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from scikit_build_core import build as _build
+from scikit_build_core.build import (
+    build_editable,
+    build_sdist,
+    build_wheel,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
+
+__all__ = [
+    "build_editable",
+    "build_sdist",
+    "build_wheel",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_sdist",
+    "get_requires_for_build_wheel",
+    "prepare_metadata_for_build_editable",
+    "prepare_metadata_for_build_wheel",
+]
+
+_CUTLASS_INCLUDE = re.compile(r'#\s*include\s*[<"](cutlass|cute)/')
+
+
+def _builds_cuda() -> bool:
+    choice = os.environ.get("TALKINGDIT_CUDA", "auto").lower()
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return choice == "on" or (choice == "auto" and bool(shutil.which("nvcc") or Path(home, "bin", "nvcc").exists()))
+
+
+def _cutlass_requirement() -> list[str]:
+    sources = Path(__file__).parent.parent.joinpath("cuda").glob("*.cu*")
+    if _builds_cuda() and any(_CUTLASS_INCLUDE.search(path.read_text()) for path in sources):
+        return ["nvidia-cutlass>=4.2"]
+    return []
+
+
+def get_requires_for_build_wheel(config_settings: dict[str, list[str] | str] | None = None) -> list[str]:
+    return [*_build.get_requires_for_build_wheel(config_settings), *_cutlass_requirement()]
+
+
+def get_requires_for_build_editable(config_settings: dict[str, list[str] | str] | None = None) -> list[str]:
+    return [*_build.get_requires_for_build_editable(config_settings), *_cutlass_requirement()]

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+// One vector register of the instruction set being compiled for, with conversions from and to every storage type.
+// Compiler vector types carry the arithmetic (+ - * and comparisons work on them), so the same source serves SSE2,
+// AVX2, AVX-512 and NEON. Everything lives in the namespace of the instruction set.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "core/dtype.h"
+#if defined(TD_ISA_avx2) || defined(TD_ISA_avx512)
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#if defined(TD_ISA_avx512)
+#define TD_VEC_BYTES 64
+#elif defined(TD_ISA_avx2)
+#define TD_VEC_BYTES 32
+#else
+#define TD_VEC_BYTES 16
+#endif
+
+namespace td::TD_ISA {
+
+typedef float FloatVec __attribute__((vector_size(TD_VEC_BYTES)));
+typedef double DoubleVec __attribute__((vector_size(TD_VEC_BYTES)));
+typedef uint32_t WordVec __attribute__((vector_size(TD_VEC_BYTES)));
+typedef int32_t IntVec __attribute__((vector_size(TD_VEC_BYTES)));
+typedef uint16_t HalfVec __attribute__((vector_size(TD_VEC_BYTES / 2)));
+
+// Arithmetic vector for a compute type (float or double): Vec<C>, with kLanes<C> elements.
+template <class C>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  using type = FloatVec;
+};
+template <>
+struct VecOf<double> {
+  using type = DoubleVec;
+};
+template <class C>
+using Vec = typename VecOf<C>::type;
+template <class C>
+constexpr int kLanes = TD_VEC_BYTES / int(sizeof(C));
+
+template <class C>
+TD_INLINE Vec<C> splat(C value) {
+  return Vec<C>{} + value;
+}
+
+// ---- loads: kLanes elements of a storage type, unaligned ----
+TD_INLINE FloatVec load(const float* source) {
+  FloatVec v;
+  std::memcpy(&v, source, sizeof v);
+  return v;
+}
+TD_INLINE DoubleVec load(const double* source) {
+  DoubleVec v;
+  std::memcpy(&v, source, sizeof v);
+  return v;
+}
+TD_INLINE FloatVec load(const bf16* source) {
+  HalfVec half;
+  std::memcpy(&half, source, sizeof half);
+  return (FloatVec)(__builtin_convertvector(half, WordVec) << 16);
+}
+TD_INLINE FloatVec load(const fp16* source) {
+#if defined(TD_ISA_avx512)
+  return (FloatVec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+#elif defined(TD_ISA_avx2)
+  return (FloatVec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+#else
+  FloatVec v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = float(source[i]);
+  return v;
+#endif
+}
+
+// ---- conversion of a float vector to 16-bit storage, rounded to nearest even ----
+TD_INLINE HalfVec to_bf16(FloatVec v) {
+  const WordVec word = (WordVec)v;
+  const WordVec rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+  const WordVec nan = (word >> 16) | 0x40u;
+  const IntVec is_nan = v != v;
+  return __builtin_convertvector(((WordVec)is_nan & nan) | (~(WordVec)is_nan & rounded), HalfVec);
+}
+TD_INLINE HalfVec to_fp16(FloatVec v) {
+#if defined(TD_ISA_avx512)
+  return (HalfVec)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(TD_ISA_avx2)
+  return (HalfVec)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  HalfVec half;
+  for (int i = 0; i < kLanes<float>; ++i) half[i] = fp16(v[i]).bits;
+  return half;
+#endif
+}
+
+// ---- stores ----
+TD_INLINE void store(float* target, FloatVec v) {
+  std::memcpy(target, &v, sizeof v);
+}
+TD_INLINE void store(double* target, DoubleVec v) {
+  std::memcpy(target, &v, sizeof v);
+}
+TD_INLINE void store(bf16* target, FloatVec v) {
+  const HalfVec half = to_bf16(v);
+  std::memcpy(target, &half, sizeof half);
+}
+TD_INLINE void store(fp16* target, FloatVec v) {
+  const HalfVec half = to_fp16(v);
+  std::memcpy(target, &half, sizeof half);
+}
+
+// ---- the first `count` < kLanes elements; the rest reads as zero ----
+template <class T>
+TD_INLINE Vec<compute_t<T>> load_part(const T* source, int count) {
+  T buffer[kLanes<compute_t<T>>];
+  std::memset(static_cast<void*>(buffer), 0, sizeof buffer);
+  std::memcpy(static_cast<void*>(buffer), source, size_t(count) * sizeof(T));
+  return load(buffer);
+}
+template <class T>
+TD_INLINE void store_part(T* target, Vec<compute_t<T>> v, int count) {
+  T buffer[kLanes<compute_t<T>>];
+  store(buffer, v);
+  std::memcpy(static_cast<void*>(target), buffer, size_t(count) * sizeof(T));
+}
+
+// ---- horizontal ----
+TD_INLINE float sum(FloatVec v) {
+  float lanes[kLanes<float>];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int width = kLanes<float> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+TD_INLINE double sum(DoubleVec v) {
+  double lanes[kLanes<double>];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int width = kLanes<double> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// (a b c d ...) -> (b a d c ...)
+TD_INLINE FloatVec swap_pairs(FloatVec v) {
+#if TD_VEC_BYTES == 64
+  return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif TD_VEC_BYTES == 32
+  return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+  return __builtin_shufflevector(v, v, 1, 0, 3, 2);
+#endif
+}
+TD_INLINE DoubleVec swap_pairs(DoubleVec v) {
+#if TD_VEC_BYTES == 64
+  return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+#elif TD_VEC_BYTES == 32
+  return __builtin_shufflevector(v, v, 1, 0, 3, 2);
+#else
+  return __builtin_shufflevector(v, v, 1, 0);
+#endif
+}
+
+}  // namespace td::TD_ISA
