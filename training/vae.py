@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the tiny video autoencoder of the puppet world: `python -m training.vae --out runs/vae --minutes 50`.
+
+The network is diffusers' AutoencoderKLWan (4x8x8 compression, 16 channels) in a tiny configuration: 2x2 pixel patches
+in and out, so that the widest layers work at half the resolution. Clips are rendered on the fly, seen once each.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+from tqdm import tqdm
+
+from talkingdit.puppets.render import mouth_boxes, render
+from talkingdit.puppets.world import Motion, Scene
+
+# (clips, frames) of a batch, in turn: mostly short, some longer so that the causal caches see many chunks.
+BATCH_SHAPES = ((4, 9), (4, 9), (4, 9), (4, 17))
+
+
+@dataclass
+class Config:
+    out: Path = Path("runs/vae")
+    minutes: float = 50.0  # wall-clock budget; the learning rate follows the elapsed share of it
+    size: int = 96
+    base_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 3, 5)
+    learning_rate: float = 2e-3
+    kl_weight: float = 1e-4
+    edge_weight: float = 0.5
+    mouth_weight: float = 8.0
+    face_weight: float = 2.0
+    ema: float = 0.998
+    seed: int = 0
+    threads: int = 2
+    save_every: int = 500
+    max_steps: int = 1_000_000
+
+
+def make_vae(config: Config) -> AutoencoderKLWan:
+    z = 16
+    return AutoencoderKLWan(
+        base_dim=config.base_dim,
+        dim_mult=list(config.dim_mult),
+        z_dim=z,
+        num_res_blocks=1,
+        attn_scales=[],
+        temperal_downsample=[True, True],
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=8,
+        latents_mean=[0.0] * z,
+        latents_std=[1.0] * z,
+    )
+
+
+def random_openings(rng: np.random.Generator, frames: int) -> np.ndarray:
+    """Mouth openings and widths [2, F] that move as fast as speech does, with pauses, covering 0..1 evenly."""
+    knots = rng.random((2, frames + 2)).astype(np.float32)
+    hold = rng.random((2, frames + 2)) < 0.3
+    for i in range(1, frames + 2):
+        knots[:, i] = np.where(hold[:, i], knots[:, i - 1], knots[:, i])
+    smooth = 0.2 * knots[:, :-2] + 0.6 * knots[:, 1:-1] + 0.2 * knots[:, 2:]
+    smooth[0] = np.clip(1.3 * smooth[0] - 0.15, 0, 1)
+    if rng.random() < 0.15:
+        smooth[0] = 0
+    return smooth
+
+
+def sample_clip(rng: np.random.Generator, frames: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A training clip: frames [F, size, size, 3] uint8 and mouth box [4] in frame sizes (union over the clip)."""
+    scene = Scene.random(rng, "train")
+    motion = [Motion.random(rng, frames)]
+    opening, width = random_openings(rng, frames)
+    box = mouth_boxes(scene, motion)[0]
+    union = np.concatenate([box[:, :2].min(0), box[:, 2:].max(0)])
+    return render(scene, opening[None], width[None], motion, size), union
+
+
+def batches(config: Config, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches: video [B, 3, T, size, size] in -1..1 and pixel weights [B, 1, 1, size, size], mean one."""
+    rng = np.random.default_rng(seed)
+    index = 0
+    while True:
+        clips, frames = BATCH_SHAPES[index % len(BATCH_SHAPES)]
+        index += 1
+        drawn = [sample_clip(rng, frames, config.size) for _ in range(clips)]
+        video = torch.from_numpy(np.stack([d[0] for d in drawn])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        weight = torch.ones(clips, 1, 1, config.size, config.size)
+        for i, (_, box) in enumerate(drawn):
+            weight[i, ..., int(0.25 * config.size) : int(0.72 * config.size), :] = config.face_weight
+            x0, y0, x1, y1 = (box * config.size).astype(int)
+            weight[i, ..., y0:y1, x0:x1] = config.mouth_weight
+        yield video, weight / weight.mean(dim=(-1, -2), keepdim=True)
+
+
+def edges(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
+
+
+def reconstruction_loss(output: Tensor, target: Tensor, weight: Tensor, edge_weight: float) -> Tensor:
+    """Weighted L1 on pixels and on their spatial differences, which keeps outlines sharp."""
+    loss = (weight * (output - target).abs()).mean()
+    for got, want, w in zip(
+        edges(output), edges(target), (weight[..., 1:, :], weight[..., :, 1:]), strict=True
+    ):
+        loss = loss + 0.5 * edge_weight * (w * (got - want).abs()).mean()
+    return loss
+
+
+@torch.no_grad()
+def measure_latent_statistics(vae: AutoencoderKLWan, config: Config, clips: int = 24) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of every latent channel over rendered clips of 33 frames."""
+    rng = np.random.default_rng(10_000 + config.seed)
+    means = []
+    for _ in range(clips):
+        video = torch.from_numpy(sample_clip(rng, 33, config.size)[0]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        means.append(vae.encode(video).latent_dist.mode())
+    latents = torch.cat(means)
+    return latents.mean(dim=(0, 2, 3, 4)).tolist(), latents.std(dim=(0, 2, 3, 4)).tolist()
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    config.out.mkdir(parents=True, exist_ok=True)
+    vae = make_vae(config)
+    averaged = make_vae(config)
+    averaged.load_state_dict(vae.state_dict())
+    averaged.requires_grad_(False)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    step, elapsed = 0, 0.0
+    state_file = config.out / "state.pt"
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        vae.load_state_dict(state["vae"])
+        averaged.load_state_dict(state["averaged"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, elapsed = state["step"], state["elapsed"]
+
+    def save() -> None:
+        temporary = state_file.with_suffix(".tmp")
+        torch.save(
+            {
+                "vae": vae.state_dict(),
+                "averaged": averaged.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "elapsed": elapsed,
+            },
+            temporary,
+        )
+        temporary.replace(state_file)
+
+    progress = tqdm(total=100, unit="%", initial=0, bar_format="{l_bar}{bar}| {elapsed} {postfix}")
+    running = 0.0
+    started = time.monotonic()
+    for video, weight in batches(config, config.seed + 1 + step):
+        share = elapsed / (60 * config.minutes)
+        if share >= 1 or step >= config.max_steps:
+            break
+        warmup = min(1.0, (step + 1) / 200)
+        decay = 1.0 if share < 0.4 else 0.5 * (1 + math.cos(math.pi * (share - 0.4) / 0.6))
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * warmup * max(decay, 0.005)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(video).latent_dist
+            output = vae.decode(posterior.sample()).sample.float()
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        reconstruction = reconstruction_loss(output, video, weight, config.edge_weight)
+        loss = reconstruction + config.kl_weight * kl
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        keep = min(config.ema, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(averaged.parameters()), [p.detach() for p in vae.parameters()], 1 - keep)
+        step += 1
+        now = time.monotonic()
+        elapsed, started = elapsed + now - started, now
+        running = 0.98 * running + 0.02 * reconstruction.item() if step > 1 else reconstruction.item()
+        progress.n = round(100 * share, 1)
+        progress.set_postfix(step=step, loss=f"{running:.4f}", kl=f"{kl.item():.2f}", std=f"{posterior.std.mean():.3f}")
+        if step % config.save_every == 0:
+            save()
+    save()
+    mean, std = measure_latent_statistics(averaged, config)
+    averaged.register_to_config(latents_mean=mean, latents_std=std)
+    averaged.save_pretrained(config.out / "vae")
+    record = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    (config.out / "vae" / "training.json").write_text(json.dumps({"steps": step, "seconds": elapsed, **record}, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
