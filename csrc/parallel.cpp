@@ -5,6 +5,7 @@
 #include "core/parallel.h"
 
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <thread>
@@ -60,6 +61,18 @@ int max_threads() {
     return wanted > 0 ? wanted : (cores > 0 ? cores : 1);
   }();
   return count;
+}
+
+int64_t stream_threshold() {
+  static const int64_t bytes = [] {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#else
+    const long size = 0;
+#endif
+    return int64_t(size > 0 ? size : 32 << 20) / 2;
+  }();
+  return bytes;
 }
 
 const char* threading_runtime() {

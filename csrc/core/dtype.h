@@ -19,6 +19,22 @@ namespace td {
 
 enum class DType : int { float32, float64, bfloat16, float16, int32, int64, uint8, boolean, unsupported };
 
+inline int64_t item_size(DType dtype) {
+  switch (dtype) {
+    case DType::float64:
+    case DType::int64:
+      return 8;
+    case DType::float32:
+    case DType::int32:
+      return 4;
+    case DType::bfloat16:
+    case DType::float16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
 TD_HD uint32_t float_bits(float value) {
 #if defined(__CUDA_ARCH__)
   return __float_as_uint(value);

@@ -9,6 +9,9 @@ namespace td {
 int max_threads();                // what torch.get_num_threads() says in this thread
 const char* threading_runtime();  // "openmp" or "std::thread"
 
+// Results of at least this many bytes leave the last cache before anybody reads them: half of its size.
+int64_t stream_threshold();
+
 namespace detail {
 // Runs fn(context, i) for i in [0, count), count <= max_threads(), each on a thread of its own.
 void run_parallel(int count, void (*fn)(void*, int), void* context);

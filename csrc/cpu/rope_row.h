@@ -20,14 +20,14 @@ class RopeRow {
 
   TD_INLINE void advance() { refresh(cursor_.advance()); }
 
-  // Pairs are (x[2i], x[2i+1]); out may be x itself.
-  template <class T>
+  // Pairs are (x[2i], x[2i+1]); out may be x itself. Stream: bypass the caches (out is aligned).
+  template <bool Stream, class T>
   TD_INLINE void rotate_interleaved(const T* x, T* out) const {
     constexpr int lanes = kLanes<C>;
     int d = 0;
     for (; d + lanes <= args_.dim; d += lanes) {
       const Vec<C> v = load(x + d);
-      store(out + d, v * load(cos_ + d) + swap_pairs(v) * load(sin_ + d));
+      put<Stream>(out + d, v * load(cos_ + d) + swap_pairs(v) * load(sin_ + d));
     }
     if (const int rest = args_.dim - d; rest > 0) {
       const Vec<C> v = load_part(x + d, rest);
@@ -36,15 +36,15 @@ class RopeRow {
   }
 
   // Pairs are (x[i], x[i + dim / 2]); out may be x itself.
-  template <class T>
+  template <bool Stream, class T>
   TD_INLINE void rotate_halves(const T* x, T* out) const {
     constexpr int lanes = kLanes<C>;
     const int half = args_.dim / 2;
     int d = 0;
     for (; d + lanes <= half; d += lanes) {
       const Vec<C> a = load(x + d), b = load(x + half + d), c = load(cos_ + d), s = load(sin_ + d);
-      store(out + d, a * c - b * s);
-      store(out + half + d, b * c + a * s);
+      put<Stream>(out + d, a * c - b * s);
+      put<Stream>(out + half + d, b * c + a * s);
     }
     if (const int rest = half - d; rest > 0) {
       const Vec<C> a = load_part(x + d, rest), b = load_part(x + half + d, rest), c = load(cos_ + d),

@@ -115,6 +115,48 @@ TD_INLINE void store(fp16* target, FloatVec v) {
   std::memcpy(target, &half, sizeof half);
 }
 
+// ---- stores that bypass the caches, for results larger than the last one; `target` is aligned to the bytes stored
+// ---- (a loop over them ends with stream_fence()). Elsewhere than on x86 they are ordinary stores.
+TD_INLINE void stream_bytes(void* target, const void* source, int bytes) {
+#if defined(TD_ISA_avx512)
+  if (bytes == 64) return _mm512_stream_si512(static_cast<__m512i*>(target), *static_cast<const __m512i*>(source));
+#endif
+#if defined(TD_ISA_avx512) || defined(TD_ISA_avx2)
+  if (bytes == 32) return _mm256_stream_si256(static_cast<__m256i*>(target), *static_cast<const __m256i*>(source));
+#endif
+#if defined(__SSE2__)
+  if (bytes == 16) return _mm_stream_si128(static_cast<__m128i*>(target), *static_cast<const __m128i*>(source));
+#endif
+  std::memcpy(target, source, size_t(bytes));
+}
+TD_INLINE void stream(float* target, FloatVec v) {
+  stream_bytes(target, &v, sizeof v);
+}
+TD_INLINE void stream(double* target, DoubleVec v) {
+  stream_bytes(target, &v, sizeof v);
+}
+TD_INLINE void stream(bf16* target, FloatVec v) {
+  const HalfVec half = to_bf16(v);
+  stream_bytes(target, &half, sizeof half);
+}
+TD_INLINE void stream(fp16* target, FloatVec v) {
+  const HalfVec half = to_fp16(v);
+  stream_bytes(target, &half, sizeof half);
+}
+TD_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+template <bool Stream, class T, class V>
+TD_INLINE void put(T* target, V v) {
+  if constexpr (Stream) {
+    stream(target, v);
+  } else {
+    store(target, v);
+  }
+}
+
 // ---- the first `count` < kLanes elements; the rest reads as zero ----
 template <class T>
 TD_INLINE Vec<compute_t<T>> load_part(const T* source, int count) {

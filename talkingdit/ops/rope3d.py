@@ -9,6 +9,7 @@ from torch import Tensor
 from talkingdit._native_loader import native
 from talkingdit.ops._checks import check_dims, check_float, check_out, rows
 from talkingdit.ops._library import register
+from talkingdit.ops._memory import empty
 from talkingdit.ops._rope_layout import RopeLayout
 
 _SCHEMA = "Tensor table, Tensor segments, int[] pairs, bool interleaved, int token_offset, bool inverse"
@@ -17,7 +18,7 @@ _SCHEMA = "Tensor table, Tensor segments, int[] pairs, bool interleaved, int tok
 def _rope3d(
     x: Tensor, table: Tensor, segments: Tensor, pairs: list[int], interleaved: bool, token_offset: int, inverse: bool
 ) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = empty(x.shape, x)
     native.rope3d(rows(x), out, table, segments, *pairs, interleaved, token_offset, inverse)
     return out
 
