@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Talking-character video from audio: hand-written kernels, models, pipelines.
+
+Importing this package is cheap: torch and the native module are loaded on first use of a submodule.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from talkingdit._native_loader import build_info
+    from talkingdit.nn import accelerate, restore
+
+_LAZY = {
+    "build_info": "talkingdit._native_loader",
+    "accelerate": "talkingdit.nn",
+    "restore": "talkingdit.nn",
+}
+_SUBMODULES = ("data", "eval", "models", "nn", "ops", "pipelines", "puppets")
+
+__all__ = ["__version__", "accelerate", "build_info", "restore", *_SUBMODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"talkingdit.{name}")
+    raise AttributeError(f"module 'talkingdit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
