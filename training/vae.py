@@ -112,15 +112,15 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
 def reconstruction_loss(output: Tensor, target: Tensor, weight: Tensor, edge_weight: float) -> Tensor:
     """Weighted L1 on pixels and on their spatial differences, which keeps outlines sharp."""
     loss = (weight * (output - target).abs()).mean()
-    for got, want, w in zip(
-        edges(output), edges(target), (weight[..., 1:, :], weight[..., :, 1:]), strict=True
-    ):
+    for got, want, w in zip(edges(output), edges(target), (weight[..., 1:, :], weight[..., :, 1:]), strict=True):
         loss = loss + 0.5 * edge_weight * (w * (got - want).abs()).mean()
     return loss
 
 
 @torch.no_grad()
-def measure_latent_statistics(vae: AutoencoderKLWan, config: Config, clips: int = 24) -> tuple[list[float], list[float]]:
+def measure_latent_statistics(
+    vae: AutoencoderKLWan, config: Config, clips: int = 24
+) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of every latent channel over rendered clips of 33 frames."""
     rng = np.random.default_rng(10_000 + config.seed)
     means = []
@@ -200,7 +200,9 @@ def main(config: Config) -> None:
     averaged.register_to_config(latents_mean=mean, latents_std=std)
     averaged.save_pretrained(config.out / "vae")
     record = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-    (config.out / "vae" / "training.json").write_text(json.dumps({"steps": step, "seconds": elapsed, **record}, indent=1))
+    (config.out / "vae" / "training.json").write_text(
+        json.dumps({"steps": step, "seconds": elapsed, **record}, indent=1)
+    )
 
 
 if __name__ == "__main__":

@@ -81,11 +81,20 @@ TD_INLINE FloatVec load(const fp16* source) {
 
 // ---- conversion of a float vector to 16-bit storage, rounded to nearest even ----
 TD_INLINE HalfVec to_bf16(FloatVec v) {
+#if defined(TD_ISA_avx512)
+  const __m512i bits = (__m512i)v;
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 is_nan512 = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  const __m512i safe = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), is_nan512, _mm512_set1_epi32(0x7fc0));
+  return (HalfVec)_mm512_cvtepi32_epi16(safe);
+#else
   const WordVec word = (WordVec)v;
   const WordVec rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
   const WordVec nan = (word >> 16) | 0x40u;
   const IntVec is_nan = v != v;
   return __builtin_convertvector(((WordVec)is_nan & nan) | (~(WordVec)is_nan & rounded), HalfVec);
+#endif
 }
 TD_INLINE HalfVec to_fp16(FloatVec v) {
 #if defined(TD_ISA_avx512)
@@ -170,6 +179,34 @@ TD_INLINE void store_part(T* target, Vec<compute_t<T>> v, int count) {
   T buffer[kLanes<compute_t<T>>];
   store(buffer, v);
   std::memcpy(static_cast<void*>(target), buffer, size_t(count) * sizeof(T));
+}
+
+// ---- rows: body(i, Whole{}) for every whole register of [0, n), body(i, Part{rest}) for what is left ----
+struct Whole {};
+struct Part {
+  int count;
+};
+template <class C, class Body>
+TD_INLINE void for_vectors(int n, const Body& body) {
+  int i = 0;
+  for (; i + kLanes<C> <= n; i += kLanes<C>) body(i, Whole{});
+  if (i < n) body(i, Part{n - i});
+}
+template <class T>
+TD_INLINE Vec<compute_t<T>> load(const T* source, Whole) {
+  return load(source);
+}
+template <class T>
+TD_INLINE Vec<compute_t<T>> load(const T* source, Part part) {
+  return load_part(source, part.count);
+}
+template <bool Stream = false, class T>
+TD_INLINE void put(T* target, Vec<compute_t<T>> v, Whole) {
+  put<Stream>(target, v);
+}
+template <bool Stream = false, class T>
+TD_INLINE void put(T* target, Vec<compute_t<T>> v, Part part) {
+  store_part(target, v, part.count);
 }
 
 // ---- horizontal ----

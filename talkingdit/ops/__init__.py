@@ -2,11 +2,25 @@
 """The ops: functions on tensors, each with a readable reference ``<name>_reference`` of the same contract."""
 
 from talkingdit.ops._rope_layout import RopeLayout, Segment
+from talkingdit.ops.modulate import (
+    gate_residual,
+    gate_residual_norm_modulate,
+    gate_residual_norm_modulate_reference,
+    gate_residual_reference,
+    norm_modulate,
+    norm_modulate_reference,
+)
 from talkingdit.ops.rope3d import rope3d, rope3d_reference
 
 __all__ = [
     "RopeLayout",
     "Segment",
+    "gate_residual",
+    "gate_residual_norm_modulate",
+    "gate_residual_norm_modulate_reference",
+    "gate_residual_reference",
+    "norm_modulate",
+    "norm_modulate_reference",
     "rope3d",
     "rope3d_reference",
 ]

@@ -12,7 +12,7 @@ from talkingdit.ops._library import register
 from talkingdit.ops._memory import empty
 from talkingdit.ops._rope_layout import RopeLayout
 
-_SCHEMA = "Tensor table, Tensor segments, int[] pairs, bool interleaved, int token_offset, bool inverse"
+_SCHEMA = "Tensor table, Tensor segments, int[] pairs, bool interleaved, SymInt token_offset, bool inverse"
 
 
 def _rope3d(

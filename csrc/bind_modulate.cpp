@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bind.h"
+#include "core/modulate.h"
+
+namespace td {
+namespace {
+
+using Optional = std::optional<TensorView>;
+
+struct Shape {
+  const char* op;
+  int64_t batch, tokens, dim, groups;
+  bool wide;
+  const TensorView& first;
+};
+
+Rows rows_of(const Shape& shape, const Optional& view, const char* name) {
+  if (!view) return Rows{};
+  check_view(*view, 3, shape.op, name);
+  check_same_device(*view, shape.first, shape.op, name);
+  check(view->shape[0] == shape.batch && view->shape[1] == shape.tokens && view->shape[2] == shape.dim, shape.op, ": ",
+        name, " has a wrong shape");
+  check((view->dtype == DType::float64) == shape.wide, shape.op, ": ", name, " mixes float64 with other dtypes");
+  check(view->dtype <= DType::float16, shape.op, ": ", name, " must be floating");
+  return Rows{view->data, view->strides[0], view->strides[1], view->dtype};
+}
+
+GroupRows groups_of(const Shape& shape, const Optional& view, const char* name) {
+  if (!view) return GroupRows{};
+  check_view(*view, 3, shape.op, name);
+  check_same_device(*view, shape.first, shape.op, name);
+  check(view->shape[0] == shape.batch && view->shape[1] == shape.groups && view->shape[2] == shape.dim, shape.op, ": ",
+        name, " has a wrong shape");
+  check(view->dtype == (shape.wide ? DType::float64 : DType::float32), shape.op, ": ", name,
+        " must be in compute dtype");
+  return GroupRows{view->data, view->strides[0], view->strides[1]};
+}
+
+TokenGroups token_groups(const Shape& shape, int64_t per_group, const std::vector<int64_t>& ends,
+                         int64_t token_offset) {
+  TokenGroups groups{};
+  groups.per_group = per_group;
+  groups.count = shape.groups;
+  check(per_group > 0 || (!ends.empty() && ends.size() <= size_t(kMaxRanges)), shape.op, ": wrong groups");
+  int64_t last = per_group > 0 ? per_group * shape.groups : ends.back();
+  check(per_group > 0 || int64_t(ends.size()) == shape.groups, shape.op, ": groups do not fit the modulation");
+  check(token_offset >= 0 && token_offset + shape.tokens <= last, shape.op, ": tokens beyond the last group");
+  for (size_t i = 0; i < ends.size(); ++i) {
+    check(ends[i] >= (i > 0 ? ends[i - 1] : 0), shape.op, ": group ends must not decrease");
+    groups.ends[i] = ends[i];
+  }
+  return groups;
+}
+
+Shape shape_of(const char* op, const TensorView& x, int64_t groups) {
+  check(x.ndim == 3, op, ": x must have 3 dimensions");
+  check(x.shape[2] >= 1 && x.shape[2] <= kMaxModulatedDim, op, ": dim must be 1 to ", kMaxModulatedDim);
+  return Shape{op, x.shape[0], x.shape[1], x.shape[2], groups, x.dtype == DType::float64, x};
+}
+
+void modulate_forward_run(const TensorView& x, const Optional& y, const Optional& gate, const Optional& scale,
+                          const Optional& shift, const Optional& residual, const Optional& out, int64_t per_group,
+                          const std::vector<int64_t>& ends, int64_t token_offset, double eps) {
+  const char* op = "modulate_forward";
+  check(bool(y) == bool(gate) && (!residual || y) && bool(out) == bool(scale) && bool(out) == bool(shift) &&
+            (residual || out),
+        op, ": arguments do not go together");
+  const Shape shape = shape_of(op, x, (gate ? *gate : *scale).shape[1]);
+  ModulateArgs args{};
+  args.batch = shape.batch;
+  args.tokens = shape.tokens;
+  args.dim = int(shape.dim);
+  args.token_offset = token_offset;
+  args.eps = eps;
+  args.x = rows_of(shape, x, "x");
+  args.y = rows_of(shape, y, "y");
+  args.residual = rows_of(shape, residual, "residual");
+  args.out = rows_of(shape, out, "out");
+  args.gate = groups_of(shape, gate, "gate");
+  args.scale = groups_of(shape, scale, "scale");
+  args.shift = groups_of(shape, shift, "shift");
+  args.groups = token_groups(shape, per_group, ends, token_offset);
+  if (x.numel() == 0) return;
+  TD_CALL(modulate_forward, x, args);
+}
+
+// Rows of the workspace `partial` [B, chunks, 3, dim] that modulate_backward needs.
+int64_t modulate_chunks(int64_t tokens, int64_t groups, int64_t per_group, const std::vector<int64_t>& ends,
+                        int64_t token_offset) {
+  TensorView nothing;
+  const Shape shape{"modulate_chunks", 1, tokens, 1, groups, false, nothing};
+  return make_chunks(token_groups(shape, per_group, ends, token_offset), token_offset, tokens).count;
+}
+
+void modulate_backward_run(const Optional& residual, const Optional& y, const Optional& gate, const Optional& scale,
+                           const Optional& grad_residual, const Optional& grad_out, const Optional& grad_x,
+                           const Optional& grad_y, const Optional& grad_gate, const Optional& grad_scale,
+                           const Optional& grad_shift, const TensorView& partial, const Optional& stats,
+                           int64_t per_group, const std::vector<int64_t>& ends, int64_t token_offset, double eps) {
+  const char* op = "modulate_backward";
+  check((grad_residual || grad_out) && bool(grad_out) == (residual && scale && grad_scale && grad_shift) &&
+            bool(y) == (gate && grad_y && grad_gate),
+        op, ": arguments do not go together");
+  const Shape shape = shape_of(op, grad_residual ? *grad_residual : *grad_out, (gate ? *gate : *scale).shape[1]);
+  ModulateGradArgs args{};
+  args.batch = shape.batch;
+  args.tokens = shape.tokens;
+  args.dim = int(shape.dim);
+  args.token_offset = token_offset;
+  args.eps = eps;
+  args.residual = rows_of(shape, residual, "residual");
+  args.y = rows_of(shape, y, "y");
+  args.grad_residual = rows_of(shape, grad_residual, "grad_residual");
+  args.grad_out = rows_of(shape, grad_out, "grad_out");
+  args.grad_x = rows_of(shape, grad_x, "grad_x");
+  args.grad_y = rows_of(shape, grad_y, "grad_y");
+  args.gate = groups_of(shape, gate, "gate");
+  args.scale = groups_of(shape, scale, "scale");
+  args.groups = token_groups(shape, per_group, ends, token_offset);
+  args.grad_gate = const_cast<void*>(groups_of(shape, grad_gate, "grad_gate").data);
+  args.grad_scale = const_cast<void*>(groups_of(shape, grad_scale, "grad_scale").data);
+  args.grad_shift = const_cast<void*>(groups_of(shape, grad_shift, "grad_shift").data);
+  if (shape.batch * shape.tokens == 0) return;
+  args.chunks = make_chunks(args.groups, token_offset, shape.tokens);
+  check(partial.numel() >= shape.batch * args.chunks.count * 3 * shape.dim, op, ": partial is too small");
+  check(!shape.first.is_cuda || (stats && stats->numel() >= shape.batch * shape.tokens * 4), op,
+        ": stats is too small");
+  args.partial = partial.data;
+  args.stats = stats ? stats->data : nullptr;
+  TD_CALL(modulate_backward, shape.first, args);
+}
+
+}  // namespace
+
+TD_BINDINGS(modulate) {
+  m.def("modulate_forward", &modulate_forward_run);
+  m.def("modulate_chunks", &modulate_chunks);
+  m.def("modulate_backward", &modulate_backward_run);
+}
+
+}  // namespace td

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/modulate.h"
+
+#include "core/parallel.h"
+#include "cpu/row_ops.h"
+
+namespace td::TD_ISA {
+namespace {
+
+constexpr int64_t kParallelElements = 16 << 10;  // work worth a thread of its own
+
+// out = (row - mean) / deviation * (1 + scale) + shift
+template <bool Stream, class C>
+TD_INLINE void modulate_row(const Rows& out, int64_t b, int64_t n, const C* row, RowStats<C> stats, const C* scale,
+                            const C* shift, int dim) {
+  const Vec<C> mean = splat(stats.mean), factor = splat(stats.inverse_deviation);
+  dispatch_storage<C>(out.dtype, [&](auto tag) {
+    auto* target = row_pointer<typename decltype(tag)::type>(out, b, n);
+    for_vectors<C>(dim, [&](int i, auto part) {
+      const Vec<C> normal = (load(row + i, part) - mean) * factor;
+      put<Stream>(target + i, normal + (normal * load(scale + i, part) + load(shift + i, part)), part);
+    });
+  });
+}
+
+template <class C, bool Stream>
+void forward(const ModulateArgs& args) {
+  const int dim = args.dim;
+  parallel_for(args.batch * args.tokens, 1 + kParallelElements / dim, [&](int64_t begin, int64_t end) {
+    alignas(64) C row[kMaxModulatedDim];
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item / args.tokens, n = item - b * args.tokens;
+      const int64_t g = args.groups.group(args.token_offset + n);
+      C total = C(0);
+      if (args.y.data != nullptr) {
+        const C* gate = row_pointer<C>(args.gate, b, g);
+        load_row(args.x, b, n, row, dim);
+        dispatch_storage<C>(args.y.dtype, [&](auto tag) {
+          const auto* y = row_pointer<typename decltype(tag)::type>(args.y, b, n);
+          for_vectors<C>(dim, [&](int i, auto part) {
+            put(row + i, load(row + i, part) + load(gate + i, part) * load(y + i, part), part);
+          });
+        });
+        if (args.residual.data != nullptr) store_row<Stream>(args.residual, b, n, row, dim);
+        if (args.out.data == nullptr) continue;
+        total = sum_row<C>(dim, [&](int i, auto part) { return load(row + i, part); });
+      } else {
+        dispatch_storage<C>(args.x.dtype, [&](auto tag) {
+          const auto* x = row_pointer<typename decltype(tag)::type>(args.x, b, n);
+          total = sum_row<C>(dim, [&](int i, auto part) {
+            const Vec<C> v = load(x + i, part);
+            put(row + i, v, part);
+            return v;
+          });
+        });
+      }
+      const RowStats<C> stats = row_stats(row, dim, total, args.eps);
+      modulate_row<Stream>(args.out, b, n, row, stats, row_pointer<C>(args.scale, b, g),
+                           row_pointer<C>(args.shift, b, g), dim);
+    }
+    if constexpr (Stream) stream_fence();
+  });
+}
+
+template <class C>
+void run_forward(const ModulateArgs& args) {
+  const int64_t elements = args.batch * args.tokens * args.dim, threshold = stream_threshold();
+  const auto can_stream = [&](const Rows& rows) {
+    return rows.data == nullptr || (rows.data != args.x.data && rows.data != args.y.data &&
+                                    rows_can_stream<C>(rows, elements * item_size(rows.dtype), threshold));
+  };
+  can_stream(args.residual) && can_stream(args.out) ? forward<C, true>(args) : forward<C, false>(args);
+}
+
+// sums[i] += a[i] * b[i]
+template <class C>
+TD_INLINE void accumulate(C* sums, const C* a, const C* b, int dim) {
+  for_vectors<C>(dim, [&](int i, auto part) {
+    put(sums + i, load(sums + i, part) + load(a + i, part) * load(b + i, part), part);
+  });
+}
+
+// Gradient of the norm and the modulation: total += d; adds this row to the sums of scale and shift.
+template <class C>
+TD_INLINE void norm_backward_row(const ModulateGradArgs& args, int64_t b, int64_t n, const C* scale, C* total, C* row,
+                                 C* grad, C* scale_sums, C* shift_sums) {
+  const int dim = args.dim;
+  load_row(args.residual, b, n, row, dim);
+  load_row(args.grad_out, b, n, grad, dim);
+  const C row_sum = sum_row<C>(dim, [&](int i, auto part) { return load(row + i, part); });
+  const RowStats<C> stats = row_stats(row, dim, row_sum, args.eps);
+  const Vec<C> mean = splat(stats.mean), factor = splat(stats.inverse_deviation);
+  for_vectors<C>(dim, [&](int i, auto part) {  // row becomes the normalised row
+    const Vec<C> normal = (load(row + i, part) - mean) * factor, g = load(grad + i, part);
+    put(row + i, normal, part);
+    put(scale_sums + i, load(scale_sums + i, part) + g * normal, part);
+    put(shift_sums + i, load(shift_sums + i, part) + g, part);
+    put(grad + i, g + g * load(scale + i, part), part);
+  });
+  const C c1 = sum_row<C>(dim, [&](int i, auto part) { return load(grad + i, part); }) / C(dim);
+  const C c2 = sum_row<C>(dim, [&](int i, auto part) { return load(grad + i, part) * load(row + i, part); }) / C(dim);
+  for_vectors<C>(dim, [&](int i, auto part) {
+    const Vec<C> d = (load(grad + i, part) - splat(c1) - load(row + i, part) * splat(c2)) * factor;
+    put(total + i, load(total + i, part) + d, part);
+  });
+}
+
+template <class C>
+void backward_chunk(const ModulateGradArgs& args, int64_t b, int64_t chunk) {
+  const int dim = args.dim;
+  alignas(64) C total[kMaxModulatedDim], row[kMaxModulatedDim], grad[kMaxModulatedDim];
+  C* sums = static_cast<C*>(args.partial) + (b * args.chunks.count + chunk) * 3 * dim;
+  std::memset(static_cast<void*>(sums), 0, 3 * size_t(dim) * sizeof(C));
+  int64_t g, begin, end;
+  args.chunks.locate(args.groups, chunk, g, begin, end);
+  for (int64_t n = begin; n < end; ++n) {
+    if (args.grad_residual.data != nullptr) {
+      load_row(args.grad_residual, b, n, total, dim);
+    } else {
+      std::memset(static_cast<void*>(total), 0, size_t(dim) * sizeof(C));
+    }
+    if (args.grad_out.data != nullptr) {
+      norm_backward_row(args, b, n, row_pointer<C>(args.scale, b, g), total, row, grad, sums, sums + dim);
+    }
+    if (args.grad_x.data != nullptr) store_row<false>(args.grad_x, b, n, total, dim);
+    if (args.y.data == nullptr) continue;
+    load_row(args.y, b, n, row, dim);
+    accumulate(sums + 2 * dim, total, row, dim);
+    const C* gate = row_pointer<C>(args.gate, b, g);
+    for_vectors<C>(dim, [&](int i, auto part) { put(row + i, load(total + i, part) * load(gate + i, part), part); });
+    store_row<false>(args.grad_y, b, n, row, dim);
+  }
+}
+
+// Adds the partial sums of the chunks of every group, in order.
+template <class C>
+void reduce_groups(const ModulateGradArgs& args) {
+  const int dim = args.dim;
+  C* targets[3] = {static_cast<C*>(args.grad_scale), static_cast<C*>(args.grad_shift), static_cast<C*>(args.grad_gate)};
+  parallel_for(args.batch * args.groups.count, 1 + kParallelElements / dim, [&](int64_t from, int64_t to) {
+    for (int64_t item = from; item < to; ++item) {
+      const int64_t b = item / args.groups.count, g = item - b * args.groups.count;
+      const bool inside = g >= args.chunks.first_group && g <= args.chunks.last_group;
+      const int64_t begin = inside ? args.chunks.chunk_begin(args.groups, g) : 0;
+      const int64_t end = inside ? args.chunks.chunk_end(args.groups, g) : 0;
+      for (int which = 0; which < 3; ++which) {
+        if (targets[which] == nullptr) continue;
+        C* target = targets[which] + item * dim;
+        std::memset(static_cast<void*>(target), 0, size_t(dim) * sizeof(C));
+        for (int64_t chunk = begin; chunk < end; ++chunk) {
+          const C* sums = static_cast<const C*>(args.partial) + ((b * args.chunks.count + chunk) * 3 + which) * dim;
+          for_vectors<C>(
+              dim, [&](int i, auto part) { put(target + i, load(target + i, part) + load(sums + i, part), part); });
+        }
+      }
+    }
+  });
+}
+
+template <class C>
+void run_backward(const ModulateGradArgs& args) {
+  const int64_t grain = 1 + kParallelElements / (args.chunks.chunk_tokens * args.dim);
+  parallel_for(args.batch * args.chunks.count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      backward_chunk<C>(args, item / args.chunks.count, item % args.chunks.count);
+    }
+  });
+  reduce_groups<C>(args);
+}
+
+}  // namespace
+
+void modulate_forward(const ModulateArgs& args) {
+  args.x.dtype == DType::float64 ? run_forward<double>(args) : run_forward<float>(args);
+}
+
+void modulate_backward(const ModulateGradArgs& args) {
+  const DType dtype = args.grad_residual.data != nullptr ? args.grad_residual.dtype : args.grad_out.dtype;
+  dtype == DType::float64 ? run_backward<double>(args) : run_backward<float>(args);
+}
+
+}  // namespace td::TD_ISA
