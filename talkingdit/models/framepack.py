@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""History packing of Wan-S2V: older latent frames become fewer tokens (after FramePack, arXiv:2504.12626)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from talkingdit.nn import _ops
+from talkingdit.ops import Segment
+
+# Kernels of the buckets, newest bucket first: full size, halved and quartered in time, height and width.
+KERNELS = ((1, 2, 2), (2, 4, 4), (4, 8, 8))
+
+
+def truncated_linspace(first: float, last: float, count: int) -> list[int]:
+    """`count` positions from first to last, truncated to integers: the official grid of subsampled positions."""
+    return [int(p) for p in np.linspace(first, last, count).astype(int)]
+
+
+def first_bucket(drop_mode: str, add_last: int) -> int:
+    """Index of the newest bucket that gives tokens."""
+    return 2 - add_last if drop_mode == "drop" else 0
+
+
+def packed_segments(
+    buckets: Sequence[int], drop_mode: str, padding: str, height: int, width: int, add_last: int = 2
+) -> list[Segment]:
+    """Places of the tokens that a `FramePacker` of these settings makes of latents of this height and width.
+
+    A bucket that begins n frames before the clip starts at t = -n and strides over its range; heights and widths stride
+    over the patch grid of the video.
+    """
+    found = []
+    begin = 0
+    for i, (count, (kt, kh, kw)) in enumerate(zip(buckets, KERNELS, strict=True)):
+        begin += count
+        if i < first_bucket(drop_mode, add_last):
+            continue
+        rows, columns = (
+            size // kernel if padding == "none" else -(-size // kernel) for size, kernel in ((height, kh), (width, kw))
+        )
+        if rows == 0 or columns == 0:
+            continue
+        t = [-p for p in truncated_linspace(begin, begin - count + 1, count // kt)]
+        h = truncated_linspace(0, height // 2 - 1, rows)
+        w = truncated_linspace(0, width // 2 - 1, columns)
+        found.append(Segment(t, h, w))
+    return found
+
+
+class FramePacker(nn.Module):
+    """Packs the last latent frames of the past into tokens, newest bucket first.
+
+    Args:
+        channels: latent channels.
+        dim: width of the transformer.
+        buckets: latent frames per bucket, newest first; officially 1, 2 and 16.
+        drop_mode: what `add_last` < 2 does with the newest buckets: "padd" zeroes their latents, "drop" leaves out
+            their tokens.
+        padding: for heights and widths that are not multiples of a kernel: "none" cuts the rest off (as the official
+            convolutions do), "zero" and "replicate" fill up.
+    """
+
+    def __init__(self, channels: int, dim: int, buckets: Sequence[int], drop_mode: str, padding: str):
+        super().__init__()
+        if len(buckets) != 3 or any(n < 1 or n % kernel[0] for n, kernel in zip(buckets, KERNELS, strict=True)):
+            raise ValueError(
+                "FramePacker: zip_frame_buckets must be three frame counts, newest first, multiples of 1, 2 and 4, "
+                f"got {list(buckets)}"
+            )
+        if drop_mode not in ("padd", "drop"):
+            raise ValueError(f"FramePacker: framepack_drop_mode must be 'padd' or 'drop', got {drop_mode!r}")
+        if padding not in ("none", "zero", "replicate"):
+            raise ValueError(f"FramePacker: framepack_padding must be 'none', 'zero' or 'replicate', got {padding!r}")
+        self.buckets = tuple(int(n) for n in buckets)
+        self.drop_mode = drop_mode
+        self.padding = padding
+        self.proj, self.proj_2x, self.proj_4x = (
+            nn.Conv3d(channels, dim, kernel_size=kernel, stride=kernel) for kernel in KERNELS
+        )
+
+    def forward(self, latents: Tensor, add_last: int = 2) -> Tensor:
+        """Latents [B, C, T, H, W], newest frame last -> tokens [B, N, dim].
+
+        Missing frames of the past are zeros, more frames than the buckets hold are cut off.
+        """
+        frames = sum(self.buckets)
+        latents = latents[:, :, -frames:].to(self.proj.weight.dtype)
+        latents = F.pad(latents, (0, 0, 0, 0, frames - latents.shape[2], 0))
+        if self.drop_mode == "padd" and add_last < 2:
+            blank = sum(self.buckets[: 2 - add_last])
+            latents = F.pad(latents[:, :, :-blank], (0, 0, 0, 0, 0, blank))
+        parts = []
+        end = frames
+        projections = (self.proj, self.proj_2x, self.proj_4x)
+        for i, (count, projection) in enumerate(zip(self.buckets, projections, strict=True)):
+            if i >= first_bucket(self.drop_mode, add_last):
+                part = latents[:, :, end - count : end]
+                _, kh, kw = KERNELS[i]
+                if self.padding == "none":
+                    part = part[..., : part.shape[3] // kh * kh, : part.shape[4] // kw * kw]
+                if part.numel() == 0:  # smaller than one patch: the bucket has no tokens
+                    continue
+                bucket = _ops.Bucket(count, KERNELS[i], projection.weight, projection.bias)
+                padding = "zero" if self.padding == "none" else self.padding
+                parts.append(_ops.framepack(part, [bucket], padding=padding))
+            end -= count
+        return torch.cat(parts, dim=1)

@@ -1,0 +1,530 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Wan-S2V transformer (arXiv:2508.18621): speech and a reference image to video, in the latents of the Wan VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from talkingdit import ops
+from talkingdit.models.framepack import FramePacker
+from talkingdit.models.wan_audio import RATE, AudioInjector, CausalAudioEncoder, CrossAttention
+from talkingdit.models.wan_conditions import (
+    KeyValue,
+    WanConditions,
+    check_shape,
+    clip_size,
+    dropped,
+    key_mask,
+    sequence_layout,
+)
+from talkingdit.nn import _ops
+from talkingdit.nn.attention import attention
+from talkingdit.nn.layers import Float32Linear, LayerNorm, PatchConv3d, RMSNorm, timestep_embedding, wide
+from talkingdit.ops import RopeLayout
+
+Groups = int | list[int]
+
+
+class SelfAttention(nn.Module):
+    """Full attention with q and k RMS-normalised over all heads and rotated by their places."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.eps = eps
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
+
+    def forward(self, x: Tensor, layout: RopeLayout, mask: Tensor | None, backend: str) -> Tensor:
+        """x [B, N, dim], mask bool [B, N] of keys -> [B, N, dim]."""
+        q, k, v = (linear(x).unflatten(-1, (self.num_heads, -1)) for linear in (self.q, self.k, self.v))
+        q, k = _ops.qk_norm_rope3d(q, k, self.norm_q.weight, self.norm_k.weight, layout, eps=self.eps)
+        return self.o(attention(q, k, v, mask=mask, backend=backend).flatten(2))
+
+
+class TextCrossAttention(CrossAttention):
+    """Attention of every token to the text."""
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, key_value: KeyValue | None, backend: str) -> Tensor:
+        """x [B, N, dim], text [B, L, dim] (or its `key_value`), mask bool [B, L] -> [B, N, dim]."""
+        k, v = self.key_value(text) if key_value is None else key_value
+        return self.o(attention(self.query(x), k, v, mask=mask, backend=backend).flatten(2))
+
+
+class WanBlock(nn.Module):
+    """Self-attention, text cross-attention and feed-forward, the first and last modulated by the timestep."""
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.self_attn = SelfAttention(dim, num_heads, eps)
+        self.norm3 = LayerNorm(dim, eps)
+        self.cross_attn = TextCrossAttention(dim, num_heads, eps)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        groups: Groups,
+        layout: RopeLayout,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        text_kv: KeyValue | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """One block on the residual stream.
+
+        Args:
+            x: [B, N, dim].
+            time: [B, G, 6, dim] float32, modulation of each group of tokens.
+            groups: ends of the G token ranges, or tokens per group.
+            layout, text, text_mask, key_mask: as in `WanConditions`; linear layers compute in the dtype of text.
+            text_kv: k and v of the text for this block, where they were made beforehand.
+            backend: see `talkingdit.nn.attention.attention`.
+        """
+        dtype = text.dtype
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.to(time.dtype)[:, None] + time).unbind(2)
+        y = ops.norm_modulate(x, scale1, shift1, groups, eps=self.eps, dtype=dtype)
+        y = self.self_attn(y, layout, key_mask, backend)
+        # An affine norm is a modulated one with the same scale and shift everywhere.
+        scale, shift = ((self.norm3.weight - 1).expand_as(gate1), self.norm3.bias.expand_as(gate1))
+        x, y = ops.gate_residual_norm_modulate(x, y, gate1, scale, shift, groups, eps=self.eps, dtype=dtype)
+        y = self.cross_attn(y, text, text_mask, text_kv, backend)
+        one = torch.ones_like(gate1)
+        x, y = ops.gate_residual_norm_modulate(x, y, one, scale2, shift2, groups, eps=self.eps, dtype=dtype)
+        return ops.gate_residual(x, self.ffn(y), gate2, groups)
+
+
+class Head(nn.Module):
+    """Last modulated norm and the projection to latent patches, in float32."""
+
+    def __init__(self, dim: int, out_channels: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.head = Float32Linear(dim, out_channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def forward(self, x: Tensor, time: Tensor, groups: Groups) -> Tensor:
+        """x [B, F*S, dim], time [B, G, dim] -> patches [B, F*S, out_channels]."""
+        shift, scale = (self.modulation.to(time.dtype)[:, None] + time[:, :, None]).unbind(2)
+        return self.head(ops.norm_modulate(x, scale, shift, groups, eps=self.eps))
+
+
+class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """The Wan-S2V transformer. Parameter names are those of the released checkpoints.
+
+    Args:
+        dim, ffn_dim, num_heads, num_layers: width, feed-forward width, attention heads and blocks.
+        in_dim, out_dim: latent channels in and out.
+        cond_dim: latent channels of a pose video; 0 for a model without one.
+        patch_size: latent (frames, rows, columns) per token; only (1, 2, 2) exists.
+        freq_dim: sinusoids of the timestep.
+        text_dim, text_len: width of text features, and the length that they are padded to with zeros. The padding is
+            attended, as the official program does, unless a call gives a text mask.
+        audio_dim, audio_layers: width and number of layers of the speech features.
+        num_audio_token: audio tokens per latent frame; one learned token is added to them.
+        audio_inject_layers: blocks after which audio is added, ascending.
+        enable_adain: adaptive layer norm, driven by a global audio vector per frame, before audio attention.
+        adain_mode: "attn_norm"; with any other name the checkpoint has layers for it but the plain norm is used.
+        zero_init: begin with no influence of pose, token kind and audio, to train on from a video model. A model that
+            is trained from nothing learns to listen sooner without.
+        audio_layer_init: first value of the weights of the audio layers. The official 0.01 lets one large step of an
+            optimiser drive their sum, by which they are divided, through zero; train with 1 from nothing.
+        zero_timestep: reference and history tokens are modulated as at timestep 0, not at that of the noisy ones.
+        enable_framepack, framepack_drop_mode, zip_frame_buckets, framepack_padding: history packing, see `FramePacker`.
+            Without it the history is patchified like the video.
+        add_last_motion: False keeps the newest two history buckets out, whatever a call says.
+        motion_frames: pixel and latent frames of the history that generation keeps, (4 n - 3, n).
+        reference_time: place in time of the reference.
+        residual_dtype: "float32", or "compute" to keep the residual stream in the dtype of the linear layers.
+        attention_backend: see `talkingdit.nn.attention.attention`.
+        eps: of all norms but the one before audio attention (1e-5 with AdaIN, 1e-6 without).
+
+    Raises:
+        ValueError: for settings that contradict each other.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["WanBlock", "AudioCrossAttention"]  # type: ignore[assignment]  # noqa: RUF012
+    _repeated_blocks = ["WanBlock"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = [  # type: ignore[assignment]  # noqa: RUF012
+        *("patch_embedding", "time_", "norm", "modulation", "head", "casual_audio_encoder")
+    ]
+    _keep_in_fp32_modules = ["time_embedding", "time_projection", "modulation"]  # type: ignore[assignment]  # noqa: RUF012
+    if TYPE_CHECKING:
+        config: Any  # a frozen dictionary with attribute access
+
+    @register_to_config
+    def __init__(
+        self,
+        dim: int = 5120,
+        ffn_dim: int = 13824,
+        num_heads: int = 40,
+        num_layers: int = 40,
+        in_dim: int = 16,
+        out_dim: int = 16,
+        cond_dim: int = 16,
+        patch_size: Sequence[int] = (1, 2, 2),
+        freq_dim: int = 256,
+        text_dim: int = 4096,
+        text_len: int = 512,
+        audio_dim: int = 1024,
+        audio_layers: int = 25,
+        num_audio_token: int = 4,
+        audio_inject_layers: Sequence[int] = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39),
+        enable_adain: bool = True,
+        adain_mode: str = "attn_norm",
+        zero_init: bool = True,
+        audio_layer_init: float = 0.01,
+        zero_timestep: bool = True,
+        enable_framepack: bool = True,
+        framepack_drop_mode: str = "padd",
+        zip_frame_buckets: Sequence[int] = (1, 2, 16),
+        framepack_padding: str = "none",
+        add_last_motion: bool = True,
+        motion_frames: Sequence[int] = (73, 19),
+        reference_time: float = 30,
+        residual_dtype: str = "float32",
+        attention_backend: str = "auto",
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        self._check_config()
+        self.patch_embedding = PatchConv3d(in_dim, dim, (1, 2, 2))
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(Float32Linear(freq_dim, dim), nn.SiLU(), Float32Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Float32Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList([WanBlock(dim, ffn_dim, num_heads, eps) for _ in range(num_layers)])
+        self.head = Head(dim, 4 * out_dim, eps)
+        self.cond_encoder = PatchConv3d(cond_dim, dim, (1, 2, 2)) if cond_dim > 0 else None
+        self.casual_audio_encoder = CausalAudioEncoder(audio_dim, dim, audio_layers, num_audio_token, enable_adain)
+        self.audio_injector = AudioInjector(dim, num_heads, audio_inject_layers, enable_adain, adain_mode)
+        self.trainable_cond_mask = nn.Embedding(3, dim)
+        self.frame_packer = (
+            FramePacker(in_dim, dim, zip_frame_buckets, framepack_drop_mode, framepack_padding)
+            if enable_framepack
+            else None
+        )
+        self.gradient_checkpointing = False
+        self.init_weights()
+
+    def _check_config(self) -> None:
+        c = self.config
+        if c.dim % c.num_heads or c.dim // c.num_heads % 2 or c.dim % 4:
+            raise ValueError(
+                f"WanS2VModel: dim must be a multiple of 4 and of num_heads with an even quotient, "
+                f"got dim {c.dim} and num_heads {c.num_heads}"
+            )
+        if tuple(c.patch_size) != (1, 2, 2):
+            raise ValueError(f"WanS2VModel: patch_size must be (1, 2, 2), got {tuple(c.patch_size)}")
+        layers = list(c.audio_inject_layers)
+        if layers != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < c.num_layers):
+            raise ValueError(
+                f"WanS2VModel: audio_inject_layers must be ascending block numbers below {c.num_layers}, got {layers}"
+            )
+        if c.motion_frames[0] != 4 * c.motion_frames[1] - 3:
+            raise ValueError(
+                f"WanS2VModel: motion_frames must be (4 n - 3, n) pixel and latent frames, got {tuple(c.motion_frames)}"
+            )
+        if c.residual_dtype not in ("float32", "compute"):
+            raise ValueError(f"WanS2VModel: residual_dtype must be 'float32' or 'compute', got {c.residual_dtype!r}")
+
+    def init_weights(self) -> None:
+        """Random weights by the official scheme: a head that gives zero; with `zero_init` conditions have no effect."""
+        for module in (self.blocks, self.text_embedding, self.time_embedding, self.time_projection):
+            for linear in module.modules():
+                if isinstance(linear, nn.Linear):
+                    nn.init.xavier_uniform_(linear.weight)
+                    nn.init.zeros_(linear.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for module in (self.text_embedding, self.time_embedding):
+            for linear in module.modules():
+                if isinstance(linear, nn.Linear):
+                    nn.init.normal_(linear.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+        nn.init.zeros_(self.head.head.bias)
+        nn.init.constant_(self.casual_audio_encoder.weights, self.config.audio_layer_init)
+        if self.config.enable_adain:
+            # Without its bias a projection that begins at zero would still shift every frame.
+            for parameter in self.audio_injector.injector_adain_layers.parameters():
+                nn.init.zeros_(parameter)
+        if self.config.zero_init:
+            for name, parameter in self.named_parameters():
+                silent = name.startswith(("trainable_cond_mask.", "cond_encoder."))
+                if silent or (name.startswith("audio_injector.injector.") and ".o." in name):
+                    nn.init.zeros_(parameter)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor | None = None,
+        *,
+        reference: Tensor | None = None,
+        history: Tensor | None = None,
+        drop_history: bool | Sequence[bool] | Tensor = False,
+        drop_reference: bool | Sequence[bool] | Tensor = False,
+        add_last_motion: int = 2,
+        pose: Tensor | None = None,
+        audio: Tensor | None = None,
+        audio_history: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        conditions: WanConditions | None = None,
+    ) -> Tensor:
+        """Velocity of the latents.
+
+        Args:
+            latents: [B, in_dim, T, H, W] noisy latents; H and W even.
+            timestep: [B] in 0..1000, or [B, T], one per latent frame.
+            conditions: what `encode_conditions` made of the arguments below; they are then left out.
+            text, reference, history, drop_history, drop_reference, add_last_motion, pose, audio, audio_history,
+                text_mask: see `encode_conditions`.
+
+        Returns:
+            [B, out_dim, T, H, W] float32 (float64 for a float64 model).
+
+        Raises:
+            ValueError: for a shape that does not fit; the message names it.
+        """
+        self._check_latents(latents, timestep)
+        if conditions is None:
+            if text is None:
+                raise ValueError("WanS2VModel: text must be given, or conditions, got neither")
+            conditions = self.encode_conditions(
+                text,
+                reference=reference,
+                history=history,
+                drop_history=drop_history,
+                drop_reference=drop_reference,
+                add_last_motion=add_last_motion,
+                pose=pose,
+                audio=audio,
+                audio_history=audio_history,
+                text_mask=text_mask,
+                size=(latents.shape[2], latents.shape[3], latents.shape[4]),
+                precompute=False,
+            )
+        elif any(
+            argument is not None for argument in (text, reference, history, pose, audio, audio_history, text_mask)
+        ):
+            raise ValueError(
+                "WanS2VModel: conditions stand for text, reference, history, pose and audio; give one or the other"
+            )
+        frames, rows, columns = conditions.grid
+        if latents.shape[2:] != (frames, 2 * rows, 2 * columns) or latents.shape[0] != conditions.text.shape[0]:
+            raise ValueError(
+                f"WanS2VModel: conditions were made for latents of [B, T, H, W] = "
+                f"{[conditions.text.shape[0], frames, 2 * rows, 2 * columns]}, "
+                f"got {[latents.shape[0], *latents.shape[2:]]}"
+            )
+        return self._denoise(latents, timestep, conditions)
+
+    def _denoise(self, latents: Tensor, timestep: Tensor, conditions: WanConditions) -> Tensor:
+        frames, rows, columns = conditions.grid
+        per_frame = rows * columns
+        noisy = frames * per_frame
+        text = conditions.text
+        x = self.patch_embedding(latents) + self._kind(0)
+        if conditions.pose is not None:
+            x = x + conditions.pose
+        x = torch.cat([x.to(conditions.context.dtype), conditions.context], dim=1)
+        x = x.to(wide(text.dtype) if self.config.residual_dtype == "float32" else text.dtype)
+
+        time, time6, groups = self._time(timestep, per_frame, noisy, x.shape[1])
+        injector = self.audio_injector
+        for i, block in enumerate(self.blocks):
+            text_kv = None if conditions.text_kv is None else conditions.text_kv[i]
+            arguments = (
+                x,
+                time6,
+                groups,
+                conditions.layout,
+                text,
+                conditions.text_mask,
+                conditions.key_mask,
+                text_kv,
+                self.config.attention_backend,
+            )
+            x = self._run(block, *arguments)
+            index = injector.index.get(i)
+            if index is None:
+                continue
+            heard = self._run(
+                injector,
+                x[:, :noisy],
+                index,
+                per_frame,
+                text.dtype,
+                conditions.audio,
+                conditions.audio_modulation[index],
+                None if conditions.audio_kv is None else conditions.audio_kv[index],
+            )
+            if torch.is_grad_enabled():
+                x = x + F.pad(heard, (0, 0, 0, x.shape[1] - noisy))
+            else:
+                x[:, :noisy] += heard
+
+        noisy_groups = 1 if timestep.dim() == 1 else frames
+        y = self.head(x[:, :noisy], time[:, :noisy_groups], noisy // noisy_groups)
+        y = y.view(y.shape[0], frames, rows, columns, 2, 2, self.config.out_dim)
+        return y.permute(0, 6, 1, 2, 4, 3, 5).reshape(y.shape[0], self.config.out_dim, frames, 2 * rows, 2 * columns)
+
+    def _run(self, module: nn.Module, *arguments: Any) -> Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(module, *arguments)
+        return module(*arguments)
+
+    def _kind(self, kind: int) -> Tensor:
+        """Embedding of a kind of token: 0 noisy, 1 reference, 2 history."""
+        return self.trainable_cond_mask.weight[kind]
+
+    def _time(self, timestep: Tensor, per_frame: int, noisy: int, total: int) -> tuple[Tensor, Tensor, Groups]:
+        """Time embedding [B, G, dim] and its six projections [B, G, 6, dim], by groups of tokens.
+
+        The groups are the noisy tokens and, at timestep 0, the rest; with a timestep per latent frame every
+        `per_frame` tokens are a group, and as many groups at 0 follow as the rest needs.
+        """
+        per_sample = timestep.dim() == 1
+        groups = timestep[:, None] if per_sample else timestep
+        with_zero = total > noisy and self.config.zero_timestep
+        if total > noisy and not with_zero and not per_sample:
+            raise ValueError("WanS2VModel: a timestep per latent frame needs zero_timestep, got a model without it")
+        if with_zero:
+            groups = torch.cat([groups, torch.zeros_like(groups[:, :1])], dim=1)
+        with torch.autocast(timestep.device.type, enabled=False):
+            time = self.time_embedding(timestep_embedding(groups, self.config.freq_dim))
+            time6 = self.time_projection(time).unflatten(-1, (6, self.config.dim))
+        if per_sample:
+            return time, time6, [noisy, total] if with_zero else [total]
+        if with_zero:
+            more = -(-(total - noisy) // per_frame) - 1
+            time6 = torch.cat([time6, time6[:, -1:].expand(-1, more, -1, -1)], dim=1)
+        return time, time6, per_frame
+
+    def encode_conditions(
+        self,
+        text: Tensor,
+        *,
+        reference: Tensor | None = None,
+        history: Tensor | None = None,
+        drop_history: bool | Sequence[bool] | Tensor = False,
+        drop_reference: bool | Sequence[bool] | Tensor = False,
+        add_last_motion: int = 2,
+        pose: Tensor | None = None,
+        audio: Tensor | None = None,
+        audio_history: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        size: tuple[int, int, int] | None = None,
+        precompute: bool = True,
+    ) -> WanConditions:
+        """Everything that does not depend on the timestep, once for all steps of a clip.
+
+        Args:
+            text: [B, L, text_dim] with L <= text_len, padded with zeros to text_len.
+            reference: [B, in_dim, 1, H, W] latent of the reference image, or None for no reference tokens.
+            history: [B, in_dim, Th, H, W] latents that precede the clip, the newest last, or None. Packed history uses
+                the last sum(zip_frame_buckets) frames; fewer are continued to the past by zeros.
+            drop_history: True takes the history tokens away; per sample as a list or a bool tensor [B] it hides
+                them from attention, which gives the same result.
+            drop_reference: the same for the reference.
+            add_last_motion: 2 uses all of the packed history, 1 not its newest bucket, 0 not its newest two; what that
+                means is up to framepack_drop_mode.
+            pose: [B, cond_dim, T, H, W] latents of a pose video, or None.
+            audio: [B, audio_layers, audio_dim, 4 T] speech features, four per latent frame; None is silence (zeros).
+            audio_history: [B, audio_layers, audio_dim, n] features just before the clip. Without them the first
+                feature is taken to have lasted, as the official program does.
+            text_mask: bool [B, L], true for real tokens, to leave padding out; None attends all text_len tokens.
+            size: (T, H, W) of the latents. Needed only where neither reference, history nor pose tells H and W or
+                neither audio nor pose tells T.
+            precompute: also make the keys and values of text and audio for every block. Leave it out where the
+                result is used once (training), so that activation checkpointing and sharding see those layers.
+
+        Raises:
+            ValueError: for a shape that does not fit; the message names it.
+        """
+        frames, height, width = clip_size(
+            self.config, text, reference, history, pose, audio, audio_history, text_mask, size
+        )
+        if add_last_motion not in (0, 1, 2):
+            raise ValueError(f"WanS2VModel: add_last_motion must be 0, 1 or 2, got {add_last_motion}")
+        if not self.config.add_last_motion:
+            add_last_motion = 0
+        batch, dtype = text.shape[0], self.patch_embedding.weight.dtype
+        history_gone = dropped("drop_history", drop_history, batch, text.device)
+        reference_gone = dropped("drop_reference", drop_reference, batch, text.device)
+
+        grid = (frames, height // 2, width // 2)
+        noisy = frames * grid[1] * grid[2]
+        tokens = [text.new_zeros(batch, 0, self.config.dim, dtype=dtype)]
+        parts: list[tuple[int, bool | Tensor]] = [(noisy, False)]
+        place = past = None
+        if reference is not None and reference_gone is not True:
+            tokens.append(self.patch_embedding(reference) + self._kind(1))
+            parts.append((tokens[-1].shape[1], reference_gone))
+            place = self.config.reference_time
+        if history is not None and history_gone is not True and (self.frame_packer is not None or history.shape[2] > 0):
+            packer = self.frame_packer
+            packed = self.patch_embedding(history) if packer is None else packer(history, add_last_motion)
+            tokens.append(packed + self._kind(2))
+            parts.append((packed.shape[1], history_gone))
+            past = (
+                history.shape[2]
+                if packer is None
+                else (packer.buckets, packer.drop_mode, packer.padding, add_last_motion)
+            )
+
+        text = torch.cat([text, text.new_zeros(batch, self.config.text_len - text.shape[1], text.shape[2])], dim=1)
+        text_tokens = self.text_embedding(text.to(dtype))
+        if text_mask is not None:
+            rest = text_mask.new_zeros(batch, self.config.text_len - text_mask.shape[1])
+            text_mask = torch.cat([text_mask, rest], dim=1)
+        if audio is None:
+            shape = (batch, self.config.audio_layers, self.config.audio_dim, RATE * frames)
+            audio = torch.zeros(shape, dtype=dtype, device=text.device)
+        audio_tokens, vectors = self.casual_audio_encoder.clip_tokens(audio, audio_history)
+        audio_tokens = audio_tokens.to(text_tokens.dtype)
+        vectors = None if vectors is None else vectors.to(dtype)
+        pose_tokens = None
+        if self.cond_encoder is not None:
+            # No pose is a pose of zeros, of which the encoder leaves its bias.
+            pose_tokens = self.cond_encoder.bias if pose is None else self.cond_encoder(pose)
+        injector = self.audio_injector
+        return WanConditions(
+            layout=sequence_layout(grid, self.config.dim // self.config.num_heads, place, past),
+            grid=grid,
+            context=torch.cat([part.to(tokens[-1].dtype) for part in tokens], dim=1),
+            text=text_tokens,
+            pose=pose_tokens,
+            audio=audio_tokens,
+            audio_modulation=tuple(injector.shift_scale(i, vectors) for i in injector.index.values()),
+            text_mask=text_mask,
+            key_mask=key_mask(parts, batch, text.device),
+            text_kv=tuple(block.cross_attn.key_value(text_tokens) for block in self.blocks) if precompute else None,
+            audio_kv=tuple(layer.key_value(audio_tokens) for layer in injector.injector) if precompute else None,
+        )
+
+    def _check_latents(self, latents: Tensor, timestep: Tensor) -> None:
+        check_shape("latents", latents, ("B", self.config.in_dim, "T", "H", "W"))
+        batch, _, frames, height, width = latents.shape
+        if height % 2 or width % 2:
+            raise ValueError(f"WanS2VModel: latents must have even height and width, got {height} x {width}")
+        if timestep.shape not in ((batch,), (batch, frames)):
+            raise ValueError(
+                f"WanS2VModel: timestep must have shape [B] = [{batch}] or [B, T] = [{batch}, {frames}], "
+                f"got {list(timestep.shape)}"
+            )

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a denoising step of Wan-S2V needs besides the noisy latents, and where its tokens are."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from talkingdit.models.framepack import packed_segments
+from talkingdit.models.wan_audio import RATE
+from talkingdit.ops import RopeLayout, Segment
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class WanConditions:
+    """Everything a denoising step needs that does not depend on the timestep, made by `WanS2VModel.encode_conditions`.
+
+    N is the length of the whole sequence [noisy | reference | history], F latent frames, A audio tokens per frame.
+    """
+
+    layout: RopeLayout  # places of all N tokens
+    grid: tuple[int, int, int]  # latent frames, patch rows, patch columns of the video
+    context: Tensor  # [B, N - F*S, dim] reference and history tokens
+    text: Tensor  # [B, L, dim]
+    pose: Tensor | None = None  # [B, F*S, dim], added to the noisy tokens
+    audio: Tensor | None = None  # [B, F, A, dim]
+    audio_modulation: tuple[KeyValue | None, ...] = ()  # per injection: shift, scale [B, F, dim]
+    text_mask: Tensor | None = None  # bool [B, L]
+    key_mask: Tensor | None = None  # bool [B, N]: false where a sample does not have a token
+    text_kv: tuple[KeyValue, ...] | None = None  # per block: k, v [B, L, H, D]
+    audio_kv: tuple[KeyValue, ...] | None = None  # per injection: k, v [B, F, A, H, D]
+
+
+@functools.lru_cache(maxsize=64)
+def sequence_layout(
+    grid: tuple[int, int, int],
+    head_dim: int,
+    reference_time: float | None = None,
+    past: int | tuple[tuple[int, ...], str, str, int] | None = None,
+) -> RopeLayout:
+    """Places of the sequence [noisy | reference | history].
+
+    Args:
+        grid: latent frames, patch rows and columns of the video.
+        head_dim: channels per head; height and width get head_dim / 6 pairs each (rounded down), time the rest.
+        reference_time: place of the reference in time, None where there is none.
+        past: latent frames of a history that is not packed, or (buckets, drop_mode, padding, add_last_motion) of a
+            `FramePacker`, or None.
+    """
+    frames, rows, columns = grid
+    segments = [Segment(range(frames), range(rows), range(columns))]
+    if reference_time is not None:
+        segments.append(Segment([reference_time], range(rows), range(columns)))
+    if isinstance(past, int):
+        segments.append(Segment(range(-past, 0), range(rows), range(columns)))
+    elif past is not None:
+        buckets, drop_mode, padding, add_last = past
+        segments += packed_segments(buckets, drop_mode, padding, 2 * rows, 2 * columns, add_last)
+    side = 2 * (head_dim // 6)
+    return RopeLayout(segments, split=(head_dim - 2 * side, side, side))
+
+
+def dropped(name: str, drop: bool | Sequence[bool] | Tensor, batch: int, device: torch.device | str) -> bool | Tensor:
+    """True or False where that holds for all samples and is known on the host, else a bool tensor [B]."""
+    if isinstance(drop, bool):
+        return drop
+    if not isinstance(drop, Tensor):
+        if len(drop) == batch and (all(drop) or not any(drop)):
+            return bool(drop[0])
+        drop = torch.tensor(list(drop), dtype=torch.bool)
+    if drop.shape != (batch,) or drop.dtype != torch.bool:
+        raise ValueError(
+            f"WanS2VModel: {name} must be a bool or one bool per sample ({batch}), "
+            f"got {drop.dtype} of shape {tuple(drop.shape)}"
+        )
+    return drop.to(device)
+
+
+def key_mask(parts: Sequence[tuple[int, bool | Tensor]], batch: int, device: torch.device | str) -> Tensor | None:
+    """Which tokens each sample has, bool [B, N], from (tokens, dropped) per part; None where every sample has all."""
+    if all(gone is False for _, gone in parts):
+        return None
+    columns = []
+    for count, gone in parts:
+        kept = torch.ones(batch, 1, dtype=torch.bool, device=device) if isinstance(gone, bool) else ~gone[:, None]
+        columns.append(kept.expand(-1, count))
+    return torch.cat(columns, dim=1)
+
+
+def check_shape(name: str, value: Tensor | None, shape: Sequence[int | str]) -> None:
+    """Does a tensor have this shape? Names stand for free sizes. None passes.
+
+    Raises:
+        ValueError: names the argument, the shape expected and the one that came.
+    """
+    if value is None:
+        return
+    fits = value.dim() == len(shape) and all(
+        isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(want) for want in shape)
+        raise ValueError(f"WanS2VModel: {name} must have shape [{wanted}], got {list(value.shape)}")
+
+
+def clip_size(
+    config: Any,
+    text: Tensor,
+    reference: Tensor | None,
+    history: Tensor | None,
+    pose: Tensor | None,
+    audio: Tensor | None,
+    audio_history: Tensor | None,
+    text_mask: Tensor | None,
+    size: tuple[int, int, int] | None,
+) -> tuple[int, int, int]:
+    """Checks the shapes of all conditions of `WanS2VModel.encode_conditions`; returns (T, H, W) of their latents.
+
+    Raises:
+        ValueError: names the argument that does not fit.
+    """
+    check_shape("text", text, ("B", "L", config.text_dim))
+    batch, length = text.shape[:2]
+    if length > config.text_len:
+        raise ValueError(f"WanS2VModel: text must have at most text_len = {config.text_len} tokens, got {length}")
+    frames, height, width = (None, None, None) if size is None else size
+    for video in (pose, reference, history):
+        if video is not None and height is None and video.dim() == 5:
+            height, width = video.shape[3:]
+    if frames is None and pose is not None and pose.dim() == 5:
+        frames = pose.shape[2]
+    if frames is None and audio is not None:
+        frames = audio.shape[-1] // RATE
+    if frames is None or height is None or width is None:
+        raise ValueError("WanS2VModel: size = (T, H, W) of the latents must be given, the conditions do not tell it")
+    if pose is not None and config.cond_dim == 0:
+        raise ValueError("WanS2VModel: pose needs a model with cond_dim > 0, got a model with cond_dim = 0")
+    check_shape("reference", reference, (batch, config.in_dim, 1, height, width))
+    check_shape("history", history, (batch, config.in_dim, "Th", height, width))
+    check_shape("pose", pose, (batch, config.cond_dim, frames, height, width))
+    check_shape("text_mask", text_mask, (batch, length))
+    if audio is not None and audio.dim() == 4 and audio.shape[3] != RATE * frames:
+        raise ValueError(
+            f"WanS2VModel: audio must have {RATE} features per latent frame, {RATE * frames} for {frames} frames, "
+            f"got {audio.shape[3]}"
+        )
+    check_shape("audio", audio, (batch, config.audio_layers, config.audio_dim, RATE * frames))
+    check_shape("audio_history", audio_history, (batch, config.audio_layers, config.audio_dim, "n"))
+    return frames, height, width

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small layers whose arithmetic is pinned: float32 inside whatever the parameters, the input or autocast say."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in for inputs of `dtype`: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer in float32 (float64 for float64 weights), also under autocast and with bfloat16 weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = wide(self.weight.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.to(dtype), self.weight.to(dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis with a weight: float32 statistics, result in the input's dtype."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = wide(x.dtype)
+        y = F.rms_norm(x.to(dtype), x.shape[-1:], self.weight.to(dtype), self.eps)
+        return y.to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm with float32 statistics, also for a bfloat16 input; the result has the input's dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = wide(input.dtype)
+        weight = None if self.weight is None else self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
+
+
+class PatchConv3d(nn.Conv3d):
+    """A Conv3d whose stride is its kernel, computed as one matrix product per patch.
+
+    Input [B, C, T, H, W]; output [B, t*h*w, out_channels] with tokens t-major, then h, then w. What does not fill a
+    whole patch at the end of an axis is cut off, as a convolution without padding does.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]):
+        super().__init__(in_channels, out_channels, kernel_size=kernel, stride=kernel)
+
+    def forward(self, input: Tensor) -> Tensor:
+        kt, kh, kw = self.kernel_size
+        b, c, t, h, w = input.shape
+        t, h, w = t // kt, h // kh, w // kw
+        x = input[:, :, : t * kt, : h * kh, : w * kw].reshape(b, c, t, kt, h, kh, w, kw)
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, t * h * w, c * kt * kh * kw)
+        return F.linear(x.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Sinusoids of a timestep: [...] -> [..., dim], cosines first, angles in float64, result float32.
+
+    Frequency j of dim/2 is 10000 ** (-j / (dim/2)).
+    """
+    half = dim // 2
+    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+    angle = timestep.to(torch.float64)[..., None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).to(torch.float32)
