@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,7 +125,7 @@ class Head(nn.Module):
         return self.head(ops.norm_modulate(x, scale, shift, groups, eps=self.eps))
 
 
-class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """The Wan-S2V transformer. Parameter names are those of the released checkpoints.
 
     Args:
@@ -386,6 +386,7 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def _run(self, module: nn.Module, *arguments: Any) -> Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
+            assert self._gradient_checkpointing_func is not None  # enable_gradient_checkpointing sets it
             return self._gradient_checkpointing_func(module, *arguments)
         return module(*arguments)
 
@@ -514,8 +515,8 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             audio_modulation=tuple(injector.shift_scale(i, vectors) for i in injector.index.values()),
             text_mask=text_mask,
             key_mask=key_mask(parts, batch, text.device),
-            text_kv=tuple(block.cross_attn.key_value(text_tokens) for block in self.blocks) if precompute else None,
-            audio_kv=tuple(layer.key_value(audio_tokens) for layer in injector.injector) if precompute else None,
+            text_kv=_key_values([block.cross_attn for block in self.blocks], text_tokens) if precompute else None,
+            audio_kv=_key_values(injector.injector, audio_tokens) if precompute else None,
         )
 
     def _check_latents(self, latents: Tensor, timestep: Tensor) -> None:
@@ -528,3 +529,8 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"WanS2VModel: timestep must have shape [B] = [{batch}] or [B, T] = [{batch}, {frames}], "
                 f"got {list(timestep.shape)}"
             )
+
+
+def _key_values(layers: Iterable[Any], context: Tensor) -> tuple[KeyValue, ...]:
+    """Keys and values of a context for every cross attention in `layers`."""
+    return tuple(layer.key_value(context) for layer in layers)

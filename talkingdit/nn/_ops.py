@@ -31,7 +31,7 @@ class Bucket:
     frames: int
     kernel: tuple
     weight: torch.Tensor
-    bias: torch.Tensor
+    bias: torch.Tensor | None
 
 
 def framepack(latents, buckets, padding="zero"):
