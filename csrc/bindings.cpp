@@ -22,7 +22,7 @@ py::dict build_info() {
   py::dict info;
   info["cpu_isa"] = isa_name(cpu_isa());
 #if defined(TD_X86)
-  info["cpu_isa_built"] = py::make_tuple("baseline", "avx2", "avx512");
+  info["cpu_isa_built"] = py::make_tuple("baseline", "avx2", "avx512", "avx512_bf16");
 #else
   info["cpu_isa_built"] = py::make_tuple("baseline");
 #endif

@@ -14,7 +14,7 @@ Isa best_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2 && avx512) return Isa::avx512;
+  if (avx2 && avx512) return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
   return Isa::baseline;
@@ -24,7 +24,7 @@ Isa choose_isa() {
   const Isa best = best_isa();
   const char* text = std::getenv("TALKINGDIT_CPU_ISA");
   if (text == nullptr || *text == '\0') return best;
-  for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+  for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16}) {
     if (std::string(text) != isa_name(isa)) continue;
     if (isa > best) {
       throw std::invalid_argument(std::string("TALKINGDIT_CPU_ISA: this CPU or build has no ") + text +
@@ -32,13 +32,15 @@ Isa choose_isa() {
     }
     return isa;
   }
-  throw std::invalid_argument(std::string("TALKINGDIT_CPU_ISA: expected baseline, avx2 or avx512, got '") + text + "'");
+  throw std::invalid_argument(std::string("TALKINGDIT_CPU_ISA: expected baseline, avx2, avx512 or avx512_bf16, got '") +
+                              text + "'");
 }
 
 }  // namespace
 
 const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+  static const char* const names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+  return names[int(isa)];
 }
 
 Isa cpu_isa() {

@@ -10,7 +10,7 @@ namespace td {
 
 using Stream = CUstream_st*;  // the same type as cudaStream_t, without CUDA's headers
 
-enum class Isa : int { baseline, avx2, avx512 };
+enum class Isa : int { baseline, avx2, avx512, avx512_bf16 };
 
 // Instruction set in use: the best that was built and the CPU has, or TALKINGDIT_CPU_ISA. Decided once.
 Isa cpu_isa();
@@ -42,6 +42,9 @@ struct DeviceGuard {
   namespace avx512 {                 \
   void name(__VA_ARGS__);            \
   }                                  \
+  namespace avx512_bf16 {            \
+  void name(__VA_ARGS__);            \
+  }                                  \
   namespace cuda {                   \
   void name(__VA_ARGS__, Stream);    \
   }
@@ -67,16 +70,19 @@ struct DeviceGuard {
 #endif
 
 #if defined(TD_X86)
-#define TD_CALL_CPU(name, args)   \
-  switch (::td::cpu_isa()) {      \
-    case ::td::Isa::avx512:       \
-      ::td::avx512::name(args);   \
-      break;                      \
-    case ::td::Isa::avx2:         \
-      ::td::avx2::name(args);     \
-      break;                      \
-    default:                      \
-      ::td::baseline::name(args); \
+#define TD_CALL_CPU(name, args)      \
+  switch (::td::cpu_isa()) {         \
+    case ::td::Isa::avx512_bf16:     \
+      ::td::avx512_bf16::name(args); \
+      break;                         \
+    case ::td::Isa::avx512:          \
+      ::td::avx512::name(args);      \
+      break;                         \
+    case ::td::Isa::avx2:            \
+      ::td::avx2::name(args);        \
+      break;                         \
+    default:                         \
+      ::td::baseline::name(args);    \
   }
 #else
 #define TD_CALL_CPU(name, args) ::td::baseline::name(args)

@@ -10,15 +10,31 @@ namespace {
 constexpr int64_t kParallelElements = 16 << 10;  // work worth a thread of its own
 
 // out = (row - mean) / deviation * (1 + scale) + shift
-template <bool Stream, class C>
-TD_INLINE void modulate_row(const Rows& out, int64_t b, int64_t n, const C* row, RowStats<C> stats, const C* scale,
-                            const C* shift, int dim) {
+template <bool Stream, class T, class C>
+TD_INLINE void modulate_row(const Rows& out, int64_t b, int64_t n, const T* row, const C* scale, const C* shift,
+                            int dim, double eps) {
+  const RowStats<C> stats = row_stats(row, dim, eps);
   const Vec<C> mean = splat(stats.mean), factor = splat(stats.inverse_deviation);
   dispatch_storage<C>(out.dtype, [&](auto tag) {
     auto* target = row_pointer<typename decltype(tag)::type>(out, b, n);
     for_vectors<C>(dim, [&](int i, auto part) {
       const Vec<C> normal = (load(row + i, part) - mean) * factor;
       put<Stream>(target + i, normal + (normal * load(scale + i, part) + load(shift + i, part)), part);
+    });
+  });
+}
+
+// row = x + gate * y
+template <class C>
+TD_INLINE void gated_row(const ModulateArgs& args, int64_t b, int64_t n, int64_t g, C* row) {
+  const C* gate = row_pointer<C>(args.gate, b, g);
+  dispatch_storage<C>(args.x.dtype, [&](auto x_tag) {
+    const auto* x = row_pointer<typename decltype(x_tag)::type>(args.x, b, n);
+    dispatch_storage<C>(args.y.dtype, [&](auto y_tag) {
+      const auto* y = row_pointer<typename decltype(y_tag)::type>(args.y, b, n);
+      for_vectors<C>(args.dim, [&](int i, auto part) {
+        put(row + i, load(x + i, part) + load(gate + i, part) * load(y + i, part), part);
+      });
     });
   });
 }
@@ -31,32 +47,17 @@ void forward(const ModulateArgs& args) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / args.tokens, n = item - b * args.tokens;
       const int64_t g = args.groups.group(args.token_offset + n);
-      C total = C(0);
-      if (args.y.data != nullptr) {
-        const C* gate = row_pointer<C>(args.gate, b, g);
-        load_row(args.x, b, n, row, dim);
-        dispatch_storage<C>(args.y.dtype, [&](auto tag) {
-          const auto* y = row_pointer<typename decltype(tag)::type>(args.y, b, n);
-          for_vectors<C>(dim, [&](int i, auto part) {
-            put(row + i, load(row + i, part) + load(gate + i, part) * load(y + i, part), part);
-          });
-        });
-        if (args.residual.data != nullptr) store_row<Stream>(args.residual, b, n, row, dim);
-        if (args.out.data == nullptr) continue;
-        total = sum_row<C>(dim, [&](int i, auto part) { return load(row + i, part); });
-      } else {
+      const C *scale = row_pointer<C>(args.scale, b, g), *shift = row_pointer<C>(args.shift, b, g);
+      if (args.y.data == nullptr) {
         dispatch_storage<C>(args.x.dtype, [&](auto tag) {
           const auto* x = row_pointer<typename decltype(tag)::type>(args.x, b, n);
-          total = sum_row<C>(dim, [&](int i, auto part) {
-            const Vec<C> v = load(x + i, part);
-            put(row + i, v, part);
-            return v;
-          });
+          modulate_row<Stream>(args.out, b, n, x, scale, shift, dim, args.eps);
         });
+        continue;
       }
-      const RowStats<C> stats = row_stats(row, dim, total, args.eps);
-      modulate_row<Stream>(args.out, b, n, row, stats, row_pointer<C>(args.scale, b, g),
-                           row_pointer<C>(args.shift, b, g), dim);
+      gated_row(args, b, n, g, row);
+      if (args.residual.data != nullptr) store_row<Stream>(args.residual, b, n, row, dim);
+      if (args.out.data != nullptr) modulate_row<Stream>(args.out, b, n, row, scale, shift, dim, args.eps);
     }
     if constexpr (Stream) stream_fence();
   });
@@ -87,8 +88,7 @@ TD_INLINE void norm_backward_row(const ModulateGradArgs& args, int64_t b, int64_
   const int dim = args.dim;
   load_row(args.residual, b, n, row, dim);
   load_row(args.grad_out, b, n, grad, dim);
-  const C row_sum = sum_row<C>(dim, [&](int i, auto part) { return load(row + i, part); });
-  const RowStats<C> stats = row_stats(row, dim, row_sum, args.eps);
+  const RowStats<C> stats = row_stats(row, dim, args.eps);
   const Vec<C> mean = splat(stats.mean), factor = splat(stats.inverse_deviation);
   for_vectors<C>(dim, [&](int i, auto part) {  // row becomes the normalised row
     const Vec<C> normal = (load(row + i, part) - mean) * factor, g = load(grad + i, part);

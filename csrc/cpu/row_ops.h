@@ -80,16 +80,39 @@ struct RowStats {
   C mean, inverse_deviation;
 };
 
-// Mean and 1 / sqrt(variance + eps) of a row, given its sum. Two passes: the row is in the cache, and nothing cancels.
-template <class C>
-TD_INLINE RowStats<C> row_stats(const C* row, int dim, C total, double eps) {
-  const C mean = total / C(dim);
-  const Vec<C> center = splat(mean);
-  const C squares = sum_row<C>(dim, [&](int i, auto part) {
-    const Vec<C> d = keep<C>(load(row + i, part) - center, part);
-    return d * d;
+// Mean and 1 / sqrt(variance + eps) of a row in one pass. Sums are taken of x - pivot, where the pivot is the mean of k
+// elements spread over the row: it is within sqrt(n / k) deviations of the mean whatever the data, so little can
+// cancel.
+template <class T>
+TD_INLINE RowStats<compute_t<T>> row_stats(const T* row, int dim, double eps) {
+  using C = compute_t<T>;
+  constexpr int lanes = kLanes<C>;
+  C pivot = C(0);
+  if (dim >= 4 * lanes) {
+    const int step = (dim - lanes) / 3;
+    pivot = sum((load(row) + load(row + step)) + (load(row + 2 * step) + load(row + 3 * step))) / C(4 * lanes);
+  } else {
+    for (int i = 0; i < dim; ++i) pivot += C(row[i]);
+    pivot /= C(dim);
+  }
+  const Vec<C> center = splat(pivot);
+  Vec<C> s0{}, s1{}, q0{}, q1{};
+  int i = 0;
+  for (; i + 2 * lanes <= dim; i += 2 * lanes) {
+    const Vec<C> a = load(row + i) - center, b = load(row + i + lanes) - center;
+    s0 += a;
+    s1 += b;
+    q0 += a * a;
+    q1 += b * b;
+  }
+  for_vectors<C>(dim - i, [&](int j, auto part) {
+    const Vec<C> a = keep<C>(load(row + i + j, part) - center, part);
+    s0 += a;
+    q0 += a * a;
   });
-  return {mean, C(1) / std::sqrt(squares / C(dim) + C(eps))};
+  const C offset = sum(s0 + s1) / C(dim);
+  const C variance = sum(q0 + q1) / C(dim) - offset * offset;
+  return {pivot + offset, C(1) / std::sqrt((variance > C(0) ? variance : C(0)) + C(eps))};
 }
 
 // Whole registers of every row can bypass the caches: everything is aligned, and the rows are too many to stay in them.

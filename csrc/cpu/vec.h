@@ -8,15 +8,15 @@
 #include <cstring>
 
 #include "core/dtype.h"
-#if defined(TD_ISA_avx2) || defined(TD_ISA_avx512)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
 #endif
 
-#if defined(TD_ISA_avx512)
+#if defined(__AVX512F__)
 #define TD_VEC_BYTES 64
-#elif defined(TD_ISA_avx2)
+#elif defined(__AVX2__)
 #define TD_VEC_BYTES 32
 #else
 #define TD_VEC_BYTES 16
@@ -27,7 +27,6 @@ namespace td::TD_ISA {
 typedef float FloatVec __attribute__((vector_size(TD_VEC_BYTES)));
 typedef double DoubleVec __attribute__((vector_size(TD_VEC_BYTES)));
 typedef uint32_t WordVec __attribute__((vector_size(TD_VEC_BYTES)));
-typedef int32_t IntVec __attribute__((vector_size(TD_VEC_BYTES)));
 typedef uint16_t HalfVec __attribute__((vector_size(TD_VEC_BYTES / 2)));
 
 // Arithmetic vector for a compute type (float or double): Vec<C>, with kLanes<C> elements.
@@ -63,14 +62,22 @@ TD_INLINE DoubleVec load(const double* source) {
   return v;
 }
 TD_INLINE FloatVec load(const bf16* source) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+  return (FloatVec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#elif defined(__AVX2__)
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+  return (FloatVec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+#else
   HalfVec half;
   std::memcpy(&half, source, sizeof half);
   return (FloatVec)(__builtin_convertvector(half, WordVec) << 16);
+#endif
 }
 TD_INLINE FloatVec load(const fp16* source) {
-#if defined(TD_ISA_avx512)
+#if defined(__AVX512F__)
   return (FloatVec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
-#elif defined(TD_ISA_avx2)
+#elif defined(__AVX2__)
   return (FloatVec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
 #else
   FloatVec v;
@@ -81,7 +88,9 @@ TD_INLINE FloatVec load(const fp16* source) {
 
 // ---- conversion of a float vector to 16-bit storage, rounded to nearest even ----
 TD_INLINE HalfVec to_bf16(FloatVec v) {
-#if defined(TD_ISA_avx512)
+#if defined(__AVX512BF16__)
+  return (HalfVec)_mm512_cvtneps_pbh((__m512)v);
+#elif defined(__AVX512F__)
   const __m512i bits = (__m512i)v;
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
@@ -92,14 +101,20 @@ TD_INLINE HalfVec to_bf16(FloatVec v) {
   const WordVec word = (WordVec)v;
   const WordVec rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
   const WordVec nan = (word >> 16) | 0x40u;
-  const IntVec is_nan = v != v;
-  return __builtin_convertvector(((WordVec)is_nan & nan) | (~(WordVec)is_nan & rounded), HalfVec);
+  const WordVec is_nan = (WordVec)(v != v);
+  const WordVec result = (is_nan & nan) | (~is_nan & rounded);
+#if defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)result, (__m256i)result);
+  return (HalfVec)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0xd8));
+#else
+  return __builtin_convertvector(result, HalfVec);
+#endif
 #endif
 }
 TD_INLINE HalfVec to_fp16(FloatVec v) {
-#if defined(TD_ISA_avx512)
+#if defined(__AVX512F__)
   return (HalfVec)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
-#elif defined(TD_ISA_avx2)
+#elif defined(__AVX2__)
   return (HalfVec)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
   HalfVec half;
@@ -127,10 +142,10 @@ TD_INLINE void store(fp16* target, FloatVec v) {
 // ---- stores that bypass the caches, for results larger than the last one; `target` is aligned to the bytes stored
 // ---- (a loop over them ends with stream_fence()). Elsewhere than on x86 they are ordinary stores.
 TD_INLINE void stream_bytes(void* target, const void* source, int bytes) {
-#if defined(TD_ISA_avx512)
+#if defined(__AVX512F__)
   if (bytes == 64) return _mm512_stream_si512(static_cast<__m512i*>(target), *static_cast<const __m512i*>(source));
 #endif
-#if defined(TD_ISA_avx512) || defined(TD_ISA_avx2)
+#if defined(__AVX2__)
   if (bytes == 32) return _mm256_stream_si256(static_cast<__m256i*>(target), *static_cast<const __m256i*>(source));
 #endif
 #if defined(__SSE2__)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Normalise, modulate, gate: what surrounds attention and feed-forward in a diffusion transformer (arXiv:2212.09748, 3.2).
+"""Normalise, modulate, gate: what surrounds attention and feed-forward in a diffusion transformer (arXiv:2212.09748).
 
-Tokens come in groups that share one row of scale, shift and gate: noisy tokens at time t and clean ones at time 0, one group
-per frame, or one for all.
+Tokens come in groups that share one row of scale, shift and gate: noisy tokens at time t and clean ones at time 0,
+one group per frame, or one for all.
 """
 
 from __future__ import annotations
@@ -226,8 +226,8 @@ def _fused_backward(
 
 
 _fused_backward_op = register(
-    "gate_residual_norm_modulate_backward(Tensor grad_residual, Tensor grad_out, Tensor residual, Tensor y, Tensor gate, "
-    f"Tensor scale, {_PLACE}, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "gate_residual_norm_modulate_backward(Tensor grad_residual, Tensor grad_out, Tensor residual, Tensor y, "
+    f"Tensor gate, Tensor scale, {_PLACE}, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fused_backward,
     lambda grad_residual, grad_out, residual, y, gate, scale, *_: (
         residual.new_empty(residual.shape),
@@ -267,7 +267,7 @@ _fused_out_op = register(
 
 
 def _place(op: str, x: Tensor, groups: Groups, count: int, token_offset: int) -> tuple[int, list[int], int]:
-    """(tokens per group or 0, ends of the groups otherwise, token_offset), checked against ``count`` modulation rows."""
+    """(tokens per group or 0, ends otherwise, token_offset), checked against ``count`` rows of modulation."""
     tokens = x.shape[1]
     if token_offset < 0:
         raise ValueError(f"{op}: token_offset must not be negative, got {token_offset}")
@@ -343,7 +343,8 @@ def norm_modulate(
 ) -> Tensor:
     """``layer_norm(x) * (1 + scale) + shift``, without affine weights, scale and shift chosen by the token's group.
 
-    Arithmetic is float32 (float64 for float64 x) and rounds once. Gradients of scale and shift are sums in a fixed order.
+    Arithmetic is float32 (float64 for float64 x) and rounds once. Gradients of scale and shift have a fixed order
+    of addition.
 
     Args:
         x: [B, N, dim], any floating dtype, any strides on the first two axes.
