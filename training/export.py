@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a trained model as the folder that `talkingdit generate --checkpoint` loads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+
+from talkingdit.models.text import PromptEncoder
+from talkingdit.models.wan import WanS2VModel
+from training.config import Config
+from training.validate import pipeline_settings
+
+
+def export(
+    transformer: WanS2VModel, text_encoder: PromptEncoder, vae: AutoencoderKLWan, config: Config, folder: Path
+) -> None:
+    """Save transformer, prompt encoder and autoencoder in bfloat16 with `pipeline.json`, whole or not at all."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for name, network in (("transformer", transformer), ("text_encoder", text_encoder), ("vae", vae)):
+        copy = type(network).from_config(network.config)
+        copy.load_state_dict(network.state_dict())
+        copy.to(torch.bfloat16).save_pretrained(temporary / name)
+    pipeline_settings(config).save(temporary / "pipeline.json")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
