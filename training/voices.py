@@ -58,8 +58,8 @@ RECORDED = (
     Source("allison", "en", "female", "asterisk-core-sounds-en", "en_US_f_Allison", "CC-BY-SA-3.0", "train"),
     Source("allison", "es", "female", "asterisk-core-sounds-es", "es_MX_f_Allison", "CC-BY-SA-3.0", "train"),
     Source("june", "fr", "female", "asterisk-core-sounds-fr", "fr_CA_f_June", "CC-BY-SA-3.0", "train"),
-    Source("carlo", "it", "male", "asterisk-core-sounds-it", "it_IT_m_Carlo", "CC-BY-3.0", "heldout"),
-    Source("ivrvoice", "ru", "female", "asterisk-core-sounds-ru", "ru_RU_f_IvrvoiceRU", "CC-BY-3.0", "heldout"),
+    Source("carlo", "it", "male", "asterisk-core-sounds-it", "it_IT_m_Carlo", "CC-BY-3.0", "held_out"),
+    Source("ivrvoice", "ru", "female", "asterisk-core-sounds-ru", "ru_RU_f_IvrvoiceRU", "CC-BY-3.0", "held_out"),
 )
 SYNTHETIC = (
     Source("kal16", "en", "male", "flite", "", "BSD-style (CMU Flite)", "train"),
@@ -303,7 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_text(options.out / "index.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     if not options.keep_packages:
         shutil.rmtree(options.out / "packages", ignore_errors=True)
-    for split in ("train", "heldout"):
+    for split in ("train", "held_out"):
         for source in (*RECORDED, *SYNTHETIC):
             lengths = [
                 float(str(r["seconds"]))
