@@ -30,7 +30,7 @@ void check(bool ok, const Parts&... parts) {
 inline void check_view(const TensorView& view, int ndim, const char* op, const char* name) {
   check(view.ndim == ndim, op, ": ", name, " must have ", ndim, " dimensions, got ", view.ndim);
   check(view.dtype != DType::unsupported, op, ": ", name, " has an unsupported dtype");
-  check(ndim == 0 || view.shape[ndim - 1] <= 1 || view.strides[ndim - 1] == 1, op, ": ", name,
+  check(ndim == 0 || view.numel() == 0 || view.shape[ndim - 1] <= 1 || view.strides[ndim - 1] == 1, op, ": ", name,
         " must be contiguous on its last axis");
 }
 

@@ -29,6 +29,12 @@ struct RopeArgs {
   DType dtype;
 };
 
+// First element of a head: `strides` are those of the batch, token and head axes.
+template <class T, class Pointer>
+TD_HD T* rope_head(Pointer* data, const int64_t* strides, int64_t b, int64_t n, int64_t h) {
+  return static_cast<T*>(data) + b * strides[0] + n * strides[1] + h * strides[2];
+}
+
 // Where token `index` of the layout is: its segment and its place (f, y, x) in that segment's grid.
 struct RopeCursor {
   const RopeSegment* segment;

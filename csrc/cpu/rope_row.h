@@ -2,6 +2,7 @@
 // The rotation of one token, laid out for vector registers and kept up to date while walking along the sequence.
 #pragma once
 
+#include "core/parallel.h"
 #include "core/rope3d.h"
 #include "cpu/vec.h"
 
@@ -20,37 +21,22 @@ class RopeRow {
 
   TD_INLINE void advance() { refresh(cursor_.advance()); }
 
-  // Pairs are (x[2i], x[2i+1]); out may be x itself. Stream: bypass the caches (out is aligned).
-  template <bool Stream, class T>
-  TD_INLINE void rotate_interleaved(const T* x, T* out) const {
-    constexpr int lanes = kLanes<C>;
-    int d = 0;
-    for (; d + lanes <= args_.dim; d += lanes) {
-      const Vec<C> v = load(x + d);
-      put<Stream>(out + d, v * load(cos_ + d) + swap_pairs(v) * load(sin_ + d));
-    }
-    if (const int rest = args_.dim - d; rest > 0) {
-      const Vec<C> v = load_part(x + d, rest);
-      store_part(out + d, v * load(cos_ + d) + swap_pairs(v) * load(sin_ + d), rest);
-    }
-  }
-
-  // Pairs are (x[i], x[i + dim / 2]); out may be x itself.
-  template <bool Stream, class T>
-  TD_INLINE void rotate_halves(const T* x, T* out) const {
-    constexpr int lanes = kLanes<C>;
-    const int half = args_.dim / 2;
-    int d = 0;
-    for (; d + lanes <= half; d += lanes) {
-      const Vec<C> a = load(x + d), b = load(x + half + d), c = load(cos_ + d), s = load(sin_ + d);
-      put<Stream>(out + d, a * c - b * s);
-      put<Stream>(out + half + d, b * c + a * s);
-    }
-    if (const int rest = half - d; rest > 0) {
-      const Vec<C> a = load_part(x + d, rest), b = load_part(x + half + d, rest), c = load(cos_ + d),
-                   s = load(sin_ + d);
-      store_part(out + d, a * c - b * s, rest);
-      store_part(out + half + d, b * c + a * s, rest);
+  // Rotates one head: get(d, part) reads elements d.., put(d, v, part) takes the rotated ones (part: Whole or Part). A
+  // register is read before it is written, so both may work on the same memory.
+  template <class Get, class Put>
+  TD_INLINE void rotate(const Get& get, const Put& put) const {
+    if (args_.interleaved) {  // pairs are (x[2i], x[2i+1])
+      for_vectors<C>(args_.dim, [&](int d, auto part) {
+        const Vec<C> v = get(d, part);
+        put(d, v * load(cos_ + d) + swap_pairs(v) * load(sin_ + d), part);
+      });
+    } else {  // pairs are (x[i], x[i + dim / 2])
+      const int half = args_.dim / 2;
+      for_vectors<C>(half, [&](int d, auto part) {
+        const Vec<C> a = get(d, part), b = get(half + d, part), c = load(cos_ + d), s = load(sin_ + d);
+        put(d, a * c - b * s, part);
+        put(half + d, b * c + a * s, part);
+      });
     }
   }
 
@@ -86,5 +72,15 @@ class RopeRow {
   alignas(64) C cos_[kMaxHeadDim + kLanes<C>] = {};
   alignas(64) C sin_[kMaxHeadDim + kLanes<C>] = {};
 };
+
+// Registers of the result can bypass the caches: all of them are aligned (half a head lies between two registers in
+// half-split pairing), and the result is too large to stay.
+template <class T>
+bool rope_can_stream(const RopeArgs& args) {
+  const int64_t bytes = args.batch * args.tokens * args.heads * args.dim * int64_t(sizeof(T));
+  uint64_t offsets = reinterpret_cast<uint64_t>(args.out) | uint64_t(args.dim / 2) * sizeof(T);
+  for (const int64_t stride : args.out_strides) offsets |= uint64_t(stride) * sizeof(T);
+  return bytes >= stream_threshold() && args.out != args.x && offsets % (kLanes<compute_t<T>> * sizeof(T)) == 0;
+}
 
 }  // namespace td::TD_ISA

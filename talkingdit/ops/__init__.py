@@ -10,6 +10,7 @@ from talkingdit.ops.modulate import (
     norm_modulate,
     norm_modulate_reference,
 )
+from talkingdit.ops.qk_norm_rope3d import qk_norm_rope3d, qk_norm_rope3d_reference
 from talkingdit.ops.rope3d import rope3d, rope3d_reference
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "gate_residual_reference",
     "norm_modulate",
     "norm_modulate_reference",
+    "qk_norm_rope3d",
+    "qk_norm_rope3d_reference",
     "rope3d",
     "rope3d_reference",
 ]

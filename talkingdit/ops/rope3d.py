@@ -19,7 +19,7 @@ def _rope3d(
     x: Tensor, table: Tensor, segments: Tensor, pairs: list[int], interleaved: bool, token_offset: int, inverse: bool
 ) -> Tensor:
     out = empty(x.shape, x)
-    native.rope3d(rows(x), out, table, segments, *pairs, interleaved, token_offset, inverse)
+    native.rope3d(rows(x), out, table, segments, pairs, interleaved, token_offset, inverse)
     return out
 
 
@@ -33,7 +33,7 @@ def _rope3d_out(
     inverse: bool,
     out: Tensor,
 ) -> None:
-    native.rope3d(rows(x), out, table, segments, *pairs, interleaved, token_offset, inverse)
+    native.rope3d(rows(x), out, table, segments, pairs, interleaved, token_offset, inverse)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

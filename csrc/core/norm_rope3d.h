@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// RMSNorm and rotation in one pass over memory. The contract is qk_norm_rope3d in talkingdit/ops/qk_norm_rope3d.py.
+#pragma once
+
+#include "core/rope3d.h"
+
+namespace td {
+
+// out = rotate(x * r * weight), r = 1 / sqrt(mean(x^2) + eps) over the heads of a token together, or over each head.
+struct NormRopeArgs {
+  RopeArgs rope;       // x, out and the rotation
+  const void* weight;  // [heads * dim] or, per head, [dim], in the compute dtype
+  bool per_head;
+  double eps;
+};
+
+// Backward: rope.x is the forward input, rope.out gets its gradient. Sums of the weight's gradient go through `partial`
+// [chunks, width] (width = elements of the weight), one row per chunk of `chunk_tokens` tokens of one sample; `stats`
+// [B * N * norms] keeps r between the passes on CUDA.
+struct NormRopeGradArgs {
+  NormRopeArgs forward;
+  const void* grad;
+  int64_t grad_strides[3];
+  void* grad_weight;
+  void *partial, *stats;
+  int64_t chunk_tokens, chunks_per_sample;
+};
+
+inline int64_t norm_rope_chunk_tokens(int64_t tokens) {
+  const int64_t wanted = (tokens + 63) / 64;
+  return wanted < 32 ? 32 : wanted;
+}
+
+TD_DECLARE_KERNEL(norm_rope3d, const NormRopeArgs&)
+TD_DECLARE_KERNEL(norm_rope3d_backward, const NormRopeGradArgs&)
+
+}  // namespace td
