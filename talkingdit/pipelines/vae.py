@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streaming use of the causal Wan autoencoder: one latent frame in, its pictures out, and nothing kept on the model.
+
+diffusers' `AutoencoderKLWan.decode` takes a whole video and drops its feature caches between calls. Here the caches
+belong to the caller, so that a video of any length decodes clip by clip without seams in constant memory, and one
+model can serve several streams.
+
+Latents are normalised: (mode of the posterior - latents_mean) / latents_std, per channel, as the model was trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    AutoencoderKLWan,
+    WanCausalConv3d,
+    patchify,
+    unpatchify,
+)
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Pictures per latent frame after the first, which is one picture.
+FRAMES_PER_LATENT = 4
+
+
+def _caches(module: torch.nn.Module) -> list[Any]:
+    return [None] * sum(isinstance(m, WanCausalConv3d) for m in module.modules())
+
+
+def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latent channels, [1, C, 1, 1, 1]."""
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1, 1)
+        for values in (vae.config["latents_mean"], vae.config["latents_std"])
+    )
+    return mean, std
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+    """Normalised latents of a video.
+
+    Args:
+        vae: the autoencoder.
+        video: [B, 3, 1 + 4 n, H, W] in -1..1. Latent 0 is picture 0, latent k is pictures 4 k - 3 .. 4 k.
+
+    Returns:
+        [B, z_dim, 1 + n, H / 8, W / 8], float32.
+
+    Raises:
+        ValueError: the number of pictures is not 1 + 4 n.
+    """
+    if video.dim() != 5 or video.shape[2] % FRAMES_PER_LATENT != 1:
+        raise ValueError(f"encode: video must have shape [B, 3, 1 + 4 n, H, W], got {list(video.shape)}")
+    x = video.to(vae.dtype)
+    if vae.config["patch_size"] is not None:
+        x = patchify(x, patch_size=vae.config["patch_size"])
+    caches = _caches(vae.encoder)
+    chunks = [x[:, :, :1], *x[:, :, 1:].split(FRAMES_PER_LATENT, dim=2)]
+    hidden = torch.cat([vae.encoder(chunk, feat_cache=caches, feat_idx=[0]) for chunk in chunks if chunk.shape[2]], 2)
+    mode = vae.quant_conv(hidden).chunk(2, dim=1)[0].float()
+    mean, std = _statistics(vae, mode)
+    return (mode - mean) / std
+
+
+class StreamingDecoder:
+    """Decodes a stream of latents in order; together the pictures equal those of decoding all latents at once.
+
+    Args:
+        vae: the autoencoder; it is only read.
+
+    The first latent ever given is one picture, each later one is four.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan):
+        self._vae = vae
+        self._caches = _caches(vae.decoder)
+        self._begun = False
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """The next pictures.
+
+        Args:
+            latents: [B, z_dim, n, H, W] normalised.
+
+        Returns:
+            [B, 3, 4 n (one picture fewer by 3 at the very beginning), 8 H, 8 W] in -1..1, float32.
+        """
+        vae = self._vae
+        mean, std = _statistics(vae, latents)
+        x = vae.post_quant_conv((latents.float() * std + mean).to(vae.dtype))
+        pictures = []
+        for i in range(x.shape[2]):
+            frame = x[:, :, i : i + 1]
+            pictures.append(vae.decoder(frame, feat_cache=self._caches, feat_idx=[0], first_chunk=not self._begun))
+            self._begun = True
+        video = torch.cat(pictures, dim=2)
+        if vae.config["patch_size"] is not None:
+            video = unpatchify(video, patch_size=vae.config["patch_size"])
+        return video.float().clamp(-1.0, 1.0)
+
+
+def to_video(frames: NDArray[np.uint8]) -> Tensor:
+    """Pictures [F, H, W, 3] uint8 to a video [1, 3, F, H, W] float32 in -1..1."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
+
+
+def to_frames(video: Tensor) -> NDArray[np.uint8]:
+    """Video [1, 3, F, H, W] in -1..1 to pictures [F, H, W, 3] uint8."""
+    pixels = ((video[0].float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
