@@ -303,7 +303,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_every_parameter_learns_from_nothing_and_the_first_steps_lower_the_loss(bf16):
     torch.manual_seed(0)
     model = WanS2VModel(
-        **preset("puppet_tiny", dim=64, ffn_dim=96, num_heads=2, num_layers=3, audio_inject_layers=(0, 2))
+        **preset("puppet_tiny", dim=64, ffn_dim=96, audio_dim=32, num_heads=2, num_layers=3, audio_inject_layers=(0, 2))
     )
     arguments = dict(inputs(height=12, width=12), text=torch.randn(2, 5, 64), audio=torch.randn(2, 2, 32, 12))
     del arguments["pose"]
