@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotations of every model family, against numbers of the official code and float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import Tensor
+
+from talkingdit import ops
+from talkingdit.ops import RopeLayout, Segment
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "rope3d.safetensors"
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+CASES = ["framepack_d32", "hunyuan_ref_tm1", "hunyuan_small", "s2v_d128", "wan_pad_d128", "wan_plain_d32"]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def wan_split(d: int) -> tuple[int, int, int]:
+    return d - 4 * (d // 6), 2 * (d // 6), 2 * (d // 6)
+
+
+def s2v_segment(start: list[int], end: list[int], span: list[int]) -> Segment:
+    """Positions of Wan-S2V: integers cut from evenly spaced points; time before the video counts backwards."""
+    axes = []
+    for first, stop, size in zip(start, end, span, strict=True):
+        if first < 0:
+            axes.append(-np.linspace(-first, -first - size + 1, stop - first).astype(int))
+        else:
+            axes.append(np.linspace(first, first + size - 1, stop - first).astype(int))
+    return Segment(*axes)
+
+
+def golden_layouts(spec: dict[str, Any]) -> list[RopeLayout]:
+    """One layout per sample of a golden case."""
+    if spec["kind"] == "wan":
+        layouts = []
+        for grid in spec["grids"]:
+            total = max(int(np.prod(g)) for g in spec["grids"]) + spec["extra"]
+            segments = [Segment(*(range(n) for n in grid))]
+            if rest := total - int(np.prod(grid)):
+                segments.append(Segment([0] * rest))  # padding is not rotated
+            layouts.append(RopeLayout(segments, wan_split(spec["d"])))
+        return layouts
+    if spec["kind"] == "wan_s2v":
+        return [RopeLayout([s2v_segment(*segment) for segment in spec["segs"]], wan_split(spec["d"]))]
+    if spec["kind"] == "hunyuan":
+        frames, height, width = spec["sizes"]
+        times = [spec["concat"]["bias"], *range(frames)]
+        return [RopeLayout([Segment(times, range(height), range(width))], spec["dims"], spec["theta"])]
+    return [RopeLayout([Segment(spec["idx"], range(spec["H"]), range(spec["W"]))], spec["dims"], spec["theta"])]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_official_rotations_are_reproduced(case: str) -> None:
+    with safe_open(GOLDEN, "pt") as file:
+        spec = json.loads(file.metadata()["spec"])[case]
+        layouts = golden_layouts(spec)
+        for name in ("q", "k"):
+            x, expected = file.get_tensor(f"{case}/fp32/in/{name}"), file.get_tensor(f"{case}/fp32/out/{name}")
+            for b, layout in enumerate(layouts):
+                assert relative(ops.rope3d(x[b : b + 1], layout), expected[b : b + 1]) < 1e-6
+            packed = ops.rope3d(x.flatten(0, 1)[None], RopeLayout.packed(layouts))
+            assert relative(packed, expected.flatten(0, 1)[None]) < 1e-6
+        x, expected = file.get_tensor(f"{case}/bf16/in/q"), file.get_tensor(f"{case}/bf16/out/q")
+        for b, layout in enumerate(layouts):
+            difference = ops.rope3d(x[b : b + 1], layout).double() - expected[b : b + 1].double()
+            wrong = difference.abs() > 0
+            assert wrong.double().mean() < 2e-3  # the official code rounds twice
+            assert (difference.abs() <= expected[b : b + 1].double().abs() * 2**-7).all()
+
+
+def make_layout(pairing: str = "interleaved", split: tuple[int, ...] = (8, 6, 6)) -> RopeLayout:
+    segments = [
+        Segment(range(3), range(2), range(4)),
+        Segment([30], [0.5, 1.5], [-2.25, 7]),
+        Segment([[-3, -2], [-1]], [[0, 1]], [[0, 1], [2, 3, 4]]),
+    ]
+    return RopeLayout(segments, split, pairing=pairing)
+
+
+def qk_inputs(dtype: torch.dtype, norm: str, tokens: int, dim: int = 20) -> list[Tensor]:
+    q, k = torch.randn(2, tokens, 3, dim), torch.randn(2, tokens, 2, dim)
+    weights = [torch.randn(x.shape[2] * dim if norm == "all_heads" else dim) for x in (q, k)]
+    return [v.to(dtype) for v in (q, k, *weights)]
+
+
+def with_gradients(function: Any, inputs: list[Tensor]) -> list[Tensor]:
+    leaves = [v.detach().clone().requires_grad_() for v in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    probe = torch.Generator().manual_seed(1)
+    loss = sum((o.double() * torch.randn(o.shape, generator=probe, dtype=torch.float64)).sum() for o in outputs)
+    return [v.detach() for v in (*outputs, *torch.autograd.grad(loss, leaves))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
+@pytest.mark.parametrize("norm", ["none", "all_heads", "per_head"])
+def test_error_is_at_most_twice_that_of_eager(dtype: torch.dtype, pairing: str, norm: str) -> None:
+    layout = make_layout(pairing)
+    if norm == "none":
+        inputs = [torch.randn(2, len(layout), 3, 20).to(dtype)]
+        ours, eager = (lambda x: ops.rope3d(x, layout)), (lambda x: ops.rope3d_reference(x, layout))
+    else:
+        inputs = qk_inputs(dtype, norm, len(layout))
+        ours = lambda *v: ops.qk_norm_rope3d(*v, layout, norm=norm)  # noqa: E731
+        eager = lambda *v: ops.qk_norm_rope3d_reference(*v, layout, norm=norm)  # noqa: E731
+    exact = with_gradients(eager, [v.double() for v in inputs])
+    floor = 4 * torch.finfo(dtype).eps if dtype == torch.float64 else 0.0
+    for a, b, truth in zip(with_gradients(ours, inputs), with_gradients(eager, inputs), exact, strict=True):
+        assert relative(a, truth) <= 2 * relative(b, truth) + floor
+
+
+def test_mean_of_positions_is_a_plain_mean_of_rotations() -> None:
+    x = torch.randn(1, 1, 1, 8, dtype=torch.float64)
+    both = ops.rope3d(x, RopeLayout([Segment([[1, 4]])], (8,)))
+    each = [ops.rope3d(x, RopeLayout([Segment([p])], (8,))) for p in (1, 4)]
+    torch.testing.assert_close(both, (each[0] + each[1]) / 2)
+
+
+def test_inverse_undoes_the_rotation_and_relative_positions_alone_matter() -> None:
+    layout = make_layout()
+    x = torch.randn(1, len(layout), 2, 20, dtype=torch.float64)
+    plain = RopeLayout(layout.segments[:2], layout.split)
+    y = ops.rope3d(x[:, : len(plain)], plain)
+    torch.testing.assert_close(ops.rope3d(y, plain, inverse=True), x[:, : len(plain)])
+    near, far = (RopeLayout([Segment([t, t + 3])], (20,)) for t in (0, 1000))
+    pair = torch.randn(1, 2, 1, 20, dtype=torch.float64)
+    dots = [(r[0, 0, 0] * r[0, 1, 0]).sum() for r in (ops.rope3d(pair, near), ops.rope3d(pair, far))]
+    torch.testing.assert_close(dots[0], dots[1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(*[st.integers(1, 4)] * 3), min_size=1, max_size=4),
+    pairs=st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(1, 9)),
+    heads=st.integers(1, 3),
+    half=st.booleans(),
+    data=st.data(),
+)
+def test_shards_and_strides_change_nothing(
+    sizes: list[tuple[int, int, int]], pairs: tuple[int, int, int], heads: int, half: bool, data: Any
+) -> None:
+    segments = [Segment(*(np.random.default_rng(n).normal(size=n) * 9 for n in size)) for size in sizes]
+    layout = RopeLayout(segments, [2 * p for p in pairs], pairing="half" if half else "interleaved")
+    dim = 2 * sum(pairs)
+    wide = torch.randn(2, len(layout), 3, heads, dim + 5)
+    x = wide[:, :, 1, :, :dim].transpose(1, 2).contiguous().transpose(1, 2)  # heads before tokens in memory
+    whole = ops.rope3d(x, layout)
+    assert relative(whole, ops.rope3d_reference(x.double(), layout)) < 2e-7
+    torch.testing.assert_close(ops.rope3d(wide[:, :, 1, :, :dim], layout), whole, rtol=0, atol=0)
+    cut = data.draw(st.integers(0, len(layout)))
+    parts = [ops.rope3d(x[:, :cut], layout), ops.rope3d(x[:, cut:], layout, token_offset=cut)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=0)
+    weight = torch.randn(heads * dim)
+    whole = ops.qk_norm_rope3d(x, x, weight, weight, layout)[0]
+    part = ops.qk_norm_rope3d(x[:, cut:], x[:, cut:], weight, weight, layout, token_offset=cut)[0]
+    torch.testing.assert_close(part, whole[:, cut:], rtol=0, atol=0)
+
+
+def test_out_receives_the_result_also_in_place() -> None:
+    layout = make_layout("half")
+    x = torch.randn(2, len(layout), 3, 20, dtype=torch.bfloat16)
+    expected = ops.rope3d(x, layout)
+    assert torch.equal(ops.rope3d(x, layout, out=torch.empty_like(x)), expected)
+    copy = x.clone()
+    assert ops.rope3d(copy, layout, out=copy) is copy
+    assert torch.equal(copy, expected)
+    weight = torch.randn(60)
+    expected_q, expected_k = ops.qk_norm_rope3d(x, x, weight, weight, layout)
+    q, k = x.clone(), x.clone()
+    ops.qk_norm_rope3d(q, k, weight, weight, layout, out=(q, k))
+    assert torch.equal(q, expected_q)
+    assert torch.equal(k, expected_k)
+
+
+def test_large_results_are_right_too() -> None:
+    """Beyond the size of the last cache results are written past it."""
+    layout = RopeLayout([Segment(range(6), range(30), range(52))])
+    x = torch.randn(1, len(layout), 12, 128)
+    sample = slice(4321, 4400)
+    y = ops.rope3d(x, layout)[:, sample]
+    torch.testing.assert_close(y, ops.rope3d_reference(x[:, sample], layout, token_offset=4321), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["all_heads", "per_head"])
+def test_gradcheck(norm: str) -> None:
+    layout = make_layout(split=(2, 4, 2))
+    tokens = len(layout)
+    inputs = [v.requires_grad_() for v in qk_inputs(torch.float64, norm, tokens, 8)]
+    assert torch.autograd.gradcheck(lambda *v: ops.qk_norm_rope3d(*v, layout, norm=norm), inputs, fast_mode=True)
+    x = torch.randn(1, tokens, 1, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: ops.rope3d(v, layout, inverse=True), x)
+    assert torch.autograd.gradgradcheck(lambda v: ops.rope3d(v, layout), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    layout = make_layout()
+    x = torch.randn(2, len(layout), 3, 20, dtype=dtype, requires_grad=True)
+    table, segments = layout.tables(x.device, x.dtype)
+    rotation = (table, segments, layout.pairs, True)
+    torch.library.opcheck(torch.ops.talkingdit.rope3d.default, (x, *rotation, 0, False))
+    weight = torch.randn(60, requires_grad=True)
+    torch.library.opcheck(torch.ops.talkingdit.norm_rope3d.default, (x, weight, *rotation, 0, False, 1e-6))
+    plain = x.detach()
+    torch.library.opcheck(torch.ops.talkingdit.rope3d_out.default, (plain, *rotation, 0, False, torch.empty_like(x)))
+    torch.library.opcheck(
+        torch.ops.talkingdit.norm_rope3d_backward.default, (plain, plain, weight.detach(), *rotation, 0, False, 1e-6)
+    )
+
+
+def test_compiles_into_one_graph_with_dynamic_shapes() -> None:
+    layout = make_layout()
+
+    def model(q: Tensor, weight: Tensor, offset: int) -> Tensor:
+        a, b = ops.qk_norm_rope3d(q * 2, q, weight, weight, layout, token_offset=offset)
+        return ops.rope3d(a, layout, token_offset=offset) + b
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, begin, end in ((1, 0, len(layout)), (2, 3, 20), (3, 7, 11)):
+        q = torch.randn(batch, end - begin, 3, 20, requires_grad=True)
+        weight = torch.randn(60, requires_grad=True)
+        grads = []
+        for function in (model, compiled):
+            result = function(q, weight, begin)
+            grads.append((result, *torch.autograd.grad(result.square().sum(), (q, weight))))
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_same_bits_whenever_it_runs() -> None:
+    layout = RopeLayout([Segment(range(8), range(10), range(10))], (8, 6, 6))
+    inputs = qk_inputs(torch.float32, "all_heads", len(layout))
+    runs = [with_gradients(lambda *v: ops.qk_norm_rope3d(*v, layout), inputs) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_no_tokens_are_no_problem() -> None:
+    layout = make_layout()
+    x, weight = torch.empty(2, 0, 3, 20, requires_grad=True), torch.randn(60, requires_grad=True)
+    q, _ = ops.qk_norm_rope3d(x, x, weight, weight, layout)
+    q.sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+def test_errors_say_what_is_wrong() -> None:
+    layout = make_layout()
+    x = torch.randn(1, len(layout), 2, 20)
+    with pytest.raises(ValueError, match=r"rope3d: x must have 4 dimensions \[B, N, H, D\], got shape \(2, 3\)"):
+        ops.rope3d(torch.randn(2, 3), layout)
+    with pytest.raises(ValueError, match=r"rope3d: split \(8, 6, 6\) is for head dim 20, got head dim 16"):
+        ops.rope3d(x[..., :16], layout)
+    with pytest.raises(ValueError, match=r"inside the layout of \d+ tokens, got tokens 1 to"):
+        ops.rope3d(x, layout, token_offset=1)
+    with pytest.raises(TypeError, match="x must be float32, float64, bfloat16 or float16, got"):
+        ops.rope3d(x.long(), layout)
+    with pytest.raises(TypeError, match="layout must be a RopeLayout, got list"):
+        ops.rope3d(x, [layout])  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="out= has no gradient"):
+        ops.rope3d(x.requires_grad_(), layout, out=torch.empty_like(x))
+    with pytest.raises(ValueError, match=r"q_weight must have shape \[H\*D\] = \(40,\), got \(20,\)"):
+        ops.qk_norm_rope3d(x, x, torch.ones(20), torch.ones(20), layout)
+    with pytest.raises(ValueError, match="norm must be 'all_heads' or 'per_head', got 'rows'"):
+        ops.qk_norm_rope3d(x, x, torch.ones(20), torch.ones(20), layout, norm="rows")
+    with pytest.raises(ValueError, match="Segment: t\\[1\\] must be a finite position"):
+        Segment([0, float("nan")])
+    with pytest.raises(ValueError, match="split must be 1 or 3 even channel counts"):
+        RopeLayout([Segment([0])], (3, 2, 2))
+    with pytest.raises(ValueError, match="pairing must be 'interleaved' or 'half', got 'both'"):
+        RopeLayout([Segment([0])], (2,), pairing="both")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
+@pytest.mark.parametrize("norm", ["all_heads", "per_head"])
+def test_cuda_agrees_with_cpu(dtype: torch.dtype, pairing: str, norm: str) -> None:
+    layout = make_layout(pairing)
+    inputs = qk_inputs(dtype, norm, len(layout))
+    tolerance = 4 * torch.finfo(dtype).eps
+    for function in (
+        lambda q, k, *w: ops.qk_norm_rope3d(q, k, *w, layout, norm=norm),
+        lambda q, k, *w: (ops.rope3d(q, layout), ops.rope3d(k, layout), w[0] * 1, w[1] * 1),
+    ):
+        expected = with_gradients(function, inputs)
+        got = with_gradients(lambda *v, f=function: tuple(o.cpu() for o in f(*(t.cuda() for t in v))), inputs)
+        for a, b in zip(got, expected, strict=True):
+            assert relative(a, b) < tolerance
