@@ -155,7 +155,9 @@ def recorded_prompts(source: Source, out: Path) -> Iterator[tuple[str, str | Non
                 yield (name, texts.get(name), piece) if len(pieces) == 1 else (f"{name}#{number}", None, piece)
 
 
-PEOPLE = "my sister|the teacher|our neighbour|a young doctor|the old captain|every farmer|Maria|the boy|her uncle|nobody"
+PEOPLE = (
+    "my sister|the teacher|our neighbour|a young doctor|the old captain|every farmer|Maria|the boy|her uncle|nobody"
+)
 DEEDS = (
     "bought|painted|found|washed|carried|opened|remembered|borrowed|measured|wrapped up|threw away|asked for|showed me"
 )

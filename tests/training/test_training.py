@@ -92,7 +92,9 @@ def _loss(trainer):
     trainer.rng = np.random.default_rng(5)
     torch.manual_seed(5)
     with torch.no_grad():
-        return float(np.mean([trainer.loss(trainer.clips.batch(trainer.rng, 4, first))[0].mean() for first in (True, False)]))
+        return float(
+            np.mean([trainer.loss(trainer.clips.batch(trainer.rng, 4, first))[0].mean() for first in (True, False)])
+        )
 
 
 def test_every_latent_of_a_clip_comes_with_its_own_audio_and_past(world):
