@@ -17,13 +17,13 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors import safe_open
 from safetensors.torch import save_file
+from talkingdit.models.audio import SpeechFeatures, normalise_loudness
+from talkingdit.pipelines.media import read_audio
+from talkingdit.puppets.visemes import visemes_from_audio
 from torch import Tensor
 from tqdm import tqdm
 
-from talkingdit.models.audio import SpeechFeatures, normalise_loudness
-from talkingdit.pipelines.media import read_audio
 from talkingdit.puppets.render import mouth_boxes, render
-from talkingdit.puppets.visemes import visemes_from_audio
 from talkingdit.puppets.world import Motion, Scene
 from training.config import DataConfig, ModelConfig
 
