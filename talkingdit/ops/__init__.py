@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops: functions on tensors, each with a readable reference ``<name>_reference`` of the same contract."""
 
+from talkingdit.ops._framepack_segments import framepack_segments
 from talkingdit.ops._rope_layout import RopeLayout, Segment
+from talkingdit.ops.audio_attention import audio_attention, audio_attention_reference
+from talkingdit.ops.framepack import Bucket, bucket_grid, framepack, framepack_reference, init_bucket_weight
 from talkingdit.ops.modulate import (
     gate_residual,
     gate_residual_norm_modulate,
@@ -14,12 +17,20 @@ from talkingdit.ops.qk_norm_rope3d import qk_norm_rope3d, qk_norm_rope3d_referen
 from talkingdit.ops.rope3d import rope3d, rope3d_reference
 
 __all__ = [
+    "Bucket",
     "RopeLayout",
     "Segment",
+    "audio_attention",
+    "audio_attention_reference",
+    "bucket_grid",
+    "framepack",
+    "framepack_reference",
+    "framepack_segments",
     "gate_residual",
     "gate_residual_norm_modulate",
     "gate_residual_norm_modulate_reference",
     "gate_residual_reference",
+    "init_bucket_weight",
     "norm_modulate",
     "norm_modulate_reference",
     "qk_norm_rope3d",
