@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training state on disk: written beside its final name and renamed, so that a kill leaves the previous one loadable."""
+"""Training state on disk: written beside its final name and renamed, so that a kill leaves the previous one."""
 
 from __future__ import annotations
 

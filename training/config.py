@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One configuration for a run: dataclasses, read from a TOML file, overridden on the command line (`--optim.lr 1e-3`)."""
+"""One configuration for a run: dataclasses, read from a TOML file, overridden by options like `--optim.lr 1e-3`."""
 
 from __future__ import annotations
 
 import json
 import sys
-import tomllib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +44,7 @@ class ModelConfig:
     preset: str = "puppet_tiny"
     clip_latents: int = 8
     audio_context: int = 8  # feature frames before the clip that the audio encoder sees
-    # Backend of attention while training. On a CPU the backward of PyTorch's fused kernel takes three times the plain one's.
+    # Of attention while training: on a CPU the backward of PyTorch's fused kernel takes three times the plain one's.
     attention_backend: str = "math"
 
 

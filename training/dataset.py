@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import soundfile
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors import safe_open
 from safetensors.torch import save_file
+from talkingdit.models.audio import SpeechFeatures, normalise_loudness
+from talkingdit.puppets.visemes import visemes_from_audio
 from torch import Tensor
 from tqdm import tqdm
 
-from talkingdit.models.audio import SpeechFeatures, normalise_loudness
-from talkingdit.pipelines.media import read_audio
 from talkingdit.puppets.render import mouth_boxes, render
-from talkingdit.puppets.visemes import visemes_from_audio
 from talkingdit.puppets.world import Motion, Scene
 from training.config import DataConfig, ModelConfig
 
@@ -54,7 +54,7 @@ def read_voices(folder: Path, split: Literal["train", "held_out"], fps: int) -> 
     voices = []
     rows = [json.loads(line) for line in index.read_text().splitlines()]
     for row in tqdm([r for r in rows if r["split"] == split], desc=f"voices ({split})", leave=False):
-        waveform = normalise_loudness(read_audio(folder / row["path"], 16000))
+        waveform = normalise_loudness(soundfile.read(folder / row["path"], dtype="float32")[0])
         visemes = visemes_from_audio(waveform, fps)
         frames = len(visemes.opening)
         features = SpeechFeatures(fps=fps)(waveform, frames)

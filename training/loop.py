@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop of one process: flow matching with condition dropout, EMA, exact resume, sync measured on the way."""
+"""The training loop of one process: flow matching, dropout of conditions, EMA, exact resume, sync measured."""
 
 from __future__ import annotations
 

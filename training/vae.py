@@ -26,7 +26,7 @@ from talkingdit.puppets.world import Motion, Scene
 
 # (clips, frames) of a batch, in turn: short ones for variety, long ones so that the causal caches see many chunks.
 CROPPED_SHAPES = ((4, 9), (2, 33))
-WHOLE_SHAPES = ((2, 9), (1, 33))
+WHOLE_SHAPES = ((2, 9), (1, 33), (2, 9), (1, 65))
 CROP = 64  # pixels; convolutions learn the same from a crop, at less than half the cost
 CROPPED_SHARE = 0.7  # of the run
 
@@ -100,7 +100,8 @@ def batches(config: Config, seed: int, progress: Callable[[], float]) -> Iterato
     index = 0
     while True:
         cropped = progress() < CROPPED_SHARE
-        clips, frames = (CROPPED_SHAPES if cropped else WHOLE_SHAPES)[index % 2]
+        shapes = CROPPED_SHAPES if cropped else WHOLE_SHAPES
+        clips, frames = shapes[index % len(shapes)]
         index += 1
         drawn = [sample_clip(rng, frames, config.size) for _ in range(clips)]
         video = torch.from_numpy(np.stack([d[0] for d in drawn])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
@@ -123,15 +124,13 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
 def reconstruction_loss(output: Tensor, target: Tensor, weight: Tensor, edge_weight: float) -> Tensor:
     """Weighted L1 on pixels and on their spatial differences, which keeps outlines sharp."""
     loss = (weight * (output - target).abs()).mean()
-    for got, want, w in zip(
-        edges(output), edges(target), (weight[..., 1:, :], weight[..., :, 1:]), strict=True
-    ):
+    for got, want, w in zip(edges(output), edges(target), (weight[..., 1:, :], weight[..., :, 1:]), strict=True):
         loss = loss + 0.5 * edge_weight * (w * (got - want).abs()).mean()
     return loss
 
 
 @torch.no_grad()
-def measure_latent_statistics(vae: AutoencoderKLWan, config: Config, clips: int = 24) -> tuple[list[float], list[float]]:
+def latent_statistics(vae: AutoencoderKLWan, config: Config, clips: int = 24) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of every latent channel over rendered clips of 33 frames."""
     rng = np.random.default_rng(10_000 + config.seed)
     means = []
@@ -174,11 +173,15 @@ def main(config: Config) -> None:
         )
         temporary.replace(state_file)
 
-    progress = tqdm(total=100, unit="%", initial=0, bar_format="{l_bar}{bar}| {elapsed} {postfix}")
+    bar = tqdm(total=100, unit="%", initial=0, bar_format="{l_bar}{bar}| {elapsed} {postfix}")
+
+    def progress() -> float:
+        return elapsed / (60 * config.minutes)
+
     running = None
     started = time.monotonic()
-    for video, weight in batches(config, config.seed + 1 + step, lambda: elapsed / (60 * config.minutes)):
-        share = elapsed / (60 * config.minutes)
+    for video, weight in batches(config, config.seed + 1 + step, progress):
+        share = progress()
         if share >= 1 or step >= config.max_steps:
             break
         warmup = min(1.0, (step + 1) / 200)
@@ -202,16 +205,17 @@ def main(config: Config) -> None:
         now = time.monotonic()
         elapsed, started = elapsed + now - started, now
         running = reconstruction.item() if running is None else 0.98 * running + 0.02 * reconstruction.item()
-        progress.n = round(100 * share, 1)
-        progress.set_postfix(step=step, loss=f"{running:.4f}", kl=f"{kl.item():.2f}", std=f"{posterior.std.mean():.3f}")
+        bar.n = round(100 * share, 1)
+        bar.set_postfix(step=step, loss=f"{running:.4f}", kl=f"{kl.item():.2f}", std=f"{posterior.std.mean():.3f}")
         if step % config.save_every == 0:
             save()
     save()
-    mean, std = measure_latent_statistics(averaged, config)
+    mean, std = latent_statistics(averaged, config)
     averaged.register_to_config(latents_mean=mean, latents_std=std)
     averaged.save_pretrained(config.out / "vae")
     record = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-    (config.out / "vae" / "training.json").write_text(json.dumps({"steps": step, "seconds": elapsed, **record}, indent=1))
+    record |= {"steps": step, "seconds": elapsed}
+    (config.out / "vae" / "training.json").write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Videos of held-out characters speaking with held-out voices while training goes on, and what the probe says of them."""
+"""While training goes on, held-out characters speak with held-out voices; the probe says how well."""
 
 from __future__ import annotations
 

@@ -155,21 +155,24 @@ def recorded_prompts(source: Source, out: Path) -> Iterator[tuple[str, str | Non
                 yield (name, texts.get(name), piece) if len(pieces) == 1 else (f"{name}#{number}", None, piece)
 
 
-PEOPLE = "my sister|the teacher|our neighbour|a young doctor|the old captain|every farmer|Maria|the boy|her uncle|nobody"
+PEOPLE = (
+    "my sister|the teacher|our neighbour|a young doctor|the old captain|every farmer|Maria|the boy|her uncle|nobody"
+)
 DEEDS = (
     "bought|painted|found|washed|carried|opened|remembered|borrowed|measured|wrapped up|threw away|asked for|showed me"
 )
 THINGS = (
-    "a blue umbrella|the heavy box|three yellow apples|an enormous cake|the broken clock|a wooden chair|some fresh bread"
-    "|the little garden|a pair of shoes|four bottles of juice|the evening paper|a map of the valley|two green lamps"
+    "a blue umbrella|the heavy box|three yellow apples|an enormous cake|the broken clock|a wooden chair"
+    "|some fresh bread|the little garden|a pair of shoes|four bottles of juice|the evening paper"
+    "|a map of the valley|two green lamps"
 )
 PLACES = (
     "in the kitchen|near the river|at the station|behind the church|on the way home|by the window|under the old bridge"
     "|across the street|in a small village|at the edge of the forest"
 )
 TIMES = (
-    "this morning|a year ago|before breakfast|on Thursday afternoon|after the storm|in the middle of winter|every evening"
-    "|while we were waiting|as soon as it was light|without saying a word"
+    "this morning|a year ago|before breakfast|on Thursday afternoon|after the storm|in the middle of winter"
+    "|every evening|while we were waiting|as soon as it was light|without saying a word"
 )
 QUESTIONS = "How do you know that|Who told you that|Are you sure|Would you believe|Did you hear that|Is it true that"
 

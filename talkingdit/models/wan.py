@@ -25,7 +25,6 @@ from talkingdit.models.wan_conditions import (
     key_mask,
     sequence_layout,
 )
-from talkingdit.nn import _ops
 from talkingdit.nn.attention import attention
 from talkingdit.nn.layers import Float32Linear, LayerNorm, PatchConv3d, RMSNorm, timestep_embedding, wide
 from talkingdit.ops import RopeLayout
@@ -50,7 +49,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, layout: RopeLayout, mask: Tensor | None, backend: str) -> Tensor:
         """x [B, N, dim], mask bool [B, N] of keys -> [B, N, dim]."""
         q, k, v = (linear(x).unflatten(-1, (self.num_heads, -1)) for linear in (self.q, self.k, self.v))
-        q, k = _ops.qk_norm_rope3d(q, k, self.norm_q.weight, self.norm_k.weight, layout, eps=self.eps)
+        q, k = ops.qk_norm_rope3d(q, k, self.norm_q.weight, self.norm_k.weight, layout, eps=self.eps)
         return self.o(attention(q, k, v, mask=mask, backend=backend).flatten(2))
 
 

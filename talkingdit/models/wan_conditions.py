@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from talkingdit.models.wan_audio import RATE
 from talkingdit.ops import RopeLayout, Segment
 
 KeyValue = tuple[Tensor, Tensor]
+Packing = tuple[tuple[int, ...], str, str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +40,11 @@ class WanConditions:
     audio_kv: tuple[KeyValue, ...] | None = None  # per injection: k, v [B, F, A, H, D]
 
 
-@functools.lru_cache(maxsize=64)
 def sequence_layout(
     grid: tuple[int, int, int],
     head_dim: int,
     reference_time: float | None = None,
-    past: int | tuple[tuple[int, ...], str, str, int] | None = None,
+    past: int | Packing | None = None,
 ) -> RopeLayout:
     """Places of the sequence [noisy | reference | history].
 
@@ -54,6 +55,16 @@ def sequence_layout(
         past: latent frames of a history that is not packed, or (buckets, drop_mode, padding, add_last_motion) of a
             `FramePacker`, or None.
     """
+    if torch.compiler.is_compiling():
+        frames, rows, columns = (operator.index(size) for size in grid)
+        return _TracedLayout((frames, rows, columns), head_dim, reference_time, past)
+    return _layout(grid, head_dim, reference_time, past)
+
+
+@functools.lru_cache(maxsize=64)
+def _layout(
+    grid: tuple[int, int, int], head_dim: int, reference_time: float | None, past: int | Packing | None
+) -> RopeLayout:
     frames, rows, columns = grid
     segments = [Segment(range(frames), range(rows), range(columns))]
     if reference_time is not None:
@@ -63,8 +74,38 @@ def sequence_layout(
     elif past is not None:
         buckets, drop_mode, padding, add_last = past
         segments += packed_segments(buckets, drop_mode, padding, 2 * rows, 2 * columns, add_last)
+    return RopeLayout(segments, split=head_split(head_dim))
+
+
+def head_split(head_dim: int) -> tuple[int, int, int]:
+    """Channels of a head that turn with time, height and width."""
     side = 2 * (head_dim // 6)
-    return RopeLayout(segments, split=(head_dim - 2 * side, side, side))
+    return head_dim - 2 * side, side, side
+
+
+@torch.compiler.assume_constant_result
+def _length(*place: Any) -> int:
+    return len(_layout(*place))
+
+
+@torch.compiler.assume_constant_result
+def _tables(device: torch.device, dtype: torch.dtype, *place: Any) -> tuple[Tensor, Tensor]:
+    return _layout(*place).tables(device, dtype)
+
+
+class _TracedLayout(RopeLayout):
+    """A layout that the compiler can hold: its tables are constants of the graph, its sizes plain numbers."""
+
+    def __init__(self, *place: Any):
+        self.place = place
+        self.split = head_split(place[1])
+        self.pairs = [channels // 2 for channels in self.split]
+        self.dim = sum(self.split)
+        self.pairing = "interleaved"
+        self.length = _length(*place)
+
+    def tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return _tables(device, dtype, *self.place)
 
 
 def dropped(name: str, drop: bool | Sequence[bool] | Tensor, batch: int, device: torch.device | str) -> bool | Tensor:

@@ -7,16 +7,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from talkingdit.ops import rope3d
-
-
-def qk_norm_rope3d(q, k, q_weight, k_weight, layout, eps=1e-6, norm="all_heads", token_offset=0):
-    def f(x, w):
-        y = F.rms_norm(x.flatten(2).float(), (w.shape[0],), w.float(), eps).view_as(x)
-        return rope3d(y, layout, token_offset).to(x.dtype)
-
-    return f(q, q_weight), f(k, k_weight)
-
 
 def audio_attention(q, k, v, tokens_per_frame, token_offset=0):
     b, n, h, d = q.shape

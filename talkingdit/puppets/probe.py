@@ -136,7 +136,7 @@ def _template(frames: Image, drawings: Image, box: tuple[float, float, float, fl
 
 
 def _draw(who: Identity, size: int, expression: str = "neutral", opening: float = 0.0) -> Image:
-    """The probe's own drawing of somebody, without what it does not measure (logo, eye colour, width): [size, size, 3]."""
+    """The probe's own drawing of somebody, [size, size, 3]; logo, eyes and mouth width are not measured."""
     character = Character(who.skin, who.hair_style, who.hair, who.shirt, "circle", "white", "brown")
     mouth = np.array([[opening]], np.float32)
     return render(Scene((character,), (expression,)), mouth, np.full_like(mouth, 0.5), [Motion.still(1)], size)[0]
@@ -228,7 +228,7 @@ def measure_probe_error(
     """The probe's own error on drawn frames with random openings, sway and blinks (known truth).
 
     Returns correlation `r`, `slope` and `rms` of the opening, share of frames with the right `identity` and
-    `expression`; with `calibrate`, the raw height's `closed_height` and `opening_height` instead of using the constants.
+    `expression`; with `calibrate`, the raw height's `closed_height` and `opening_height` for the constants above.
     """
     rng = np.random.default_rng(seed)
     truth, heights, identity, expression = [], [], [], []

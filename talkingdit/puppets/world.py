@@ -170,7 +170,7 @@ class Scene:
 
 @dataclass
 class Motion:
-    """How one person moves besides talking: head offsets [F] in frame sizes, eyelids [F] (1 open), background phase [F]."""
+    """How one person moves besides talking: head offset (frame sizes), eyelids (1 open), backdrop phase, all [F]."""
 
     dx: FloatArray
     dy: FloatArray

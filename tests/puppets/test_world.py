@@ -49,7 +49,8 @@ def test_of_two_people_the_one_who_talks_is_found():
     openings[1, :16] = rng.random(16)
     openings[0, 16:] = rng.random(16)
     reading = probe(draw(scene, openings), people=2)
-    assert (reading.speaker[4:12] == 1).all() and (reading.speaker[20:28] == 0).all()
+    assert (reading.speaker[4:12] == 1).all()
+    assert (reading.speaker[20:28] == 0).all()
     assert all(reading.identity_share(p, scene.characters[p]) > 0.9 for p in range(2))
 
 
@@ -71,8 +72,10 @@ def test_mouth_boxes_hold_every_pixel_that_talking_changes():
     wide = render(scene, np.ones((1, 1), np.float32), np.ones((1, 1), np.float32), motion)[0]
     rows, columns = np.nonzero(np.any(shut != wide, axis=-1))
     x0, y0, x1, y1 = mouth_boxes(scene, motion)[0, 0] * 96
-    assert columns.min() >= x0 - 1 and columns.max() <= x1 + 1
-    assert rows.min() >= y0 - 1 and rows.max() <= y1 + 1
+    assert columns.min() >= x0 - 1
+    assert columns.max() <= x1 + 1
+    assert rows.min() >= y0 - 1
+    assert rows.max() <= y1 + 1
 
 
 def test_held_out_characters_are_never_drawn_for_training():

@@ -92,7 +92,9 @@ def _loss(trainer):
     trainer.rng = np.random.default_rng(5)
     torch.manual_seed(5)
     with torch.no_grad():
-        return float(np.mean([trainer.loss(trainer.clips.batch(trainer.rng, 4, first))[0].mean() for first in (True, False)]))
+        return float(
+            np.mean([trainer.loss(trainer.clips.batch(trainer.rng, 4, first))[0].mean() for first in (True, False)])
+        )
 
 
 def test_every_latent_of_a_clip_comes_with_its_own_audio_and_past(world):
@@ -100,7 +102,8 @@ def test_every_latent_of_a_clip_comes_with_its_own_audio_and_past(world):
     clips = PuppetClips(config.data, config.model)
     rng = np.random.default_rng(0)
     first, later = clips.batch(rng, 6, True), clips.batch(rng, 6, False)
-    assert first["history"] is None and first["audio_history"] is None
+    assert first["history"] is None
+    assert first["audio_history"] is None
     videos = [v for v in clips.videos]
     for i in range(6):
         video, start = _find(videos, later["latents"][i])
@@ -141,7 +144,8 @@ def test_mouth_cells_cover_the_box_of_each_latents_frames():
     cells = mouth_cells(boxes, 12)
     assert cells.shape == (3, 12, 12)
     assert cells[0].sum() == cells[1].sum() == 4 * 3  # columns 4..7, rows 6..8
-    assert cells[2, 0, 0] and not cells[1, 0, 0]
+    assert cells[2, 0, 0]
+    assert not cells[1, 0, 0]
 
 
 def test_missing_voices_and_broken_checkpoints_get_one_sentence(tmp_path):
