@@ -35,6 +35,7 @@ RopeArgs rope_args(const char* op, const TensorView& x, const TensorView& out, c
         ": segments must be int64 [n, 7]");
   check(pairs.size() == 3 && 2 * (pairs[0] + pairs[1] + pairs[2]) == x.shape[3] && x.shape[3] <= 1024, op,
         ": split does not fit the head dim");
+  check(x.shape[0] <= 65535, op, ": at most 65535 samples");
   check(token_offset >= 0, op, ": token_offset must not be negative");
   RopeArgs args{};
   args.x = x.data;

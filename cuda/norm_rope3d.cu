@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant
   const RopeArgs& args = all.rope;
   const int half = args.dim / 2, lane = int(threadIdx.x) & 31;
   C *cos_row = reinterpret_cast<C*>(shared), *sin_row = cos_row + half;
-  for (int64_t item = blockIdx.x; item < args.batch * args.tokens; item += gridDim.x) {
-    const int64_t b = item / args.tokens, n = item - b * args.tokens;
+  for (int64_t n = blockIdx.x; n < args.tokens; n += gridDim.x) {
+    const int64_t b = blockIdx.y;
     load_rotation(args, n, cos_row, sin_row);
     C r = all.per_head ? C(0) : token_factor<T>(args, b, n, all.eps, scratch);
     for (int64_t h = int(threadIdx.x) >> 5; h < args.heads; h += kWarps) {
@@ -72,61 +72,74 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant
   }
 }
 
-// One block per token of a sample: dx = r (w g - x r^2 mean(w g x)), with g the gradient rotated back (args.inverse is
-// set).
+// The gradient of one pair, rotated back (args.inverse is set).
 template <class T>
-__global__ void __launch_bounds__(kThreads) backward_rows(const __grid_constant__ NormRopeGradArgs grads) {
+struct RotatedGradient {
+  compute_t<T> first, second;
+  __device__ __forceinline__ RotatedGradient(const RopeArgs& args, const T* grad, int p, const compute_t<T>* cos_row,
+                                             const compute_t<T>* sin_row) {
+    using C = compute_t<T>;
+    const C u = C(grad[pair_first(args, p)]), v = C(grad[pair_second(args, p)]);
+    first = u * cos_row[p] - v * sin_row[p];
+    second = v * cos_row[p] + u * sin_row[p];
+  }
+};
+
+// One block per token of a sample: dx = r (w g - x r^2 mean(w g x)), with g the gradient rotated back; the mean is over
+// each head (PerHead) or all of them.
+template <class T, bool PerHead>
+__global__ void __launch_bounds__(kThreads, 1) backward_rows(const __grid_constant__ NormRopeGradArgs grads) {
   using C = compute_t<T>;
   extern __shared__ __align__(16) char shared[];
   __shared__ C scratch[32];
   const NormRopeArgs& all = grads.forward;
   const RopeArgs& args = all.rope;
-  const int half = args.dim / 2, lane = int(threadIdx.x) & 31;
+  const int half = args.dim / 2, lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5;
+  const int heads = int(args.heads);
   C *cos_row = reinterpret_cast<C*>(shared), *sin_row = cos_row + half;
-  for (int64_t item = blockIdx.x; item < args.batch * args.tokens; item += gridDim.x) {
-    const int64_t b = item / args.tokens, n = item - b * args.tokens;
-    load_rotation(args, n, cos_row, sin_row);
-    C r = all.per_head ? C(0) : token_factor<T>(args, b, n, all.eps, scratch);
-    if (!all.per_head && threadIdx.x == 0) static_cast<C*>(grads.stats)[item] = r;
-    // Pass 0 sums w g x, over all heads or each head; pass 1 writes. Per head, both passes are taken head by head.
+  const int64_t b = blockIdx.y;
+  const auto head_dot = [&](int h, int64_t n) {
+    const T* x = rope_head<const T>(args.x, args.x_strides, b, n, h);
+    const T* grad = rope_head<const T>(grads.grad, grads.grad_strides, b, n, h);
+    const C* weight = static_cast<const C*>(all.weight) + (PerHead ? 0 : h * args.dim);
     C dot = C(0);
-    for (int pass = all.per_head ? 1 : 0; pass < 2; ++pass) {
-      for (int64_t h = int(threadIdx.x) >> 5; h < args.heads; h += kWarps) {
-        const T* x = rope_head<const T>(args.x, args.x_strides, b, n, h);
-        const T* grad = rope_head<const T>(grads.grad, grads.grad_strides, b, n, h);
-        T* grad_x = rope_head<T>(args.out, args.out_strides, b, n, h);
-        const C* weight = static_cast<const C*>(all.weight) + (all.per_head ? 0 : h * args.dim);
-        const auto rotated = [&](int p, C& gi, C& gj) {
-          const C u = C(grad[pair_first(args, p)]), v = C(grad[pair_second(args, p)]), c = cos_row[p], s = sin_row[p];
-          gi = u * c - v * s;
-          gj = v * c + u * s;
-        };
-        if (pass == 0 || all.per_head) {
-          C head_dot = C(0);
-          for (int p = lane; p < half; p += 32) {
-            const int i = pair_first(args, p), j = pair_second(args, p);
-            C gi, gj;
-            rotated(p, gi, gj);
-            head_dot += gi * weight[i] * C(x[i]) + gj * weight[j] * C(x[j]);
-          }
-          head_dot = warp_sum(head_dot);
-          dot = all.per_head ? head_dot / C(args.dim) : dot + head_dot;
-        }
-        if (pass == 0) continue;
-        if (all.per_head) {
-          r = inverse_root(head_squares(x, args.dim) / C(args.dim) + C(all.eps));
-          if (lane == 0) static_cast<C*>(grads.stats)[item * args.heads + h] = r;
-        }
-        const C pull = dot * r * r;
-        for (int p = lane; p < half; p += 32) {
-          const int i = pair_first(args, p), j = pair_second(args, p);
-          C gi, gj;
-          rotated(p, gi, gj);
-          grad_x[i] = T(r * (gi * weight[i] - C(x[i]) * pull));
-          grad_x[j] = T(r * (gj * weight[j] - C(x[j]) * pull));
-        }
+#pragma unroll 1
+    for (int p = lane; p < half; p += 32) {
+      const RotatedGradient<T> g(args, grad, p, cos_row, sin_row);
+      const int i = pair_first(args, p), j = pair_second(args, p);
+      dot += g.first * weight[i] * C(x[i]) + g.second * weight[j] * C(x[j]);
+    }
+    return warp_sum(dot);
+  };
+  for (int64_t n = blockIdx.x; n < args.tokens; n += gridDim.x) {
+    load_rotation(args, n, cos_row, sin_row);
+    C* stats = static_cast<C*>(grads.stats) + (b * args.tokens + n) * (PerHead ? heads : 1);
+    C r = C(0), mean = C(0);
+    if constexpr (!PerHead) {
+      r = token_factor<T>(args, b, n, all.eps, scratch);
+      if (threadIdx.x == 0) *stats = r;
+      for (int h = warp; h < heads; h += kWarps) mean += head_dot(h, n);
+      mean = sum_of_warps(mean, scratch) / C(heads * args.dim);
+    }
+    for (int h = warp; h < heads; h += kWarps) {
+      const T* x = rope_head<const T>(args.x, args.x_strides, b, n, h);
+      if constexpr (PerHead) {
+        r = inverse_root(head_squares(x, args.dim) / C(args.dim) + C(all.eps));
+        mean = head_dot(h, n) / C(args.dim);
+        if (lane == 0) stats[h] = r;
       }
-      if (pass == 0) dot = sum_of_warps(dot, scratch) / C(args.heads * args.dim);
+      const T* grad = rope_head<const T>(grads.grad, grads.grad_strides, b, n, h);
+      T* grad_x = rope_head<T>(args.out, args.out_strides, b, n, h);
+      const C* weight = static_cast<const C*>(all.weight) + (PerHead ? 0 : h * args.dim);
+      const C pull = mean * r * r;
+#pragma unroll 1
+      for (int p = lane; p < half; p += 32) {
+        const RotatedGradient<T> g(args, grad, p, cos_row, sin_row);
+        const int i = pair_first(args, p), j = pair_second(args, p);
+        const C xi = C(x[i]), xj = C(x[j]);
+        grad_x[i] = T(r * (g.first * weight[i] - xi * pull));
+        grad_x[j] = T(r * (g.second * weight[j] - xj * pull));
+      }
     }
     __syncthreads();
   }
@@ -139,14 +152,14 @@ __global__ void __launch_bounds__(kThreads) backward_partial(const __grid_consta
   const NormRopeArgs& all = grads.forward;
   const RopeArgs& args = all.rope;
   const int half = args.dim / 2;
-  const int64_t chunk = blockIdx.x, b = chunk / grads.chunks_per_sample, j0 = chunk - b * grads.chunks_per_sample;
+  const int64_t b = blockIdx.z, j0 = blockIdx.x, chunk = b * grads.chunks_per_sample + j0;
   const int64_t begin = j0 * grads.chunk_tokens;
   const int64_t end = begin + grads.chunk_tokens < args.tokens ? begin + grads.chunk_tokens : args.tokens;
-  const int64_t pairs = all.per_head ? half : args.heads * half;
+  const int pairs = all.per_head ? half : int(args.heads) * half;
   for (int64_t pair = int64_t(blockIdx.y) * kThreads + threadIdx.x; pair < pairs;
        pair += int64_t(gridDim.y) * kThreads) {
     const int64_t first = pair / half, last = all.per_head ? args.heads : first + 1;
-    const int p = int(pair - first * half), i = pair_first(args, p), j = pair_second(args, p);
+    const int p = pair - int(first) * half, i = pair_first(args, p), j = pair_second(args, p);
     C sum_i = C(0), sum_j = C(0);
     RopeCursor cursor(args.segments, args.segment_count, args.token_offset + begin);
     for (int64_t n = begin; n < end; ++n) {
@@ -180,9 +193,8 @@ __global__ void __launch_bounds__(kThreads) backward_weight(const C* partial, C*
   total[i] = sum;
 }
 
-unsigned blocks_for(const RopeArgs& args) {
-  const int64_t items = args.batch * args.tokens;
-  return unsigned(items < kMaxBlocks ? items : kMaxBlocks);
+dim3 blocks_for(const RopeArgs& args) {
+  return dim3(unsigned(args.tokens < kMaxBlocks ? args.tokens : kMaxBlocks), unsigned(args.batch));
 }
 
 }  // namespace
@@ -205,10 +217,16 @@ void norm_rope3d_backward(const NormRopeGradArgs& given, cudaStream_t stream) {
   dispatch_float(rope.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using C = compute_t<T>;
-    backward_rows<T><<<blocks_for(rope), kThreads, size_t(rope.dim) * sizeof(C), stream>>>(args);
+    const size_t shared = size_t(rope.dim) * sizeof(C);
+    if (args.forward.per_head) {
+      backward_rows<T, true><<<blocks_for(rope), kThreads, shared, stream>>>(args);
+    } else {
+      backward_rows<T, false><<<blocks_for(rope), kThreads, shared, stream>>>(args);
+    }
     TD_CHECK_LAUNCH("norm_rope3d_backward");
     const unsigned tiles = unsigned((width / 2 + kThreads - 1) / kThreads);
-    backward_partial<T><<<dim3(unsigned(chunks), tiles), kThreads, 0, stream>>>(args);
+    backward_partial<T>
+        <<<dim3(unsigned(args.chunks_per_sample), tiles, unsigned(rope.batch)), kThreads, 0, stream>>>(args);
     TD_CHECK_LAUNCH("norm_rope3d_backward");
     backward_weight<C><<<unsigned((width + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
         static_cast<const C*>(args.partial), static_cast<C*>(args.grad_weight), chunks, width);

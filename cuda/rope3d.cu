@@ -9,7 +9,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 20;
 
-// One block per token: the token's rotation goes to shared memory once and is applied to every head of every sample.
+// One block per token of a sample: the token's rotation goes to shared memory once and is applied to every head.
 template <class T>
 __global__ void __launch_bounds__(kThreads) rope3d_kernel(const __grid_constant__ RopeArgs args) {
   using C = compute_t<T>;
@@ -19,8 +19,8 @@ __global__ void __launch_bounds__(kThreads) rope3d_kernel(const __grid_constant_
   for (int64_t n = blockIdx.x; n < args.tokens; n += gridDim.x) {
     load_rotation(args, n, cos_row, sin_row);
     const int lane = int(threadIdx.x) & 31;
-    for (int64_t head = int(threadIdx.x) >> 5; head < args.batch * args.heads; head += kThreads / 32) {
-      const int64_t b = head / args.heads, h = head - b * args.heads;
+    const int64_t b = blockIdx.y;
+    for (int64_t h = int(threadIdx.x) >> 5; h < args.heads; h += kThreads / 32) {
       const T* x = rope_head<const T>(args.x, args.x_strides, b, n, h);
       T* out = rope_head<T>(args.out, args.out_strides, b, n, h);
       for (int p = lane; p < half; p += 32) {
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) rope3d_kernel(const __grid_constant_
 }  // namespace
 
 void rope3d(const RopeArgs& args, cudaStream_t stream) {
-  const unsigned blocks = unsigned(args.tokens < kMaxBlocks ? args.tokens : kMaxBlocks);
+  const dim3 blocks(unsigned(args.tokens < kMaxBlocks ? args.tokens : kMaxBlocks), unsigned(args.batch));
   dispatch_float(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     rope3d_kernel<T><<<blocks, kThreads, size_t(args.dim) * sizeof(compute_t<T>), stream>>>(args);

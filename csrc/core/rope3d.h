@@ -51,10 +51,12 @@ struct RopeCursor {
       }
     }
     segment = segments + low;
-    const int64_t local = index - segment->begin, plane = segment->height * segment->width;
-    f = local / plane;
-    y = (local - f * plane) / segment->width;
-    x = local - f * plane - y * segment->width;
+    // A layout has less than 2^31 tokens (checked where it is made): 32-bit divisions.
+    const uint32_t local = uint32_t(index - segment->begin), width = uint32_t(segment->width);
+    const uint32_t line = local / width, height = uint32_t(segment->height);
+    f = line / height;
+    y = line - uint32_t(f) * height;
+    x = local - line * width;
   }
 
   // Moves to the next token without a division. Says how many axes moved: 1 (w), 2 (h, w) or 3 (all, perhaps a new

@@ -70,7 +70,7 @@ class RopeLayout:
         pairing: "interleaved" pairs channels (2 i, 2 i + 1), "half" pairs (i, i + D / 2).
 
     Raises:
-        ValueError: no segment, an odd split, theta <= 0, or an unknown pairing.
+        ValueError: no segment, an odd split, theta <= 0, an unknown pairing, or too many tokens.
     """
 
     def __init__(
@@ -96,6 +96,8 @@ class RopeLayout:
         self.pairs = [channels // 2 for channels in self.split]
         self.dim = sum(self.split)
         self.length = sum(len(segment) for segment in self.segments)
+        if self.length >= 2**31:
+            raise ValueError(f"RopeLayout: a layout must have fewer than 2**31 tokens, got {self.length}")
         self._table, self._index = self._build()
         self._on_device: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
