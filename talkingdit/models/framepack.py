@@ -5,51 +5,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from talkingdit.nn import _ops
-from talkingdit.ops import Segment
+from talkingdit import ops
 
 # Kernels of the buckets, newest bucket first: full size, halved and quartered in time, height and width.
 KERNELS = ((1, 2, 2), (2, 4, 4), (4, 8, 8))
 
 
-def truncated_linspace(first: float, last: float, count: int) -> list[int]:
-    """`count` positions from first to last, truncated to integers: the official grid of subsampled positions."""
-    return [int(p) for p in np.linspace(first, last, count).astype(int)]
-
-
-def first_bucket(drop_mode: str, add_last: int) -> int:
-    """Index of the newest bucket that gives tokens."""
-    return 2 - add_last if drop_mode == "drop" else 0
-
-
 def packed_segments(
     buckets: Sequence[int], drop_mode: str, padding: str, height: int, width: int, add_last: int = 2
-) -> list[Segment]:
+) -> list[ops.Segment]:
     """Places of the tokens that a `FramePacker` of these settings makes of latents of this height and width.
 
     A bucket that begins n frames before the clip starts at t = -n and strides over its range; heights and widths stride
-    over the patch grid of the video.
+    over the patch grid of the video, all truncated to integers.
     """
+    total = sum(buckets)
+    return ops.framepack_segments(
+        _buckets(buckets, drop_mode, add_last), (height, width), range(-total, 0), padding=padding
+    )
+
+
+def _buckets(
+    counts: Sequence[int], drop_mode: str, add_last: int, projections: Sequence[nn.Conv3d] | None = None
+) -> list[ops.Bucket]:
+    """The buckets that give tokens, newest first, in a buffer of sum(counts) frames."""
     found = []
-    begin = 0
-    for i, (count, (kt, kh, kw)) in enumerate(zip(buckets, KERNELS, strict=True)):
-        begin += count
-        if i < first_bucket(drop_mode, add_last):
-            continue
-        rows, columns = (
-            size // kernel if padding == "none" else -(-size // kernel) for size, kernel in ((height, kh), (width, kw))
-        )
-        if rows == 0 or columns == 0:
-            continue
-        t = [-p for p in truncated_linspace(begin, begin - count + 1, count // kt)]
-        h = truncated_linspace(0, height // 2 - 1, rows)
-        w = truncated_linspace(0, width // 2 - 1, columns)
-        found.append(Segment(t, h, w))
+    end = sum(counts)
+    for i, (count, kernel) in enumerate(zip(counts, KERNELS, strict=True)):
+        if drop_mode == "padd" or i >= 2 - add_last:
+            weight, bias = (None, None) if projections is None else (projections[i].weight, projections[i].bias)
+            found.append(ops.Bucket(range(end - count, end), kernel, weight, bias))
+        end -= count
     return found
 
 
@@ -95,19 +84,7 @@ class FramePacker(nn.Module):
         if self.drop_mode == "padd" and add_last < 2:
             blank = sum(self.buckets[: 2 - add_last])
             latents = F.pad(latents[:, :, :-blank], (0, 0, 0, 0, 0, blank))
-        parts = []
-        end = frames
         projections = (self.proj, self.proj_2x, self.proj_4x)
-        for i, (count, projection) in enumerate(zip(self.buckets, projections, strict=True)):
-            if i >= first_bucket(self.drop_mode, add_last):
-                part = latents[:, :, end - count : end]
-                _, kh, kw = KERNELS[i]
-                if self.padding == "none":
-                    part = part[..., : part.shape[3] // kh * kh, : part.shape[4] // kw * kw]
-                if part.numel() == 0:  # smaller than one patch: the bucket has no tokens
-                    continue
-                bucket = _ops.Bucket(count, KERNELS[i], projection.weight, projection.bias)
-                padding = "zero" if self.padding == "none" else self.padding
-                parts.append(_ops.framepack(part, [bucket], padding=padding))
-            end -= count
-        return torch.cat(parts, dim=1)
+        return ops.framepack(
+            latents, _buckets(self.buckets, self.drop_mode, add_last, projections), padding=self.padding
+        )

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talkingdit import ops
-from talkingdit.nn import _ops
 from talkingdit.nn.layers import Float32Linear, LayerNorm, RMSNorm, wide
 
 # Audio features per latent frame: the causal convolutions halve the rate twice.
@@ -158,7 +157,7 @@ class AudioCrossAttention(CrossAttention):
         if key_value is None:
             assert tokens is not None
             key_value = self.key_value(tokens)
-        out = _ops.audio_attention(self.query(x), *key_value, tokens_per_frame=tokens_per_frame)
+        out = ops.audio_attention(self.query(x), *key_value, tokens_per_frame=tokens_per_frame)
         return self.o(out.flatten(2))
 
 
