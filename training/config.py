@@ -44,8 +44,6 @@ class ModelConfig:
     preset: str = "puppet_tiny"
     clip_latents: int = 8
     audio_context: int = 8  # feature frames before the clip that the audio encoder sees
-    # Of attention while training: on a CPU the backward of PyTorch's fused kernel takes three times the plain one's.
-    attention_backend: str = "math"
 
 
 @dataclass

@@ -23,8 +23,6 @@ def export(
     shutil.rmtree(temporary, ignore_errors=True)
     for name, network in (("transformer", transformer), ("text_encoder", text_encoder), ("vae", vae)):
         copy = type(network).from_config(network.config)
-        if name == "transformer":  # the backend that suits training is not for those who generate
-            copy.register_to_config(attention_backend="auto")
         copy.load_state_dict(network.state_dict())
         copy.to(torch.bfloat16).save_pretrained(temporary / name)
     pipeline_settings(config).save(temporary / "pipeline.json")

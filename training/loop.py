@@ -62,7 +62,7 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config
         torch.manual_seed(config.run.seed)
-        settings = preset(config.model.preset, attention_backend=config.model.attention_backend)
+        settings = preset(config.model.preset)
         self.networks = Networks(WanS2VModel(**settings), PromptEncoder(settings["text_dim"], settings["text_len"]))
         self.averaged = copy.deepcopy(self.networks).requires_grad_(False).eval()
         self.optimizers = build_optimizers(self.networks, config)
