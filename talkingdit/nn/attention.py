@@ -40,7 +40,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, ba
             raise ValueError(
                 f"attention: mask must have the shape of the keys {(k.shape[0], k.shape[1])}, got {tuple(mask.shape)}"
             )
-        mask = mask[:, None, None, :].expand(-1, 1, q.shape[1], -1)
+        mask = mask[:, None, None, :]
     dtype = q.dtype
     if q.is_cpu and dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
         # The CPU's backward in half precision is slower than in float32, seven times with few keys.
