@@ -21,11 +21,6 @@ AudioWorkspace workspace(const AudioAttentionArgs& args, bool backward) {
                         args.slots, backward);
 }
 
-// Distance from a row to the one that is needed next: the next head, or the first head of the next block.
-TD_INLINE int64_t distance_ahead(const int64_t* strides, int64_t h, int64_t first_head, int64_t end_head, int lanes) {
-  return h + 1 < end_head ? strides[2] : lanes * strides[1] - (h - first_head) * strides[2];
-}
-
 template <class T, bool Stream>
 void forward_heads(const AudioAttentionArgs& args, AudioScratch<T>& scratch, int64_t b, int64_t first, int64_t end,
                    int64_t first_head, int64_t end_head) {
@@ -33,18 +28,34 @@ void forward_heads(const AudioAttentionArgs& args, AudioScratch<T>& scratch, int
   constexpr int lanes = kLanes<C>;
   const PackedAudio<T>& packed = scratch.packed;
   const int keys = int(packed.count), vecs = int((args.dim + lanes - 1) / lanes);
-  const bool in_place = RowBlock<T>::in_place(args.dim);
+  // Few keys read a row once or twice; more are worth converting it once for all of them.
+  const bool direct = args.dim % lanes == 0 && (std::is_same_v<T, C> || keys <= 2 * kKeyBlock);
   RowBlock<T> block;
   T* out[lanes];
   for (int64_t n = first; n < end; n += lanes) {
     const int count = end - n < lanes ? int(end - n) : lanes;
+    // While the heads are worked on, the rows of the next block are fetched in the order they lie in memory.
+    const T* upcoming = static_cast<const T*>(args.q) + b * args.q_strides[0] + (n + lanes) * args.q_strides[1];
+    int64_t row_ahead = 0, head_ahead = first_head;
     for (int64_t h = first_head; h < end_head; ++h) {
       const int64_t at = (h - first_head) * packed.count * packed.stride;
-      const int64_t ahead = distance_ahead(args.q_strides, h, first_head, end_head, lanes);
       const T* q =
           static_cast<const T*>(args.q) + b * args.q_strides[0] + n * args.q_strides[1] + h * args.q_strides[2];
-      block.set(q, args.q_strides[1], count, args.dim, packed.stride, ahead, scratch.staging);
-      dot_rows(block.rows, packed.keys + at, packed.stride, keys, vecs, in_place ? ahead : 0, scratch.scores);
+      if (direct) {
+        const T *rows[lanes], *next[lanes];
+        for (int t = 0; t < lanes; ++t) {
+          rows[t] = q + (t < count ? t : count - 1) * args.q_strides[1];
+          next[t] = upcoming + row_ahead * args.q_strides[1] + head_ahead * args.q_strides[2];
+          if (++head_ahead == end_head) {
+            head_ahead = first_head;
+            ++row_ahead;
+          }
+        }
+        dot_rows(rows, packed.keys + at, packed.stride, keys, vecs, next, scratch.scores);
+      } else {
+        block.set(q, args.q_strides[1], count, args.dim, packed.stride, scratch.staging);
+        dot_rows<C>(block.rows, packed.keys + at, packed.stride, keys, vecs, nullptr, scratch.scores);
+      }
       int64_t begin = 0;
       for (int64_t p = 0; p < args.speakers; ++p) {
         softmax_keys(scratch.scores, begin, packed.speaker_end[p]);
@@ -137,14 +148,12 @@ void backward_heads(const AudioAttentionArgs& args, AudioScratch<T>& scratch, co
       C* grad_k = partial + (h - first_head) * sizes.partial;
       C* grad_v = grad_k + sizes.partial / 2;
       q.set(static_cast<const T*>(args.q) + b * args.q_strides[0] + n * args.q_strides[1] + h * args.q_strides[2],
-            args.q_strides[1], count, args.dim, stride, 0, scratch.staging);
+            args.q_strides[1], count, args.dim, stride, scratch.staging);
       grad.set(static_cast<const T*>(args.grad_out) + b * args.grad_out_strides[0] + n * args.grad_out_strides[1] +
                    h * args.grad_out_strides[2],
-               args.grad_out_strides[1], count, args.dim, stride, 0, scratch.grad_staging);
-      dot_rows(q.rows, packed.keys + at, stride, keys, vecs,
-               distance_ahead(args.q_strides, h, first_head, end_head, lanes), scratch.scores);
-      dot_rows(grad.rows, packed.values + at, stride, keys, vecs,
-               distance_ahead(args.grad_out_strides, h, first_head, end_head, lanes), scratch.grad_scores);
+               args.grad_out_strides[1], count, args.dim, stride, scratch.grad_staging);
+      dot_rows<C>(q.rows, packed.keys + at, stride, keys, vecs, nullptr, scratch.scores);
+      dot_rows<C>(grad.rows, packed.values + at, stride, keys, vecs, nullptr, scratch.grad_scores);
       backward_scores(args, scratch, b, h, n, count);
       for (int t = 0; t < count; ++t)
         out[t] = static_cast<T*>(args.out) + b * args.out_strides[0] + (n + t) * args.out_strides[1] +

@@ -15,8 +15,7 @@ struct RowBlock {
   using C = compute_t<T>;
   const C* rows[kLanes<C>];
 
-  TD_INLINE void set(const T* first, int64_t stride, int count, int64_t dim, int64_t padded, int64_t ahead,
-                     C* staging) {
+  TD_INLINE void set(const T* first, int64_t stride, int count, int64_t dim, int64_t padded, C* staging) {
     constexpr int lanes = kLanes<C>;
     if constexpr (std::is_same_v<T, C>) {
       if (dim % lanes == 0) {
@@ -30,15 +29,10 @@ struct RowBlock {
       const T* source = first + t * stride;
       C* target = staging + t * padded;
       int64_t d = 0;
-      for (; d + lanes <= dim; d += lanes) {
-        if (ahead != 0 && d * int64_t(sizeof(T)) % 64 == 0) __builtin_prefetch(source + d + ahead);
-        store(target + d, load(source + d));
-      }
+      for (; d + lanes <= dim; d += lanes) store(target + d, load(source + d));
       if (d < dim) store(target + d, load_part(source + d, int(dim - d)));
     }
   }
-  // May rows be read in place, so that fetching ahead is left to the reader?
-  static bool in_place(int64_t dim) { return std::is_same_v<T, C> && dim % kLanes<C> == 0; }
 };
 
 // Keys (times the softmax scale) and values of the heads [first_head, end_head) that the tokens of one frame attend to,

@@ -13,21 +13,24 @@ constexpr int kKeyBlock = 6, kRowBlock = 4;
 constexpr int kKeyBlock = 2, kRowBlock = 2;
 #endif
 
-// scores[c][t] = rows[t] . keys[c] for KC keys. `ahead`: distance to what the next call will read, fetched meanwhile.
-template <int KC, class C>
-TD_INLINE void dot_keys(const C* const* rows, const C* keys, int64_t key_stride, int vecs, int64_t ahead, C* scores) {
+// scores[c][t] = rows[t] . keys[c] for KC keys. `next`: rows to fetch meanwhile, or null.
+template <int KC, class T, class C>
+TD_INLINE void dot_keys(const T* const* rows, const C* keys, int64_t key_stride, int vecs, const T* const* next,
+                        C* scores) {
   constexpr int lanes = kLanes<C>, group = lanes < 4 ? lanes : 4, groups = lanes / group;
   Vec<C> parts[KC][groups];
 #pragma GCC unroll 4
   for (int g = 0; g < groups; ++g) {
+    if (next != nullptr) {
+      for (int t = 0; t < group; ++t)
+        for (int d = 0; d < vecs * lanes; d += 64 / int(sizeof(T))) __builtin_prefetch(next[g * group + t] + d, 0, 2);
+    }
     Vec<C> acc[KC][group] = {};
     for (int i = 0; i < vecs; ++i) {
       Vec<C> x[group];
 #pragma GCC unroll 4
       for (int t = 0; t < group; ++t) {
-        const C* source = rows[g * group + t] + i * lanes;
-        x[t] = load(source);
-        if (ahead != 0) __builtin_prefetch(source + ahead);
+        x[t] = load(rows[g * group + t] + i * lanes);
       }
 #pragma GCC unroll 8
       for (int c = 0; c < KC; ++c) {
@@ -44,31 +47,32 @@ TD_INLINE void dot_keys(const C* const* rows, const C* keys, int64_t key_stride,
 }
 
 // scores[a][t] = rows[t] . keys[a] for all `count` keys. Rows and keys hold `vecs` full registers.
-template <class C>
-void dot_rows(const C* const* rows, const C* keys, int64_t key_stride, int count, int vecs, int64_t ahead, C* scores) {
-  for (int a = 0; a < count; a += kKeyBlock, ahead = 0) {
+template <class T, class C>
+void dot_rows(const T* const* rows, const C* keys, int64_t key_stride, int count, int vecs, const T* const* next,
+              C* scores) {
+  for (int a = 0; a < count; a += kKeyBlock, next = nullptr) {
     const C* key = keys + a * key_stride;
     C* target = scores + a * kLanes<C>;
     switch (count - a) {
       case 1:
-        dot_keys<1>(rows, key, key_stride, vecs, ahead, target);
+        dot_keys<1>(rows, key, key_stride, vecs, next, target);
         break;
 #if defined(TD_ISA_avx512)
       case 2:
-        dot_keys<2>(rows, key, key_stride, vecs, ahead, target);
+        dot_keys<2>(rows, key, key_stride, vecs, next, target);
         break;
       case 3:
-        dot_keys<3>(rows, key, key_stride, vecs, ahead, target);
+        dot_keys<3>(rows, key, key_stride, vecs, next, target);
         break;
       case 4:
-        dot_keys<4>(rows, key, key_stride, vecs, ahead, target);
+        dot_keys<4>(rows, key, key_stride, vecs, next, target);
         break;
       case 5:
-        dot_keys<5>(rows, key, key_stride, vecs, ahead, target);
+        dot_keys<5>(rows, key, key_stride, vecs, next, target);
         break;
 #endif
       default:
-        dot_keys<kKeyBlock>(rows, key, key_stride, vecs, ahead, target);
+        dot_keys<kKeyBlock>(rows, key, key_stride, vecs, next, target);
     }
   }
 }

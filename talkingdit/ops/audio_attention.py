@@ -58,7 +58,7 @@ def _run(
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
     out = empty(q.shape, q)
-    _run(q, k, v, *options, out=out)
+    _run(*(q, k, v, *options, out))
     return out
 
 
