@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Second stage of the autoencoder: its decoder learns streams of any length, the encoder stays as it is.
+
+`python -m training.vae_stream --vae runs/vae/vae --out runs/vae/long --minutes 12`
+
+The first stage sees at most 65 frames, but generation decodes without end through causal caches, where small errors
+could add up. Here videos of up to 161 frames are decoded in windows with the caches carried over (truncated
+back-propagation through time). Latents do not change, so a transformer can be trained on them at the same time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
+from torch import Tensor
+from tqdm import tqdm
+
+from talkingdit.pipelines.vae import FRAMES_PER_LATENT
+from training.vae import Config as FirstStage
+from training.vae import reconstruction_loss, sample_clip
+
+WINDOW = 4  # latents decoded between two steps of the optimiser
+
+
+@dataclass
+class Config:
+    vae: Path = Path("runs/vae/vae")
+    out: Path = Path("runs/vae/long")
+    minutes: float = 12.0
+    size: int = 96
+    streams: int = 2  # videos decoded side by side, at different places
+    learning_rate: float = 5e-4
+    latent_noise: float = 0.1  # of the normalised latents' spread: generated latents are never exact
+    edge_weight: float = 0.5
+    ema: float = 0.995
+    seed: int = 1
+    threads: int = 1
+
+
+class Stream:
+    """One video being decoded: its latents, its frames, and the decoder's caches up to where it is."""
+
+    def __init__(self, vae: AutoencoderKLWan, rng: np.random.Generator, config: Config) -> None:
+        frames = 1 + FRAMES_PER_LATENT * int(rng.integers(8, 41))
+        drawn, box = sample_clip(rng, frames, config.size)
+        self.video = torch.from_numpy(drawn).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            self.latents = vae.encode(self.video).latent_dist.mode().float()
+        spread = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+        self.latents = self.latents + config.latent_noise * rng.random() * spread * torch.randn_like(self.latents)
+        weight = torch.ones(1, 1, 1, config.size, config.size)
+        first = FirstStage()
+        weight[..., int(0.25 * config.size) : int(0.72 * config.size), :] = first.face_weight
+        x0, y0, x1, y1 = (box * config.size).astype(int)
+        weight[..., y0:y1, x0:x1] = first.mouth_weight
+        self.weight = weight / weight.mean()
+        self.caches: list[Any] = [None] * sum(isinstance(m, WanCausalConv3d) for m in vae.decoder.modules())
+        self.place = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.place >= self.latents.shape[2]
+
+    def decode(self, vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
+        """The next window's output and target, [1, 3, f, S, S]; gradients reach back to the window's beginning."""
+        self.caches = [cache.detach() if isinstance(cache, Tensor) else cache for cache in self.caches]
+        end = min(self.place + WINDOW, self.latents.shape[2])
+        pictures = []
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = vae.post_quant_conv(self.latents[:, :, self.place : end])
+            for i in range(end - self.place):
+                part = hidden[:, :, i : i + 1]
+                first = self.place + i == 0
+                pictures.append(vae.decoder(part, feat_cache=self.caches, feat_idx=[0], first_chunk=first))
+        output = unpatchify(torch.cat(pictures, 2), patch_size=vae.config.patch_size).float()
+        start = 0 if self.place == 0 else FRAMES_PER_LATENT * (self.place - 1) + 1
+        target = self.video[:, :, start : start + output.shape[2]]
+        self.place = end
+        return output, target
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    rng = np.random.default_rng(config.seed)
+    vae = AutoencoderKLWan.from_pretrained(config.vae).train()
+    averaged = AutoencoderKLWan.from_pretrained(config.vae).requires_grad_(False)
+    vae.requires_grad_(False)
+    trained = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    kept = [*averaged.decoder.parameters(), *averaged.post_quant_conv.parameters()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    streams: list[Stream | None] = [None] * config.streams
+    bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed} {postfix}")
+    step, running = 0, None
+    started = time.monotonic()
+    while (share := (time.monotonic() - started) / (60 * config.minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * share))
+        loss = torch.zeros(())
+        for i, stream in enumerate(streams):
+            current = Stream(vae, rng, config) if stream is None or stream.ended else stream
+            streams[i] = current
+            output, target = current.decode(vae)
+            loss = loss + reconstruction_loss(output, target, current.weight, config.edge_weight) / config.streams
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        keep = min(config.ema, (step + 1) / (step + 10))
+        torch._foreach_lerp_(kept, [p.detach() for p in trained], 1 - keep)
+        step += 1
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        bar.n = round(100 * share, 1)
+        bar.set_postfix(step=step, loss=f"{running:.4f}")
+    bar.close()
+    averaged.save_pretrained(config.out)
+    record = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()} | {"steps": step}
+    (config.out / "training.json").write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
