@@ -164,7 +164,8 @@ DEEDS = (
 THINGS = (
     "a blue umbrella|the heavy box|three yellow apples|an enormous cake|the broken clock|a wooden chair"
     "|some fresh bread|the little garden|a pair of shoes|four bottles of juice|the evening paper"
-    "|a map of the valley|two green lamps"
+    "|a map of the valley"
+    "|two green lamps"
 )
 PLACES = (
     "in the kitchen|near the river|at the station|behind the church|on the way home|by the window|under the old bridge"

@@ -122,8 +122,9 @@ def align_phones(waveform: np.ndarray, text: str) -> list[tuple[str, float, floa
     words = re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower())
     if not words:
         raise UserError(f"visemes: the transcript must hold English words, got {text[:40]!r}")
-    # Wide beams: the acoustic model knows neither these speakers nor synthetic voices.
-    decoder = Decoder(lm=None, beam=1e-80, wbeam=1e-60, pbeam=1e-80, loglevel="FATAL")
+    # Wide beams: the acoustic model knows neither these speakers nor synthetic voices. The search for a best path
+    # through the word lattice may give word times that leave no room for the phones, so it is off.
+    decoder = Decoder(lm=None, beam=1e-80, wbeam=1e-60, pbeam=1e-80, bestpath=False, loglevel="FATAL")
     unknown = [word for word in words if decoder.lookup_word(word) is None]
     if unknown:
         raise UserError(f"visemes: the word {unknown[0]!r} of the transcript is not in the pronouncing dictionary")
@@ -151,8 +152,8 @@ def align_phones(waveform: np.ndarray, text: str) -> list[tuple[str, float, floa
         phones = [phone for word in aligned for phone in word]
     except RuntimeError as error:
         raise UserError(
-            f"visemes: the transcript ({len(words)} words, beginning {' '.join(words)[:30]!r}) could not be aligned with "
-            f"{len(waveform) / RATE:.1f} s of sound: expected the words spoken in this order ({error})"
+            f"visemes: the transcript ({len(words)} words, beginning {' '.join(words)[:30]!r}) could not be aligned "
+            f"with {len(waveform) / RATE:.1f} s of sound: expected the words spoken in this order ({error})"
         ) from None
     step = 1 / 100  # pocketsphinx counts frames of 10 ms
     return [(p.name if p.name in PHONES else "SIL", p.start * step, (p.start + p.duration) * step) for p in phones]
