@@ -13,16 +13,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from talkingdit._native_loader import build_info
-    from talkingdit.nn import accelerate, restore
 
 _LAZY = {
     "build_info": "talkingdit._native_loader",
-    "accelerate": "talkingdit.nn",
-    "restore": "talkingdit.nn",
 }
 _SUBMODULES = ("data", "eval", "models", "nn", "ops", "pipelines", "puppets")
 
-__all__ = ["__version__", "accelerate", "build_info", "restore", *_SUBMODULES]
+__all__ = ["__version__", "build_info", *_SUBMODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from talkingdit.models.text import PromptEncoder
 
 from talkingdit.models import WanS2VModel, preset
 from talkingdit.models.checkpoints import PipelineSettings, save_checkpoint
+from talkingdit.models.text import PromptEncoder
 
 
 def make_vae(z_dim: int = 16) -> AutoencoderKLWan:

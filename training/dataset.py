@@ -15,15 +15,15 @@ from typing import Any, Literal
 import numpy as np
 import soundfile
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from safetensors import safe_open
 from safetensors.torch import save_file
-from talkingdit.models.audio import SpeechFeatures, normalise_loudness
-from talkingdit.puppets.visemes import visemes_from_audio
 from torch import Tensor
 from tqdm import tqdm
 
+from talkingdit.models.audio import SpeechFeatures, normalise_loudness
 from talkingdit.puppets.render import mouth_boxes, render
+from talkingdit.puppets.visemes import visemes_from_audio
 from talkingdit.puppets.world import Motion, Scene
 from training.config import DataConfig, ModelConfig
 
@@ -80,7 +80,7 @@ def encode_video(vae: AutoencoderKLWan, frames: np.ndarray) -> Tensor:
     """uint8 frames [4K + 1, S, S, 3] -> normalised latents [16, K + 1, S/8, S/8]."""
     video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     latents = vae.encode(video).latent_dist.mode()[0].float()
-    mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
+    mean, std = torch.tensor(vae.config["latents_mean"]), torch.tensor(vae.config["latents_std"])
     return (latents - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
 
 

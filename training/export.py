@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from talkingdit.models.text import PromptEncoder
 from talkingdit.models.wan import WanS2VModel
@@ -21,10 +23,9 @@ def export(
     """Save transformer, prompt encoder and autoencoder in bfloat16 with `pipeline.json`, whole or not at all."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    for name, network in (("transformer", transformer), ("text_encoder", text_encoder), ("vae", vae)):
-        copy = type(network).from_config(network.config)
-        copy.load_state_dict(network.state_dict())
-        copy.to(torch.bfloat16).save_pretrained(temporary / name)
+    networks: dict[str, Any] = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+    for name, network in networks.items():
+        copy.deepcopy(network).to(torch.bfloat16).save_pretrained(temporary / name)
     pipeline_settings(config).save(temporary / "pipeline.json")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -38,7 +38,8 @@ class Networks(nn.Module):
 def build_optimizers(networks: Networks, config: Config) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside blocks and audio injectors, AdamW for everything else (all, if `muon_lr` is 0)."""
     o = config.optim
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in networks.named_parameters():
         inner = ".blocks." in name or ".injector." in name
         (matrices if o.muon_lr > 0 and inner and parameter.ndim == 2 else others).append(parameter)
@@ -179,11 +180,11 @@ class Trainer:
             bar.n = round(100 * self.progress(), 1)
             bar.set_postfix(step=self.step, loss=f"{mean_loss:.4f}", **self.validator.latest)
             if self.step % run.validate_every == 0:
-                self.validator.run(self.averaged, writer, self.step)
+                self.validator.run(self.averaged.transformer, self.averaged.text_encoder, writer, self.step)
             if self.step % run.save_every == 0:
                 self.save()
         self.save()
-        self.validator.run(self.averaged, writer, self.step)
+        self.validator.run(self.averaged.transformer, self.averaged.text_encoder, writer, self.step)
         export(self.averaged.transformer, self.averaged.text_encoder, self.vae, self.config, run.out / "model")
         bar.close()
         writer.close()

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, unpatchify
 from torch import Tensor
 from tqdm import tqdm
 
@@ -56,7 +55,7 @@ class Stream:
         self.video = torch.from_numpy(drawn).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             self.latents = vae.encode(self.video).latent_dist.mode().float()
-        spread = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+        spread = torch.tensor(vae.config["latents_std"]).view(1, -1, 1, 1, 1)
         self.latents = self.latents + config.latent_noise * rng.random() * spread * torch.randn_like(self.latents)
         weight = torch.ones(1, 1, 1, config.size, config.size)
         first = FirstStage()
@@ -82,7 +81,7 @@ class Stream:
                 part = hidden[:, :, i : i + 1]
                 first = self.place + i == 0
                 pictures.append(vae.decoder(part, feat_cache=self.caches, feat_idx=[0], first_chunk=first))
-        output = unpatchify(torch.cat(pictures, 2), patch_size=vae.config.patch_size).float()
+        output = unpatchify(torch.cat(pictures, 2), patch_size=vae.config["patch_size"]).float()
         start = 0 if self.place == 0 else FRAMES_PER_LATENT * (self.place - 1) + 1
         target = self.video[:, :, start : start + output.shape[2]]
         self.place = end

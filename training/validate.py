@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan
-from torch import nn
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch.utils.tensorboard import SummaryWriter
 
 from talkingdit.models.checkpoints import Checkpoint, PipelineSettings
+from talkingdit.models.text import PromptEncoder
+from talkingdit.models.wan import WanS2VModel
 from talkingdit.pipelines.generate import Sampling, TalkingPipeline
 from talkingdit.puppets.probe import probe
-from talkingdit.puppets.render import render
+from talkingdit.puppets.render import Image, render
 from talkingdit.puppets.world import Motion, Scene
 from training.config import Config
 from training.dataset import read_voices
@@ -53,17 +54,20 @@ class Validator:
             span = slice(start, start + frames)
             self.cases.append((scene, portrait, voice.features[..., span], voice.opening[span]))
 
-    def run(self, networks: nn.Module, writer: SummaryWriter, step: int) -> dict[str, float]:
+    def run(
+        self, transformer: WanS2VModel, text_encoder: PromptEncoder, writer: SummaryWriter, step: int
+    ) -> dict[str, float]:
         """Generate and measure with the given (averaged) networks; logs numbers and the last video."""
         checkpoint = Checkpoint(
-            transformer=networks.transformer,
+            transformer=transformer,
             vae=self.vae,
-            text_encoder=networks.text_encoder,
+            text_encoder=text_encoder,
             settings=pipeline_settings(self.config),
             folder=self.config.run.out,
         )
         pipeline = TalkingPipeline(checkpoint)
-        truth, measured, identity, video = [], [], [], np.zeros(0)
+        truth, measured, identity = [], [], []
+        video: Image = np.zeros((0, 1, 1, 3), np.uint8)
         for scene, portrait, features, opening in self.cases:
             with torch.autocast("cpu", torch.bfloat16):
                 video = np.concatenate(list(pipeline.generate(portrait, features, scene.caption(), Sampling(seed=0))))

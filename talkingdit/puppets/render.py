@@ -85,7 +85,7 @@ class _Canvas:
         mapped = (self.origin + points * self.scale) * self.pixels - (1 << (_SHIFT - 1))
         cv2.fillPoly(self.image, [np.round(mapped).astype(np.int32)], colour, cv2.LINE_AA, _SHIFT)
 
-    def ellipse(self, centre: Sequence[float], radii: Sequence[float], colour: Colour) -> None:
+    def ellipse(self, centre: Sequence[float] | Points, radii: Sequence[float], colour: Colour) -> None:
         self.polygon(np.asarray(centre) + _CIRCLE * np.asarray(radii), colour)
 
     def box(self, x0: float, y0: float, x1: float, y1: float, colour: Colour) -> None:

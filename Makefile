@@ -1,0 +1,45 @@
+# make demo: install into .venv and make a talking video.   make test: install into .venv-test and run every test.
+PYTHON ?= python3
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+# Without a GPU a torch without CUDA does. Kernels are compiled for the GPU at hand, or for one, to see that they compile.
+TORCH := $(if $(GPU),torch>=2.10,torch==2.13.0)
+export TALKINGDIT_CUDA_ARCHS ?= $(if $(GPU),native,90a-real)
+
+NATIVE := pyproject.toml CMakeLists.txt $(wildcard build_backend/* csrc/* csrc/*/* cuda/*)
+PACKAGE := $(NATIVE) $(shell find talkingdit -type f -not -name '*.pyc' -not -name '*.so')
+ASSETS := talkingdit/puppets/assets
+PIP := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	.venv/bin/talkingdit generate --image $(ASSETS)/portrait.png --audio $(ASSETS)/voice.flac \
+	  --prompt "a person with bun red hair wearing a black shirt with a white star logo, happy, talking" \
+	  --output demo.mp4 --sheet demo.png
+
+test: .venv-test/installed
+	.venv-test/bin/python -m pytest
+
+lint: .venv-test/installed
+	.venv-test/bin/ruff check .
+	.venv-test/bin/ruff format --check .
+	.venv-test/bin/mypy
+	.venv-test/bin/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h cuda/*.cu cuda/*.cuh)
+
+# The demo runs on the CPU where there is no GPU; it need not wait for the CUDA compiler then.
+.venv/installed: $(PACKAGE)
+	$(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP) "$(TORCH)"
+	$(if $(GPU),,TALKINGDIT_CUDA=off) .venv/bin/python $(PIP) --force-reinstall --no-deps .
+	.venv/bin/python $(PIP) .
+	touch $@
+
+# Editable, so that the tests see the tree: training/, bench/ and tests/ are not part of the package.
+.venv-test/installed: $(NATIVE)
+	$(PYTHON) -m venv .venv-test
+	.venv-test/bin/python $(PIP) "$(TORCH)"
+	.venv-test/bin/python $(PIP) --editable ".[test,lint]"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-test build demo.mp4 demo.png
