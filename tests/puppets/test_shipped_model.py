@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model in the package has learned to speak: what a user's first video looks like, measured."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import talkingdit
+from talkingdit.models.audio import RATE, SpeechFeatures, normalise_loudness
+from talkingdit.pipelines.media import read_audio
+from talkingdit.puppets.probe import Identity, probe
+from talkingdit.puppets.render import render
+from talkingdit.puppets.visemes import visemes_from_audio
+from talkingdit.puppets.world import Motion, Scene
+
+ASSETS = Path(talkingdit.__file__).parent / "puppets" / "assets"
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    """A held-out character speaks the shipped clip, a voice and a language that training never heard."""
+    from talkingdit.models.checkpoints import load_checkpoint
+    from talkingdit.pipelines.generate import Sampling, TalkingPipeline
+
+    checkpoint = load_checkpoint(ASSETS / "model")
+    scene = Scene.random(np.random.default_rng(12), "held_out")
+    shut = np.zeros((1, 1), np.float32)
+    portrait = render(scene, shut, shut + 0.5, [Motion.still(1)], checkpoint.settings.size)[0]
+    waveform = normalise_loudness(read_audio(ASSETS / "voice.flac", RATE))
+    truth = visemes_from_audio(waveform, 16).opening
+    features = SpeechFeatures(16)(waveform, len(truth))
+    frames = np.concatenate(list(TalkingPipeline(checkpoint).generate(portrait, features, scene.caption(), Sampling())))
+    return scene, truth, frames
+
+
+@pytest.mark.slow
+def test_the_mouth_follows_a_voice_it_has_never_heard(spoken):
+    _, truth, frames = spoken
+    measured = probe(frames).opening[0]
+    lags = {lag: np.corrcoef(truth[4:-4], np.roll(measured, -lag)[4:-4])[0, 1] for lag in range(-4, 5)}
+    assert lags[0] > 0.7
+    assert abs(max(lags, key=lags.get)) <= 1
+    assert 0.6 < np.polyfit(truth, measured, 1)[0] < 1.4
+    assert abs(np.corrcoef(np.roll(truth, len(truth) // 2), measured)[0, 1]) < 0.35
+
+
+@pytest.mark.slow
+def test_the_person_in_the_portrait_stays_that_person(spoken):
+    scene, _, frames = spoken
+    reading = probe(frames)
+    wanted = Identity.of(scene.characters[0])
+    assert np.mean([found == wanted for found in reading.identity[0]]) > 0.9
