@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from talkingdit.models.audio import RATE, SpeechFeatures
 from talkingdit.models.checkpoints import Checkpoint
 from talkingdit.pipelines.guidance import Branch, guidance_branches, guided_step
 from talkingdit.pipelines.vae import FRAMES_PER_LATENT, StreamingDecoder, encode, to_frames, to_video
@@ -113,8 +114,6 @@ class TalkingPipeline:
         Returns:
             [layers, audio_dim, F] with silence to the end of the last clip, and ceil(seconds * fps) <= F.
         """
-        from talkingdit.models.audio import RATE, SpeechFeatures
-
         frames = -(-len(waveform) * self.settings.fps // RATE)
         speech = SpeechFeatures(fps=self.settings.fps)
         return speech(waveform, self.clips(frames) * self.clip_frames), frames

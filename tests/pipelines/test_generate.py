@@ -89,6 +89,12 @@ def test_sound_beyond_the_last_picture_counts_but_is_not_shown(
     )
 
 
+def test_features_last_to_the_end_of_the_last_clip(pipeline: TalkingPipeline) -> None:
+    voice = np.random.default_rng(0).normal(size=16001).astype(np.float32)
+    features, frames = pipeline.features(voice)
+    assert (frames, features.shape[2]) == (17, 24)
+
+
 def test_branches_one_by_one_agree_with_branches_at_once(
     pipeline: TalkingPipeline, portrait: Frames, features: torch.Tensor
 ) -> None:
@@ -172,7 +178,7 @@ def test_wrong_input_is_named_at_the_call(pipeline: TalkingPipeline, portrait: F
 
     refused(portrait[:16], features, match=r"portrait must be uint8 of shape \[32, 32, 3\], got uint8 of shape \[16,")
     refused(portrait.astype(np.float32), features, match="portrait must be uint8")
-    refused(portrait, features[:, :3], match=r"features must have shape \[2, 32, F >= 1\], got \[2, 3, 21\]")
+    refused(portrait, features[:, :3], match=r"features must have shape \[2, 160, F >= 1\], got \[2, 3, 21\]")
     refused(portrait, features[..., :0], match="F >= 1")
     with pytest.raises(ValueError, match="frames must be 1 to 21, as the features are, got 22"):
         pipeline.generate(portrait, features, frames=22)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole job, files in and files out: portrait and voice to an .mp4 with sound, and a preview sheet if wanted.
+
+Everything that can be wrong with the files is found by `prepare`, before a model is loaded. Pictures go from the
+decoder straight to the writer, which gives the file its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from talkingdit.errors import UserError
+from talkingdit.models.audio import RATE, normalise_loudness
+from talkingdit.models.checkpoints import Checkpoint
+from talkingdit.pipelines.generate import Frames, Sampling, TalkingPipeline, fit_portrait
+from talkingdit.pipelines.media import VideoWriter, check_writable, read_audio, read_image
+from talkingdit.pipelines.sheet import preview_sheet, sample_frames
+
+SHEET_PICTURES = 20  # at most, on a preview sheet
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Files that were found to be good."""
+
+    image: Frames  # [H, W, 3]
+    waveform: NDArray[np.float32]  # [n] at 16 kHz, loudness normalised
+    image_file: Path
+    audio_file: Path
+    output: Path
+    sheet: Path | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was made."""
+
+    path: Path
+    frames: int
+    fps: int
+    took: float  # seconds
+
+    @property
+    def seconds(self) -> float:
+        return self.frames / self.fps
+
+
+def prepare(image: Path, audio: Path, output: Path, sheet: Path | None = None) -> Inputs:
+    """Read the portrait and the voice, and check that the results can be written.
+
+    Args:
+        image: the portrait, any size; its middle square is used.
+        audio: the voice, any format, rate and number of channels.
+        output: the .mp4 to write.
+        sheet: a picture with the preview to write.
+
+    Raises:
+        UserError: a file is missing, unreadable, empty or silent, or a target cannot be written.
+    """
+    if output.suffix.lower() != ".mp4":
+        raise UserError(f"output {str(output)!r}: expected a name that ends in .mp4, got {output.suffix!r}")
+    for target in (output, *([] if sheet is None else [sheet])):
+        check_writable(target)
+    return Inputs(read_image(image), normalise_loudness(read_audio(audio, RATE)), image, audio, output, sheet)
+
+
+def make_video(
+    inputs: Inputs,
+    checkpoint: Checkpoint,
+    prompt: str = "",
+    sampling: Sampling | None = None,
+    upscale: int = 1,
+    progress: Callable[[int], None] | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> Result:
+    """Generate the video and write it.
+
+    Args:
+        inputs: from `prepare`.
+        checkpoint: from `load_checkpoint`.
+        prompt: what to show.
+        sampling: guidance, steps and seed.
+        upscale: enlarge the pictures so many times.
+        progress: called after every denoising step with the number of all steps.
+        warn: called with a sentence about what was done differently from what may be expected.
+
+    Raises:
+        UserError: the video cannot be written.
+    """
+    started = time.monotonic()
+    pipeline = TalkingPipeline(checkpoint)
+    settings = pipeline.settings
+    sampling = Sampling() if sampling is None else sampling
+    portrait, cropped = fit_portrait(inputs.image, settings.size)
+    unknown = checkpoint.text_encoder.unknown_words(prompt)
+    if warn is not None:
+        if cropped:
+            height, width = inputs.image.shape[:2]
+            warn(f"{inputs.image_file} is {width} x {height} pixels; only its middle square is used.")
+        if unknown:
+            warn(f"the prompt has words that this model does not know: {', '.join(unknown)}.")
+    features, frames = pipeline.features(inputs.waveform)
+    steps = pipeline.clips(frames) * (sampling.steps or settings.steps)
+    advance = None if progress is None else (lambda: progress(steps))
+    preview = _Preview(frames)
+    size = (settings.size, settings.size)
+    with VideoWriter(inputs.output, settings.fps, size, audio=inputs.audio_file, upscale=upscale) as writer:
+        for pictures in pipeline.generate(portrait, features, prompt, sampling, advance, frames):
+            writer.write(pictures)
+            if inputs.sheet is not None:
+                preview.add(pictures)
+    if inputs.sheet is not None:
+        preview.save(inputs, settings.fps)
+    return Result(inputs.output, frames, settings.fps, time.monotonic() - started)
+
+
+class _Preview:
+    """What the sheet shows of a video that streams by: a few pictures and the mouth measured in all of them."""
+
+    def __init__(self, frames: int):
+        self._wanted = sample_frames(frames, SHEET_PICTURES)
+        self._pictures: list[Frames] = []
+        self._mouth: list[NDArray[np.float32]] = []
+        self._seen = 0
+
+    def add(self, frames: Frames) -> None:
+        from talkingdit.puppets.probe import CLOSED_HEIGHT, OPENING_HEIGHT, measure_height
+
+        here = self._wanted[(self._wanted >= self._seen) & (self._wanted < self._seen + len(frames))]
+        self._pictures.append(frames[here - self._seen])
+        self._mouth.append(((measure_height(frames) - CLOSED_HEIGHT) / OPENING_HEIGHT).astype(np.float32))
+        self._seen += len(frames)
+
+    def save(self, inputs: Inputs, fps: int) -> None:
+        from talkingdit.puppets.visemes import visemes_from_audio
+
+        assert inputs.sheet is not None
+        preview_sheet(
+            np.concatenate(self._pictures),
+            inputs.waveform,
+            RATE,
+            fps,
+            {
+                "mouth in the video": np.concatenate(self._mouth),
+                "mouth of the voice": visemes_from_audio(inputs.waveform, fps, self._seen).opening,
+            },
+            inputs.sheet,
+            title=inputs.output.name,
+            times=[(int(i) + 0.5) / fps for i in self._wanted],
+        )

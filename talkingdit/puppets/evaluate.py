@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a checkpoint speak? `python -m talkingdit.puppets.evaluate --voices data/voices`
+
+Held-out characters speak with held-out voices, and the probe reads their mouths back from the pictures (see
+`talkingdit.puppets.measure` for the figures). One clip also goes through the whole job to an .mp4 and back, with the
+sound taken from that file. What limits the figures is measured too: the round trip of drawn clips through the
+autoencoder, and the probe's own error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from talkingdit.errors import UserError
+from talkingdit.puppets.measure import (
+    RATE,
+    Generator,
+    Job,
+    RoundTrip,
+    Voice,
+    draw_job,
+    evaluate,
+    measure,
+    measure_round_trip,
+    table,
+)
+from talkingdit.puppets.probe import measure_probe_error
+from talkingdit.puppets.render import Image
+from talkingdit.puppets.world import FloatArray
+
+MARKS = ("<!-- puppets:start -->", "<!-- puppets:end -->")
+
+
+def read_voices(folder: Path, seconds: float, count: int, rng: np.random.Generator) -> list[Voice]:
+    """`count` stretches of held-out speech, the speakers in turn; recordings of one speaker are joined to `seconds`.
+
+    Raises:
+        UserError: the folder has no index.jsonl, or no held-out voice in it.
+    """
+    from talkingdit.models.audio import normalise_loudness
+    from talkingdit.pipelines.media import read_audio
+
+    index = folder / "index.jsonl"
+    try:
+        entries = [json.loads(line) for line in index.read_text().splitlines() if line.strip()]
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{index}: not a readable list of voices ({error}).") from error
+    speakers: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        if entry["split"] in ("held_out", "heldout"):
+            speakers.setdefault((entry["speaker"], entry["language"]), []).append(entry["path"])
+    if not speakers:
+        raise UserError(f"{index}: lists no voice of the split held_out.")
+    for paths in speakers.values():
+        rng.shuffle(paths)
+    voices: list[Voice] = []
+    following = dict.fromkeys(speakers, 0)
+    while len(voices) < count:
+        speaker, language = name = list(speakers)[len(voices) % len(speakers)]
+        parts: list[FloatArray] = []
+        while sum(map(len, parts)) < seconds * RATE:
+            path = speakers[name][following[name] % len(speakers[name])]
+            following[name] += 1
+            parts.append(read_audio(folder / path, RATE))
+        samples = normalise_loudness(np.concatenate(parts)[: int(seconds * RATE)])
+        voices.append(Voice(speaker, language, samples))
+    return voices
+
+
+def insert_report(readme: Path, text: str) -> None:
+    """Put the table between the marks of a README.
+
+    Raises:
+        UserError: the file has no such marks.
+    """
+    content = readme.read_text()
+    before, start, rest = content.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not start or not end:
+        raise UserError(f"{readme}: has no lines {MARKS[0]} and {MARKS[1]} to put the table between.")
+    write_atomically(readme, f"{before}{start}\n{text}\n{end}{after}")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the figures were made."""
+    import diffusers
+    import torch
+
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        commit = found.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return {
+        "machine": {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
+        "commit": commit,
+    }
+
+
+def drawn_by(pipeline: Any, sampling: Any) -> Generator:
+    """A generator of pictures for `evaluate` from a `TalkingPipeline` and its `Sampling`; seeds come from the jobs."""
+
+    def generate(job: Job) -> Image:
+        features, frames = pipeline.features(job.voice.samples)
+        chosen = dataclasses.replace(sampling, seed=job.seed)
+        clips = pipeline.generate(job.portrait, features, job.scene.caption(), chosen, frames=min(frames, job.frames))
+        return np.concatenate(list(clips))
+
+    return generate
+
+
+def through_vae(vae: Any) -> RoundTrip:
+    """Encoding and decoding with an autoencoder."""
+    from talkingdit.pipelines.vae import StreamingDecoder, encode, to_frames, to_video
+
+    return lambda frames: to_frames(StreamingDecoder(vae)(encode(vae, to_video(frames))))
+
+
+def measure_mp4(job: Job, checkpoint: Any, sampling: Any) -> dict[str, Any]:
+    """Run the whole job from files to an .mp4, read pictures and sound back from it, and measure them."""
+    import cv2
+    import soundfile
+
+    from talkingdit.models.audio import normalise_loudness
+    from talkingdit.pipelines.media import read_audio, read_video
+    from talkingdit.pipelines.video import make_video, prepare
+
+    with tempfile.TemporaryDirectory() as folder:
+        image, audio, video = (Path(folder) / name for name in ("portrait.png", "voice.wav", "out.mp4"))
+        cv2.imwrite(str(image), cv2.cvtColor(job.portrait, cv2.COLOR_RGB2BGR))
+        peak = float(np.abs(job.voice.samples).max())
+        soundfile.write(audio, job.voice.samples / max(1.0, peak), RATE)
+        chosen = dataclasses.replace(sampling, seed=job.seed)
+        make_video(prepare(image, audio, video), checkpoint, job.scene.caption(), chosen)
+        frames = read_video(video)[0]
+        heard = Voice(job.voice.speaker, job.voice.language, normalise_loudness(read_audio(video, RATE)))
+    return measure(dataclasses.replace(job, voice=heard), frames)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: evaluate a checkpoint, write the JSON, print the table."""
+    parser = argparse.ArgumentParser(prog="python -m talkingdit.puppets.evaluate", description=__doc__)
+    parser.add_argument("--voices", type=Path, required=True, help="folder of voices with an index.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/puppets.json"), help="result (%(default)s)")
+    parser.add_argument("--checkpoint", type=Path, help="model to evaluate (default: the one shipped)")
+    parser.add_argument("--clips", type=int, default=8, help="clips to generate, speakers in turn (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=12.0, help="length of a clip (%(default)s)")
+    parser.add_argument("--long-seconds", type=float, default=30.0, help="length of the long video (%(default)s)")
+    parser.add_argument("--text-guidance", type=float, help="default: as the checkpoint suggests")
+    parser.add_argument("--audio-guidance", type=float, help="default: as the checkpoint suggests")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: as the checkpoint suggests)")
+    parser.add_argument("--seed", type=int, default=0, help="of scenes and videos (%(default)s)")
+    parser.add_argument("--threads", type=int, help="processor threads (default: all)")
+    parser.add_argument("--report", action="store_true", help="put the table into README.md, between its marks")
+    options = parser.parse_args(arguments)
+    if options.clips < 2:
+        parser.error("--clips must be at least 2, to compare with another voice")
+    try:
+        result = run(options)
+        write_atomically(options.out, json.dumps(result, indent=1) + "\n")
+        print(table(result))
+        if options.report:
+            insert_report(Path("README.md"), table(result))
+    except UserError as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the command measures, as one JSON object."""
+    import torch
+
+    from talkingdit.models.checkpoints import load_checkpoint
+    from talkingdit.pipelines.generate import Sampling, TalkingPipeline
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    rng = np.random.default_rng(options.seed)
+    voices = read_voices(options.voices, options.seconds, options.clips, rng)
+    (long_voice,) = read_voices(options.voices, options.long_seconds, 1, rng)
+    checkpoint = load_checkpoint(options.checkpoint)
+    settings = checkpoint.settings
+    sampling = Sampling(options.text_guidance, options.audio_guidance, options.steps)
+
+    def progress(what: str) -> None:
+        print(what, file=sys.stderr, flush=True)
+
+    generate = drawn_by(TalkingPipeline(checkpoint), sampling)
+    result = evaluate(generate, voices, long_voice, settings.size, settings.fps, options.seed, progress)
+    progress("one clip through an .mp4")
+    frames = -(-len(voices[0].samples) * settings.fps // RATE)
+    result["mp4"] = measure_mp4(draw_job(voices[0], frames, settings.size, options.seed), checkpoint, sampling)
+    progress("drawn clips through the autoencoder")
+    result["round_trip"] = measure_round_trip(voices, through_vae(checkpoint.vae), settings.size, options.seed)
+    result["probe"] = measure_probe_error(size=settings.size)
+    suggested = dataclasses.asdict(settings)
+    used = {name: value for name, value in dataclasses.asdict(sampling).items() if value is not None}
+    return {**machine(), "settings": suggested | used, "seed": options.seed, **result}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
