@@ -410,7 +410,9 @@ def _kind(source: Path) -> str:
 
     try:
         with av.open(str(source)) as container:
-            if container.streams.video:
+            # FFmpeg plays text as a terminal, and believes the name of a file that should be a picture.
+            guessed = container.format.name in ("tty", "image2") or container.format.name.endswith("_pipe")
+            if container.streams.video and not guessed:
                 return "a video"
             if container.streams.audio:
                 return "a sound file"
