@@ -10,7 +10,6 @@ import pytest
 import soundfile
 
 import talkingdit
-
 from talkingdit.errors import UserError
 from talkingdit.models.audio import RATE, SpeechFeatures, normalise_loudness
 from talkingdit.puppets.visemes import align_phones, visemes_from_audio, visemes_from_transcript
