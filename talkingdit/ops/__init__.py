@@ -15,6 +15,19 @@ from talkingdit.ops.modulate import (
 )
 from talkingdit.ops.qk_norm_rope3d import qk_norm_rope3d, qk_norm_rope3d_reference
 from talkingdit.ops.rope3d import rope3d, rope3d_reference
+from talkingdit.ops.window_fusion import (
+    fused_window_step,
+    fused_window_step_reference,
+    window_fusion,
+    window_fusion_reference,
+)
+from talkingdit.ops.window_weights import (
+    counter_weights,
+    crossfade_weights,
+    fade_curve,
+    prefix_weights,
+    ramp_weights,
+)
 
 __all__ = [
     "Bucket",
@@ -23,9 +36,14 @@ __all__ = [
     "audio_attention",
     "audio_attention_reference",
     "bucket_grid",
+    "counter_weights",
+    "crossfade_weights",
+    "fade_curve",
     "framepack",
     "framepack_reference",
     "framepack_segments",
+    "fused_window_step",
+    "fused_window_step_reference",
     "gate_residual",
     "gate_residual_norm_modulate",
     "gate_residual_norm_modulate_reference",
@@ -33,8 +51,12 @@ __all__ = [
     "init_bucket_weight",
     "norm_modulate",
     "norm_modulate_reference",
+    "prefix_weights",
     "qk_norm_rope3d",
     "qk_norm_rope3d_reference",
+    "ramp_weights",
     "rope3d",
     "rope3d_reference",
+    "window_fusion",
+    "window_fusion_reference",
 ]
