@@ -162,7 +162,7 @@ def measure_mp4(job: Job, checkpoint: Any, sampling: Any) -> dict[str, Any]:
         make_video(prepare(image, audio, video), checkpoint, job.scene.caption(), chosen)
         frames = read_video(video)[0]
         heard = Voice(job.voice.speaker, job.voice.language, normalise_loudness(read_audio(video, RATE)))
-    return measure(dataclasses.replace(job, voice=heard), frames)
+    return measure(dataclasses.replace(job, voice=heard), frames, fps=checkpoint.settings.fps)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -220,7 +220,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     frames = -(-len(voices[0].samples) * settings.fps // RATE)
     result["mp4"] = measure_mp4(draw_job(voices[0], frames, settings.size, options.seed), checkpoint, sampling)
     progress("drawn clips through the autoencoder")
-    result["round_trip"] = measure_round_trip(voices, through_vae(checkpoint.vae), settings.size, options.seed)
+    result["round_trip"] = measure_round_trip(
+        voices, through_vae(checkpoint.vae), settings.size, options.seed, settings.fps
+    )
     result["probe"] = measure_probe_error(size=settings.size)
     suggested = dataclasses.asdict(settings)
     used = {name: value for name, value in dataclasses.asdict(sampling).items() if value is not None}

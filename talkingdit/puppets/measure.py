@@ -25,6 +25,7 @@ from talkingdit.puppets.visemes import Visemes, visemes_from_audio
 from talkingdit.puppets.world import FloatArray, Motion, Scene
 
 RATE = 16000
+FRAMES_PER_LATENT = 4
 LAGS = range(-4, 5)
 
 
@@ -88,10 +89,10 @@ def colour_shift(frames: Image, portrait: Image) -> float:
     return float(np.sqrt(np.mean((frames.mean((0, 1, 2)) - portrait.mean((0, 1))) ** 2)))
 
 
-def measure(job: Job, frames: Image, reading: Reading | None = None) -> dict[str, Any]:
+def measure(job: Job, frames: Image, reading: Reading | None = None, fps: int = 16) -> dict[str, Any]:
     """One row: sync, identity and expression of a generated video."""
-    reading = probe(frames) if reading is None else reading
-    truth = truth_of(job.voice, len(frames)).opening
+    reading = probe(frames, fps=fps) if reading is None else reading
+    truth = truth_of(job.voice, len(frames), fps).opening
     return {
         "speaker": job.voice.speaker,
         "language": job.voice.language,
@@ -104,10 +105,10 @@ def measure(job: Job, frames: Image, reading: Reading | None = None) -> dict[str
     }
 
 
-def measure_long(job: Job, frames: Image) -> dict[str, Any]:
+def measure_long(job: Job, frames: Image, fps: int = 16) -> dict[str, Any]:
     """`measure` of a long video, and of each of its thirds what can drift."""
-    reading = probe(frames)
-    truth = truth_of(job.voice, len(frames)).opening
+    reading = probe(frames, fps=fps)
+    truth = truth_of(job.voice, len(frames), fps).opening
     who = job.scene.characters[0]
     thirds = []
     for part in np.array_split(np.arange(len(frames)), 3):
@@ -125,21 +126,23 @@ def measure_long(job: Job, frames: Image) -> dict[str, Any]:
                 "colour_shift": colour_shift(frames[piece], job.portrait),
             }
         )
-    return {**measure(job, frames, reading), "thirds": thirds}
+    return {**measure(job, frames, reading, fps), "thirds": thirds}
 
 
-def measure_round_trip(voices: Sequence[Voice], through: RoundTrip, size: int, seed: int) -> dict[str, float]:
-    """Sync of drawn videos after the autoencoder: the ceiling for any model that uses it."""
-    said, shown = [], []
+def measure_round_trip(
+    voices: Sequence[Voice], through: RoundTrip, size: int, seed: int, fps: int = 16
+) -> dict[str, Any]:
+    """Sync of drawn videos after the autoencoder, the mean over voices: the ceiling for any model that uses it."""
+    rows = []
     for i, voice in enumerate(voices):
-        frames = (len(voice.samples) * 16 // RATE - 1) // 4 * 4 + 1
+        frames = (len(voice.samples) * fps // RATE - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
         rng = np.random.default_rng([seed, i])
-        truth = truth_of(voice, frames)
+        truth = truth_of(voice, frames, fps)
         scene = Scene.random(rng, "held_out")
-        drawn = render(scene, truth.opening[None], truth.width[None], [Motion.random(rng, frames)], size)
-        said.append(truth.opening)
-        shown.append(probe(through(drawn)).opening[0])
-    return sync(np.concatenate(said), np.concatenate(shown))
+        drawn = render(scene, truth.opening[None], truth.width[None], [Motion.random(rng, frames, fps)], size)
+        rows.append(sync(truth.opening, probe(through(drawn)).opening[0]))
+    means: dict[str, Any] = {key: float(np.mean([row[key] for row in rows])) for key in ("r", "slope")}
+    return means | {"worst_r": min(row["r"] for row in rows), "lags": sorted({int(row["lag"]) for row in rows})}
 
 
 def evaluate(
@@ -178,11 +181,13 @@ def evaluate(
         started = time.monotonic()
         frames = generate(job)
         took = time.monotonic() - started
-        reading = probe(frames)
+        reading = probe(frames, fps=fps)
         curves.append(reading.opening[0])
-        rows.append({**measure(job, frames, reading), "generation_seconds": round(took, 2)})
+        rows.append({**measure(job, frames, reading, fps), "generation_seconds": round(took, 2)})
     for i, row in enumerate(rows):
-        others = [correlation(truth_of(v, len(curves[i])).opening, curves[i]) for j, v in enumerate(voices) if j != i]
+        others = [
+            correlation(truth_of(v, len(curves[i]), fps).opening, curves[i]) for j, v in enumerate(voices) if j != i
+        ]
         row["shuffled"] = float(np.mean(others))
     total: dict[str, Any] = {
         key: float(np.mean([row[key] for row in rows]))
@@ -202,7 +207,7 @@ def evaluate(
     if progress is not None:
         progress("long video")
     job = draw_job(long_voice, -(-len(long_voice.samples) * fps // RATE), size, seed + len(voices))
-    return {"rows": rows, "total": total, "long": measure_long(job, generate(job))}
+    return {"rows": rows, "total": total, "long": measure_long(job, generate(job), fps)}
 
 
 def table(result: dict[str, Any]) -> str:
