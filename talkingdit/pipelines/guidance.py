@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from talkingdit import ops
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -54,12 +56,13 @@ def guided_step(x: Tensor, predictions: Tensor, weights: Sequence[float], step: 
 
     Args:
         x: [1, C, T, H, W] latents, float32.
-        predictions: [K, C, T, H, W], one per branch.
+        predictions: [K, C, T, H, W], one per branch, float32 or lower precision.
         weights: K weights.
         step: difference of noise levels, negative when denoising.
 
     Returns:
         [1, C, T, H, W], float32.
     """
-    coefficients = torch.tensor([step * weight for weight in weights], device=x.device)
-    return x + torch.einsum("k,kcthw->cthw", coefficients, predictions.to(x.dtype))
+    rates = [1.0, *(step * weight for weight in weights)]
+    whole = torch.ones(1, x.shape[2], device=x.device)  # one window, which covers all frames
+    return ops.fused_window_step(x[0], predictions[:, None], rates, [0], whole)[None]
