@@ -13,7 +13,7 @@ seconds. English, Spanish, French and flite are for training; the Italian and th
 
 The result is a folder of FLAC files (16 kHz, mono) and `index.jsonl`: one JSON object a line with `path`, `speaker`,
 `language`, `gender`, `transcript` (or null), `seconds`, `licence`, `package`, `prompts` and `split`
-(``train`` or ``heldout``). A run that was interrupted goes on where it stopped; files are renamed into place only when
+(``train`` or ``held_out``). A run that was interrupted goes on where it stopped; files are renamed into place only when
 they are complete, and the index is written last.
 """
 
