@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""framepack of Wan-S2V's history against one Conv3d per bucket (official) and patches times a matrix (eager)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.harness import Case, size
+from bench.shapes import HISTORY, HistoryShape
+from talkingdit import ops
+
+SHAPES = HISTORY
+
+_BUCKETS = (([18], (1, 2, 2)), ([16, 17], (2, 4, 4)), (list(range(16)), (4, 8, 8)))
+
+
+def _conv3d(latents: Tensor, *parameters: Tensor) -> Tensor:
+    parts = []
+    for (frames, kernel), weight, bias in zip(_BUCKETS, parameters[::2], parameters[1::2], strict=True):
+        chosen = latents[:, :, frames[0] : frames[-1] + 1]
+        parts.append(F.conv3d(chosen, weight, bias, stride=kernel).flatten(2).transpose(1, 2))
+    return torch.cat(parts, dim=1)
+
+
+def _linear(latents: Tensor, *parameters: Tensor) -> Tensor:
+    parts = []
+    for (frames, (kt, kh, kw)), weight, bias in zip(_BUCKETS, parameters[::2], parameters[1::2], strict=True):
+        chosen = latents[:, :, frames[0] : frames[-1] + 1]
+        cut = chosen.unflatten(4, (-1, kw)).unflatten(3, (-1, kh)).unflatten(2, (-1, kt))
+        patches = cut.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+        parts.append(F.linear(patches, weight.flatten(1), bias))
+    return torch.cat(parts, dim=1)
+
+
+def _ours(latents: Tensor, *parameters: Tensor, out: Tensor | None = None) -> Tensor:
+    tensors: Sequence[Tensor] = parameters
+    buckets = [
+        ops.Bucket(frames, kernel, weight, bias)
+        for (frames, kernel), weight, bias in zip(_BUCKETS, tensors[::2], tensors[1::2], strict=True)
+    ]
+    return ops.framepack(latents, buckets, padding="none", out=out)
+
+
+def cases(shape: HistoryShape, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    def inputs() -> tuple[Tensor, ...]:
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        latents = torch.randn(1, shape.channels, shape.frames, shape.height, shape.width, **options)
+        parameters = []
+        for _, kernel in _BUCKETS:
+            weight = torch.randn(shape.out, shape.channels, *kernel, **options)
+            parameters += [weight * weight[0].numel() ** -0.5, torch.randn(shape.out, **options)]
+        return latents, *parameters
+
+    given = inputs()
+    tokens = _ours(*given)
+    for direction, passes in (("forward", 1), ("backward", 2)):  # backward: inputs and gradient in, gradients out
+        yield Case(
+            "framepack",
+            shape.name,
+            tokens.shape[1],
+            dtype,
+            direction,
+            bytes=size(tokens) + passes * size(*given),
+            inputs=inputs,
+            ours=_ours,
+            baselines={"eager": _linear, "official": _conv3d},
+            compiled=_linear,
+        )

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""norm_modulate and gate_residual with two ranges of tokens against official Wan-S2V code (eager): float32, range by
+range, then concatenated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.harness import Case, size
+from bench.shapes import TOKENS, TokenShape
+from talkingdit import ops
+
+SHAPES = TOKENS
+
+
+def _norm_modulate(ends: list[int]) -> Callable[..., Tensor]:
+    def run(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        normal = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
+        parts, begin = [], 0
+        for i, end in enumerate(ends):
+            parts.append(normal[:, begin:end] * (1 + scale[:, i : i + 1]) + shift[:, i : i + 1])
+            begin = end
+        return torch.cat(parts, dim=1).to(x.dtype)
+
+    return run
+
+
+def _gate_residual(ends: list[int]) -> Callable[..., Tensor]:
+    def run(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        parts, begin = [], 0
+        for i, end in enumerate(ends):
+            parts.append(y[:, begin:end].float() * gate[:, i : i + 1])
+            begin = end
+        return (x.float() + torch.cat(parts, dim=1)).to(x.dtype)
+
+    return run
+
+
+def cases(shape: TokenShape, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    width, ends = shape.heads * shape.dim, shape.ends
+
+    def rows() -> Tensor:
+        return torch.randn(1, shape.tokens, width, device=device, dtype=dtype)
+
+    def modulation() -> Tensor:
+        return torch.randn(1, len(ends), width, device=device)
+
+    stream = size(rows())
+    common: dict[str, Any] = {"shape": shape.name, "tokens": shape.tokens, "dtype": dtype}
+    for direction in ("forward", "backward"):
+        yield Case(
+            "norm_modulate",
+            **common,
+            direction=direction,
+            bytes=(2 if direction == "forward" else 3) * stream,
+            inputs=lambda: (rows(), modulation(), modulation()),
+            ours=lambda x, scale, shift, out=None: ops.norm_modulate(x, scale, shift, ends, out=out),
+            baselines={"eager": _norm_modulate(ends)},
+            compiled=_norm_modulate(ends),
+        )
+        yield Case(
+            "gate_residual",
+            **common,
+            direction=direction,
+            bytes=3 * stream,  # forward: x and y in, result out; backward: gradient and y in, gradient of y out
+            inputs=lambda: (rows(), rows(), modulation()),
+            ours=lambda x, y, gate, out=None: ops.gate_residual(x, y, gate, ends, out=out),
+            baselines={"eager": _gate_residual(ends)},
+            compiled=_gate_residual(ends),
+        )

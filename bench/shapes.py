@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sizes that are measured, by name: those of real models, and a tiny one to try the code with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from talkingdit import ops
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class TokenShape:
+    """One sample of a transformer: the video grid first, then a reference and packed history where the model has them.
+
+    Attributes:
+        grids: (frames, height, width) in tokens and the first temporal position of every segment.
+        heads, dim: attention heads and their size; the model is ``heads * dim`` wide.
+        audio: audio tokens per latent frame of the video.
+    """
+
+    name: str
+    grids: Sequence[tuple[int, Grid]]
+    heads: int
+    dim: int
+    audio: int = 5
+
+    @property
+    def video(self) -> Grid:
+        return self.grids[0][1]
+
+    @property
+    def tokens(self) -> int:
+        return sum(f * h * w for _, (f, h, w) in self.grids)
+
+    @property
+    def ends(self) -> list[int]:
+        """Ends of the two ranges that are modulated differently: the video, and the rest (the last frame if none)."""
+        frames, height, width = self.video
+        frames -= len(self.grids) == 1
+        return [frames * height * width, self.tokens]
+
+    def layout(self) -> ops.RopeLayout:
+        other = 2 * (self.dim // 6)
+        segments = [ops.Segment(range(t, t + f), range(h), range(w)) for t, (f, h, w) in self.grids]
+        return ops.RopeLayout(segments, split=(self.dim - 2 * other, other, other))
+
+
+@dataclass(frozen=True)
+class HistoryShape:
+    """Latents [1, channels, frames, height, width] packed at three scales into tokens of ``out`` channels."""
+
+    name: str
+    frames: int
+    height: int
+    width: int
+    out: int
+    channels: int = 16
+
+
+@dataclass(frozen=True)
+class WindowShape:
+    """``count`` windows of ``frames`` latents, ``stride`` apart, over ``length`` latents [channels, height, width]."""
+
+    name: str
+    count: int
+    frames: int
+    stride: int
+    channels: int
+    height: int
+    width: int
+
+    @property
+    def starts(self) -> list[int]:
+        return [i * self.stride for i in range(self.count)]
+
+    @property
+    def length(self) -> int:
+        return self.starts[-1] + self.frames
+
+
+def _wan_s2v(name: str, height: int, width: int) -> TokenShape:
+    """Wan-S2V-14B: 20 frames, a reference at t = 30, and 19 frames of history at three scales (1456 = 28 x 52 tokens
+    per frame of 448 x 832)."""
+    history = [(-1, (1, height, width)), (-3, (1, height // 2, width // 2)), (-19, (4, height // 4, width // 4))]
+    return TokenShape(name, [(0, (20, height, width)), (30, (1, height, width)), *history], heads=40, dim=128)
+
+
+TOKENS = {
+    "cpu": [TokenShape("wan-1.3b-6240", [(0, (4, 30, 52))], heads=12, dim=128)],
+    "cuda": [_wan_s2v("wan-s2v-14b-448x832", 28, 52), _wan_s2v("wan-s2v-14b-704x1024", 44, 64)],
+    "quick": [TokenShape("tiny", [(0, (3, 4, 6)), (30, (1, 4, 6))], heads=2, dim=32)],
+}
+HISTORY = {
+    "cpu": [HistoryShape("history-56x104-1536", 19, 56, 104, 1536)],
+    "cuda": [
+        HistoryShape("history-56x104-5120", 19, 56, 104, 5120),
+        HistoryShape("history-88x128-5120", 19, 88, 128, 5120),
+    ],
+    "quick": [HistoryShape("tiny", 19, 16, 16, 32, channels=4)],
+}
+WINDOWS = {
+    "cpu": [WindowShape("81x60x104-6x21", 6, 21, 12, 16, 60, 104)],
+    "cuda": [
+        WindowShape("81x60x104-6x21", 6, 21, 12, 16, 60, 104),
+        WindowShape("81x90x160-6x21", 6, 21, 12, 16, 90, 160),
+    ],
+    "quick": [WindowShape("tiny", 3, 5, 3, 4, 4, 6)],
+}

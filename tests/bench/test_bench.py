@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks write results that the README table can be made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import harness, report
+from bench.__main__ import main
+
+KEYS = {
+    "op",
+    "shape",
+    "tokens",
+    "dtype",
+    "direction",
+    "bytes",
+    "median_us",
+    "p20_us",
+    "p80_us",
+    "gbps",
+    "share_of_copy",
+}
+
+RESULT = {
+    "name": "rope3d",
+    "machine": "Some CPU, 2 cores",
+    "device": "cpu",
+    "threads": 2,
+    "versions": {"torch": "2.13.0"},
+    "commit": "0123456789ab",
+    "quick": False,
+    "copy_gbps": 44.0,
+    "rows": [
+        {
+            "op": "rope3d",
+            "shape": "wan-1.3b-6240",
+            "dtype": "float32",
+            "direction": "forward",
+            "median_us": 4000.0,
+            "gbps": 19.17,
+            "share_of_copy": 0.4357,
+            "out_us": 2000.0,
+            "out_gbps": 38.34,
+            "out_share_of_copy": 0.871,
+            "baselines": {"eager": 33000.0, "official": 73000.0},
+        },
+        {
+            "op": "rope3d",
+            "shape": "wan-1.3b-6240",
+            "dtype": "bfloat16",
+            "direction": "backward",
+            "median_us": 1234.5,
+            "gbps": 31.05,
+            "share_of_copy": 0.7057,
+            "baselines": {"eager": 1234.5},
+        },
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def _same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def save(folder: Path, **changes: object) -> None:
+    result = {**RESULT, **changes}
+    harness.save(result, folder, "cpu")
+
+
+def test_report_replaces_only_what_is_between_the_markers(tmp_path):
+    save(tmp_path / "results")
+    save(tmp_path / "results", name="tried", quick=True)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Head\n\n{report.BEGIN}\nold figures\n{report.END}\n\nTail\n")
+    for _ in range(2):  # a second time finds its own table and changes nothing
+        assert main(["report", "--out", str(tmp_path / "results"), "--readme", str(readme)]) == 0
+        text = readme.read_text()
+        assert text.startswith(f"# Head\n\n{report.BEGIN}\n")
+        assert text.endswith(f"{report.END}\n\nTail\n")
+        assert "old figures" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert rows == [
+        "| `rope3d` | wan-1.3b-6240 | fp32 | forward | 4,000 / 2,000 | 19.2 / 38.3 | 44 / 87 % | eager 8.2, official 18.2 |",  # noqa: E501
+        "| `rope3d` | wan-1.3b-6240 | bf16 | backward | 1,234 | 31.1 | 71 % | eager 1.0 |",
+    ]
+    assert "Some CPU, 2 cores, 2 threads; torch 2.13.0; copy 44 GB/s; commit 0123456789ab." in text
+
+
+@pytest.mark.parametrize("text", ["no markers", report.BEGIN, f"{report.END} {report.BEGIN}"])
+def test_a_readme_without_both_markers_is_refused_and_left_alone(tmp_path, text, capsys):
+    save(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    assert main(["report", "--out", str(tmp_path), "--readme", str(readme)]) == 1
+    assert "README.md must hold the markers <!-- bench:start --> and <!-- bench:end -->" in capsys.readouterr().err
+    assert readme.read_text() == text
+
+
+def test_report_says_when_nothing_was_measured(tmp_path, capsys):
+    assert main(["report", "--out", str(tmp_path)]) == 1
+    assert "run `python -m bench all` first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("what", "ops"),
+    [
+        ("rope3d", {"rope3d"}),
+        ("modulate", {"norm_modulate", "gate_residual"}),
+        ("window_fusion", {"window_fusion", "fused_window_step"}),
+    ],
+)
+def test_a_quick_run_writes_every_row_with_every_key(tmp_path, what, ops):
+    assert main([what, "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / f"cpu-{what}.json").read_text())
+    assert [p.name for p in tmp_path.iterdir()] == [f"cpu-{what}.json"]  # no half-written file beside it
+    assert {"machine", "device", "versions", "commit", "copy_gbps", "rows"} <= result.keys()
+    assert result["quick"] is True
+    assert {row["op"] for row in result["rows"]} == ops
+    for row in result["rows"]:
+        assert row.keys() >= KEYS
+        assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
+        assert row["gbps"] == pytest.approx(row["bytes"] / row["median_us"] / 1e3, rel=1e-2)
+        assert ("out_us" in row) == (row["direction"] != "backward")
+        assert "eager" in row["baselines"]
+
+
+def test_a_baseline_that_computes_something_else_is_not_timed():
+    case = harness.Case(
+        "double", "tiny", 4, torch.float32, "forward", 32, lambda: (torch.ones(4),),
+        ours=lambda x, out=None: torch.mul(x, 2, out=out), baselines={"eager": lambda x: x * 2.1},
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"eager and double \(tiny, torch.float32, forward\) must agree"):
+        harness.run_case(case, harness.Setting(torch.device("cpu"), quick=True))
