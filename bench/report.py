@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,8 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"
 
 
-def _pair(row: Mapping[str, Any], fresh: str, warm: str, scale: float = 1, unit: str = "") -> str:
-    values = [row[fresh], *([row[warm]] if warm in row else [])]
-    return " / ".join(_number(value * scale) for value in values) + unit
+def _pair(row: Mapping[str, Any], fresh: str, warm: str, show: Callable[[float], str] = _number) -> str:
+    return " / ".join(show(row[key]) for key in (fresh, warm) if key in row)
 
 
 def _row(row: Mapping[str, Any]) -> str:
@@ -50,7 +49,7 @@ def _row(row: Mapping[str, Any]) -> str:
         row["direction"],
         _pair(row, "median_us", "out_us"),
         _pair(row, "gbps", "out_gbps"),
-        _pair(row, "share_of_copy", "out_share_of_copy", 100, " %"),
+        _pair(row, "share_of_copy", "out_share_of_copy", "{:.0%}".format),
         factors,
     )
     return "| " + " | ".join(cells) + " |"

@@ -88,8 +88,8 @@ def test_report_replaces_only_what_is_between_the_markers(tmp_path):
         assert "old figures" not in text
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert rows == [
-        "| `rope3d` | wan-1.3b-6240 | fp32 | forward | 4,000 / 2,000 | 19.2 / 38.3 | 44 / 87 % | eager 8.2, official 18.2 |",  # noqa: E501
-        "| `rope3d` | wan-1.3b-6240 | bf16 | backward | 1,234 | 31.1 | 71 % | eager 1.0 |",
+        "| `rope3d` | wan-1.3b-6240 | fp32 | forward | 4,000 / 2,000 | 19.2 / 38.3 | 44% / 87% | eager 8.2, official 18.2 |",  # noqa: E501
+        "| `rope3d` | wan-1.3b-6240 | bf16 | backward | 1,234 | 31.1 | 71% | eager 1.0 |",
     ]
     assert "Some CPU, 2 cores, 2 threads; torch 2.13.0; copy 44 GB/s; commit 0123456789ab." in text
 
