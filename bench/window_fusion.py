@@ -75,20 +75,16 @@ def cases(shape: WindowShape, dtype: torch.dtype, device: torch.device) -> Itera
 
     latents, windows, _ = (size(t) for t in step_inputs())
     common: dict[str, Any] = {"shape": shape.name, "tokens": shape.length * shape.height * shape.width, "dtype": dtype}
-    for direction in ("forward", "backward"):
-        yield Case(
-            "window_fusion",
-            **common,
-            direction=direction,
-            bytes=windows + latents,
-            inputs=inputs,
-            ours=lambda w, out=None: ops.window_fusion(w, starts, weights, shape.length, out=out),
-            baselines={
-                "eager": lambda w: ops.window_fusion_reference(w, starts, weights, shape.length),
-                "official": loop,
-            },
-            compiled=loop,
-        )
+    fusion: dict[str, Any] = {
+        **common,
+        "bytes": windows + latents,
+        "inputs": inputs,
+        "ours": lambda w, out=None: ops.window_fusion(w, starts, weights, shape.length, out=out),
+    }
+    eager = {"eager": lambda w: ops.window_fusion_reference(w, starts, weights, shape.length)}
+    yield Case("window_fusion", direction="forward", baselines={**eager, "official": loop}, compiled=loop, **fusion)
+    # The loop is for sampling: the gradient of its updates in place takes a copy of the whole video per window.
+    yield Case("window_fusion", direction="backward", baselines=eager, **fusion)
     yield Case(
         "fused_window_step",
         **common,
