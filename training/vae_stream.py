@@ -25,7 +25,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from talkingdit.pipelines.vae import FRAMES_PER_LATENT
-from training.vae import Config as FirstStage
 from training.vae import reconstruction_loss, sample_clip
 
 WINDOW = 4  # latents decoded between two steps of the optimiser
@@ -39,8 +38,10 @@ class Config:
     size: int = 96
     streams: int = 2  # videos decoded side by side, at different places
     learning_rate: float = 5e-4
-    latent_noise: float = 0.1  # of the normalised latents' spread: generated latents are never exact
+    latent_noise: float = 0.2  # of the normalised latents' spread: generated latents are never exact
     edge_weight: float = 0.5
+    mouth_weight: float = 16.0
+    face_weight: float = 2.0
     ema: float = 0.995
     seed: int = 1
     threads: int = 1
@@ -58,10 +59,9 @@ class Stream:
         spread = torch.tensor(vae.config["latents_std"]).view(1, -1, 1, 1, 1)
         self.latents = self.latents + config.latent_noise * rng.random() * spread * torch.randn_like(self.latents)
         weight = torch.ones(1, 1, 1, config.size, config.size)
-        first = FirstStage()
-        weight[..., int(0.25 * config.size) : int(0.72 * config.size), :] = first.face_weight
+        weight[..., int(0.25 * config.size) : int(0.72 * config.size), :] = config.face_weight
         x0, y0, x1, y1 = (box * config.size).astype(int)
-        weight[..., y0:y1, x0:x1] = first.mouth_weight
+        weight[..., y0:y1, x0:x1] = config.mouth_weight
         self.weight = weight / weight.mean()
         self.caches: list[Any] = [None] * sum(isinstance(m, WanCausalConv3d) for m in vae.decoder.modules())
         self.place = 0
