@@ -32,6 +32,9 @@ class RunConfig:
 class DataConfig:
     voices: Path = Path("data/voices")  # made by `python -m training.voices`
     vae: Path = Path("runs/vae/vae")  # made by `python -m training.vae`
+    shipped_vae: Path | None = (
+        None  # exported in its place: the same encoder, a decoder that `training.vae_stream` made
+    )
     cache: Path = Path("data/puppets")  # latents and features of the drawn videos, made on first use
     long_videos: int = 240  # 169 frames each: clips deep inside a long video, with a full history
     short_videos: int = 480  # 49 frames each: more characters
@@ -89,6 +92,9 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
 
+_PATHS = ("shipped_vae",)  # paths whose default is None
+
+
 def _fill(target: Any, values: dict[str, Any], where: str, file: Path) -> None:
     known = {f.name for f in fields(target)}
     for key, value in values.items():
@@ -98,7 +104,7 @@ def _fill(target: Any, values: dict[str, Any], where: str, file: Path) -> None:
         if is_dataclass(current):
             _fill(current, value, f"{where}{key}.", file)
         else:
-            setattr(target, key, Path(value) if isinstance(current, Path) else value)
+            setattr(target, key, Path(value) if isinstance(current, Path) or key in _PATHS else value)
 
 
 def read_toml(file: Path) -> Config:

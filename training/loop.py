@@ -68,7 +68,7 @@ class Trainer:
         self.averaged = copy.deepcopy(self.networks).requires_grad_(False).eval()
         self.optimizers = build_optimizers(self.networks, config)
         self.clips = PuppetClips(config.data, config.model)
-        self.vae = AutoencoderKLWan.from_pretrained(config.data.vae).eval().requires_grad_(False)
+        self.vae = AutoencoderKLWan.from_pretrained(config.data.shipped_vae or config.data.vae).eval()
         self.validator = Validator(config, self.vae)
         self.rng = np.random.default_rng(config.run.seed)
         self.step, self.elapsed = 0, 0.0
