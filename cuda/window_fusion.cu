@@ -74,10 +74,12 @@ __global__ void __launch_bounds__(kThreads) fuse_kernel(WindowArgs args, uint32_
       const int64_t i = t / rounds;
       const int64_t j = window_slot(args.starts[i], l, args.length) + (t - i * rounds) * args.length;
       const double weight = j < args.frames ? args.weights[i * args.frames + j] : 0.0;
+      const double share = window_gain(weight, total);
+#pragma unroll 1
       for (int k = 0; k < args.prediction_count; ++k) {
         offset[threadIdx.x][k] =
             weight != 0.0 ? i * args.prediction_strides[k][0] + j * args.prediction_strides[k][2] : -1;
-        gain[threadIdx.x][k] = C(window_gain(weight, total) * window_coefficient(args, i, k));
+        gain[threadIdx.x][k] = C(share * window_coefficient(args, i, k));
       }
     }
     __syncthreads();
