@@ -21,15 +21,16 @@ AudioWorkspace workspace(const AudioAttentionArgs& args, bool backward) {
                         args.slots, backward);
 }
 
-template <class T, bool Stream>
+// Keys are packed as type K.
+template <class T, class K, bool Stream>
 void forward_heads(const AudioAttentionArgs& args, AudioScratch<T>& scratch, int64_t b, int64_t first, int64_t end,
                    int64_t first_head, int64_t end_head) {
   using C = compute_t<T>;
   constexpr int lanes = kLanes<C>;
   const PackedAudio<T>& packed = scratch.packed;
-  const int keys = int(packed.count), vecs = int((args.dim + lanes - 1) / lanes);
+  const int keys = int(packed.count), dim = int((args.dim + lanes - 1) / lanes) * lanes;
   // Few keys read a row once or twice; more are worth converting it once for all of them.
-  const bool direct = args.dim % lanes == 0 && (std::is_same_v<T, C> || keys <= 2 * kKeyBlock);
+  const bool direct = dim == args.dim && (std::is_same_v<T, K> || keys <= 2 * kKeyBlock);
   RowBlock<T> block;
   T* out[lanes];
   for (int64_t n = first; n < end; n += lanes) {
@@ -51,10 +52,11 @@ void forward_heads(const AudioAttentionArgs& args, AudioScratch<T>& scratch, int
             ++row_ahead;
           }
         }
-        dot_rows(rows, packed.keys + at, packed.stride, keys, vecs, next, scratch.scores);
+        dot_rows(rows, packed.template keys_as<K>() + at, packed.stride, keys, dim, C(args.scale), next,
+                 scratch.scores);
       } else {
         block.set(q, args.q_strides[1], count, args.dim, packed.stride, scratch.staging);
-        dot_rows<C>(block.rows, packed.keys + at, packed.stride, keys, vecs, nullptr, scratch.scores);
+        dot_rows<C>(block.rows, packed.keys + at, packed.stride, keys, dim, C(args.scale), nullptr, scratch.scores);
       }
       int64_t begin = 0;
       for (int64_t p = 0; p < args.speakers; ++p) {
@@ -74,7 +76,7 @@ void forward_heads(const AudioAttentionArgs& args, AudioScratch<T>& scratch, int
   }
 }
 
-template <class T, bool Stream>
+template <class T, class K, bool Stream>
 void forward(const AudioAttentionArgs& args) {
   const int64_t total = args.batch * args.tokens, slots = used_slots(args, total * args.heads);
   const AudioWorkspace sizes = workspace(args, false);
@@ -89,8 +91,8 @@ void forward(const AudioAttentionArgs& args) {
         if (stop - n > end - at) stop = n + end - at;
         for (int64_t h = 0; h < args.heads; h += sizes.head_group) {
           const int64_t end_head = h + sizes.head_group < args.heads ? h + sizes.head_group : args.heads;
-          scratch.packed.fill(args, b, frame, h, end_head);
-          forward_heads<T, Stream>(args, scratch, b, n, stop, h, end_head);
+          scratch.packed.template fill<K>(args, b, frame, h, end_head);
+          forward_heads<T, K, Stream>(args, scratch, b, n, stop, h, end_head);
         }
         at += stop - n;
       }
@@ -99,8 +101,8 @@ void forward(const AudioAttentionArgs& args) {
   });
 }
 
-// Probabilities and the gradients of the scores of a block, from scores and grad_scores = grad . v; the probabilities
-// end up times the speaker's weight. Lanes beyond `count` become zero, they must not count in sums over tokens.
+// Probabilities and the gradients of q . k of a block, from scores and grad_scores = grad . v; the probabilities end up
+// times the speaker's weight. Lanes beyond `count` become zero, they must not count in sums over tokens.
 template <class T>
 TD_INLINE void backward_scores(const AudioAttentionArgs& args, AudioScratch<T>& scratch, int64_t b, int64_t h,
                                int64_t n, int count) {
@@ -122,7 +124,8 @@ TD_INLINE void backward_scores(const AudioAttentionArgs& args, AudioScratch<T>& 
     const Vec<C> weight = speaker_weights<C>(args, b, p, n, count) * load(valid);
     for (int64_t a = begin; a < end; ++a) {
       const Vec<C> weighted = load(scratch.scores + a * lanes) * weight;
-      store(scratch.grad_scores + a * lanes, weighted * (load(scratch.grad_scores + a * lanes) - mean));
+      const Vec<C> grad = weighted * (load(scratch.grad_scores + a * lanes) - mean);
+      store(scratch.grad_scores + a * lanes, grad * C(args.scale));
       store(scratch.scores + a * lanes, weighted);
     }
     begin = end;
@@ -152,8 +155,8 @@ void backward_heads(const AudioAttentionArgs& args, AudioScratch<T>& scratch, co
       grad.set(static_cast<const T*>(args.grad_out) + b * args.grad_out_strides[0] + n * args.grad_out_strides[1] +
                    h * args.grad_out_strides[2],
                args.grad_out_strides[1], count, args.dim, stride, scratch.grad_staging);
-      dot_rows<C>(q.rows, packed.keys + at, stride, keys, vecs, nullptr, scratch.scores);
-      dot_rows<C>(grad.rows, packed.values + at, stride, keys, vecs, nullptr, scratch.grad_scores);
+      dot_rows<C>(q.rows, packed.keys + at, stride, keys, vecs * lanes, C(args.scale), nullptr, scratch.scores);
+      dot_rows<C>(grad.rows, packed.values + at, stride, keys, vecs * lanes, C(1), nullptr, scratch.grad_scores);
       backward_scores(args, scratch, b, h, n, count);
       for (int t = 0; t < count; ++t)
         out[t] = static_cast<T*>(args.out) + b * args.out_strides[0] + (n + t) * args.out_strides[1] +
@@ -191,7 +194,6 @@ void sum_partials(const AudioAttentionArgs& args, const AudioWorkspace& sizes, c
                            side * (sizes.partial / 2) + key * sizes.dim;
             total += load(row + d);
           }
-          if (side == 0) total *= C(args.scale);
           if (d + lanes <= args.dim) {
             store(targets[side] + d, total);
           } else {
@@ -247,12 +249,20 @@ bool can_stream(const AudioAttentionArgs& args) {
   return bytes >= stream_threshold() && offsets % (kLanes<compute_t<T>> * sizeof(T)) == 0;
 }
 
+template <class T, bool Stream>
+void forward_as(const AudioAttentionArgs& args) {
+  if constexpr (kStoredDots<T>) {
+    if (args.dim % DotStep<T, T>::width == 0) return forward<T, T, Stream>(args);
+  }
+  forward<T, compute_t<T>, Stream>(args);
+}
+
 }  // namespace
 
 void audio_attention(const AudioAttentionArgs& args) {
   dispatch_float(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    can_stream<T>(args) ? forward<T, true>(args) : forward<T, false>(args);
+    can_stream<T>(args) ? forward_as<T, true>(args) : forward_as<T, false>(args);
   });
 }
 

@@ -35,7 +35,7 @@ struct RowBlock {
   }
 };
 
-// Keys (times the softmax scale) and values of the heads [first_head, end_head) that the tokens of one frame attend to,
+// Keys and values of the heads [first_head, end_head) that the tokens of one frame attend to,
 // in the order speaker, frame, audio token, without those beyond their length.
 template <class T>
 struct PackedAudio {
@@ -46,6 +46,11 @@ struct PackedAudio {
   int64_t count;   // keys per head
   int64_t speaker_end[kMaxSpeakers];
 
+  template <class K>
+  TD_INLINE K* keys_as() const {
+    return reinterpret_cast<K*>(keys);
+  }
+
   TD_INLINE void count_keys(const AudioAttentionArgs& args, int64_t b, int64_t frame) {
     const FrameRange range = audio_frames(args, frame);
     count = 0;
@@ -55,6 +60,8 @@ struct PackedAudio {
     }
   }
 
+  // Keys are of type K: in compute precision, or as they are stored.
+  template <class K = C>
   TD_INLINE void fill(const AudioAttentionArgs& args, int64_t b, int64_t frame, int64_t first_head, int64_t end_head) {
     count_keys(args, b, frame);
     const FrameRange range = audio_frames(args, frame);
@@ -66,8 +73,8 @@ struct PackedAudio {
           const T* v = static_cast<const T*>(args.v) + offset(args.v_strides, b, p, f, h);
           const int64_t len = audio_len(args, b, p, f);
           for (int64_t a = 0; a < len; ++a, at += stride) {
-            copy(k + a * args.k_strides[3], keys + at, args.dim, C(args.scale));
-            copy(v + a * args.v_strides[3], values + at, args.dim, C(1));
+            copy(k + a * args.k_strides[3], keys_as<K>() + at, args.dim);
+            copy(v + a * args.v_strides[3], values + at, args.dim);
           }
         }
       }
@@ -78,12 +85,13 @@ struct PackedAudio {
   static TD_INLINE int64_t offset(const int64_t* strides, int64_t b, int64_t p, int64_t f, int64_t h) {
     return b * strides[0] + p * strides[1] + f * strides[2] + h * strides[4];
   }
-  TD_INLINE void copy(const T* source, C* target, int64_t dim, C factor) const {
+  template <class K>
+  TD_INLINE void copy(const T* source, K* target, int64_t dim) const {
     constexpr int lanes = kLanes<C>;
     int64_t d = 0;
-    for (; d + lanes <= dim; d += lanes) store(target + d, load(source + d) * factor);
+    for (; d + lanes <= dim; d += lanes) store(target + d, load(source + d));
     if (d < dim) {
-      store(target + d, load_part(source + d, int(dim - d)) * factor);
+      store(target + d, load_part(source + d, int(dim - d)));
       d += lanes;
     }
     for (; d < stride; d += lanes) store(target + d, Vec<C>{});

@@ -7,72 +7,101 @@
 
 namespace td::TD_ISA {
 
-#if defined(TD_ISA_avx512)  // 32 registers
+#if TD_VEC_BYTES == 64  // 32 registers
 constexpr int kKeyBlock = 6, kRowBlock = 4;
 #else
 constexpr int kKeyBlock = 2, kRowBlock = 2;
 #endif
 
-// scores[c][t] = rows[t] . keys[c] for KC keys. `next`: rows to fetch meanwhile, or null.
-template <int KC, class T, class C>
-TD_INLINE void dot_keys(const T* const* rows, const C* keys, int64_t key_stride, int vecs, const T* const* next,
+// What a dot product takes in one step: kLanes elements of rows and keys in compute precision, or twice as many
+// bfloat16 elements where the CPU multiplies these itself (exact products, sums in float32).
+template <class T, class K>
+struct DotStep {
+  using Sum = Vec<compute_t<K>>;
+  static constexpr int width = kLanes<K>;
+  template <class E>
+  static TD_INLINE Sum read(const E* source) {
+    return load(source);
+  }
+  static TD_INLINE Sum add(Sum sum, Sum x, Sum key) { return sum + x * key; }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct DotStep<bf16, bf16> {
+  static constexpr int width = 2 * kLanes<float>;
+  static TD_INLINE __m512bh read(const bf16* source) { return (__m512bh)_mm512_loadu_si512(source); }
+  static TD_INLINE FloatVec add(FloatVec sum, __m512bh x, __m512bh key) {
+    return (FloatVec)_mm512_dpbf16_ps((__m512)sum, x, key);
+  }
+};
+// Whether rows of type T are multiplied with keys as they are stored.
+template <class T>
+constexpr bool kStoredDots = std::is_same_v<T, bf16>;
+#else
+template <class T>
+constexpr bool kStoredDots = false;
+#endif
+
+// scores[c][t] = scale * rows[t] . keys[c] for KC keys. `next`: rows to fetch meanwhile, or null.
+template <int KC, class T, class K, class C>
+TD_INLINE void dot_keys(const T* const* rows, const K* keys, int64_t key_stride, int dim, C scale, const T* const* next,
                         C* scores) {
+  using Step = DotStep<T, K>;
+  using Register = decltype(Step::read(rows[0]));
   constexpr int lanes = kLanes<C>, group = lanes < 4 ? lanes : 4, groups = lanes / group;
   Vec<C> parts[KC][groups];
 #pragma GCC unroll 4
   for (int g = 0; g < groups; ++g) {
     if (next != nullptr) {
       for (int t = 0; t < group; ++t)
-        for (int d = 0; d < vecs * lanes; d += 64 / int(sizeof(T))) __builtin_prefetch(next[g * group + t] + d, 0, 2);
+        for (int d = 0; d < dim; d += 64 / int(sizeof(T))) __builtin_prefetch(next[g * group + t] + d, 0, 2);
     }
     Vec<C> acc[KC][group] = {};
-    for (int i = 0; i < vecs; ++i) {
-      Vec<C> x[group];
+    for (int d = 0; d < dim; d += Step::width) {
+      Register x[group];
 #pragma GCC unroll 4
-      for (int t = 0; t < group; ++t) {
-        x[t] = load(rows[g * group + t] + i * lanes);
-      }
+      for (int t = 0; t < group; ++t) x[t] = Step::read(rows[g * group + t] + d);
 #pragma GCC unroll 8
       for (int c = 0; c < KC; ++c) {
-        const Vec<C> key = load(keys + c * key_stride + i * lanes);
+        const Register key = Step::read(keys + c * key_stride + d);
 #pragma GCC unroll 4
-        for (int t = 0; t < group; ++t) acc[c][t] += x[t] * key;
+        for (int t = 0; t < group; ++t) acc[c][t] = Step::add(acc[c][t], x[t], key);
       }
     }
 #pragma GCC unroll 8
     for (int c = 0; c < KC; ++c) parts[c][g] = fold_all<C, 1, group>(acc[c]);
   }
 #pragma GCC unroll 8
-  for (int c = 0; c < KC; ++c) store(scores + c * lanes, fold_all<C, group, groups>(parts[c]));
+  for (int c = 0; c < KC; ++c) store(scores + c * lanes, fold_all<C, group, groups>(parts[c]) * scale);
 }
 
-// scores[a][t] = rows[t] . keys[a] for all `count` keys. Rows and keys hold `vecs` full registers.
-template <class T, class C>
-void dot_rows(const T* const* rows, const C* keys, int64_t key_stride, int count, int vecs, const T* const* next,
-              C* scores) {
+// scores[a][t] = scale * rows[t] . keys[a] for all `count` keys. Rows and keys hold `dim` elements in full registers.
+template <class T, class K, class C>
+void dot_rows(const T* const* rows, const K* keys, int64_t key_stride, int count, int dim, C scale,
+              const T* const* next, C* scores) {
   for (int a = 0; a < count; a += kKeyBlock, next = nullptr) {
-    const C* key = keys + a * key_stride;
+    const K* key = keys + a * key_stride;
     C* target = scores + a * kLanes<C>;
     switch (count - a) {
       case 1:
-        dot_keys<1>(rows, key, key_stride, vecs, next, target);
+        dot_keys<1>(rows, key, key_stride, dim, scale, next, target);
         break;
-#if defined(TD_ISA_avx512)
+#if TD_VEC_BYTES == 64
       case 2:
-        dot_keys<2>(rows, key, key_stride, vecs, next, target);
+        dot_keys<2>(rows, key, key_stride, dim, scale, next, target);
         break;
       case 3:
-        dot_keys<3>(rows, key, key_stride, vecs, next, target);
+        dot_keys<3>(rows, key, key_stride, dim, scale, next, target);
         break;
       case 4:
-        dot_keys<4>(rows, key, key_stride, vecs, next, target);
+        dot_keys<4>(rows, key, key_stride, dim, scale, next, target);
         break;
       case 5:
-        dot_keys<5>(rows, key, key_stride, vecs, next, target);
+        dot_keys<5>(rows, key, key_stride, dim, scale, next, target);
         break;
 #endif
       default:
-        dot_keys<kKeyBlock>(rows, key, key_stride, vecs, next, target);
+        dot_keys<kKeyBlock>(rows, key, key_stride, dim, scale, next, target);
     }
   }
 }
