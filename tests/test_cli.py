@@ -212,7 +212,13 @@ def test_an_existing_video_survives_a_failure(work: Path, checkpoint: Path) -> N
 def test_an_interrupt_is_one_line_and_leaves_nothing(work: Path, checkpoint: Path) -> None:
     soundfile.write(work / "voice.wav", 0.1 * np.random.default_rng(0).normal(size=16000 * 300), 16000)
     command = [sys.executable, "-m", "talkingdit.cli", *arguments(work, checkpoint)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may run its jobs deaf to Ctrl-C
+    )
     deadline = time.monotonic() + 120
     while len(left(work)) == 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -77,7 +77,7 @@ class ObjectiveConfig:
 class SampleConfig:
     steps: int = 8
     text_guidance: float = 1.0
-    audio_guidance: float = 1.5
+    audio_guidance: float = 2.0
     clips: int = 3  # held-out voices generated at each validation
     seconds: float = 6.0
 

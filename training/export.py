@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ def export(
     networks: dict[str, Any] = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
     for name, network in networks.items():
         copy.deepcopy(network).to(torch.bfloat16).save_pretrained(temporary / name)
+        described = temporary / name / "config.json"
+        settings = json.loads(described.read_text())
+        settings.pop("_name_or_path", None)  # where it lay on the machine that trained it is nobody's business
+        described.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     pipeline_settings(config).save(temporary / "pipeline.json")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
