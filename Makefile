@@ -30,8 +30,7 @@ lint: .venv-test/installed
 .venv/installed: $(PACKAGE)
 	$(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP) "$(TORCH)"
-	$(if $(GPU),,TALKINGDIT_CUDA=off) .venv/bin/python $(PIP) --force-reinstall --no-deps .
-	.venv/bin/python $(PIP) .
+	$(if $(GPU),,TALKINGDIT_CUDA=off) .venv/bin/python $(PIP) .
 	touch $@
 
 # Editable, so that the tests see the tree: training/, bench/ and tests/ are not part of the package.
