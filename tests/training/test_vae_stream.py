@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder's second stage sees what generation will ask of it: one long stream, window by window."""
+
+import numpy as np
+import torch
+
+from talkingdit.pipelines.vae import StreamingDecoder
+from training.vae import Config as FirstStage
+from training.vae import make_vae
+from training.vae_stream import Config, Stream
+
+
+def test_windows_join_to_the_whole_stream_with_every_frame_as_its_target():
+    torch.manual_seed(0)
+    vae = make_vae(FirstStage(base_dim=4, dim_mult=(1, 1, 1))).eval()
+    stream = Stream(vae, np.random.default_rng(0), Config(latent_noise=0.0))
+    outputs, targets = [], []
+    while not stream.ended:
+        output, target = stream.decode(vae)
+        assert output.requires_grad
+        outputs.append(output.detach())
+        targets.append(target)
+    assert torch.equal(torch.cat(targets, 2), stream.video)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = StreamingDecoder(vae)(stream.latents)
+    torch.testing.assert_close(torch.cat(outputs, 2).clamp(-1, 1), whole, atol=0.02, rtol=0)
