@@ -58,7 +58,7 @@ def read_voices(folder: Path, seconds: float, count: int, rng: np.random.Generat
         raise UserError(f"{index}: not a readable list of voices ({error}).") from error
     speakers: dict[tuple[str, str], list[str]] = {}
     for entry in entries:
-        if entry["split"] in ("held_out", "heldout"):
+        if entry["split"] == "held_out":
             speakers.setdefault((entry["speaker"], entry["language"]), []).append(entry["path"])
     if not speakers:
         raise UserError(f"{index}: lists no voice of the split held_out.")

@@ -122,7 +122,6 @@ def sung_sentence() -> np.ndarray:
 
 
 def test_transcript_gives_phones_in_order_and_like_curves() -> None:
-    pytest.importorskip("pocketsphinx")
     wave = sung_sentence()
     phones = align_phones(wave, "I, I!")
     assert [name for name, _, _ in phones if name != "SIL"] == ["AY", "AY"]
@@ -135,7 +134,6 @@ def test_transcript_gives_phones_in_order_and_like_curves() -> None:
 
 
 def test_transcripts_that_cannot_be_aligned() -> None:
-    pytest.importorskip("pocketsphinx")
     wave = sung_sentence()
     with pytest.raises(UserError, match="the word 'xyzzyq' of the transcript is not in the pronouncing dictionary"):
         align_phones(wave, "hello xyzzyq")
