@@ -8,6 +8,7 @@ latent k >= 1 is frames 4k-3 .. 4k, so latent k belongs to audio frames 4(k-1) .
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from talkingdit.models.audio import SpeechFeatures, normalise_loudness
 from talkingdit.puppets.render import mouth_boxes, render
-from talkingdit.puppets.visemes import visemes_from_audio
+from talkingdit.puppets.visemes import Visemes, visemes_from_audio
 from talkingdit.puppets.world import Motion, Scene
 from training.config import DataConfig, ModelConfig
 
@@ -42,8 +43,8 @@ class Voice:
     file: Path
 
 
-def read_voices(folder: Path, split: Literal["train", "held_out"], fps: int) -> list[Voice]:
-    """The voices of a split, as listed in `index.jsonl`.
+def _recordings(folder: Path, split: Literal["train", "held_out"]) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """Entry and waveform [n] (16 kHz, loudness normalised) of every voice of a split, as `index.jsonl` lists them.
 
     Raises:
         ValueError: there is no index, or no voice of this split.
@@ -51,16 +52,29 @@ def read_voices(folder: Path, split: Literal["train", "held_out"], fps: int) -> 
     index = folder / "index.jsonl"
     if not index.exists():
         raise ValueError(f"voices: {index} does not exist: make it with `python -m training.voices --out {folder}`")
-    voices = []
-    rows = [json.loads(line) for line in index.read_text().splitlines()]
-    for row in tqdm([r for r in rows if r["split"] == split], desc=f"voices ({split})", leave=False):
-        waveform = normalise_loudness(soundfile.read(folder / row["path"], dtype="float32")[0])
-        visemes = visemes_from_audio(waveform, fps)
-        frames = len(visemes.opening)
-        features = SpeechFeatures(fps=fps)(waveform, frames)
-        voices.append(Voice(features, visemes.opening, visemes.width, row["speaker"], folder / row["path"]))
-    if not voices:
+    rows = [row for row in map(json.loads, index.read_text().splitlines()) if row["split"] == split]
+    if not rows:
         raise ValueError(f"voices: {index} lists no voice of split {split!r}")
+    for row in tqdm(rows, desc=f"voices ({split})", leave=False):
+        yield row, normalise_loudness(soundfile.read(folder / row["path"], dtype="float32")[0])
+
+
+def read_visemes(folder: Path, split: Literal["train", "held_out"], fps: int) -> list[Visemes]:
+    """Mouth shapes of the voices of a split; raises as `read_voices`."""
+    return [visemes_from_audio(waveform, fps) for _, waveform in _recordings(folder, split)]
+
+
+def read_voices(folder: Path, split: Literal["train", "held_out"], fps: int) -> list[Voice]:
+    """The voices of a split, as listed in `index.jsonl`.
+
+    Raises:
+        ValueError: there is no index, or no voice of this split.
+    """
+    voices = []
+    for row, waveform in _recordings(folder, split):
+        visemes = visemes_from_audio(waveform, fps)
+        features = SpeechFeatures(fps=fps)(waveform, len(visemes.opening))
+        voices.append(Voice(features, visemes.opening, visemes.width, row["speaker"], folder / row["path"]))
     return voices
 
 

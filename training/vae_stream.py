@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from talkingdit.pipelines.vae import FRAMES_PER_LATENT
-from training.vae import reconstruction_loss, sample_clip
+from training.vae import Mouths, reconstruction_loss, sample_clip
 
 WINDOW = 4  # latents decoded between two steps of the optimiser
 
@@ -34,12 +34,14 @@ WINDOW = 4  # latents decoded between two steps of the optimiser
 class Config:
     vae: Path = Path("runs/vae/vae")
     out: Path = Path("runs/vae/long")
+    voices: Path = Path("data/voices")
     minutes: float = 12.0
     size: int = 96
     streams: int = 2  # videos decoded side by side, at different places
     learning_rate: float = 5e-4
     latent_noise: float = 0.2  # of the normalised latents' spread: generated latents are never exact
     edge_weight: float = 0.5
+    mean_weight: float = 1.0
     mouth_weight: float = 16.0
     face_weight: float = 2.0
     ema: float = 0.995
@@ -50,9 +52,9 @@ class Config:
 class Stream:
     """One video being decoded: its latents, its frames, and the decoder's caches up to where it is."""
 
-    def __init__(self, vae: AutoencoderKLWan, rng: np.random.Generator, config: Config) -> None:
+    def __init__(self, vae: AutoencoderKLWan, rng: np.random.Generator, config: Config, mouths: Mouths) -> None:
         frames = 1 + FRAMES_PER_LATENT * int(rng.integers(8, 41))
-        drawn, box = sample_clip(rng, frames, config.size)
+        drawn, box = sample_clip(rng, frames, config.size, mouths)
         self.video = torch.from_numpy(drawn).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             self.latents = vae.encode(self.video).latent_dist.mode().float()
@@ -92,6 +94,7 @@ def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
+    mouths = Mouths(config.voices)
     vae = AutoencoderKLWan.from_pretrained(config.vae).train()
     averaged = AutoencoderKLWan.from_pretrained(config.vae).requires_grad_(False)
     vae.requires_grad_(False)
@@ -109,10 +112,11 @@ def main(config: Config) -> None:
             group["lr"] = config.learning_rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * share))
         loss = torch.zeros(())
         for i, stream in enumerate(streams):
-            current = Stream(vae, rng, config) if stream is None or stream.ended else stream
+            current = Stream(vae, rng, config, mouths) if stream is None or stream.ended else stream
             streams[i] = current
             output, target = current.decode(vae)
-            loss = loss + reconstruction_loss(output, target, current.weight, config.edge_weight) / config.streams
+            error = reconstruction_loss(output, target, current.weight, config.edge_weight, config.mean_weight)
+            loss = loss + error / config.streams
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -133,7 +133,7 @@ def _hair_front(canvas: _Canvas, character: Character, head: Points) -> None:
     angles = np.linspace(np.pi * 1.02, np.pi * 1.98, 24)
     outer = np.stack([np.cos(angles) * (rx + 0.03), np.sin(angles) * (ry + 0.03)], 1)
     if character.hair_style == "spiky":
-        outer[1:-1:2] *= 1.16
+        outer[1:-1:2] *= 1.22
     inner = np.stack([np.cos(angles) * rx * 0.93, np.sin(angles) * ry * 0.58], 1)[::-1]
     canvas.polygon(head + np.concatenate([outer, inner]), colour)
 

@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 Colour = tuple[int, int, int]
 FloatArray = NDArray[np.float32]
 
-SKIN: dict[str, Colour] = {
-    "pale": (255, 224, 200),
-    "light": (243, 196, 150),
-    "tan": (219, 160, 105),
-    "brown": (178, 118, 78),
-    "rosy": (248, 186, 176),
-    "olive": (206, 182, 118),
+SKIN: dict[str, Colour] = {  # at least 65 apart, so that a slight tint of a generated face makes nobody another
+    "pale": (255, 228, 206),
+    "rosy": (244, 168, 170),
+    "tan": (230, 160, 96),
+    "olive": (168, 176, 112),
+    "brown": (158, 108, 70),
 }
 HAIR: dict[str, Colour] = {
     "black": (42, 36, 44),
@@ -106,7 +105,7 @@ class Character:
 
     def caption(self) -> str:
         return (
-            f"a person with {self.hair_style} {self.hair} hair wearing a {self.shirt} shirt "
+            f"a person with {self.skin} skin, {self.hair_style} {self.hair} hair wearing a {self.shirt} shirt "
             f"with a {self.logo_colour} {self.logo} logo"
         )
 
