@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from talkingdit.puppets.render import mouth_boxes, render
+from talkingdit.puppets.visemes import Visemes
 from talkingdit.puppets.world import Motion, Scene
 from training.dataset import read_visemes
 
@@ -89,13 +90,18 @@ def random_openings(rng: np.random.Generator, frames: int) -> np.ndarray:
 class Mouths:
     """Openings and widths for drawn clips: stretches of recorded voices in half of them, random in the others."""
 
-    def __init__(self, voices: Path, fps: int = 16) -> None:
-        self.spoken = [np.stack([v.opening, v.width]) for v in read_visemes(voices, "train", fps)]
-        self.share = np.array([curve.shape[1] for curve in self.spoken], np.float64)
+    def __init__(self, spoken: Sequence[Visemes]) -> None:
+        self.spoken = [np.stack([v.opening, v.width]) for v in spoken]
+        self.lengths = np.array([curve.shape[1] for curve in self.spoken], np.float64)
+
+    @staticmethod
+    def read(voices: Path, fps: int = 16) -> Mouths:
+        """Those of the training voices in a folder that `training.voices` made."""
+        return Mouths(read_visemes(voices, "train", fps))
 
     def draw(self, rng: np.random.Generator, frames: int) -> np.ndarray:
         """Openings and widths [2, frames]."""
-        room = np.maximum(self.share - frames, 0)
+        room = np.maximum(self.lengths - frames, 0)
         if rng.random() < 0.5 or not room.any():
             return random_openings(rng, frames)
         curve = self.spoken[int(rng.choice(len(room), p=room / room.sum()))]
@@ -188,7 +194,7 @@ def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     config.out.mkdir(parents=True, exist_ok=True)
-    mouths = Mouths(config.voices)
+    mouths = Mouths.read(config.voices)
     vae = make_vae(config)
     if config.start is not None:
         vae.load_state_dict(AutoencoderKLWan.from_pretrained(config.start).state_dict())

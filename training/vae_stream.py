@@ -94,7 +94,7 @@ def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
-    mouths = Mouths(config.voices)
+    mouths = Mouths.read(config.voices)
     vae = AutoencoderKLWan.from_pretrained(config.vae).train()
     averaged = AutoencoderKLWan.from_pretrained(config.vae).requires_grad_(False)
     vae.requires_grad_(False)

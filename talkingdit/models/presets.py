@@ -48,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cond_dim": 0,
         "freq_dim": 128,
         "text_dim": 64,
-        "text_len": 28,
+        "text_len": 36,
         "audio_dim": 160,
         "audio_layers": 2,
         "num_audio_token": 4,

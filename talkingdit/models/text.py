@@ -104,7 +104,7 @@ class PromptEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         config: Any
 
     @register_to_config
-    def __init__(self, text_dim: int = 64, text_len: int = 28, words: Sequence[str] = WORDS):
+    def __init__(self, text_dim: int = 64, text_len: int = 36, words: Sequence[str] = WORDS):
         super().__init__()
         self.index = {word: i for i, word in enumerate(words)}
         self.embedding = nn.Embedding(len(words), text_dim)

@@ -39,8 +39,8 @@ from talkingdit.puppets.world import (
 
 # Height of lips and rounding that a closed mouth shows, and height per unit of opening, both in frame sizes: measured
 # on drawn frames with `measure_probe_error(calibrate=True)`.
-CLOSED_HEIGHT = 0.0171
-OPENING_HEIGHT = 0.1512
+CLOSED_HEIGHT = 0.0161
+OPENING_HEIGHT = 0.1510
 
 _CANONICAL = 96  # persons of a two-people scene are resampled to this size before measuring
 

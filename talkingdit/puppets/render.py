@@ -130,7 +130,7 @@ def _hair_behind(canvas: _Canvas, character: Character, head: Points) -> None:
 
 def _hair_front(canvas: _Canvas, character: Character, head: Points) -> None:
     colour, (rx, ry) = HAIR[character.hair], HEAD_RADII
-    angles = np.linspace(np.pi * 1.02, np.pi * 1.98, 24)
+    angles = np.linspace(np.pi * 1.02, np.pi * 1.98, 25)  # odd, so that spikes mirror
     outer = np.stack([np.cos(angles) * (rx + 0.03), np.sin(angles) * (ry + 0.03)], 1)
     if character.hair_style == "spiky":
         outer[1:-1:2] *= 1.22

@@ -56,7 +56,7 @@ def test_unknown_words_are_named_once_and_share_one_token(encoder):
 def test_the_empty_prompt_is_its_end_alone(encoder):
     features, mask = encoder.encode(["", "a person"])
     assert mask.sum(1).tolist() == [1, 2]
-    assert encoder.tokens([""])[0].tolist() == [END] + [PAD] * 27
+    assert encoder.tokens([""])[0].tolist() == [END] + [PAD] * 35
     assert features[0, 0].abs().max() > 0
 
 
