@@ -123,7 +123,7 @@ def attention(
 
 
 def by_range(x: Tensor, split: int, scale: Tensor, shift: Tensor | None = None) -> Tensor:
-    """x [B, N, dim] * scale + shift, tokens before and behind the split with rows 0 and 1 of scale, shift [B, 2, dim]."""
+    """x [B, N, dim] * scale + shift: row 0 of [B, 2, dim] for tokens before the split, row 1 for those behind."""
     parts = []
     for row, part in enumerate((x[:, :split], x[:, split:])):
         part = part * scale[:, row : row + 1]

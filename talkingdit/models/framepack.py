@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talkingdit import ops
+from talkingdit.nn.layers import Conv3d, lend
 
 # Kernels of the buckets, newest bucket first: full size, halved and quartered in time, height and width.
 KERNELS = ((1, 2, 2), (2, 4, 4), (4, 8, 8))
@@ -29,14 +30,14 @@ def packed_segments(
 
 
 def _buckets(
-    counts: Sequence[int], drop_mode: str, add_last: int, projections: Sequence[nn.Conv3d] | None = None
+    counts: Sequence[int], drop_mode: str, add_last: int, projections: Sequence[tuple[Tensor, Tensor]] | None = None
 ) -> list[ops.Bucket]:
     """The buckets that give tokens, newest first, in a buffer of sum(counts) frames."""
     found = []
     end = sum(counts)
     for i, (count, kernel) in enumerate(zip(counts, KERNELS, strict=True)):
         if drop_mode == "padd" or i >= 2 - add_last:
-            weight, bias = (None, None) if projections is None else (projections[i].weight, projections[i].bias)
+            weight, bias = (None, None) if projections is None else projections[i]
             found.append(ops.Bucket(range(end - count, end), kernel, weight, bias))
         end -= count
     return found
@@ -70,7 +71,7 @@ class FramePacker(nn.Module):
         self.drop_mode = drop_mode
         self.padding = padding
         self.proj, self.proj_2x, self.proj_4x = (
-            nn.Conv3d(channels, dim, kernel_size=kernel, stride=kernel) for kernel in KERNELS
+            Conv3d(channels, dim, kernel_size=kernel, stride=kernel) for kernel in KERNELS
         )
 
     def forward(self, latents: Tensor, add_last: int = 2) -> Tensor:
@@ -79,12 +80,12 @@ class FramePacker(nn.Module):
         Missing frames of the past are zeros, more frames than the buckets hold are cut off.
         """
         frames = sum(self.buckets)
-        latents = latents[:, :, -frames:].to(self.proj.weight.dtype)
+        projections = [lend(projection) for projection in (self.proj, self.proj_2x, self.proj_4x)]
+        latents = latents[:, :, -frames:].to(projections[0][0].dtype)
         latents = F.pad(latents, (0, 0, 0, 0, frames - latents.shape[2], 0))
         if self.drop_mode == "padd" and add_last < 2:
             blank = sum(self.buckets[: 2 - add_last])
             latents = F.pad(latents[:, :, :-blank], (0, 0, 0, 0, 0, blank))
-        projections = (self.proj, self.proj_2x, self.proj_4x)
         return ops.framepack(
             latents, _buckets(self.buckets, self.drop_mode, add_last, projections), padding=self.padding
         )

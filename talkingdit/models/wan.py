@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,116 +12,23 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from talkingdit import ops
 from talkingdit.models.framepack import FramePacker
-from talkingdit.models.wan_audio import RATE, AudioInjector, CausalAudioEncoder, CrossAttention
+from talkingdit.models.wan_audio import RATE, AudioInjector, CausalAudioEncoder
+from talkingdit.models.wan_blocks import Groups, Head, WanBlock
 from talkingdit.models.wan_conditions import (
-    KeyValue,
     WanConditions,
+    WanInputs,
     check_shape,
     clip_size,
     dropped,
     key_mask,
+    present_frames,
     sequence_layout,
 )
-from talkingdit.nn.attention import attention
-from talkingdit.nn.layers import Float32Linear, LayerNorm, PatchConv3d, RMSNorm, timestep_embedding, wide
-from talkingdit.ops import RopeLayout
-
-Groups = int | list[int]
-
-
-class SelfAttention(nn.Module):
-    """Full attention with q and k RMS-normalised over all heads and rotated by their places."""
-
-    def __init__(self, dim: int, num_heads: int, eps: float):
-        super().__init__()
-        self.num_heads = num_heads
-        self.eps = eps
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
-        self.norm_q = RMSNorm(dim, eps)
-        self.norm_k = RMSNorm(dim, eps)
-
-    def forward(self, x: Tensor, layout: RopeLayout, mask: Tensor | None, backend: str) -> Tensor:
-        """x [B, N, dim], mask bool [B, N] of keys -> [B, N, dim]."""
-        q, k, v = (linear(x).unflatten(-1, (self.num_heads, -1)) for linear in (self.q, self.k, self.v))
-        q, k = ops.qk_norm_rope3d(q, k, self.norm_q.weight, self.norm_k.weight, layout, eps=self.eps)
-        return self.o(attention(q, k, v, mask=mask, backend=backend).flatten(2))
-
-
-class TextCrossAttention(CrossAttention):
-    """Attention of every token to the text."""
-
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, key_value: KeyValue | None, backend: str) -> Tensor:
-        """x [B, N, dim], text [B, L, dim] (or its `key_value`), mask bool [B, L] -> [B, N, dim]."""
-        k, v = self.key_value(text) if key_value is None else key_value
-        return self.o(attention(self.query(x), k, v, mask=mask, backend=backend).flatten(2))
-
-
-class WanBlock(nn.Module):
-    """Self-attention, text cross-attention and feed-forward, the first and last modulated by the timestep."""
-
-    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.self_attn = SelfAttention(dim, num_heads, eps)
-        self.norm3 = LayerNorm(dim, eps)
-        self.cross_attn = TextCrossAttention(dim, num_heads, eps)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
-
-    def forward(
-        self,
-        x: Tensor,
-        time: Tensor,
-        groups: Groups,
-        layout: RopeLayout,
-        text: Tensor,
-        text_mask: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        text_kv: KeyValue | None = None,
-        backend: str = "auto",
-    ) -> Tensor:
-        """One block on the residual stream.
-
-        Args:
-            x: [B, N, dim].
-            time: [B, G, 6, dim] float32, modulation of each group of tokens.
-            groups: ends of the G token ranges, or tokens per group.
-            layout, text, text_mask, key_mask: as in `WanConditions`; linear layers compute in the dtype of text.
-            text_kv: k and v of the text for this block, where they were made beforehand.
-            backend: see `talkingdit.nn.attention.attention`.
-        """
-        dtype = text.dtype
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.to(time.dtype)[:, None] + time).unbind(2)
-        y = ops.norm_modulate(x, scale1, shift1, groups, eps=self.eps, dtype=dtype)
-        y = self.self_attn(y, layout, key_mask, backend)
-        # An affine norm is a modulated one with the same scale and shift everywhere.
-        scale, shift = ((self.norm3.weight - 1).expand_as(gate1), self.norm3.bias.expand_as(gate1))
-        x, y = ops.gate_residual_norm_modulate(x, y, gate1, scale, shift, groups, eps=self.eps, dtype=dtype)
-        y = self.cross_attn(y, text, text_mask, text_kv, backend)
-        one = torch.ones_like(gate1)
-        x, y = ops.gate_residual_norm_modulate(x, y, one, scale2, shift2, groups, eps=self.eps, dtype=dtype)
-        return ops.gate_residual(x, self.ffn(y), gate2, groups)
-
-
-class Head(nn.Module):
-    """Last modulated norm and the projection to latent patches, in float32."""
-
-    def __init__(self, dim: int, out_channels: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.head = Float32Linear(dim, out_channels)
-        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
-
-    def forward(self, x: Tensor, time: Tensor, groups: Groups) -> Tensor:
-        """x [B, F*S, dim], time [B, G, dim] -> patches [B, F*S, out_channels]."""
-        shift, scale = (self.modulation.to(time.dtype)[:, None] + time[:, :, None]).unbind(2)
-        return self.head(ops.norm_modulate(x, scale, shift, groups, eps=self.eps))
+from talkingdit.nn.audio_cross_attention import ABSORB
+from talkingdit.nn.layers import Float32Linear, PatchConv3d, timestep_embedding, wide
 
 
 class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
@@ -152,6 +59,8 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
         reference_time: place in time of the reference.
         residual_dtype: "float32", or "compute" to keep the residual stream in the dtype of the linear layers.
         attention_backend: see `talkingdit.nn.attention.attention`.
+        audio_absorb: "value" folds the output projection of audio attention into the values, once per clip: the same
+            result with another rounding, see `talkingdit.nn.audio_cross_attention`.
         eps: of all norms but the one before audio attention (1e-5 with AdaIN, 1e-6 without).
 
     Raises:
@@ -200,6 +109,7 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
         reference_time: float = 30,
         residual_dtype: str = "float32",
         attention_backend: str = "auto",
+        audio_absorb: str = "none",
         eps: float = 1e-6,
     ):
         super().__init__()
@@ -242,6 +152,11 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
             )
         if c.residual_dtype not in ("float32", "compute"):
             raise ValueError(f"WanS2VModel: residual_dtype must be 'float32' or 'compute', got {c.residual_dtype!r}")
+        if c.audio_absorb not in ABSORB[:2]:
+            raise ValueError(
+                f"WanS2VModel: audio_absorb must be 'none' or 'value' (the model normalises its audio queries), "
+                f"got {c.audio_absorb!r}"
+            )
 
     def init_weights(self) -> None:
         """Random weights by the official scheme: a head that gives zero; with `zero_init` conditions have no effect."""
@@ -270,29 +185,25 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
 
     def forward(
         self,
-        latents: Tensor,
-        timestep: Tensor,
+        latents: Tensor | None = None,
+        timestep: Tensor | None = None,
         text: Tensor | None = None,
         *,
-        reference: Tensor | None = None,
-        history: Tensor | None = None,
-        drop_history: bool | Sequence[bool] | Tensor = False,
-        drop_reference: bool | Sequence[bool] | Tensor = False,
-        add_last_motion: int = 2,
-        pose: Tensor | None = None,
-        audio: Tensor | None = None,
-        audio_history: Tensor | None = None,
-        text_mask: Tensor | None = None,
         conditions: WanConditions | None = None,
+        encode_only: bool = False,
+        **given: Unpack[WanInputs],
     ) -> Tensor:
         """Velocity of the latents.
 
         Args:
             latents: [B, in_dim, T, H, W] noisy latents; H and W even.
             timestep: [B] in 0..1000, or [B, T], one per latent frame.
-            conditions: what `encode_conditions` made of the arguments below; they are then left out.
-            text, reference, history, drop_history, drop_reference, add_last_motion, pose, audio, audio_history,
-                text_mask: see `encode_conditions`.
+            text: see `encode_conditions`.
+            conditions: what `encode_conditions` made; its arguments are then left out.
+            encode_only: return the conditions instead. `encode_conditions` calls this, so that hooks around a forward
+                (sharding, offloading) hold for it too.
+            **given: reference, history, drop_history, drop_reference, add_last_motion, pose, audio, audio_history,
+                text_mask, lengths, history_lengths: see `encode_conditions`.
 
         Returns:
             [B, out_dim, T, H, W] float32 (float64 for a float64 model).
@@ -300,27 +211,18 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
         Raises:
             ValueError: for a shape that does not fit; the message names it.
         """
+        if encode_only:
+            return self._encode(text, **given)  # type: ignore[return-value, arg-type]
+        if latents is None or timestep is None:
+            raise ValueError("WanS2VModel: latents and timestep must be given")
         self._check_latents(latents, timestep)
         if conditions is None:
             if text is None:
                 raise ValueError("WanS2VModel: text must be given, or conditions, got neither")
-            conditions = self.encode_conditions(
-                text,
-                reference=reference,
-                history=history,
-                drop_history=drop_history,
-                drop_reference=drop_reference,
-                add_last_motion=add_last_motion,
-                pose=pose,
-                audio=audio,
-                audio_history=audio_history,
-                text_mask=text_mask,
-                size=(latents.shape[2], latents.shape[3], latents.shape[4]),
-                precompute=False,
-            )
-        elif any(
-            argument is not None for argument in (text, reference, history, pose, audio, audio_history, text_mask)
-        ):
+            given.setdefault("size", (latents.shape[2], latents.shape[3], latents.shape[4]))
+            given.setdefault("precompute", False)
+            conditions = self._encode(text, **given)
+        elif text is not None or any(value is not None for value in given.values()):
             raise ValueError(
                 "WanS2VModel: conditions stand for text, reference, history, pose and audio; give one or the other"
             )
@@ -372,6 +274,7 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
                 conditions.audio,
                 conditions.audio_modulation[index],
                 None if conditions.audio_kv is None else conditions.audio_kv[index],
+                self.config.audio_absorb,
             )
             if torch.is_grad_enabled():
                 x = x + F.pad(heard, (0, 0, 0, x.shape[1] - noisy))
@@ -391,7 +294,8 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
 
     def _kind(self, kind: int) -> Tensor:
         """Embedding of a kind of token: 0 noisy, 1 reference, 2 history."""
-        return self.trainable_cond_mask.weight[kind]
+        mask = self.trainable_cond_mask
+        return mask(torch.full((), kind, dtype=torch.long, device=mask.weight.device))
 
     def _time(self, timestep: Tensor, per_frame: int, noisy: int, total: int) -> tuple[Tensor, Tensor, Groups]:
         """Time embedding [B, G, dim] and its six projections [B, G, 6, dim], by groups of tokens.
@@ -416,22 +320,7 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
             time6 = torch.cat([time6, time6[:, -1:].expand(-1, more, -1, -1)], dim=1)
         return time, time6, per_frame
 
-    def encode_conditions(
-        self,
-        text: Tensor,
-        *,
-        reference: Tensor | None = None,
-        history: Tensor | None = None,
-        drop_history: bool | Sequence[bool] | Tensor = False,
-        drop_reference: bool | Sequence[bool] | Tensor = False,
-        add_last_motion: int = 2,
-        pose: Tensor | None = None,
-        audio: Tensor | None = None,
-        audio_history: Tensor | None = None,
-        text_mask: Tensor | None = None,
-        size: tuple[int, int, int] | None = None,
-        precompute: bool = True,
-    ) -> WanConditions:
+    def encode_conditions(self, text: Tensor, **given: Unpack[WanInputs]) -> WanConditions:
         """Everything that does not depend on the timestep, once for all steps of a clip.
 
         Args:
@@ -449,14 +338,40 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
             audio_history: [B, audio_layers, audio_dim, n] features just before the clip. Without them the first
                 feature is taken to have lasted, as the official program does.
             text_mask: bool [B, L], true for real tokens, to leave padding out; None attends all text_len tokens.
+            lengths: latent frames of each sample, a list or a tensor [B]; frames behind are padding that no other
+                token sees, and what comes out there means nothing. None: all have T.
+            history_lengths: latent frames of history of each sample, likewise, the newest last; frames in front are
+                padding. A packed history is continued by zeros from there.
             size: (T, H, W) of the latents. Needed only where neither reference, history nor pose tells H and W or
                 neither audio nor pose tells T.
-            precompute: also make the keys and values of text and audio for every block. Leave it out where the
-                result is used once (training), so that activation checkpointing and sharding see those layers.
+            precompute: (default True) also make the keys and values of text and audio for every block. Leave it out
+                where the result is used once (training), so that activation checkpointing and sharding see those
+                layers. Blocks whose weights come and go with their forward (offloading) make their own in every step.
 
         Raises:
             ValueError: for a shape that does not fit; the message names it.
         """
+        conditions: Any = self(text=text, encode_only=True, **given)
+        return conditions
+
+    def _encode(
+        self,
+        text: Tensor,
+        *,
+        reference: Tensor | None = None,
+        history: Tensor | None = None,
+        drop_history: bool | Sequence[bool] | Tensor = False,
+        drop_reference: bool | Sequence[bool] | Tensor = False,
+        add_last_motion: int = 2,
+        pose: Tensor | None = None,
+        audio: Tensor | None = None,
+        audio_history: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
+        history_lengths: Sequence[int] | Tensor | None = None,
+        size: tuple[int, int, int] | None = None,
+        precompute: bool = True,
+    ) -> WanConditions:
         frames, height, width = clip_size(
             self.config, text, reference, history, pose, audio, audio_history, text_mask, size
         )
@@ -471,7 +386,8 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
         grid = (frames, height // 2, width // 2)
         noisy = frames * grid[1] * grid[2]
         tokens = [text.new_zeros(batch, 0, self.config.dim, dtype=dtype)]
-        parts: list[tuple[int, bool | Tensor]] = [(noisy, False)]
+        there = present_frames("lengths", lengths, batch, frames, text.device)
+        parts: list[tuple[int, bool | Tensor]] = [(noisy, False if there is None else ~there)]
         place = past = None
         if reference is not None and reference_gone is not True:
             tokens.append(self.patch_embedding(reference) + self._kind(1))
@@ -479,6 +395,13 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
             place = self.config.reference_time
         if history is not None and history_gone is not True and (self.frame_packer is not None or history.shape[2] > 0):
             packer = self.frame_packer
+            there = present_frames("history_lengths", history_lengths, batch, history.shape[2], text.device)
+            if there is not None:
+                there = there.flip(1)
+                if packer is None:
+                    history_gone = ~there if history_gone is False else ~there | history_gone[:, None]
+                else:
+                    history = torch.where(there[:, None, :, None, None], history, 0)
             packed = self.patch_embedding(history) if packer is None else packer(history, add_last_motion)
             tokens.append(packed + self._kind(2))
             parts.append((packed.shape[1], history_gone))
@@ -502,8 +425,15 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
         pose_tokens = None
         if self.cond_encoder is not None:
             # No pose is a pose of zeros, of which the encoder leaves its bias.
-            pose_tokens = self.cond_encoder.bias if pose is None else self.cond_encoder(pose)
+            nothing = text.new_zeros(1, self.config.cond_dim, 1, 2, 2, dtype=dtype)
+            pose_tokens = self.cond_encoder(nothing if pose is None else pose)
         injector = self.audio_injector
+        blocks: list[Any] = list(self.blocks)
+        hearing: list[Any] = list(injector.injector)
+
+        def at_hand(layers: list[Any]) -> bool:
+            return precompute and not any(hasattr(layer, "_diffusers_hook") for layer in layers)
+
         return WanConditions(
             layout=sequence_layout(grid, self.config.dim // self.config.num_heads, place, past),
             grid=grid,
@@ -514,8 +444,10 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
             audio_modulation=tuple(injector.shift_scale(i, vectors) for i in injector.index.values()),
             text_mask=text_mask,
             key_mask=key_mask(parts, batch, text.device),
-            text_kv=_key_values([block.cross_attn for block in self.blocks], text_tokens) if precompute else None,
-            audio_kv=_key_values(injector.injector, audio_tokens) if precompute else None,
+            text_kv=tuple(block.cross_attn.key_value(text_tokens) for block in blocks) if at_hand(blocks) else None,
+            audio_kv=tuple(layer.memory(audio_tokens, self.config.audio_absorb) for layer in hearing)
+            if at_hand(hearing)
+            else None,
         )
 
     def _check_latents(self, latents: Tensor, timestep: Tensor) -> None:
@@ -528,8 +460,3 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
                 f"WanS2VModel: timestep must have shape [B] = [{batch}] or [B, T] = [{batch}, {frames}], "
                 f"got {list(timestep.shape)}"
             )
-
-
-def _key_values(layers: Iterable[Any], context: Tensor) -> tuple[KeyValue, ...]:
-    """Keys and values of a context for every cross attention in `layers`."""
-    return tuple(layer.key_value(context) for layer in layers)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talkingdit import ops
-from talkingdit.nn.layers import Float32Linear, LayerNorm, RMSNorm, wide
+from talkingdit.nn.audio_cross_attention import AudioCrossAttention, AudioMemory
+from talkingdit.nn.layers import Conv1d, Float32Linear, LayerNorm, lend, wide
 
 # Audio features per latent frame: the causal convolutions halve the rate twice.
 RATE = 4
@@ -26,10 +27,11 @@ class CausalConv1d(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1):
         super().__init__()
-        self.conv = nn.Conv1d(channels_in, channels_out, kernel, stride=stride)
+        self.conv = Conv1d(channels_in, channels_out, kernel, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return causal_conv(x, self.conv.weight, self.conv.bias, self.conv.stride[0])
+        weight, bias = lend(self.conv)
+        return causal_conv(x, weight, bias, self.conv.stride[0])
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -124,43 +126,6 @@ class CausalAudioEncoder(nn.Module):
         return tokens[:, 2:], None if vectors is None else vectors[:, 2:]
 
 
-class CrossAttention(nn.Module):
-    """Projections of a cross attention with RMS-normalised q and k (over all heads)."""
-
-    def __init__(self, dim: int, num_heads: int, eps: float = 1e-6):
-        super().__init__()
-        self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
-        self.norm_q = RMSNorm(dim, eps)
-        self.norm_k = RMSNorm(dim, eps)
-
-    def query(self, x: Tensor) -> Tensor:
-        """[..., dim] -> [..., heads, head_dim]."""
-        return self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
-
-    def key_value(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """[..., dim] -> k and v [..., heads, head_dim]; independent of the timestep."""
-        k = self.norm_k(self.k(context)).unflatten(-1, (self.num_heads, -1))
-        return k, self.v(context).unflatten(-1, (self.num_heads, -1))
-
-
-class AudioCrossAttention(CrossAttention):
-    """Attention of every video token to the audio tokens of its own latent frame."""
-
-    def forward(
-        self, x: Tensor, tokens_per_frame: int, tokens: Tensor | None, key_value: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        """x [B, F * S, dim] with audio tokens [B, F, A, dim], or with their `key_value`, -> [B, F * S, dim]."""
-        if key_value is None:
-            assert tokens is not None
-            key_value = self.key_value(tokens)
-        out = ops.audio_attention(self.query(x), *key_value, tokens_per_frame=tokens_per_frame)
-        return self.o(out.flatten(2))
-
-
 class AdaLayerNorm(nn.Module):
     """Projection of a global audio vector to shift and scale, for the layer norm before audio attention (eps 1e-5)."""
 
@@ -204,12 +169,16 @@ class AudioInjector(nn.Module):
         dtype: torch.dtype,
         tokens: Tensor | None,
         shift_scale: tuple[Tensor, Tensor] | None,
-        key_value: tuple[Tensor, Tensor] | None = None,
+        memory: AudioMemory | None = None,
+        absorb: str = "none",
     ) -> Tensor:
-        """What audio adds to the noisy tokens x [B, F * S, dim] of the residual stream, in `dtype`."""
+        """What audio adds to the noisy tokens x [B, F * S, dim] of the residual stream, in `dtype`.
+
+        `tokens` [B, F, A, dim] or their `memory`; `absorb` as in `AudioCrossAttention.memory`.
+        """
         if shift_scale is None:
             hidden = self.norm(x).to(dtype)
         else:
             shift, scale = shift_scale
             hidden = ops.norm_modulate(x, scale, shift, tokens_per_frame, eps=1e-5, dtype=dtype)
-        return self.injector[index](hidden, tokens_per_frame, tokens, key_value)
+        return self.injector[index](hidden, tokens_per_frame, tokens, memory, absorb)

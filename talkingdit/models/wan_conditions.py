@@ -7,13 +7,14 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from talkingdit.models.framepack import packed_segments
 from talkingdit.models.wan_audio import RATE
+from talkingdit.nn.audio_cross_attention import AudioMemory
 from talkingdit.ops import RopeLayout, Segment
 
 KeyValue = tuple[Tensor, Tensor]
@@ -37,7 +38,25 @@ class WanConditions:
     text_mask: Tensor | None = None  # bool [B, L]
     key_mask: Tensor | None = None  # bool [B, N]: false where a sample does not have a token
     text_kv: tuple[KeyValue, ...] | None = None  # per block: k, v [B, L, H, D]
-    audio_kv: tuple[KeyValue, ...] | None = None  # per injection: k, v [B, F, A, H, D]
+    audio_kv: tuple[AudioMemory, ...] | None = None  # per injection
+
+
+class WanInputs(TypedDict, total=False):
+    """Conditions of `WanS2VModel` besides the text; what they are stands at `WanS2VModel.encode_conditions`."""
+
+    reference: Tensor | None
+    history: Tensor | None
+    drop_history: bool | Sequence[bool] | Tensor
+    drop_reference: bool | Sequence[bool] | Tensor
+    add_last_motion: int
+    pose: Tensor | None
+    audio: Tensor | None
+    audio_history: Tensor | None
+    text_mask: Tensor | None
+    lengths: Sequence[int] | Tensor | None
+    history_lengths: Sequence[int] | Tensor | None
+    size: tuple[int, int, int] | None
+    precompute: bool
 
 
 def sequence_layout(
@@ -124,14 +143,36 @@ def dropped(name: str, drop: bool | Sequence[bool] | Tensor, batch: int, device:
     return drop.to(device)
 
 
+def present_frames(
+    name: str, lengths: Sequence[int] | Tensor | None, batch: int, frames: int, device: torch.device | str
+) -> Tensor | None:
+    """bool [B, frames], true for the first `lengths` frames of each sample; None where all have all."""
+    if lengths is None:
+        return None
+    if not isinstance(lengths, Tensor):
+        if not all(0 <= length <= frames for length in lengths):
+            raise ValueError(f"WanS2VModel: {name} must be numbers of frames up to {frames}, got {list(lengths)}")
+        lengths = torch.tensor(list(lengths), dtype=torch.long)
+    if lengths.shape != (batch,):
+        raise ValueError(f"WanS2VModel: {name} must have one number per sample ({batch}), got {list(lengths.shape)}")
+    return torch.arange(frames, device=device) < lengths.to(device)[:, None]
+
+
 def key_mask(parts: Sequence[tuple[int, bool | Tensor]], batch: int, device: torch.device | str) -> Tensor | None:
-    """Which tokens each sample has, bool [B, N], from (tokens, dropped) per part; None where every sample has all."""
+    """Which tokens each sample has, bool [B, N]; None where every sample has all.
+
+    Args:
+        parts: number of tokens, and whether they are missing: False, per sample [B] or per frame [B, frames].
+    """
     if all(gone is False for _, gone in parts):
         return None
     columns = []
     for count, gone in parts:
-        kept = torch.ones(batch, 1, dtype=torch.bool, device=device) if isinstance(gone, bool) else ~gone[:, None]
-        columns.append(kept.expand(-1, count))
+        if isinstance(gone, bool):
+            kept = torch.ones(batch, 1, dtype=torch.bool, device=device)
+        else:
+            kept = ~gone if gone.dim() == 2 else ~gone[:, None]
+        columns.append(kept.repeat_interleave(count // kept.shape[1], dim=1))
     return torch.cat(columns, dim=1)
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,9 +25,38 @@ class Float32Linear(nn.Linear):
             return F.linear(input.to(dtype), self.weight.to(dtype), bias)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis with a weight: float32 statistics, result in the input's dtype."""
+def lend(layer: nn.Module) -> tuple[Any, Any]:
+    """Weight and bias of a layer, for an op that does the layer's arithmetic in its place.
 
+    Hooks may bring weights in for the layer's own forward and take them away behind it (group offloading). Such a
+    layer is called without input, and lends copies.
+    """
+    if hasattr(layer, "_diffusers_hook"):
+        return layer(None)
+    return layer.weight, getattr(layer, "bias", None)
+
+
+class Lends(nn.Module):
+    """Mixin of layers that `lend` works with. It comes first among the bases."""
+
+    def forward(self, input: Tensor | None) -> Any:
+        """The layer's result; called with None, copies of weight and bias."""
+        if input is not None:
+            return super().forward(input)
+        bias: Any = getattr(self, "bias", None)
+        weight: Any = self.weight
+        return weight.clone(), None if bias is None else bias.clone()
+
+
+class Conv1d(Lends, nn.Conv1d):
+    """A convolution that lends its weights."""
+
+
+class Conv3d(Lends, nn.Conv3d):
+    """A convolution that lends its weights."""
+
+
+class _RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
         self.eps = eps
@@ -37,14 +68,20 @@ class RMSNorm(nn.Module):
         return y.to(x.dtype)
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer norm with float32 statistics, also for a bfloat16 input; the result has the input's dtype."""
+class RMSNorm(Lends, _RMSNorm):
+    """Root-mean-square norm over the last axis with a weight: float32 statistics, result in the input's dtype."""
 
+
+class _LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         dtype = wide(input.dtype)
         weight = None if self.weight is None else self.weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
+
+
+class LayerNorm(Lends, _LayerNorm):
+    """Layer norm with float32 statistics, also for a bfloat16 input; the result has the input's dtype."""
 
 
 class PatchConv3d(nn.Conv3d):

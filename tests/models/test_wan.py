@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from talkingdit.models import WanS2VModel, preset
 from talkingdit.models.wan_conditions import sequence_layout
@@ -369,6 +371,78 @@ def test_dtype_of_positions_and_padding_of_history():
     assert [float(row[0]) for row in layout.segments[4].h] == [0, 5]
 
 
+@pytest.mark.parametrize("framepack", [True, False])
+def test_samples_of_different_lengths_in_a_batch_equal_each_alone(framepack):
+    model = tiny(enable_framepack=framepack).eval()
+    arguments = inputs(batch=3)
+    lengths, past = [3, 1, 2], [7, 2, 0]
+    with torch.no_grad():
+        mixed = model(
+            **arguments, lengths=lengths, history_lengths=torch.tensor(past), drop_history=[False, False, True]
+        )
+        for i, (length, kept) in enumerate(zip(lengths, past, strict=True)):
+            alone = sample(arguments, i)
+            for name in ("latents", "pose"):
+                alone[name] = alone[name][:, :, :length]
+            alone["audio"] = alone["audio"][..., : 4 * length]
+            alone["history"] = alone["history"][:, :, 7 - kept :]
+            assert relative(model(**alone, drop_history=i == 2)[0], mixed[i, :, :length]) < TOLERANCE
+
+
+def test_absorbed_audio_values_give_the_same_video():
+    arguments = inputs()
+    with torch.no_grad():
+        plain = tiny().eval()(**arguments)
+        model = tiny(audio_absorb="value").eval()
+        assert relative(model(**arguments), plain) < TOLERANCE
+        latents, timestep = arguments.pop("latents"), arguments.pop("timestep")
+        conditions = model.encode_conditions(**arguments)
+        assert conditions.audio_kv[0].v.shape == (2, 3, 2 * 5, 48)  # heads x tokens rows of the model's width
+        assert relative(model(latents, timestep, conditions=conditions), plain) < TOLERANCE
+
+
+def test_a_forward_reads_no_tensor_on_the_host():
+    """With fake tensors, which have no values, every `.item()` and every branch on a value raises."""
+    arguments = inputs()
+    arguments["drop_history"] = torch.tensor([True, False])
+    arguments["lengths"] = torch.tensor([3, 2])
+    arguments["text_mask"] = torch.ones(2, 5, dtype=torch.bool)
+    latents, timestep = arguments.pop("latents"), arguments.pop("timestep")
+    for changes in ({}, dict(enable_adain=False, enable_framepack=False), dict(audio_absorb="value")):
+        model = tiny(**changes).eval()
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+            model.to_empty(device="cpu")
+            fake = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+            x, t = mode.from_tensor(latents), mode.from_tensor(timestep)
+            assert model(x, t, **fake).shape == latents.shape
+            assert model(x, t, conditions=model.encode_conditions(**fake)).shape == latents.shape
+
+
+def test_compiles_to_one_graph():
+    model = tiny(num_layers=1, audio_inject_layers=(0,)).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    arguments = inputs() | dict(drop_history=torch.tensor([True, False]))
+    with torch.no_grad():
+        want = model(**arguments)
+        assert relative(compiled(**arguments), want) < TOLERANCE
+        latents, timestep = arguments.pop("latents"), arguments.pop("timestep")
+        conditions = model.encode_conditions(**arguments)
+        assert relative(compiled(latents, timestep, conditions=conditions), want) < TOLERANCE
+
+
+def test_blocks_compile_alone():
+    """Regional compilation: one small graph for all blocks, which is what generation uses."""
+    model = tiny().eval()
+    arguments = inputs()
+    with torch.no_grad():
+        want = model(**arguments)
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        model.compile_repeated_blocks(fullgraph=True, backend=counter)
+        assert relative(model(**arguments), want) < TOLERANCE
+        assert counter.frame_count == 1
+
+
 @pytest.mark.slow
 def test_compiles_to_one_graph_for_any_size():
     model = tiny().eval()
@@ -396,6 +470,9 @@ def test_compiles_to_one_graph_for_any_size():
         (dict(history=torch.zeros(2, 16, 7, 8, 8)), r"history must have shape \[2, 16, Th, 12, 8\]"),
         (dict(drop_history=[True]), r"drop_history must be a bool or one bool per sample \(2\)"),
         (dict(add_last_motion=3), "add_last_motion must be 0, 1 or 2, got 3"),
+        (dict(lengths=[3]), r"lengths must have one number per sample \(2\), got \[1\]"),
+        (dict(lengths=[3, 4]), r"lengths must be numbers of frames up to 3, got \[3, 4\]"),
+        (dict(history_lengths=[8, 7]), "history_lengths must be numbers of frames up to 7"),
         (dict(text_mask=torch.ones(2, 6, dtype=torch.bool)), r"text_mask must have shape \[2, 5\]"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -430,6 +507,7 @@ def test_conditions_of_another_clip_are_refused():
         (dict(framepack_drop_mode="pad"), "framepack_drop_mode must be"),
         (dict(motion_frames=(73, 18)), "motion_frames must be"),
         (dict(residual_dtype="float16"), "residual_dtype must be"),
+        (dict(audio_absorb="full"), "audio_absorb must be 'none' or 'value'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

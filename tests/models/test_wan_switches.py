@@ -113,9 +113,7 @@ def truth(config, weights, given, **settings):
 
 
 def check(config, model, weights, given, add_last_motion=2, drop=False, motion_frames=(73, 19)):
-    want = truth(
-        config, weights, given, add_last_motion=add_last_motion, drop_motion=drop, motion_frames=motion_frames
-    )
+    want = truth(config, weights, given, add_last_motion=add_last_motion, drop_motion=drop, motion_frames=motion_frames)
     assert relative(ours(model, given, add_last_motion=add_last_motion, drop_history=drop), want) < 1e-5
     wide = {k: v.double() for k, v in given.items()}
     exact = ours(model.double(), wide, add_last_motion=add_last_motion, drop_history=drop)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The repeated block of the Wan transformers and the head behind the last one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from talkingdit import ops
+from talkingdit.models.wan_conditions import KeyValue
+from talkingdit.nn.attention import attention
+from talkingdit.nn.audio_cross_attention import CrossAttention
+from talkingdit.nn.layers import Float32Linear, LayerNorm, RMSNorm, lend
+from talkingdit.ops import RopeLayout
+
+Groups = int | list[int]
+
+
+class SelfAttention(nn.Module):
+    """Full attention with q and k RMS-normalised over all heads and rotated by their places."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.eps = eps
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
+
+    def forward(self, x: Tensor, layout: RopeLayout, mask: Tensor | None, backend: str) -> Tensor:
+        """x [B, N, dim], mask bool [B, N] of keys -> [B, N, dim]."""
+        q, k, v = (linear(x).unflatten(-1, (self.num_heads, -1)) for linear in (self.q, self.k, self.v))
+        q, k = ops.qk_norm_rope3d(q, k, lend(self.norm_q)[0], lend(self.norm_k)[0], layout, eps=self.eps)
+        return self.o(attention(q, k, v, mask=mask, backend=backend).flatten(2))
+
+
+class TextCrossAttention(CrossAttention):
+    """Attention of every token to the text."""
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, key_value: KeyValue | None, backend: str) -> Tensor:
+        """x [B, N, dim], text [B, L, dim] (or its `key_value`), mask bool [B, L] -> [B, N, dim]."""
+        k, v = self.key_value(text) if key_value is None else key_value
+        return self.o(attention(self.query(x), k, v, mask=mask, backend=backend).flatten(2))
+
+
+class WanBlock(nn.Module):
+    """Self-attention, text cross-attention and feed-forward, the first and last modulated by the timestep."""
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.self_attn = SelfAttention(dim, num_heads, eps)
+        self.norm3 = LayerNorm(dim, eps)
+        self.cross_attn = TextCrossAttention(dim, num_heads, eps)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        groups: Groups,
+        layout: RopeLayout,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        text_kv: KeyValue | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """One block on the residual stream.
+
+        Args:
+            x: [B, N, dim].
+            time: [B, G, 6, dim] float32, modulation of each group of tokens.
+            groups: ends of the G token ranges, or tokens per group.
+            layout, text, text_mask, key_mask: as in `WanConditions`; linear layers compute in the dtype of text.
+            text_kv: k and v of the text for this block, where they were made beforehand.
+            backend: see `talkingdit.nn.attention.attention`.
+        """
+        dtype = text.dtype
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.to(time.dtype)[:, None] + time).unbind(2)
+        y = ops.norm_modulate(x, scale1, shift1, groups, eps=self.eps, dtype=dtype)
+        y = self.self_attn(y, layout, key_mask, backend)
+        # An affine norm is a modulated one with the same scale and shift everywhere.
+        weight, bias = lend(self.norm3)
+        scale, shift = (weight - 1).expand_as(gate1), bias.expand_as(gate1)
+        x, y = ops.gate_residual_norm_modulate(x, y, gate1, scale, shift, groups, eps=self.eps, dtype=dtype)
+        y = self.cross_attn(y, text, text_mask, text_kv, backend)
+        one = torch.ones_like(gate1)
+        x, y = ops.gate_residual_norm_modulate(x, y, one, scale2, shift2, groups, eps=self.eps, dtype=dtype)
+        return ops.gate_residual(x, self.ffn(y), gate2, groups)
+
+
+class Head(nn.Module):
+    """Last modulated norm and the projection to latent patches, in float32."""
+
+    def __init__(self, dim: int, out_channels: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.head = Float32Linear(dim, out_channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def forward(self, x: Tensor, time: Tensor, groups: Groups) -> Tensor:
+        """x [B, F*S, dim], time [B, G, dim] -> patches [B, F*S, out_channels]."""
+        shift, scale = (self.modulation.to(time.dtype)[:, None] + time[:, :, None]).unbind(2)
+        return self.head(ops.norm_modulate(x, scale, shift, groups, eps=self.eps))
