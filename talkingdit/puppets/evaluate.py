@@ -199,7 +199,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that the command measures, as one JSON object."""
     import torch
 
-    from talkingdit.models.checkpoints import load_checkpoint
+    from talkingdit.models.checkpoints import Checkpoint, load_checkpoint
     from talkingdit.pipelines.generate import Sampling, TalkingPipeline
 
     if options.threads is not None:
@@ -208,6 +208,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     voices = read_voices(options.voices, options.seconds, options.clips, rng)
     (long_voice,) = read_voices(options.voices, options.long_seconds, 1, rng)
     checkpoint = load_checkpoint(options.checkpoint)
+    if not isinstance(checkpoint, Checkpoint):
+        raise UserError(f"{options.checkpoint}: only models of drawn characters can be measured with them.")
     settings = checkpoint.settings
     sampling = Sampling(options.text_guidance, options.audio_guidance, options.steps)
 

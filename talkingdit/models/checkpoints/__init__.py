@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: whole folders for generation, single transformers, LoRA files; loading, saving, converting.
+
+Everything streams: tensors go to the device one by one, and what does not fit is said in one sentence.
+"""
+
+from talkingdit.models.checkpoints.puppet import (
+    Checkpoint,
+    PipelineSettings,
+    default_checkpoint,
+    save_checkpoint,
+)
+from talkingdit.models.checkpoints.s2v import S2VCheckpoint, S2VSettings
+from talkingdit.models.checkpoints.save import save_official
+from talkingdit.models.checkpoints.transformer import load
+from talkingdit.models.checkpoints.whole import load_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "PipelineSettings",
+    "S2VCheckpoint",
+    "S2VSettings",
+    "default_checkpoint",
+    "load",
+    "load_checkpoint",
+    "save_checkpoint",
+    "save_official",
+]

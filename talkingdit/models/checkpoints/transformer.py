@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transformers from every kind of file that holds one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from talkingdit.errors import UserError
+from talkingdit.models.checkpoints import config as configs
+from talkingdit.models.checkpoints.fill import build_empty, fill
+from talkingdit.models.checkpoints.names import has_diffusers_names, to_native, without_prefix
+from talkingdit.models.checkpoints.scaled import descale
+from talkingdit.models.checkpoints.weights import Weights, open_weights, read_json
+
+if TYPE_CHECKING:
+    from talkingdit.models.wan import WanS2VModel
+
+
+def load(
+    source: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    *,
+    config: Mapping[str, Any] | None = None,
+    init_from: str | Path | None = None,
+) -> WanS2VModel:
+    """A transformer from a checkpoint, or with random weights from a preset.
+
+    Weights go to the device one tensor at a time; host memory holds no second copy of the model.
+
+    Args:
+        source: one of
+
+            - a folder with config.json and *.safetensors, in one file or sharded with an index: the released
+              Wan2.2-S2V-14B, what `save_pretrained` writes, and diffusers' own conversion with its renamed weights;
+            - a folder that has such a folder as its transformer/;
+            - a single .safetensors file of native or diffusers names, also with scaled float8 weights and name
+              prefixes as ComfyUI writes them. Settings are taken from shapes, and where those do not tell, from the
+              released model;
+            - a name from `PRESETS` for random weights.
+        dtype: of the weights; None is float32. Time embedding and modulation stay float32 in any case.
+        device: where the model goes.
+        seed: of the random weights of a preset; the global generator is left as it was.
+        config: settings that go before those of the checkpoint or preset.
+        init_from: only with a preset: a Wan T2V or I2V checkpoint to begin from, see `initialise_from_video_model`.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        UserError: no such source, another class, a file that is missing or damaged, or weights that are missing, left
+            over or of another shape.
+    """
+    from talkingdit.models.presets import PRESETS
+
+    path = Path(source)
+    dtype = torch.float32 if dtype is None else dtype
+    if not path.exists():
+        if str(source) not in PRESETS:
+            raise UserError(f"{source}: neither a folder nor a preset ({', '.join(sorted(PRESETS))}).")
+        model = _random(str(source), config or {}, seed)
+        if init_from is not None:
+            from talkingdit.models.checkpoints.initialise import initialise_from_video_model
+
+            initialise_from_video_model(model, init_from)
+        return model.to(device=device, dtype=dtype).eval()
+    if init_from is not None:
+        raise UserError(f"{source}: init_from goes with a preset, this is a checkpoint with weights of its own.")
+    weights, values = open_transformer(path)
+    return from_weights(weights, {**values, **(config or {})}, dtype, device)
+
+
+def _random(name: str, changes: Mapping[str, Any], seed: int) -> WanS2VModel:
+    from talkingdit.models.presets import preset
+    from talkingdit.models.wan import WanS2VModel
+
+    arguments: dict[str, Any] = preset(name, **changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return WanS2VModel(**arguments)
+
+
+def open_transformer(path: Path) -> tuple[Weights, dict[str, Any]]:
+    """Weights of a transformer under native names, and what its configuration says, without reading a tensor.
+
+    Raises:
+        UserError: see `load`.
+    """
+    if path.is_dir():
+        if not (path / "config.json").exists() and (path / "transformer").is_dir():
+            path = path / "transformer"
+        if not (path / "config.json").exists() and len(files := list(path.glob("*.safetensors"))) == 1:
+            path = files[0]
+    if path.is_dir():
+        values = read_json(path / "config.json")
+        check_class(path, configs.TRANSFORMERS)
+        weights = open_weights(path)
+    else:
+        weights = open_weights(path)
+        values = configs.stored(weights)
+    return native(weights), values
+
+
+def native(weights: Weights) -> Weights:
+    """Weights of a Wan transformer under their native names, without prefixes, 8-bit ones with their scales."""
+    weights = descale(weights).renamed(without_prefix)
+    return weights.renamed(to_native) if has_diffusers_names(weights.entries) else weights
+
+
+def from_weights(
+    weights: Weights, values: Mapping[str, Any], dtype: torch.dtype, device: torch.device | str
+) -> WanS2VModel:
+    """A model from its opened weights and what is said about its configuration."""
+    from talkingdit.models.wan import WanS2VModel
+
+    where = weights.source
+    config = configs.complete(values, weights, where)
+    model = build_empty(lambda: WanS2VModel(**config), where)
+    keep = tuple(model._keep_in_fp32_modules or ())
+    return fill(model, weights, dtype, device, keep_float32=keep)
+
+
+def check_class(folder: Path, expected: tuple[str, ...]) -> str:
+    """The class that config.json names.
+
+    Raises:
+        UserError: another one.
+    """
+    name = read_json(folder / "config.json").get("_class_name")
+    if name not in expected:
+        raise UserError(f"{folder / 'config.json'}: _class_name must be {' or '.join(expected)}, got {name!r}.")
+    return name
