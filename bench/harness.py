@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fair timing: everybody warmed up, on the same inputs, in turns, in one run together with a plain copy.
 
+A turn on the CPU is two calls, and the second is timed: caches and free memory are then as the same call left them, not
+as another contestant did.
+
 A row compares the op with a fresh result (``median_us``) and with a preallocated one (``out_us``), and baselines with
 fresh results. ``bytes`` is what has to cross memory at least: every input read once, every result written once.
 ``copy_us`` is ``Tensor.copy_`` between two buffers that together hold as many bytes; ``share_of_copy`` is the op's
@@ -135,6 +138,7 @@ def contestants(case: Case, setting: Setting) -> dict[str, list[Call]]:
 def _time(calls: Sequence[Call], device: torch.device) -> float:
     """Microseconds per call. Results are kept until the clock stops, so that each is a fresh one."""
     if device.type == "cpu":
+        calls[0]()
         begin = time.perf_counter_ns()
         kept = [call() for call in calls]
         elapsed = (time.perf_counter_ns() - begin) / 1e3

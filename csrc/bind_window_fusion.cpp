@@ -51,10 +51,14 @@ struct Plan {
   }
 };
 
-// Planes [H, W] are walked as one row where every tensor allows it.
+// Planes [H, W] are walked as one row where every tensor allows it. Then there is no step from row to row, and none to
+// look at when kernels ask whether rows are aligned.
 void set_planes(WindowArgs& args, int64_t height, int64_t width, bool one_row) {
   args.rows = one_row ? 1 : height;
   args.cols = one_row ? height * width : width;
+  if (!one_row) return;
+  args.x_strides[2] = args.out_strides[2] = 0;
+  for (int64_t (&strides)[4] : args.prediction_strides) strides[3] = 0;
 }
 
 bool packed_plane(const TensorView& view) {

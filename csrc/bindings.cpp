@@ -68,5 +68,6 @@ PYBIND11_MODULE(_native, m) {
   td::cpu_isa();  // a wrong TALKINGDIT_CPU_ISA is an error at import
   m.def("build_info", &td::build_info);
   m.def("advise_huge_pages", &td::advise_huge_pages);
+  m.def("stream_threshold", &td::stream_threshold);
   for (const td::Registrar bind : td::registrars()) bind(m);
 }

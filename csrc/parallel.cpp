@@ -8,6 +8,8 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <fstream>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -50,6 +52,21 @@ void openmp_body(void* opaque) {
   for (int i = openmp().thread_num(); i < job.count; i += step) job.fn(job.context, i);
 }
 
+// Size of the last cache that a core reaches. The C library's figure comes last: on some machines it is the sum over
+// all the dies of a package, most of which a core never uses.
+int64_t last_cache_bytes() {
+  for (int index = 4; index >= 2; --index) {
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size");
+    int64_t size = 0;
+    char unit = ' ';
+    if (file >> size && size > 0) return (file >> unit && unit == 'K') ? size << 10 : (unit == 'M' ? size << 20 : size);
+  }
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  if (const long size = sysconf(_SC_LEVEL3_CACHE_SIZE); size > 0) return size;
+#endif
+  return 32 << 20;
+}
+
 }  // namespace
 
 int max_threads() {
@@ -64,14 +81,7 @@ int max_threads() {
 }
 
 int64_t stream_threshold() {
-  static const int64_t bytes = [] {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#else
-    const long size = 0;
-#endif
-    return int64_t(size > 0 ? size : 32 << 20) / 2;
-  }();
+  static const int64_t bytes = last_cache_bytes() / 2;
   return bytes;
 }
 

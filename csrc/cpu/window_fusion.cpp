@@ -138,7 +138,8 @@ void window_fusion(const WindowArgs& args) {
     using X = typename decltype(x_tag)::type;
     using P = typename decltype(prediction_tag)::type;
     const int64_t bytes = args.channels * args.length * args.rows * args.cols * int64_t(sizeof(X));
-    if (bytes >= stream_threshold() && aligned<X>(args.out, args.out_strides, 3)) {
+    // In place, the lines that are written have just been read.
+    if (args.out != args.x && bytes >= stream_threshold() && aligned<X>(args.out, args.out_strides, 3)) {
       forward<true, X, P>(args);
     } else {
       forward<false, X, P>(args);
