@@ -13,13 +13,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from talkingdit._native_loader import build_info
+    from talkingdit.nn.accelerate import accelerate, restore
 
 _LAZY = {
+    "accelerate": "talkingdit.nn.accelerate",
     "build_info": "talkingdit._native_loader",
+    "restore": "talkingdit.nn.accelerate",
 }
 _SUBMODULES = ("data", "eval", "models", "nn", "ops", "pipelines", "puppets")
 
-__all__ = ["__version__", "build_info", *_SUBMODULES]
+__all__ = ["__version__", "accelerate", "build_info", "restore", *_SUBMODULES]
 
 
 def __getattr__(name: str) -> Any:
