@@ -249,8 +249,8 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
         time, time6, groups = self._time(timestep, per_frame, noisy, x.shape[1])
         injector = self.audio_injector
         for i, block in enumerate(self.blocks):
-            text_kv = None if conditions.text_kv is None else conditions.text_kv[i]
-            arguments = (
+            x = self._run(
+                block,
                 x,
                 time6,
                 groups,
@@ -258,10 +258,11 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
                 text,
                 conditions.text_mask,
                 conditions.key_mask,
-                text_kv,
+                None if conditions.text_kv is None else conditions.text_kv[i],
                 self.config.attention_backend,
+                # Hooks around a block, such as caches of steps, may look at what it was given.
+                not hasattr(block, "_diffusers_hook"),
             )
-            x = self._run(block, *arguments)
             index = injector.index.get(i)
             if index is None:
                 continue
@@ -280,6 +281,7 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
                 x = x + F.pad(heard, (0, 0, 0, x.shape[1] - noisy))
             else:
                 x[:, :noisy] += heard
+            del heard
 
         noisy_groups = 1 if timestep.dim() == 1 else frames
         y = self.head(x[:, :noisy], time[:, :noisy_groups], noisy // noisy_groups)

@@ -16,6 +16,15 @@ from talkingdit.ops import RopeLayout
 Groups = int | list[int]
 
 
+# Tokens that go through a feed-forward layer at once in inference; enough to fill a large GPU.
+FFN_TOKENS = 8192
+
+
+def overwrites() -> bool:
+    """May buffers be used again? Not where gradients need them, nor in a compiled graph, which plans its own."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 class SelfAttention(nn.Module):
     """Full attention with q and k RMS-normalised over all heads and rotated by their places."""
 
@@ -33,8 +42,11 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, layout: RopeLayout, mask: Tensor | None, backend: str) -> Tensor:
         """x [B, N, dim], mask bool [B, N] of keys -> [B, N, dim]."""
         q, k, v = (linear(x).unflatten(-1, (self.num_heads, -1)) for linear in (self.q, self.k, self.v))
-        q, k = ops.qk_norm_rope3d(q, k, lend(self.norm_q)[0], lend(self.norm_k)[0], layout, eps=self.eps)
-        return self.o(attention(q, k, v, mask=mask, backend=backend).flatten(2))
+        out = (q, k) if overwrites() else None
+        q, k = ops.qk_norm_rope3d(q, k, lend(self.norm_q)[0], lend(self.norm_k)[0], layout, eps=self.eps, out=out)
+        y = attention(q, k, v, mask=mask, backend=backend).flatten(2)
+        del q, k, v, out  # before the output projection asks for memory
+        return self.o(y)
 
 
 class TextCrossAttention(CrossAttention):
@@ -69,6 +81,7 @@ class WanBlock(nn.Module):
         key_mask: Tensor | None = None,
         text_kv: KeyValue | None = None,
         backend: str = "auto",
+        inplace: bool = False,
     ) -> Tensor:
         """One block on the residual stream.
 
@@ -79,19 +92,38 @@ class WanBlock(nn.Module):
             layout, text, text_mask, key_mask: as in `WanConditions`; linear layers compute in the dtype of text.
             text_kv: k and v of the text for this block, where they were made beforehand.
             backend: see `talkingdit.nn.attention.attention`.
+            inplace: the result may overwrite x. Where gradients are recorded or the block is compiled it does not.
         """
         dtype = text.dtype
+        inplace = inplace and overwrites()
+
+        def residual(y: Tensor) -> tuple[Tensor, Tensor] | None:
+            return (x, torch.empty_like(y, dtype=dtype)) if inplace else None
+
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.to(time.dtype)[:, None] + time).unbind(2)
         y = ops.norm_modulate(x, scale1, shift1, groups, eps=self.eps, dtype=dtype)
         y = self.self_attn(y, layout, key_mask, backend)
         # An affine norm is a modulated one with the same scale and shift everywhere.
         weight, bias = lend(self.norm3)
         scale, shift = (weight - 1).expand_as(gate1), bias.expand_as(gate1)
-        x, y = ops.gate_residual_norm_modulate(x, y, gate1, scale, shift, groups, eps=self.eps, dtype=dtype)
+        x, y = ops.gate_residual_norm_modulate(
+            x, y, gate1, scale, shift, groups, eps=self.eps, dtype=dtype, out=residual(y)
+        )
         y = self.cross_attn(y, text, text_mask, text_kv, backend)
         one = torch.ones_like(gate1)
-        x, y = ops.gate_residual_norm_modulate(x, y, one, scale2, shift2, groups, eps=self.eps, dtype=dtype)
-        return ops.gate_residual(x, self.ffn(y), gate2, groups)
+        x, y = ops.gate_residual_norm_modulate(
+            x, y, one, scale2, shift2, groups, eps=self.eps, dtype=dtype, out=residual(y)
+        )
+        return ops.gate_residual(x, self._feed_forward(y), gate2, groups, out=x if inplace else None)
+
+    def _feed_forward(self, y: Tensor) -> Tensor:
+        """The ffn of y, which it may overwrite: without gradients in slices, so that its wide middle stays small."""
+        if not overwrites() or y.shape[1] <= FFN_TOKENS:
+            return self.ffn(y)
+        for begin in range(0, y.shape[1], FFN_TOKENS):
+            part = y[:, begin : begin + FFN_TOKENS]
+            part.copy_(self.ffn(part))
+        return y
 
 
 class Head(nn.Module):

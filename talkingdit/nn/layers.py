@@ -56,6 +56,9 @@ class Conv3d(Lends, nn.Conv3d):
     """A convolution that lends its weights."""
 
 
+_ROWS = 1024  # that are widened to float32 at once where no kernel does it inside
+
+
 class _RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
@@ -64,8 +67,16 @@ class _RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = wide(x.dtype)
-        y = F.rms_norm(x.to(dtype), x.shape[-1:], self.weight.to(dtype), self.eps)
-        return y.to(x.dtype)
+        if dtype == x.dtype or (x.is_cuda and x.dtype == self.weight.dtype):  # one kernel, float32 inside
+            return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(dtype)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return F.rms_norm(x.to(dtype), x.shape[-1:], weight, self.eps).to(x.dtype)
+        rows = x.flatten(0, -2)
+        out = torch.empty_like(rows)
+        for part, into in zip(rows.split(_ROWS), out.split(_ROWS), strict=True):
+            into.copy_(F.rms_norm(part.to(dtype), x.shape[-1:], weight, self.eps))
+        return out.view(x.shape)
 
 
 class RMSNorm(Lends, _RMSNorm):
