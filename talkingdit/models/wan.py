@@ -70,8 +70,10 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
     _supports_gradient_checkpointing = True
     _no_split_modules = ["WanBlock", "AudioCrossAttention"]  # type: ignore[assignment]  # noqa: RUF012
     _repeated_blocks = ["WanBlock"]  # noqa: RUF012
+    _group_offload_block_modules = ["audio_injector"]  # noqa: RUF012
     _skip_layerwise_casting_patterns = [  # type: ignore[assignment]  # noqa: RUF012
-        *("patch_embedding", "time_", "norm", "modulation", "head", "casual_audio_encoder")
+        *("patch_embedding", "time_", "norm", "modulation", "^head", "casual_audio_encoder"),
+        *("trainable_cond_mask", "cond_encoder", "frame_packer"),
     ]
     _keep_in_fp32_modules = ["time_embedding", "time_projection", "modulation"]  # type: ignore[assignment]  # noqa: RUF012
     if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from talkingdit import ops
 from talkingdit.nn.layers import RMSNorm, wide
@@ -126,8 +127,9 @@ def effective(linear: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
 
     A layer with adapters, quantised weights or hooks around its forward is asked by calling it with the identity.
     """
-    if type(linear) is nn.Linear and not hasattr(linear, "_diffusers_hook") and linear.weight.dtype == like.dtype:
-        return linear.weight, linear.bias
+    plain = type(linear) is nn.Linear and not hasattr(linear, "_diffusers_hook")
+    if plain and linear.weight.dtype == like.dtype and not is_traceable_wrapper_subclass(linear.weight):
+        return linear.weight, linear.bias  # type: ignore[return-value]
     zero = like.new_zeros(1, like.shape[-2] * like.shape[-1])
     bias = linear(zero)
     return (linear(torch.eye(zero.shape[1], dtype=like.dtype, device=like.device)) - bias).T, bias[0]

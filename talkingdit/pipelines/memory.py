@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Making a large model fit a card: offloading, narrower weights, tiles. Each switch is one of a library; here they are
+brought together in an order that works, and with the layers that must stay precise left alone.
+
+`talkingdit plan` says which switches a card needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from talkingdit.errors import UserError
+
+WEIGHTS = ("native", "cast_fp8", "fp8", "int8")
+OFFLOAD = ("none", "block", "leaf")
+LARGE = ("blocks.", "audio_injector.injector.")  # layers that are quantised: 98 % of the weights of Wan-S2V-14B
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What to trade for memory. The defaults trade nothing.
+
+    Args:
+        weights: how the transformer's large layers are kept: "native"; "cast_fp8" as float8 that each layer widens
+            before it is used (diffusers' layerwise casting: half of bfloat16's memory, a few percent of time);
+            "int8" or "fp8" quantised per channel by torchao, more precise than casting.
+        offload: weights wait in host memory and come to the card "block" by block or "leaf" by leaf (diffusers' group
+            offloading; with streams on CUDA the next group travels while one computes).
+        residual: "float32", or "compute" for a residual stream in the dtype of the weights, half the size.
+        absorb_audio: fold the output projection of audio attention into its values: less time, more memory per clip.
+        text_encoder: "device", or "cpu" to encode prompts on the host.
+        vae: "whole", or "tiled" to decode in tiles that overlap, whose seams can be seen in theory.
+    """
+
+    weights: str = "native"
+    offload: str = "none"
+    residual: str = "float32"
+    absorb_audio: bool = False
+    text_encoder: str = "device"
+    vae: str = "whole"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("weights", WEIGHTS),
+            ("offload", OFFLOAD),
+            ("residual", ("float32", "compute")),
+            ("text_encoder", ("device", "cpu")),
+            ("vae", ("whole", "tiled")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Memory: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+    @staticmethod
+    def parse(text: str) -> Memory:
+        """Switches as words: "weights=cast_fp8,text_encoder=cpu,absorb_audio".
+
+        Raises:
+            ValueError: an unknown switch or value.
+        """
+        values: dict[str, Any] = {}
+        names = [field.name for field in dataclasses.fields(Memory)]
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            name, _, value = item.partition("=")
+            if name not in names:
+                raise ValueError(f"Memory: switches are {', '.join(names)}, got {name!r}")
+            values[name] = value in ("", "yes", "true") if name == "absorb_audio" else value
+        return Memory(**values)
+
+    def __str__(self) -> str:
+        """The switches that are not at their defaults, in the words that `parse` reads."""
+        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        return ",".join(f.name if f.type == "bool" else f"{f.name}={getattr(self, f.name)}" for f in changed)
+
+
+def fit(target: Any, memory: Memory, device: torch.device | str) -> None:
+    """Move a model or a whole checkpoint to a device, in less memory. Changes it in place, once.
+
+    Args:
+        target: a `WanS2VModel` on the host, or a checkpoint with `transformer`, `vae` and `text_encoder`.
+        memory: what to trade.
+        device: where to compute.
+
+    Raises:
+        UserError: quantised weights were asked for and torchao is not installed.
+        ValueError: the model is quantised, cast or offloaded already.
+    """
+    device = torch.device(device)
+    transformer = getattr(target, "transformer", target)
+    if any(hasattr(module, "_diffusers_hook") for module in transformer.modules()):
+        raise ValueError("fit: the model must be as it was loaded, got one with hooks of casting or offloading")
+    _fit_transformer(transformer, memory, device)
+    if transformer is target:
+        return
+    target.vae.to(device)
+    if memory.vae == "tiled":
+        target.vae.enable_tiling()
+    target.text_encoder.to(device if memory.text_encoder == "device" else "cpu")
+    audio_encoder = getattr(target, "audio_encoder", None)
+    if isinstance(audio_encoder, nn.Module):
+        audio_encoder.to(device)
+
+
+def _fit_transformer(model: Any, memory: Memory, device: torch.device) -> None:
+    model.register_to_config(
+        residual_dtype=memory.residual, audio_absorb="value" if memory.absorb_audio else model.config.audio_absorb
+    )
+    if memory.weights in ("int8", "fp8"):
+        _quantise(model, memory.weights)
+    elif memory.weights == "cast_fp8":
+        model.enable_layerwise_casting(
+            storage_dtype=torch.float8_e4m3fn, compute_dtype=model.patch_embedding.weight.dtype
+        )
+    if memory.offload == "none":
+        model.to(device)
+        return
+    streams = device.type == "cuda"
+    model.enable_group_offload(
+        onload_device=device,
+        offload_type=f"{memory.offload}_level",
+        num_blocks_per_group=1 if memory.offload == "block" else None,
+        use_stream=streams,
+        low_cpu_mem_usage=streams,
+    )
+    if streams:
+        _trace(model, device)
+
+
+def _quantise(model: Any, kind: str) -> None:
+    try:
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise UserError(
+            f"fit: weights={kind} needs torchao, which is not installed: pip install 'talkingdit[quant]'."
+        ) from error
+
+    def large(module: nn.Module, name: str) -> bool:
+        return type(module) is nn.Linear and name.startswith(LARGE)
+
+    quantize_(model, Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig(), filter_fn=large)
+
+
+@torch.no_grad()
+def _trace(model: Any, device: torch.device) -> None:
+    """One small forward through every layer, from which offloading learns the order to fetch them in."""
+    c, size = model.config, (1, 16, 16)
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(1, *shape, device=device)
+
+    model(
+        zeros(c.in_dim, *size),
+        zeros(),
+        zeros(1, c.text_dim),
+        reference=zeros(c.in_dim, 1, 16, 16),
+        history=zeros(c.in_dim, *size),
+        pose=zeros(c.cond_dim, *size) if c.cond_dim else None,
+        audio=zeros(c.audio_layers, c.audio_dim, 4),
+    )
