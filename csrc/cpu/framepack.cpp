@@ -105,7 +105,17 @@ void gather(const PackArgs& args) {
   }
 }
 
-// Adds what one bucket's matrix (or tokens) holds for a row of the latents to `sums`, for padded position (t, y).
+// sums += K taps each of tokens that lie `stride` elements apart.
+template <int K, class T>
+TD_INLINE void add_taps(const T* source, int64_t tokens, int64_t stride, compute_t<T>* sums) {
+  for (int64_t i = 0; i < tokens; ++i)
+    for (int d = 0; d < K; ++d) sums[i * K + d] += compute_t<T>(source[i * stride + d]);
+}
+
+constexpr int64_t kPiece = 256;  // of a row of the gradient: a multiple of the kernels that add_taps is made for
+
+// Adds what one bucket's matrix (or tokens) holds for [first, end) of a row of the latents to `sums`, for padded
+// position (t, y). `first` is a multiple of kPiece.
 template <class T>
 TD_INLINE void collect_row(const PackArgs& args, const PackBucket& bucket, int64_t b, int64_t c, int64_t t, int64_t y,
                            int64_t first, int64_t end, compute_t<T>* sums) {
@@ -117,8 +127,18 @@ TD_INLINE void collect_row(const PackArgs& args, const PackBucket& bucket, int64
   const int64_t step = bucket.pooled ? 0 : 1;
   const C factor = bucket.pooled ? C(1) / C(bucket.volume()) : C(1);
   const int64_t last = end < covered ? end : covered;
-  int64_t token = first / kw, tap = first - token * kw;
-  for (int64_t x = first; x < last; ++x) {
+  int64_t token = first / kw, tap = first - token * kw, x = first;
+  if (!bucket.pooled && last > first && (kw == 1 || kw == 2 || kw == 4 || kw == 8)) {
+    const int64_t whole = (last - first) / kw;
+    const T* source = base + token * stride;
+    if (kw == 1) add_taps<1>(source, whole, stride, sums);
+    if (kw == 2) add_taps<2>(source, whole, stride, sums);
+    if (kw == 4) add_taps<4>(source, whole, stride, sums);
+    if (kw == 8) add_taps<8>(source, whole, stride, sums);
+    token += whole;
+    x += whole * kw;
+  }
+  for (; x < last; ++x) {
     sums[x - first] += factor * C(base[token * stride + tap * step]);
     if (++tap == kw) {
       tap = 0;
@@ -127,9 +147,20 @@ TD_INLINE void collect_row(const PackArgs& args, const PackBucket& bucket, int64
   }
   if (end == args.width) {
     const PackSpan span = pack_span(args.padding, args.width - 1, args.width, covered);
-    for (int64_t x = span.first + 1; x < span.end; ++x)
+    for (x = span.first + 1; x < span.end; ++x)
       sums[end - 1 - first] += factor * C(base[(x / kw) * stride + (x % kw) * step]);
   }
+}
+
+// Places of a bucket's (padded) list from the first to the last that shows frame t.
+TD_INLINE PackSpan frame_places(const PackArgs& args, const PackBucket& bucket, int64_t t) {
+  PackSpan span{0, 0};
+  for (int64_t place = 0; place < int64_t(bucket.grid[0]) * bucket.kernel[0]; ++place) {
+    if (pack_frame(args, bucket, place) != t) continue;
+    if (span.end == 0) span.first = place;
+    span.end = place + 1;
+  }
+  return span;
 }
 
 // Every element of the gradient is summed by one thread: over buckets, places of its frame, and the padding it was
@@ -137,31 +168,31 @@ TD_INLINE void collect_row(const PackArgs& args, const PackBucket& bucket, int64
 template <class T>
 void scatter(const PackArgs& args) {
   using C = compute_t<T>;
-  constexpr int64_t kPiece = 256;
-  const int64_t rows = args.batch * args.channels * args.time * args.height;
-  parallel_for(rows, 1 + kGrain / (1 + args.width), [&](int64_t begin, int64_t end) {
+  const int64_t planes = args.batch * args.channels * args.time;
+  parallel_for(planes, 1 + kGrain / (1 + args.height * args.width), [&](int64_t begin, int64_t end) {
     C sums[kPiece];
-    for (int64_t row = begin; row < end; ++row) {
-      int64_t rest = row / args.height;
-      const int64_t h = row - rest * args.height, t = rest % args.time;
-      rest /= args.time;
-      const int64_t b = rest / args.channels, c = rest - b * args.channels;
-      T* target = static_cast<T*>(args.latents) + b * args.latent_strides[0] + c * args.latent_strides[1] +
-                  t * args.latent_strides[2] + h * args.latent_strides[3];
-      for (int64_t first = 0; first < args.width; first += kPiece) {
-        const int64_t stop = first + kPiece < args.width ? first + kPiece : args.width;
-        for (int64_t i = 0; i < kPiece; ++i) sums[i] = C(0);
-        for (int i = 0; i < args.bucket_count; ++i) {
-          const PackBucket& bucket = args.buckets[i];
-          const PackSpan down = pack_span(args.padding, h, args.height, int64_t(bucket.grid[1]) * bucket.kernel[1]);
-          const int64_t places = int64_t(bucket.grid[0]) * bucket.kernel[0];
-          for (int64_t place = 0; place < places; ++place) {
-            if (pack_frame(args, bucket, place) != t) continue;
-            for (int64_t y = down.first; y < down.end; ++y)
-              collect_row<T>(args, bucket, b, c, place, y, first, stop, sums);
+    PackSpan places[kMaxBuckets];
+    for (int64_t plane = begin; plane < end; ++plane) {
+      const int64_t channel = plane / args.time, t = plane - channel * args.time;
+      const int64_t b = channel / args.channels, c = channel - b * args.channels;
+      for (int i = 0; i < args.bucket_count; ++i) places[i] = frame_places(args, args.buckets[i], t);
+      for (int64_t h = 0; h < args.height; ++h) {
+        T* target = static_cast<T*>(args.latents) + b * args.latent_strides[0] + c * args.latent_strides[1] +
+                    t * args.latent_strides[2] + h * args.latent_strides[3];
+        for (int64_t first = 0; first < args.width; first += kPiece) {
+          const int64_t stop = first + kPiece < args.width ? first + kPiece : args.width;
+          for (int64_t x = first; x < stop; ++x) sums[x - first] = C(0);
+          for (int i = 0; i < args.bucket_count; ++i) {
+            const PackBucket& bucket = args.buckets[i];
+            const PackSpan down = pack_span(args.padding, h, args.height, int64_t(bucket.grid[1]) * bucket.kernel[1]);
+            for (int64_t place = places[i].first; place < places[i].end; ++place) {
+              if (pack_frame(args, bucket, place) != t) continue;
+              for (int64_t y = down.first; y < down.end; ++y)
+                collect_row<T>(args, bucket, b, c, place, y, first, stop, sums);
+            }
           }
+          for (int64_t x = first; x < stop; ++x) target[x] = T(sums[x - first]);
         }
-        for (int64_t x = first; x < stop; ++x) target[x] = T(sums[x - first]);
       }
     }
   });

@@ -92,7 +92,7 @@ def _matrices(
         (batch * t * h * w, weight[0].numel()) if weight.dim() == 5 else None
         for weight, (t, h, w) in zip(weights, grids, strict=True)
     ]
-    columns = latents.new_empty(sum(shape[0] * shape[1] for shape in shapes if shape))
+    columns = empty((sum(shape[0] * shape[1] for shape in shapes if shape),), latents)
     views: list[Tensor | None] = []
     at = 0
     for shape in shapes:
@@ -169,8 +169,8 @@ def _backward_run(
     grad_weights = [weight.new_empty(0) for weight in weights]
     grad_biases = [bias.new_empty(0) for bias in biases]
     if for_weights:  # patches are made again: cheaper than keeping them
-        unused = latents.new_empty(_shape(latents, weights, counts, kernels, padding))
-        native.framepack_gather(rows(latents), columns, unused, *options)
+        averages = latents.new_empty(grad.shape) if None in views else grad  # written for buckets without weights only
+        native.framepack_gather(rows(latents), columns, averages, *options)
     first = 0
     for i, (view, weight, (t, h, w)) in enumerate(zip(views, weights, grids, strict=True)):
         tokens = grad[:, first : first + t * h * w].reshape(-1, grad.shape[2])
@@ -178,7 +178,13 @@ def _backward_run(
         if view is None:
             continue
         if for_weights:
-            grad_weights[i] = (tokens.t() @ view).view(weight.shape)
+            grad_weights[i] = empty(weight.shape, weight)
+            matrix = grad_weights[i].flatten(1)
+            if 8 * matrix.shape[1] < matrix.shape[0]:
+                # BLAS makes a wide matrix faster than a tall one, by more than it takes to transpose a narrow one.
+                matrix.copy_((view.t() @ tokens).t())
+            else:
+                torch.mm(tokens.t(), view, out=matrix)
             if biases[i].numel():
                 grad_biases[i] = tokens.sum(0)
         if for_latents:
