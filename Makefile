@@ -14,7 +14,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 
 demo: .venv/installed
 	.venv/bin/talkingdit generate --image $(ASSETS)/portrait.png --audio $(ASSETS)/voice.flac \
-	  --prompt "a person with bun red hair wearing a black shirt with a white star logo, happy, talking" \
+	  --prompt "a person with pale skin, bun red hair wearing a black shirt with a white star logo, happy, talking" \
 	  --output demo.mp4 --sheet demo.png
 
 test: .venv-test/installed
