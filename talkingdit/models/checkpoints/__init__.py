@@ -4,6 +4,8 @@
 Everything streams: tensors go to the device one by one, and what does not fit is said in one sentence.
 """
 
+from talkingdit.models.checkpoints.initialise import InitReport, initialise_from_video_model
+from talkingdit.models.checkpoints.lora import LoraReport, Loras
 from talkingdit.models.checkpoints.puppet import (
     Checkpoint,
     PipelineSettings,
@@ -17,10 +19,14 @@ from talkingdit.models.checkpoints.whole import load_checkpoint
 
 __all__ = [
     "Checkpoint",
+    "InitReport",
+    "LoraReport",
+    "Loras",
     "PipelineSettings",
     "S2VCheckpoint",
     "S2VSettings",
     "default_checkpoint",
+    "initialise_from_video_model",
     "load",
     "load_checkpoint",
     "save_checkpoint",

@@ -37,16 +37,18 @@ def save_official(folder: str | Path, model: WanS2VModel, max_shard_size: int | 
 
     Args:
         folder: made if it is not there.
-        model: saved in the dtypes that it has, without adapters.
+        model: saved in the dtypes that it has.
         max_shard_size: bytes, or such as "10GB".
 
     Returns:
         The folder.
 
     Raises:
-        UserError: the official program cannot express a setting of the model.
+        UserError: the model has adapters, or a setting that the official program does not know.
     """
     config = model.config
+    if getattr(model, "peft_config", None):
+        raise UserError(f"{folder}: the model has adapters; merge or unload them before it is saved.")
     for name in _BUILT_IN:
         official, ours = PRESETS["wan_s2v_14b"][name], config[name]
         if (list(ours) if isinstance(ours, list | tuple) else ours) != (

@@ -181,7 +181,7 @@ def open_weights(source: Path, stem: str = "diffusion_pytorch_model") -> Weights
     Raises:
         UserError: no weights, a shard that is missing or damaged; the message names it.
     """
-    if source.is_file():
+    if not source.is_dir():
         return _table(source, [source])
     index = source / f"{stem}.safetensors.index.json"
     if index.is_file():
