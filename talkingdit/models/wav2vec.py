@@ -144,4 +144,4 @@ def load_speech_encoder(
     lost = sorted(set(report["missing_keys"]) - {"masked_spec_embed"})
     if lost:
         raise UserError(f"{folder}: the speech encoder lacks {len(lost)} weights: {some(lost)}.")
-    return SpeechEncoder(model.to(device).eval().requires_grad_(False), extractor, fps)
+    return SpeechEncoder(model.to(device).requires_grad_(False), extractor, fps).eval()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +174,9 @@ class Loras:
                 state[f"{module}.lora_A.weight"] = part.down
                 state[f"{module}.lora_B.weight"] = (part.up.float() * part.scale).to(part.up.dtype)
         if state:
-            self._model.load_lora_adapter(state, prefix=None, adapter_name=name)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several files are fine
+                self._model.load_lora_adapter(state, prefix=None, adapter_name=name)
 
     def _detach(self) -> None:
         """No adapters on any layer."""

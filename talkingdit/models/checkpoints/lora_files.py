@@ -139,7 +139,7 @@ def _assemble(
                 continue
             value, target = weights.read(keys[kind]).clone(), getattr(modules[module], parameter, None)
             if not isinstance(target, Tensor) or target.numel() != value.numel():
-                got = "it does not have" if target is None else f"of shape {list(target.shape)}"
+                got = "there is not" if target is None else f"is {list(target.shape)}"
                 raise UserError(f"{path}: changes {module}.{parameter} by {list(value.shape)}, which {got}.")
             diffs[f"{module}.{parameter}"] = value.reshape(target.shape)
     if not low_rank and not diffs:

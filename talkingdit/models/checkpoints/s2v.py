@@ -133,7 +133,7 @@ def is_s2v(root: Path) -> bool:
     """Is this folder a whole Wan-S2V checkpoint (rather than one of the package's own layout)?"""
     if (root / "config.json").is_file() or any(root.glob("models_t5*.pth")):
         return True
-    return (root / "audio_encoder").is_dir() or (root / "model_index.json").is_file()
+    return any((root / name).exists() for name in ("audio_encoder", "tokenizer", "model_index.json"))
 
 
 def _parts(root: Path) -> _Parts:

@@ -51,9 +51,7 @@ def save_official(folder: str | Path, model: WanS2VModel, max_shard_size: int | 
         raise UserError(f"{folder}: the model has adapters; merge or unload them before it is saved.")
     for name in _BUILT_IN:
         official, ours = PRESETS["wan_s2v_14b"][name], config[name]
-        if (list(ours) if isinstance(ours, list | tuple) else ours) != (
-            list(official) if isinstance(official, tuple) else official
-        ):
+        if (tuple(ours) if isinstance(ours, list) else ours) != official:
             raise UserError(f"{folder}: the official layout has no place for {name} {ours!r}, only for {official!r}.")
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
