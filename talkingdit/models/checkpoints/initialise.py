@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from talkingdit import ops
 from talkingdit.errors import UserError
@@ -114,10 +115,13 @@ def _derive_packer(model: WanS2VModel) -> tuple[str, ...]:
         return ()
     names = []
     patches = model.patch_embedding
-    assert patches.bias is not None
     for name, conv in packer.named_children():
-        weight, bias = ops.init_bucket_weight(patches.weight.float(), patches.bias.float(), conv.kernel_size)
+        assert isinstance(conv, nn.Conv3d)
+        assert conv.bias is not None
+        assert patches.bias is not None
+        kt, kh, kw = conv.kernel_size
+        weight, _ = ops.init_bucket_weight(patches.weight.float(), None, (kt, kh, kw))
         conv.weight.copy_(weight)
-        conv.bias.copy_(bias)
+        conv.bias.copy_(patches.bias)
         names += [f"frame_packer.{name}.weight", f"frame_packer.{name}.bias"]
     return tuple(names)

@@ -75,7 +75,7 @@ def load(
     return from_weights(weights, {**values, **(config or {})}, dtype, device)
 
 
-def _random(name: str, changes: Mapping[str, Any], seed: int) -> WanS2VModel:
+def _random(name: str, changes: Mapping[str, Any], seed: int) -> Any:
     from talkingdit.models.presets import preset
     from talkingdit.models.wan import WanS2VModel
 
