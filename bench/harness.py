@@ -62,6 +62,7 @@ class Case:
         baselines: others of the same signature without ``out``.
         compiled: the baseline to compile, or None.
         direction: "backward" times the gradients of all inputs alone; "forward" and "step" time the call.
+        has_out: whether the op takes a preallocated result.
     """
 
     op: str
@@ -74,6 +75,7 @@ class Case:
     ours: Callable[..., Any]
     baselines: Mapping[str, Callable[..., Any]]
     compiled: Callable[..., Any] | None = None
+    has_out: bool = True
 
 
 Call = Callable[[], Any]
@@ -128,7 +130,7 @@ def contestants(case: Case, setting: Setting) -> dict[str, list[Call]]:
     make = _backward_call if case.direction == "backward" else _forward_call
     calls = {name: [make(function, inputs) for inputs in sets] for name, function in functions.items()}
     _check(case, calls)
-    if case.direction != "backward":
+    if case.direction != "backward" and case.has_out:
         calls["out"] = [_forward_call(case.ours, inputs, out=_like(calls["ours"][0]())) for inputs in sets]
     pairs = [torch.rand(2, max(1, case.bytes // 8), device=setting.device).unbind(0) for _ in range(count)]
     calls["copy"] = [lambda a=a, b=b: b.copy_(a) for a, b in pairs]  # type: ignore[misc]

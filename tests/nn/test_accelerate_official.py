@@ -22,6 +22,7 @@ import talkingdit
 GOLDEN = Path(__file__).parent.parent / "golden" / "wan_s2v.safetensors"
 BLOCK = "block: norm, modulation and gates"
 ATTENTION = "self-attention: norm and rotation of q and k"
+TIME = "time embedding: once for all tokens where they have one timestep"
 AUDIO = "audio injection: norm, attention to the audio of each frame"
 
 
@@ -103,18 +104,39 @@ def test_wan_model(switches, per_token):
     model, given = randomise(WanModel(**switches)), wan_inputs(per_token=per_token)
     expected, grads, state = run(model, given), gradients(model, given), attributes(model)
     report = talkingdit.accelerate(model)
-    assert report.replaced == {BLOCK: 2, ATTENTION: 2}
+    assert report.replaced == {BLOCK: 2, ATTENTION: 2, TIME: 1}
     assert not report.left
     with Ops() as ops:
         assert difference(run(model, given), expected) < 1e-5
     assert ops.calls["norm_rope3d" if switches.get("qk_norm", True) else "rope3d"] == 4
     assert ops.calls["gate_residual"] >= 2
     check_gradients(gradients(model, given), grads)
-    assert talkingdit.accelerate(model).already == 4
+    assert talkingdit.accelerate(model).already == 5
     talkingdit.restore(model)
     model.zero_grad()
     assert attributes(model) == state
     assert torch.equal(run(model, given), expected)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_time_is_embedded_once_where_there_is_one_timestep(per_token):
+    model, given = randomise(WanModel()), wan_inputs(per_token=per_token)
+    rows = []
+    model.time_projection[1].register_forward_hook(lambda _m, _i, out: rows.append(out.shape[1]))
+    run(model, given)
+    talkingdit.accelerate(model)
+    run(model, given)
+    assert rows == [40, 40 if per_token else 1]
+
+
+def test_a_replaced_forward_of_the_model_stays():
+    """Sequence parallelism of the official program; it repeats the timestep for every token and cuts the tokens."""
+    model, given = randomise(WanModel()), wan_inputs()
+    model.forward = types.MethodType(lambda self, **kwargs: WanModel.forward(self, **kwargs), model)
+    expected = run(model, given)
+    report = talkingdit.accelerate(model)
+    assert report.left == {(TIME, "hooks or other code replace a forward"): 1}
+    assert difference(run(model, given), expected) < 1e-5
 
 
 def test_one_time_vector_for_all_tokens():
@@ -166,7 +188,7 @@ def test_replaced_attention_stays():
         block.self_attn.forward = types.MethodType(parallel, block.self_attn)
     expected = run(model, given)
     report = talkingdit.accelerate(model)
-    assert report.replaced == {BLOCK: 2}
+    assert report.replaced == {BLOCK: 2, TIME: 1}
     assert report.left == {(ATTENTION, "hooks or other code replace its forward"): 2}
     assert difference(run(model, given), expected) < 1e-5
 
@@ -180,7 +202,7 @@ def test_blocks_of_another_signature_are_left_alone():
     model.blocks[1].__class__ = Other
     report = talkingdit.accelerate(model)
     assert report.left == {(BLOCK, "its forward is not the one that is known"): 1}
-    assert report.replaced == {BLOCK: 1, ATTENTION: 2}
+    assert report.replaced == {BLOCK: 1, ATTENTION: 2, TIME: 1}
 
 
 @pytest.fixture(scope="module")

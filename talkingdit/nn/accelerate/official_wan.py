@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,10 +20,13 @@ BLOCK = "block: norm, modulation and gates"
 ATTENTION = "self-attention: norm and rotation of q and k"
 AUDIO = "audio injection: norm, attention to the audio of each frame"
 TABLES = "rotary tables: kept on the device of the model"
+TIME = "time embedding: once for all tokens where they have one timestep"
 
 _BLOCK_CHILDREN = {"norm1", "self_attn", "norm3", "cross_attn", "norm2", "ffn"}
 _ATTENTION_CHILDREN = {"q", "k", "v", "o", "norm_q", "norm_k"}
 _ATTENTION_FUNCTIONS = ("flash_attention", "attention")
+_WAN_CHILDREN = {"patch_embedding", "text_embedding", "time_embedding", "time_projection", "blocks", "head"}
+_one_timestep: ContextVar[bool] = ContextVar("_one_timestep", default=False)
 
 
 # ---- what runs in place of the official methods --------------------------------------------------------------------
@@ -52,6 +57,7 @@ def _modulation(table: Tensor, e: Any, tokens: int) -> Modulation:
         return Modulation((table[:, :, None] + e[0]).unbind(1), [end, tokens])
     if e.dim() == 3:
         return Modulation((table + e).chunk(6, dim=1), None)
+    e = _once(e)
     return Modulation((table[None] + e).unbind(2), 1 if e.shape[1] > 1 else None)
 
 
@@ -119,7 +125,41 @@ def _after_transformer_block(model: Any, block_idx: int, hidden_states: Tensor) 
     return hidden_states
 
 
-def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+def _once(e: Tensor) -> Tensor:
+    """[B, 1, ...] of an e [B, N, ...] that is expanded over the tokens."""
+    return e[:, :1] if e.stride(1) == 0 else e
+
+
+def _wan_forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The official forward repeats a timestep [B] for every token before it embeds it: gigabytes, and as many FLOPs as
+    several blocks. The layers of the embedding cannot see that their rows are equal; here it is known."""
+    t = kwargs["t"] if "t" in kwargs else args[1]
+    token = _one_timestep.set(t.dim() == 1)
+    try:
+        return type(model).forward(model, *args, **kwargs)
+    finally:
+        _one_timestep.reset(token)
+
+
+def _time_embedding(layers: Any, x: Tensor) -> Tensor:
+    forward = type(layers).forward
+    if not _one_timestep.get() or x.dim() != 3:
+        return forward(layers, x)
+    return forward(layers, x[:, :1]).expand(-1, x.shape[1], -1)
+
+
+def _time_projection(layers: Any, e: Tensor) -> Tensor:
+    forward = type(layers).forward
+    if not _one_timestep.get() or e.dim() != 3:
+        return forward(layers, e)
+    return forward(layers, _once(e)).expand(-1, e.shape[1], -1)
+
+
+def _head(head: Any, x: Tensor, e: Tensor) -> Tensor:
+    return type(head).forward(head, x, _once(e) if e.dim() == 3 else e)
+
+
+def _s2v_forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     """The official S2V forward makes a table of rotations for every token and head out of a small one, which it leaves
     on the CPU; from there it would cross to the device expanded, gigabytes in every forward."""
     device = model.patch_embedding.weight.device
@@ -142,6 +182,8 @@ def replace(module: nn.Module, report: Report) -> bool:
         _replace_attention(module, report)
     elif "audio_injector" in children and hasattr(type(module), "after_transformer_block"):
         _replace_injection(module, report)
+    elif children >= _WAN_CHILDREN and parameters_of(type(module).forward)[:4] == ["x", "t", "context", "seq_len"]:
+        _replace_time(module, report)
     return False
 
 
@@ -195,7 +237,31 @@ def _replace_injection(model: Any, report: Report) -> None:
     else:
         replace_method(model, _after_transformer_block, report, AUDIO, "after_transformer_block")
     if hasattr(model, "freqs") and "patch_embedding" in model._modules:
-        replace_method(model, _forward, report, TABLES)
+        replace_method(model, _s2v_forward, report, TABLES)
+
+
+def _replace_time(model: Any, report: Report) -> None:
+    """Only in a model that makes an embedding per token (Wan 2.2); its head then takes e [B, N, dim]."""
+    layers = (model.time_embedding, model.time_projection)
+    if not all(type(part) is nn.Sequential for part in layers) or not _takes(model.head, ["x", "e"]):
+        report.left[TIME, "its layers are not the ones that are known"] += 1
+        return
+    parts: tuple[tuple[nn.Module, Callable[..., Any]], ...] = (
+        (model, _wan_forward),
+        (layers[0], _time_embedding),
+        (layers[1], _time_projection),
+        (model.head, _head),
+    )
+    # Each is right without the others, and the layers do as always unless the model says that there is one timestep.
+    own = Report("")
+    for part, function in parts:
+        replace_method(part, function, own, TIME)
+    if own.left:
+        report.left[TIME, "hooks or other code replace a forward"] += 1
+    elif own.replaced:
+        report.replaced[TIME] += 1
+    else:
+        report.already += 1
 
 
 def _is_adaptive_norm(module: Any) -> bool:
