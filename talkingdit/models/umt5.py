@@ -96,17 +96,22 @@ def load_umt5(source: Path, dtype: torch.dtype, device: torch.device | str = "cp
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder.
+    """The tokenizer in a folder, as its tokenizer.json says where it has one.
+
+    `AutoTokenizer` would not do: from transformers 5 on the class for T5 keeps the vocabulary of that file and puts its
+    own rules in place of the rest, which turns what is spelled in bytes (rare characters, Chinese ones among them) or
+    needs the normaliser into unknown words.
 
     Raises:
         UserError: there is none, or it does not load.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not folder.is_dir():
         raise UserError(f"{folder}: the tokenizer is missing; the checkpoint is not complete.")
+    kind: Any = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # each kind of tokenizer file has exceptions of its own
         reason = " ".join(str(error).split())
         raise UserError(f"{folder}: the tokenizer does not load ({reason[:160]}).") from error

@@ -121,7 +121,8 @@ def load_speech_encoder(
 ) -> SpeechEncoder:
     """The encoder in a folder of transformers: config.json, weights, preprocessor_config.json.
 
-    The output layer that speech recognition has on top is left out.
+    The last may also lie beside it in audio_processor/, as diffusers saves it. The output layer that speech recognition
+    has on top is left out.
 
     Raises:
         UserError: files are missing or do not load.
@@ -130,8 +131,10 @@ def load_speech_encoder(
 
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: the speech encoder is missing; the checkpoint is not complete.")
+    beside = folder.parent / "audio_processor"
+    processor = folder if (folder / "preprocessor_config.json").is_file() or not beside.is_dir() else beside
     try:
-        extractor = Wav2Vec2FeatureExtractor.from_pretrained(folder, local_files_only=True)
+        extractor = Wav2Vec2FeatureExtractor.from_pretrained(processor, local_files_only=True)
         with _quiet():
             loaded: Any = Wav2Vec2Model.from_pretrained(
                 folder, local_files_only=True, dtype=dtype, output_loading_info=True

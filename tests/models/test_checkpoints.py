@@ -77,6 +77,15 @@ def test_a_preset_gives_the_same_random_weights_for_a_seed_and_leaves_the_genera
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_a_preset_is_made_where_and_as_it_is_wanted() -> None:
+    model = load("puppet_tiny", torch.bfloat16)
+    for name, value in model.named_parameters():
+        exact = any(part in name.split(".") for part in ("time_embedding", "time_projection", "modulation"))
+        assert value.dtype == (torch.float32 if exact else torch.bfloat16), name
+    assert torch.get_default_dtype() == torch.float32
+    assert {value.device.type for value in load("wan_s2v_14b", torch.bfloat16, "meta").parameters()} == {"meta"}
+
+
 def refuse(folder: Path, match: str) -> None:
     with pytest.raises(UserError, match=match) as caught:
         load_checkpoint(folder)

@@ -85,6 +85,22 @@ def test_features_do_not_depend_on_the_prompts_beside_them(encoder: UMT5Encoder)
         torch.testing.assert_close(row[mask], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_the_rules_of_the_tokenizer_file_hold_to_the_letter(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    write_tokenizer(tmp_path / "tokenizer")
+    spelled = [(f"<0x{byte:02X}>", -10.0) for byte in range(256)]
+    wanted = Tokenizer(models.Unigram([*pieces(), *spelled], unk_id=2, byte_fallback=True))
+    wanted.normalizer = normalizers.NFKC()
+    wanted.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    wanted.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    wanted.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    prompt = "a woman talks, 手指融合 \uff41"
+    tokens = load_tokenizer(tmp_path / "tokenizer")(prompt).input_ids
+    assert tokens == wanted.encode(prompt).ids
+    assert 2 not in tokens
+
+
 def test_long_prompts_are_cut_and_still_have_their_end(encoder: UMT5Encoder) -> None:
     short = UMT5Encoder(encoder.model, encoder.tokenizer, text_len=4).eval()
     features = short.encode(["a person talks to the camera"])

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from official import write_wav2vec
+from safetensors.torch import load_file
 from transformers import Wav2Vec2ForCTC
 
 from talkingdit.errors import UserError
@@ -72,6 +75,24 @@ def test_more_frames_do_not_change_the_first_ones(encoder: SpeechEncoder, sound:
     whole = encoder(sound)
     assert whole.shape[2] == 37
     torch.testing.assert_close(encoder(sound, 20), whole[:, :, :20], rtol=0, atol=0)
+
+
+def test_files_of_older_libraries_give_the_same(
+    folder: Path, encoder: SpeechEncoder, sound: Any, tmp_path: Path
+) -> None:
+    """The released encoder is a pickle, from before parametrisations, with its processor elsewhere in diffusers."""
+    state = load_file(folder / "model.safetensors")
+    older = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    for new, old in older.items():
+        state = {name.replace(new, old): value for name, value in state.items()}
+    assert any(name.endswith("weight_g") for name in state)
+    (tmp_path / "audio_encoder").mkdir()
+    (tmp_path / "audio_processor").mkdir()
+    torch.save(state, tmp_path / "audio_encoder" / "pytorch_model.bin")
+    shutil.copy(folder / "config.json", tmp_path / "audio_encoder")
+    shutil.copy(folder / "preprocessor_config.json", tmp_path / "audio_processor")
+    found = load_speech_encoder(tmp_path / "audio_encoder")(sound)
+    torch.testing.assert_close(found, encoder(sound), rtol=0, atol=0)
 
 
 def test_half_precision_files_and_models(folder: Path, encoder: SpeechEncoder, sound: np.ndarray) -> None:

@@ -119,13 +119,14 @@ def _assemble(
 ) -> LoraFile:
     low_rank: dict[str, LowRank] = {}
     diffs: dict[str, Tensor] = {}
+    tensors = weights.read(key for keys in parts.values() for key in keys.values())
     for module, keys in parts.items():
         if ("down" in keys) != ("up" in keys):
             raise UserError(f"{path}: has only one of the two matrices of {module}.")
         if "down" in keys:
-            down, up = weights.read(keys["down"]).clone(), weights.read(keys["up"]).clone()
+            down, up = tensors[keys["down"]], tensors[keys["up"]]
             rank = down.shape[0]
-            factor = weights.read(keys["alpha"]).item() / rank if "alpha" in keys else scale(module, rank)
+            factor = tensors[keys["alpha"]].item() / rank if "alpha" in keys else scale(module, rank)
             weight = getattr(modules[module], "weight", None)
             wanted = None if weight is None else (weight.shape[0], math.prod(weight.shape[1:]))
             if wanted != (up.shape[0], math.prod(down.shape[1:])) or math.prod(up.shape[1:]) != rank:
@@ -137,7 +138,7 @@ def _assemble(
         for kind, parameter in PARAMETERS.items():
             if kind not in keys:
                 continue
-            value, target = weights.read(keys[kind]).clone(), getattr(modules[module], parameter, None)
+            value, target = tensors[keys[kind]], getattr(modules[module], parameter, None)
             if not isinstance(target, Tensor) or target.numel() != value.numel():
                 got = "there is not" if target is None else f"is {list(target.shape)}"
                 raise UserError(f"{path}: changes {module}.{parameter} by {list(value.shape)}, which {got}.")

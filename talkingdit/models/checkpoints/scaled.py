@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import torch
-
 from talkingdit.errors import UserError
 from talkingdit.models.checkpoints.weights import Entry, Weights
 
@@ -16,7 +14,6 @@ from talkingdit.models.checkpoints.weights import Entry, Weights
 SCALES = (".scale_weight", ".weight_scale")
 NOTES = (".scale_input", ".input_scale", ".comfy_quant")
 MARKER = "scaled_fp8"
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def descale(weights: Weights) -> Weights:
@@ -34,10 +31,11 @@ def descale(weights: Weights) -> Weights:
             scales[name.removesuffix(suffix) + ".weight"] = name
         elif name != MARKER and not name.endswith("." + MARKER) and not name.endswith(NOTES):
             entries[name] = entry
+    values = weights.read(scales.values())
     for weight, scale in scales.items():
         if weight not in entries:
             raise UserError(f"{weights.source}: has {scale} but no {weight}.")
-        found = weights.read(scale).float()
+        found = values[scale].float()
         rows = entries[weight].shape[:1]
         if found.numel() != 1 and tuple(found.flatten().shape) != rows:
             raise UserError(
@@ -51,10 +49,10 @@ def _check_formats(weights: Weights) -> None:
     for name in weights.entries:
         if name.endswith(".weight_scale_2"):
             raise UserError(f"{weights.source}: 4-bit weights ({name}) are not supported, only scaled float8.")
-        if name.endswith(".comfy_quant"):
-            try:
-                kind = json.loads(bytes(weights.read(name).tolist())).get("format")
-            except (ValueError, AttributeError) as error:
-                raise UserError(f"{weights.source}: {name} is not a readable description of a format.") from error
-            if kind not in ("float8_e4m3fn", "float8_e5m2"):
-                raise UserError(f"{weights.source}: {name} says {kind!r}, only scaled float8 is supported.")
+    for name, note in weights.read(name for name in weights.entries if name.endswith(".comfy_quant")).items():
+        try:
+            kind = json.loads(bytes(note.tolist())).get("format")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{weights.source}: {name} is not a readable description of a format.") from error
+        if kind not in ("float8_e4m3fn", "float8_e5m2"):
+            raise UserError(f"{weights.source}: {name} says {kind!r}, only scaled float8 is supported.")

@@ -63,26 +63,39 @@ def load(
     if not path.exists():
         if str(source) not in PRESETS:
             raise UserError(f"{source}: neither a folder nor a preset ({', '.join(sorted(PRESETS))}).")
-        model = _random(str(source), config or {}, seed)
+        model = _random(str(source), config or {}, dtype, torch.device(device), seed)
         if init_from is not None:
             from talkingdit.models.checkpoints.initialise import initialise_from_video_model
 
             initialise_from_video_model(model, init_from)
-        return model.to(device=device, dtype=dtype).eval()
+        return model
     if init_from is not None:
         raise UserError(f"{source}: init_from goes with a preset, this is a checkpoint with weights of its own.")
     weights, values = open_transformer(path)
     return from_weights(weights, {**values, **(config or {})}, dtype, device)
 
 
-def _random(name: str, changes: Mapping[str, Any], seed: int) -> Any:
+def _random(name: str, changes: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int) -> WanS2VModel:
+    """Random weights, made on the device in the dtype that they have: a large preset does not fit host memory."""
     from talkingdit.models.presets import preset
     from talkingdit.models.wan import WanS2VModel
 
     arguments: dict[str, Any] = preset(name, **changes)
-    with torch.random.fork_rng(devices=[]):
+    before = torch.get_default_dtype()
+    on_host = device.type in ("cpu", "meta")
+    with torch.random.fork_rng([] if on_host else [device], device_type="cuda" if on_host else device.type):
         torch.manual_seed(seed)
-        return WanS2VModel(**arguments)
+        torch.set_default_dtype(dtype)
+        try:
+            with device:
+                model = WanS2VModel(**arguments)
+        finally:
+            torch.set_default_dtype(before)
+    keep = tuple(model._keep_in_fp32_modules or ())
+    for path, parameter in model.named_parameters():
+        if dtype.itemsize < 4 and any(part in keep for part in path.split(".")):
+            parameter.data = parameter.data.float()
+    return model.eval()
 
 
 def open_transformer(path: Path) -> tuple[Weights, dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,13 +48,6 @@ class Entry:
     shape: tuple[int, ...]
     dtype: torch.dtype
     scale: Tensor | None = None  # the stored values are to be multiplied by this (8-bit weights)
-
-    @property
-    def bytes(self) -> int:
-        size = self.dtype.itemsize
-        for n in self.shape:
-            size *= n
-        return size
 
 
 @dataclass(frozen=True)
@@ -117,9 +110,10 @@ class Weights:
                         tensor = _scaled(tensor, entry.scale)
                     yield name, tensor
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
-        return next(tensor for _, tensor in replace(self, entries={name: self.entries[name]}).stream())
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of some small tensors, on the CPU."""
+        chosen = replace(self, entries={name: self.entries[name] for name in names})
+        return {name: tensor.clone() for name, tensor in chosen.stream()}
 
 
 def _scaled(tensor: Tensor, scale: Tensor) -> Tensor:
