@@ -12,29 +12,29 @@ struct Shape {
   int64_t batch, tokens, dim, groups;
   bool wide;
   const TensorView& first;
+
+  // Whether there is a tensor at all; one that is there must be [batch, count, dim].
+  bool has(const Optional& view, const char* name, int64_t count) const {
+    if (!view) return false;
+    check_view(*view, 3, op, name);
+    check_same_device(*view, first, op, name);
+    check(view->shape[0] == batch && view->shape[1] == count && view->shape[2] == dim, op, ": ", name,
+          " has a wrong shape");
+    return true;
+  }
+  Rows rows(const Optional& view, const char* name) const {
+    if (!has(view, name, tokens)) return Rows{};
+    check((view->dtype == DType::float64) == wide, op, ": ", name, " mixes float64 with other dtypes");
+    check(view->dtype <= DType::float16, op, ": ", name, " must be floating");
+    return Rows{view->data, view->strides[0], view->strides[1], view->dtype};
+  }
+  GroupRows modulation(const Optional& view, const char* name) const {
+    if (!has(view, name, groups)) return GroupRows{};
+    check(view->dtype == (wide ? DType::float64 : DType::float32), op, ": ", name, " must be in compute dtype");
+    return GroupRows{view->data, view->strides[0], view->strides[1]};
+  }
+  void* sums(const Optional& view, const char* name) const { return const_cast<void*>(modulation(view, name).data); }
 };
-
-Rows rows_of(const Shape& shape, const Optional& view, const char* name) {
-  if (!view) return Rows{};
-  check_view(*view, 3, shape.op, name);
-  check_same_device(*view, shape.first, shape.op, name);
-  check(view->shape[0] == shape.batch && view->shape[1] == shape.tokens && view->shape[2] == shape.dim, shape.op, ": ",
-        name, " has a wrong shape");
-  check((view->dtype == DType::float64) == shape.wide, shape.op, ": ", name, " mixes float64 with other dtypes");
-  check(view->dtype <= DType::float16, shape.op, ": ", name, " must be floating");
-  return Rows{view->data, view->strides[0], view->strides[1], view->dtype};
-}
-
-GroupRows groups_of(const Shape& shape, const Optional& view, const char* name) {
-  if (!view) return GroupRows{};
-  check_view(*view, 3, shape.op, name);
-  check_same_device(*view, shape.first, shape.op, name);
-  check(view->shape[0] == shape.batch && view->shape[1] == shape.groups && view->shape[2] == shape.dim, shape.op, ": ",
-        name, " has a wrong shape");
-  check(view->dtype == (shape.wide ? DType::float64 : DType::float32), shape.op, ": ", name,
-        " must be in compute dtype");
-  return GroupRows{view->data, view->strides[0], view->strides[1]};
-}
 
 TokenGroups token_groups(const Shape& shape, int64_t per_group, const std::vector<int64_t>& ends,
                          int64_t token_offset) {
@@ -58,6 +58,25 @@ Shape shape_of(const char* op, const TensorView& x, int64_t groups) {
   return Shape{op, x.shape[0], x.shape[1], x.shape[2], groups, x.dtype == DType::float64, x};
 }
 
+// What forward and backward are told alike.
+template <class Args>
+Args args_of(const Shape& shape, const Optional& y, const Optional& residual, const Optional& gate,
+             const Optional& scale, int64_t per_group, const std::vector<int64_t>& ends, int64_t token_offset,
+             double eps) {
+  Args args{};
+  args.batch = shape.batch;
+  args.tokens = shape.tokens;
+  args.token_offset = token_offset;
+  args.dim = int(shape.dim);
+  args.eps = eps;
+  args.groups = token_groups(shape, per_group, ends, token_offset);
+  args.y = shape.rows(y, "y");
+  args.residual = shape.rows(residual, "residual");
+  args.gate = shape.modulation(gate, "gate");
+  args.scale = shape.modulation(scale, "scale");
+  return args;
+}
+
 void modulate_forward_run(const TensorView& x, const Optional& y, const Optional& gate, const Optional& scale,
                           const Optional& shift, const Optional& residual, const Optional& out, int64_t per_group,
                           const std::vector<int64_t>& ends, int64_t token_offset, double eps) {
@@ -66,20 +85,10 @@ void modulate_forward_run(const TensorView& x, const Optional& y, const Optional
             (residual || out),
         op, ": arguments do not go together");
   const Shape shape = shape_of(op, x, (gate ? *gate : *scale).shape[1]);
-  ModulateArgs args{};
-  args.batch = shape.batch;
-  args.tokens = shape.tokens;
-  args.dim = int(shape.dim);
-  args.token_offset = token_offset;
-  args.eps = eps;
-  args.x = rows_of(shape, x, "x");
-  args.y = rows_of(shape, y, "y");
-  args.residual = rows_of(shape, residual, "residual");
-  args.out = rows_of(shape, out, "out");
-  args.gate = groups_of(shape, gate, "gate");
-  args.scale = groups_of(shape, scale, "scale");
-  args.shift = groups_of(shape, shift, "shift");
-  args.groups = token_groups(shape, per_group, ends, token_offset);
+  auto args = args_of<ModulateArgs>(shape, y, residual, gate, scale, per_group, ends, token_offset, eps);
+  args.x = shape.rows(x, "x");
+  args.out = shape.rows(out, "out");
+  args.shift = shape.modulation(shift, "shift");
   if (x.numel() == 0) return;
   TD_CALL(modulate_forward, x, args);
 }
@@ -102,24 +111,14 @@ void modulate_backward_run(const Optional& residual, const Optional& y, const Op
             bool(y) == (gate && grad_y && grad_gate),
         op, ": arguments do not go together");
   const Shape shape = shape_of(op, grad_residual ? *grad_residual : *grad_out, (gate ? *gate : *scale).shape[1]);
-  ModulateGradArgs args{};
-  args.batch = shape.batch;
-  args.tokens = shape.tokens;
-  args.dim = int(shape.dim);
-  args.token_offset = token_offset;
-  args.eps = eps;
-  args.residual = rows_of(shape, residual, "residual");
-  args.y = rows_of(shape, y, "y");
-  args.grad_residual = rows_of(shape, grad_residual, "grad_residual");
-  args.grad_out = rows_of(shape, grad_out, "grad_out");
-  args.grad_x = rows_of(shape, grad_x, "grad_x");
-  args.grad_y = rows_of(shape, grad_y, "grad_y");
-  args.gate = groups_of(shape, gate, "gate");
-  args.scale = groups_of(shape, scale, "scale");
-  args.groups = token_groups(shape, per_group, ends, token_offset);
-  args.grad_gate = const_cast<void*>(groups_of(shape, grad_gate, "grad_gate").data);
-  args.grad_scale = const_cast<void*>(groups_of(shape, grad_scale, "grad_scale").data);
-  args.grad_shift = const_cast<void*>(groups_of(shape, grad_shift, "grad_shift").data);
+  auto args = args_of<ModulateGradArgs>(shape, y, residual, gate, scale, per_group, ends, token_offset, eps);
+  args.grad_residual = shape.rows(grad_residual, "grad_residual");
+  args.grad_out = shape.rows(grad_out, "grad_out");
+  args.grad_x = shape.rows(grad_x, "grad_x");
+  args.grad_y = shape.rows(grad_y, "grad_y");
+  args.grad_gate = shape.sums(grad_gate, "grad_gate");
+  args.grad_scale = shape.sums(grad_scale, "grad_scale");
+  args.grad_shift = shape.sums(grad_shift, "grad_shift");
   if (shape.batch * shape.tokens == 0) return;
   args.chunks = make_chunks(args.groups, token_offset, shape.tokens);
   check(partial.numel() >= shape.batch * args.chunks.count * 3 * shape.dim, op, ": partial is too small");

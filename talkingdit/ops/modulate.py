@@ -7,7 +7,7 @@ one group per frame, or one for all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,246 +21,108 @@ from talkingdit.ops._memory import empty
 
 Groups = int | Sequence[int] | None
 _MAX_DIM, _MAX_RANGES = 16384, 128
-_PLACE = "SymInt per_group, SymInt[] ends, SymInt token_offset"
+
+# Arguments of the native functions, in order. What an op does not have is None.
+_FORWARD = (
+    "x", "y", "gate", "scale", "shift", "residual", "out", "per_group", "ends", "token_offset", "eps",
+)  # fmt: skip
+_BACKWARD = (
+    "residual", "y", "gate", "scale", "grad_residual", "grad_out", "grad_x", "grad_y", "grad_gate", "grad_scale",
+    "grad_shift", "partial", "stats", "per_group", "ends", "token_offset", "eps",
+)  # fmt: skip
+_KINDS = {"per_group": "SymInt", "ends": "SymInt[]", "token_offset": "SymInt", "eps": "float", "dtype": "ScalarType"}
+_GRADIENT_OF = {"grad_x": "residual", "grad_y": "y", "grad_gate": "gate", "grad_scale": "scale", "grad_shift": "scale"}
 
 
-def _backward_buffers(grad: Tensor, modulation: Tensor, place: tuple[Any, ...]) -> dict[str, Tensor | None]:
+def _native_arguments(named: dict[str, Any], order: Sequence[str]) -> list[Any]:
+    values = [named.get(name) for name in order]
+    return [rows(value) if isinstance(value, Tensor) else value for value in values]
+
+
+def _buffers(grad: Tensor, modulation: Tensor, per_group: int, ends: list[int], token_offset: int) -> dict[str, Any]:
     batch, tokens, dim = grad.shape
-    per_group, ends, token_offset = place
     chunks = native.modulate_chunks(tokens, modulation.shape[1], per_group, ends, token_offset) if tokens else 0
-    partial = torch.empty(batch * chunks, 3, dim, dtype=modulation.dtype, device=grad.device)
-    stats = torch.empty(batch, tokens, 4, dtype=modulation.dtype, device=grad.device) if grad.is_cuda else None
-    return {"partial": partial, "stats": stats}
+    partial = modulation.new_empty(batch * chunks, 3, dim)
+    return {"partial": partial, "stats": modulation.new_empty(batch, tokens, 4) if grad.is_cuda else None}
 
 
-def _sums(modulation: Tensor, tokens: int) -> Tensor:
-    make = torch.empty if tokens else torch.zeros
-    return make(modulation.shape, dtype=modulation.dtype, device=modulation.device)
+def _register(name: str, gated: bool, normed: bool) -> tuple[Any, Any]:
+    """``name`` with its backward, and ``name_out``: a gated sum, the modulated norm, or both in one pass.
 
+    All three forms have the same arguments in the same order, without those that they do not need.
+    """
+    tensors = ["x", *["y", "gate"] * gated, *["scale", "shift"] * normed]
+    place = ["per_group", "ends", "token_offset", *["eps"] * normed]
+    options = [*place, *["dtype"] * normed]
+    results = [*["residual"] * gated, *["out"] * normed]
+    grads = [f"grad_{result}" for result in results]
+    saved = [*["residual"] * normed, *["y", "gate"] * gated, *["scale"] * normed]
+    found = [*["grad_x"] * normed, *["grad_y", "grad_gate"] * gated, *["grad_scale", "grad_shift"] * normed]
 
-# ---- norm_modulate -------------------------------------------------------------------------------------------------
+    def define(suffix: str, arguments: Sequence[str], returns: int, *functions: Callable[..., Any]) -> Any:
+        listed = ", ".join(f"{_KINDS.get(argument, 'Tensor')} {argument}" for argument in arguments)
+        if suffix == "_out":
+            listed += "".join(f", Tensor({alias}!) {result}" for alias, result in zip("ab", results, strict=False))
+        types = ", ".join(["Tensor"] * returns)
+        return register(f"{name}{suffix}({listed}) -> {types if returns == 1 else f'({types})'}", *functions)
 
+    def run(*args: Any) -> None:
+        named = {"eps": 0.0, **dict(zip([*tensors, *place, *results], args, strict=True))}
+        native.modulate_forward(*_native_arguments(named, _FORWARD))
 
-def _norm_modulate_out(
-    x: Tensor, scale: Tensor, shift: Tensor, per_group: int, ends: list[int], token_offset: int, eps: float, out: Tensor
-) -> None:
-    native.modulate_forward(
-        rows(x), None, None, rows(scale), rows(shift), None, out, per_group, ends, token_offset, eps
+    def make_results(args: Sequence[Any], new: Callable[..., Tensor]) -> Any:
+        x = args[0]
+        dtypes = [*([x.dtype] if gated else []), *([args[-1]] if normed else [])]
+        made = [new(x.shape, x, dtype) for dtype in dtypes]
+        return made[0] if len(made) == 1 else tuple(made)
+
+    def forward(*args: Any) -> Any:
+        made = make_results(args, empty)
+        run(*args[: len(tensors) + len(place)], *(made if gated and normed else [made]))
+        return made
+
+    def make_gradients(named: dict[str, Any], new: Callable[..., Tensor]) -> dict[str, Tensor]:
+        return {grad: new(named[_GRADIENT_OF[grad]].shape, named[_GRADIENT_OF[grad]]) for grad in found}
+
+    def backward(*args: Any) -> tuple[Tensor, ...]:
+        named = {"eps": 0.0, **dict(zip([*grads, *saved, *place], args, strict=True))}
+        # Sums over no tokens are zero; with tokens every sum is written, also those of groups outside the shard.
+        made = make_gradients(named, empty if args[0].shape[1] else lambda shape, like: like.new_zeros(shape))
+        buffers = _buffers(args[0], named[saved[-1]], *(named[option] for option in place[:3]))
+        native.modulate_backward(*_native_arguments({**named, **made, **buffers}, _BACKWARD))
+        return tuple(made.values())
+
+    def backward_fake(*args: Any) -> tuple[Tensor, ...]:
+        named = dict(zip([*grads, *saved, *place], args, strict=True))
+        return tuple(make_gradients(named, lambda shape, like: like.new_empty(shape)).values())
+
+    backward_op = define("_backward", [*grads, *saved, *place], len(found), backward, backward_fake)
+
+    def setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        named = dict(zip([*tensors, *options], inputs, strict=True))
+        named["residual"] = output[0] if gated else named["x"]
+        ctx.save_for_backward(*(named[value] for value in saved))
+        ctx.place = [named[option] for option in place]
+
+    def autograd(ctx: Any, *given: Tensor) -> tuple[Any, ...]:
+        gradients = backward_op(*given, *ctx.saved_tensors, *ctx.place)
+        return *(gradients if normed else (given[0], *gradients)), *[None] * len(options)
+
+    op = define(
+        "",
+        [*tensors, *options],
+        len(results),
+        forward,
+        lambda *args: make_results(args, lambda shape, like, dtype: like.new_empty(shape, dtype=dtype)),
+        autograd,
+        setup,
     )
+    return op, define("_out", [*tensors, *place], 0, run, lambda *_: None)
 
 
-def _norm_modulate(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    per_group: int,
-    ends: list[int],
-    token_offset: int,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    out = empty(x.shape, x, dtype)
-    _norm_modulate_out(x, scale, shift, per_group, ends, token_offset, eps, out)
-    return out
-
-
-def _norm_modulate_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, per_group: int, ends: list[int], token_offset: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = empty(x.shape, x)
-    grad_scale, grad_shift = _sums(scale, x.shape[1]), _sums(scale, x.shape[1])
-    buffers = _backward_buffers(grad, scale, (per_group, ends, token_offset))
-    native.modulate_backward(
-        rows(x), None, None, rows(scale), None, rows(grad), grad_x, None, None, grad_scale, grad_shift,
-        buffers["partial"], buffers["stats"], per_group, ends, token_offset, eps,
-    )  # fmt: skip
-    return grad_x, grad_scale, grad_shift
-
-
-_norm_modulate_backward_op = register(
-    f"norm_modulate_backward(Tensor grad, Tensor x, Tensor scale, {_PLACE}, float eps) -> (Tensor, Tensor, Tensor)",
-    _norm_modulate_backward,
-    lambda grad, x, scale, *_: (x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)),
-)
-
-
-def _norm_modulate_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, scale, _, *place, _ = inputs
-    ctx.save_for_backward(x, scale)
-    ctx.place = place
-
-
-def _norm_modulate_autograd(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    return *_norm_modulate_backward_op(grad, *ctx.saved_tensors, *ctx.place), None, None, None, None, None
-
-
-_norm_modulate_op = register(
-    f"norm_modulate(Tensor x, Tensor scale, Tensor shift, {_PLACE}, float eps, ScalarType dtype) -> Tensor",
-    _norm_modulate,
-    lambda x, *rest: x.new_empty(x.shape, dtype=rest[-1]),
-    _norm_modulate_autograd,
-    _norm_modulate_setup,
-)
-_norm_modulate_out_op = register(
-    f"norm_modulate_out(Tensor x, Tensor scale, Tensor shift, {_PLACE}, float eps, Tensor(a!) out) -> ()",
-    _norm_modulate_out,
-    lambda *_: None,
-)
-
-
-# ---- gate_residual -------------------------------------------------------------------------------------------------
-
-
-def _gate_residual_out(
-    x: Tensor, y: Tensor, gate: Tensor, per_group: int, ends: list[int], token_offset: int, out: Tensor
-) -> None:
-    native.modulate_forward(rows(x), rows(y), rows(gate), None, None, out, None, per_group, ends, token_offset, 0.0)
-
-
-def _gate_residual(x: Tensor, y: Tensor, gate: Tensor, per_group: int, ends: list[int], token_offset: int) -> Tensor:
-    out = empty(x.shape, x)
-    _gate_residual_out(x, y, gate, per_group, ends, token_offset, out)
-    return out
-
-
-def _gate_residual_backward(
-    grad: Tensor, y: Tensor, gate: Tensor, per_group: int, ends: list[int], token_offset: int
-) -> tuple[Tensor, Tensor]:
-    grad_y, grad_gate = empty(y.shape, y), _sums(gate, y.shape[1])
-    buffers = _backward_buffers(grad, gate, (per_group, ends, token_offset))
-    native.modulate_backward(
-        None, rows(y), rows(gate), None, rows(grad), None, None, grad_y, grad_gate, None, None,
-        buffers["partial"], buffers["stats"], per_group, ends, token_offset, 0.0,
-    )  # fmt: skip
-    return grad_y, grad_gate
-
-
-_gate_residual_backward_op = register(
-    f"gate_residual_backward(Tensor grad, Tensor y, Tensor gate, {_PLACE}) -> (Tensor, Tensor)",
-    _gate_residual_backward,
-    lambda grad, y, gate, *_: (y.new_empty(y.shape), gate.new_empty(gate.shape)),
-)
-
-
-def _gate_residual_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, y, gate, *ctx.place = inputs
-    ctx.save_for_backward(y, gate)
-
-
-def _gate_residual_autograd(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    return grad, *_gate_residual_backward_op(grad, *ctx.saved_tensors, *ctx.place), None, None, None
-
-
-_gate_residual_op = register(
-    f"gate_residual(Tensor x, Tensor y, Tensor gate, {_PLACE}) -> Tensor",
-    _gate_residual,
-    lambda x, *_: x.new_empty(x.shape),
-    _gate_residual_autograd,
-    _gate_residual_setup,
-)
-_gate_residual_out_op = register(
-    f"gate_residual_out(Tensor x, Tensor y, Tensor gate, {_PLACE}, Tensor(a!) out) -> ()",
-    _gate_residual_out,
-    lambda *_: None,
-)
-
-
-# ---- both in one pass ----------------------------------------------------------------------------------------------
-
-
-def _fused_out(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    per_group: int,
-    ends: list[int],
-    token_offset: int,
-    eps: float,
-    residual: Tensor,
-    out: Tensor,
-) -> None:
-    native.modulate_forward(
-        rows(x), rows(y), rows(gate), rows(scale), rows(shift), residual, out, per_group, ends, token_offset, eps
-    )
-
-
-def _fused(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    per_group: int,
-    ends: list[int],
-    token_offset: int,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    residual, out = empty(x.shape, x), empty(x.shape, x, dtype)
-    _fused_out(x, y, gate, scale, shift, per_group, ends, token_offset, eps, residual, out)
-    return residual, out
-
-
-def _fused_backward(
-    grad_residual: Tensor,
-    grad_out: Tensor,
-    residual: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    per_group: int,
-    ends: list[int],
-    token_offset: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_x, grad_y = empty(residual.shape, residual), empty(y.shape, y)
-    grad_gate, grad_scale, grad_shift = (_sums(scale, y.shape[1]) for _ in range(3))
-    buffers = _backward_buffers(grad_out, scale, (per_group, ends, token_offset))
-    native.modulate_backward(
-        rows(residual), rows(y), rows(gate), rows(scale), rows(grad_residual), rows(grad_out), grad_x, grad_y,
-        grad_gate, grad_scale, grad_shift, buffers["partial"], buffers["stats"], per_group, ends, token_offset, eps,
-    )  # fmt: skip
-    return grad_x, grad_y, grad_gate, grad_scale, grad_shift
-
-
-_fused_backward_op = register(
-    "gate_residual_norm_modulate_backward(Tensor grad_residual, Tensor grad_out, Tensor residual, Tensor y, "
-    f"Tensor gate, Tensor scale, {_PLACE}, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fused_backward,
-    lambda grad_residual, grad_out, residual, y, gate, scale, *_: (
-        residual.new_empty(residual.shape),
-        y.new_empty(y.shape),
-        *(scale.new_empty(scale.shape) for _ in range(3)),
-    ),
-)
-
-
-def _fused_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, y, gate, scale, _, *place, _ = inputs
-    ctx.save_for_backward(output[0], y, gate, scale)
-    ctx.place = place
-
-
-def _fused_autograd(ctx, grad_residual: Tensor, grad_out: Tensor):  # type: ignore[no-untyped-def]
-    grads = _fused_backward_op(grad_residual, grad_out, *ctx.saved_tensors, *ctx.place)
-    return *grads, None, None, None, None, None
-
-
-_FUSED = f"Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, {_PLACE}, float eps"
-_fused_op = register(
-    f"gate_residual_norm_modulate({_FUSED}, ScalarType dtype) -> (Tensor, Tensor)",
-    _fused,
-    lambda x, *rest: (x.new_empty(x.shape), x.new_empty(x.shape, dtype=rest[-1])),
-    _fused_autograd,
-    _fused_setup,
-)
-_fused_out_op = register(
-    f"gate_residual_norm_modulate_out({_FUSED}, Tensor(a!) residual, Tensor(b!) out) -> ()",
-    _fused_out,
-    lambda *_: None,
-)
+_norm_modulate_op, _norm_modulate_out_op = _register("norm_modulate", gated=False, normed=True)
+_gate_residual_op, _gate_residual_out_op = _register("gate_residual", gated=True, normed=False)
+_fused_op, _fused_out_op = _register("gate_residual_norm_modulate", gated=True, normed=True)
 
 
 # ---- public --------------------------------------------------------------------------------------------------------
