@@ -40,9 +40,15 @@ def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
+def denormalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Latents as the decoder takes them, float32."""
+    mean, std = _statistics(vae, latents)
+    return latents.float() * std + mean
+
+
 @torch.no_grad()
 def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
-    """Normalised latents of a video.
+    """Normalised latents of a video; in tiles where `vae.enable_tiling()` was called and the pictures are large.
 
     Args:
         vae: the autoencoder.
@@ -56,15 +62,24 @@ def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     """
     if video.dim() != 5 or video.shape[2] % FRAMES_PER_LATENT != 1:
         raise ValueError(f"encode: video must have shape [B, 3, 1 + 4 n, H, W], got {list(video.shape)}")
+    mode = _encode_tiled(vae, video) if vae.use_tiling else _encode_streaming(vae, video)
+    mean, std = _statistics(vae, mode)
+    return (mode - mean) / std
+
+
+def _encode_streaming(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     x = video.to(vae.dtype)
     if vae.config["patch_size"] is not None:
         x = patchify(x, patch_size=vae.config["patch_size"])
     caches = _caches(vae.encoder)
     chunks = [x[:, :, :1], *x[:, :, 1:].split(FRAMES_PER_LATENT, dim=2)]
     hidden = torch.cat([vae.encoder(chunk, feat_cache=caches, feat_idx=[0]) for chunk in chunks if chunk.shape[2]], 2)
-    mode = vae.quant_conv(hidden).chunk(2, dim=1)[0].float()
-    mean, std = _statistics(vae, mode)
-    return (mode - mean) / std
+    return vae.quant_conv(hidden).chunk(2, dim=1)[0].float()
+
+
+def _encode_tiled(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+    posterior: Any = vae.encode(video.to(vae.dtype), return_dict=False)[0]
+    return posterior.mode().float()
 
 
 class StreamingDecoder:
@@ -92,8 +107,7 @@ class StreamingDecoder:
             [B, 3, 4 n (one picture fewer by 3 at the very beginning), 8 H, 8 W] in -1..1, float32.
         """
         vae = self._vae
-        mean, std = _statistics(vae, latents)
-        x = vae.post_quant_conv((latents.float() * std + mean).to(vae.dtype))
+        x = vae.post_quant_conv(denormalise(vae, latents).to(vae.dtype))
         pictures = []
         for i in range(x.shape[2]):
             frame = x[:, :, i : i + 1]

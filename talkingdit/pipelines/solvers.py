@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multistep solvers of the flow x_s = (1 - s) x_0 + s noise, with the noise levels of the official Wan programs.
+
+The solvers are those of diffusers: UniPC (arXiv:2302.04867) and DPM-Solver++ (arXiv:2211.01095), both of second order.
+Their own flow schedules differ a little from the official ones (they run from 1 to 1/1000, or from 0.999), so the
+levels are given to them, s' = shift s / (1 + (shift - 1) s) of evenly spaced s:
+
+    "unipc"    s from 0.999 down towards 0
+    "dpm++"    s from 1 down towards 0
+
+Timesteps are 1000 s', cut to integers; the last level is 0. With these, levels, timesteps and solutions are the
+official ones to the last bit in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+SOLVERS = ("unipc", "dpm++")
+TRAIN_TIMESTEPS = 1000
+
+
+def flow_solver(name: str, steps: int, shift: float, device: torch.device | str = "cpu") -> Any:
+    """A diffusers scheduler that is set to solve one clip. It keeps state: make a new one for every clip.
+
+    Args:
+        name: "unipc" or "dpm++".
+        steps: evaluations of the model.
+        shift: of the noise levels; 1 is none, more spends more steps at high noise.
+        device: of its `timesteps` (int64 [steps]).
+
+    Returns:
+        The scheduler: `solver.step(velocity, timestep, x, return_dict=False)[0]` is the next x.
+
+    Raises:
+        ValueError: another name, no steps, or a shift that is not positive.
+    """
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+    if name not in SOLVERS:
+        raise ValueError(f"flow_solver: name must be one of {', '.join(SOLVERS)}, got {name!r}")
+    if steps < 1:
+        raise ValueError(f"flow_solver: steps must be at least 1, got {steps}")
+    if not 0 < shift < float("inf"):
+        raise ValueError(f"flow_solver: shift must be a positive number, got {shift}")
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    solver: Any
+    if name == "unipc":
+        solver = UniPCMultistepScheduler(**flow)
+        highest = float(np.float32(1 - 1 / TRAIN_TIMESTEPS))
+        solver.set_timesteps(sigmas=np.linspace(highest, 0, steps + 1)[:-1], device=device)
+    else:
+        solver = DPMSolverMultistepScheduler(**flow)
+        solver.set_timesteps(steps, device=device)
+        # This one takes no levels; both lists are public and read only in `step`.
+        levels = np.linspace(1, 0, steps + 1)[:-1]
+        levels = shift * levels / (1 + (shift - 1) * levels)
+        solver.sigmas = torch.from_numpy(np.append(levels, 0).astype(np.float32))
+        solver.timesteps = torch.from_numpy(levels * TRAIN_TIMESTEPS).to(device=device, dtype=torch.int64)
+    solver.set_begin_index(0)  # else it looks the first timestep up, which waits for the device
+    return solver
