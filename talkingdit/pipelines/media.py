@@ -52,6 +52,15 @@ def read_audio(path: str | os.PathLike[str], rate: int = 16000) -> np.ndarray:
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
+def read_track(path: str | os.PathLike[str]) -> tuple[np.ndarray, int]:
+    """A sound file as it is: float32 [samples] mono at its own rate, and that rate in Hz.
+
+    Raises:
+        UserError: no such file, empty, or not a sound file.
+    """
+    return _decode_audio(_existing_file(path, "audio"))
+
+
 def _decode_audio(source: Path) -> tuple[np.ndarray, int]:
     """Samples [n] float32 mono at the file's own rate, and that rate."""
     import soundfile

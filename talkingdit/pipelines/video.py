@@ -31,6 +31,7 @@ class Inputs:
 
     image: Frames  # [H, W, 3]
     waveform: NDArray[np.float32]  # [n] at 16 kHz, loudness normalised
+    sound: NDArray[np.float32]  # the same as it is in the file
     image_file: Path
     audio_file: Path
     output: Path
@@ -67,7 +68,8 @@ def prepare(image: Path, audio: Path, output: Path, sheet: Path | None = None) -
         raise UserError(f"output {str(output)!r}: expected a name that ends in .mp4, got {output.suffix!r}")
     for target in (output, *([] if sheet is None else [sheet])):
         check_writable(target)
-    return Inputs(read_image(image), normalise_loudness(read_audio(audio, RATE)), image, audio, output, sheet)
+    picture, sound = read_image(image), read_audio(audio, RATE)
+    return Inputs(picture, normalise_loudness(sound), sound, image, audio, output, sheet)
 
 
 def make_video(

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The size of a Wan-S2V video, and pictures and pose videos brought to it, as the official program does it.
+
+A picture keeps its shape as well as sides that are multiples of 64 allow: its shorter side is resized to that of the
+video and the middle is cut out. Where the video is longer than the resized picture, the official program fills up with
+black on both sides; `cover` resizes a little more instead, so that nothing is black.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from talkingdit.errors import UserError
+
+Frames = NDArray[np.uint8]
+TRIES = 100  # scales that the official search looks at
+
+
+def output_size(height: int, width: int, max_area: int, multiple: int = 64) -> tuple[int, int]:
+    """Height and width of the video for a picture: multiples of `multiple` with at most `max_area` pixels.
+
+    The scale is the largest of 100, from the one that fills the area to one that surely fits (a picture that is small
+    enough already: from 1 to 0.1), whose sides, filled up to multiples, fit.
+
+    Args:
+        height, width: of the picture.
+        max_area: pixels.
+
+    Raises:
+        UserError: not even the smallest sides of this shape fit.
+    """
+    if height * width <= max_area:
+        low, high = 0.1, 1.0
+    else:
+        # Sides grow by multiple - 1 at most: (s h + d) (s w + d) = max_area, solved as the official program solves it.
+        d = multiple - 1
+        a, b, c = height * width, d * (height + width), d * d - max_area
+        low = (math.sqrt(max(b * b - 2 * a * c, 0.0)) - b) / (2 * a)
+        high = math.sqrt(max_area / a)
+    for i in range(TRIES):
+        scale = high - (high - low) * i / TRIES
+        found = [-(-int(side * scale) // multiple) * multiple for side in (height, width)]
+        if found[0] * found[1] <= max_area and min(found) > 0:
+            return found[0], found[1]
+    ratio = width / height
+    sides = [int((max_area / ratio) ** 0.5 // multiple * multiple), int((max_area * ratio) ** 0.5 // multiple * multiple)]
+    if sides[1] >= width or sides[0] >= height:
+        sides = [side // multiple * multiple for side in (height, width)]
+    if min(sides) < multiple:
+        raise UserError(
+            f"size: a picture of {width} x {height} pixels does not fit into {max_area} pixels with sides that are "
+            f"multiples of {multiple}; allow a larger area, or give the size."
+        )
+    return sides[0], sides[1]
+
+
+def _resized(height: int, width: int, size: tuple[int, int], cover: bool) -> tuple[int, int]:
+    """Height and width to resize to before cutting out the middle."""
+    short = min(size)
+    if height <= width:
+        found = (short, int(short * width / height))
+    else:
+        found = (int(short * height / width), short)
+    if cover and (found[0] < size[0] or found[1] < size[1]):
+        scale = max(size[0] / height, size[1] / width)
+        found = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
+    return found
+
+
+def _middle(length: int, wanted: int) -> tuple[int, int, int]:
+    """Where the middle begins, and what to fill up before and behind, along one side."""
+    missing = max(wanted - length, 0)
+    return round((length + missing - wanted) / 2), missing // 2, (missing + 1) // 2
+
+
+def fit_picture(image: Frames, size: tuple[int, int], cover: bool = False) -> tuple[Frames, int]:
+    """Resize a picture (bilinear, with antialiasing) and cut out its middle.
+
+    Args:
+        image: [H, W, 3] uint8 RGB.
+        size: height and width of the result.
+        cover: never fill up.
+
+    Returns:
+        [*size, 3] uint8, and how many rows or columns of black were filled in.
+    """
+    from PIL import Image
+
+    height, width = _resized(*image.shape[:2], size, cover)
+    picture = Image.fromarray(image)
+    if (height, width) != image.shape[:2]:
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    (top, above, below), (left, before, behind) = _middle(height, size[0]), _middle(width, size[1])
+    padded = np.pad(np.asarray(picture), ((above, below), (before, behind), (0, 0)))
+    cut = padded[top : top + size[0], left : left + size[1]]
+    return np.ascontiguousarray(cut), above + below + before + behind
+
+
+def fit_pose(frame: Frames, size: tuple[int, int]) -> Tensor:
+    """One picture of a pose video, [H, W, 3] uint8, to [3, *size] float32 in -1..1, filled up with zeros (grey)."""
+    video = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None] / 255.0 * 2.0 - 1.0
+    height, width = _resized(*frame.shape[:2], size, cover=False)
+    if (height, width) != frame.shape[:2]:
+        video = F.interpolate(video, (height, width), mode="bilinear", align_corners=False, antialias=True)
+    (top, above, below), (left, before, behind) = _middle(height, size[0]), _middle(width, size[1])
+    video = F.pad(video, (before, behind, above, below))
+    return video[0, :, top : top + size[0], left : left + size[1]]
+
+
+class PoseVideo:
+    """A video that shows how the person moves, read as it is needed.
+
+    Args:
+        path: any video file.
+        fps: pictures per second of the video to make.
+        official: take every n-th picture, n the nearest to the quotient of both rates, as the official program does;
+            a video of 24, 25 or 30 pictures per second then runs too fast. Otherwise the picture nearest in time.
+
+    Raises:
+        UserError: no such file, or not a video.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], fps: float, official: bool = False):
+        import av
+
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"pose {str(self.path)!r}: expected an existing file, got none of this name.")
+        try:
+            with av.open(str(self.path)) as container:
+                if not container.streams.video:
+                    raise UserError(f"pose {str(self.path)!r}: expected a video, got a file without a video stream.")
+                stream = container.streams.video[0]
+                rate = float(stream.average_rate or stream.base_rate or fps)
+                first = next(container.decode(stream), None)
+        except (av.FFmpegError, OSError) as error:
+            raise UserError(f"pose {str(self.path)!r}: expected a video, got a file that is none.") from error
+        if first is None:
+            raise UserError(f"pose {str(self.path)!r}: expected a video, got a file without pictures.")
+        self._ratio = rate / fps
+        self._step = max(1, round(self._ratio)) if official else None
+        self.pictures = 0  # read so far
+
+    def _index(self, picture: int) -> int:
+        """Which picture of the file is the given one of the video to make."""
+        return picture * self._step if self._step is not None else math.floor(picture * self._ratio + 0.5)
+
+    def _read(self, first: int) -> Iterator[Frames]:
+        import av
+
+        picture = first
+        try:
+            with av.open(str(self.path)) as container:
+                for number, frame in enumerate(container.decode(container.streams.video[0])):
+                    while self._index(picture) == number:
+                        self.pictures = picture = picture + 1
+                        yield frame.to_ndarray(format="rgb24")
+        except av.FFmpegError as error:
+            raise UserError(f"pose {str(self.path)!r}: cannot be decoded after {picture} pictures.") from error
+
+    def clips(self, frames: int, size: tuple[int, int], first: int = 0) -> Iterator[Tensor]:
+        """Clips of `frames` pictures without end, beginning with clip `first`: [1, 3, frames, *size] in -1..1.
+
+        After the end of the file pictures are black.
+        """
+        pictures = self._read(first * frames)
+        while True:
+            clip = torch.full((1, 3, frames, *size), -1.0)
+            for i in range(frames):
+                picture = next(pictures, None)
+                if picture is None:
+                    break
+                clip[0, :, i] = fit_pose(picture, size)
+            yield clip
