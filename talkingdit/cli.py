@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `talkingdit <verb>`. Verbs import what they need when they run, so that `--help` is instant."""
+"""The command `talkingdit <verb>`. Verbs import what they need when they run, so that `--help` is instant.
+
+One function per verb adds its arguments and says, as the default of `run`, what carries it out; `parser` calls them.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from talkingdit.models.checkpoints import Checkpoint, S2VCheckpoint
+    from talkingdit.pipelines.video import Inputs, Result
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -42,6 +49,22 @@ def _strength(text: str) -> float:
     return value
 
 
+def _sides(text: str) -> tuple[int, int]:
+    """Height and width from WIDTHxHEIGHT (or WIDTH*HEIGHT, as the official program writes it)."""
+    width, _, height = text.lower().replace("*", "x").partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT in pixels, got {text!r}")
+    return int(height), int(width)
+
+
+def _area(text: str) -> int:
+    """Pixels, as a number or as WIDTHxHEIGHT."""
+    if text.isdecimal() and int(text):
+        return int(text)
+    height, width = _sides(text)
+    return height * width
+
+
 # argparse names the type in its message: "invalid integer value: 'x'".
 _positive.__name__ = _not_negative.__name__ = "integer"
 _strength.__name__ = "number"
@@ -51,58 +74,95 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = _Parser(prog="talkingdit", description="Talking-character video from audio.")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for add in (_add_generate, _add_info):
+        add(verbs)
+    return top
 
+
+def _add_generate(verbs: Any) -> None:
     make = verbs.add_parser(
         "generate",
         help="make a video of a portrait speaking",
-        description="Make a video of a portrait speaking a voice recording. Runs on this machine, without a GPU too.",
+        description="Make a video of a portrait speaking a voice recording. The model that is shipped, of drawn "
+        "characters, runs on this machine without a GPU too; with `--checkpoint` also a released Wan2.2-S2V folder.",
     )
+    make.set_defaults(run=_generate)
     make.add_argument("--image", type=Path, required=True, metavar="PNG", help="the portrait")
     make.add_argument("--audio", type=Path, required=True, metavar="WAV", help="the voice: WAV, FLAC, MP3, OGG, ...")
     make.add_argument("--prompt", default="", metavar="WORDS", help="what to show")
     make.add_argument("-o", "--output", type=Path, required=True, metavar="MP4", help="the video to write")
     make.add_argument("--checkpoint", type=Path, metavar="DIR", help="model to use (default: the one shipped)")
-    make.add_argument(
-        "--text-guidance", type=_strength, metavar="G", help="how strictly to follow the prompt; 1 is plain"
-    )
-    make.add_argument(
-        "--audio-guidance", type=_strength, metavar="G", help="how strongly to follow the voice; 1 is plain"
-    )
     make.add_argument("--seed", type=_not_negative, default=0, metavar="N", help="another number, another video (0)")
     make.add_argument("--steps", type=_positive, metavar="N", help="denoising steps per clip")
     make.add_argument("--upscale", type=_positive, default=1, metavar="N", help="enlarge the pictures N times (1)")
     make.add_argument("--sheet", type=Path, metavar="PNG", help="also write a preview: pictures, waveform, mouth curve")
     make.add_argument("--threads", type=_positive, metavar="N", help="processor threads (default: all)")
+    make.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda for Wan-S2V if there)")
+    precisions = ("float32", "bfloat16")
+    make.add_argument("--dtype", choices=precisions, help="precision of the weights (default: bfloat16 on a GPU)")
 
-    verbs.add_parser(
-        "info", help="say what was built and what was found", description="What was built and what was found."
-    )
-    return top
+    puppets = make.add_argument_group("drawn characters")
+    _only(puppets, "puppet", "--text-guidance", type=_strength, metavar="G", help="how strictly to follow the prompt")
+    _only(puppets, "puppet", "--audio-guidance", type=_strength, metavar="G", help="how strongly to follow the voice")
+
+    wan = make.add_argument_group("Wan-S2V checkpoints", "a run that was interrupted goes on after its last clip")
+    _only(wan, "s2v", "--negative-prompt", metavar="WORDS", help="what not to show")
+    _only(wan, "s2v", "--guidance", type=_strength, metavar="G", help="how strictly to follow prompt and voice (4.5)")
+    _only(wan, "s2v", "--shift", type=_strength, metavar="S", help="of the noise levels (3)")
+    _only(wan, "s2v", "--solver", choices=("unipc", "dpm++"), help="of the denoising (unipc)")
+    _only(wan, "s2v", "--max-area", type=_area, metavar="N", help="most pixels, a number or WIDTHxHEIGHT (1024x704)")
+    _only(wan, "s2v", "--size", type=_sides, metavar="WxH", help="exact size of the video (default: by the portrait)")
+    _only(wan, "s2v", "--cover", help="cut more of the portrait off where a side would be filled up with black")
+    _only(wan, "s2v", "--frames", type=_positive, metavar="N", help="pictures at most (default: as the voice lasts)")
+    _only(wan, "s2v", "--clips", type=_positive, metavar="N", help="clips at most (default: as the voice lasts)")
+    _only(wan, "s2v", "--clip-frames", type=_positive, metavar="N", help="pictures per clip, a multiple of 4 (80)")
+    _only(wan, "s2v", "--start-from-ref", help="begin with the portrait itself as the first picture")
+    _only(wan, "s2v", "--pose", type=Path, metavar="MP4", help="a video that shows how to move")
+    _only(wan, "s2v", "--match-colour", help="bring the colours of later clips back to those of the first")
+    _only(wan, "s2v", "--sequential", help="less memory, more time: one prediction after the other")
+    _only(wan, "s2v", "--opening", choices=("hold", "cut"), help="where the voice sounds before the first picture: "
+          "hold that picture (default), or cut these 3/16 s of the voice")  # fmt: skip
+    _only(wan, "s2v", "--official-timing", help="pictures 3/16 s before their sound, as the official program has it")
+
+
+_KINDS: dict[str, str] = {}  # the kind of checkpoint that an argument is for
+
+
+def _only(group: Any, kind: str, flag: str, **more: Any) -> None:
+    """An argument for one kind of checkpoint; it is None where it is not given."""
+    if not {"type", "choices", "metavar"} & set(more):
+        more["action"] = "store_true"
+    group.add_argument(flag, default=None, **more)
+    _KINDS[flag] = kind
+
+
+def _value(args: argparse.Namespace, flag: str) -> Any:
+    return getattr(args, flag.strip("-").replace("-", "_"))
+
+
+def _check_kind(args: argparse.Namespace, kind: str) -> None:
+    """Every argument must mean something to the checkpoint."""
+    from talkingdit.errors import UserError
+
+    for flag, wanted in _KINDS.items():
+        if _value(args, flag) is not None and wanted != kind:
+            names = {"puppet": "models of drawn characters", "s2v": "Wan-S2V checkpoints"}
+            given = "the shipped one" if args.checkpoint is None else f"{str(args.checkpoint)!r}"
+            raise UserError(f"generate: {flag} is for {names[wanted]} only, and {given} is none of these.")
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from talkingdit.pipelines.video import make_video, prepare
+    from talkingdit.models.checkpoints.s2v import is_s2v
+    from talkingdit.pipelines.video import prepare
 
     job = prepare(args.image, args.audio, args.output, sheet=args.sheet)
+    kind = "s2v" if args.checkpoint is not None and args.checkpoint.is_dir() and is_s2v(args.checkpoint) else "puppet"
+    _check_kind(args, kind)
+    import torch
+
     if args.threads is not None:
-        import torch
-
         torch.set_num_threads(args.threads)
-
-    from tqdm import tqdm
-
-    from talkingdit.models.checkpoints import load_checkpoint
-    from talkingdit.pipelines.generate import Sampling
-
-    checkpoint = load_checkpoint(args.checkpoint)
-    sampling = Sampling(args.text_guidance, args.audio_guidance, args.steps, args.seed)
-    with tqdm(unit="step", desc="generating", disable=None) as bar:
-
-        def advance(total: int) -> None:
-            bar.total = total
-            bar.update()
-
-        result = make_video(job, checkpoint, args.prompt, sampling, upscale=args.upscale, progress=advance, warn=_warn)
+    result = (_generate_s2v if kind == "s2v" else _generate_puppet)(args, job)
     print(
         f"{result.path}: {result.frames} frames, {result.seconds:.2f} s of video at {result.fps} fps, "
         f"made in {result.took:.1f} s"
@@ -111,8 +171,98 @@ def _generate(args: argparse.Namespace) -> None:
         print(f"{args.sheet}: preview")
 
 
+def _load(args: argparse.Namespace, device: str) -> Checkpoint | S2VCheckpoint:
+    import torch
+
+    from talkingdit.errors import UserError
+    from talkingdit.models.checkpoints import load_checkpoint
+
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"generate: the device {device!r} cannot be used ({reason}).") from error
+    name = args.dtype or ("bfloat16" if chosen.type == "cuda" else "float32")
+    return load_checkpoint(args.checkpoint, getattr(torch, name), chosen)
+
+
+def _generate_puppet(args: argparse.Namespace, job: Inputs) -> Result:
+    from tqdm import tqdm
+
+    from talkingdit.models.checkpoints import Checkpoint
+    from talkingdit.pipelines.generate import Sampling
+    from talkingdit.pipelines.video import make_video
+
+    checkpoint = _load(args, args.device or "cpu")
+    assert isinstance(checkpoint, Checkpoint)
+    sampling = Sampling(args.text_guidance, args.audio_guidance, args.steps, args.seed)
+    with tqdm(unit="step", desc="generating", disable=None) as bar:
+
+        def advance(total: int) -> None:
+            bar.total = total
+            bar.update()
+
+        return make_video(job, checkpoint, args.prompt, sampling, upscale=args.upscale, progress=advance, warn=_warn)
+
+
+def _generate_s2v(args: argparse.Namespace, job: Inputs) -> Result:
+    import torch
+    from tqdm import tqdm
+
+    from talkingdit.models.checkpoints import S2VCheckpoint, S2VSettings
+    from talkingdit.pipelines.s2v import S2VSampling
+    from talkingdit.pipelines.s2v_video import S2VOptions, check_request, make_s2v_video
+
+    options = S2VOptions(
+        size=args.size,
+        max_area=args.max_area,
+        cover=bool(args.cover),
+        pose=args.pose,
+        frames=args.frames,
+        clips=args.clips,
+        opening=args.opening or "hold",
+        official_timing=bool(args.official_timing),
+    )
+    sampling = S2VSampling(
+        steps=args.steps,
+        guidance=args.guidance,
+        shift=args.shift,
+        solver=args.solver,
+        negative_prompt=args.negative_prompt,
+        clip_frames=args.clip_frames,
+        seed=args.seed,
+        start_from_reference=bool(args.start_from_ref),
+        match_colour=bool(args.match_colour),
+        batched=not args.sequential,
+    )
+    file = args.checkpoint / "pipeline.json"
+    # Loading takes minutes: what can be wrong is found before.
+    check_request(job, S2VSettings.load(file) if file.is_file() else S2VSettings(), sampling, options)
+    checkpoint = _load(args, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    assert isinstance(checkpoint, S2VCheckpoint)
+    with tqdm(unit="step", desc="generating", disable=None) as bar:
+
+        def advance(done: int, total: int) -> None:
+            if bar.total is None:
+                bar.reset(total)
+                bar.update(done - 1)  # what an earlier run has done
+            bar.update()
+
+        return make_s2v_video(
+            *(job, checkpoint, args.prompt, sampling, options), upscale=args.upscale, progress=advance, warn=_warn
+        )
+
+
 def _warn(sentence: str) -> None:
     sys.stderr.write(f"talkingdit: {sentence}\n")
+
+
+def _add_info(verbs: Any) -> None:
+    info = verbs.add_parser(
+        "info", help="say what was built and what was found", description="What was built and what was found."
+    )
+    info.set_defaults(run=_info)
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -133,16 +283,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from talkingdit.errors import UserError
 
+    run: Callable[[argparse.Namespace], None] = args.run
     try:
-        {"generate": _generate, "info": _info}[args.verb](args)
+        run(args)
     except UserError as error:
         _warn(str(error))
         return USER_ERROR
     except ImportError as error:
         _warn(str(error))
         return 1
-    except KeyboardInterrupt:
-        _warn("interrupted; nothing was written.")
+    except KeyboardInterrupt as stop:
+        _warn(str(stop) or "interrupted; nothing was written.")
         return INTERRUPTED
     return 0
 

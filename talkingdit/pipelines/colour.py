@@ -8,20 +8,52 @@ between Images", 2001) to the first clip removes what adds up and leaves the mot
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-LEAST_SPREAD = 0.5  # in Lab units (0..100); a channel with less, a grey picture, is shifted only
+LEAST_SPREAD = 0.5  # in Lab units (L is 0..100); a channel with less, as in grey pictures, is shifted only
 MOST_GAIN = 1.25  # a clip may differ in content: its contrast is changed by no more
+CHUNK = 8  # pictures converted at once
+
+# Linear sRGB to XYZ in parts of the white point D65 (IEC 61966-2-1); rows sum to one.
+RGB_TO_XYZ = (
+    (0.4124564 / 0.95047, 0.3575761 / 0.95047, 0.1804375 / 0.95047),
+    (0.2126729, 0.7151522, 0.0721750),
+    (0.0193339 / 1.08883, 0.1191920 / 1.08883, 0.9503041 / 1.08883),
+)
+LAB = ((0.0, 116.0, 0.0), (500.0, -500.0, 0.0), (0.0, 200.0, -200.0))  # of the cube roots, L without its -16
+LINEAR_LAB = 6 / 29  # cube roots below continue as a line
 
 
-def _to_lab(video: Tensor) -> np.ndarray:
-    """[1, 3, F, H, W] in -1..1 -> [F, H, W, 3]: L in 0..100, a and b around 0."""
-    import cv2
+def _mix(matrix: Tensor, video: Tensor) -> Tensor:
+    return torch.einsum("ij,bjthw->bithw", matrix.to(video), video)
 
-    rgb = ((video[0].float().cpu() + 1) / 2).permute(1, 2, 3, 0).numpy()
-    return np.stack([cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2LAB) for frame in rgb])
+
+def _matrices() -> tuple[Tensor, Tensor]:
+    return torch.tensor(RGB_TO_XYZ, dtype=torch.float64), torch.tensor(LAB, dtype=torch.float64)
+
+
+def _to_lab(video: Tensor) -> Tensor:
+    """[1, 3, F, H, W] sRGB in -1..1 to L in 0..100, a and b around 0."""
+    to_xyz, to_lab = _matrices()
+    rgb = ((video.float() + 1) / 2).clamp(0, 1)
+    xyz = _mix(to_xyz, torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92))
+    root = torch.where(xyz > LINEAR_LAB**3, xyz.clamp(min=1e-9) ** (1 / 3), xyz / (3 * LINEAR_LAB**2) + 4 / 29)
+    lab = _mix(to_lab, root)
+    lab[:, 0] -= 16
+    return lab
+
+
+def _from_lab(lab: Tensor) -> Tensor:
+    """The inverse of `_to_lab`; colours outside sRGB are cut off."""
+    to_xyz, to_lab = _matrices()
+    lab = lab.clone()
+    lab[:, 0] += 16
+    root = _mix(to_lab.inverse(), lab)
+    xyz = torch.where(root > LINEAR_LAB, root**3, 3 * LINEAR_LAB**2 * (root - 4 / 29))
+    rgb = _mix(to_xyz.inverse(), xyz).clamp(0, 1)
+    rgb = torch.where(rgb > 0.04045 / 12.92, 1.055 * rgb.clamp(min=1e-9) ** (1 / 2.4) - 0.055, 12.92 * rgb)
+    return (rgb * 2 - 1).clamp(-1.0, 1.0)
 
 
 def colours(video: Tensor) -> Tensor:
@@ -31,10 +63,14 @@ def colours(video: Tensor) -> Tensor:
         video: [1, 3, F, H, W] in -1..1.
 
     Returns:
-        [2, 3] float32.
+        [2, 3] float32 on the CPU.
     """
-    lab = _to_lab(video).astype(np.float64)
-    return torch.from_numpy(np.stack([lab.mean((0, 1, 2)), lab.std((0, 1, 2))])).float()
+    sums = torch.zeros(2, 3, dtype=torch.float64)
+    for part in video.split(CHUNK, dim=2):
+        lab = _to_lab(part).double()
+        sums += torch.stack([lab.sum((0, 2, 3, 4)), lab.square().sum((0, 2, 3, 4))]).cpu()
+    mean, square = sums / (video.numel() / 3)
+    return torch.stack([mean, (square - mean.square()).clamp(min=0).sqrt()]).float()
 
 
 def match_colours(video: Tensor, wanted: Tensor) -> Tensor:
@@ -47,16 +83,9 @@ def match_colours(video: Tensor, wanted: Tensor) -> Tensor:
     Returns:
         [1, 3, F, H, W] float32 in -1..1 on the same device. Contrast changes by a quarter at most.
     """
-    import cv2
-
-    lab = _to_lab(video)
-    mean, spread = lab.mean((0, 1, 2), dtype=np.float64), lab.std((0, 1, 2), dtype=np.float64)
-    target = wanted.double().numpy()
-    gain = np.where(
-        np.minimum(spread, target[1]) < LEAST_SPREAD,
-        1.0,
-        np.clip(target[1] / np.maximum(spread, LEAST_SPREAD), 1 / MOST_GAIN, MOST_GAIN),
-    )
-    matched = ((lab - mean) * gain + target[0]).astype(np.float32)
-    rgb = np.stack([cv2.cvtColor(frame, cv2.COLOR_LAB2RGB) for frame in matched])
-    return torch.from_numpy(rgb).permute(3, 0, 1, 2)[None].to(video.device).mul(2).sub(1).clamp(-1.0, 1.0)
+    (mean, spread), (target, target_spread) = colours(video), wanted.cpu()
+    gain = (target_spread / spread.clamp(min=LEAST_SPREAD)).clamp(1 / MOST_GAIN, MOST_GAIN)
+    gain = torch.where(torch.minimum(spread, target_spread) < LEAST_SPREAD, torch.ones(3), gain)
+    mean, target, gain = (row.to(video.device).view(1, 3, 1, 1, 1) for row in (mean, target, gain))
+    parts = video.split(CHUNK, dim=2)
+    return torch.cat([_from_lab((_to_lab(part) - mean) * gain + target) for part in parts], dim=2)

@@ -52,7 +52,10 @@ def output_size(height: int, width: int, max_area: int, multiple: int = 64) -> t
         if found[0] * found[1] <= max_area and min(found) > 0:
             return found[0], found[1]
     ratio = width / height
-    sides = [int((max_area / ratio) ** 0.5 // multiple * multiple), int((max_area * ratio) ** 0.5 // multiple * multiple)]
+    sides = [
+        int((max_area / ratio) ** 0.5 // multiple * multiple),
+        int((max_area * ratio) ** 0.5 // multiple * multiple),
+    ]
     if sides[1] >= width or sides[0] >= height:
         sides = [side // multiple * multiple for side in (height, width)]
     if min(sides) < multiple:
@@ -63,8 +66,9 @@ def output_size(height: int, width: int, max_area: int, multiple: int = 64) -> t
     return sides[0], sides[1]
 
 
-def _resized(height: int, width: int, size: tuple[int, int], cover: bool) -> tuple[int, int]:
+def _resized(shape: tuple[int, ...], size: tuple[int, int], cover: bool = False) -> tuple[int, int]:
     """Height and width to resize to before cutting out the middle."""
+    height, width = shape[:2]
     short = min(size)
     if height <= width:
         found = (short, int(short * width / height))
@@ -95,7 +99,7 @@ def fit_picture(image: Frames, size: tuple[int, int], cover: bool = False) -> tu
     """
     from PIL import Image
 
-    height, width = _resized(*image.shape[:2], size, cover)
+    height, width = _resized(image.shape, size, cover)
     picture = Image.fromarray(image)
     if (height, width) != image.shape[:2]:
         picture = picture.resize((width, height), Image.Resampling.BILINEAR)
@@ -108,7 +112,7 @@ def fit_picture(image: Frames, size: tuple[int, int], cover: bool = False) -> tu
 def fit_pose(frame: Frames, size: tuple[int, int]) -> Tensor:
     """One picture of a pose video, [H, W, 3] uint8, to [3, *size] float32 in -1..1, filled up with zeros (grey)."""
     video = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None] / 255.0 * 2.0 - 1.0
-    height, width = _resized(*frame.shape[:2], size, cover=False)
+    height, width = _resized(frame.shape, size)
     if (height, width) != frame.shape[:2]:
         video = F.interpolate(video, (height, width), mode="bilinear", align_corners=False, antialias=True)
     (top, above, below), (left, before, behind) = _middle(height, size[0]), _middle(width, size[1])
@@ -163,7 +167,7 @@ class PoseVideo:
                 for number, frame in enumerate(container.decode(container.streams.video[0])):
                     while self._index(picture) == number:
                         self.pictures = picture = picture + 1
-                        yield frame.to_ndarray(format="rgb24")
+                        yield np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
         except av.FFmpegError as error:
             raise UserError(f"pose {str(self.path)!r}: cannot be decoded after {picture} pictures.") from error
 

@@ -159,8 +159,11 @@ class S2VPipeline:
         Raises:
             ValueError: a picture of another type or size, or impossible settings.
         """
-        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or any(
-            side % 16 or not side for side in picture.shape[:2]
+        if (
+            picture.ndim != 3
+            or picture.shape[2] != 3
+            or picture.dtype != np.uint8
+            or any(side % 16 or not side for side in picture.shape[:2])
         ):
             raise ValueError(
                 "generate: picture must be uint8 [H, W, 3] with sides that are multiples of 16, "
@@ -318,7 +321,8 @@ class S2VPipeline:
         # Given everything, and the negative prompt with silence.
         branches = [(scene.text[:1], heard)] + ([(scene.text[1:], torch.zeros_like(heard))] if guided else [])
         if guided and sampling.batched:
-            branches = [tuple(torch.cat(parts) for parts in zip(*branches, strict=True))]
+            texts, sounds = zip(*branches, strict=True)
+            branches = [(torch.cat(texts), torch.cat(sounds))]
         conditions = [
             model.encode_conditions(
                 text,

@@ -26,7 +26,7 @@ from talkingdit.models.audio import RATE
 from talkingdit.pipelines.framing import PoseVideo, fit_picture, output_size
 from talkingdit.pipelines.media import VideoWriter, read_track
 from talkingdit.pipelines.parts import Parts
-from talkingdit.pipelines.s2v import Frames, S2VPipeline, S2VSampling, Scene
+from talkingdit.pipelines.s2v import Filled, Frames, S2VPipeline, S2VSampling, Scene
 from talkingdit.pipelines.sheet import preview_sheet, sample_frames
 from talkingdit.pipelines.vae import to_frames
 from talkingdit.pipelines.video import SHEET_PICTURES, Inputs, Result
@@ -131,6 +131,29 @@ def video_size(image: Frames, settings: S2VSettings, options: S2VOptions) -> tup
     return height, width
 
 
+def check_request(
+    inputs: Inputs, settings: S2VSettings, sampling: S2VSampling, options: S2VOptions
+) -> tuple[Filled, tuple[int, int], PoseVideo | None]:
+    """Find what is wrong with a request, without any model.
+
+    Returns:
+        The sampling without gaps, height and width of the video, and the pose video.
+
+    Raises:
+        UserError: an option is impossible, no size fits, or the pose video is not one.
+    """
+    try:
+        filled = sampling.filled(settings)
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+    size = video_size(inputs.image, settings, options)
+    return (
+        filled,
+        size,
+        None if options.pose is None else PoseVideo(options.pose, settings.fps, options.official_timing),
+    )
+
+
 def make_s2v_video(
     inputs: Inputs,
     checkpoint: S2VCheckpoint,
@@ -161,16 +184,11 @@ def make_s2v_video(
     options = S2VOptions() if options is None else options
     pipeline, settings = S2VPipeline(checkpoint), checkpoint.settings
     sampling = S2VSampling() if sampling is None else sampling
-    try:
-        filled = sampling.filled(settings)
-    except ValueError as error:
-        raise UserError(f"{error}.") from error
-    size = video_size(inputs.image, settings, options)
+    filled, size, pose = check_request(inputs, settings, sampling, options)
     picture, black = fit_picture(inputs.image, size, options.cover)
     if black and warn is not None:
         warn(f"{inputs.image_file}: {black} of the video's rows or columns are black; `--cover` avoids that.")
     length = video_length(len(inputs.sound), settings.fps, filled.clip_frames, filled.dropped, options)
-    pose = None if options.pose is None else PoseVideo(options.pose, settings.fps, options.official_timing)
 
     parts = Parts(inputs.output, _fingerprint(inputs, checkpoint, prompt, sampling, options, length, size), warn)
     clips = -(-length.heard // filled.clip_frames)
@@ -230,7 +248,7 @@ def _stop(parts: Parts, clips: int) -> NoReturn:
     if not parts.finished:
         raise KeyboardInterrupt from None
     raise KeyboardInterrupt(
-        f"interrupted; {parts.finished} of {clips} clips are kept in {parts.folder}, and the same command goes on there."
+        f"interrupted; {parts.finished} of {clips} clips are kept in {parts.folder}; the same command goes on there."
     ) from None
 
 
@@ -257,9 +275,7 @@ def _write(inputs: Inputs, length: Length, fps: int, size: tuple[int, int], upsc
             seen += len(pictures)
     if inputs.sheet is not None:
         times = [(int(i) + 0.5) / fps for i in wanted]
-        preview_sheet(
-            np.concatenate(chosen), sound, RATE, fps, {}, inputs.sheet, title=inputs.output.name, times=times
-        )
+        preview_sheet(np.concatenate(chosen), sound, RATE, fps, {}, inputs.sheet, title=inputs.output.name, times=times)
 
 
 def _digest(*arrays: NDArray[Any]) -> str:

@@ -123,9 +123,7 @@ def test_clips_equal_the_official_loop(checkpoint: S2VCheckpoint, picture: Frame
     chosen, told = CASES[name]
     told = {"clips": 2, "infer_frames": 80, "guidance": 4.5, "solver": "unipc"} | told
     frames = told["clips"] * told["infer_frames"]
-    wanted = official(
-        checkpoint, picture, voice(frames), prompt="a face", negative="ugly hands", seed=3, **told
-    )
+    wanted = official(checkpoint, picture, voice(frames), prompt="a face", negative="ugly hands", seed=3, **told)
     pipeline = S2VPipeline(checkpoint)
     scene = pipeline.scene(picture, "a face", S2VSampling(seed=3, negative_prompt="ugly hands", **chosen))
     made = list(pipeline.clips(scene, voice(frames), frames))
