@@ -257,6 +257,45 @@ def test_weights_offloaded_leaf_by_leaf():
     talkingdit.restore(model)
 
 
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("first", ["accelerate", "shard"])
+def test_fsdp(one_process, first):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, given = make("wan"), inputs("wan")
+    expected = gradients(model, given)
+    model.zero_grad()
+    if first == "accelerate":
+        talkingdit.accelerate(model)
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
+    if first == "shard":
+        talkingdit.accelerate(model)
+    with Ops() as ops:
+        actual = gradients(model, given)
+    assert ops.calls["norm_rope3d_backward"] == 6
+    assert ops.calls["gate_residual_backward"] == 3
+    check_gradients({k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in actual.items()}, expected)
+
+
+def test_offloading_that_is_there_already():
+    model, given = make("wan"), inputs("wan")
+    expected = run(model, given)
+    cpu = torch.device("cpu")
+    model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    report = talkingdit.accelerate(model)
+    assert not report.replaced
+    assert sum(report.left.values()) == 6
+    assert torch.equal(run(model, given), expected)
+
+
 def test_hooks_that_are_there_stay_and_the_report_says_so():
     from diffusers.hooks import HookRegistry, ModelHook
 

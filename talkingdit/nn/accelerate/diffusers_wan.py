@@ -184,7 +184,7 @@ def _replace_processor(attn: Any, report: Report) -> None:
     elif type(processor).__name__ not in _PROCESSORS or not _is_diffusers(type(processor)):
         report.left[ATTENTION, f"it has a processor of its own, {type(processor).__name__}"] += 1
     elif not _has_known_qk_norm(attn):
-        report.left[ATTENTION, "its norms of q and k are of another kind, or sharded"] += 1
+        report.left[ATTENTION, "its norms of q and k are of another kind or have hooks"] += 1
     else:
         attn.set_processor(WanProcessor(processor))
         report.replaced[ATTENTION] += 1
@@ -195,8 +195,8 @@ def _has_known_qk_norm(attn: Any) -> bool:
     return (
         all(type(norm) is nn.RMSNorm and norm.weight is not None and norm.eps is not None for norm in norms)
         and norms[0].eps == norms[1].eps
-        and all(type(norm.weight) in (Tensor, nn.Parameter) for norm in norms)
         and attn.add_k_proj is None
+        and plain(*norms)
     )
 
 

@@ -207,11 +207,12 @@ def _replace_block(block: Any, report: Report) -> None:
 
 def _replace_attention(attn: Any, report: Report) -> None:
     norms = (attn.norm_q, attn.norm_k)
-    rms = all(type(norm).__name__ in ("WanRMSNorm", "RMSNorm") for norm in norms) and norms[0].eps == norms[1].eps
+    rms = all(type(norm).__name__ in ("WanRMSNorm", "RMSNorm") and norm.eps is not None for norm in norms)
+    rms = rms and norms[0].eps == norms[1].eps
     if _attention_function(type(attn).forward) is None:
         report.left[ATTENTION, "its forward is not the one that is known"] += 1
-    elif not rms and not all(type(norm) is nn.Identity for norm in norms):
-        report.left[ATTENTION, "its norms of q and k are of another kind"] += 1
+    elif not plain(*norms) or not (rms or all(type(norm) is nn.Identity for norm in norms)):
+        report.left[ATTENTION, "its norms of q and k are of another kind or have hooks"] += 1
     else:
         replace_method(attn, _self_attention, report, ATTENTION)
 
