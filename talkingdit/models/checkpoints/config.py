@@ -55,14 +55,14 @@ def complete(values: Mapping[str, Any], weights: Weights, where: object) -> dict
     Raises:
         UserError: a setting that this model cannot follow, or too little is known.
     """
-    said = _translate(values, where)
+    said = translate(values, where)
     config = {**PRESETS["wan_s2v_14b"], **from_shapes(weights, said, where), **said}
     for name in ("patch_size", "audio_inject_layers", "zip_frame_buckets", "motion_frames"):
         config[name] = tuple(config[name])
     return config
 
 
-def _translate(values: Mapping[str, Any], where: object) -> dict[str, Any]:
+def translate(values: Mapping[str, Any], where: object) -> dict[str, Any]:
     from talkingdit.models.wan import WanS2VModel
 
     known = set(inspect.signature(WanS2VModel.__init__).parameters) - {"self"}
