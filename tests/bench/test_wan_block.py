@@ -23,7 +23,7 @@ def test_another_computation_is_noticed(monkeypatch):
     model = wan_block.build(shape, 2, torch.device("cpu"), torch.float32)
     forward = wan_block.official_style.forward
     monkeypatch.setattr(wan_block.official_style, "forward", lambda *args, **kwargs: 1.1 * forward(*args, **kwargs))
-    with pytest.raises(RuntimeError, match="both steps must agree within 0.0001, got a relative difference of 0.0"):
+    with pytest.raises(RuntimeError, match=r"both steps must agree within 0.0001, got a relative difference of 0.0"):
         wan_block.contestants(model, wan_block.inputs(shape, torch.device("cpu")), compiled=False)
 
 
