@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from talkingdit.models.checkpoints import Checkpoint, S2VCheckpoint
+    from talkingdit.pipelines.memory import Memory
     from talkingdit.pipelines.video import Inputs, Result
 
 USER_ERROR = 2
@@ -120,6 +121,9 @@ def _add_generate(verbs: Any) -> None:
     _only(wan, "s2v", "--pose", type=Path, metavar="MP4", help="a video that shows how to move")
     _only(wan, "s2v", "--match-colour", help="bring the colours of later clips back to those of the first")
     _only(wan, "s2v", "--sequential", help="less memory, more time: one prediction after the other")
+    _only(wan, "s2v", "--memory", metavar="SWITCHES", help="fit a smaller card, in the words that `plan` suggests: "
+          "weights=cast_fp8,offload=block,text_encoder=cpu,vae=tiled,...")  # fmt: skip
+    _only(wan, "s2v", "--compile", help="compile the blocks of the model: slow to begin with, faster then")
     _only(wan, "s2v", "--opening", choices=("hold", "cut"), help="where the voice sounds before the first picture: "
           "hold that picture (default), or cut these 3/16 s of the voice")  # fmt: skip
     _only(wan, "s2v", "--official-timing", help="pictures 3/16 s before their sound, as the official program has it")
@@ -171,11 +175,13 @@ def _generate(args: argparse.Namespace) -> None:
         print(f"{args.sheet}: preview")
 
 
-def _load(args: argparse.Namespace, device: str) -> Checkpoint | S2VCheckpoint:
+def _load(args: argparse.Namespace, device: str, memory: Memory | None = None) -> Checkpoint | S2VCheckpoint:
+    """The checkpoint on the device; with `memory` by way of the host."""
     import torch
 
     from talkingdit.errors import UserError
     from talkingdit.models.checkpoints import load_checkpoint
+    from talkingdit.pipelines.memory import fit
 
     try:
         chosen = torch.device(device)
@@ -184,7 +190,21 @@ def _load(args: argparse.Namespace, device: str) -> Checkpoint | S2VCheckpoint:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"generate: the device {device!r} cannot be used ({reason}).") from error
     name = args.dtype or ("bfloat16" if chosen.type == "cuda" else "float32")
-    return load_checkpoint(args.checkpoint, getattr(torch, name), chosen)
+    if memory is None:
+        return load_checkpoint(args.checkpoint, getattr(torch, name), chosen)
+    checkpoint = load_checkpoint(args.checkpoint, getattr(torch, name), "cpu")
+    fit(checkpoint, memory, chosen)
+    return checkpoint
+
+
+def _memory(args: argparse.Namespace) -> Memory | None:
+    from talkingdit.errors import UserError
+    from talkingdit.pipelines.memory import Memory
+
+    try:
+        return None if args.memory is None else Memory.parse(args.memory)
+    except ValueError as error:
+        raise UserError(f"generate: --memory: {str(error).removeprefix('Memory: ')}.") from error
 
 
 def _generate_puppet(args: argparse.Namespace, job: Inputs) -> Result:
@@ -239,8 +259,13 @@ def _generate_s2v(args: argparse.Namespace, job: Inputs) -> Result:
     file = args.checkpoint / "pipeline.json"
     # Loading takes minutes: what can be wrong is found before.
     check_request(job, S2VSettings.load(file) if file.is_file() else S2VSettings(), sampling, options)
-    checkpoint = _load(args, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    memory = _memory(args)
+    checkpoint = _load(args, args.device or ("cuda" if torch.cuda.is_available() else "cpu"), memory)
     assert isinstance(checkpoint, S2VCheckpoint)
+    if args.compile:
+        checkpoint.transformer.compile_repeated_blocks(fullgraph=True)
+    # What changes pictures, not only time and room.
+    variant = "" if memory is None else f"{memory.weights} {memory.residual} {memory.absorb_audio} {memory.vae}"
     with tqdm(unit="step", desc="generating", disable=None) as bar:
 
         def advance(done: int, total: int) -> None:
@@ -250,7 +275,10 @@ def _generate_s2v(args: argparse.Namespace, job: Inputs) -> Result:
             bar.update()
 
         return make_s2v_video(
-            *(job, checkpoint, args.prompt, sampling, options), upscale=args.upscale, progress=advance, warn=_warn
+            *(job, checkpoint, args.prompt, sampling, options, variant),
+            upscale=args.upscale,
+            progress=advance,
+            warn=_warn,
         )
 
 

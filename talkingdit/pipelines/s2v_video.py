@@ -160,6 +160,7 @@ def make_s2v_video(
     prompt: str = "",
     sampling: S2VSampling | None = None,
     options: S2VOptions | None = None,
+    variant: str = "",
     upscale: int = 1,
     progress: Callable[[int, int], None] | None = None,
     warn: Callable[[str], None] | None = None,
@@ -172,6 +173,7 @@ def make_s2v_video(
         prompt: what to show.
         sampling: how to generate.
         options: size, length, pose, timing.
+        variant: how the models were changed after loading; clips made with another one are not gone on from.
         upscale: enlarge the pictures so many times.
         progress: called with the number of denoising steps done and of all of them.
         warn: called with a sentence about what was done differently from what may be expected.
@@ -190,7 +192,8 @@ def make_s2v_video(
         warn(f"{inputs.image_file}: {black} of the video's rows or columns are black; `--cover` avoids that.")
     length = video_length(len(inputs.sound), settings.fps, filled.clip_frames, filled.dropped, options)
 
-    parts = Parts(inputs.output, _fingerprint(inputs, checkpoint, prompt, sampling, options, length, size), warn)
+    fingerprint = _fingerprint(inputs, checkpoint, prompt, filled, options, length, size, variant)
+    parts = Parts(inputs.output, fingerprint, warn)
     clips = -(-length.heard // filled.clip_frames)
     if parts.finished and warn is not None:
         warn(f"going on after {parts.finished} of {clips} clips that are finished in {parts.folder}.")
@@ -290,13 +293,14 @@ def _fingerprint(
     inputs: Inputs,
     checkpoint: S2VCheckpoint,
     prompt: str,
-    sampling: S2VSampling,
+    filled: Filled,
     options: S2VOptions,
     length: Length,
     size: tuple[int, int],
+    variant: str,
 ) -> dict[str, Any]:
     """What finished clips depend on, by the names that a person knows. What saves memory or time is left out."""
-    filled, model = sampling.filled(checkpoint.settings), checkpoint.transformer
+    model = checkpoint.transformer
     files = sorted(path for path in checkpoint.folder.rglob("*") if path.is_file())
     listing = [(str(f.relative_to(checkpoint.folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     pose = None
@@ -321,6 +325,6 @@ def _fingerprint(
         "seed": filled.seed,
         "beginning": filled.drop_first,
         "colour matching": filled.match_colour,
-        "precision": str(model.dtype),
+        "precision": f"{model.dtype} {variant}".strip(),
         "device": model.device.type,
     }
