@@ -105,7 +105,25 @@ TD_INLINE void norm_backward_row(const ModulateGradArgs& args, int64_t b, int64_
   });
 }
 
-template <class C>
+// A gated sum alone: grad_y = gate * grad, and grad * y added to the sums, in one pass over the row.
+template <bool Stream, class C>
+TD_INLINE void gate_backward_row(const ModulateGradArgs& args, int64_t b, int64_t n, const C* gate, C* gate_sums) {
+  dispatch_storage<C>(args.grad_residual.dtype, [&](auto grad_tag) {
+    const auto* grad = row_pointer<typename decltype(grad_tag)::type>(args.grad_residual, b, n);
+    dispatch_storage<C>(args.y.dtype, [&](auto y_tag) {
+      using Y = typename decltype(y_tag)::type;
+      const Y* y = row_pointer<Y>(args.y, b, n);
+      Y* target = row_pointer<Y>(args.grad_y, b, n);
+      for_vectors<C>(args.dim, [&](int i, auto part) {
+        const Vec<C> g = load(grad + i, part);
+        put(gate_sums + i, load(gate_sums + i, part) + g * load(y + i, part), part);
+        put<Stream>(target + i, g * load(gate + i, part), part);
+      });
+    });
+  });
+}
+
+template <bool Stream, class C>
 void backward_chunk(const ModulateGradArgs& args, int64_t b, int64_t chunk) {
   const int dim = args.dim;
   alignas(64) C total[kMaxModulatedDim], row[kMaxModulatedDim], grad[kMaxModulatedDim];
@@ -113,6 +131,11 @@ void backward_chunk(const ModulateGradArgs& args, int64_t b, int64_t chunk) {
   std::memset(static_cast<void*>(sums), 0, 3 * size_t(dim) * sizeof(C));
   int64_t g, begin, end;
   args.chunks.locate(args.groups, chunk, g, begin, end);
+  if (args.y.data && !args.grad_out.data && !args.grad_x.data && args.grad_y.dtype == args.y.dtype) {
+    const C* gate = row_pointer<C>(args.gate, b, g);
+    for (int64_t n = begin; n < end; ++n) gate_backward_row<Stream>(args, b, n, gate, sums + 2 * dim);
+    return;
+  }
   for (int64_t n = begin; n < end; ++n) {
     if (args.grad_residual.data != nullptr) {
       load_row(args.grad_residual, b, n, total, dim);
@@ -122,13 +145,13 @@ void backward_chunk(const ModulateGradArgs& args, int64_t b, int64_t chunk) {
     if (args.grad_out.data != nullptr) {
       norm_backward_row(args, b, n, row_pointer<C>(args.scale, b, g), total, row, grad, sums, sums + dim);
     }
-    if (args.grad_x.data != nullptr) store_row<false>(args.grad_x, b, n, total, dim);
+    if (args.grad_x.data != nullptr) store_row<Stream>(args.grad_x, b, n, total, dim);
     if (args.y.data == nullptr) continue;
     load_row(args.y, b, n, row, dim);
     accumulate(sums + 2 * dim, total, row, dim);
     const C* gate = row_pointer<C>(args.gate, b, g);
     for_vectors<C>(dim, [&](int i, auto part) { put(row + i, load(total + i, part) * load(gate + i, part), part); });
-    store_row<false>(args.grad_y, b, n, row, dim);
+    store_row<Stream>(args.grad_y, b, n, row, dim);
   }
 }
 
@@ -157,15 +180,25 @@ void reduce_groups(const ModulateGradArgs& args) {
   });
 }
 
-template <class C>
-void run_backward(const ModulateGradArgs& args) {
+template <bool Stream, class C>
+void backward(const ModulateGradArgs& args) {
   const int64_t grain = 1 + kParallelElements / (args.chunks.chunk_tokens * args.dim);
   parallel_for(args.batch * args.chunks.count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      backward_chunk<C>(args, item / args.chunks.count, item % args.chunks.count);
+      backward_chunk<Stream, C>(args, item / args.chunks.count, item % args.chunks.count);
     }
+    if constexpr (Stream) stream_fence();
   });
   reduce_groups<C>(args);
+}
+
+template <class C>
+void run_backward(const ModulateGradArgs& args) {
+  const int64_t elements = args.batch * args.tokens * args.dim, threshold = stream_threshold();
+  const auto can_stream = [&](const Rows& rows) {
+    return rows.data == nullptr || rows_can_stream<C>(rows, elements * item_size(rows.dtype), threshold);
+  };
+  can_stream(args.grad_x) && can_stream(args.grad_y) ? backward<true, C>(args) : backward<false, C>(args);
 }
 
 }  // namespace

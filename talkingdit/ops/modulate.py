@@ -34,11 +34,6 @@ _KINDS = {"per_group": "SymInt", "ends": "SymInt[]", "token_offset": "SymInt", "
 _GRADIENT_OF = {"grad_x": "residual", "grad_y": "y", "grad_gate": "gate", "grad_scale": "scale", "grad_shift": "scale"}
 
 
-def _native_arguments(named: dict[str, Any], order: Sequence[str]) -> list[Any]:
-    values = [named.get(name) for name in order]
-    return [rows(value) if isinstance(value, Tensor) else value for value in values]
-
-
 def _buffers(grad: Tensor, modulation: Tensor, per_group: int, ends: list[int], token_offset: int) -> dict[str, Any]:
     batch, tokens, dim = grad.shape
     chunks = native.modulate_chunks(tokens, modulation.shape[1], per_group, ends, token_offset) if tokens else 0
@@ -66,9 +61,12 @@ def _register(name: str, gated: bool, normed: bool) -> tuple[Any, Any]:
         types = ", ".join(["Tensor"] * returns)
         return register(f"{name}{suffix}({listed}) -> {types if returns == 1 else f'({types})'}", *functions)
 
+    given = [*tensors, *place, *results, "eps", None]  # the native function finds missing ones in the last two
+    order = [given.index(argument if argument in given else None) for argument in _FORWARD]
+
     def run(*args: Any) -> None:
-        named = {"eps": 0.0, **dict(zip([*tensors, *place, *results], args, strict=True))}
-        native.modulate_forward(*_native_arguments(named, _FORWARD))
+        values = [*map(rows, args[: len(tensors)]), *args[len(tensors) :], 0.0, None]
+        native.modulate_forward(*[values[i] for i in order])
 
     def make_results(args: Sequence[Any], new: Callable[..., Tensor]) -> Any:
         x = args[0]
@@ -78,7 +76,7 @@ def _register(name: str, gated: bool, normed: bool) -> tuple[Any, Any]:
 
     def forward(*args: Any) -> Any:
         made = make_results(args, empty)
-        run(*args[: len(tensors) + len(place)], *(made if gated and normed else [made]))
+        run(*args[: len(tensors) + len(place)], *(made if len(results) > 1 else [made]))
         return made
 
     def make_gradients(named: dict[str, Any], new: Callable[..., Tensor]) -> dict[str, Tensor]:
@@ -89,7 +87,8 @@ def _register(name: str, gated: bool, normed: bool) -> tuple[Any, Any]:
         # Sums over no tokens are zero; with tokens every sum is written, also those of groups outside the shard.
         made = make_gradients(named, empty if args[0].shape[1] else lambda shape, like: like.new_zeros(shape))
         buffers = _buffers(args[0], named[saved[-1]], *(named[option] for option in place[:3]))
-        native.modulate_backward(*_native_arguments({**named, **made, **buffers}, _BACKWARD))
+        named.update({name: rows(named[name]) for name in [*grads, *saved]}, **made, **buffers)
+        native.modulate_backward(*[named.get(name) for name in _BACKWARD])
         return tuple(made.values())
 
     def backward_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -104,9 +103,9 @@ def _register(name: str, gated: bool, normed: bool) -> tuple[Any, Any]:
         ctx.save_for_backward(*(named[value] for value in saved))
         ctx.place = [named[option] for option in place]
 
-    def autograd(ctx: Any, *given: Tensor) -> tuple[Any, ...]:
-        gradients = backward_op(*given, *ctx.saved_tensors, *ctx.place)
-        return *(gradients if normed else (given[0], *gradients)), *[None] * len(options)
+    def autograd(ctx: Any, *above: Tensor) -> tuple[Any, ...]:
+        gradients = backward_op(*above, *ctx.saved_tensors, *ctx.place)
+        return *(gradients if normed else (above[0], *gradients)), *[None] * len(options)
 
     op = define(
         "",

@@ -50,6 +50,16 @@ def test_large_results_of_token_ops_equal_those_of_their_shards(dtype: torch.dty
         for at, part in halves(tokens):
             assert torch.equal(whole[:, part], function(x[:, part], at)), name
 
+    def gradient(name: str, x: Tensor, at: int) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        result = functions[name](leaf, at)
+        return torch.autograd.grad(result, leaf, result.detach())[0]
+
+    for name in ("rope3d", "norm_modulate", "gate_residual"):
+        whole = gradient(name, x, 0)
+        for at, part in halves(tokens):
+            assert torch.equal(whole[:, part], gradient(name, x[:, part], at)), name
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_large_fused_video_equals_its_channels_fused_alone(dtype: torch.dtype) -> None:
