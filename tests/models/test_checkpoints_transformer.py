@@ -19,7 +19,7 @@ from torch import Tensor
 
 from talkingdit.errors import UserError
 from talkingdit.models import WanS2VModel, load, preset
-from talkingdit.models.checkpoints import save_official
+from talkingdit.models.checkpoints import read_config, save_official
 from talkingdit.models.checkpoints.config import complete
 from talkingdit.models.checkpoints.names import to_diffusers, to_native
 from talkingdit.models.checkpoints.weights import Entry, Weights
@@ -80,6 +80,7 @@ def test_the_released_layout(released: Path, model: WanS2VModel, state: dict[str
     same(found, state)
     wanted = {k: v for k, v in model.config.items() if k[0] != "_"}
     assert {k: tuple(v) if isinstance(v, list) else v for k, v in found.config.items() if k[0] != "_"} == wanted
+    assert {k: v for k, v in read_config(released).items() if k in SIZE} == SIZE
     assert not found.training
     assert all(p.requires_grad for p in found.parameters())
 
@@ -126,6 +127,12 @@ def test_shapes_alone_tell_the_released_configuration() -> None:
     path = Path("wan2.2_s2v_14B_bf16.safetensors")
     weights = Weights(path, {name: Entry(path, name, tuple(shape), torch.bfloat16) for name, shape in names.items()})
     assert complete({}, weights, path) == preset("wan_s2v_14b")
+
+
+def test_a_configuration_is_read_without_weights() -> None:
+    assert read_config("puppet_tiny", {"num_layers": 7}) == preset("puppet_tiny", num_layers=7)
+    with pytest.raises(UserError, match="nothing: neither a folder nor a preset"):
+        read_config("nothing")
 
 
 def test_every_name_goes_to_diffusers_and_back() -> None:

@@ -14,7 +14,7 @@ from talkingdit.models.checkpoints.puppet import (
 )
 from talkingdit.models.checkpoints.s2v import S2VCheckpoint, S2VSettings
 from talkingdit.models.checkpoints.save import save_official
-from talkingdit.models.checkpoints.transformer import load
+from talkingdit.models.checkpoints.transformer import load, read_config
 from talkingdit.models.checkpoints.whole import load_checkpoint
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "initialise_from_video_model",
     "load",
     "load_checkpoint",
+    "read_config",
     "save_checkpoint",
     "save_official",
 ]

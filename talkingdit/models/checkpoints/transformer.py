@@ -75,6 +75,26 @@ def load(
     return from_weights(weights, {**values, **(config or {})}, dtype, device)
 
 
+def read_config(source: str | Path, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Arguments of `WanS2VModel` for what `load` would load from there, without reading or making a tensor.
+
+    Args:
+        source, config: as for `load`.
+
+    Raises:
+        UserError: see `load`.
+    """
+    from talkingdit.models.presets import PRESETS, preset
+
+    path = Path(source)
+    if not path.exists() and str(source) in PRESETS:
+        return preset(str(source), **(config or {}))
+    if not path.exists():
+        raise UserError(f"{source}: neither a folder nor a preset ({', '.join(sorted(PRESETS))}).")
+    weights, values = open_transformer(path)
+    return configs.complete({**values, **(config or {})}, weights, weights.source)
+
+
 def _random(name: str, changes: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int) -> WanS2VModel:
     """Random weights, made on the device in the dtype that they have: a large preset does not fit host memory."""
     from talkingdit.models.presets import preset

@@ -258,7 +258,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: no such file, not JSON, not an object.
     """
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file; the checkpoint is not complete.") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
