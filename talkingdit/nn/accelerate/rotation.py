@@ -14,9 +14,6 @@ from torch import Tensor
 from talkingdit.ops import RopeLayout
 
 _END = 2**31 - 1
-# One axis of rotation rows, one row per token: (begin, end, H, W, t_row, h_row, w_row).
-_ROWS = ((0, _END, 1, 1, 0, 0, 0),)
-_on_device: dict[torch.device, Tensor] = {}
 
 
 class TableLayout(RopeLayout):
@@ -48,11 +45,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def token_rows(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> TableLayout:
     """A layout for tensors of `dtype` with one row of cosines and sines [N, D / 2] per token."""
     table = torch.stack([cos, sin]).to(_wide(dtype)).flatten(1)
-    index = _on_device.get(table.device)
-    if index is None:
-        index = torch.tensor(_ROWS, device=table.device)
-        if not torch.compiler.is_compiling():
-            _on_device[table.device] = index
+    # One segment of one axis, made on the device: nothing is copied to it, nor kept between calls and graphs.
+    index = torch.zeros(1, 7, dtype=torch.int64, device=table.device)
+    index[:, 1] = _END
+    index[:, 2:4] = 1
     return TableLayout(table, index, (cos.shape[1], 0, 0), cos.shape[0])
 
 
