@@ -416,9 +416,9 @@ def report(plan: Plan, card: float, speed: float | None, better: Plan | None) ->
     else:
         words = [f"--memory {better.memory}"] if str(better.memory) else []
         if plan.clip.batched and plan.clip.branches > 1:
-            words.append("guidance one prediction after the other")
+            words.append("--sequential")
         slower = ""
         if better.seconds_per_clip is not None:
             slower = f", about {better.seconds_per_clip:.0f} s per clip"
-        lines.append(f"does not fit; with {' and '.join(words)} it needs {better.needed / GB:.2f} GB{slower}")
+        lines.append(f"does not fit; with {' '.join(words)} it needs {better.needed / GB:.2f} GB{slower}")
     return "\n".join(lines)

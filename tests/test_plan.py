@@ -2,6 +2,7 @@
 """Predictions against a count of all live tensors while the real model runs on tensors without storage."""
 
 import functools
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.live_memory import LiveMemory
+from talkingdit import cli
 from talkingdit import plan as planner
 from talkingdit.errors import UserError
 from talkingdit.models import WanS2VModel, preset, wan_conditions
@@ -226,3 +228,40 @@ def test_switches_take_less():
     tiled = released(memory=Memory(vae="tiled"))
     assert tiled.phases["decode"] < plain.phases["decode"]
     assert released(replace(Clip(), batched=True)).phases["denoise"] > plain.phases["denoise"]
+
+
+def test_the_command_says_what_a_card_needs(capsys):
+    assert cli.main(["plan", "--preset", "wan_s2v_14b", "--size", "832x448", "--card", "rtx4090"]) == 0
+    said = capsys.readouterr().out
+    assert "832 x 448, 80 pictures, 40 steps, 2 predictions per step" in said
+    assert "does not fit; with --memory offload=block,text_encoder=cpu --sequential it needs" in said
+    assert "an estimate from 165 TFLOP/s at 50%, not measured" in said
+    switches = said.split("--memory ")[1].split()[0]
+    assert cli.main(["plan", "--preset", "wan_s2v_14b", "--card", "24GB", "--sequential", "--memory", switches]) == 0
+    said = capsys.readouterr().out
+    assert said.endswith("fits\n")
+    assert "time        unknown" in said
+
+
+def test_a_checkpoint_folder_is_read_and_not_loaded(tmp_path, capsys):
+    config = dict(_class_name="WanModel_S2V", dim=64, ffn_dim=96, num_heads=2, num_layers=2, audio_inject_layers=[0])
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(motion_frames=73, text_dim=24)))
+    (tmp_path / "Wan2.1_VAE.pth").write_bytes(b"0" * 3_000_000)
+    assert cli.main(["plan", "--checkpoint", str(tmp_path), "--size", "128x128"]) == 0
+    assert "autoencoder         0.00 GB" in capsys.readouterr().out
+    assert planner.source(str(tmp_path), torch.bfloat16)[1].vae == 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "wan"], "wan: neither a folder nor a preset"),
+        (["--preset", "wan_s2v_14b", "--card", "big"], "--card must be a size like 24GB or one of"),
+        (["--preset", "wan_s2v_14b", "--size", "100x100"], "sides must be multiples of 16 pixels, got 100 x 100"),
+        (["--preset", "wan_s2v_14b", "--frames", "81"], "multiple of 4 pictures, got 81"),
+        (["--preset", "wan_s2v_14b", "--memory", "weights=fp4"], "weights must be one of native"),
+    ],
+)
+def test_the_command_says_what_is_wrong(arguments, message, capsys):
+    assert cli.main(["plan", *arguments]) == cli.USER_ERROR
+    assert message in capsys.readouterr().err
