@@ -5,9 +5,11 @@ import json
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import wan_block
 from bench.live_memory import LiveMemory
+from talkingdit.models import wan_conditions
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -49,3 +51,33 @@ def test_live_memory_counts_storages_once_while_they_live():
         assert count.peak == 400 + 400 + 360
         count.reset()
         assert count.peak == 400
+
+
+def test_a_step_of_the_released_width_takes_a_third_of_the_memory():
+    """Counted on tensors without storage, weights aside: a block at 448 x 832 with its audio injection, bfloat16."""
+    shape = wan_block.SHAPES["14b-448x832"]
+    wan_conditions._layout.cache_clear()
+    peaks = {}
+    with FakeTensorMode(), torch.no_grad():
+        model = wan_block.build(shape, 2, torch.device("cpu"), torch.bfloat16)
+        given = wan_block.inputs(shape, torch.device("cpu"))
+        narrow = {k: v if k in ("t", "audio") else v.bfloat16() for k, v in given.items()}
+        weights = dict(model.named_parameters())
+        with LiveMemory([*weights.values(), *given.values(), *narrow.values()]) as count:
+            before = count.live
+            conditions = model.encode_conditions(
+                given["context"],
+                reference=given["ref"],
+                history=given["motion"],
+                audio=given["audio"],
+                size=(20, 56, 104),
+            )
+            model(given["x"], given["t"], conditions=conditions)
+            peaks["ours"] = count.peak - before
+            del conditions
+            count.reset()
+            with torch.autocast("cpu", torch.bfloat16):
+                wan_block.official_style.forward(model.config, weights, **narrow)
+            peaks["official"] = count.peak - before
+    wan_conditions._layout.cache_clear()
+    assert peaks["ours"] < 0.33 * peaks["official"]
