@@ -25,6 +25,7 @@ def pipeline_settings(config: Config) -> PipelineSettings:
         fps=config.data.fps,
         size=config.data.size,
         clip_latents=config.model.clip_latents,
+        audio_history=config.model.audio_context,
         shift=config.objective.shift,
         steps=config.sample.steps,
         text_guidance=config.sample.text_guidance,

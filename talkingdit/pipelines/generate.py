@@ -29,8 +29,6 @@ from talkingdit.pipelines.vae import FRAMES_PER_LATENT, StreamingDecoder, encode
 
 Frames = NDArray[np.uint8]
 
-AUDIO_HISTORY = 8  # audio frames before a clip that the model may hear
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -193,7 +191,7 @@ class TalkingPipeline:
             first, last = clip * self.clip_frames, (clip + 1) * self.clip_frames
             heard = features[..., first:last].to(device)
             heard = torch.cat([heard, heard[..., -1:].expand(-1, -1, last - first - heard.shape[2])], dim=2)
-            before = features[..., max(0, first - AUDIO_HISTORY) : first].to(device)
+            before = features[..., max(0, first - self.settings.audio_history) : first].to(device)
             conditions = [
                 model.encode_conditions(
                     text,

@@ -40,6 +40,7 @@ class PipelineSettings:
     fps: int = 16
     size: int = 96  # side of the square picture, pixels
     clip_latents: int = 8  # latent frames generated at once, four pictures each
+    audio_history: int = 8  # audio frames before a clip that the model hears
     shift: float = 3.0  # of the noise schedule
     steps: int = 8
     text_guidance: float = 1.0
@@ -47,7 +48,7 @@ class PipelineSettings:
     features: str = "speech"  # kind of audio features
 
     def __post_init__(self) -> None:
-        for name in ("fps", "size", "clip_latents", "steps"):
+        for name in ("fps", "size", "clip_latents", "audio_history", "steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"pipeline.json: {name} must be an integer of at least 1, got {value!r}")
