@@ -81,17 +81,19 @@ void check_result(const TensorView& q, const TensorView& out, const char* op, co
   check_same_device(q, out, op, name);
 }
 
-// Elements of the workspace that the CPU kernels ask for.
-int64_t workspace_size(int64_t speakers, int64_t frames, int64_t audio, int64_t heads, int64_t dim, int64_t window,
-                       int64_t batch, int64_t slots, bool backward) {
-  return AudioWorkspace(speakers, frames, audio, heads, dim, window < frames ? window : frames, batch, slots, backward)
+// Elements of the workspace that the kernels ask for. q is [B, N, H, D], k [B, P, F, A, H, D].
+int64_t workspace_size(const TensorView& q, const TensorView& k, int64_t window, int64_t slots, bool backward) {
+  check(q.ndim == 4 && k.ndim == 6, "audio_attention_workspace: wrong shapes");
+  const int64_t speakers = k.shape[1], frames = k.shape[2];
+  if (q.is_cuda) return backward ? 2 * q.shape[0] * speakers * q.shape[2] * q.shape[1] : 0;
+  return AudioWorkspace(speakers, frames, k.shape[3], q.shape[2], q.shape[3], window < frames ? window : frames,
+                        q.shape[0], slots, backward)
       .total;
 }
 
-void check_workspace(const AudioAttentionArgs& args, const TensorView& workspace, bool backward, const char* op) {
-  const int64_t wanted = workspace.is_cuda ? (backward ? 2 * args.batch * args.speakers * args.heads * args.tokens : 0)
-                                           : workspace_size(args.speakers, args.frames, args.audio, args.heads,
-                                                            args.dim, args.window, args.batch, args.slots, backward);
+void check_workspace(const TensorView& q, const TensorView& k, const AudioAttentionArgs& args,
+                     const TensorView& workspace, bool backward, const char* op) {
+  const int64_t wanted = workspace_size(q, k, args.window, args.slots, backward);
   check(workspace.numel() >= wanted, op, ": workspace must have ", wanted, " elements, got ", workspace.numel());
 }
 
@@ -102,7 +104,7 @@ void forward(const TensorView& q, const TensorView& k, const TensorView& v, cons
   AudioAttentionArgs args =
       common_args(op, q, k, v, weights, lens, clips, workspace, tokens_per_frame, token_offset, window, scale, slots);
   check_result(q, out, op, "out");
-  check_workspace(args, workspace, false, op);
+  check_workspace(q, k, args, workspace, false, op);
   if (q.numel() == 0) return;
   args.out = out.data;
   for (int i = 0; i < 3; ++i) args.out_strides[i] = out.strides[i];
@@ -138,7 +140,7 @@ void backward(const TensorView& grad, const TensorView& q, const TensorView& k, 
     check_same_device(q, *grad_weights, op, "grad_weights");
     args.grad_weights = grad_weights->data;
   }
-  check_workspace(args, workspace, true, op);
+  check_workspace(q, k, args, workspace, true, op);
   if (k.numel() == 0 && q.numel() == 0) return;
   args.grad_out = grad.data;
   args.out = grad_q.data;

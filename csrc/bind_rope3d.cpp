@@ -87,17 +87,18 @@ void norm_rope3d_run(const TensorView& x, const TensorView& weight, const Tensor
   TD_CALL(norm_rope3d, x, args);
 }
 
-// Rows of the workspace `partial` [chunks, weights] that norm_rope3d_backward needs.
-int64_t norm_rope3d_chunks(int64_t batch, int64_t tokens) {
-  const int64_t size = norm_rope_chunk_tokens(tokens);
+// Rows of the workspace `partial` [chunks, weights] that norm_rope3d_backward needs for x [B, N, H, D].
+int64_t norm_rope3d_chunks(const TensorView& x) {
+  check(x.ndim == 4, "norm_rope3d_chunks: x must have 4 dimensions");
+  const int64_t batch = x.shape[0], tokens = x.shape[1], size = norm_rope_chunk_tokens(tokens);
+  if (x.is_cuda) return batch * tokens * 8 < kNormRopeBlocks ? batch * tokens * 8 : kNormRopeBlocks;
   return batch * ((tokens + size - 1) / size);
 }
 
 void norm_rope3d_backward_run(const TensorView& grad, const TensorView& x, const TensorView& weight,
                               const TensorView& grad_x, const TensorView& grad_weight, const TensorView& partial,
-                              const std::optional<TensorView>& stats, const TensorView& table,
-                              const TensorView& segments, const std::vector<int64_t>& pairs, bool interleaved,
-                              int64_t token_offset, bool per_head, double eps) {
+                              const TensorView& table, const TensorView& segments, const std::vector<int64_t>& pairs,
+                              bool interleaved, int64_t token_offset, bool per_head, double eps) {
   const char* op = "norm_rope3d_backward";
   const RopeArgs rope = rope_args(op, x, grad_x, table, segments, pairs, interleaved, token_offset, false);
   NormRopeGradArgs args{};
@@ -109,16 +110,13 @@ void norm_rope3d_backward_run(const TensorView& grad, const TensorView& x, const
   if (x.numel() == 0) return;
   args.chunk_tokens = norm_rope_chunk_tokens(rope.tokens);
   args.chunks_per_sample = (rope.tokens + args.chunk_tokens - 1) / args.chunk_tokens;
-  check(partial.dtype == weight.dtype && partial.shape[0] >= rope.batch * args.chunks_per_sample &&
-            partial.shape[1] == weight.shape[0],
-        op, ": partial is too small");
-  const int64_t norms = per_head ? rope.heads : 1;
-  check(!x.is_cuda || (stats && stats->numel() >= rope.batch * rope.tokens * norms), op, ": stats is too small");
+  args.chunks = norm_rope3d_chunks(x);
+  check(partial.dtype == weight.dtype && partial.shape[0] >= args.chunks && partial.shape[1] == weight.shape[0], op,
+        ": partial is too small");
   args.grad = grad.data;
   copy_strides(args.grad_strides, grad);
   args.grad_weight = grad_weight.data;
   args.partial = partial.data;
-  args.stats = stats ? stats->data : nullptr;
   TD_CALL(norm_rope3d_backward, x, args);
 }
 

@@ -112,10 +112,14 @@ inline bool view(PyObject* object, TensorView& out) {
     out.strides[i] = tensor.strides ? tensor.strides[i] : packed;
     packed *= tensor.shape[i];
   }
+#if defined(TD_EMULATE)
+  out.is_cuda = true;
+#else
   out.is_cuda = tensor.device.type == 2;
+#endif
   out.device_index = tensor.device.id;
   out.stream = nullptr;
-  if (out.is_cuda && api->current_stream(tensor.device.type, tensor.device.id, &out.stream) != 0) {
+  if (tensor.device.type == 2 && api->current_stream(tensor.device.type, tensor.device.id, &out.stream) != 0) {
     throw pybind11::error_already_set();
   }
   return true;

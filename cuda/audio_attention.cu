@@ -130,7 +130,7 @@ template <class T, int L, int V>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(AudioAttentionArgs args, uint32_t items, uint32_t chunks, int tile) {
   using C = compute_t<T>;
-  extern __shared__ __align__(16) char shared[];
+  char* shared = dynamic_shared();
   C* keys = reinterpret_cast<C*>(shared);
   C* values = keys + tile * args.dim;
   const int lane = int(threadIdx.x) % L, warp = int(threadIdx.x) / L;
@@ -197,7 +197,7 @@ template <class T, int L, int V>
 __global__ void __launch_bounds__(kThreads, 1)
     grad_q_kernel(AudioAttentionArgs args, uint32_t items, uint32_t chunks, int tile) {
   using C = compute_t<T>;
-  extern __shared__ __align__(16) char shared[];
+  char* shared = dynamic_shared();
   C* keys = reinterpret_cast<C*>(shared);
   C* values = keys + tile * args.dim;
   const int lane = int(threadIdx.x) % L, warp = int(threadIdx.x) / L;
@@ -362,13 +362,12 @@ void dispatch_channels(int64_t dim, F&& fn) {
 void audio_attention(const AudioAttentionArgs& args, cudaStream_t stream) {
   dispatch_float(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Launch launch = plan<compute_t<T>>(args);
+    const Launch cut = plan<compute_t<T>>(args);
     dispatch_channels(args.dim, [&](auto lanes, auto channels) {
-      forward_kernel<T, decltype(lanes)::value, decltype(channels)::value>
-          <<<launch.blocks, kThreads, launch.shared_bytes, stream>>>(args, launch.items, launch.chunks, launch.tile);
+      launch("audio_attention", forward_kernel<T, decltype(lanes)::value, decltype(channels)::value>, cut.blocks,
+             kThreads, cut.shared_bytes, stream, args, cut.items, cut.chunks, cut.tile);
     });
   });
-  TD_CHECK_LAUNCH("audio_attention");
 }
 
 void audio_attention_backward(const AudioAttentionArgs& args, cudaStream_t stream) {
@@ -378,15 +377,14 @@ void audio_attention_backward(const AudioAttentionArgs& args, cudaStream_t strea
     dispatch_channels(args.dim, [&](auto lanes, auto channels) {
       constexpr int L = decltype(lanes)::value, V = decltype(channels)::value;
       if (args.tokens > 0) {
-        const Launch launch = plan<compute_t<T>>(args);
-        grad_q_kernel<T, L, V>
-            <<<launch.blocks, kThreads, launch.shared_bytes, stream>>>(args, launch.items, launch.chunks, launch.tile);
+        const Launch cut = plan<compute_t<T>>(args);
+        launch("audio_attention_backward", grad_q_kernel<T, L, V>, cut.blocks, kThreads, cut.shared_bytes, stream, args,
+               cut.items, cut.chunks, cut.tile);
       }
-      grad_kv_kernel<T, L, V>
-          <<<capped((owners + kThreads / L - 1) / (kThreads / L)), kThreads, 0, stream>>>(args, small(owners));
+      launch("audio_attention_backward", grad_kv_kernel<T, L, V>, capped((owners + kThreads / L - 1) / (kThreads / L)),
+             kThreads, 0, stream, args, small(owners));
     });
   });
-  TD_CHECK_LAUNCH("audio_attention_backward");
 }
 
 }  // namespace td::cuda

@@ -109,18 +109,18 @@ void framepack_gather(const PackArgs& args, cudaStream_t stream) {
   }
   if (total == 0) return;
   dispatch_float(args.dtype, [&](auto tag) {
-    gather_kernel<typename decltype(tag)::type><<<blocks_for(total), kThreads, 0, stream>>>(args, total);
+    launch("framepack_gather", gather_kernel<typename decltype(tag)::type>, blocks_for(total), kThreads, 0, stream,
+           args, total);
   });
-  TD_CHECK_LAUNCH("framepack_gather");
 }
 
 void framepack_scatter(const PackArgs& args, cudaStream_t stream) {
   const int64_t total = args.batch * args.channels * args.time * args.height * args.width;
   if (total == 0) return;
   dispatch_float(args.dtype, [&](auto tag) {
-    scatter_kernel<typename decltype(tag)::type><<<blocks_for(total), kThreads, 0, stream>>>(args, total);
+    launch("framepack_scatter", scatter_kernel<typename decltype(tag)::type>, blocks_for(total), kThreads, 0, stream,
+           args, total);
   });
-  TD_CHECK_LAUNCH("framepack_scatter");
 }
 
 }  // namespace td::cuda

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Helpers of the launchers: error checks, 16-byte vectors, warp and block sums in a fixed order.
+// What every kernel file needs: launches with error checks, shared memory, warp and block sums in a fixed order.
+// Kernels are compiled by nvcc and, for tests without a GPU, by a host compiler (tests/simt), hence no <<<>>>
+// elsewhere.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "core/kernel.h"
 
@@ -15,8 +18,38 @@ inline void check_cuda(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// Call after every launch: TD_CHECK_LAUNCH("rope3d").
-#define TD_CHECK_LAUNCH(op) ::td::check_cuda(cudaGetLastError(), op)
+// launch("rope3d", kernel, blocks, threads, bytes of shared memory, stream, arguments of the kernel...)
+template <class... Parameters, class... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared_bytes,
+            cudaStream_t stream, const Arguments&... arguments) {
+  if (shared_bytes > 48 * 1024) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), op);
+  }
+#if defined(__CUDACC__)
+  kernel<<<blocks, threads, shared_bytes, stream>>>(Parameters(arguments)...);
+  check_cuda(cudaGetLastError(), op);
+#else
+  using Values = std::tuple<Parameters...>;
+  const std::pair<void (*)(Parameters...), Values> call(kernel, Values(Parameters(arguments)...));
+  simt::run(
+      op, reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes,
+      [](const void* context) {
+        const auto& [function, values] = *static_cast<const decltype(call)*>(context);
+        std::apply(function, values);
+      },
+      &call);
+#endif
+}
+
+// The block's dynamic shared memory, aligned to 16 bytes.
+#if defined(__CUDACC__)
+__device__ __forceinline__ char* dynamic_shared() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+#else
+using simt::dynamic_shared;
+#endif
 
 // Sum over the 32 lanes of a warp; every lane gets it. The order of additions is fixed.
 template <class T>
@@ -26,16 +59,40 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
-// Sum over a block of up to 1024 threads (a multiple of 32); every thread gets it. `shared` holds 32 elements.
+// Sums over a block of up to 1024 threads (a multiple of 32); every thread gets them. `shared` holds 32 * K elements
+// and may be used again by the next sums.
+template <int K, class T>
+__device__ __forceinline__ void block_sums(T (&values)[K], T* shared) {
+  const int warp = int(threadIdx.x) >> 5, lane = int(threadIdx.x) & 31, warps = int(blockDim.x) >> 5;
+#pragma unroll
+  for (int k = 0; k < K; ++k) values[k] = warp_sum(values[k]);
+  if (warps == 1) return;
+  __syncthreads();
+  if (lane == 0) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) shared[32 * k + warp] = values[k];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < K; ++k) values[k] = warp_sum(lane < warps ? shared[32 * k + lane] : T(0));
+}
+
 template <class T>
 __device__ __forceinline__ T block_sum(T value, T* shared) {
-  value = warp_sum(value);
-  const int warp = int(threadIdx.x) >> 5, lane = int(threadIdx.x) & 31;
-  __syncthreads();
-  if (lane == 0) shared[warp] = value;
-  __syncthreads();
-  const int warps = int(blockDim.x) >> 5;
-  return warp_sum(lane < warps ? shared[lane] : T(0));
+  T values[1] = {value};
+  block_sums(values, shared);
+  return values[0];
+}
+
+// Blocks of a persistent kernel: as many as run at a time, at most `most`.
+template <class Kernel>
+unsigned resident_blocks(const char* op, Kernel kernel, int threads, size_t shared_bytes, int64_t most) {
+  int device = 0, multiprocessors = 0, per_multiprocessor = 0;
+  check_cuda(cudaGetDevice(&device), op);
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), op);
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, shared_bytes), op);
+  const int64_t blocks = int64_t(multiprocessors) * (per_multiprocessor > 0 ? per_multiprocessor : 1);
+  return unsigned(blocks < most ? blocks : most);
 }
 
 }  // namespace td

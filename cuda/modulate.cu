@@ -62,7 +62,7 @@ __device__ __forceinline__ void row_stats(const C* row, int dim, C total, double
 // One block per token; its row is kept in shared memory.
 template <class C>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ ModulateArgs args) {
-  extern __shared__ __align__(16) char shared[];
+  char* shared = dynamic_shared();
   __shared__ C scratch[32];
   C* row = reinterpret_cast<C*>(shared);
   for (int64_t item = blockIdx.x; item < args.batch * args.tokens; item += gridDim.x) {
@@ -105,7 +105,7 @@ __device__ __forceinline__ C total_gradient(const ModulateGradArgs& args, int64_
 // One block per token: statistics, gradients of x and y.
 template <class C>
 __global__ void __launch_bounds__(kThreads) backward_rows(const __grid_constant__ ModulateGradArgs args) {
-  extern __shared__ __align__(16) char shared[];
+  char* shared = dynamic_shared();
   __shared__ C scratch[32];
   C* row = reinterpret_cast<C*>(shared);
   for (int64_t item = blockIdx.x; item < args.batch * args.tokens; item += gridDim.x) {
@@ -197,25 +197,18 @@ unsigned blocks_for(int64_t items) {
 template <class C>
 void launch_forward(const ModulateArgs& args, cudaStream_t stream) {
   const size_t shared = size_t(args.dim) * sizeof(C);
-  check_cuda(cudaFuncSetAttribute(forward_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
-             "modulate_forward: shared memory");
-  forward_kernel<C><<<blocks_for(args.batch * args.tokens), kThreads, shared, stream>>>(args);
-  TD_CHECK_LAUNCH("modulate_forward");
+  launch("modulate_forward", forward_kernel<C>, blocks_for(args.batch * args.tokens), kThreads, shared, stream, args);
 }
 
 template <class C>
 void launch_backward(const ModulateGradArgs& args, cudaStream_t stream) {
   const size_t shared = size_t(args.dim) * sizeof(C);
-  check_cuda(cudaFuncSetAttribute(backward_rows<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
-             "modulate_backward: shared memory");
-  backward_rows<C><<<blocks_for(args.batch * args.tokens), kThreads, shared, stream>>>(args);
-  TD_CHECK_LAUNCH("modulate_backward");
+  launch("modulate_backward", backward_rows<C>, blocks_for(args.batch * args.tokens), kThreads, shared, stream, args);
   const dim3 grid(unsigned(args.batch * args.chunks.count), unsigned((args.dim + kThreads - 1) / kThreads));
-  backward_partial<C><<<grid, kThreads, 0, stream>>>(args);
-  TD_CHECK_LAUNCH("modulate_backward");
+  launch("modulate_backward", backward_partial<C>, grid, kThreads, 0, stream, args);
   const int64_t columns = args.batch * args.groups.count * args.dim;
-  backward_groups<C><<<blocks_for((columns + kThreads - 1) / kThreads), kThreads, 0, stream>>>(args);
-  TD_CHECK_LAUNCH("modulate_backward");
+  launch("modulate_backward", backward_groups<C>, blocks_for((columns + kThreads - 1) / kThreads), kThreads, 0, stream,
+         args);
 }
 
 }  // namespace

@@ -187,21 +187,18 @@ struct Grid {
 template <class X, class P, int V>
 void launch_forward(const WindowArgs& args, cudaStream_t stream) {
   const Grid grid(args, V, args.length, 1);
-  fuse_kernel<X, P, V><<<grid.blocks, kThreads, 0, stream>>>(args, grid.tiles);
-  TD_CHECK_LAUNCH("window_fusion");
+  launch("window_fusion", fuse_kernel<X, P, V>, grid.blocks, kThreads, 0, stream, args, grid.tiles);
 }
 
 template <class X, class P, int V>
 void launch_backward(const WindowArgs& args, cudaStream_t stream) {
   if (args.predictions[0] && args.windows > 0 && args.frames > 0) {
     const Grid grid(args, V, args.frames, args.windows);
-    spread_kernel<X, P, V><<<grid.blocks, kThreads, 0, stream>>>(args, grid.tiles);
-    TD_CHECK_LAUNCH("window_fusion_backward");
+    launch("window_fusion_backward", spread_kernel<X, P, V>, grid.blocks, kThreads, 0, stream, args, grid.tiles);
   }
   if (args.x) {
     const Grid grid(args, V, args.length, 1);
-    spread_x_kernel<X, V><<<grid.blocks, kThreads, 0, stream>>>(args, grid.tiles);
-    TD_CHECK_LAUNCH("window_fusion_backward");
+    launch("window_fusion_backward", spread_x_kernel<X, V>, grid.blocks, kThreads, 0, stream, args, grid.tiles);
   }
 }
 

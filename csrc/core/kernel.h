@@ -69,7 +69,10 @@ struct DeviceGuard {
 #define TD_CALL_CUDA(name, view, args) ::td::fail_no_cuda(#name)
 #endif
 
-#if defined(TD_X86)
+#if defined(TD_EMULATE)
+// A build for tests without a GPU: CUDA kernels, compiled for the host, run on the tensors of the host.
+#define TD_CALL_CPU(name, args) ::td::cuda::name(args, nullptr)
+#elif defined(TD_X86)
 #define TD_CALL_CPU(name, args)      \
   switch (::td::cpu_isa()) {         \
     case ::td::Isa::avx512_bf16:     \

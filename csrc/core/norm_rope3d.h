@@ -15,21 +15,23 @@ struct NormRopeArgs {
 };
 
 // Backward: rope.x is the forward input, rope.out gets its gradient. Sums of the weight's gradient go through `partial`
-// [chunks, width] (width = elements of the weight), one row per chunk of `chunk_tokens` tokens of one sample; `stats`
-// [B * N * norms] keeps r between the passes on CUDA.
+// [chunks, width] (width = elements of the weight): on the CPU one row per chunk of `chunk_tokens` tokens of one
+// sample, on CUDA at most so many rows, one per block or warp.
 struct NormRopeGradArgs {
   NormRopeArgs forward;
   const void* grad;
   int64_t grad_strides[3];
   void* grad_weight;
-  void *partial, *stats;
-  int64_t chunk_tokens, chunks_per_sample;
+  void* partial;
+  int64_t chunk_tokens, chunks_per_sample, chunks;
 };
 
 inline int64_t norm_rope_chunk_tokens(int64_t tokens) {
   const int64_t wanted = (tokens + 63) / 64;
   return wanted < 32 ? 32 : wanted;
 }
+
+constexpr int64_t kNormRopeBlocks = 1024;  // more than run at a time on any device
 
 TD_DECLARE_KERNEL(norm_rope3d, const NormRopeArgs&)
 TD_DECLARE_KERNEL(norm_rope3d_backward, const NormRopeGradArgs&)

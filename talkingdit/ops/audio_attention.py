@@ -29,12 +29,8 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _workspace(q: Tensor, k: Tensor, window: int, backward: bool) -> tuple[Tensor, int]:
     """Memory for the kernel (csrc/core/audio_attention.h) and the number of threads it is cut for."""
-    batch, speakers, frames, audio, heads, dim = k.shape
-    slots = 1 if q.is_cuda else torch.get_num_threads()
-    if q.is_cuda:
-        size = 2 * batch * speakers * heads * q.shape[1] if backward else 0
-    else:
-        size = native.audio_attention_workspace(speakers, frames, audio, heads, dim, window, batch, slots, backward)
+    slots = torch.get_num_threads()
+    size = native.audio_attention_workspace(q, k, window, slots, backward)
     return q.new_empty(size, dtype=_compute_dtype(q.dtype)), slots
 
 

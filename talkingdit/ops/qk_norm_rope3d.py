@@ -60,15 +60,11 @@ def _norm_rope3d_backward(
     per_head: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads, _ = x.shape
     grad_x = empty(x.shape, x)
     grad_weight = (torch.empty if x.numel() else torch.zeros)(weight.shape, dtype=weight.dtype, device=x.device)
-    chunks = native.norm_rope3d_chunks(batch, tokens)
-    partial = torch.empty(chunks, weight.shape[0], dtype=weight.dtype, device=x.device)
-    norms = heads if per_head else 1
-    stats = torch.empty(batch * tokens * norms, dtype=weight.dtype, device=x.device) if x.is_cuda else None
+    partial = torch.empty(native.norm_rope3d_chunks(x), weight.shape[0], dtype=weight.dtype, device=x.device)
     native.norm_rope3d_backward(
-        rows(grad), rows(x), rows(weight), grad_x, grad_weight, partial, stats, table, segments, pairs, interleaved,
+        rows(grad), rows(x), rows(weight), grad_x, grad_weight, partial, table, segments, pairs, interleaved,
         token_offset, per_head, eps,
     )  # fmt: skip
     return grad_x, grad_weight
