@@ -24,7 +24,7 @@ lint: .venv-test/installed
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy
-	.venv-test/bin/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h cuda/*.cu cuda/*.cuh)
+	.venv-test/bin/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h cuda/*.cu cuda/*.cuh tests/simt/*.cpp tests/simt/*.h tests/simt/include/*)
 
 # The demo runs on the CPU where there is no GPU; it need not wait for the CUDA compiler then.
 .venv/installed: $(PACKAGE)

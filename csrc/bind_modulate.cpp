@@ -93,19 +93,22 @@ void modulate_forward_run(const TensorView& x, const Optional& y, const Optional
   TD_CALL(modulate_forward, x, args);
 }
 
-// Rows of the workspace `partial` [B, chunks, 3, dim] that modulate_backward needs.
-int64_t modulate_chunks(int64_t tokens, int64_t groups, int64_t per_group, const std::vector<int64_t>& ends,
+TokenChunks chunks_of(const TensorView& x, const TokenGroups& groups, int64_t token_offset) {
+  return make_chunks(groups, token_offset, x.shape[1], x.is_cuda ? kCudaPieces : kCpuPieces);
+}
+
+// Rows of the workspace `partial` [B, chunks, 3, dim] that modulate_backward needs for x [B, N, dim].
+int64_t modulate_chunks(const TensorView& x, int64_t groups, int64_t per_group, const std::vector<int64_t>& ends,
                         int64_t token_offset) {
-  TensorView nothing;
-  const Shape shape{"modulate_chunks", 1, tokens, 1, groups, false, nothing};
-  return make_chunks(token_groups(shape, per_group, ends, token_offset), token_offset, tokens).count;
+  const Shape shape = shape_of("modulate_chunks", x, groups);
+  return chunks_of(x, token_groups(shape, per_group, ends, token_offset), token_offset).count;
 }
 
 void modulate_backward_run(const Optional& residual, const Optional& y, const Optional& gate, const Optional& scale,
                            const Optional& grad_residual, const Optional& grad_out, const Optional& grad_x,
                            const Optional& grad_y, const Optional& grad_gate, const Optional& grad_scale,
-                           const Optional& grad_shift, const TensorView& partial, const Optional& stats,
-                           int64_t per_group, const std::vector<int64_t>& ends, int64_t token_offset, double eps) {
+                           const Optional& grad_shift, const TensorView& partial, int64_t per_group,
+                           const std::vector<int64_t>& ends, int64_t token_offset, double eps) {
   const char* op = "modulate_backward";
   check((grad_residual || grad_out) && bool(grad_out) == (residual && scale && grad_scale && grad_shift) &&
             bool(y) == (gate && grad_y && grad_gate),
@@ -120,12 +123,9 @@ void modulate_backward_run(const Optional& residual, const Optional& y, const Op
   args.grad_scale = shape.sums(grad_scale, "grad_scale");
   args.grad_shift = shape.sums(grad_shift, "grad_shift");
   if (shape.batch * shape.tokens == 0) return;
-  args.chunks = make_chunks(args.groups, token_offset, shape.tokens);
+  args.chunks = chunks_of(shape.first, args.groups, token_offset);
   check(partial.numel() >= shape.batch * args.chunks.count * 3 * shape.dim, op, ": partial is too small");
-  check(!shape.first.is_cuda || (stats && stats->numel() >= shape.batch * shape.tokens * 4), op,
-        ": stats is too small");
   args.partial = partial.data;
-  args.stats = stats ? stats->data : nullptr;
   TD_CALL(modulate_backward, shape.first, args);
 }
 

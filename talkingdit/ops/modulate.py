@@ -28,17 +28,17 @@ _FORWARD = (
 )  # fmt: skip
 _BACKWARD = (
     "residual", "y", "gate", "scale", "grad_residual", "grad_out", "grad_x", "grad_y", "grad_gate", "grad_scale",
-    "grad_shift", "partial", "stats", "per_group", "ends", "token_offset", "eps",
+    "grad_shift", "partial", "per_group", "ends", "token_offset", "eps",
 )  # fmt: skip
 _KINDS = {"per_group": "SymInt", "ends": "SymInt[]", "token_offset": "SymInt", "eps": "float", "dtype": "ScalarType"}
 _GRADIENT_OF = {"grad_x": "residual", "grad_y": "y", "grad_gate": "gate", "grad_scale": "scale", "grad_shift": "scale"}
 
 
-def _buffers(grad: Tensor, modulation: Tensor, per_group: int, ends: list[int], token_offset: int) -> dict[str, Any]:
+def _partial(grad: Tensor, modulation: Tensor, per_group: int, ends: list[int], token_offset: int) -> Tensor:
+    """Room for the sums of every chunk of tokens."""
     batch, tokens, dim = grad.shape
-    chunks = native.modulate_chunks(tokens, modulation.shape[1], per_group, ends, token_offset) if tokens else 0
-    partial = modulation.new_empty(batch * chunks, 3, dim)
-    return {"partial": partial, "stats": modulation.new_empty(batch, tokens, 4) if grad.is_cuda else None}
+    chunks = native.modulate_chunks(grad, modulation.shape[1], per_group, ends, token_offset) if tokens else 0
+    return modulation.new_empty(batch * chunks, 3, dim)
 
 
 def _register(name: str, gated: bool, normed: bool) -> tuple[Any, Any]:
@@ -86,8 +86,8 @@ def _register(name: str, gated: bool, normed: bool) -> tuple[Any, Any]:
         named = {"eps": 0.0, **dict(zip([*grads, *saved, *place], args, strict=True))}
         # Sums over no tokens are zero; with tokens every sum is written, also those of groups outside the shard.
         made = make_gradients(named, empty if args[0].shape[1] else lambda shape, like: like.new_zeros(shape))
-        buffers = _buffers(args[0], named[saved[-1]], *(named[option] for option in place[:3]))
-        named.update({name: rows(named[name]) for name in [*grads, *saved]}, **made, **buffers)
+        partial = _partial(args[0], named[saved[-1]], *(named[option] for option in place[:3]))
+        named.update({name: rows(named[name]) for name in [*grads, *saved]}, **made, partial=partial)
         native.modulate_backward(*[named.get(name) for name in _BACKWARD])
         return tuple(made.values())
 

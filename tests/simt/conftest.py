@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from emulator import build, compiler
 from torch import Tensor
 
 import talkingdit.ops  # noqa: F401  (its modules are patched)
-from emulator import build, compiler
 
 _OPS = [f"talkingdit.ops.{name}" for name in ("rope3d", "qk_norm_rope3d", "audio_attention", "framepack", "modulate")]
 _OPS += ["talkingdit.ops.window_fusion", "talkingdit.ops._memory"]
@@ -76,7 +76,7 @@ class Device:
         truth = _with_gradients(reference, [x.double() for x in inputs], gradients, lambda value: value)
         for index, (a, b) in enumerate(zip(ours, truth, strict=True)):
             assert a.isfinite().all(), f"result {index} was not written everywhere, or read what nobody wrote"
-            error = float((a.double() - b).norm() / b.norm().clamp_min(1e-30))
+            error = float((a.double() - b.detach()).norm() / b.detach().norm().clamp_min(1e-30))
             assert error < TOLERANCE[a.dtype], f"result {index}: relative error {error:.2g}"
 
 
@@ -103,6 +103,8 @@ def device(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[De
     for name in _OPS:
         monkeypatch.setattr(sys.modules[name], "native", emulated)
     monkeypatch.setattr(torch, "empty", device.empty)
-    monkeypatch.setattr(Tensor, "new_empty", lambda self, *shape, dtype=None: device.empty(*shape, dtype=dtype or self.dtype))
+    monkeypatch.setattr(
+        Tensor, "new_empty", lambda self, *shape, dtype=None: device.empty(*shape, dtype=dtype or self.dtype)
+    )
     yield device
     emulated.set_schedule(emulated.Schedule.ascending)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles cuda/*.cu and the bindings for the host into a module that stands in for ``talkingdit._native``.
 
-Objects are kept in build/simt under a name made of their source, every header and the options, so that a second run
-compiles nothing and a change of one kernel compiles one file.
+Objects are kept in build/simt and compiled again when a file that they were made of, or the command, has changed.
 """
 
 from __future__ import annotations
@@ -23,17 +22,25 @@ ROOT = Path(__file__).resolve().parents[2]
 _HERE = ROOT / "tests" / "simt"
 _FOLDER = ROOT / "build" / "simt"
 _INCLUDES = [_HERE, _HERE / "include", ROOT / "csrc", ROOT / "cuda"]
-# A misaligned vector or an integer overflow traps.
-_CHECKS = ["-fsanitize=alignment,signed-integer-overflow,integer-divide-by-zero,shift", "-fsanitize-undefined-trap-on-error"]
-_OPTIONS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DTD_EMULATE", "-DTD_CUDA", "-Wno-psabi"]
+_OPTIONS = [
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-DTD_EMULATE",
+    "-DTD_CUDA",
+    "-Wno-psabi",
+]
+_KERNEL_OPTIONS = [
+    "-O1",
+    "-Wno-unknown-pragmas",
+    "-fsanitize=alignment,signed-integer-overflow,integer-divide-by-zero,shift",  # each of them traps
+    "-fsanitize-undefined-trap-on-error",
+]
 
 
 def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-
-
-def _digest(*parts: bytes) -> str:
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _run(command: list[str]) -> None:
@@ -42,40 +49,48 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
-def build(extra: dict[str, Path] | None = None) -> ModuleType:
-    """The module. ``extra`` replaces source files by name, to see that tests notice a fault."""
+def _state(command: list[str], files: list[str]) -> str:
+    """What an object was made of: the command, and every file with a digest of what it holds."""
+    digests = [hashlib.sha256(Path(f).read_bytes()).hexdigest() if Path(f).exists() else "gone" for f in files]
+    return "\n".join([" ".join(command), *(f"{digest} {file}" for digest, file in zip(digests, files, strict=True))])
+
+
+def _compile(cxx: str, source: Path) -> Path:
+    target, made_of = _FOLDER / f"{source.name}.o", _FOLDER / f"{source.name}.txt"
+    python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    options = [*_OPTIONS, *python, *(_KERNEL_OPTIONS if source.suffix == ".cu" else ["-O0"])]
+    command = [cxx, *options, *(f"-I{path}" for path in _INCLUDES), "-x", "c++", "-c", str(source)]
+    if target.exists() and made_of.exists():
+        before = made_of.read_text()
+        if before == _state(command, [line.split(" ", 1)[1] for line in before.splitlines()[1:]]):
+            return target
+    unfinished, rule = (_FOLDER / f"{source.name}.{os.getpid()}.{suffix}" for suffix in ("o", "d"))
+    _run([*command, "-o", str(unfinished), "-MMD", "-MF", str(rule)])
+    files = rule.read_text().split(":", 1)[1].replace("\\\n", " ").split()
+    rule.unlink()
+    made_of.unlink(missing_ok=True)
+    unfinished.replace(target)
+    made_of.write_text(_state(command, [file for file in files if Path(file).is_relative_to(ROOT)]))
+    return target
+
+
+def build() -> ModuleType:
+    """The module, compiled if need be."""
     cxx = compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler was found")
     _FOLDER.mkdir(parents=True, exist_ok=True)
-    python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    headers = sorted(path for folder in _INCLUDES for path in folder.rglob("*.*h"))
-    common = _digest(cxx.encode(), *(path.read_bytes() for path in headers), str(_OPTIONS + _CHECKS + python).encode())
-    sources = [*sorted(ROOT.glob("cuda/*.cu")), *sorted(ROOT.glob("csrc/bind_*.cpp")), *sorted(_HERE.glob("*.cpp"))]
-    sources = [(extra or {}).get(source.name, source) for source in sources]
-
-    def compile_one(source: Path) -> Path:
-        target = _FOLDER / f"{source.stem}-{_digest(common.encode(), source.read_bytes())}.o"
-        if not target.exists():
-            kernel = source.suffix == ".cu"
-            options = [*_OPTIONS, *(["-O1", *_CHECKS, "-Wno-unknown-pragmas"] if kernel else ["-O0", *python])]
-            includes = [f"-I{path}" for path in _INCLUDES]
-            unfinished = target.with_suffix(f".{os.getpid()}.tmp")
-            _run([cxx, *options, *includes, "-x", "c++", "-c", str(source), "-o", str(unfinished)])
-            unfinished.replace(target)
-        return target
-
+    sources = [*ROOT.glob("cuda/*.cu"), *ROOT.glob("csrc/bind_*.cpp"), *_HERE.glob("*.cu"), *_HERE.glob("*.cpp")]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(compile_one, sources))
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    module = _FOLDER / _digest(*(path.name.encode() for path in objects)) / f"_simt{suffix}"
-    if not module.exists():
-        module.parent.mkdir(exist_ok=True)
+        objects = list(pool.map(lambda source: _compile(cxx, source), sorted(sources)))
+    module = _FOLDER / f"_simt{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not module.exists() or module.stat().st_mtime < max(path.stat().st_mtime for path in objects):
         unfinished = module.with_suffix(f".{os.getpid()}.tmp")
         _run([cxx, "-shared", *map(str, objects), "-o", str(unfinished)])
         unfinished.replace(module)
     spec = importlib.util.spec_from_file_location("_simt", module)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
