@@ -7,8 +7,8 @@
 namespace td::cuda {
 namespace {
 
-constexpr int kVectors = 2;          // of kWidth elements of each tensor, held by a thread
-constexpr int kVectorThreads = 512;  // at most
+constexpr int kVectors = 1;          // of kWidth elements of each tensor, held by a thread: the sums need the registers
+constexpr int kVectorThreads = 768;  // at most
 
 // What a block works on: a chunk of one sample.
 struct Chunk {

@@ -97,7 +97,7 @@ __device__ __forceinline__ int stage(const WindowArgs& args, int64_t l, uint32_t
 
 // A block computes one frame in tiles of V * kThreads elements: gridDim.x blocks take turns.
 template <class X, class P, int V>
-__global__ void __launch_bounds__(kThreads) fuse_kernel(WindowArgs args, uint32_t tiles) {
+__global__ void __launch_bounds__(kThreads, 1) fuse_kernel(WindowArgs args, uint32_t tiles) {
   using C = compute_t<X>;
   auto& terms = *reinterpret_cast<Terms<C>*>(dynamic_shared());
   const uint32_t l = blockIdx.y, slots = uint32_t(args.windows) * window_rounds(args), count = args.channels * tiles;
@@ -151,7 +151,7 @@ __device__ __forceinline__ void scale_store(const Pack<X, V>& grad, compute_t<X>
 // The same blocks with the roles exchanged: the gradient of a frame is read once and goes to every place it came from.
 // Every slot of every window lies under exactly one frame, so all of the gradients are written.
 template <class X, class P, int V>
-__global__ void __launch_bounds__(kThreads) spread_kernel(WindowArgs args, uint32_t tiles) {
+__global__ void __launch_bounds__(kThreads, 1) spread_kernel(WindowArgs args, uint32_t tiles) {
   using C = compute_t<X>;
   auto& terms = *reinterpret_cast<Terms<C>*>(dynamic_shared());
   const uint32_t l = blockIdx.y, count = args.channels * tiles;
