@@ -8,7 +8,7 @@ namespace td::cuda {
 namespace {
 
 constexpr int kVectors = 1;          // of kWidth elements of each tensor, held by a thread: the sums need the registers
-constexpr int kVectorThreads = 768;  // at most
+constexpr int kVectorThreads = 640;  // at most: more would leave too few registers
 
 // What a block works on: a chunk of one sample.
 struct Chunk {
