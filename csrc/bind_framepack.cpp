@@ -2,6 +2,8 @@
 #include "bind.h"
 #include "core/framepack.h"
 
+// Patches as matrices, on the CPU; GPUs have bind_framepack_gemm.cpp.
+#if !defined(TD_EMULATE)
 namespace td {
 namespace {
 
@@ -14,6 +16,7 @@ PackArgs make_args(const char* op, const TensorView& latents, const TensorView& 
   check_view(columns, 1, op, "columns");
   check_view(tokens, 3, op, "tokens");
   check(columns.dtype == latents.dtype && tokens.dtype == latents.dtype, op, ": all tensors must have one dtype");
+  check(!latents.is_cuda, op, ": latents must be on the CPU");
   check_same_device(latents, columns, op, "columns");
   check_same_device(latents, tokens, op, "tokens");
   const size_t count = counts.size();
@@ -77,7 +80,7 @@ void gather(const TensorView& latents, const TensorView& columns, const TensorVi
   const PackArgs args =
       make_args("framepack_gather", latents, columns, tokens, frames, counts, kernels, grids, pooled, padding);
   check(latents.numel() > 0, "framepack_gather: latents must not be empty");
-  TD_CALL(framepack_gather, latents, args);
+  TD_CALL_CPU(framepack_gather, args);
 }
 
 void scatter(const TensorView& latents, const TensorView& columns, const TensorView& tokens, const Numbers& frames,
@@ -86,7 +89,7 @@ void scatter(const TensorView& latents, const TensorView& columns, const TensorV
   const PackArgs args =
       make_args("framepack_scatter", latents, columns, tokens, frames, counts, kernels, grids, pooled, padding);
   check(latents.numel() > 0, "framepack_scatter: latents must not be empty");
-  TD_CALL(framepack_scatter, latents, args);
+  TD_CALL_CPU(framepack_scatter, args);
 }
 
 }  // namespace
@@ -97,3 +100,4 @@ TD_BINDINGS(framepack) {
 }
 
 }  // namespace td
+#endif

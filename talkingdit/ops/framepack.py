@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from talkingdit._native_loader import native
+from talkingdit.ops import _framepack_gpu
 from talkingdit.ops._checks import check_dims, check_float, check_out, check_same, check_shape, check_tensor, rows
 from talkingdit.ops._library import register
 from talkingdit.ops._memory import empty
@@ -115,6 +116,9 @@ def _run(
     out: Tensor,
 ) -> None:
     grids = _grids(latents, counts, kernels, padding)
+    if _framepack_gpu.used_for(latents):
+        _framepack_gpu.project(latents, weights, biases, grids, (frames, counts, kernels, padding), out)
+        return
     columns, views = _matrices(latents, weights, grids)
     flat = [n for grid in grids for n in grid]
     pooled = [view is None for view in views]
@@ -163,6 +167,9 @@ def _backward_run(
 ) -> list[Tensor]:
     """Gradients of latents, weights and biases, in this order; what is not wanted or not there is empty."""
     grids = _grids(latents, counts, kernels, padding)
+    if _framepack_gpu.used_for(latents):
+        buckets = (frames, counts, kernels, padding)
+        return _framepack_gpu.backward(grad, latents, weights, biases, grids, buckets, for_latents, for_weights)
     columns, views = _matrices(latents, weights, grids)
     grad = rows(grad)
     options = (frames, counts, kernels, [n for grid in grids for n in grid], [view is None for view in views], padding)

@@ -130,16 +130,3 @@ def test_fused_window_step(device: Device, dtypes: tuple[torch.dtype, torch.dtyp
         lambda x, *p: ops.fused_window_step_reference(x, list(p), coefficients, starts, weights),
         [x, *predictions],
     )
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("padding", ["zero", "replicate"])
-def test_framepack(device: Device, dtype: torch.dtype, padding: str) -> None:
-    latents = rand(1, 3, 6, 5, 6, dtype=dtype)
-    weights = [rand(4, 3, 1, 2, 2, dtype=dtype), rand(4, 3, 2, 4, 4, dtype=dtype)]
-
-    def run(op, latents, a, b):  # type: ignore[no-untyped-def]
-        buckets = [ops.Bucket([5], (1, 2, 2), a), ops.Bucket(range(2, 5), (2, 4, 4), b)]
-        return op(latents, buckets, padding=padding)
-
-    device.compare(lambda *v: run(ops.framepack, *v), lambda *v: run(ops.framepack_reference, *v), [latents, *weights])
