@@ -14,7 +14,16 @@ import torch
 
 from bench import harness, report
 
-OPS = ("rope3d", "qk_norm_rope3d", "audio_attention", "framepack", "window_fusion", "modulate", "accelerate")
+OPS = (
+    "rope3d",
+    "qk_norm_rope3d",
+    "audio_attention",
+    "framepack",
+    "frame_linear",
+    "window_fusion",
+    "modulate",
+    "accelerate",
+)
 _ROOT = Path(__file__).resolve().parent.parent
 _RESULTS = _ROOT / "bench" / "results"
 

@@ -29,7 +29,7 @@ import talkingdit
 from bench import harness
 from bench.gpu_cases import DTYPES, SmallCase, small_cases
 
-ORDER = ("rope3d", "qk_norm_rope3d", "modulate", "audio_attention", "window_fusion", "framepack")
+ORDER = ("rope3d", "qk_norm_rope3d", "modulate", "audio_attention", "window_fusion", "framepack", "frame_linear")
 TOOLS = ("memcheck", "racecheck", "initcheck")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 _ROOT = Path(__file__).resolve().parent.parent

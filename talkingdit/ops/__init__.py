@@ -4,6 +4,7 @@
 from talkingdit.ops._framepack_segments import framepack_segments
 from talkingdit.ops._rope_layout import RopeLayout, Segment
 from talkingdit.ops.audio_attention import audio_attention, audio_attention_reference
+from talkingdit.ops.frame_linear import frame_linear, frame_linear_reference
 from talkingdit.ops.framepack import Bucket, bucket_grid, framepack, framepack_reference, init_bucket_weight
 from talkingdit.ops.modulate import (
     gate_residual,
@@ -39,6 +40,8 @@ __all__ = [
     "counter_weights",
     "crossfade_weights",
     "fade_curve",
+    "frame_linear",
+    "frame_linear_reference",
     "framepack",
     "framepack_reference",
     "framepack_segments",

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/frame_linear.h"
+
+#include "gemm.cuh"
+
+namespace td::cuda {
+namespace {
+
+template <class T>
+using FrameCore = core_t<T, Layout::sum, Layout::row>;
+
+// A block takes up to 128 tokens of one frame and 128 channels. Tiles of rows come one after the other, so that blocks
+// that run together share the frame's matrix.
+template <class T, class R>
+__global__ void __launch_bounds__(FrameCore<T>::kThreads)
+    frame_linear_kernel(const __grid_constant__ FrameLinearArgs args, uint32_t row_tiles, uint32_t column_tiles) {
+  using Core = FrameCore<T>;
+  using C = typename Core::C;
+  const uint32_t rest = blockIdx.x / row_tiles, place = rest / column_tiles, count = uint32_t(frame_count(args));
+  const int64_t b = place / count, frame = first_frame(args) + place % count;
+  const int64_t begin = frame * args.tokens_per_frame - args.token_offset, end = begin + args.tokens_per_frame;
+  const int64_t row = (begin > 0 ? begin : 0) + int64_t(blockIdx.x % row_tiles) * kTileRows;
+  const int64_t rows = end < args.tokens ? end : args.tokens, column = int64_t(rest % column_tiles) * kTileRows;
+  if (row >= rows) return;
+  const T* x = static_cast<const T*>(args.x) + b * args.x_strides[0];
+  const T* weight = static_cast<const T*>(args.weight) + b * args.weight_strides[0] + frame * args.weight_strides[1];
+  const R* residual =
+      static_cast<const R*>(args.residual) + (args.residual != nullptr ? b * args.residual_strides[0] : 0);
+  constexpr int kLines = kTileRows * int(sizeof(R)) / 128, kWidth = 128 / int(sizeof(R));
+  for (int item = int(threadIdx.x); residual != nullptr && item < kTileRows * kLines; item += Core::kThreads) {
+    const int64_t at = row + item / kLines, first = column + item % kLines * kWidth;
+    if (at < rows && first < args.dim) prefetch(residual + at * args.residual_strides[1] + first);
+  }
+  char* shared = dynamic_shared();
+  Core core;
+  const auto load = [&](int step, char* tile_x, char* tile_weight) {
+    const int64_t at = int64_t(step) * kDepth<T>;
+    load_lines<T, Layout::sum, Core::kThreads>(tile_x, args.x_vectors, [&](int line, int64_t& length) {
+      length = row + line < rows ? args.inner - at : 0;
+      return length > 0 ? x + (row + line) * args.x_strides[1] + at : x;
+    });
+    load_lines<T, Layout::row, Core::kThreads>(tile_weight, args.weight_vectors, [&](int line, int64_t& length) {
+      length = at + line < args.inner ? args.dim - column : 0;
+      return length > 0 ? weight + (at + line) * args.weight_strides[2] + column : weight;
+    });
+  };
+  multiply(core, shared, 0, int((args.inner + kDepth<T> - 1) / kDepth<T>), load, [](const char*) {});
+
+  const C* bias = static_cast<const C*>(args.bias);
+  const C* gate = static_cast<const C*>(args.gate);
+  const C* mask = static_cast<const C*>(args.mask);
+  const auto fetch = [&](int r, int c) {
+    const int64_t length = residual != nullptr && row + r < rows ? args.dim - column - c : 0;
+    const R* source = length > 0 ? residual + (row + r) * args.residual_strides[1] + column + c : residual;
+    return load_quad(source, length, args.out_vectors);
+  };
+  const auto store = [&](int r, int c, const Quad<C>& found, const Packed<R>& before) {
+    const int64_t at = row + r, first = column + c, length = args.dim - first;
+    if (at >= rows || length <= 0) return;
+    Quad<C> values = found;
+    const C factor = mask != nullptr ? mask[b * args.mask_stride + at] : C(1);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i >= length) continue;
+      if (bias != nullptr) values.v[i] += bias[first + i];
+      if (gate != nullptr) values.v[i] *= gate[first + i];
+      values.v[i] = C(before.v[i]) + factor * values.v[i];
+    }
+    R* out = static_cast<R*>(args.out) + b * args.out_strides[0] + at * args.out_strides[1] + first;
+    store_quad(out, values, length, args.out_vectors);
+  };
+  store_results(core, shared, fetch, store);
+}
+
+template <class T, class R>
+void run(const FrameLinearArgs& args, cudaStream_t stream) {
+  const int64_t longest = args.tokens < args.tokens_per_frame ? args.tokens : args.tokens_per_frame;
+  const int64_t row_tiles = (longest + kTileRows - 1) / kTileRows;
+  const int64_t column_tiles = (args.dim + kTileRows - 1) / kTileRows;
+  const int64_t blocks = row_tiles * column_tiles * args.batch * frame_count(args);
+  if (blocks > 0x7fffffff) throw std::runtime_error("frame_linear: x needs more blocks than a launch may have");
+  launch("frame_linear", frame_linear_kernel<T, R>, unsigned(blocks), FrameCore<T>::kThreads, kTilesBytes, stream, args,
+         uint32_t(row_tiles), uint32_t(column_tiles));
+}
+
+}  // namespace
+
+void frame_linear(const FrameLinearArgs& args, cudaStream_t stream) {
+  dispatch_float(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if constexpr (sizeof(T) == 2) {
+      if (args.out_dtype == DType::float32) return run<T, float>(args, stream);
+    }
+    run<T, T>(args, stream);
+  });
+}
+
+}  // namespace td::cuda

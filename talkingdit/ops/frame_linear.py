@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every token times the matrix of its latent frame, gated and masked into the residual stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from talkingdit._native_loader import native
+from talkingdit.ops._checks import check_dims, check_float, check_out, check_same, check_shape, check_tensor, rows
+from talkingdit.ops._library import register
+from talkingdit.ops._memory import empty
+
+_ARGS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? gate, Tensor? mask, Tensor? residual, SymInt tokens_per_frame, "
+    "SymInt token_offset"
+)
+
+
+def used_for(x: Tensor) -> bool:
+    """True where the native kernel does the work; on the CPU a matrix product per frame is the fast way."""
+    return x.is_cuda
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    tokens_per_frame: int,
+    token_offset: int,
+    add: bool,
+    out: Tensor,
+) -> None:
+    """``add``: out is the residual as well."""
+    residual = out if add else residual
+    if not used_for(x):
+        out.copy_(_per_frame(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset))
+        return
+    wide = torch.promote_types(x.dtype, torch.float32)
+    bias, gate, mask = (None if t is None else rows(t.to(wide)) for t in (bias, gate, mask))
+    residual = None if residual is None else rows(residual)
+    native.frame_linear(rows(x), rows(weight), bias, gate, mask, residual, out, tokens_per_frame, token_offset)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    tokens_per_frame: int,
+    token_offset: int,
+) -> Tensor:
+    like = x if residual is None else residual
+    out = empty((*x.shape[:2], weight.shape[3]), like)
+    _run(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset, False, out)
+    return out
+
+
+def _fake(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset):  # type: ignore[no-untyped-def]
+    return (x if residual is None else residual).new_empty((*x.shape[:2], weight.shape[3]))
+
+
+_op = register(f"frame_linear({_ARGS}) -> Tensor", _forward, _fake)
+_op_out = register(f"frame_linear_out({_ARGS}, bool add, Tensor(a!) out) -> ()", _run, lambda *_: None)
+
+
+def _per_frame(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    tokens_per_frame: int,
+    token_offset: int,
+) -> Tensor:
+    parts = []
+    begin = 0
+    while begin < x.shape[1]:
+        frame = (token_offset + begin) // tokens_per_frame
+        end = min((frame + 1) * tokens_per_frame - token_offset, x.shape[1])
+        parts.append(x[:, begin:end] @ weight[:, frame])
+        begin = end
+    value = torch.cat(parts, dim=1) if parts else x.new_zeros(*x.shape[:2], weight.shape[3])
+    if bias is not None:
+        value = value + bias
+    if gate is not None:
+        value = gate * value
+    if mask is not None:
+        value = mask[..., None] * value
+    if residual is None:
+        return value.to(x.dtype)
+    return (residual + value).to(residual.dtype)
+
+
+def _check(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    tokens_per_frame: int,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    token_offset: int,
+) -> None:
+    check_dims(op, "x", x, "B, N, K")
+    check_float(op, "x", x)
+    check_dims(op, "weight", weight, "B, F, K, dim")
+    check_same(op, "weight", weight, "x", x)
+    batch, tokens, inner = x.shape
+    frames, dim = weight.shape[1], weight.shape[3]
+    check_shape(op, "weight", weight, (batch, frames, inner, dim), "B, F, K, dim")
+    for name, value, shape, axes in (
+        ("bias", bias, (dim,), "dim"),
+        ("gate", gate, (dim,), "dim"),
+        ("mask", mask, (batch, tokens), "B, N"),
+        ("residual", residual, (batch, tokens, dim), "B, N, dim"),
+    ):
+        if value is not None:
+            check_tensor(op, name, value)
+            check_shape(op, name, value, shape, axes)
+            check_same(op, name, value, "x", x, dtype=False)
+            check_float(op, name, value)
+    if residual is not None and residual.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
+        raise TypeError(f"{op}: residual must have the dtype of x ({x.dtype}) or float32, got {residual.dtype}")
+    if tokens_per_frame < 1 or token_offset < 0 or token_offset + tokens > frames * tokens_per_frame:
+        raise ValueError(
+            f"{op}: tokens must lie in the {frames} frames of weight, got tokens {token_offset} to "
+            f"{token_offset + tokens} with tokens_per_frame {tokens_per_frame}"
+        )
+
+
+def frame_linear(
+    x: Tensor,
+    weight: Tensor,
+    tokens_per_frame: int,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
+    token_offset: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``residual + mask * gate * (x @ weight[frame] + bias)``, for inference.
+
+    The output side of an audio cross-attention whose output projection was folded into the values, as in
+    ``talkingdit.nn.audio_cross_attention``: x are the attention weights of all heads, K = H * A, and ``weight`` is
+    [B, F, H * A, dim]. On a GPU everything is one kernel with float32 sums, which reads and writes the residual stream
+    once.
+
+    Args:
+        x: [B, N, K]; token n belongs to frame ``(token_offset + n) // tokens_per_frame``.
+        weight: [B, F, K, dim], dtype of x.
+        tokens_per_frame: S.
+        bias: [dim], added to the product.
+        gate: [dim], multiplied with it.
+        mask: [B, N], multiplied with it; the share of a token that the audio drives.
+        residual: [B, N, dim], in the dtype of x or float32.
+        token_offset: place of ``x[:, 0]`` in the whole sequence, for a contiguous shard.
+        out: preallocated result, may be ``residual``.
+
+    Returns:
+        [B, N, dim] in the dtype of the residual, or of x where there is none.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes, devices or the range of tokens do not fit.
+        RuntimeError: a gradient is needed; write the products out (``frame_linear_reference``) to train.
+    """
+    _check("frame_linear", x, weight, tokens_per_frame, bias, gate, mask, residual, token_offset)
+    given = [t for t in (x, weight, bias, gate, mask, residual) if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        raise RuntimeError(
+            "frame_linear: it has no gradient; call it under torch.no_grad(), or frame_linear_reference to train"
+        )
+    if out is None:
+        return _op(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset)
+    dtype = x.dtype if residual is None else residual.dtype
+    check_out("frame_linear", out, (*x.shape[:2], weight.shape[3]), dtype, given)
+    add = residual is out
+    _op_out(x, weight, bias, gate, mask, None if add else residual, tokens_per_frame, token_offset, add, out)
+    return out
+
+
+def frame_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    tokens_per_frame: int,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
+    token_offset: int = 0,
+) -> Tensor:
+    """:func:`frame_linear` in plain PyTorch, with gradients: a matrix product per frame."""
+    _check("frame_linear_reference", x, weight, tokens_per_frame, bias, gate, mask, residual, token_offset)
+    return _per_frame(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset)
