@@ -55,6 +55,8 @@ def _forward(
     tokens_per_frame: int,
     token_offset: int,
 ) -> Tensor:
+    if not used_for(x):
+        return _per_frame(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset)
     like = x if residual is None else residual
     out = empty((*x.shape[:2], weight.shape[3]), like)
     _run(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset, False, out)
