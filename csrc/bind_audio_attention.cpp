@@ -85,10 +85,10 @@ void check_result(const TensorView& q, const TensorView& out, const char* op, co
 int64_t workspace_size(const TensorView& q, const TensorView& k, int64_t window, int64_t slots, bool backward) {
   check(q.ndim == 4 && k.ndim == 6, "audio_attention_workspace: wrong shapes");
   const int64_t speakers = k.shape[1], frames = k.shape[2];
-  if (q.is_cuda) return backward ? 2 * q.shape[0] * speakers * q.shape[2] * q.shape[1] : 0;
-  return AudioWorkspace(speakers, frames, k.shape[3], q.shape[2], q.shape[3], window < frames ? window : frames,
-                        q.shape[0], slots, backward)
-      .total;
+  const int64_t audio = k.shape[3], batch = q.shape[0], heads = q.shape[2], dim = q.shape[3];
+  if (window > frames) window = frames;
+  if (!q.is_cuda) return AudioWorkspace(speakers, frames, audio, heads, dim, window, batch, slots, backward).total;
+  return backward ? audio_cuda_workspace(q.dtype, batch, q.shape[1], heads, dim, speakers, frames, audio, window) : 0;
 }
 
 void check_workspace(const TensorView& q, const TensorView& k, const AudioAttentionArgs& args,

@@ -21,7 +21,7 @@ struct AudioAttentionArgs {
   void* grad_weights;    // [B, P, H, N] in compute precision, contiguous: one term per head; with weights only
   const int64_t* lens;   // [B, P, F] valid audio tokens, or null: A
   const int64_t* clips;  // [F, 2] first frame and end of each frame's clip, contiguous, or null: one clip
-  void* workspace;       // AudioWorkspace elements in compute precision
+  void* workspace;       // compute precision; AudioWorkspace elements, on CUDA audio_cuda_workspace
   int64_t q_strides[3], grad_out_strides[3], out_strides[3], k_strides[5], v_strides[5];
   int64_t weight_strides[2], len_strides[3];
   int64_t batch, tokens, heads, speakers, frames, audio, dim;
@@ -82,6 +82,50 @@ struct AudioWorkspace {
     total = slots * slot + batch * frames * heads * partial;
   }
 };
+
+// Sizes of the CUDA backward on tensor cores, for 16-bit types and head dims of 32, 64 and 128 (the forward has room
+// for half as many keys more). Keys of a speaker are padded to blocks of 8; a kernel takes up to `key_blocks` of them.
+struct AudioTile {
+  static constexpr int64_t kMaxBlocks = 8, kMaxParts = 640;
+  int warps_per_head, warps, heads;  // heads are per thread block
+  constexpr AudioTile(int64_t dim, int64_t key_blocks) : warps_per_head(1), warps(4), heads(4) {
+    // Gradients of keys and values are kept in registers: at most 80 of a thread, 40 where keys are few and registers
+    // decide how many rows are on their way.
+    const int64_t most = dim * key_blocks <= 128 ? 80 : 160;
+    while (dim * key_blocks > most * warps_per_head) warps_per_head *= 2;
+    if (warps < warps_per_head) warps = warps_per_head;
+    heads = warps / warps_per_head;
+  }
+
+  // The kernel that takes this many blocks.
+  static constexpr int64_t fitting(int64_t blocks) {
+    return blocks <= 2 ? blocks : (blocks <= 4 ? 4 : (blocks <= 5 ? 5 : kMaxBlocks));
+  }
+  static int64_t speaker_blocks(int64_t audio, int64_t frames, int64_t window) {
+    const int64_t reach = 2 * window + 1 < frames ? 2 * window + 1 : frames;
+    return (reach * audio + 7) / 8;
+  }
+  static bool takes(DType dtype, int64_t dim) {
+    return (dtype == DType::bfloat16 || dtype == DType::float16) && (dim == 32 || dim == 64 || dim == 128);
+  }
+};
+
+// Elements of the workspace of the CUDA backward: the statistics of the softmax, or the parts of the gradients of keys
+// and values that thread blocks leave for the summation.
+inline int64_t audio_cuda_workspace(DType dtype, int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
+                                    int64_t speakers, int64_t frames, int64_t audio, int64_t window) {
+  const int64_t statistics = 2 * batch * speakers * heads * tokens;
+  const int64_t used = speakers * AudioTile::speaker_blocks(audio, frames, window);
+  if (!AudioTile::takes(dtype, dim) || used > AudioTile::kMaxBlocks) return statistics;
+  const int64_t blocks = AudioTile::fitting(used);
+  const AudioTile tile(dim, blocks);
+  const int64_t groups = batch * ((heads + tile.heads - 1) / tile.heads);
+  // A frame that the shard cuts may take a tile more than its tokens need.
+  const int64_t tiles = groups * (3 * tokens / (16 * tile.warps_per_head) + frames + 2);
+  const int64_t parts = groups * frames + (tiles < AudioTile::kMaxParts ? tiles : AudioTile::kMaxParts);
+  const int64_t sums = parts * tile.heads * 2 * 8 * blocks * dim;
+  return sums > statistics ? sums : statistics;
+}
 
 TD_DECLARE_KERNEL(audio_attention, const AudioAttentionArgs&)
 TD_DECLARE_KERNEL(audio_attention_backward, const AudioAttentionArgs&)

@@ -271,3 +271,24 @@ def test_cuda_agrees_with_the_cpu(dim: int) -> None:
 
     for a, b in zip(run("cuda"), run("cpu"), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("audio", [1, 5, 13, 32, 40, 64])
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_cuda_tensor_cores_are_accurate_and_repeat_their_bits(dim: int, audio: int, dtype: torch.dtype) -> None:
+    q, k, v = make(5, 333, audio, heads=5, dim=dim, dtype=dtype)
+    grad = torch.randn(q.shape).to(dtype)
+
+    def run(function, device: str, cast: torch.dtype) -> list[Tensor]:
+        inputs = [x.to(device, cast, copy=True).requires_grad_() for x in (q, k, v)]
+        out = function(*inputs, 333)
+        return [x.cpu() for x in (out, *torch.autograd.grad(out, inputs, grad.to(device, cast)))]
+
+    ours, again = (run(ops.audio_attention, "cuda", dtype) for _ in range(2))
+    plain = run(ops.audio_attention_reference, "cpu", dtype)
+    truth = run(ops.audio_attention_reference, "cpu", torch.float64)
+    for a, b, p, t in zip(ours, again, plain, truth, strict=True):
+        assert torch.equal(a, b)
+        assert (a.double() - t).norm() <= 2 * (p.double() - t).norm()
