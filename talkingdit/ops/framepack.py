@@ -186,12 +186,7 @@ def _backward_run(
             continue
         if for_weights:
             grad_weights[i] = empty(weight.shape, weight)
-            matrix = grad_weights[i].flatten(1)
-            if 8 * matrix.shape[1] < matrix.shape[0]:
-                # BLAS makes a wide matrix faster than a tall one, by more than it takes to transpose a narrow one.
-                matrix.copy_((view.t() @ tokens).t())
-            else:
-                torch.mm(tokens.t(), view, out=matrix)
+            torch.mm(tokens.t(), view, out=grad_weights[i].flatten(1))
             if biases[i].numel():
                 grad_biases[i] = tokens.sum(0)
         if for_latents:
