@@ -18,6 +18,7 @@ OPS = (
     "rope3d",
     "qk_norm_rope3d",
     "audio_attention",
+    "audio_block",
     "framepack",
     "frame_linear",
     "window_fusion",

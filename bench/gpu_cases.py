@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One small case per CUDA kernel: the op, its reference, and inputs that reach whole vectors as well as their rest."""
+"""One small case per CUDA kernel: the op, its reference, and inputs that reach whole vectors as well as their rest.
+And large ones, whose last element lies beyond 2^31."""
 
 from __future__ import annotations
 
@@ -126,3 +127,26 @@ def small_cases(dtype: torch.dtype, device: torch.device) -> Iterator[SmallCase]
 
     for group in (_rope, _modulate, _attention, _fusion, _framepack):
         yield from group(rand)
+
+
+def large_cases(
+    device: torch.device, tiny: bool = False
+) -> Iterator[tuple[str, Callable[..., Any], tuple[Tensor, ...]]]:
+    """Name, op and bfloat16 inputs [6, 80,000 tokens, 40 heads, 128]: 2.5e9 elements, each sample on its own."""
+    batch, frames, height, width, heads, dim = (2, 3, 4, 5, 2, 32) if tiny else (6, 20, 50, 80, 40, 128)
+    per_frame, tokens = height * width, frames * height * width
+    segments = [ops.Segment(range(frames), range(height), range(width))]
+    layout = ops.RopeLayout(segments, split=(dim - 4 * (dim // 6), 2 * (dim // 6), 2 * (dim // 6)))
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, device=device, dtype=torch.bfloat16)
+
+    x = rand(tokens, heads, dim)
+    yield "rope3d", lambda x: ops.rope3d(x, layout), (x,)
+    weight = torch.rand(heads * dim, device=device, dtype=torch.bfloat16) + 0.5
+    yield "qk_norm_rope3d", lambda q: ops.qk_norm_rope3d(q, q, weight, weight, layout)[0], (x,)
+    keys = rand(frames, 5, heads, dim), rand(frames, 5, heads, dim)
+    yield "audio_attention", lambda q, k, v: ops.audio_attention(q, k, v, per_frame), (x, *keys)
+    shift, scale = rand(1, heads * dim), rand(1, heads * dim)
+    yield "norm_modulate", lambda x, a, b: ops.norm_modulate(x, a, b), (x.flatten(2), scale, shift)
+    yield "gate_residual", lambda x, gate: ops.gate_residual(x, x, gate), (x.flatten(2), scale)

@@ -2,7 +2,8 @@
 """Fair timing: everybody warmed up, on the same inputs, in turns, in one run together with a plain copy.
 
 A turn on the CPU is two calls, and the second is timed: caches and free memory are then as the same call left them, not
-as another contestant did.
+as another contestant did. A turn on a GPU is timed with events, over calls on several sets of inputs with results of
+their own that together are several times its L2 cache, and the cache is overwritten before it.
 
 A row compares the op with a fresh result (``median_us``) and with a preallocated one (``out_us``), and baselines with
 fresh results. ``bytes`` is what has to cross memory at least: every input read once, every result written once.
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,19 +38,32 @@ import talkingdit
 
 DTYPES = (torch.float32, torch.bfloat16)
 _ROOT = Path(__file__).resolve().parent.parent
-_CUDA_POOL = 256 << 20  # inputs rotate through this much memory, several times an L2 cache
-_SECONDS = 1.5  # a contestant that used as much stops after a few samples
+_CUDA_POOL = 256 << 20  # inputs rotate through this much memory at least, and through four L2 caches
+_MOST_SETS = 64
 _FEW = 3
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run was asked for."""
+    """What a run was asked for.
+
+    Attributes:
+        quick: tiny shapes, three samples, nothing compiled.
+        compile: also compiled baselines; "only" leaves out the others.
+        dtypes: in order.
+        seconds: a contestant that used as much stops after a few samples.
+        deadline: of `time.monotonic`; cases that would begin later are left out, and named in the result.
+        keep_going: what fails is left out and named too.
+    """
 
     device: torch.device
     quick: bool = False
-    compile: bool = True
+    compile: bool | str = True
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    seconds: float = 1.5
+    deadline: float = math.inf
+    keep_going: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,8 @@ class Case:
         ours: the op, called as ``ours(*inputs)`` and, going forward, ``ours(*inputs, out=...)``.
         baselines: others of the same signature without ``out``.
         compiled: the baseline to compile, or None.
+        optional: baselines that a device may refuse; they are then left out, with the reason.
+        fused: baselines that are only fast when compiled, and are never run in another way.
         direction: "backward" times the gradients of all inputs alone; "forward" and "step" time the call.
         has_out: whether the op takes a preallocated result.
     """
@@ -76,6 +92,8 @@ class Case:
     baselines: Mapping[str, Callable[..., Any]]
     compiled: Callable[..., Any] | None = None
     has_out: bool = True
+    optional: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    fused: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 Call = Callable[[], Any]
@@ -105,31 +123,66 @@ def _forward_call(function: Callable[..., Any], inputs: tuple[Tensor, ...], **op
     return call
 
 
-def _check(case: Case, calls: Mapping[str, Sequence[Call]]) -> None:
+def _check(case: Case, name: str, expected: Sequence[Tensor], call: Call) -> None:
     """A comparison with something that computes another thing is worth nothing."""
-    expected = [t.double() for t in tree_leaves(calls["ours"][0]())]
-    for name, (call, *_) in calls.items():
-        for ours, theirs in zip(expected, tree_leaves(call()), strict=True):
-            error = float((theirs.double() - ours).norm() / ours.norm().clamp_min(1e-30))
-            if not error < _TOLERANCE[case.dtype]:
-                raise RuntimeError(
-                    f"bench: {name} and {case.op} ({case.shape}, {case.dtype}, {case.direction}) must agree, "
-                    f"got a relative difference of {error:.2g}"
-                )
+    for ours, theirs in zip(expected, tree_leaves(call()), strict=True):
+        error = float((theirs.double() - ours).norm() / ours.norm().clamp_min(1e-30))
+        if not error < _TOLERANCE[case.dtype]:
+            raise RuntimeError(
+                f"bench: {name} and {case.op} ({case.shape}, {case.dtype}, {case.direction}) must agree, "
+                f"got a relative difference of {error:.2g}"
+            )
 
 
-def contestants(case: Case, setting: Setting) -> dict[str, list[Call]]:
-    """Calls by name, one per set of inputs; all contestants share the sets."""
+def _compiled(case: Case, setting: Setting) -> dict[str, Callable[..., Any]]:
+    if not setting.compile or setting.quick:
+        return {}
+    torch._dynamo.reset()
+    cuda = setting.device.type == "cuda"
+    # Without graphs of its own: launches are hidden for every contestant, and results must stay fresh.
+    mode = "max-autotune-no-cudagraphs" if cuda else None
+    functions = {} if case.compiled is None else {"compile": (case.compiled, mode)}
+    if cuda:
+        functions |= {name: (function, None) for name, function in case.fused.items()}
+    return {
+        name: torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+        for name, (function, mode) in functions.items()
+    }
+
+
+def sets_of_inputs(nbytes: int, device: torch.device) -> int:
+    """How many sets of inputs of so many bytes keep a GPU from finding one in its cache."""
+    if device.type == "cpu":
+        return 1
+    pool = max(_CUDA_POOL, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
+    return min(_MOST_SETS, math.ceil(pool / nbytes))
+
+
+def contestants(case: Case, setting: Setting, left_out: dict[str, str] | None = None) -> dict[str, list[Call]]:
+    """Calls by name, one per set of inputs; all contestants share the sets.
+
+    What an optional baseline (with `keep_going`: any) fails with is written to `left_out`, by its name.
+    """
+    left_out = {} if left_out is None else left_out
     first = case.inputs()
-    count = 1 if setting.device.type == "cpu" else min(16, math.ceil(_CUDA_POOL / size(*first)))
+    count = sets_of_inputs(size(*first), setting.device)
     sets = [first, *(case.inputs() for _ in range(count - 1))]
-    functions = {"ours": case.ours, **case.baselines}
-    if case.compiled is not None and setting.compile and not setting.quick:
-        torch._dynamo.reset()
-        functions["compile"] = torch.compile(case.compiled, fullgraph=True, dynamic=False)
+    compiled = _compiled(case, setting)
+    plain = {} if setting.compile == "only" else {**case.baselines, **case.optional}
     make = _backward_call if case.direction == "backward" else _forward_call
-    calls = {name: [make(function, inputs) for inputs in sets] for name, function in functions.items()}
-    _check(case, calls)
+    calls: dict[str, list[Call]] = {"ours": [make(case.ours, inputs) for inputs in sets]}
+    expected = [t.double() for t in tree_leaves(calls["ours"][0]())]
+    for name, function in {**plain, **compiled}.items():
+        try:
+            made = [make(function, first)]
+            _check(case, name, expected, made[0])
+            calls[name] = made + [make(function, inputs) for inputs in sets[1:]]
+        except Exception as problem:
+            cuda_compiled = name in compiled and setting.device.type == "cuda"
+            if not (setting.keep_going or name in case.optional or cuda_compiled):
+                raise
+            left_out[name] = f"{type(problem).__name__}: {problem}"[:300]
+    del expected
     if case.direction != "backward" and case.has_out:
         calls["out"] = [_forward_call(case.ours, inputs, out=_like(calls["ours"][0]())) for inputs in sets]
     pairs = [torch.rand(2, max(1, case.bytes // 8), device=setting.device).unbind(0) for _ in range(count)]
@@ -137,7 +190,7 @@ def contestants(case: Case, setting: Setting) -> dict[str, list[Call]]:
     return calls
 
 
-def _time(calls: Sequence[Call], device: torch.device) -> float:
+def _time(calls: Sequence[Call], device: torch.device, scratch: Tensor) -> float:
     """Microseconds per call. Results are kept until the clock stops, so that each is a fresh one."""
     if device.type == "cpu":
         calls[0]()
@@ -147,7 +200,9 @@ def _time(calls: Sequence[Call], device: torch.device) -> float:
     else:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        torch.cuda._sleep(2_000_000)  # launches queue up behind it: the device is timed, not the host
+        scratch.zero_()
+        # Launches queue up behind it: the device is timed, not the host.
+        torch.cuda._sleep(2_000_000 * (1 + len(calls) // 4))
         start.record()
         kept = [call() for call in calls]
         end.record()
@@ -159,16 +214,24 @@ def _time(calls: Sequence[Call], device: torch.device) -> float:
 
 def measure(calls: Mapping[str, Sequence[Call]], setting: Setting) -> dict[str, list[float]]:
     """Samples in microseconds, taken in turns."""
+    cuda = setting.device.type == "cuda"
+    cache = torch.cuda.get_device_properties(setting.device).L2_cache_size if cuda else 0
+    scratch = torch.empty(2 * cache, dtype=torch.uint8, device=setting.device)
     for group in calls.values():
-        _time(group, setting.device)
+        _time(group, setting.device, scratch)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     gc.collect()
     for _ in range(3 if setting.quick else 40):
         for name, group in calls.items():
             taken = samples[name]
-            if len(taken) < _FEW or sum(taken) * len(group) < _SECONDS * 1e6:
-                taken.append(_time(group, setting.device))
+            if len(taken) < _FEW or sum(taken) * len(group) < setting.seconds * 1e6:
+                taken.append(_time(group, setting.device, scratch))
     return samples
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """Of ordered samples, the nearest one."""
+    return ordered[round(share * (len(ordered) - 1))]
 
 
 def _peak_bytes(call: Call) -> int:
@@ -181,7 +244,8 @@ def _peak_bytes(call: Call) -> int:
 
 
 def run_case(case: Case, setting: Setting) -> dict[str, Any]:
-    calls = contestants(case, setting)
+    left_out: dict[str, str] = {}
+    calls = contestants(case, setting, left_out)
     samples = measure(calls, setting)
     medians = {name: statistics.median(taken) for name, taken in samples.items()}
     ours = sorted(samples["ours"])
@@ -195,8 +259,8 @@ def run_case(case: Case, setting: Setting) -> dict[str, Any]:
         "bytes": case.bytes,
         "repeats": len(ours),
         "median_us": median,
-        "p20_us": ours[round(0.2 * (len(ours) - 1))],
-        "p80_us": ours[round(0.8 * (len(ours) - 1))],
+        "p20_us": quantile(ours, 0.2),
+        "p80_us": quantile(ours, 0.8),
         "gbps": case.bytes / median / 1e3,
         "share_of_copy": copy / median,
         "copy_us": copy,
@@ -205,7 +269,9 @@ def run_case(case: Case, setting: Setting) -> dict[str, Any]:
         warm = medians.pop("out")
         row.update(out_us=warm, out_gbps=case.bytes / warm / 1e3, out_share_of_copy=copy / warm)
     if setting.device.type == "cuda":
-        row["peak_bytes"] = _peak_bytes(calls["ours"][0])
+        row.update(peak_bytes=_peak_bytes(calls["ours"][0]), sets=len(calls["ours"]))
+    if left_out:
+        row["left_out"] = left_out
     row["baselines"] = medians
     return {name: _round(value) for name, value in row.items()}
 
@@ -241,18 +307,55 @@ def _commit() -> str:
 
 def _cases(module: ModuleType, setting: Setting) -> Iterator[Case]:
     for shape in module.SHAPES["quick" if setting.quick else setting.device.type]:
-        for dtype in DTYPES:
+        for dtype in setting.dtypes:
             yield from module.cases(shape, dtype, setting.device)
 
 
-def run(name: str, module: ModuleType, setting: Setting) -> dict[str, Any]:
-    """Runs the cases of one file of benchmarks (``SHAPES`` and ``cases``); prints rows to stderr as they come."""
+def header(name: str, device: torch.device, quick: bool) -> dict[str, Any]:
+    """What a result says of the machine and the code."""
+    cuda = device.type == "cuda"
+    return {
+        "name": name,
+        "machine": f"{_cpu_name()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "talkingdit": talkingdit.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda if cuda else None,
+            "cpu_isa": talkingdit.build_info()["cpu_isa"],
+        },
+        "commit": _commit(),
+        "quick": quick,
+    }
+
+
+def run(
+    name: str, module: ModuleType, setting: Setting, progress: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Runs the cases of one file of benchmarks (``SHAPES`` and ``cases``); prints rows to stderr as they come.
+
+    ``progress`` is given the result after every row.
+    """
     torch.manual_seed(0)
     functorch_config.donated_buffer = False  # graphs are kept and run backward many times
-    rows = []
+    result: dict[str, Any] = {**header(name, setting.device, setting.quick), "copy_gbps": math.nan, "rows": []}
+    rows, problems = result["rows"], []
     for case in _cases(module, setting):
-        row = run_case(case, setting)
+        label = f"{case.op} {case.shape} {str(case.dtype).removeprefix('torch.')} {case.direction}"
+        if time.monotonic() > setting.deadline:
+            problems.append(f"{label}: no time was left")
+            continue
+        try:
+            row = run_case(case, setting)
+        except Exception as problem:
+            if not setting.keep_going:
+                raise
+            problems.append(f"{label}: {type(problem).__name__}: {problem}"[:500])
+            continue
         rows.append(row)
+        result["copy_gbps"] = _round(statistics.median(row["bytes"] / row["copy_us"] / 1e3 for row in rows))
         others = "  ".join(f"{other} {us:.0f}" for other, us in row["baselines"].items())
         print(
             f"{row['op']:18} {row['shape']:22} {row['dtype']:9} {row['direction']:9} us: {row['median_us']:.0f}"
@@ -260,26 +363,11 @@ def run(name: str, module: ModuleType, setting: Setting) -> dict[str, Any]:
             file=sys.stderr,
             flush=True,
         )
-    build = talkingdit.build_info()
-    cuda = setting.device.type == "cuda"
-    versions = {
-        "talkingdit": talkingdit.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda if cuda else None,
-        "cpu_isa": build["cpu_isa"],
-    }
-    return {
-        "name": name,
-        "machine": f"{_cpu_name()}, {os.cpu_count()} cores",
-        "device": torch.cuda.get_device_name(setting.device) if cuda else "cpu",
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-        "commit": _commit(),
-        "quick": setting.quick,
-        "copy_gbps": _round(statistics.median(row["bytes"] / row["copy_us"] / 1e3 for row in rows)),
-        "rows": rows,
-    }
+        if progress is not None:
+            progress(result)
+    if problems:
+        result["failed"] = problems
+    return result
 
 
 def write(path: Path, text: str) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""norm_modulate and gate_residual with two ranges of tokens against official Wan-S2V code (eager): float32, range by
-range, then concatenated."""
+"""norm_modulate, gate_residual and both in one pass, with two ranges of tokens against official Wan-S2V code
+(eager): float32, range by range, then concatenated."""
 
 from __future__ import annotations
 
@@ -41,6 +41,16 @@ def _gate_residual(ends: list[int]) -> Callable[..., Tensor]:
     return run
 
 
+def _both(ends: list[int]) -> Callable[..., tuple[Tensor, Tensor]]:
+    add, norm = _gate_residual(ends), _norm_modulate(ends)
+
+    def run(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        residual = add(x, y, gate)
+        return residual, norm(residual, scale, shift)
+
+    return run
+
+
 def cases(shape: TokenShape, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     width, ends = shape.heads * shape.dim, shape.ends
 
@@ -72,4 +82,15 @@ def cases(shape: TokenShape, dtype: torch.dtype, device: torch.device) -> Iterat
             ours=lambda x, y, gate, out=None: ops.gate_residual(x, y, gate, ends, out=out),
             baselines={"eager": _gate_residual(ends)},
             compiled=_gate_residual(ends),
+        )
+        yield Case(
+            "gate_residual_norm_modulate",
+            **common,
+            direction=direction,
+            # forward: x and y in, both results out; backward: their gradients, y and the residual in, two gradients out
+            bytes=(4 if direction == "forward" else 6) * stream,
+            inputs=lambda: (rows(), rows(), modulation(), modulation(), modulation()),
+            ours=lambda *given, out=None: ops.gate_residual_norm_modulate(*given, ends, out=out),
+            baselines={"eager": _both(ends)},
+            compiled=_both(ends),
         )

@@ -12,6 +12,8 @@ from bench.harness import write
 
 BEGIN, END = "<!-- bench:start -->", "<!-- bench:end -->"
 _HEAD = ("op", "shape", "dtype", "direction", "µs", "GB/s", "share of copy", "times faster than")
+_BEST = "faster than the best"
+_STEPS = ("what", "shape", "tokens", "µs", "official µs", "time", "peak memory", "official", "ratio", "moved", "ratio")
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 _NOTE = (
     "Two figures are a fresh result and a preallocated one (`out=`). Bandwidth counts inputs and results once; the "
@@ -26,10 +28,36 @@ def load(folder: Path) -> list[dict[str, Any]]:
         FileNotFoundError: there is none.
     """
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    results = [result for result in found if "rows" in result and not result.get("quick")]
+    full = [result for result in found if "device" in result and not result.get("quick")]
+    results = [result for result in full if result.get("rows") or result.get("steps")]
     if not results:
         raise FileNotFoundError(f"bench report: no results of full runs in {folder}: run `python -m bench all` first")
-    return results
+    return _joined(results)
+
+
+def _joined(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Baselines that were measured apart ("<op>-compiled") stand in the rows of the op, where it was measured."""
+    rows = {_key(result, row): row for result in results for row in result.get("rows", ()) if not _apart(result)}
+    kept = []
+    for result in results:
+        if not _apart(result):
+            kept.append(result)
+            continue
+        rest = [row for row in result["rows"] if _key(result, row) not in rows]
+        for row in result["rows"]:
+            if _key(result, row) in rows:
+                rows[_key(result, row)]["baselines"] |= row["baselines"]
+        if rest:
+            kept.append({**result, "rows": rest})
+    return kept
+
+
+def _apart(result: Mapping[str, Any]) -> bool:
+    return bool(result["name"].endswith("-compiled"))
+
+
+def _key(result: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (result["device"], result["commit"], row["op"], row["shape"], row["dtype"], row["direction"])
 
 
 def _number(value: float) -> str:
@@ -40,7 +68,14 @@ def _pair(row: Mapping[str, Any], fresh: str, warm: str, show: Callable[[float],
     return " / ".join(show(row[key]) for key in (fresh, warm) if key in row)
 
 
-def _row(row: Mapping[str, Any]) -> str:
+def _best(row: Mapping[str, Any]) -> str:
+    if not row["baselines"]:
+        return "-"
+    name, us = min(row["baselines"].items(), key=lambda item: item[1])
+    return f"{us / row['median_us']:.2f} ({name})"
+
+
+def _row(row: Mapping[str, Any], best: bool) -> str:
     factors = ", ".join(f"{name} {us / row['median_us']:.1f}" for name, us in row["baselines"].items())
     cells = (
         f"`{row['op']}`",
@@ -50,9 +85,48 @@ def _row(row: Mapping[str, Any]) -> str:
         _pair(row, "median_us", "out_us"),
         _pair(row, "gbps", "out_gbps"),
         _pair(row, "share_of_copy", "out_share_of_copy", "{:.0%}".format),
+        *((_best(row),) if best else ()),
         factors,
     )
+    return _line(cells)
+
+
+def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def _step(name: str, step: Mapping[str, Any]) -> str:
+    moved = [f"{step['moved_bytes'] / 1e9:.2f} GB", f"{step['moved_ratio']:.2f}"] if "moved_bytes" in step else ["", ""]
+    return _line(
+        (
+            f"{name}, {step['blocks']} block" + "s" * (step["blocks"] != 1),
+            step["shape"],
+            f"{step['tokens']:,}" if "tokens" in step else "",
+            _number(step["median_us"]),
+            _number(step["official_us"]),
+            f"{step['time_ratio']:.2f}",
+            f"{step['peak_bytes'] / 1e9:.2f} GB",
+            f"{step['official_peak_bytes'] / 1e9:.2f} GB",
+            f"{step['peak_ratio']:.2f}",
+            *moved,
+        )
+    )
+
+
+def _op_table(group: Sequence[Mapping[str, Any]], best: bool) -> list[str]:
+    rows = [_row(row, best) for result in group for row in result.get("rows", ())]
+    if not rows:
+        return []
+    head = (*_HEAD[:-1], _BEST, _HEAD[-1]) if best else _HEAD
+    marks = ["---"] * 4 + ["---:"] * (4 if best else 3) + ["---"]
+    return ["", _line(head), "|" + "|".join(marks) + "|", *rows]
+
+
+def _step_table(group: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [_step(result["name"], step) for result in group for step in result.get("steps", ())]
+    if not lines:
+        return []
+    return ["", _line(_STEPS), "|" + "|".join(["---"] * 2 + ["---:"] * (len(_STEPS) - 2)) + "|", *lines]
 
 
 def _spread(values: Iterable[float]) -> str:
@@ -61,7 +135,7 @@ def _spread(values: Iterable[float]) -> str:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: one table per device."""
+    """Markdown: for each device a table of ops and one of whole steps and blocks, where they were measured."""
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for result in results:
         key = (result["device"], result["machine"], str(result["threads"]), result["versions"]["torch"])
@@ -70,10 +144,10 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     for (device, machine, threads, torch_version), group in groups.items():
         place = f"{machine}, {threads} threads" if device == "cpu" else f"{device} ({machine})"
         commits = ", ".join(dict.fromkeys(result["commit"] for result in group))
-        copy = _spread(result["copy_gbps"] for result in group)
-        lines = [f"{place}; torch {torch_version}; copy {copy} GB/s; commit {commits}.", ""]
-        lines += ["| " + " | ".join(_HEAD) + " |", "|---|---|---|---|---:|---:|---:|---|"]
-        lines += [_row(row) for result in group for row in result["rows"]]
+        bandwidths = [result["copy_gbps"] for result in group if result.get("rows")]
+        copy = f"copy {_spread(bandwidths)} GB/s; " if bandwidths else ""
+        lines = [f"{place}; torch {torch_version}; {copy}commit {commits}."]
+        lines += [*_op_table(group, best=device != "cpu"), *_step_table(group)]
         parts.append("\n".join(lines))
     return "\n\n".join([*parts, _NOTE])
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +38,16 @@ def tables(layout: ops.RopeLayout, device: torch.device) -> tuple[Tensor, Tensor
     return rotations.real.float().contiguous(), rotations.imag.float().contiguous(), rotations
 
 
+def triton_rotary(cos: Tensor, sin: Tensor) -> dict[str, Callable[..., Any]]:
+    """The Triton kernel of flash-attn, where that is installed; tables [N, 1, D / 2]."""
+    try:
+        rotary: Any = import_module("flash_attn.layers.rotary")
+    except ImportError:
+        return {}
+    cos, sin = cos[:, 0].contiguous(), sin[:, 0].contiguous()
+    return {"triton": lambda x: rotary.apply_rotary_emb(x, cos.to(x.dtype), sin.to(x.dtype), interleaved=True)}
+
+
 def cases(shape: TokenShape, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     layout = shape.layout()
     cos, sin, rotations = tables(layout, device)
@@ -58,4 +70,5 @@ def cases(shape: TokenShape, dtype: torch.dtype, device: torch.device) -> Iterat
                 "official": lambda x: rotate_complex(x, rotations),
             },
             compiled=lambda x: rotate_real(x, cos, sin),
+            optional=triton_rotary(cos, sin) if device.type == "cuda" else {},
         )

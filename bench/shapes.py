@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from talkingdit import ops
 
@@ -19,6 +19,8 @@ class TokenShape:
         grids: (frames, height, width) in tokens and the first temporal position of every segment.
         heads, dim: attention heads and their size; the model is ``heads * dim`` wide.
         audio: audio tokens per latent frame of the video.
+        split: rotated channels for (t, h, w); as Wan splits them unless given.
+        theta: base of the rotations.
     """
 
     name: str
@@ -26,6 +28,8 @@ class TokenShape:
     heads: int
     dim: int
     audio: int = 5
+    split: tuple[int, int, int] | None = None
+    theta: float = 10000.0
 
     @property
     def video(self) -> Grid:
@@ -45,7 +49,10 @@ class TokenShape:
     def layout(self) -> ops.RopeLayout:
         other = 2 * (self.dim // 6)
         segments = [ops.Segment(range(t, t + f), range(h), range(w)) for t, (f, h, w) in self.grids]
-        return ops.RopeLayout(segments, split=(self.dim - 2 * other, other, other))
+        return ops.RopeLayout(segments, split=self.split or (self.dim - 2 * other, other, other), theta=self.theta)
+
+    def with_audio(self, audio: int) -> TokenShape:
+        return replace(self, name=f"{self.name} x {audio}", audio=audio)
 
 
 @dataclass(frozen=True)
@@ -90,8 +97,29 @@ def _wan_s2v(name: str, height: int, width: int) -> TokenShape:
 
 TOKENS = {
     "cpu": [TokenShape("wan-1.3b-6240", [(0, (4, 30, 52))], heads=12, dim=128)],
-    "cuda": [_wan_s2v("wan-s2v-14b-448x832", 28, 52), _wan_s2v("wan-s2v-14b-704x1024", 44, 64)],
+    "cuda": [
+        _wan_s2v("wan-s2v-14b-448x832", 28, 52),
+        _wan_s2v("wan-s2v-14b-704x1024", 44, 64),
+        # 129 frames of 704 x 704; ten audio vectors of four tokens per latent frame.
+        TokenShape(
+            "hunyuan-avatar-13b-704x704",
+            [(0, (33, 44, 44))],
+            heads=24,
+            dim=128,
+            audio=40,
+            split=(16, 56, 56),
+            theta=256.0,
+        ),
+        TokenShape("wan2.2-ti2v-5b-704x1280", [(0, (31, 22, 40))], heads=24, dim=128),  # 121 frames, patches of 32
+        TokenShape("wan-1.3b-480x832", [(0, (21, 30, 52))], heads=12, dim=128),
+    ],
     "quick": [TokenShape("tiny", [(0, (3, 4, 6)), (30, (1, 4, 6))], heads=2, dim=32)],
+}
+_S2V, *_OTHERS = TOKENS["cuda"]
+AUDIO = {
+    "cpu": TOKENS["cpu"],
+    "cuda": [*(_S2V.with_audio(a) for a in (5, 32, 40, 16)), *(shape.with_audio(shape.audio) for shape in _OTHERS)],
+    "quick": TOKENS["quick"],
 }
 HISTORY = {
     "cpu": [HistoryShape("history-56x104-1536", 19, 56, 104, 1536)],
@@ -106,6 +134,7 @@ WINDOWS = {
     "cuda": [
         WindowShape("81x60x104-6x21", 6, 21, 12, 16, 60, 104),
         WindowShape("81x90x160-6x21", 6, 21, 12, 16, 90, 160),
+        WindowShape("237x90x160-19x21", 19, 21, 12, 16, 90, 160),
     ],
     "quick": [WindowShape("tiny", 3, 5, 3, 4, 4, 6)],
 }

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -27,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import talkingdit
 from bench import harness, official_style
 from bench.live_memory import LiveMemory
 from talkingdit.models import WanS2VModel, preset
@@ -135,8 +133,8 @@ def contestants(model: WanS2VModel, given: dict[str, Tensor], compiled: bool) ->
     return calls
 
 
-def measure(call: Callable[[], Tensor], device: torch.device, repeats: int) -> tuple[float, int]:
-    """Median microseconds, and the most bytes alive during a call beyond those before."""
+def peak_bytes(call: Callable[[], Tensor], device: torch.device) -> int:
+    """The most bytes alive during a call beyond those before. Called once before, to warm up."""
     call()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -144,11 +142,15 @@ def measure(call: Callable[[], Tensor], device: torch.device, repeats: int) -> t
         before = torch.cuda.memory_allocated()
         call()
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        with LiveMemory() as count:
-            call()
-        peak = count.peak
+        return torch.cuda.max_memory_allocated() - before
+    with LiveMemory() as count:
+        call()
+    return count.peak
+
+
+def measure(call: Callable[[], Tensor], device: torch.device, repeats: int) -> tuple[float, int]:
+    """Median microseconds, and `peak_bytes`."""
+    peak = peak_bytes(call, device)
     samples = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -177,19 +179,8 @@ def run(shape: StepShape, device: torch.device, blocks: int | None, repeats: int
     calls = contestants(model, inputs(shape, device), compiled)
     taken = {name: measure(call, device, repeats) for name, call in calls.items()}
     (us, peak), (their_us, their_peak) = taken["ours"], taken["official"]
-    cuda = device.type == "cuda"
     return {
-        "name": "wan_block",
-        "machine": f"{harness._cpu_name()}, {os.cpu_count()} cores",
-        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "talkingdit": talkingdit.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "cuda": torch.version.cuda if cuda else None,
-        },
-        "commit": harness._commit(),
+        **harness.header("wan_block", device, quick=shape.name == "tiny"),
         "compiled": compiled,
         "steps": [
             {

@@ -94,6 +94,36 @@ def test_report_replaces_only_what_is_between_the_markers(tmp_path):
     assert "Some CPU, 2 cores, 2 threads; torch 2.13.0; copy 44 GB/s; commit 0123456789ab." in text
 
 
+def test_a_gpu_has_a_table_with_the_best_baseline_and_one_of_whole_blocks(tmp_path):
+    gpu = {**RESULT, "device": "Some GPU", "copy_gbps": 2000.0}
+    row = {**RESULT["rows"][0], "dtype": "bfloat16", "median_us": 400.0, "gbps": 1800.0, "share_of_copy": 0.9}
+    row = {key: value for key, value in row.items() if not key.startswith("out_")}
+    row["baselines"] = {"eager": 3000.0, "official": 8000.0}
+    harness.save({**gpu, "rows": [row]}, tmp_path, "cuda")
+    alone = {**row, "shape": "another", "baselines": {"compile": 800.0}}
+    compiled = [{**row, "median_us": 444.0, "baselines": {"compile": 500.0}}, alone]
+    harness.save({**gpu, "name": "rope3d-compiled", "rows": compiled}, tmp_path, "cuda")
+    step = {
+        "shape": "14b", "tokens": 32760, "blocks": 1, "median_us": 30000.0, "official_us": 60000.0, "time_ratio": 0.5,
+        "peak_bytes": 10**9, "official_peak_bytes": 4 * 10**9, "peak_ratio": 0.25,
+        "moved_bytes": 2 * 10**9, "official_moved_bytes": 10**10, "moved_ratio": 0.2,
+    }  # fmt: skip
+    block = {key: value for key, value in gpu.items() if key not in ("rows", "copy_gbps")}
+    harness.save({**block, "name": "block", "steps": [step]}, tmp_path, "cuda")
+    (tmp_path / "problems.json").write_text("[]")
+    (tmp_path / "small.json").write_text('{"failed": []}')
+    text = report.table(report.load(tmp_path))
+    assert "Some GPU (Some CPU, 2 cores); torch 2.13.0; copy 2,000 GB/s; commit 0123456789ab." in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert rows == [
+        "| op | shape | dtype | direction | µs | GB/s | share of copy | faster than the best | times faster than |",
+        "| `rope3d` | wan-1.3b-6240 | bf16 | forward | 400 | 1,800 | 90% | 1.25 (compile) | eager 7.5, official 20.0, compile 1.2 |",  # noqa: E501
+        "| `rope3d` | another | bf16 | forward | 400 | 1,800 | 90% | 2.00 (compile) | compile 2.0 |",
+        "| what | shape | tokens | µs | official µs | time | peak memory | official | ratio | moved | ratio |",
+        "| block, 1 block | 14b | 32,760 | 30,000 | 60,000 | 0.50 | 1.00 GB | 4.00 GB | 0.25 | 2.00 GB | 0.20 |",
+    ]
+
+
 @pytest.mark.parametrize("text", ["no markers", report.BEGIN, f"{report.END} {report.BEGIN}"])
 def test_a_readme_without_both_markers_is_refused_and_left_alone(tmp_path, text, capsys):
     save(tmp_path)
@@ -113,7 +143,7 @@ def test_report_says_when_nothing_was_measured(tmp_path, capsys):
     ("what", "ops"),
     [
         ("rope3d", {"rope3d"}),
-        ("modulate", {"norm_modulate", "gate_residual"}),
+        ("modulate", {"norm_modulate", "gate_residual", "gate_residual_norm_modulate"}),
         ("window_fusion", {"window_fusion", "fused_window_step"}),
     ],
 )

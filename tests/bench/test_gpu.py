@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The script for the GPU works before there is one: its steps, their limits, and what it notices."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import ClassVar
+
+import pytest
+import torch
+
+from bench import gpu, harness
+from bench.gpu_cases import SmallCase
+
+CPU = torch.device("cpu")
+
+
+def test_a_dry_run_does_every_step_that_needs_no_gpu(tmp_path, capsys):
+    assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
+    written = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert written.pop("problems.json") == []
+    chosen = {name: step for name, step in gpu.steps().items() if not name.startswith("compiled-")}
+    assert written.keys() == {step.file(name, CPU) for name, step in chosen.items()}
+    assert written["small.json"]["errors"]
+    for op in gpu.ORDER:
+        assert written[f"cpu-{op}.json"]["quick"]
+        assert written[f"cpu-{op}.json"]["rows"]
+    (step,) = written["cpu-block.json"]["steps"]
+    assert step["moved_bytes"] < step["official_moved_bytes"]
+    assert step["peak_bytes"] < step["official_peak_bytes"]
+    assert step["official"]["kinds_us"]["matrix product"] > 0
+
+
+def test_without_a_gpu_and_not_dry_it_refuses(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    assert "no CUDA device was found" in capsys.readouterr().err
+
+
+def test_a_step_runs_in_a_process_of_its_own(tmp_path):
+    result = gpu.run_child("build", gpu.steps()["build"], CPU, tmp_path, 60.0)
+    assert result == json.loads((tmp_path / "build.json").read_text())
+    assert "cuda" in result
+
+
+def test_a_process_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
+    mark = tmp_path / "mark"
+    inner = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
+    outer = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {inner!r}])"
+    result = gpu._child([sys.executable, "-c", outer], 1.0)
+    assert result["skipped"] == "stopped after 1 s"
+    assert not mark.exists()
+
+
+def test_what_a_stopped_step_had_written_is_kept(tmp_path, monkeypatch):
+    def stopped(command, seconds):
+        (tmp_path / "cuda-rope3d.json").write_text('{"rows": [1]}')
+        return {"failed": [], "skipped": "stopped after 5 s", "output": ""}
+
+    monkeypatch.setattr(gpu, "_child", stopped)
+    result = gpu.run_child("rope3d", gpu.steps()["rope3d"], torch.device("cuda"), tmp_path, 5.0)
+    assert result == {"rows": [1], "skipped": "stopped after 5 s"}
+    assert json.loads((tmp_path / "cuda-rope3d.json").read_text()) == result
+
+
+def test_failures_and_steps_that_no_longer_fit_are_named(tmp_path):
+    def fails(device, seconds, write):
+        raise ValueError("broken")
+
+    steps = {"first": gpu.Step(fails, 10.0), "second": gpu.Step(lambda *_: {}, 10.0)}
+    first, second = gpu.run_steps(steps, CPU, tmp_path, 0.1, gpu.run_step, least=0.0), None
+    assert len(first) == 1
+    assert "ValueError: broken" in first[0]
+    (second,) = gpu.run_steps({"second": steps["second"]}, CPU, tmp_path, 0.1, gpu.run_step, least=60.0)
+    assert second.startswith("second: left out, ")
+
+
+def test_an_op_that_leaves_its_result_unwritten_is_noticed():
+    def half(x):
+        y = torch.empty_like(x) + 0 * x
+        return torch.cat([2 * x[:4], y[4:]])
+
+    kept = torch.zeros(8)
+    case = SmallCase("half", half, lambda x: 2 * x, (kept,))
+    assert not gpu._error(case, torch.float32) < gpu.TOLERANCE[torch.float32]
+    whole = SmallCase("whole", lambda x: 2 * x, lambda x: 2 * x, (torch.rand(8),))
+    assert gpu._error(whole, torch.float32) < gpu.TOLERANCE[torch.float32]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def case(**changes):
+    given = {
+        "ours": lambda x, out=None: torch.mul(x, 2, out=out),
+        "baselines": {"eager": lambda x: x + x},
+    } | changes
+    return harness.Case("double", "tiny", 4, torch.float32, "forward", 32, lambda: (torch.ones(4),), **given)
+
+
+def refuses(x):
+    raise RuntimeError("no kernel for four numbers")
+
+
+def test_a_baseline_that_refuses_is_left_out_with_its_reason():
+    row = harness.run_case(case(optional={"sdpa-flash": refuses}), harness.Setting(CPU, quick=True))
+    assert row["left_out"] == {"sdpa-flash": "RuntimeError: no kernel for four numbers"}
+    assert row["baselines"].keys() == {"eager"}
+    with pytest.raises(RuntimeError, match="no kernel for four numbers"):
+        harness.run_case(case(baselines={"eager": refuses}), harness.Setting(CPU, quick=True))
+
+
+class Module:
+    SHAPES: ClassVar = {"quick": ["first", "second"]}
+
+    @staticmethod
+    def cases(shape, dtype, device):
+        yield case(ours=refuses) if shape == "first" else case()
+
+
+def test_a_case_that_fails_does_not_take_the_others_along():
+    setting = harness.Setting(CPU, quick=True, dtypes=(torch.float32,), keep_going=True)
+    seen = []
+    result = harness.run("double", Module, setting, seen.append)
+    assert len(result["rows"]) == len(seen) == 1
+    assert result["failed"] == ["double tiny float32 forward: RuntimeError: no kernel for four numbers"]
+
+
+def test_cases_behind_the_deadline_are_named():
+    result = harness.run("double", Module, harness.Setting(CPU, quick=True, dtypes=(torch.float32,), deadline=0.0))
+    assert result["rows"] == []
+    assert result["failed"] == ["double tiny float32 forward: no time was left"] * 2
+
+
+def test_small_inputs_rotate_through_several_caches(monkeypatch):
+    class Properties:
+        L2_cache_size = 100 << 20
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    cuda = torch.device("cuda")
+    assert harness.sets_of_inputs(50 << 20, cuda) == 8
+    assert harness.sets_of_inputs(1 << 30, cuda) == 1
+    assert harness.sets_of_inputs(1, cuda) == 64
+    assert harness.sets_of_inputs(1, CPU) == 1
