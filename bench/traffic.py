@@ -50,7 +50,8 @@ class Traffic(TorchDispatchMode):
         named = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | dict(kwargs)
         for argument in schema.arguments:
             written = argument.alias_info is not None and argument.alias_info.is_write
-            overwritten = written and (argument.is_out or argument.name == "out" or schema.name == "aten::copy_")
+            ours = schema.name.startswith("talkingdit::") and not named.get("add")  # add: into what is there
+            overwritten = written and (argument.is_out or ours or schema.name == "aten::copy_")
             # What is overwritten is not read; what is changed in place is read and written.
             self.moved += _bytes(named.get(argument.name)) * (1 if overwritten else 2 if written else 1)
         results = () if not schema.returns else (result,) if len(schema.returns) == 1 else result
