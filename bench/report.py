@@ -27,7 +27,7 @@ def load(folder: Path) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: there is none.
     """
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"), key=lambda path: path.stem)]
     full = [result for result in found if "device" in result and not result.get("quick")]
     results = [result for result in full if result.get("rows") or result.get("steps")]
     if not results:
