@@ -268,9 +268,10 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
             index = injector.index.get(i)
             if index is None:
                 continue
+            stream, trains = x[:, :noisy], torch.is_grad_enabled()
             heard = self._run(
                 injector,
-                x[:, :noisy],
+                stream,
                 index,
                 per_frame,
                 text.dtype,
@@ -278,12 +279,13 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
                 conditions.audio_modulation[index],
                 None if conditions.audio_kv is None else conditions.audio_kv[index],
                 self.config.audio_absorb,
+                not trains,
             )
-            if torch.is_grad_enabled():
+            if trains:
                 x = x + F.pad(heard, (0, 0, 0, x.shape[1] - noisy))
-            else:
-                x[:, :noisy] += heard
-            del heard
+            elif heard is not stream:  # hooks may have moved it to another device
+                stream.copy_(heard)
+            del heard, stream
 
         noisy_groups = 1 if timestep.dim() == 1 else frames
         y = self.head(x[:, :noisy], time[:, :noisy_groups], noisy // noisy_groups)

@@ -171,14 +171,17 @@ class AudioInjector(nn.Module):
         shift_scale: tuple[Tensor, Tensor] | None,
         memory: AudioMemory | None = None,
         absorb: str = "none",
+        add: bool = False,
     ) -> Tensor:
         """What audio adds to the noisy tokens x [B, F * S, dim] of the residual stream, in `dtype`.
 
-        `tokens` [B, F, A, dim] or their `memory`; `absorb` as in `AudioCrossAttention.memory`.
+        `tokens` [B, F, A, dim] or their `memory`; `absorb` as in `AudioCrossAttention.memory`. With `add`, for
+        inference, it is added to x in place and x is returned.
         """
         if shift_scale is None:
             hidden = self.norm(x).to(dtype)
         else:
             shift, scale = shift_scale
             hidden = ops.norm_modulate(x, scale, shift, tokens_per_frame, eps=1e-5, dtype=dtype)
-        return self.injector[index](hidden, tokens_per_frame, tokens, memory, absorb)
+        stream = {"residual": x, "out": x} if add else {}
+        return self.injector[index](hidden, tokens_per_frame, tokens, memory, absorb, **stream)

@@ -10,6 +10,9 @@ values have been multiplied with it (as latent attention absorbs its up-projecti
 The output projection of H*D inputs becomes one of H*A, the query projection likewise. K' and V' do not depend on the
 timestep: they are made once per clip. The algebra is exact, the rounding is another. A norm of the query divides by a
 number that needs the whole query, so the second line holds only without one.
+
+Each product with K' or V' is `ops.frame_linear`: on a GPU one kernel, which for V' also gates, masks and adds into the
+residual stream.
 """
 
 from __future__ import annotations
@@ -27,17 +30,36 @@ ABSORB = ("none", "value", "full")
 
 
 class CrossAttention(nn.Module):
-    """Projections of a cross attention, with q and k RMS-normalised over all heads unless `qk_norm` is False."""
+    """Projections of a cross attention, with q and k RMS-normalised over all heads unless `qk_norm` is False.
 
-    def __init__(self, dim: int, num_heads: int, eps: float = 1e-6, qk_norm: bool = True):
+    Args:
+        dim: width of the tokens on both sides.
+        num_heads: H.
+        eps: of the norms.
+        qk_norm: normalise q and k.
+        head_dim: channels of a head, `dim / num_heads` if not given.
+        bias: of the four projections.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        eps: float = 1e-6,
+        qk_norm: bool = True,
+        head_dim: int | None = None,
+        bias: bool = True,
+    ):
         super().__init__()
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
-        self.norm_q = RMSNorm(dim, eps) if qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(dim, eps) if qk_norm else nn.Identity()
+        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        inner = num_heads * self.head_dim
+        self.q = nn.Linear(dim, inner, bias)
+        self.k = nn.Linear(dim, inner, bias)
+        self.v = nn.Linear(dim, inner, bias)
+        self.o = nn.Linear(inner, dim, bias)
+        self.norm_q = RMSNorm(inner, eps) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(inner, eps) if qk_norm else nn.Identity()
 
     def query(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., heads, head_dim]."""
@@ -52,7 +74,7 @@ class CrossAttention(nn.Module):
 class AudioMemory(NamedTuple):
     """What `AudioCrossAttention` keeps of the audio of a clip: F frames, A tokens each, H heads of D channels."""
 
-    k: Tensor  # [B, F, A, H, D], or absorbed [B, F, H*A, dim]
+    k: Tensor  # [B, F, A, H, D], or absorbed [B, F, dim, H*A]
     v: Tensor  # [B, F, A, H, D], or absorbed [B, F, H*A, dim]
     score_bias: Tensor | None = None  # [B, F, H*A], with absorbed keys
     out_bias: Tensor | None = None  # [dim], with absorbed values
@@ -80,15 +102,16 @@ class AudioCrossAttention(CrossAttention):
                 "made of the query itself, got 'full'"
             )
         k, v = self.key_value(tokens)
+        heads, size = self.num_heads, self.head_dim
         if absorb == "none":
             return AudioMemory(k, v)
-        weight, out_bias = effective(self.o, like=v)
-        v = torch.einsum("bfahd,chd->bfhac", v, weight.unflatten(1, (self.num_heads, -1))).flatten(2, 3)
+        weight, out_bias = effective(self.o, heads * size, like=v)
+        v = torch.einsum("bfahd,chd->bfhac", v, weight.unflatten(1, (heads, size))).flatten(2, 3).contiguous()
         if absorb == "value":
             return AudioMemory(k, v, None, out_bias)
-        weight, bias = effective(self.q, like=k)
-        score_bias = torch.einsum("bfahd,hd->bfha", k, bias.unflatten(0, (self.num_heads, -1))).flatten(2)
-        k = torch.einsum("bfahd,hdc->bfhac", k, weight.unflatten(0, (self.num_heads, -1))).flatten(2, 3)
+        weight, bias = effective(self.q, tokens.shape[-1], like=k)
+        score_bias = torch.einsum("bfahd,hd->bfha", k, bias.unflatten(0, (heads, size))).flatten(2)
+        k = torch.einsum("bfahd,hdc->bfcha", k, weight.unflatten(0, (heads, size))).flatten(3).contiguous()
         return AudioMemory(k, v, score_bias, out_bias)
 
     def forward(
@@ -98,8 +121,23 @@ class AudioCrossAttention(CrossAttention):
         tokens: Tensor | None = None,
         memory: AudioMemory | None = None,
         absorb: str = "none",
+        gate: Tensor | None = None,
+        mask: Tensor | None = None,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """x [B, F * S, dim] with audio tokens [B, F, A, dim], or with their `memory`, -> [B, F * S, dim].
+
+        Args:
+            x: normalised tokens.
+            tokens_per_frame: S.
+            tokens: audio tokens, in the place of `memory`.
+            memory: what `memory(tokens)` returned.
+            absorb: as in `memory`; of `tokens` only.
+            gate: [dim], multiplied with the result.
+            mask: [B, F * S], multiplied with it: the share of a token that the audio drives, such as a face mask.
+            residual: [B, F * S, dim], added to it; its dtype is the result's.
+            out: where the result goes, may be `residual`; only where no gradient is needed.
 
         Raises:
             ValueError: neither tokens nor memory is given, or `absorb` does not fit (see `memory`).
@@ -108,28 +146,64 @@ class AudioCrossAttention(CrossAttention):
             if tokens is None:
                 raise ValueError("AudioCrossAttention: tokens or memory must be given, got neither")
             memory = self.memory(tokens, absorb)
-        if memory.out_bias is None:
-            out = ops.audio_attention(self.query(x), memory.k, memory.v, tokens_per_frame=tokens_per_frame)
-            return self.o(out.flatten(2))
-        heads, scale = self.num_heads, (x.shape[-1] // self.num_heads) ** -0.5
-        x = x.unflatten(1, (-1, tokens_per_frame))
-        if memory.score_bias is None:
-            q = self.query(x).permute(0, 1, 3, 2, 4)
-            scores = (q @ memory.k.permute(0, 1, 3, 4, 2)).transpose(2, 3)
+        k, v, score_bias, out_bias = memory
+        if out_bias is None:
+            heard = ops.audio_attention(self.query(x), k, v, tokens_per_frame=tokens_per_frame)
+            return _add(self.o(heard.flatten(2)), gate, mask, residual, out)
+        if score_bias is None:
+            q = self.query(x).unflatten(1, (-1, tokens_per_frame)).permute(0, 1, 3, 2, 4)
+            scores = (q @ k.permute(0, 1, 3, 4, 2)).transpose(2, 3)
         else:
-            scores = (x @ memory.k.transpose(2, 3) + memory.score_bias[:, :, None]).unflatten(-1, (heads, -1))
-        weights = (scores.to(wide(scores.dtype)) * scale).softmax(-1).flatten(3)
-        return (weights.to(memory.v.dtype) @ memory.v + memory.out_bias).flatten(1, 2)
+            scores = _frame_linear(x.to(k.dtype), k, tokens_per_frame).unflatten(1, (-1, tokens_per_frame))
+            scores = (scores + score_bias[:, :, None]).unflatten(-1, (self.num_heads, -1))
+        weights = (scores.to(wide(scores.dtype)) * self.head_dim**-0.5).softmax(-1).flatten(3).flatten(1, 2).to(v.dtype)
+        if residual is None or residual.dtype in (v.dtype, wide(v.dtype)):
+            return _frame_linear(weights, v, tokens_per_frame, out_bias, gate, mask, residual, out)
+        return _add(_frame_linear(weights, v, tokens_per_frame, out_bias), gate, mask, residual, out)
 
 
-def effective(linear: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight [out, in] and bias [out] that a linear layer applies, in the dtype of `like`.
+def _frame_linear(
+    x: Tensor,
+    weight: Tensor,
+    tokens_per_frame: int,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`ops.frame_linear`, written out where a gradient is needed."""
+    given = (x, weight, bias, gate, mask, residual)
+    if out is None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        return ops.frame_linear_reference(x, weight, tokens_per_frame, bias, gate, mask, residual)
+    return ops.frame_linear(x, weight, tokens_per_frame, bias, gate, mask, residual, out=out)
+
+
+def _add(
+    value: Tensor, gate: Tensor | None, mask: Tensor | None, residual: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """`residual + mask * gate * value`."""
+    dtype = value.dtype if residual is None else residual.dtype
+    if gate is not None:
+        value = gate * value
+    if mask is not None:
+        value = mask[..., None] * value
+    if residual is None:
+        return value.to(dtype) if out is None else out.copy_(value)
+    if out is residual:
+        return residual.add_(value)
+    return (residual + value).to(dtype) if out is None else out.copy_(residual + value)
+
+
+def effective(linear: nn.Module, inputs: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight [out, inputs] and bias [out] (zeros for none) that a linear layer applies, in the dtype of `like`.
 
     A layer with adapters, quantised weights or hooks around its forward is asked by calling it with the identity.
     """
     plain = type(linear) is nn.Linear and not hasattr(linear, "_diffusers_hook")
     if plain and linear.weight.dtype == like.dtype and not is_traceable_wrapper_subclass(linear.weight):
-        return linear.weight, linear.bias  # type: ignore[return-value]
-    zero = like.new_zeros(1, like.shape[-2] * like.shape[-1])
+        weight: Tensor = linear.weight  # type: ignore[assignment]
+        return weight, weight.new_zeros(weight.shape[0]) if linear.bias is None else linear.bias  # type: ignore[return-value]
+    zero = like.new_zeros(1, inputs)
     bias = linear(zero)
-    return (linear(torch.eye(zero.shape[1], dtype=like.dtype, device=like.device)) - bias).T, bias[0]
+    return (linear(torch.eye(inputs, dtype=like.dtype, device=like.device)) - bias).T, bias[0]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,9 +18,12 @@ _ARGS = (
     "SymInt token_offset"
 )
 
+# Elements of a frame's result from which on the CPU takes frames one by one; for smaller ones, calls would cost more.
+_LARGE_FRAME = 1 << 16
+
 
 def used_for(x: Tensor) -> bool:
-    """True where the native kernel does the work; on the CPU a matrix product per frame is the fast way."""
+    """True where the native kernel does the work; on the CPU products of torch do."""
     return x.is_cuda
 
 
@@ -37,7 +42,15 @@ def _run(
     """``add``: out is the residual as well."""
     residual = out if add else residual
     if not used_for(x):
-        out.copy_(_per_frame(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset))
+        if tokens_per_frame * weight.shape[3] < _LARGE_FRAME:
+            out.copy_(_per_frame(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset))
+            return
+        # A frame at a time: nothing of the size of the result is made besides it.
+        for begin, end, frame in _frames(x.shape[1], tokens_per_frame, token_offset):
+            value = x[:, begin:end] @ weight[:, frame]
+            before = None if residual is None else residual[:, begin:end]
+            share = None if mask is None else mask[:, begin:end]
+            out[:, begin:end] = _epilogue(value, bias, gate, share, before)
         return
     wide = torch.promote_types(x.dtype, torch.float32)
     bias, gate, mask = (None if t is None else rows(t.to(wide)) for t in (bias, gate, mask))
@@ -55,8 +68,6 @@ def _forward(
     tokens_per_frame: int,
     token_offset: int,
 ) -> Tensor:
-    if not used_for(x):
-        return _per_frame(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset)
     like = x if residual is None else residual
     out = empty((*x.shape[:2], weight.shape[3]), like)
     _run(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset, False, out)
@@ -71,6 +82,29 @@ _op = register(f"frame_linear({_ARGS}) -> Tensor", _forward, _fake)
 _op_out = register(f"frame_linear_out({_ARGS}, bool add, Tensor(a!) out) -> ()", _run, lambda *_: None)
 
 
+def _frames(tokens: int, tokens_per_frame: int, token_offset: int) -> Iterator[tuple[int, int, int]]:
+    """First token, end and number of every frame that a shard has tokens of."""
+    begin = 0
+    while begin < tokens:
+        frame = (token_offset + begin) // tokens_per_frame
+        end = min((frame + 1) * tokens_per_frame - token_offset, tokens)
+        yield begin, end, frame
+        begin = end
+
+
+def _epilogue(
+    value: Tensor, bias: Tensor | None, gate: Tensor | None, mask: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    dtype = value.dtype if residual is None else residual.dtype
+    if bias is not None:
+        value = value + bias
+    if gate is not None:
+        value = gate * value
+    if mask is not None:
+        value = mask[..., None] * value
+    return (value if residual is None else residual + value).to(dtype)
+
+
 def _per_frame(
     x: Tensor,
     weight: Tensor,
@@ -81,23 +115,14 @@ def _per_frame(
     tokens_per_frame: int,
     token_offset: int,
 ) -> Tensor:
-    parts = []
-    begin = 0
-    while begin < x.shape[1]:
-        frame = (token_offset + begin) // tokens_per_frame
-        end = min((frame + 1) * tokens_per_frame - token_offset, x.shape[1])
-        parts.append(x[:, begin:end] @ weight[:, frame])
-        begin = end
-    value = torch.cat(parts, dim=1) if parts else x.new_zeros(*x.shape[:2], weight.shape[3])
-    if bias is not None:
-        value = value + bias
-    if gate is not None:
-        value = gate * value
-    if mask is not None:
-        value = mask[..., None] * value
-    if residual is None:
-        return value.to(x.dtype)
-    return (residual + value).to(residual.dtype)
+    tokens, first = x.shape[1], token_offset // tokens_per_frame
+    if tokens % tokens_per_frame == 0 and token_offset % tokens_per_frame == 0:
+        count = tokens // tokens_per_frame
+        value = (x.unflatten(1, (count, tokens_per_frame)) @ weight[:, first : first + count]).flatten(1, 2)
+    else:
+        frames = _frames(tokens, tokens_per_frame, token_offset)
+        value = torch.cat([x[:, begin:end] @ weight[:, frame] for begin, end, frame in frames], dim=1)
+    return _epilogue(value, bias, gate, mask, residual)
 
 
 def _check(
@@ -199,6 +224,6 @@ def frame_linear_reference(
     residual: Tensor | None = None,
     token_offset: int = 0,
 ) -> Tensor:
-    """:func:`frame_linear` in plain PyTorch, with gradients: a matrix product per frame."""
+    """:func:`frame_linear` in plain PyTorch, with gradients: a batched product, or one per frame if frames are cut."""
     _check("frame_linear_reference", x, weight, tokens_per_frame, bias, gate, mask, residual, token_offset)
     return _per_frame(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset)

@@ -23,24 +23,28 @@ def draw(dtype=torch.float64):
     return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in ((B, F * S, DIM), (B, F, A, DIM)))
 
 
-def written_out(module, x, tokens):
+def written_out(module, x, tokens, per_frame=S):
     """Frame by frame and head by head."""
 
     def normed(y, norm):
         return y if isinstance(norm, torch.nn.Identity) else y / (y.square().mean(-1, True) + 1e-6).sqrt() * norm.weight
 
-    q = normed(x @ module.q.weight.T + module.q.bias, module.norm_q)
-    k = normed(tokens @ module.k.weight.T + module.k.bias, module.norm_k)
-    v = tokens @ module.v.weight.T + module.v.bias
-    out = torch.zeros_like(x)
-    size = DIM // HEADS
-    for f in range(F):
-        rows = slice(f * S, (f + 1) * S)
-        for h in range(HEADS):
+    def linear(layer, y):
+        return y @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+
+    q, k = normed(linear(module.q, x), module.norm_q), normed(linear(module.k, tokens), module.norm_k)
+    v = linear(module.v, tokens)
+    size = q.shape[-1] // module.num_heads
+    frames = []
+    for f in range(tokens.shape[1]):
+        rows = slice(f * per_frame, (f + 1) * per_frame)
+        heads = []
+        for h in range(module.num_heads):
             c = slice(h * size, (h + 1) * size)
             weights = (q[:, rows, c] @ k[:, f, :, c].transpose(1, 2) / size**0.5).softmax(-1)
-            out[:, rows, c] = weights @ v[:, f, :, c]
-    return out @ module.o.weight.T + module.o.bias
+            heads.append(weights @ v[:, f, :, c])
+        frames.append(torch.cat(heads, -1))
+    return linear(module.o, torch.cat(frames, 1))
 
 
 def error(a, b):
@@ -56,8 +60,9 @@ def test_absorption_is_exact(qk_norm, absorb):
     want = written_out(module, x, tokens)
     assert error(module(x, S, tokens, absorb=absorb), want) < 1e-13
     memory = module.memory(tokens, absorb)
-    assert memory.v.shape[-1] == (DIM // HEADS if absorb == "none" else DIM)
-    assert memory.k.shape[-1] == (DIM if absorb == "full" else DIM // HEADS)
+    plain = (B, F, A, HEADS, DIM // HEADS)
+    assert memory.v.shape == (plain if absorb == "none" else (B, F, HEADS * A, DIM))
+    assert memory.k.shape == ((B, F, DIM, HEADS * A) if absorb == "full" else plain)
     assert error(module(x, S, memory=memory), want) < 1e-13
 
 
@@ -70,6 +75,90 @@ def test_gradients_of_absorbed_projections_are_those_of_the_plain_ones(absorb):
     ours = torch.autograd.grad(module(x, S, tokens, absorb=absorb).sin().sum(), wanted)
     for a, b in zip(ours, plain, strict=True):
         assert (a - b).norm() < 1e-12 * (1 + b.norm())
+
+
+@pytest.mark.parametrize("absorb", ["none", "value", "full"])
+def test_result_is_gated_masked_and_added_in_place(absorb):
+    module = build(qk_norm=False)
+    x, tokens = draw()
+    gate, mask, residual = torch.randn(DIM).double(), torch.rand(B, F * S).double(), torch.randn(x.shape).double()
+    want = residual + mask[..., None] * gate * written_out(module, x, tokens)
+    trained = module(x, S, tokens, absorb=absorb, gate=gate, mask=mask, residual=residual)
+    assert trained.requires_grad
+    assert error(trained, want) < 1e-13
+    memory = module.memory(tokens, absorb)
+    stream = torch.cat([residual, residual], dim=1)  # the noisy tokens are the first part of the residual stream
+    noisy = stream[:, : F * S]
+    with torch.no_grad():
+        assert module(x, S, memory=memory, gate=gate, mask=mask, residual=noisy, out=noisy) is noisy
+    assert error(stream[:, : F * S], want) < 1e-13
+    assert torch.equal(stream[:, F * S :], residual)
+
+
+@pytest.mark.parametrize("absorb", ["none", "value", "full"])
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
+def test_residual_stream_keeps_its_dtype(absorb, stream):
+    module = build(qk_norm=False).bfloat16()
+    x, tokens = draw(torch.bfloat16)
+    residual = torch.randn(x.shape).to(stream)
+    with torch.no_grad():
+        heard = module(x, S, tokens, absorb=absorb)
+        out = module(x, S, tokens, absorb=absorb, residual=residual)
+    assert out.dtype == stream
+    assert error(out.double(), residual.double() + heard) < (1e-6 if stream == torch.float32 else 4e-3)
+
+
+def single_wide_head(tokens, batch=2, frames=3, per_frame=5, dim=24):
+    """The audio adapter of HunyuanVideo-Avatar, but for its width: one head of 1024 channels, no norms, no biases."""
+    torch.manual_seed(3)
+    module = AudioCrossAttention(dim, 1, qk_norm=False, head_dim=1024, bias=False).double()
+    x = torch.randn(batch, frames * per_frame, dim, dtype=torch.float64, requires_grad=True)
+    audio = torch.randn(batch, frames, tokens, dim, dtype=torch.float64, requires_grad=True)
+    face = (torch.rand(batch, frames * per_frame) < 0.5).double()
+    residual = torch.randn(x.shape, dtype=torch.float64)
+    return module, x, audio, face, residual
+
+
+@pytest.mark.parametrize("tokens", [16, 40])
+def test_a_single_head_of_1024_channels_is_absorbed(tokens):
+    module, x, audio, face, residual = single_wide_head(tokens)
+    assert module.q.weight.shape == (1024, 24)
+    want = residual + face[..., None] * written_out(module, x, audio, 5)
+    with torch.no_grad():
+        memory = module.memory(audio, "full")
+        assert memory.k.shape == (2, 3, 24, tokens)
+        out = module(x, 5, memory=memory, mask=face, residual=residual)
+        assert error(out, want) < 1e-13
+        assert torch.equal(out[face == 0], residual[face == 0])
+        stream = residual.clone()
+        assert torch.equal(module(x, 5, memory=memory, mask=face, residual=stream, out=stream), out)
+    trained = module(x, 5, audio, absorb="full", mask=face, residual=residual)
+    assert error(trained, want) < 1e-13
+    wanted = [x, audio, *module.parameters()]
+    expected = torch.autograd.grad(want.sin().sum(), wanted)
+    for ours, truth in zip(torch.autograd.grad(trained.sin().sum(), wanted), expected, strict=True):
+        assert (ours - truth).norm() < 1e-12 * (1 + truth.norm())
+
+
+@pytest.mark.parametrize("absorb", ["none", "value", "full"])
+def test_compiles_to_one_graph_that_adds_to_the_stream(absorb):
+    module = build(qk_norm=False)
+    x, tokens = draw()
+    residual = torch.randn(B, 2 * F * S, DIM).double()
+
+    def step(residual, memory):
+        stream = residual.clone()
+        noisy = stream[:, : F * S]
+        heard = module(x, S, memory=memory, residual=noisy, out=noisy)
+        return stream + (heard is noisy)
+
+    with torch.no_grad():
+        memory = module.memory(tokens, absorb)
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        assert error(compiled(residual, memory), step(residual, memory)) < 1e-13
+        assert (
+            error(step(residual, memory)[:, : F * S], residual[:, : F * S] + 1 + written_out(module, x, tokens)) < 1e-13
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,12 +23,17 @@ def draw(dtype: torch.dtype = torch.float64, tokens: int = F * S) -> dict[str, T
 
 
 @pytest.mark.parametrize("function", [ops.frame_linear, ops.frame_linear_reference])
-@pytest.mark.parametrize("offset", [0, 3])
-def test_every_token_uses_the_matrix_of_its_frame(function, offset: int) -> None:
-    given = draw(tokens=9)
+@pytest.mark.parametrize(("offset", "tokens"), [(0, 9), (3, 9), (5, 10)])
+@pytest.mark.parametrize("large", [1, 1 << 16])
+def test_every_token_uses_the_matrix_of_its_frame(
+    function, offset: int, tokens: int, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards that cut frames and one that does not, frames one by one (as large ones on the CPU) and all at once."""
+    monkeypatch.setattr(sys.modules["talkingdit.ops.frame_linear"], "_LARGE_FRAME", large)
+    given = draw(tokens=tokens)
     out = function(tokens_per_frame=S, token_offset=offset, **given)
     for b in range(B):
-        for n in range(9):
+        for n in range(tokens):
             value = given["x"][b, n] @ given["weight"][b, (offset + n) // S] + given["bias"]
             expected = given["residual"][b, n] + given["mask"][b, n] * given["gate"] * value
             torch.testing.assert_close(out[b, n], expected)

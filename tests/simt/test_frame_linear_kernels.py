@@ -11,6 +11,7 @@ from conftest import Device
 from torch import Tensor
 
 from talkingdit import ops
+from talkingdit.nn.audio_cross_attention import AudioCrossAttention
 
 _MODULE = sys.modules["talkingdit.ops.frame_linear"]
 
@@ -70,6 +71,43 @@ def test_shards_that_cut_frames(gpu: Device, dtype: torch.dtype) -> None:
 def test_residual_stream_of_float32(gpu: Device) -> None:
     given = draw(torch.bfloat16, 1, 24, 2, 40, 20)
     check(gpu, {**given, "residual": given["residual"].float() / 3, "mask": given["mask"].float()}, 12, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("heads", "size", "absorb"), [(4, 8, "value"), (1, 1024, "full")])
+def test_absorbed_cross_attention(gpu: Device, dtype: torch.dtype, heads: int, size: int, absorb: str) -> None:
+    """The module, adding to part of a wider residual stream; the single wide head is HunyuanVideo-Avatar's adapter."""
+    torch.manual_seed(5)
+    batch, frames, per_frame, tokens, dim = 2, 2, 7, 16, 40
+    module = AudioCrossAttention(dim, heads, qk_norm=False, head_dim=size).to(dtype).requires_grad_(False)
+    x, audio = (torch.randn(batch, *shape, dim).to(dtype) for shape in ((frames * per_frame,), (frames, tokens)))
+    face = (torch.rand(batch, frames * per_frame) < 0.5).to(dtype)
+    residual = torch.randn(batch, frames * per_frame + 3, dim, dtype=torch.promote_types(dtype, torch.float32))
+
+    def run() -> list[Tensor]:
+        stream = gpu.put(residual)
+        noisy = stream[:, : frames * per_frame]
+        memory = module.memory(gpu.put(audio), absorb)
+        assert module(gpu.put(x), per_frame, memory=memory, mask=face, residual=noisy, out=noisy) is noisy
+        return [stream]
+
+    (stream,) = gpu.orders(run)
+    truth = residual.double().clone()
+    module.double()
+    heard = _plain(module, x.double(), audio.double(), per_frame)
+    truth[:, : frames * per_frame] += face.double()[..., None] * heard
+    assert torch.equal(stream[:, frames * per_frame :], residual[:, frames * per_frame :])
+    assert torch.equal(stream[:, : frames * per_frame][face == 0], residual[:, : frames * per_frame][face == 0])
+    error = float((stream.double() - truth).norm() / (truth - residual.double()).norm())
+    assert error < {torch.bfloat16: 1e-2, torch.float64: 1e-13}[dtype]
+
+
+def _plain(module: AudioCrossAttention, x: Tensor, audio: Tensor, per_frame: int) -> Tensor:
+    """Unabsorbed attention to the frame's tokens."""
+    q = module.q(x).unflatten(-1, (module.num_heads, -1)).unflatten(1, (-1, per_frame)).transpose(2, 3)
+    k, v = (layer(audio).unflatten(-1, (module.num_heads, -1)).transpose(2, 3) for layer in (module.k, module.v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    return module.o(out.transpose(2, 3).flatten(3).flatten(1, 2))
 
 
 def test_binding_refuses_frames_without_a_matrix(gpu: Device) -> None:
