@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the tiny video autoencoder of the puppet world: `python -m training.vae --out runs/vae --minutes 50`.
+"""Train the tiny video autoencoder of the puppet world: `python -m training.vae --out runs/vae`.
 
 The network is diffusers' AutoencoderKLWan (4x8x8 compression, 16 channels) in a tiny configuration: 2x2 pixel patches
 in and out, so that the widest layers work at half the resolution. Clips are rendered on the fly, seen once each; their
@@ -40,7 +40,7 @@ class Config:
     out: Path = Path("runs/vae")
     voices: Path = Path("data/voices")
     start: Path | None = None  # folder of an autoencoder to go on from, with a new schedule
-    minutes: float = 50.0  # wall-clock budget; the learning rate follows the elapsed share of it
+    minutes: float = 110.0  # wall-clock budget; the learning rate follows the elapsed share of it
     size: int = 96
     base_dim: int = 16
     dim_mult: tuple[int, ...] = (1, 3, 5)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Second stage of the autoencoder: its decoder learns streams of any length, the encoder stays as it is.
 
-`python -m training.vae_stream --vae runs/vae/vae --out runs/vae/long --minutes 12`
+`python -m training.vae_stream --vae runs/vae/vae --out runs/vae/long`
 
 The first stage sees at most 65 frames, but generation decodes without end through causal caches, where small errors
 could add up. Here videos of up to 161 frames are decoded in windows with the caches carried over (truncated
@@ -35,7 +35,7 @@ class Config:
     vae: Path = Path("runs/vae/vae")
     out: Path = Path("runs/vae/long")
     voices: Path = Path("data/voices")
-    minutes: float = 12.0
+    minutes: float = 36.0
     size: int = 96
     streams: int = 2  # videos decoded side by side, at different places
     learning_rate: float = 5e-4

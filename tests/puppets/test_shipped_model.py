@@ -9,7 +9,7 @@ import pytest
 import talkingdit
 from talkingdit.models.audio import RATE, SpeechFeatures, normalise_loudness
 from talkingdit.pipelines.media import read_audio
-from talkingdit.puppets.probe import Identity, probe
+from talkingdit.puppets.probe import probe
 from talkingdit.puppets.render import render
 from talkingdit.puppets.visemes import visemes_from_audio
 from talkingdit.puppets.world import Motion, Scene
@@ -39,17 +39,13 @@ def test_the_mouth_follows_a_voice_it_has_never_heard(spoken):
     _, truth, frames = spoken
     measured = probe(frames).opening[0]
     lags = {lag: np.corrcoef(truth[4:-4], np.roll(measured, -lag)[4:-4])[0, 1] for lag in range(-4, 5)}
-    assert lags[0] > 0.7
-    assert abs(max(lags, key=lags.get)) <= 1
-    assert 0.6 < np.polyfit(truth, measured, 1)[0] < 1.4
+    assert lags[0] > 0.9
+    assert max(lags, key=lags.get) == 0
+    assert 0.8 < np.polyfit(truth, measured, 1)[0] < 1.2
     assert abs(np.corrcoef(np.roll(truth, len(truth) // 2), measured)[0, 1]) < 0.35
 
 
 @pytest.mark.slow
-def test_hair_and_clothes_of_the_portrait_stay_to_the_end(spoken):
-    # Skin tones are told apart less surely (docs/puppets.md), so they are not held to this.
+def test_the_person_of_the_portrait_stays_to_the_end(spoken):
     scene, _, frames = spoken
-    wanted = Identity.of(scene.characters[0])
-    found = probe(frames).identity[0]
-    for part in ("hair", "hair_style", "shirt"):
-        assert np.mean([getattr(identity, part) == getattr(wanted, part) for identity in found]) > 0.9, part
+    assert probe(frames).identity_share(0, scene.characters[0]) >= 0.95
