@@ -45,12 +45,19 @@ def _run(
         if tokens_per_frame * weight.shape[3] < _LARGE_FRAME:
             out.copy_(_per_frame(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset))
             return
-        # A frame at a time: nothing of the size of the result is made besides it.
+        # A frame at a time: nothing of the size of the result is made besides it, and where all have one dtype nothing
+        # of the size of a frame either.
+        same = not add and all(t is None or t.dtype == out.dtype for t in (x, bias, gate, mask, residual))
         for begin, end, frame in _frames(x.shape[1], tokens_per_frame, token_offset):
-            value = x[:, begin:end] @ weight[:, frame]
             before = None if residual is None else residual[:, begin:end]
             share = None if mask is None else mask[:, begin:end]
-            out[:, begin:end] = _epilogue(value, bias, gate, share, before)
+            if same:
+                for sample, matrix, place in zip(x[:, begin:end], weight[:, frame], out[:, begin:end], strict=True):
+                    torch.mm(sample, matrix, out=place)
+                _finish(out[:, begin:end], bias, gate, share, before)
+            else:
+                value = x[:, begin:end] @ weight[:, frame]
+                out[:, begin:end] = _epilogue(value, bias, gate, share, before)
         return
     wide = torch.promote_types(x.dtype, torch.float32)
     bias, gate, mask = (None if t is None else rows(t.to(wide)) for t in (bias, gate, mask))
@@ -103,6 +110,20 @@ def _epilogue(
     if mask is not None:
         value = mask[..., None] * value
     return (value if residual is None else residual + value).to(dtype)
+
+
+def _finish(
+    out: Tensor, bias: Tensor | None, gate: Tensor | None, mask: Tensor | None, residual: Tensor | None
+) -> None:
+    """`_epilogue` in place."""
+    if bias is not None:
+        out.add_(bias)
+    if gate is not None:
+        out.mul_(gate)
+    if mask is not None:
+        out.mul_(mask[..., None])
+    if residual is not None:
+        out.add_(residual)
 
 
 def _per_frame(
