@@ -47,14 +47,15 @@ def _run(
             return
         # A frame at a time: nothing of the size of the result is made besides it, and where all have one dtype nothing
         # of the size of a frame either.
-        same = not add and all(t is None or t.dtype == out.dtype for t in (x, bias, gate, mask, residual))
+        same = all(t is None or t.dtype == out.dtype for t in (x, bias, gate, mask, residual))
+        same = same and (residual is None or not _overlap(residual, out))
         for begin, end, frame in _frames(x.shape[1], tokens_per_frame, token_offset):
             before = None if residual is None else residual[:, begin:end]
             share = None if mask is None else mask[:, begin:end]
             if same:
                 for sample, matrix, place in zip(x[:, begin:end], weight[:, frame], out[:, begin:end], strict=True):
                     torch.mm(sample, matrix, out=place)
-                _finish(out[:, begin:end], bias, gate, share, before)
+                _epilogue(out[:, begin:end], bias, gate, share, before, out=out[:, begin:end])
             else:
                 value = x[:, begin:end] @ weight[:, frame]
                 out[:, begin:end] = _epilogue(value, bias, gate, share, before)
@@ -89,6 +90,11 @@ _op = register(f"frame_linear({_ARGS}) -> Tensor", _forward, _fake)
 _op_out = register(f"frame_linear_out({_ARGS}, bool add, Tensor(a!) out) -> ()", _run, lambda *_: None)
 
 
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """May they share memory, as the residual and the result of an in-place call do?"""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 def _frames(tokens: int, tokens_per_frame: int, token_offset: int) -> Iterator[tuple[int, int, int]]:
     """First token, end and number of every frame that a shard has tokens of."""
     begin = 0
@@ -100,30 +106,24 @@ def _frames(tokens: int, tokens_per_frame: int, token_offset: int) -> Iterator[t
 
 
 def _epilogue(
-    value: Tensor, bias: Tensor | None, gate: Tensor | None, mask: Tensor | None, residual: Tensor | None
+    value: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
+    """``residual + mask * gate * (value + bias)``; ``out`` may be ``value``, of the dtype of all."""
     dtype = value.dtype if residual is None else residual.dtype
     if bias is not None:
-        value = value + bias
+        value = torch.add(value, bias, out=out)
     if gate is not None:
-        value = gate * value
+        value = torch.mul(value, gate, out=out)
     if mask is not None:
-        value = mask[..., None] * value
-    return (value if residual is None else residual + value).to(dtype)
-
-
-def _finish(
-    out: Tensor, bias: Tensor | None, gate: Tensor | None, mask: Tensor | None, residual: Tensor | None
-) -> None:
-    """`_epilogue` in place."""
-    if bias is not None:
-        out.add_(bias)
-    if gate is not None:
-        out.mul_(gate)
-    if mask is not None:
-        out.mul_(mask[..., None])
+        value = torch.mul(value, mask[..., None], out=out)
     if residual is not None:
-        out.add_(residual)
+        value = torch.add(residual, value, out=out)
+    return value.to(dtype)
 
 
 def _per_frame(

@@ -85,7 +85,7 @@ def test_settings_are_the_official_ones_unless_a_file_says_others(loaded: S2VChe
         ({"guidance": "much"}, "guidance must be a number of at least 0, got 'much'"),
         ({"solver": "euler"}, r"solver must be one of unipc, dpm\+\+, got 'euler'"),
         ({"size_multiple": 20}, "size_multiple must be a multiple of 16, got 20"),
-        ({"speed": 3}, "unknown setting 'speed'; known are audio_fps"),
+        ({"speed": 3}, "unknown setting 'speed'; known are drop_first_motion"),
     ):
         file.write_text(json.dumps(change))
         refuse(folder, match)

@@ -51,6 +51,16 @@ def test_in_place_and_residual_of_float32() -> None:
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("large", [1, 1 << 16])
+def test_residual_and_out_may_be_two_views_of_one_memory(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["talkingdit.ops.frame_linear"], "_LARGE_FRAME", large)
+    given = draw()
+    expected = ops.frame_linear_reference(tokens_per_frame=S, **given)
+    memory = given["residual"].clone()
+    ops.frame_linear(tokens_per_frame=S, **{**given, "residual": memory.view(memory.shape)}, out=memory)
+    torch.testing.assert_close(memory, expected)
+
+
 def test_opcheck_and_compile() -> None:
     given = draw(torch.float32)
     arguments = [given[name] for name in ("x", "weight", "bias", "gate", "mask", "residual")]

@@ -59,10 +59,9 @@ class S2VSettings:
     max_area: int = 704 * 1024  # most pixels of a picture
     size_multiple: int = 64  # height and width are multiples of this many pixels
     negative_prompt: str = NEGATIVE_PROMPT
-    audio_fps: int = 30  # rate at which speech features are resampled before the video picks its own
 
     def __post_init__(self) -> None:
-        for name in ("fps", "infer_frames", "motion_frames", "steps", "max_area", "size_multiple", "audio_fps"):
+        for name in ("fps", "infer_frames", "motion_frames", "steps", "max_area", "size_multiple"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"pipeline.json: {name} must be an integer of at least 1, got {value!r}")
