@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from distributed import Processes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -16,3 +19,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """`processes(4, job, *args)` runs job(*args) in four processes of one gloo group: [result of rank 0, ...]."""
+    pool = Processes()
+    yield pool
+    pool.close()
