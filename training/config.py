@@ -1,40 +1,110 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One configuration for a run: dataclasses, read from a TOML file, overridden by options like `--optim.lr 1e-3`."""
+"""One configuration for a run: dataclasses, read from a TOML file, overridden by options like `--optim.lr 1e-3`.
+
+The sections are the defaults of every stage. A `[[stages]]` table of the file changes what is different in a stage;
+`Config.stages` are the stages with everything filled in. docs/stages.md explains them.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import sys
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
+
+from training.checks import check_stage
+from training.tables import changes, fill
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+Ramp = float | tuple[float, float]  # a number, or (from, to) for one that changes over a stage in a straight line
+Table = Annotated[dict[str, Any], tyro.conf.Suppress]  # free keys; the command line does not offer them
+
+
+def at(value: Ramp, progress: float) -> float:
+    """A ramp where `progress` (0..1) of the stage is done."""
+    return value[0] + (value[1] - value[0]) * progress if isinstance(value, tuple) else value
+
 
 @dataclass
 class RunConfig:
     out: Path = Path("runs/puppets")  # checkpoints, logs and the exported model go here
     seed: int = 0
-    threads: int = 2
-    minutes: float = 0.0  # wall-clock budget that the schedules follow; 0: they follow `steps`
-    steps: int = 6000
-    save_every: int = 500
-    validate_every: int = 1000
+    device: str = "auto"  # "cpu", "cuda", or whichever there is
+    threads: int = 2  # of each process, on the CPU
+    steps: int = 6000  # of a stage that says neither `steps` nor `minutes`
+    minutes: float = 0.0  # wall-clock budget of such a stage, which its schedules then follow; 0: they follow `steps`
+
+
+@dataclass
+class ModelConfig:
+    preset: str = "puppet_tiny"
+    settings: Table = field(default_factory=dict)  # changes to the preset
+    start: Path | None = None  # weights to begin with: a Wan-S2V folder, or a Wan T2V or I2V one; None: random
+    text_encoder: str = "prompt"  # "prompt": a small one, trained along; "none": features come with the data; a folder
+    clip_latents: int = 8  # of a clip of generation and validation
+    audio_context: int = 8  # feature frames before the clip that the audio encoder sees
+
+
+@dataclass
+class LoraConfig:
+    """PEFT adapters on linear layers; with a rank, stages train these alone unless they say otherwise."""
+
+    rank: int = 0  # 0: no adapters
+    alpha: float = 0.0  # 0: the rank
+    targets: list[str] = field(default_factory=lambda: ["q", "k", "v", "o", "ffn.0", "ffn.2"])  # ends of module names
+    dropout: float = 0.0
+
+
+@dataclass
+class ParallelConfig:
+    replicate: int = 1  # copies of the sharded model (HSDP)
+    shard: int = 0  # ranks that share the parameters; 0: what is left
+    ulysses: int = 1  # context parallelism by all-to-all over heads
+    ring: int = 1  # context parallelism over the sequence
+    ring_mode: Literal["gather", "ring"] = "gather"
+    precision: Literal["bf16", "fp32"] = "bf16"
+    activation_checkpointing: Literal["full", "selective", "off"] = "off"
+    offload: bool = False  # shards of parameters, gradients and optimiser states on the host
+    compile: bool = False
+    timeout_seconds: int = 600  # of a collective
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 500  # steps
+    keep: int = 3
+    asynchronous: bool = True
+
+
+@dataclass
+class SourceConfig:
+    """Where clips come from. Keys that are not fields go to `options`, for the source to read."""
+
+    REST: ClassVar[str] = "options"
+    kind: Literal["puppets", "manifest", "shards", "precomputed"] = "puppets"
+    path: Path | None = None
+    options: Table = field(default_factory=dict)
 
 
 @dataclass
 class DataConfig:
+    sources: dict[str, SourceConfig] = field(default_factory=lambda: {"puppets": SourceConfig()})
+    mix: dict[str, Ramp] = field(default_factory=dict)  # share of samples of each source; empty: all alike
+    workers: int = 0  # processes that read ahead; 0: none
+    prefetch: int = 2  # steps that each of them reads ahead
+    # Of the drawn world:
     voices: Path = Path("data/voices")  # made by `python -m training.voices`
     vae: Path = Path("runs/vae/vae")  # made by `python -m training.vae`
-    shipped_vae: Path | None = (
-        None  # exported in its place: the same encoder, a decoder that `training.vae_stream` made
-    )
+    shipped_vae: Path | None = None  # exported in its place: the same encoder, `training.vae_stream`'s decoder
     cache: Path = Path("data/puppets")  # latents and features of the drawn videos, made on first use
     long_videos: int = 240  # 169 frames each: clips deep inside a long video, with a full history
     short_videos: int = 480  # 49 frames each: more characters
@@ -43,38 +113,89 @@ class DataConfig:
 
 
 @dataclass
-class ModelConfig:
-    preset: str = "puppet_tiny"
-    clip_latents: int = 8
-    audio_context: int = 8  # feature frames before the clip that the audio encoder sees
+class BatchConfig:
+    count: int = 2  # micro-batches per step, over all ranks together
+    mode: Literal["stack", "pack"] = "stack"  # equal shapes stacked, or clips of any shapes in one sequence
+    size: int = 6  # samples of a stacked micro-batch
+    tokens: int = 0  # most tokens of a clip, and of a packed micro-batch; 0: no limit (stacked only)
+    kinds: Literal["any", "single"] = "any"  # single: all samples of a step are of one `Sample.kind`
+    frames: list[int] = field(default_factory=list)  # latent frames that clips are cut to; empty: model.clip_latents
+    resolutions: list[tuple[int, int]] = field(default_factory=list)  # pixel rows, columns; empty: the data's own
+    fit: Literal["resize", "crop"] = "resize"  # what makes a clip with too many tokens smaller
 
 
 @dataclass
 class OptimConfig:
-    batch: int = 12
-    lr: float = 2e-3  # of AdamW: embeddings, norms, biases, convolutions
-    muon_lr: float = 2e-3  # of Muon: matrices of the blocks; 0 trains them with AdamW too
+    name: str = "muon"  # "adamw", "adamw8bit", "muon" (matrices of the blocks; AdamW for the rest), "module.Class"
+    options: Table = field(default_factory=dict)  # further arguments of "module.Class"
+    lr: float = 2e-3
+    muon_lr: float = 2e-3  # of Muon's matrices; 0 trains them with AdamW too
+    lr_scale: dict[str, float] = field(default_factory=dict)  # name pattern: factor of the learning rate
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
     weight_decay: float = 0.01
-    warmup_steps: int = 100
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup_steps: int = 100  # of each stage
+    final: float = 0.01  # share of the learning rate where cosine and linear end
     clip_norm: float = 1.0
+    spike: float = 0.0  # a gradient norm this many times the recent median skips the step; 0: only what is not finite
     ema: float = 0.998
-    precision: Literal["bf16", "fp32"] = "bf16"
+
+
+@dataclass
+class JointDrop:
+    """Conditions that go together, besides each on its own."""
+
+    conditions: list[Literal["text", "audio", "reference", "history", "pose"]] = field(default_factory=list)
+    probability: Ramp = 0.0
+
+
+@dataclass
+class AnchorsConfig:
+    """Frames from outside the clip (Gloria, section 4.1), drawn from `Sample.outside`; none without `types`."""
+
+    types: dict[str, list[str]] = field(default_factory=dict)  # type: the kinds in `Sample.outside` that belong to it
+    always: list[str] = field(default_factory=list)  # types that every sample gets if it has them
+    probability: Ramp = 1.0  # that a sample gets one or more of the other types
+    single: Ramp = 1.0  # share of those that get one type only, drawn evenly from what the sample has
+    most: dict[str, int] = field(default_factory=dict)  # type: most anchors of a sample; 1 to this many are drawn
+    weights: dict[str, float] = field(default_factory=dict)  # kind: weight in the draw, to balance rare kinds; or 1
+
+
+@dataclass
+class ConditionsConfig:
+    drop_text: Ramp = 0.1
+    drop_audio: Ramp = 0.12
+    drop_reference: Ramp = 0.05
+    drop_history: Ramp = 0.1
+    drop_pose: Ramp = 0.0
+    joint: list[JointDrop] = field(default_factory=list)
+    first_clip: Ramp = 0.3  # share of samples that start a video, and so have no history
+    history_noise: Ramp = 0.15  # largest standard deviation of noise added to the history, against drift
+    prefix: Ramp = 0.0  # share of samples that are given their first latents clean, at timestep 0 and without loss
+    prefix_latents: int = 4
+    tasks: dict[str, Ramp] = field(default_factory=dict)  # shares of what a sample asks for; empty: "generate" alone
+    anchors: AnchorsConfig = field(default_factory=AnchorsConfig)
+    empty_text: Path | None = None  # features of the empty prompt (.safetensors), for data with features; None: zeros
 
 
 @dataclass
 class ObjectiveConfig:
-    shift: float = 2.0  # moves timesteps towards noise: sigma' = shift sigma / (1 + (shift - 1) sigma)
-    mouth_weight: float = 8.0  # weight of latent cells that a mouth touches; the mean weight is kept at one
-    drop_text: float = 0.1
-    drop_audio: float = 0.12
-    drop_reference: float = 0.05
-    drop_history: float = 0.1
-    first_clip: float = 0.3  # share of batches that start a video, and so have no history
-    history_noise: float = 0.15  # largest standard deviation of noise added to the history, against drift
+    levels: Literal["logit_normal", "uniform", "mode"] = "logit_normal"  # how noise levels are drawn
+    mean: float = 0.0  # of the normal in logit_normal
+    std: float = 1.0
+    mode_scale: float = 1.29  # of mode; Stable Diffusion 3, equation 20
+    shift: float = 2.0  # moves them towards noise: sigma' = shift sigma / (1 + (shift - 1) sigma)
+    regions: dict[str, Ramp] = field(default_factory=dict)  # weight of latent cells of a region, painted in this order
+    background: Ramp = 1.0  # weight of all other cells; the mean over a clip is kept at one
+    region_share: Ramp = 1.0  # of samples whose loss is weighted by region; the others' is plain
 
 
 @dataclass
 class SampleConfig:
+    """Validation: held-out voices are generated for and measured."""
+
+    every: int = 1000  # steps; 0: never
     steps: int = 8
     text_guidance: float = 1.0
     audio_guidance: float = 2.0
@@ -83,47 +204,180 @@ class SampleConfig:
 
 
 @dataclass
+class LogConfig:
+    every: int = 1  # steps between two lines of numbers
+    tensorboard: bool = True
+    wandb: str = ""  # project; "": no Weights & Biases
+    profile_at: int = 0  # first step of a Kineto profile
+    profile_steps: int = 0  # 0: no profile
+    memory_snapshot: bool = False  # of CUDA memory, beside the profile
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A stage with everything filled in. Patterns are those of `fnmatch` on parameter names, see `training.stages`."""
+
+    name: str = "train"
+    steps: int = 0
+    minutes: float = 0.0  # over 0: the stage lasts this long, whatever `steps`
+    train: list[str] = field(default_factory=lambda: ["*"])
+    freeze: list[str] = field(default_factory=list)  # taken away from `train`
+    zero: list[str] = field(default_factory=list)  # set to zero when the stage begins for the first time
+    mix: dict[str, Ramp] = field(default_factory=dict)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    conditions: ConditionsConfig = field(default_factory=ConditionsConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+
+@dataclass
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
-    data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    conditions: ConditionsConfig = field(default_factory=ConditionsConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    stage_tables: Annotated[list[dict[str, Any]], tyro.conf.Suppress] = field(default_factory=list)  # `[[stages]]`
+
+    @property
+    def stages(self) -> tuple[StageConfig, ...]:
+        """The stages, made anew from the sections and `stage_tables`: change those, not what this returns.
+
+        Raises:
+            ValueError: a table has an unknown key, a wrong type or a value that makes no sense.
+        """
+        stages = tuple(self._stage(i, table) for i, table in enumerate(self.stage_tables or [{}]))
+        for i, stage in enumerate(stages):
+            if stage.name in [other.name for other in stages[:i]]:
+                raise ValueError(f"stages.{i}.name must differ from the other stages', got {stage.name!r} twice")
+        return stages
+
+    def _stage(self, index: int, table: dict[str, Any]) -> StageConfig:
+        name = table.get("name", "train" if len(self.stage_tables) < 2 else f"stage{index}")
+        timed = "steps" in table or "minutes" in table
+        stage = _Draft(
+            name=name,
+            steps=0 if timed else self.run.steps,
+            minutes=0.0 if timed else self.run.minutes,
+            train=["*lora_*"] if self.lora.rank > 0 else ["*"],
+            mix=copy.copy(self.data.mix) or dict.fromkeys(self.data.sources, 1.0),
+            batch=copy.deepcopy(self.batch),
+            optim=copy.deepcopy(self.optim),
+            conditions=copy.deepcopy(self.conditions),
+            objective=copy.deepcopy(self.objective),
+        )
+        where = f"stages.{name}."
+        fill(stage, table, where)
+        made = StageConfig(**vars(stage))
+        check_stage(made, self, where)
+        return made
 
 
-_PATHS = ("shipped_vae",)  # paths whose default is None
+@dataclass
+class _Draft:
+    """A stage being filled in: the fields of StageConfig, not frozen."""
 
-
-def _fill(target: Any, values: dict[str, Any], where: str, file: Path) -> None:
-    known = {f.name for f in fields(target)}
-    for key, value in values.items():
-        if key not in known:
-            raise ValueError(f"{file}: unknown key {where}{key}; known here: {', '.join(sorted(known))}")
-        current = getattr(target, key)
-        if is_dataclass(current):
-            _fill(current, value, f"{where}{key}.", file)
-        else:
-            setattr(target, key, Path(value) if isinstance(current, Path) or key in _PATHS else value)
+    name: str
+    steps: int
+    minutes: float
+    train: list[str]
+    mix: dict[str, Ramp]
+    batch: BatchConfig
+    optim: OptimConfig
+    conditions: ConditionsConfig
+    objective: ObjectiveConfig
+    freeze: list[str] = field(default_factory=list)
+    zero: list[str] = field(default_factory=list)
 
 
 def read_toml(file: Path) -> Config:
     """Read a configuration; keys left out keep their defaults.
 
     Raises:
-        ValueError: the file cannot be read or has a key that no dataclass has.
+        ValueError: the file cannot be read, or has a key that no dataclass has, a value of the wrong type, or one that
+            makes no sense; the message names file, table and key.
     """
-    config = Config()
     try:
         values = tomllib.loads(file.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"configuration {file} cannot be read: {error}") from error
-    _fill(config, values, "", file)
+    tables = values.pop("stages", [])
+    config = Config()
+    try:
+        if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+            raise ValueError("stages must be [[stages]] tables")
+        if "stage_tables" in values:
+            raise ValueError("unknown key stage_tables; stages are [[stages]] tables")
+        fill(config, values)
+        config.stage_tables = tables
+        _ = config.stages
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     return config
 
 
+def _stage_options(arguments: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Split off `--stages.WHICH.key values`: the rest, and per WHICH the options without that prefix."""
+    rest: list[str] = []
+    stages: dict[str, list[str]] = {}
+    into = rest
+    for argument in arguments:
+        match = re.match(r"--stages\.([\w-]+)\.(.+)", argument)
+        if match:
+            into = stages.setdefault(match[1], [])
+            argument = f"--{match[2]}"
+        elif argument.startswith("--"):
+            into = rest
+        into.append(argument)
+    return rest, stages
+
+
+def _override_stage(config: Config, which: str, arguments: list[str]) -> None:
+    """Change a stage, given by number or name, by options; they land in its table."""
+    stages = config.stages
+    names = [stage.name for stage in stages]
+    if which not in names and not (which.isdecimal() and int(which) < len(names)):
+        raise ValueError(f"--stages.{which}: there is no such stage; stages: {', '.join(names)}")
+    index = names.index(which) if which in names else int(which)
+    changed = _tidy(tyro.cli(StageConfig, prog=f"--stages.{which}", args=arguments, default=stages[index]))
+    config.stage_tables = config.stage_tables or [{}]
+    config.stage_tables[index] = _merged(config.stage_tables[index], changes(stages[index], changed))
+
+
+def _tidy(section: Any) -> Any:
+    """Undo tyro's reading of one number for a dictionary's ramp: it takes the type of the old value, a tuple."""
+    for f in fields(section):
+        value = getattr(section, f.name)
+        if is_dataclass(value):
+            _tidy(value)
+        elif isinstance(value, dict):
+            value.update({key: v[0] for key, v in value.items() if isinstance(v, tuple) and len(v) == 1})
+    return section
+
+
+def _merged(table: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    sections = ("batch", "optim", "conditions", "objective", "anchors")
+    inner = {key: _merged(table.get(key, {}), value) for key, value in more.items() if key in sections}
+    return {**table, **more, **inner}
+
+
 def parse(arguments: list[str] | None = None) -> Config:
-    """`--config file.toml` first, then dotted overrides."""
+    """`--config file.toml` first, then dotted overrides.
+
+    `--optim.lr 1e-3` changes the section, so every stage that does not set the key itself; `--stages.0.steps 10` or
+    `--stages.speech.optim.lr 1e-4` changes one stage.
+
+    Raises:
+        ValueError: the file or the result makes no sense.
+        SystemExit: of tyro, for an option that does not exist and for --help.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     base = Config()
     if "--config" in arguments:
@@ -132,9 +386,20 @@ def parse(arguments: list[str] | None = None) -> Config:
             raise ValueError("--config needs a file name")
         base = read_toml(Path(arguments[at + 1]))
         del arguments[at : at + 2]
-    return tyro.cli(Config, args=arguments, default=base)
+    general, of_stages = _stage_options(arguments)
+    note = (
+        "Also --stages.WHICH.KEY for one stage, by number or name: --stages.0.steps 10, --stages.speech.optim.lr 1e-5"
+    )
+    config = _tidy(tyro.cli(Config, args=general, default=base, description=note))
+    for which, options in of_stages.items():
+        _override_stage(config, which, options)
+    _ = config.stages
+    return config
 
 
 def write_json(config: Config, file: Path) -> None:
-    """The configuration as it ran, beside every checkpoint."""
-    file.write_text(json.dumps(asdict(config), indent=1, default=str))
+    """The configuration as it ran, with its stages filled in, beside every checkpoint."""
+    values = asdict(config)
+    del values["stage_tables"]
+    values["stages"] = [asdict(stage) for stage in config.stages]
+    file.write_text(json.dumps(values, indent=1, default=str) + "\n")

@@ -20,7 +20,7 @@ from talkingdit.models.presets import preset
 from talkingdit.models.text import PromptEncoder
 from talkingdit.models.wan import WanS2VModel
 from training import checkpoint
-from training.config import Config, write_json
+from training.config import Config, at, write_json
 from training.dataset import PuppetClips
 from training.export import export
 from training.losses import add_noise, sample_sigmas, velocity_loss
@@ -110,31 +110,31 @@ class Trainer:
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Loss of every sample [B] and whether it heard the audio [B], with conditions dropped independently."""
-        o, rng = self.config.objective, self.rng
+        o, c, rng, done = self.config.objective, self.config.conditions, self.rng, self.progress()
         clean: Tensor = batch["latents"]
         size = len(clean)
-        captions = ["" if rng.random() < o.drop_text else caption for caption in batch["captions"]]
-        hears = torch.from_numpy(rng.random(size) >= o.drop_audio)
+        captions = ["" if rng.random() < at(c.drop_text, done) else caption for caption in batch["captions"]]
+        hears = torch.from_numpy(rng.random(size) >= at(c.drop_audio, done))
         gate = hears.float().view(-1, 1, 1, 1)
         context = batch["audio_history"]
         history = batch["history"]
-        if history is not None and rng.random() < o.drop_history:
+        if history is not None and rng.random() < at(c.drop_history, done):
             history = None
         if history is not None:
-            level = torch.from_numpy(rng.random(size).astype(np.float32)) * o.history_noise
+            level = torch.from_numpy(rng.random(size).astype(np.float32)) * at(c.history_noise, done)
             history = history + level.view(-1, 1, 1, 1, 1) * torch.randn_like(history)
         sigma = sample_sigmas(size, o.shift)
         noise = torch.randn_like(clean)
-        mouth = torch.where(batch["mouth"], o.mouth_weight, 1.0)
+        mouth = torch.where(batch["mouth"], at(o.regions.get("mouth", 1.0), done), 1.0)
         weight = mouth / mouth.mean(dim=(1, 2, 3, 4), keepdim=True)
-        precise = self.config.optim.precision == "fp32"
+        precise = self.config.parallel.precision == "fp32"
         with nullcontext() if precise else torch.autocast("cpu", torch.bfloat16):
             velocity = self.networks.transformer(
                 add_noise(clean, noise, sigma),
                 1000 * sigma,
                 self.networks.text_encoder.encode(captions).features,
                 reference=batch["reference"],
-                drop_reference=bool(rng.random() < o.drop_reference),
+                drop_reference=bool(rng.random() < at(c.drop_reference, done)),
                 history=history,
                 audio=batch["audio"] * gate,
                 audio_history=None if context is None else context * gate,
@@ -142,8 +142,9 @@ class Trainer:
         return velocity_loss(velocity, clean, noise, weight), hears
 
     def train_step(self) -> dict[str, float]:
-        first = bool(self.rng.random() < self.config.objective.first_clip)
-        losses, hears = self.loss(self.clips.batch(self.rng, self.config.optim.batch, first))
+        first = bool(self.rng.random() < at(self.config.conditions.first_clip, self.progress()))
+        size = self.config.batch.count * self.config.batch.size
+        losses, hears = self.loss(self.clips.batch(self.rng, size, first))
         losses.mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(self.networks.parameters(), self.config.optim.clip_norm)
         factor = self.learning_rate_factor()
@@ -179,9 +180,9 @@ class Trainer:
                 writer.add_scalar(name, value, self.step)
             bar.n = round(100 * self.progress(), 1)
             bar.set_postfix(step=self.step, loss=f"{mean_loss:.4f}", **self.validator.latest)
-            if self.step % run.validate_every == 0:
+            if self.step % self.config.sample.every == 0:
                 self.validator.run(self.averaged.transformer, self.averaged.text_encoder, writer, self.step)
-            if self.step % run.save_every == 0:
+            if self.step % self.config.checkpoint.every == 0:
                 self.save()
         self.save()
         self.validator.run(self.averaged.transformer, self.averaged.text_encoder, writer, self.step)

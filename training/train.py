@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m training.train --config training/configs/puppets.toml [--optim.batch 8 ...]`."""
+"""`python -m training.train --config training/configs/puppets.toml [--batch.size 4 ...]`."""
 
 from __future__ import annotations
 

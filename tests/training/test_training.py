@@ -40,8 +40,9 @@ def world(tmp_path_factory):
     config = Config()
     config.data.voices, config.data.vae, config.data.cache = root, root / "vae", root / "cache"
     config.data.long_videos, config.data.short_videos = 2, 3
-    config.run.steps, config.run.save_every, config.run.validate_every = 4, 2, 1000
-    config.optim.batch, config.optim.warmup_steps, config.optim.precision = 2, 1, "fp32"
+    config.run.steps, config.checkpoint.every, config.sample.every = 4, 2, 1000
+    config.batch.count, config.batch.size, config.optim.warmup_steps, config.parallel.precision = 1, 2, 1, "fp32"
+    config.objective.regions = {"mouth": 8.0}
     config.sample.clips, config.sample.seconds, config.sample.steps = 1, 2.0, 1
     precompute(config.data, config.run.seed)
     return root, config
@@ -72,7 +73,7 @@ def test_a_killed_run_continues_to_the_same_weights(world, tmp_path, monkeypatch
     resumed = run(config, tmp_path / "killed")
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-    assert json.loads((tmp_path / "killed" / "config.json").read_text())["optim"]["batch"] == 2
+    assert json.loads((tmp_path / "killed" / "config.json").read_text())["batch"]["size"] == 2
 
 
 @pytest.mark.slow
