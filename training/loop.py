@@ -24,15 +24,8 @@ from training.config import Config, at, write_json
 from training.dataset import PuppetClips
 from training.export import export
 from training.losses import add_noise, sample_sigmas, velocity_loss
+from training.networks import Networks
 from training.validate import Validator
-
-
-class Networks(nn.Module):
-    """What is trained together: the video transformer and the small prompt encoder."""
-
-    def __init__(self, transformer: WanS2VModel, text_encoder: PromptEncoder) -> None:
-        super().__init__()
-        self.transformer, self.text_encoder = transformer, text_encoder
 
 
 def build_optimizers(networks: Networks, config: Config) -> list[torch.optim.Optimizer]:
@@ -128,11 +121,13 @@ class Trainer:
         mouth = torch.where(batch["mouth"], at(o.regions.get("mouth", 1.0), done), 1.0)
         weight = mouth / mouth.mean(dim=(1, 2, 3, 4), keepdim=True)
         precise = self.config.parallel.precision == "fp32"
+        encoder = self.networks.text_encoder
+        assert encoder is not None
         with nullcontext() if precise else torch.autocast("cpu", torch.bfloat16):
             velocity = self.networks.transformer(
                 add_noise(clean, noise, sigma),
                 1000 * sigma,
-                self.networks.text_encoder.encode(captions).features,
+                encoder.encode(captions).features,
                 reference=batch["reference"],
                 drop_reference=bool(rng.random() < at(c.drop_reference, done)),
                 history=history,
@@ -170,6 +165,8 @@ class Trainer:
         writer = SummaryWriter(str(run.out / "tensorboard"), purge_step=self.step)
         bar = tqdm(total=100, initial=round(100 * self.progress(), 1), bar_format="{l_bar}{bar}| {elapsed} {postfix}")
         mean_loss = None
+        text_encoder = self.averaged.text_encoder
+        assert text_encoder is not None
         started = time.monotonic()
         while self.progress() < 1:
             logs = self.train_step()
@@ -181,11 +178,11 @@ class Trainer:
             bar.n = round(100 * self.progress(), 1)
             bar.set_postfix(step=self.step, loss=f"{mean_loss:.4f}", **self.validator.latest)
             if self.step % self.config.sample.every == 0:
-                self.validator.run(self.averaged.transformer, self.averaged.text_encoder, writer, self.step)
+                self.validator.run(self.averaged.transformer, text_encoder, writer, self.step)
             if self.step % self.config.checkpoint.every == 0:
                 self.save()
         self.save()
-        self.validator.run(self.averaged.transformer, self.averaged.text_encoder, writer, self.step)
-        export(self.averaged.transformer, self.averaged.text_encoder, self.vae, self.config, run.out / "model")
+        self.validator.run(self.averaged.transformer, text_encoder, writer, self.step)
+        export(self.averaged.transformer, text_encoder, self.vae, self.config, run.out / "model")
         bar.close()
         writer.close()
