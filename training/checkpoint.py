@@ -1,46 +1,429 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training state on disk: written beside its final name and renamed, so that a kill leaves the previous one."""
+"""Checkpoints of a run on any number of processes: complete or absent, read back on any other layout.
+
+torch.distributed.checkpoint (DCP) writes the tensors: every rank its own shards, in a thread while training goes on.
+What is added here is what a run needs beside that. A checkpoint grows in `step-00001000.tmp`; when every rank's files
+are on disk, rank 0 adds what is not a tensor and a list of all files with their checksums, and renames the folder. A
+kill at any moment, of any ranks, leaves either a `.tmp`, which the next start removes, or a complete checkpoint.
+
+    step-00001000/
+        .metadata, __0_0.distcp, ...   DCP: tensors by name, `networks/transformer.blocks.0.self_attn.q.weight`
+        state.pt                       numbers, the position in the data, stage, random states (torch.load)
+        config.json                    the configuration of the run
+        files.json                     bytes and CRC-32 of all others
+"""
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import random
+import re
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
-import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.checkpoint.storage import WriteResult
+
+from talkingdit.errors import UserError
+
+T = TypeVar("T")
+MANIFEST, PLAIN, CONFIG = "files.json", "state.pt", "config.json"
+_NAME = re.compile(r"step-(\d{8,})")
 
 
-def save(file: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically, with the state of torch's random numbers."""
-    temporary = file.with_name(file.name + ".tmp")
-    torch.save({**state, "torch_rng": torch.get_rng_state()}, temporary)
-    with temporary.open("rb+") as handle:
-        os.fsync(handle.fileno())
-    temporary.replace(file)
+class CheckpointError(UserError):
+    """A checkpoint could not be written, is damaged, or is of another run. The message is one sentence."""
 
 
-def load(file: Path) -> dict[str, Any]:
-    """Read a checkpoint and restore torch's random numbers.
+class Checkpoints:
+    """The checkpoints in one folder that all processes see. Every method is called by every rank, in the same order.
+
+    Args:
+        folder: where checkpoints lie; made if it does not exist. What an interrupted save left there is removed.
+        keep: how many complete checkpoints stay, the newest; 0 for all. An old one goes when a new one is complete.
+        asynchronous: `save` returns when the state is copied to the host (as much host memory as the shards of this
+            rank take); a thread writes it. Otherwise `save` returns when the checkpoint is complete.
+        config: written by `config(file)` beside every checkpoint: `lambda file: write_json(config, file)`.
+        verify: `load` compares the checksum of every file (read once more, shared between the ranks), not only sizes.
+        timeout: seconds that a rank waits for the others.
 
     Raises:
-        ValueError: the file is not a checkpoint of this trainer.
+        UserError: for a negative `keep`.
     """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int = 3,
+        asynchronous: bool = True,
+        config: Callable[[Path], None] | None = None,
+        verify: bool = True,
+        timeout: float = 1800.0,
+    ) -> None:
+        if keep < 0:
+            raise UserError(f"checkpoint: keep must be 0 (all) or more, got {keep}")
+        self.folder, self.keep, self.asynchronous, self.verify = Path(folder), keep, asynchronous, verify
+        self._config = config
+        self._pending: tuple[int, Future[Any]] | None = None
+        # A group of its own, on the host: the thread that writes talks to the others while training does, too.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if _distributed() else None
+        self._rank = dist.get_rank() if _distributed() else 0
+        self._world = dist.get_world_size() if _distributed() else 1
+        self._from_rank_0(self._clean)
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Writes the state as the checkpoint of this step, or does nothing if that is complete already.
+
+        Args:
+            state: by name: objects with `state_dict()` (ModelState, OptimizerState, Ema), tensors, and anything else
+                that torch.load(weights_only=True) reads, such as the position in the data. What is not sharded must be
+                the same in every rank. Python's and torch's random states are added.
+
+        Raises:
+            CheckpointError: this or, when asynchronous, the previous checkpoint could not be written. The complete
+                ones stay.
+        """
+        self.wait()
+        final = self.folder / f"step-{step:08d}"
+        if self._from_rank_0(lambda: (final / MANIFEST).exists()):
+            return
+        tensors: dict[str, Tensor] = {}
+        plain = {key: _split(value, key, tensors) for key, value in state.items()}
+        content = io.BytesIO()
+        torch.save({"step": step, "state": plain, "random": self._random_states()}, content)
+        writer = _Writer(final, content.getvalue(), self._config, lambda: self._purge(final))
+        distributed: dict[str, Any] = {"process_group": self._group, "no_dist": self._group is None}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            if self.asynchronous:
+                pending = dcp.async_save(tensors, storage_writer=writer, **distributed)
+                assert isinstance(pending, Future)
+                self._pending = step, pending
+                return
+            try:
+                dcp.save(tensors, storage_writer=writer, **distributed)
+            except CheckpointException as error:
+                self._fail(step, error)
+
+    def load(self, state: dict[str, Any]) -> int | None:
+        """Reads the newest complete checkpoint into `state`, whatever layout wrote it.
+
+        Objects with `load_state_dict()` and tensors are filled in place; the value of every other key is replaced.
+        Random states return where the number of processes is the same.
+
+        Returns:
+            its step; None if there is no checkpoint.
+
+        Raises:
+            CheckpointError: a file is damaged (which one), or the checkpoint holds other tensors than `state` (which).
+        """
+        self.wait()
+        path = self.latest()
+        if path is None:
+            return None
+        self._check_files(path)
+        saved = _sizes(path)
+        content = torch.load(path / PLAIN, weights_only=True, map_location="cpu")
+        if differing := sorted(content["state"].keys() ^ state.keys()):
+            where = "lacks" if differing[0] in state else "holds"
+            raise CheckpointError(f"checkpoint {path} is of another run: it {where} {differing[0]!r}")
+        tensors: dict[str, Tensor] = {}
+        for key, value in state.items():
+            if isinstance(value, Prepared):
+                value.prepare({name.removeprefix(f"{key}/") for name in saved if name.startswith(f"{key}/")})
+            _split(value, key, tensors)
+        _compare(path, saved, tensors)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            try:
+                dcp.load(tensors, checkpoint_id=path, process_group=self._group, no_dist=self._group is None)
+            except CheckpointException as error:
+                rank, cause = _cause(error)
+                raise CheckpointError(f"checkpoint {path} cannot be read by rank {rank}: {cause}") from error
+        for key, value in state.items():
+            whole = _join(content["state"][key], key, tensors)
+            if isinstance(value, Stateful):
+                value.load_state_dict(whole)
+            else:
+                state[key] = whole
+        if len(content["random"]) == self._world:
+            _set_random_state(content["random"][self._rank])
+        return int(content["step"])
+
+    def peek(self) -> dict[str, Any] | None:
+        """What is not a tensor in the newest complete checkpoint, and its `step`: which stage to prepare for."""
+        self.wait()
+        path = self.latest()
+        if path is None:
+            return None
+        self._check_files(path, only=PLAIN)
+        content = torch.load(path / PLAIN, weights_only=True, map_location="cpu")
+        return {**content["state"], "step": content["step"]}
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, as rank 0 sees the folder; None if there is none."""
+        self.wait()
+        return self._from_rank_0(lambda: next(reversed(self._complete()), None))
+
+    def wait(self) -> None:
+        """Returns when the checkpoint that is being written is complete.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._pending is None:
+            return
+        (step, future), self._pending = self._pending, None
+        try:
+            future.result()
+        except CheckpointException as error:
+            self._fail(step, error)
+
+    def close(self) -> None:
+        """Waits, then gives up the process group; before the default group is destroyed."""
+        self.wait()
+        if self._group is not None:
+            dist.barrier(self._group)
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+    def _complete(self) -> list[Path]:
+        found = [path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name)]
+        return sorted((path for path in found if (path / MANIFEST).exists()), key=lambda path: int(path.name[5:]))
+
+    def _clean(self) -> None:
+        """Removes what a killed save left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob("step-*.tmp"):
+            if _NAME.fullmatch(path.stem):
+                shutil.rmtree(path)
+
+    def _purge(self, newest: Path) -> None:
+        """Removes old checkpoints, renamed first: half of one must not pass for a checkpoint."""
+        older = [path for path in self._complete() if path != newest]
+        for path in older[: max(0, len(older) - self.keep + 1)] if self.keep else []:
+            shutil.rmtree(path.rename(path.with_name(path.name + ".tmp")))
+
+    def _fail(self, step: int, error: CheckpointException) -> NoReturn:
+        """Gives the disk space back and tells why there is no checkpoint."""
+        rank, cause = _cause(error)
+        name = f"step-{step:08d}"
+        self._from_rank_0(lambda: shutil.rmtree(self.folder / f"{name}.tmp", ignore_errors=True))
+        newest = self.latest()
+        rest = "there is no complete one" if newest is None else f"the newest complete one is {newest.name}"
+        raise CheckpointError(
+            f"checkpoint {name} could not be written to {self.folder} by rank {rank}: {cause}; {rest}"
+        ) from error
+
+    def _check_files(self, path: Path, only: str | None = None) -> None:
+        """Compares files with the list in the checkpoint, each rank some of them; all ranks raise alike."""
+        damage = None
+        try:
+            files = json.loads((path / MANIFEST).read_text())["files"]
+            names = sorted(files) if only is None else [only]
+            for name in names if only else names[self._rank :: self._world]:
+                expected, size = files[name], (path / name).stat().st_size
+                if size != expected["bytes"]:
+                    damage = f"{name} has {size} bytes, expected {expected['bytes']}"
+                elif self.verify and _checksum(path / name) != expected["crc32"]:
+                    damage = f"the checksum of {name} is not the one it was written with"
+        except FileNotFoundError as error:
+            damage = f"{Path(error.filename).name} is missing"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            damage = f"{MANIFEST} cannot be read ({error})"
+        everywhere = [damage]
+        if self._group is not None:
+            everywhere = [None] * self._world
+            dist.all_gather_object(everywhere, damage, group=self._group)
+        if found := [text for text in everywhere if text is not None]:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: {found[0]}; remove it to continue from the one before"
+            )
+
+    def _random_states(self) -> list[Any]:
+        """Of every rank, on rank 0 (elsewhere nothing of use)."""
+        own = {"python": random.getstate(), "torch": torch.get_rng_state()}
+        if torch.cuda.is_initialized():
+            own["cuda"] = torch.cuda.get_rng_state()
+        if self._group is None:
+            return [own]
+        states: list[Any] = [None] * self._world
+        dist.gather_object(own, states if self._rank == 0 else None, dst=0, group=self._group)
+        return states
+
+    def _from_rank_0(self, function: Callable[[], T]) -> T:
+        """Runs the function in rank 0 and gives its result, or its error, to all."""
+        box: list[Any] = [None, None]
+        if self._rank == 0:
+            try:
+                box[0] = function()
+            except Exception as error:
+                box[1] = f"checkpoint folder {self.folder}: {error}"
+        if self._group is not None:
+            dist.broadcast_object_list(box, src=0, group=self._group)
+        if box[1] is not None:
+            raise CheckpointError(box[1])
+        result: T = box[0]
+        return result
+
+
+class Prepared(Stateful):
+    """A Stateful that is told, before a load asks for its `state_dict()`, which tensors the checkpoint holds for it."""
+
+    def prepare(self, saved: set[str]) -> None:
+        """Makes the tensors of these names exist."""
+        raise NotImplementedError
+
+
+class _Written(list[WriteResult]):
+    """What a rank wrote; the sizes and checksums of its files travel to rank 0 with it."""
+
+    files: dict[str, dict[str, int]]
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Writes beside the final name; when all ranks have written, rank 0 completes the folder and renames it."""
+
+    def __init__(
+        self, final: Path, plain: bytes, config: Callable[[Path], None] | None, completed: Callable[[], None]
+    ) -> None:
+        super().__init__(final.with_name(final.name + ".tmp"))
+        self._final, self._plain, self._config, self._completed = final, plain, config, completed
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        written = _Written(super().write_data(plan, planner).value())
+        names = {result.storage_data.relative_path for result in written}
+        written.files = {name: _entry(Path(self.path) / name) for name in sorted(names)}
+        future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        future.set_result(written)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        folder = Path(self.path)
+        super().finish(metadata, results)
+        _write(folder / PLAIN, self._plain)
+        if self._config is not None:
+            self._config(folder / CONFIG)
+            _sync(folder / CONFIG)
+        files = {
+            name: entry for written in results if isinstance(written, _Written) for name, entry in written.files.items()
+        }
+        for path in sorted(folder.iterdir()):
+            if path.name in (".metadata", PLAIN, CONFIG):
+                files[path.name] = _entry(path)
+        _write(folder / MANIFEST, json.dumps({"version": 1, "files": files}, indent=1).encode())
+        _sync(folder)
+        folder.rename(self._final)
+        _sync(self._final.parent)
+        self._completed()
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _split(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """What of a value is not DCP's; the tensors of objects with a state are put into `tensors` by their path."""
+    if isinstance(value, Stateful):
+        return _split_tree(value.state_dict(), name, tensors)
+    return _split_tree(value, name, tensors) if isinstance(value, Tensor) else value
+
+
+def _split_tree(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return None
+    if isinstance(value, dict):
+        return {key: _split_tree(item, f"{name}/{key}", tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
+        raise TypeError(f"checkpoint: {name} is a list of tensors; a dictionary is needed")
+    return value
+
+
+def _join(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Undoes `_split`."""
+    if name in tensors:
+        return tensors[name]
+    if isinstance(value, dict):
+        return {key: _join(item, f"{name}/{key}", tensors) for key, item in value.items()}
+    return value
+
+
+def _sizes(path: Path) -> dict[str, torch.Size]:
+    """Shapes of the tensors in a checkpoint."""
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return {name: entry.size for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _compare(path: Path, saved: dict[str, torch.Size], wanted: dict[str, Tensor]) -> None:
+    """Raises one sentence that names what differs."""
+    differences = []
+    for verb, names in (("lacks", wanted.keys() - saved.keys()), ("also holds", saved.keys() - wanted.keys())):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            differences.append(f"it {verb} {min(names)}{more}")
+    shapes = [name for name in sorted(wanted.keys() & saved.keys()) if wanted[name].shape != saved[name]]
+    if shapes:
+        name, more = shapes[0], f" and {len(shapes) - 1} more differ" if len(shapes) > 1 else ""
+        differences.append(f"{name} is {list(saved[name])} there and {list(wanted[name].shape)} here{more}")
+    if differences:
+        raise CheckpointError(f"checkpoint {path} is of another model or stage: {', '.join(differences)}")
+
+
+def _cause(error: CheckpointException) -> tuple[int, str]:
+    """The rank that failed first in order, and why, in words."""
+    rank, (cause, _) = min(error.failures.items())
+    if isinstance(cause, OSError) and cause.strerror:
+        return rank, cause.strerror
+    return rank, f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else 'no message'}"
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _write(file: Path, content: bytes) -> None:
+    with file.open("wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _sync(path: Path) -> None:
+    """Makes a file, or the names in a folder, outlive a crash of the machine."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        state = torch.load(file, weights_only=True)
-    except Exception as error:
-        raise ValueError(f"checkpoint {file} cannot be read ({error}): remove it to start again") from error
-    torch.set_rng_state(state.pop("torch_rng"))
-    return state
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def generator_state(rng: np.random.Generator) -> dict[str, Any]:
-    """State of a PCG64 generator as plain numbers (strings for its 128-bit integers), safe to load anywhere."""
-    state = rng.bit_generator.state
-    return {**state, "state": {key: str(value) for key, value in state["state"].items()}}
+def _entry(file: Path) -> dict[str, int]:
+    return {"bytes": file.stat().st_size, "crc32": _checksum(file)}
 
 
-def restore_generator(state: dict[str, Any]) -> np.random.Generator:
-    rng = np.random.default_rng()
-    rng.bit_generator.state = {**state, "state": {key: int(value) for key, value in state["state"].items()}}
-    return rng
+def _checksum(file: Path) -> int:
+    value = 0
+    with file.open("rb") as handle:
+        while block := handle.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from talkingdit.models.presets import preset
 from talkingdit.models.text import PromptEncoder
 from talkingdit.models.wan import WanS2VModel
-from training import checkpoint
+from training import state_file
 from training.config import Config, at, write_json
 from training.dataset import PuppetClips
 from training.export import export
@@ -71,12 +71,12 @@ class Trainer:
             self._resume()
 
     def _resume(self) -> None:
-        state = checkpoint.load(self.file)
+        state = state_file.load(self.file)
         self.networks.load_state_dict(state["networks"])
         self.averaged.load_state_dict(state["averaged"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.rng = checkpoint.restore_generator(state["rng"])
+        self.rng = state_file.restore_generator(state["rng"])
         self.step, self.elapsed = state["step"], state["elapsed"]
 
     def save(self) -> None:
@@ -84,11 +84,11 @@ class Trainer:
             "networks": self.networks.state_dict(),
             "averaged": self.averaged.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "rng": checkpoint.generator_state(self.rng),
+            "rng": state_file.generator_state(self.rng),
             "step": self.step,
             "elapsed": self.elapsed,
         }
-        checkpoint.save(self.file, state)
+        state_file.save(self.file, state)
         write_json(self.config, self.config.run.out / "config.json")
 
     def progress(self) -> float:

@@ -9,7 +9,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-from training import checkpoint, dataset
+from training import dataset, state_file
 from training.config import Config
 from training.dataset import PuppetClips, encode_video, mouth_cells, precompute, read_voices
 from training.loop import Trainer
@@ -157,20 +157,20 @@ def test_missing_voices_and_broken_checkpoints_get_one_sentence(tmp_path):
         read_voices(tmp_path, "train", 16)
     (tmp_path / "checkpoint.pt").write_bytes(b"half")
     with pytest.raises(ValueError, match="cannot be read"):
-        checkpoint.load(tmp_path / "checkpoint.pt")
+        state_file.load(tmp_path / "checkpoint.pt")
 
 
 def test_a_kill_while_saving_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     file = tmp_path / "checkpoint.pt"
-    checkpoint.save(file, {"step": 1})
+    state_file.save(file, {"step": 1})
 
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, "fsync", die)
+    monkeypatch.setattr(state_file.os, "fsync", die)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(file, {"step": 2})
-    assert checkpoint.load(file)["step"] == 1
+        state_file.save(file, {"step": 2})
+    assert state_file.load(file)["step"] == 1
 
 
 def test_videos_are_drawn_anew_only_when_something_changed(world, monkeypatch):
