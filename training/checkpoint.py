@@ -38,11 +38,14 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from talkingdit.errors import UserError
 
 T = TypeVar("T")
 MANIFEST, PLAIN, CONFIG = "files.json", "state.pt", "config.json"
+# Without a process group DCP warns that it works in one process, which is what is wanted, also from its thread.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", module=r"torch\.distributed\.checkpoint")
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -108,17 +111,15 @@ class Checkpoints:
         torch.save({"step": step, "state": plain, "random": self._random_states()}, content)
         writer = _Writer(final, content.getvalue(), self._config, lambda: self._purge(final))
         distributed: dict[str, Any] = {"process_group": self._group, "no_dist": self._group is None}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            if self.asynchronous:
-                pending = dcp.async_save(tensors, storage_writer=writer, **distributed)
-                assert isinstance(pending, Future)
-                self._pending = step, pending
-                return
-            try:
-                dcp.save(tensors, storage_writer=writer, **distributed)
-            except CheckpointException as error:
-                self._fail(step, error)
+        if self.asynchronous:
+            pending = dcp.async_save(tensors, storage_writer=writer, **distributed)
+            assert isinstance(pending, Future)
+            self._pending = step, pending
+            return
+        try:
+            dcp.save(tensors, storage_writer=writer, **distributed)
+        except CheckpointException as error:
+            self._fail(step, error)
 
     def load(self, state: dict[str, Any]) -> int | None:
         """Reads the newest complete checkpoint into `state`, whatever layout wrote it.
@@ -148,13 +149,11 @@ class Checkpoints:
                 value.prepare({name.removeprefix(f"{key}/") for name in saved if name.startswith(f"{key}/")})
             _split(value, key, tensors)
         _compare(path, saved, tensors)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            try:
-                dcp.load(tensors, checkpoint_id=path, process_group=self._group, no_dist=self._group is None)
-            except CheckpointException as error:
-                rank, cause = _cause(error)
-                raise CheckpointError(f"checkpoint {path} cannot be read by rank {rank}: {cause}") from error
+        try:
+            dcp.load(tensors, checkpoint_id=path, process_group=self._group, no_dist=self._group is None)
+        except CheckpointException as error:
+            rank, cause = _cause(error)
+            raise CheckpointError(f"checkpoint {path} cannot be read by rank {rank}: {cause}") from error
         for key, value in state.items():
             whole = _join(content["state"][key], key, tensors)
             if isinstance(value, Stateful):
@@ -305,6 +304,10 @@ class _Writer(dcp.FileSystemWriter):
         super().__init__(final.with_name(final.name + ".tmp"))
         self._final, self._plain, self._config, self._completed = final, plain, config, completed
 
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The copy that is written asynchronously, taken before training goes on."""
+        return {name: _copied(tensor) for name, tensor in state_dict.items()}
+
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         written = _Written(super().write_data(plan, planner).value())
         names = {result.storage_data.relative_path for result in written}
@@ -399,6 +402,18 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@torch.no_grad()
+def _copied(tensor: Any) -> Any:
+    """A copy on the host. Of tensors made of tensors, sharded or quantised, the inner ones are copied."""
+    if not isinstance(tensor, Tensor):
+        return tensor  # the mesh of a sharded one
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.detach().to("cpu", copy=True)
+    names, kind = tensor.__tensor_flatten__()
+    inner = {name: _copied(getattr(tensor, name)) for name in names}
+    return type(tensor).__tensor_unflatten__(inner, kind, tensor.shape, tensor.stride())
 
 
 def _write(file: Path, content: bytes) -> None:
