@@ -23,6 +23,12 @@ from training.checkpoint import CheckpointError, Checkpoints
 from training.model_state import ModelState, OptimizerState, gather_state
 
 STEPS = 14
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # one process without a group is meant here
+    pytest.mark.filterwarnings(
+        "ignore:`torch.jit.script_method` is deprecated"
+    ),  # torch's, on importing its optimisers
+]
 
 
 @pytest.fixture(scope="module")
