@@ -1,18 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flow matching: the straight path from data to noise, the timesteps drawn on it, and the loss on its velocity."""
+"""Flow matching: the straight path from data to noise, the noise levels drawn on it, and the loss on its velocity."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 
-def sample_sigmas(batch: int, shift: float, generator: torch.Generator | None = None) -> Tensor:
-    """Logit-normal noise levels [B] in (0, 1), shifted towards noise: sigma' = s sigma / (1 + (s - 1) sigma).
+def sample_sigmas(
+    batch: int,
+    shift: float,
+    generator: torch.Generator | None = None,
+    levels: str = "logit_normal",
+    mean: float = 0.0,
+    std: float = 1.0,
+    mode_scale: float = 1.29,
+) -> Tensor:
+    """Noise levels [B] in (0, 1), shifted towards noise: sigma' = s sigma / (1 + (s - 1) sigma).
 
-    Logit-normal sampling and the shift are those of Stable Diffusion 3 (Esser et al. 2024, sections 3.1 and 5.3.2).
+    The three distributions and the shift are those of Stable Diffusion 3 (Esser et al. 2024, sections 3.1 and 5.3.2).
+
+    Args:
+        levels: "logit_normal" (of `mean` and `std`; a mean over 0 is more noise), "uniform", or "mode" (equation 20:
+            `mode_scale` over 0 prefers the middle, under 0 the ends).
+
+    Raises:
+        ValueError: another name, or a mode scale with which levels would leave 0..1.
     """
-    sigma = torch.sigmoid(torch.randn(batch, generator=generator))
+    if levels == "logit_normal":
+        sigma = torch.sigmoid(mean + std * torch.randn(batch, generator=generator))
+    elif levels == "uniform":
+        sigma = torch.rand(batch, generator=generator)
+    elif levels == "mode":
+        if not -1 <= mode_scale <= 2 / (math.pi - 2):
+            raise ValueError(
+                f"sample_sigmas: mode_scale must be -1 to {2 / (math.pi - 2):.3f}, where no level occurs twice, "
+                f"got {mode_scale:g}"
+            )
+        u = torch.rand(batch, generator=generator)
+        sigma = 1 - u - mode_scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+    else:
+        raise ValueError(f"sample_sigmas: levels must be 'logit_normal', 'uniform' or 'mode', got {levels!r}")
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
