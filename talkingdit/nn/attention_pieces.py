@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention to a piece of the keys, with what it takes to merge pieces and to go backward through one of many.
+
+`scaled_dot_product_attention` does not give the softmax denominator, so PyTorch's kernels are called by their own
+names; their signatures are the same in torch 2.10 to 2.13. Everything here is [B, H, tokens, D].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+# The logarithm of nothing: finite, so that differences of two of them are not NaN.
+EMPTY = torch.finfo(torch.float32).min / 2
+
+Extra = tuple[Tensor | None, ...]
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Extra]:
+    """Attention to some of the keys.
+
+    Args:
+        q: [B, H, N, D], not empty.
+        k, v: [B, H, M, D], not empty.
+        mask: bool [B, M] of keys.
+        backend: as in `talkingdit.nn.attention.attention`; "auto" is flash for half precision without a mask.
+
+    Returns:
+        The output [B, H, N, D], normalised over these keys; the natural logarithm of the softmax denominator
+        [B, H, N] in float32 (float64 for float64), EMPTY where a sample has none of these keys; and what the backward
+        of the same kernel wants.
+
+    Raises:
+        ValueError: for a backend that the device does not have, or flash with a mask on CUDA.
+    """
+    out, lse, extra = _kernel(q, mask, backend).forward(q, k, v, mask)
+    if mask is not None:  # kernels disagree about what attention to nothing is
+        nothing = ~mask.any(1)[:, None, None]
+        out, lse = out.masked_fill(nothing[..., None], 0), lse.masked_fill(nothing, EMPTY)
+    return out, lse, extra
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    extra: Extra,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This piece's part of the gradients of q, and the gradients of its k and v.
+
+    Args:
+        grad, out: [B, H, N, D], gradient and value of attention to all keys.
+        lse: [B, H, N], logarithm of the denominator over all keys.
+        extra: as it came from `forward` of any of the pieces.
+    """
+    grads = _kernel(q, mask, backend).backward(grad, q, k, v, mask, out, lse.contiguous(), extra)
+    if mask is None:
+        return grads
+    nothing = ~mask.any(1)[:, None, None, None]
+    dq, dk, dv = (x.masked_fill(nothing, 0) for x in grads)
+    return dq, dk, dv
+
+
+class _Kernel:
+    """Attention and its backward; all have one form, kernels differ in what they return and in which shape."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Extra]:
+        raise NotImplementedError
+
+    @staticmethod
+    def backward(
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        extra: Extra,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class _Cpu(_Kernel):
+    """In float32 at least: its backward in half precision is slower."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Extra]:
+        q, k, v = _wide(q, k, v)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=_bias(mask, q))
+        return out, lse, ()
+
+    @staticmethod
+    def backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, extra: Extra
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad, q, k, v, out = _wide(grad, q, k, v, out)
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, False, attn_mask=_bias(mask, q)
+        )
+
+
+class _Flash(_Kernel):
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Extra]:
+        out, lse, ends_q, ends_k, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(q, k, v)
+        return out, lse, (ends_q, ends_k, seed, offset)
+
+    @staticmethod
+    def backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, extra: Extra
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ends_q, ends_k, seed, offset = extra
+        lengths = q.shape[2], k.shape[2]
+        return aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, out, lse, ends_q, ends_k, *lengths, 0.0, False, seed, offset
+        )
+
+
+class _Cudnn(_Kernel):
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Extra]:
+        out, lse, ends_q, ends_k, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
+            q, k, v, _bias(mask, q), True
+        )
+        return out, lse.squeeze(-1), (ends_q, ends_k, seed, offset)
+
+    @staticmethod
+    def backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, extra: Extra
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ends_q, ends_k, seed, offset = extra
+        lengths = q.shape[2], k.shape[2]
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            grad, q, k, v, out, lse[..., None], seed, offset, _bias(mask, q), ends_q, ends_k, *lengths, 0.0, False
+        )
+
+
+class _Efficient(_Kernel):
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Extra]:
+        out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(q, k, v, _bias(mask, q), True)
+        return out, lse[..., : q.shape[2]], (seed, offset)
+
+    @staticmethod
+    def backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, extra: Extra
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # The kernel wants rows of lse in multiples of 32; what stands behind the last query gets no weight.
+        lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
+        wanted = [True, True, True, False]
+        return aten._scaled_dot_product_efficient_attention_backward(
+            grad, q, k, v, _bias(mask, q), out, lse, *extra, 0.0, wanted
+        )[:3]
+
+
+class _Math(_Kernel):
+    """Plain matrix products, for devices and head sizes without a kernel: holds the whole matrix of weights."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Extra]:
+        q, k, v = _wide(q, k, v)
+        scores = _Math._scores(q, k, mask)
+        lse = scores.logsumexp(-1)
+        return (scores - lse[..., None]).exp() @ v, lse, ()
+
+    @staticmethod
+    def backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, extra: Extra
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad, q, k, v, out = _wide(grad, q, k, v, out)
+        weights = (_Math._scores(q, k, mask) - lse[..., None]).exp()
+        of_scores = weights * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+        return of_scores @ k, of_scores.mT @ q, weights.mT @ grad
+
+    @staticmethod
+    def _scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        return scores if mask is None else scores.masked_fill(~mask[:, None, None], -torch.inf)
+
+
+_CUDA: dict[str, type[_Kernel]] = {"flash": _Flash, "efficient": _Efficient, "cudnn": _Cudnn, "math": _Math}
+_CPU: dict[str, type[_Kernel]] = {"flash": _Cpu, "math": _Math, "auto": _Cpu}
+_OTHER: dict[str, type[_Kernel]] = {"math": _Math, "auto": _Math}
+
+
+def _kernel(q: Tensor, mask: Tensor | None, backend: str) -> type[_Kernel]:
+    if not q.is_cuda:
+        kernels = _CPU if q.is_cpu else _OTHER
+        if backend not in kernels:
+            raise ValueError(
+                f"attention: in ring mode backend must be one of {', '.join(kernels)} on {q.device.type}, "
+                f"got {backend!r}"
+            )
+        return kernels[backend]
+    if backend == "flash" and mask is not None:
+        raise ValueError("attention: backend flash takes no mask in ring mode, use auto or efficient")
+    if backend == "auto":
+        half, aligned = q.dtype in (torch.float16, torch.bfloat16), q.shape[-1] % 8 == 0
+        if half and aligned and q.shape[-1] <= 256 and mask is None:
+            return _Flash
+        return _Efficient if aligned and q.dtype != torch.float64 else _Math
+    return _CUDA[backend]
+
+
+def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
+
+
+def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """0 or minus infinity for every pair of query and key. The rows begin at aligned addresses, which CUDA asks for."""
+    if mask is None:
+        return None
+    batch, keys = mask.shape
+    rows = torch.zeros(batch, keys + -keys % 16, dtype=q.dtype, device=q.device)[:, :keys]
+    rows.masked_fill_(~mask, -torch.inf)
+    return rows[:, None, None].expand(batch, q.shape[1], q.shape[2], keys)
