@@ -56,8 +56,8 @@ class ContextParallel:
         ring: the ranks that exchange keys and values; None for one rank.
         group: all of them; rank in group = rank in ring * size of ulysses + rank in ulysses.
         mode: "gather" collects all keys and values of the ring axis at once: two collectives of the fewest bytes, and
-            attention in one piece. "ring" lets them travel while attention is computed piece by piece: only two shards
-            of them exist at a time, but the backward moves about twice the bytes.
+            attention in one piece. "ring" lets them travel while attention is computed piece by piece: a rank holds
+            three shards of them at a time, not all, but the backward moves about twice the bytes.
 
     Raises:
         ValueError: for another mode, or groups whose sizes do not multiply.
@@ -212,9 +212,12 @@ def _all_gather(rows: Tensor, sizes: list[int], group: ProcessGroup) -> Tensor:
         rows[: len(own)] = own
     out = rows.new_empty(len(sizes) * most, *rows.shape[1:])
     _all_gather_into(out, rows.contiguous(), group=group)
-    if min(sizes) == most:
-        return out
-    return torch.cat([out[rank * most : rank * most + size] for rank, size in enumerate(sizes)])
+    end = sizes[0]
+    for rank, size in enumerate(sizes[1:], start=1):
+        if end < rank * most:  # close the gaps in place: a second copy of all rows may be what does not fit
+            out[end : end + size] = out[rank * most : rank * most + size].clone()
+        end += size
+    return out[:end]
 
 
 class _Exchange(torch.autograd.Function):
