@@ -15,7 +15,7 @@ ADAPTER = "default"  # PEFT's name for an adapter; files leave it out
 PREFIX = "diffusion_model."  # in front of native names in LoRA files, as other programs for Wan models expect it
 
 
-def add_lora(transformer: Any, config: LoraConfig, seed: int = 0) -> list[str]:
+def add_adapters(transformer: Any, config: LoraConfig, seed: int = 0) -> list[str]:
     """Put adapters on the linear layers that `targets` name, as `*.TARGET` or `TARGET`; returns the layers' names.
 
     The adapters are float32 (the numbers that are trained are small), begin without effect, and alone require
@@ -78,7 +78,7 @@ def adapter_tensors(
 
     Args:
         transformer: the model, sharded or not.
-        config: as it was given to `add_lora`.
+        config: as it was given to `add_adapters`.
         state: whole tensors by the names of the state dict (a gathered one, or averages); None: the model's own.
 
     Returns:

@@ -14,7 +14,7 @@ from talkingdit.models.checkpoints import Loras
 from talkingdit.models.presets import preset
 from talkingdit.models.wan import WanS2VModel
 from training.config import Config, LoraConfig, read_toml
-from training.lora import adapter_state_names, adapter_tensors, add_lora
+from training.lora import adapter_state_names, adapter_tensors, add_adapters
 from training.stages import Progress, check_stages, matches, select_parameters, zero_parameters
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -57,7 +57,7 @@ def test_adapters_of_the_wan_configuration_fit_the_released_model():
     config = read_toml(CONFIGS / "wan_s2v_lora.toml")
     with torch.device("meta"):
         model = WanS2VModel(**preset("wan_s2v_14b", num_layers=3, audio_inject_layers=(0, 2)))
-        layers = add_lora(model, config.lora)
+        layers = add_adapters(model, config.lora)
     assert len(layers) == 3 * (4 + 4 + 2) + 2 * 4
     (trained,) = check_stages(config, Pair(model))
     assert len(trained.train) == 2 * len(layers)
@@ -187,7 +187,7 @@ def test_adapters_train_alone_and_their_file_gives_the_same_model(tmp_path):
             return m(latents, torch.tensor([500.0]), text)
 
     plain = answer(model)
-    layers = add_lora(model, config, seed=4)
+    layers = add_adapters(model, config, seed=4)
     assert len(layers) == 2 * 5 + 2 * 2
     torch.testing.assert_close(answer(model), plain)  # without effect at first
     assert {".lora_" in n for n, p in model.named_parameters() if p.requires_grad} == {True}
@@ -210,7 +210,7 @@ def test_every_process_begins_with_the_same_adapters():
     first, second = random_transformer(**SIZE), random_transformer(**SIZE)
     for seed, model in enumerate((first, second)):
         torch.manual_seed(seed)
-        add_lora(model, LoraConfig(rank=2), seed=7)
+        add_adapters(model, LoraConfig(rank=2), seed=7)
     for name, value in first.state_dict().items():
         if "lora" in name:
             assert torch.equal(value, second.state_dict()[name])
@@ -219,6 +219,6 @@ def test_every_process_begins_with_the_same_adapters():
 def test_adapters_for_layers_that_are_not_there_are_refused():
     model = random_transformer(**SIZE)
     with pytest.raises(ValueError, match=r"lora\.targets: 'to_q' is the end of no linear layer's name; layers: .*ffn"):
-        add_lora(model, LoraConfig(rank=2, targets=["to_q"]))
+        add_adapters(model, LoraConfig(rank=2, targets=["to_q"]))
     with pytest.raises(ValueError, match=r"lora\.rank must be over 0, got 0"):
-        add_lora(model, LoraConfig())
+        add_adapters(model, LoraConfig())
