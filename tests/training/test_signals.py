@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run ends: it saves when it is asked to, together, and says in one sentence when another process is gone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from talkingdit.errors import UserError
+from training import signals
+from training.signals import Stop, lost_peer, run_guarded
+
+TOY = Path(__file__).parent / "toy_run.py"
+ROOT = Path(__file__).parents[2]
+
+
+def environment() -> dict:
+    paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {
+        **os.environ,
+        "PATH": paths,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(TOY.parent)]),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+
+
+def launch(*command: object) -> subprocess.Popen:
+    return subprocess.Popen([str(word) for word in command], env=environment(), stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        file = folder / "rank-0"
+        if file.exists() and int(file.read_text() or -1) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached:\n{process.communicate(timeout=5)[1]}")
+
+
+def losses_of(folder: Path) -> dict[int, float]:
+    """Of all parts of a run, later parts before earlier ones."""
+    parts = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+    return {int(step): loss for part in parts for step, loss in part.items() if step != "average"}
+
+
+@pytest.mark.parametrize("number", Stop.SIGNALS)
+def test_a_signal_asks_to_stop_and_the_handler_goes_with_the_block(number, capsys):
+    before = signal.getsignal(number)
+    with Stop() as stop:
+        assert not stop.agree()
+        os.kill(os.getpid(), number)
+        assert not stop.requested
+        assert stop.agree()
+        assert stop.agree()
+    assert signal.getsignal(number) is before
+    assert capsys.readouterr().err == f"training: {number.name}: saves and ends\n"
+
+
+def test_another_reason_stops_without_a_message(capsys):
+    with Stop() as stop:
+        assert stop.agree(also=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_second_interrupt_soon_is_torchruns_and_later_a_persons(monkeypatch):
+    clock = iter([100.0, 100.5, 106.0])
+    monkeypatch.setattr(signals.time, "monotonic", lambda: next(clock))
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.agree()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def steps_until_stop(receiver: int) -> int:
+    with Stop() as stop:
+        for step in range(10):
+            if stop.agree():
+                return step
+            if step == 3 and dist.get_rank() == receiver:
+                os.kill(os.getpid(), signal.SIGUSR1)
+    return -1
+
+
+def test_all_processes_stop_at_the_step_after_one_was_asked(processes):
+    assert processes(3, steps_until_stop, 1) == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            RuntimeError(
+                "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.2]:4222"
+            ),
+            "Connection closed by peer [10.0.0.2]:4222",
+        ),
+        (
+            RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation"),
+            "Timed out waiting 5000ms for recv operation",
+        ),
+        (
+            dist.DistBackendError(
+                "NCCL error in: ProcessGroupNCCL.cpp:2005, remote process exited or there was a network error\n"
+                "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting."
+            ),
+            "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting",
+        ),
+        (dist.DistStoreError("wait timeout after 300000ms, keys: /default_pg/0"), "timeout after 300000ms"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), None),
+        (RuntimeError("DataLoader timed out after 60 seconds"), None),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), None),
+        (OSError(104, "Connection reset by peer"), None),
+    ],
+)
+def test_only_what_the_backends_say_of_others_counts_as_a_lost_process(error, reason):
+    found = lost_peer(error)
+    assert (found is None) if reason is None else (found is not None and found.startswith(reason))
+
+
+def test_errors_become_a_status_and_a_sentence(capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def raising(error):
+        def main():
+            raise error
+
+        return main
+
+    assert run_guarded(lambda: None) == 0
+    assert run_guarded(lambda: 7) == 7
+    assert capsys.readouterr().err == ""
+    assert run_guarded(raising(UserError("data.path: must exist, got 'x'."))) == 2
+    assert capsys.readouterr().err == "training: data.path: must exist, got 'x'.\n"
+    assert run_guarded(raising(KeyboardInterrupt())) == 130
+    assert "the same command continues from the last checkpoint" in capsys.readouterr().err
+    assert run_guarded(raising(RuntimeError("a bug"))) == 1
+    assert capsys.readouterr().err.startswith("Traceback")
+    assert run_guarded(raising(RuntimeError("gloo: Connection closed by peer [10.0.0.2]:1"))) == 3
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "lost another process (Connection closed by peer [10.0.0.2]:1) and ends" in message
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_with_0(tmp_path):
+    process = launch(sys.executable, TOY, tmp_path, "--steps", 400, "--every", 1000, "--seconds", 0.05)
+    wait_for_step(tmp_path, 4, process)
+    process.terminate()
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, errors
+    assert "training: SIGTERM: saves and ends" in errors
+    stopped = max(losses_of(tmp_path)) + 1
+    assert stopped < 400
+    assert [path.name for path in tmp_path.glob("step-*")] == [f"step-{stopped:08d}"]
+
+
+@pytest.mark.slow
+def test_the_node_script_turns_sigterm_into_a_checkpoint_and_status_0(tmp_path):
+    process = launch(
+        *(ROOT / "training" / "launch" / "node.sh", "--standalone", "--nproc-per-node", 2),
+        *(TOY, tmp_path, "--steps", 400, "--every", 1000, "--seconds", 0.05),
+    )
+    wait_for_step(tmp_path, 2, process)
+    process.terminate()
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, errors
+    assert errors.count("training: SIGUSR1: saves and ends") == 1
+    stopped = max(losses_of(tmp_path)) + 1
+    assert [path.name for path in tmp_path.glob("step-*")] == [f"step-{stopped:08d}"]
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_reported_by_the_others_and_torchrun_continues_from_the_last_checkpoint(tmp_path):
+    process = launch(
+        *("torchrun", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1),
+        *(TOY, tmp_path, "--steps", 12, "--every", 4, "--kill", 1, 6),
+    )
+    errors = process.communicate(timeout=90)[1]
+    assert process.returncode == 0, errors
+    reports = [line for line in errors.splitlines() if line.startswith("training: ")]
+    assert len(reports) == 1
+    assert reports[0].startswith("training: rank 0 on ")
+    assert "Traceback" not in errors
+    assert sorted(losses_of(tmp_path)) == list(range(4, 12))  # the part that ended normally, from the checkpoint on
