@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 LIMIT = 4  # as many as a CI machine bears
+START = 120.0  # seconds that a process may take until it has imported torch
 GRACE = 2.0  # seconds that the other ranks have, after one failed or hangs, to tell their side
 
 
@@ -61,16 +62,18 @@ class Processes:
         """
         if not 1 <= size <= LIMIT:
             raise ValueError(f"processes: size must be from 1 to {LIMIT}, got {size}")
-        while len(self._workers) < size:
-            self._workers.append(_Worker(Path(self._folder.name)))
         self._jobs += 1
         store = Path(self._folder.name) / f"store-{self._jobs}"
-        workers = self._workers[:size]
-        for rank, worker in enumerate(workers):
-            # Not the pickler of multiprocessing, which would pass tensors in shared memory that ends with its owner.
-            worker.connection.send_bytes(pickle.dumps((rank, size, str(store), timeout, sys.path)))
-            worker.connection.send_bytes(pickle.dumps((job, args)))
         try:
+            started = [_Worker(Path(self._folder.name)) for _ in range(size - len(self._workers))]
+            self._workers += started
+            for worker in started:
+                worker.wait_until_ready()
+            workers = self._workers[:size]
+            for rank, worker in enumerate(workers):
+                # Not the pickler of multiprocessing, which passes tensors in shared memory that ends with its owner.
+                worker.connection.send_bytes(pickle.dumps((rank, size, str(store), timeout, sys.path)))
+                worker.connection.send_bytes(pickle.dumps((job, args)))
             return _collect(workers, timeout)
         except BaseException:  # a keyboard interrupt, too, leaves workers in the middle of something
             self._kill()
@@ -108,6 +111,11 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(theirs, log))
         self.process.start()
         theirs.close()  # so that the worker's death is seen as the end of the pipe
+
+    def wait_until_ready(self) -> None:
+        if not self.connection.poll(START):
+            raise JobFailed(f"a worker did not start within {START:g} s")
+        self.connection.recv_bytes()
 
 
 @dataclass
@@ -166,6 +174,7 @@ def _serve(connection: Connection, log: str) -> None:
     torch.set_num_threads(1)
     with open(log, "w") as stacks:
         faulthandler.enable(stacks)
+        connection.send_bytes(b"ready")
         while True:
             try:
                 rank, size, store, timeout, path = pickle.loads(connection.recv_bytes())

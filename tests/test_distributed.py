@@ -79,6 +79,7 @@ def test_a_failing_rank_fails_the_job_with_its_traceback(processes: Processes, j
 
 
 def test_a_hang_ends_with_the_place_where_it_hangs(processes: Processes) -> None:
+    processes(2, add_ranks, torch.zeros(1))  # what there is to import is imported now
     with pytest.raises(JobFailed, match=r"rank 1 of 2 was still running after 1 s:[\s\S]*in where_it_hangs"):
         processes(2, late_in_rank_1, timeout=1)
     assert processes(2, add_ranks, torch.zeros(1))[0][1] == 1  # new workers
