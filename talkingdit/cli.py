@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from talkingdit.data.command import add_precompute
+
 if TYPE_CHECKING:
     from talkingdit.models.checkpoints import Checkpoint, S2VCheckpoint
     from talkingdit.pipelines.memory import Memory
@@ -77,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (_add_generate, _add_plan, _add_info):
         add(verbs)
+    add_precompute(verbs, _positive, _area)
     return top
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-from torch import Tensor
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 VIDEO = "video"
 
@@ -82,8 +83,8 @@ class ClipRequest:
     Args:
         frames: latent frames; never more than `Shape.frames`.
         height, width: latent rows and columns, even. Other ones than those of the shape only where it is resizable.
-        history: True asks for a clip that goes on, False for one that begins a video. Items that are stored are what
-            they are: without history where there is none, and the history of others is left out when it is not wanted.
+        history: True asks for a clip that goes on, where the item has room for its past, False for one that begins a
+            video. Items that are stored are what they are; of one with history it is left out where it is not wanted.
     """
 
     frames: int | None = None

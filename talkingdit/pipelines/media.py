@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -22,19 +23,27 @@ SILENCE_PEAK = 1e-4  # -80 dBFS
 SHORTEST_AUDIO = 0.1  # seconds; less is not speech
 AAC_FRAME = 1024  # samples of one AAC packet, and the encoder's priming
 LARGEST_IMAGE = 100_000_000  # pixels
+SEEK_MARGIN = 0.5  # seconds before a part at which decoding begins: codecs need a packet or two to settle
 
 
-def read_audio(path: str | os.PathLike[str], rate: int = 16000) -> np.ndarray:
+def read_audio(
+    path: str | os.PathLike[str], rate: int = 16000, start: float = 0.0, seconds: float | None = None
+) -> np.ndarray:
     """Read any sound file (WAV, FLAC, MP3, OGG, M4A, or the sound of a video) as mono at the given rate.
 
+    Args:
+        path: the file.
+        rate: samples per second.
+        start, seconds: only this part of it; less where it ends before. No more than that is decoded.
+
     Returns:
-        float32 [samples]; channels are averaged, the beginning of the file is sample 0.
+        float32 [samples]; channels are averaged, the beginning of the file, or of the part, is sample 0.
 
     Raises:
         UserError: no such file, empty, not a sound file, shorter than 0.1 s, not finite, or silent.
     """
     source = _existing_file(path, "audio")
-    samples, found = _decode_audio(source)
+    samples, found = _decode_audio(source, start, seconds)
     if samples.size == 0:
         raise UserError(f"audio {str(source)!r}: expected sound, got a file without samples")
     if not np.isfinite(samples).all():
@@ -61,19 +70,38 @@ def read_track(path: str | os.PathLike[str]) -> tuple[np.ndarray, int]:
     return _decode_audio(_existing_file(path, "audio"))
 
 
-def _decode_audio(source: Path) -> tuple[np.ndarray, int]:
+def _decode_audio(source: Path, start: float = 0.0, seconds: float | None = None) -> tuple[np.ndarray, int]:
     """Samples [n] float32 mono at the file's own rate, and that rate."""
     import soundfile
 
     # soundfile reads WAV, FLAC, OGG and MP3 exactly from the first sample; FFmpeg knows the rest.
     try:
-        data, rate = soundfile.read(source, dtype="float32", always_2d=True)
-        return data.mean(axis=1), int(rate)
+        with soundfile.SoundFile(source) as file:
+            rate = int(file.samplerate)
+            first = min(round(start * rate), file.frames)
+            before = file.seek(max(0, first - round(SEEK_MARGIN * rate)))
+            count = -1 if seconds is None else first - before + round(seconds * rate)
+            data = file.read(count, dtype="float32", always_2d=True)[first - before :]
+        return data.mean(axis=1), rate
     except soundfile.LibsndfileError:
-        return _decode_audio_with_av(source)
+        return _decode_audio_with_av(source, start, seconds)
 
 
-def _decode_audio_with_av(source: Path) -> tuple[np.ndarray, int]:
+def _frames_from(container: Any, stream: Any, start: float) -> Iterator[Any]:
+    """Frames of a track from a little before `start` seconds on; all of them where a file cannot be searched."""
+    if start > SEEK_MARGIN:
+        container.seek(int((start - SEEK_MARGIN) * 1e6))
+        frames = container.decode(stream)
+        frame = next(frames, None)
+        if frame is not None and frame.time is not None and frame.time <= start:
+            yield frame
+            yield from frames
+            return
+        container.seek(0)
+    yield from container.decode(stream)
+
+
+def _decode_audio_with_av(source: Path, start: float = 0.0, seconds: float | None = None) -> tuple[np.ndarray, int]:
     import av
 
     try:
@@ -84,11 +112,15 @@ def _decode_audio_with_av(source: Path) -> tuple[np.ndarray, int]:
             rate = int(stream.rate)
             resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
             parts: list[np.ndarray] = []
-            start: float | None = None
-            for frame in container.decode(stream):
-                if start is None:
-                    start = frame.time or 0.0
+            begins: float | None = None
+            first = round(start * rate)
+            end = None if seconds is None else first + round(seconds * rate)
+            for frame in _frames_from(container, stream, start):
+                if begins is None:
+                    begins = frame.time or 0.0
                 parts += [part.to_ndarray().reshape(-1) for part in resampler.resample(frame)]
+                if end is not None and frame.time is not None and round(frame.time * rate) >= end:
+                    break
             parts += [part.to_ndarray().reshape(-1) for part in resampler.resample(None)]
     except (av.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, UserError):
@@ -98,9 +130,10 @@ def _decode_audio_with_av(source: Path) -> tuple[np.ndarray, int]:
             f"({_reason(error)})"
         ) from None
     samples = np.concatenate([np.zeros(0, np.float32), *parts]).astype(np.float32)
-    # Priming samples carry a time before zero, late streams one after it: sample 0 is time 0 either way.
-    offset = round((start or 0.0) * rate)
-    return (samples[-offset:] if offset < 0 else np.pad(samples, (offset, 0))), rate
+    # Priming samples carry a time before zero, late streams one after it: sample 0 is time `start` either way.
+    offset = round((begins or 0.0) * rate) - first
+    samples = samples[-offset:] if offset < 0 else np.pad(samples, (offset, 0))
+    return (samples if end is None else samples[: end - first]), rate
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:

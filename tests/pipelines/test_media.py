@@ -359,3 +359,26 @@ def test_read_video_refuses_what_is_none(tmp_path: Path) -> None:
     make_text(tmp_path / "b.mp4")
     with pytest.raises(UserError, match="expected a video, got a file that cannot be decoded"):
         read_video(tmp_path / "b.mp4")
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "mp3", "m4a", "mp4"])
+def test_a_part_of_a_sound_is_that_part_of_the_whole(tmp_path: Path, kind: str) -> None:
+    """Clips of long recordings are read without decoding all of them, and must not be early or late by a sample."""
+    seconds = np.arange(5 * 16000) / 16000
+    sound = (0.3 * np.sin(900 * seconds + 200 * seconds**2)).astype(np.float32)
+    path = tmp_path / f"v.{kind}"
+    if kind in ("wav", "flac", "mp3"):
+        soundfile.write(path, sound, 16000)
+    else:
+        with VideoWriter(tmp_path / "v.mp4", 10, (16, 16), audio=sound, rate=16000) as video:
+            video.write(np.zeros((50, 16, 16, 3), np.uint8))
+        (tmp_path / "v.mp4").rename(path)
+    whole = read_audio(path)
+    for start, length in ((0.0, 1.0), (0.25, 0.5), (1.5, 2.0), (3.9, 0.75)):
+        part = read_audio(path, start=start, seconds=length)
+        wanted = whole[round(start * 16000) : round((start + length) * 16000)]
+        assert len(part) == len(wanted)
+        assert np.abs(part - wanted).max() < 2e-3
+    assert len(read_audio(path, start=4.0)) == len(whole) - 4 * 16000
+    with pytest.raises(UserError, match="without samples"):
+        read_audio(path, start=9.0, seconds=1.0)

@@ -118,7 +118,7 @@ class S2VCheckpoint:
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """Where the parts of a checkpoint lie."""
 
     transformer: Path
@@ -135,14 +135,19 @@ def is_s2v(root: Path) -> bool:
     return any((root / name).exists() for name in ("audio_encoder", "tokenizer", "model_index.json"))
 
 
-def _parts(root: Path) -> _Parts:
+def find_parts(root: Path) -> Parts:
+    """Where the parts of a checkpoint lie.
+
+    Raises:
+        UserError: one is missing.
+    """
     if (root / "transformer").is_dir():
-        parts = _Parts(*(root / name for name in ("transformer", "vae", "text_encoder", "tokenizer", "audio_encoder")))
+        parts = Parts(*(root / name for name in ("transformer", "vae", "text_encoder", "tokenizer", "audio_encoder")))
         for part in dataclasses.astuple(parts):
             if not part.is_dir():
                 raise UserError(f"{root}: not a whole checkpoint, the folder {part.name}/ is missing in it.")
         return parts
-    return _Parts(
+    return Parts(
         transformer=root,
         vae=_one(root, "*VAE*.pth", "Wan2.1_VAE.pth, the autoencoder,"),
         text_encoder=_one(root, "models_t5*.pth", "models_t5_umt5-xxl-enc-bf16.pth, the text encoder,"),
@@ -176,7 +181,7 @@ def load_s2v(root: Path, dtype: torch.dtype, device: torch.device | str) -> S2VC
     from talkingdit.models.wan_vae import load_vae
     from talkingdit.models.wav2vec import load_speech_encoder
 
-    parts = _parts(root)
+    parts = find_parts(root)
     settings = S2VSettings.load(root / "pipeline.json") if (root / "pipeline.json").is_file() else S2VSettings()
     tokenizer = load_tokenizer(parts.tokenizer)
     audio_encoder = load_speech_encoder(parts.audio_encoder, device, fps=settings.fps)

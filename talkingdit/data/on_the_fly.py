@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A source that reads and encodes videos when they are asked for: nothing to prepare, but encoded every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from talkingdit.data.clips import CELL
+from talkingdit.data.encode import Cut, Cutting, Item, cells, encode_clip, open_item
+from talkingdit.data.encoders import CheckpointEncoders, Encoders
+from talkingdit.data.manifest import Manifest, read_manifest
+from talkingdit.data.probe import Probes
+from talkingdit.data.sample import BrokenSample, ClipRequest, Sample, Shape
+from talkingdit.errors import UserError
+from talkingdit.pipelines.vae import FRAMES_PER_LATENT
+
+
+class OnTheFly:
+    """Clips of the videos of a manifest. Items are videos; which part of one is taken is drawn anew every time.
+
+    Videos that cannot be used at all are left out when the source is made; `broken` says which and why.
+
+    Args:
+        manifest: path, or what `read_manifest` gave.
+        encoders: in memory, or of a checkpoint folder: these are loaded where they are needed, in every worker process.
+        cutting: length and size of the clips, where requests do not say; its stride means nothing here.
+        name: of the source; default: that of the manifest.
+        openings: share of clips without history where requests do not say and a video has room for both.
+
+    Raises:
+        UserError: the manifest is wrong, or none of its videos can be used.
+        ValueError: openings is not in 0..1.
+    """
+
+    def __init__(
+        self,
+        manifest: str | Path | Manifest,
+        encoders: Encoders | CheckpointEncoders,
+        cutting: Cutting | None = None,
+        name: str | None = None,
+        openings: float = 0.25,
+    ):
+        if not 0 <= openings <= 1:
+            raise ValueError(f"OnTheFly: openings must be within 0..1, got {openings}")
+        self.manifest = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
+        self.name = name or self.manifest.path.stem
+        self._encoders = encoders
+        self.cutting = Cutting() if cutting is None else cutting
+        self.openings = openings
+        self.broken: list[BrokenSample] = []
+        self.items: list[Item] = []
+        self.sizes: list[tuple[int, int]] = []
+        self._open()
+
+    @property
+    def encoders(self) -> Encoders:
+        return self._encoders if isinstance(self._encoders, Encoders) else self._encoders.loaded
+
+    @property
+    def empty_text(self) -> Tensor | None:
+        """Features [L, text_dim] of the empty caption; None where captions are not encoded."""
+        return self.encoders.text("")
+
+    def _open(self) -> None:
+        settings = self._encoders.settings
+        probes = Probes(self.manifest.path)
+        probes.fill(self.manifest.entries)
+        for entry in self.manifest.entries:
+            try:
+                item = open_item(entry, probes, settings.fps)
+                size = self.cutting.size(item)
+                if not item.entry.is_picture and item.pictures < self.cutting.min_frames:
+                    raise BrokenSample(
+                        entry.key, f"{entry.video} has {item.pictures} pictures, at least {self.cutting.min_frames} "
+                        "are needed."
+                    )  # fmt: skip
+            except BrokenSample as error:
+                self.broken.append(error)
+            except UserError as error:
+                self.broken.append(BrokenSample(entry.key, str(error)))
+            else:
+                self.items.append(item)
+                self.sizes.append(size)
+        if not self.items:
+            raise UserError(f"{self.manifest.path}: none of its videos can be used; the first one: {self.broken[0]}")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def shape(self, index: int) -> Shape:
+        """What video `index` offers."""
+        item, motion = self.items[index], self._encoders.settings.motion_frames
+        height, width = cells(self.sizes[index])
+        fps, kind, history = float(self._encoders.settings.fps), item.entry.kind, 0
+        frames = min(self.cutting.clip_frames, item.pictures) // FRAMES_PER_LATENT
+        if item.entry.is_picture:
+            frames = 1
+        elif item.pictures - motion >= self.cutting.min_frames:
+            history = -(-motion // FRAMES_PER_LATENT)
+        return Shape(frames, height, width, fps, history, kind=kind, resizable=True)
+
+    def sample(self, index: int, rng: np.random.Generator, clip: ClipRequest) -> Sample:
+        """A clip of video `index`.
+
+        Raises:
+            BrokenSample: a file cannot be read.
+            ValueError: more frames are asked for than there are.
+        """
+        item, shape = self.items[index], self.shape(index)
+        frames = shape.frames if clip.frames is None else clip.frames
+        if frames > shape.frames:
+            raise ValueError(f"{self.name}: {item.entry.key} has {shape.frames} latent frames, asked for {frames}")
+        size = (CELL * (clip.height or shape.height), CELL * (clip.width or shape.width))
+        return encode_clip(item, self._cut(item, frames, clip.history, rng), size, self.encoders, rng, self.name)
+
+    def _cut(self, item: Item, frames: int, history: bool | None, rng: np.random.Generator) -> Cut:
+        if item.entry.is_picture:
+            return Cut(0, 1)
+        pictures, motion = frames * FRAMES_PER_LATENT, self._encoders.settings.motion_frames
+        wanted = rng.random() >= self.openings if history is None else history
+        behind = wanted and item.pictures - motion >= pictures
+        first = motion if behind else 0
+        return Cut(int(rng.integers(first, item.pictures - pictures + 1)), pictures, behind)

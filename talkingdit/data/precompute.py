@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encode the videos of a manifest once, into shards that training reads (`PrecomputedShards`).
+
+Worker r of n takes every n-th row. A clip is done when it is in a finished shard, whoever wrote it: the same command
+goes on after a kill, also with another number of workers and with a manifest that has grown. What cannot be read is
+written to `broken.jsonl`, and tried again the next time.
+
+    precompute.json          the settings that all clips have in common
+    clips-WWWW-NNNNNN.tar    shard N of worker W, and .json, its index
+    empty_text.safetensors   features of the empty caption
+    broken.jsonl             key, row and reason of what could not be encoded
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from talkingdit.data.encode import Cutting, encode_clip, open_item
+from talkingdit.data.encoders import CheckpointEncoders
+from talkingdit.data.manifest import Entry, Manifest
+from talkingdit.data.probe import Probes
+from talkingdit.data.sample import BrokenSample
+from talkingdit.data.shards import EMPTY_TEXT, PART, PrecomputedShards, ShardWriter, write_whole
+from talkingdit.errors import UserError
+
+FORMAT = 1
+STAMP, BROKEN = "precompute.json", "broken.jsonl"
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to encode, how, and where to.
+
+    Args:
+        manifest: from `read_manifest`.
+        encoders: of a checkpoint folder.
+        out: a folder, made if need be.
+        cutting: which clips.
+        dtype: of the tensors that are kept, of `DTYPES`.
+        shard_bytes: after which a shard is full.
+    """
+
+    manifest: Manifest
+    encoders: CheckpointEncoders
+    out: Path
+    cutting: Cutting
+    dtype: str = "bfloat16"
+    shard_bytes: int = 256 << 20
+
+    def settings(self) -> dict[str, Any]:
+        """What clips depend on, by the names of the options."""
+        settings = self.encoders.settings
+        values = {"format": FORMAT, "checkpoint": self.encoders.fingerprint, "what": sorted(self.encoders.what)}
+        values |= {"fps": settings.fps, "history": settings.motion_frames, "dtype": self.dtype}
+        return values | dataclasses.asdict(self.cutting)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A video that a worker is finished with."""
+
+    clips: int = 0  # that were encoded
+    kept: int = 0  # that an earlier run has encoded
+    broken: int = 0
+
+
+def prepare(job: Job, rank: int = 0) -> None:
+    """Make the folder, or make sure that it holds clips of the same settings.
+
+    Raises:
+        UserError: it holds clips of other settings, or something else, or cannot be written.
+    """
+    wanted = json.loads(json.dumps(job.settings()))
+    stamp = job.out / STAMP
+    try:
+        job.out.mkdir(parents=True, exist_ok=True)
+        if not stamp.is_file():
+            foreign = sorted(path.name for path in job.out.iterdir() if not path.name.startswith(PART))
+            if foreign and not stamp.is_file():
+                raise UserError(f"{job.out}: expected an empty folder or earlier clips, got {foreign[0]!r} in it.")
+            write_whole(stamp, json.dumps(wanted, indent=1).encode(), rank)
+        found = json.loads(stamp.read_text())
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{job.out}: cannot be used ({error}).") from error
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            what = f"{name} {found.get(name)!r}, asked for {value!r}"
+            what = "another checkpoint" if name == "checkpoint" else what
+            raise UserError(f"{job.out}: holds clips made with {what}; take another folder or the same settings.")
+
+
+def clear_parts(folder: Path, rank: int, world: int) -> None:
+    """Throw away what killed workers left half-written, those that this worker stands for now."""
+    for path in folder.glob(f"{PART}*"):
+        owner = path.name.removeprefix(PART)[:4]
+        if owner.isdecimal() and int(owner) % world == rank:
+            path.unlink(missing_ok=True)
+
+
+def precompute(job: Job, rank: int = 0, world: int = 1, report: Callable[[Step], None] | None = None) -> None:
+    """Encode the part of worker `rank` of `world`; call `prepare` before.
+
+    Args:
+        job: the same for all workers.
+        rank, world: which part of the manifest.
+        report: called after every video.
+
+    Raises:
+        UserError: the checkpoint does not load, the disk is full, or the device has too little memory.
+    """
+    clear_parts(job.out, rank, world)
+    done = _done(job.out)
+    probes = Probes(job.manifest.path)
+    log = _BrokenLog(job.out / BROKEN)
+    writer = ShardWriter(job.out, rank, job.shard_bytes)
+    try:
+        for entry in job.manifest.entries[rank::world]:
+            step = _encode_entry(job, entry, probes, done, log, writer)
+            if report is not None:
+                report(step)
+        writer.finish()
+    except torch.OutOfMemoryError as error:
+        writer.finish()  # what is encoded already is good
+        raise UserError(
+            f"precompute: the device has not enough memory for clips of {job.cutting.clip_frames} pictures; "
+            "try a smaller --max-area or fewer --clip-frames."
+        ) from error
+    except KeyboardInterrupt:
+        writer.finish()
+        raise
+    finally:
+        writer.abort()
+
+
+def _done(folder: Path) -> set[str]:
+    """Keys of all clips in finished shards."""
+    try:
+        return {about["key"] for _, about in PrecomputedShards(folder).clips}
+    except UserError:
+        if any(folder.glob("clips-*.tar")):
+            raise
+        return set()
+
+
+def _encode_entry(job: Job, entry: Entry, probes: Probes, done: set[str], log: _BrokenLog, writer: ShardWriter) -> Step:
+    settings, broken, clips, kept = job.encoders.settings, 0, 0, 0
+    try:
+        item = open_item(entry, probes, settings.fps)
+        cuts = job.cutting.cuts(item, settings.motion_frames)
+        size = job.cutting.size(item)
+    except (BrokenSample, UserError) as error:
+        log.add(entry.key, entry, error.reason if isinstance(error, BrokenSample) else str(error))
+        return Step(broken=1)
+    if not cuts:
+        log.add(entry.key, entry, f"{entry.video} has {item.pictures} pictures, too few for a clip.")
+        return Step(broken=1)
+    for cut in cuts:
+        key = cut.key(entry)
+        if key in done:
+            kept += 1
+            continue
+        _keep_empty_text(job, writer.worker)
+        try:
+            sample = encode_clip(item, cut, size, job.encoders.loaded, _generator(key))
+        except BrokenSample as error:
+            log.add(key, entry, error.reason)
+            broken += 1
+            continue
+        about = {"fps": float(settings.fps), "start": entry.start + cut.start / settings.fps, "row": entry.where}
+        writer.add(sample, about, getattr(torch, job.dtype))
+        clips += 1
+    return Step(clips, kept, broken)
+
+
+def _generator(key: str) -> np.random.Generator:
+    """Draws the same for a clip in every run and in every worker."""
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
+
+
+def _keep_empty_text(job: Job, worker: int) -> None:
+    target = job.out / EMPTY_TEXT
+    if "text" not in job.encoders.what or target.is_file():
+        return
+    text = job.encoders.loaded.text("")
+    assert text is not None
+    write_whole(target, safetensors.torch.save({"text": text.to(getattr(torch, job.dtype))}), worker)
+
+
+class _BrokenLog:
+    """What could not be encoded, a line each; workers append to the same file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self.known = set(lines)
+
+    def add(self, key: str, entry: Entry, reason: str) -> None:
+        line = json.dumps({"key": key, "row": entry.where, "reason": reason}, ensure_ascii=False)
+        if line not in self.known:
+            self.known.add(line)
+            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(handle, f"{line}\n".encode())  # one write, so that lines of workers do not mix
+            finally:
+                os.close(handle)

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long and how large files are, found out once and kept in `<manifest>.probe` beside the manifest.
+
+So a sampler knows the shape of every clip without decoding any, and the second start of a run on a large data set takes
+no longer than reading one file. A line of that file is good as long as size and time of the file that it is about are
+the same; it can be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from talkingdit.data.manifest import PICTURES, Entry
+from talkingdit.errors import UserError
+
+THREADS = 8  # files that are opened at once: most of the time is waiting for a disk
+NEARLY = 1e-6  # pictures; times in files are rounded
+
+
+@dataclass(frozen=True)
+class Media:
+    """What is known of a file.
+
+    Args:
+        seconds: of the pictures, 0 without any.
+        fps: pictures per second of the file.
+        height, width: upright.
+        sound: seconds of its sound, 0 without any.
+        begins: time of the first picture, where clocks of files do not start at 0.
+        error: why it cannot be used, one sentence; the rest means nothing then.
+    """
+
+    seconds: float = 0.0
+    fps: float = 0.0
+    height: int = 0
+    width: int = 0
+    sound: float = 0.0
+    begins: float = 0.0
+    error: str = ""
+
+
+def probe(path: Path) -> Media:
+    """Look into a video, picture or sound file; never raises for what is wrong with it."""
+    import av
+
+    if not path.is_file():
+        return Media(error=f"{path} does not exist")
+    if path.suffix.lower() in PICTURES:
+        return _picture(path)
+    try:
+        with av.open(str(path)) as container:
+            sound = 0.0
+            if container.streams.audio:
+                track = container.streams.audio[0]
+                sound = _seconds(track.duration, track.time_base, container.duration)
+            if not container.streams.video:
+                return Media(sound=sound) if sound else Media(error=f"{path} has neither pictures nor sound")
+            stream = container.streams.video[0]
+            fps = float(stream.average_rate or stream.base_rate or 0)
+            frame = next(container.decode(stream), None)
+            if frame is None:
+                return Media(error=f"{path} has no pictures")
+            turned = getattr(frame, "rotation", 0) % 180 != 0
+            height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
+            seconds = _seconds(stream.duration, stream.time_base, container.duration)
+            if seconds <= 0 and fps:
+                seconds = stream.frames / fps
+            if not fps or seconds <= 0:
+                return Media(error=f"{path} does not say how long it is")
+            return Media(seconds, fps, height, width, sound, float(frame.time or 0.0))
+    except (av.FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        return Media(error=f"{path} cannot be decoded ({reason})")
+
+
+def _picture(path: Path) -> Media:
+    from PIL import ExifTags, Image
+
+    try:
+        with Image.open(path) as picture:
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            width, height = reversed(picture.size) if turned else picture.size
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        return Media(error=f"{path} is not a picture ({error})")
+    return Media(seconds=1.0, fps=1.0, height=height, width=width)
+
+
+def _seconds(duration: int | None, time_base: Any, whole: int | None) -> float:
+    """Of a stream; those that do not say (Matroska, WebM) last as long as the file."""
+    if duration is not None and time_base is not None:
+        return float(duration * time_base)
+    return 0.0 if whole is None else whole / 1e6
+
+
+def pictures_of(entry: Entry, video: Media, sound: Media, fps: int) -> int:
+    """How many pictures of an entry there are at `fps` per second, of those that have a sound where one is expected.
+
+    Picture p is the frame nearest to `start` + p / fps seconds.
+    """
+    if entry.is_picture:
+        return 1
+    last = video.seconds - 0.5 / video.fps  # nearer to nothing than to the last frame
+    count = math.ceil((last - entry.start) * fps - NEARLY)
+    if entry.end is not None:
+        count = min(count, math.ceil((entry.end - entry.start) * fps - NEARLY))
+    if not entry.silent and sound.sound:
+        # A track that ends half a picture early is as good as whole: encoders cut and fill.
+        begins = video.begins if entry.audio is None else 0.0
+        count = min(count, math.floor((sound.sound - begins - entry.start) * fps + 0.5))
+    return max(count, 0)
+
+
+class Probes:
+    """What the files of a manifest are, from the file beside it where it knows them.
+
+    Args:
+        manifest: its path.
+    """
+
+    def __init__(self, manifest: Path):
+        self.file = manifest.with_name(manifest.name + ".probe")
+        self._known: dict[str, dict[str, Any]] = {}
+        self._new = False
+        with contextlib.suppress(OSError, ValueError):
+            for line in self.file.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                self._known[row.pop("path")] = row
+
+    def of(self, entry: Entry) -> tuple[Media, Media]:
+        """Video and sound of an entry; the same where the sound is the video's own."""
+        video = self._video(entry)
+        return video, video if entry.audio is None or entry.silent else self._media(entry.audio)
+
+    def fill(self, entries: Iterable[Entry]) -> None:
+        """Look into all files, several at once, and keep what was found."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            for _ in pool.map(self.of, entries):
+                pass
+        self.save()
+
+    def _video(self, entry: Entry) -> Media:
+        own_sound = entry.audio is None and not entry.silent
+        if not own_sound and entry.fps and entry.frames and entry.width and entry.height:
+            return Media(entry.frames / entry.fps, entry.fps, entry.height, entry.width)
+        return self._media(entry.video)
+
+    def _media(self, path: Path) -> Media:
+        try:
+            status = path.stat()
+        except OSError:
+            return Media(error=f"{path} does not exist")
+        stamp = [status.st_size, status.st_mtime_ns]
+        name = os.path.relpath(path, self.file.parent)
+        row = self._known.get(name)
+        if row is not None and row.get("stamp") == stamp:
+            with contextlib.suppress(TypeError):
+                return Media(**{key: value for key, value in row.items() if key != "stamp"})
+        media = probe(path)
+        self._known[name] = {"stamp": stamp} | dataclasses.asdict(media)
+        self._new = True
+        return media
+
+    def save(self) -> None:
+        """Write the file beside the manifest; a folder that cannot be written to is no reason to stop."""
+        if not self._new:
+            return
+        with contextlib.suppress(OSError):
+            handle, name = tempfile.mkstemp(prefix=".part-", dir=self.file.parent)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                for path, row in sorted(self._known.items()):
+                    file.write(json.dumps({"path": path} | row) + "\n")
+            os.replace(name, self.file)
+        self._new = False
+
+
+def media_of(entry: Entry, probes: Probes) -> tuple[Media, Media]:
+    """Video and sound of an entry, both good.
+
+    Raises:
+        UserError: one of them cannot be used, or has no sound where one is expected.
+    """
+    video, sound = probes.of(entry)
+    for media in (video, sound):
+        if media.error:
+            raise UserError(f"{media.error}.")
+    if not video.seconds:
+        raise UserError(f"{entry.video} has no pictures.")
+    if not entry.silent and not sound.sound:
+        file = entry.video if entry.audio is None else entry.audio
+        raise UserError(f'{file} has no sound; say so with audio "none" if none is expected.')
+    return video, sound

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clips in tar files (WebDataset), written one after the other, read in any order.
+
+A clip is two members of a shard, `KEY.json` (what it is) and `KEY.safetensors` (its tensors), so that WebDataset and
+every other program that knows tar reads them in sequence. Beside `NAME.tar` lies `NAME.json` with the place of every
+clip in the shard and what is known of it; with it a clip is one read of a range of bytes, from a disk or from an object
+store (any address that fsspec knows). It is made anew from the shard where it is missing.
+
+A shard gets its name when it is complete, so a kill leaves no half one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from talkingdit.data.sample import BrokenSample, ClipRequest, Sample, Shape
+from talkingdit.errors import UserError
+
+PART = ".part-"
+EMPTY_TEXT = "empty_text.safetensors"
+GROUPS = ("regions", "outside")
+
+
+class ShardWriter:
+    """Writes the shards of one worker.
+
+    Args:
+        folder: where to, it exists.
+        worker: number in the names of its shards.
+        limit: bytes after which a shard is full.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+
+    def __init__(self, folder: Path, worker: int, limit: int):
+        self.folder, self.worker, self.limit = folder, worker, limit
+        taken = [int(path.stem.split("-")[2]) for path in folder.glob(f"clips-{worker:04d}-*.tar")]
+        self.number = max(taken, default=-1) + 1
+        self.clips = 0  # in the shard that is open
+        self._part: Path | None = None
+
+    def add(self, sample: Sample, about: Mapping[str, Any], dtype: torch.dtype) -> None:
+        """Append a clip; it is safe on the disk when its shard is full, or `finish` was called."""
+        tensors, meta = _pack(sample, dtype)
+        members = {
+            "__key__": sample.key,
+            "json": json.dumps(meta | dict(about), ensure_ascii=False).encode(),
+            "safetensors": safetensors.torch.save(tensors),
+        }
+        try:
+            if self._part is None:
+                self._open()
+            self._tar.write(members)
+            self.clips += 1
+            if self._stream.tell() >= self.limit:
+                self.finish()
+        except OSError as error:
+            self.abort()
+            raise UserError(f"{self.folder}: a shard cannot be written ({error.strerror or error}).") from error
+
+    def _open(self) -> None:
+        import webdataset
+
+        handle, name = tempfile.mkstemp(prefix=f"{PART}{self.worker:04d}-", suffix=".tar", dir=self.folder)
+        self._part = Path(name)
+        self._stream = os.fdopen(handle, "wb")
+        self._tar = webdataset.TarWriter(self._stream, encoder=False, mtime=0)
+
+    def finish(self) -> None:
+        """Give the open shard its name."""
+        if self._part is None:
+            return
+        try:
+            self._tar.close()
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            target = self.folder / f"clips-{self.worker:04d}-{self.number:06d}.tar"
+            with self._part.open("rb") as stream:
+                index = {"bytes": self._part.stat().st_size, "clips": read_index(stream)}
+            write_whole(target.with_suffix(".json"), json.dumps(index, ensure_ascii=False).encode(), self.worker)
+            os.chmod(self._part, 0o644)
+            os.replace(self._part, target)
+        except OSError as error:
+            self.abort()
+            raise UserError(f"{self.folder}: a shard cannot be written ({error.strerror or error}).") from error
+        self._part = None
+        self.number += 1
+        self.clips = 0
+
+    def abort(self) -> None:
+        """Leave nothing half-written behind."""
+        if self._part is not None:
+            self._stream.close()
+            self._part.unlink(missing_ok=True)
+            self._part = None
+            self.clips = 0
+
+
+def write_whole(path: Path, data: bytes, worker: int) -> None:
+    """Write a file that is there as a whole or not at all."""
+    handle, name = tempfile.mkstemp(prefix=f"{PART}{worker:04d}-", dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+    os.chmod(name, 0o644)
+    os.replace(name, path)
+
+
+def read_index(stream: Any) -> list[dict[str, Any]]:
+    """Place and description of every clip of a shard, from the shard itself."""
+    clips: dict[str, dict[str, Any]] = {}
+    with tarfile.open(fileobj=stream, mode="r:") as tar:
+        for member in tar:
+            key, _, kind = member.name.partition(".")
+            clip = clips.setdefault(key, {"key": key})
+            if kind == "json":
+                extracted = tar.extractfile(member)
+                assert extracted is not None
+                clip.update(json.loads(extracted.read()))
+            elif kind == "safetensors":
+                clip.update(offset=member.offset_data, size=member.size)
+    return list(clips.values())
+
+
+def _pack(sample: Sample, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, and everything else."""
+    single = ("latents", "audio", "text", "reference", "history", "audio_history", "pose")
+    tensors = {name: getattr(sample, name) for name in single if getattr(sample, name) is not None}
+    for group in GROUPS:
+        tensors |= {f"{group}.{name}": value for name, value in getattr(sample, group).items()}
+    _, frames, height, width = sample.latents.shape
+    meta = {
+        "caption": sample.caption,
+        "kind": sample.kind,
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "history": 0 if sample.history is None else sample.history.shape[1],
+    }
+    return {name: value.to(dtype).contiguous() for name, value in tensors.items()}, meta
+
+
+class PrecomputedShards:
+    """A source of the clips in a folder that `talkingdit precompute` has written. Items are clips.
+
+    Args:
+        folder: a path, or an address that fsspec knows (s3://bucket/clips, ...).
+        name: of the source; default: the last part of the folder's.
+
+    Raises:
+        UserError: no clips are there.
+    """
+
+    def __init__(self, folder: str | Path, name: str | None = None):
+        self.fs, root = fsspec.core.url_to_fs(str(folder))
+        self.root = root.rstrip("/")
+        self.name = name or self.root.rsplit("/", 1)[-1]
+        self.clips: list[tuple[str, dict[str, Any]]] = []  # shard and description
+        for shard in sorted(self.fs.glob(f"{self.root}/clips-*.tar")):
+            self.clips += [(shard, clip) for clip in self._index(shard)]
+        if not self.clips:
+            raise UserError(f"{folder}: expected shards that `talkingdit precompute` has written, got none.")
+        self.empty_text = self._empty_text()
+
+    def _index(self, shard: str) -> list[dict[str, Any]]:
+        try:
+            index = json.loads(self.fs.cat_file(shard.removesuffix(".tar") + ".json"))
+            if index["bytes"] == self.fs.size(shard):
+                return index["clips"]
+        except (OSError, ValueError, KeyError):
+            pass
+        try:
+            with self.fs.open(shard, "rb") as stream:
+                return read_index(stream)
+        except (OSError, tarfile.TarError, ValueError) as error:
+            raise UserError(f"{shard}: damaged ({error}); delete it and precompute again.") from error
+
+    def _empty_text(self) -> Tensor | None:
+        """Features [L, text_dim] of the empty caption, for training without text; None where there are none."""
+        try:
+            return safetensors.torch.load(self.fs.cat_file(f"{self.root}/{EMPTY_TEXT}"))["text"].float()
+        except FileNotFoundError:
+            return None
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def shape(self, index: int) -> Shape:
+        """What clip `index` is."""
+        about = self.clips[index][1]
+        return Shape(
+            frames=about["frames"],
+            height=about["height"],
+            width=about["width"],
+            fps=about["fps"],
+            history=about["history"],
+            kind=about["kind"],
+        )
+
+    def sample(self, index: int, rng: np.random.Generator, clip: ClipRequest) -> Sample:
+        """Clip `index`, or its beginning where fewer latent frames are asked for.
+
+        Raises:
+            BrokenSample: the shard is damaged or cannot be reached.
+            ValueError: the request does not fit its shape.
+        """
+        shard, about = self.clips[index]
+        frames = about["frames"] if clip.frames is None else clip.frames
+        size = (clip.height or about["height"], clip.width or about["width"])
+        if frames > about["frames"] or size != (about["height"], about["width"]):
+            raise ValueError(
+                f"{self.name}: clip {about['key']} has {about['frames']} latent frames of {about['height']} x "
+                f"{about['width']}, asked for {frames} of {size[0]} x {size[1]}"
+            )
+        try:
+            data = self.fs.cat_file(shard, start=about["offset"], end=about["offset"] + about["size"])
+            tensors = {name: value.float() for name, value in safetensors.torch.load(data).items()}
+        except (OSError, SafetensorError) as error:
+            raise BrokenSample(about["key"], f"{shard} cannot be read ({error}).") from error
+        sample = Sample(
+            key=about["key"],
+            source=self.name,
+            caption=about["caption"],
+            kind=about["kind"],
+            regions=_group(tensors, "regions"),
+            outside=_group(tensors, "outside"),
+            **tensors,  # what is left has the names of fields
+        )
+        return _shorter(sample, frames, keep_history=clip.history is not False)
+
+
+def _group(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:
+    """Takes the members of a group out of the tensors."""
+    names = [name for name in tensors if name.startswith(f"{group}.")]
+    return {name.removeprefix(f"{group}."): tensors.pop(name) for name in names}
+
+
+def _shorter(sample: Sample, frames: int, keep_history: bool) -> Sample:
+    """The first latent frames of a clip; the causal autoencoder gives a shorter clip the same ones."""
+    sample.latents = sample.latents[:, :frames]
+    sample.audio = None if sample.audio is None else sample.audio[..., : 4 * frames]
+    sample.pose = None if sample.pose is None else sample.pose[:, :frames]
+    sample.regions = {name: region[:frames] for name, region in sample.regions.items()}
+    if not keep_history:
+        sample.history = sample.audio_history = None
+    return sample

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`precompute` in several processes of one machine, each with a part of the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+from talkingdit.data.precompute import Job, Step, precompute
+from talkingdit.errors import UserError
+
+GRACE_SECONDS = 30  # for workers that were interrupted, to finish what they write
+FAILED, STOPPED = 2, 130  # exit status of a worker that met a mistake in the input, or was interrupted
+
+
+def device_of(device: str, worker: int) -> str:
+    """The device of a worker: of several cards each in turn, where none is named."""
+    if device != "cuda":
+        return device
+    import torch
+
+    return f"cuda:{worker % max(1, torch.cuda.device_count())}"
+
+
+def run_workers(job: Job, rank: int, world: int, workers: int, report: Callable[[Step], None]) -> None:
+    """Encode part `rank` of `world` with `workers` processes.
+
+    Args:
+        job: what to do; its encoders are not loaded here when there are several workers.
+        rank, world: which part of the manifest this machine (or this process of torchrun) has.
+        workers: processes; 1 works in this one.
+        report: called in this process after every video.
+
+    Raises:
+        UserError: as `precompute`, or a worker died. What finished shards hold is kept.
+    """
+    if workers == 1:
+        precompute(_placed(job, rank), rank, world, report)
+        return
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    running: dict[Connection, BaseProcess] = {}
+    try:
+        for number in range(rank * workers, (rank + 1) * workers):
+            here, there = context.Pipe(duplex=False)
+            arguments = (_placed(job, number), number, world * workers, threads, there)
+            process: BaseProcess = context.Process(target=_work, args=arguments, daemon=True)
+            process.start()
+            there.close()
+            running[here] = process
+        failures = _follow(running, report)
+    except KeyboardInterrupt:
+        for process in running.values():
+            process.join(GRACE_SECONDS)  # they were interrupted too, and finish their shards
+        raise
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.join()
+    if failures:
+        sentence = "; ".join(dict.fromkeys(failures))
+        raise UserError(f"precompute: {sentence}; finished shards are kept, the same command goes on there.")
+
+
+def _placed(job: Job, worker: int) -> Job:
+    encoders = job.encoders
+    placed = device_of(encoders.device, worker)
+    return job if placed == encoders.device else dataclasses.replace(
+        job, encoders=dataclasses.replace(encoders, device=placed)
+    )  # fmt: skip
+
+
+def _follow(running: dict[Connection, BaseProcess], report: Callable[[Step], None]) -> list[str]:
+    """Pass on what workers report until all have ended; returns what went wrong."""
+    failures: list[str] = []
+    open_ends = dict(running)
+    while open_ends:
+        for end in wait(list(open_ends)):
+            assert isinstance(end, Connection)
+            try:
+                message = end.recv()
+            except EOFError:
+                process = open_ends.pop(end)
+                process.join()
+                if process.exitcode not in (0, FAILED):
+                    failures.append(f"worker {process.pid} ended with status {process.exitcode}")
+                continue
+            if isinstance(message, str):
+                failures.append(message)
+            else:
+                report(message)
+    return failures
+
+
+def _work(job: Job, rank: int, world: int, threads: int, parent: Connection) -> None:
+    import torch
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    torch.set_num_threads(threads)
+    try:
+        precompute(job, rank, world, parent.send)
+    except UserError as error:
+        parent.send(str(error).removeprefix("precompute: ").rstrip("."))
+        sys.exit(FAILED)
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
