@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import sys
@@ -60,6 +61,8 @@ def _precompute(args: argparse.Namespace) -> None:
     from talkingdit.data.workers import run_workers
     from talkingdit.errors import UserError
 
+    if importlib.util.find_spec("webdataset") is None:
+        raise UserError("precompute: webdataset is not installed; `pip install 'talkingdit[train]'` brings it.")
     # A scheduler that wants its machine back is obeyed as a person is: the open shard is finished.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -62,9 +62,9 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """What clips depend on, by the names of the options."""
         settings = self.encoders.settings
-        values = {"format": FORMAT, "checkpoint": self.encoders.fingerprint, "what": sorted(self.encoders.what)}
-        values |= {"fps": settings.fps, "history": settings.motion_frames, "dtype": self.dtype}
-        return values | dataclasses.asdict(self.cutting)
+        values = {"format": FORMAT, "what": sorted(self.encoders.what), "fps": settings.fps, "dtype": self.dtype}
+        values |= dataclasses.asdict(self.cutting)
+        return values | {"history": settings.motion_frames, "checkpoint": self.encoders.fingerprint}
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class ShardWriter:
         self.folder, self.worker, self.limit = folder, worker, limit
         taken = [int(path.stem.split("-")[2]) for path in folder.glob(f"clips-{worker:04d}-*.tar")]
         self.number = max(taken, default=-1) + 1
-        self.clips = 0  # in the shard that is open
+        self.bytes = 0  # in the shard that is open
         self._part: Path | None = None
 
     def add(self, sample: Sample, about: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -64,9 +64,8 @@ class ShardWriter:
         try:
             if self._part is None:
                 self._open()
-            self._tar.write(members)
-            self.clips += 1
-            if self._stream.tell() >= self.limit:
+            self.bytes += self._tar.write(members)
+            if self.bytes >= self.limit:
                 self.finish()
         except OSError as error:
             self.abort()
@@ -100,7 +99,7 @@ class ShardWriter:
             raise UserError(f"{self.folder}: a shard cannot be written ({error.strerror or error}).") from error
         self._part = None
         self.number += 1
-        self.clips = 0
+        self.bytes = 0
 
     def abort(self) -> None:
         """Leave nothing half-written behind."""
@@ -108,7 +107,7 @@ class ShardWriter:
             self._stream.close()
             self._part.unlink(missing_ok=True)
             self._part = None
-            self.clips = 0
+            self.bytes = 0
 
 
 def write_whole(path: Path, data: bytes, worker: int) -> None:

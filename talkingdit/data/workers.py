@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from talkingdit.data.precompute import Job, Step, precompute
 from talkingdit.errors import UserError
 
+START = "spawn"  # CUDA does not survive a fork
 GRACE_SECONDS = 30  # for workers that were interrupted, to finish what they write
 FAILED, STOPPED = 2, 130  # exit status of a worker that met a mistake in the input, or was interrupted
 
@@ -43,7 +45,7 @@ def run_workers(job: Job, rank: int, world: int, workers: int, report: Callable[
     if workers == 1:
         precompute(_placed(job, rank), rank, world, report)
         return
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context(START)
     threads = max(1, (os.cpu_count() or 1) // workers)
     running: dict[Connection, BaseProcess] = {}
     try:

@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`talkingdit precompute`: what it keeps, that it goes on after a kill, shares its work, and survives broken files."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from clip_files import draw, truncate, voice, write_video, write_voice
+from official import make_official
+from PIL import Image
+from safetensors.torch import load as load_tensors
+
+from talkingdit.cli import main
+from talkingdit.data import BrokenSample, ClipRequest, Sample, encode, workers
+from talkingdit.data.encode import Cutting
+from talkingdit.data.encoders import CheckpointEncoders
+from talkingdit.data.manifest import read_manifest
+from talkingdit.data.on_the_fly import OnTheFly
+from talkingdit.data.precompute import Job, Step, precompute, prepare
+from talkingdit.data.shards import PrecomputedShards
+from talkingdit.errors import UserError
+from talkingdit.models.checkpoints import S2VCheckpoint, load_checkpoint
+from talkingdit.pipelines.media import read_audio
+
+SETTINGS = {"fps": 16, "motion_frames": 9, "infer_frames": 16, "size_multiple": 16}
+CUTTING = Cutting(clip_frames=16, min_frames=8, max_area=32 * 48, multiple=16)
+TENSORS = ("latents", "audio", "text", "reference", "history", "audio_history", "pose")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_official(
+        tmp_path_factory.mktemp("checkpoint") / "tiny", num_layers=1, audio_inject_layers=(0,),
+        audio_encoder_layers=2, vae_dim=4, settings=SETTINGS,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoders(checkpoint: Path) -> CheckpointEncoders:
+    return CheckpointEncoders(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four videos with voices; one has everything that a sample can have."""
+    folder = tmp_path_factory.mktemp("videos")
+    rows: list[dict[str, Any]] = []
+    for number, frames in enumerate((16, 41, 20, 30)):
+        write_video(folder / f"{number}.mp4", draw(frames), 16, voice(frames / 16))
+        rows.append({"video": f"{number}.mp4", "caption": f"person {number} talks"})
+    Image.fromarray(draw(5)[4]).save(folder / "face.png")
+    write_video(folder / "pose.mp4", draw(16)[::-1], 16)
+    write_voice(folder / "0.wav", 1.0)
+    rows[0] |= {"reference": "face.png", "pose": "pose.mp4", "kind": "film", "regions": {"face": [0, 0, 0.5, 0.5]}}
+    rows[0] |= {"outside": {"smile": ["face.png", 0.25]}, "audio": "0.wav"}
+    (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def make_job(videos: Path, encoders: CheckpointEncoders, out: Path, **changes: Any) -> Job:
+    job = Job(read_manifest(videos / "m.jsonl"), encoders, out, CUTTING, shard_bytes=1 << 20)
+    return dataclasses.replace(job, **changes)
+
+
+def run(job: Job, rank: int = 0, world: int = 1) -> list[Step]:
+    steps: list[Step] = []
+    prepare(job, rank)
+    precompute(job, rank, world, steps.append)
+    return steps
+
+
+@pytest.fixture(scope="module")
+def whole(videos: Path, encoders: CheckpointEncoders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shards of one run without trouble."""
+    job = make_job(videos, encoders, tmp_path_factory.mktemp("out") / "whole")
+    assert [step.broken for step in run(job)] == [0, 0, 0, 0]
+    return job.out
+
+
+def samples(folder: Path) -> dict[str, Sample]:
+    source = PrecomputedShards(folder)
+    found = [source.sample(i, np.random.default_rng(0), ClipRequest()) for i in range(len(source))]
+    assert len({sample.key for sample in found}) == len(found)
+    return {sample.key: sample for sample in found}
+
+
+def assert_same(found: dict[str, Sample], wanted: dict[str, Sample]) -> None:
+    assert set(found) == set(wanted)
+    for key, sample in found.items():
+        for name in TENSORS:
+            one, other = getattr(sample, name), getattr(wanted[key], name)
+            assert one is other is None or torch.equal(one, other), f"{name} of {key}"
+
+
+def test_precomputed_equals_on_the_fly(videos: Path, whole: Path, encoders: CheckpointEncoders) -> None:
+    """But for the precision of the storage; the first video is as long as a clip, so that nothing is drawn."""
+    source = OnTheFly(videos / "m.jsonl", encoders, CUTTING, name="fly")
+    fresh = source.sample(0, np.random.default_rng(0), ClipRequest(history=False))
+    kept = samples(whole)[fresh.key]
+    for name in TENSORS:
+        one, other = getattr(kept, name), getattr(fresh, name)
+        assert (one is None) == (other is None) == (name in ("history", "audio_history"))
+        if one is not None:
+            assert one.dtype == torch.float32
+            assert torch.equal(one, other.bfloat16().float()), name
+    assert (kept.caption, kept.kind, kept.source) == ("person 0 talks", "film", "whole")
+    assert torch.equal(kept.outside["smile"], fresh.outside["smile"].bfloat16().float())
+    assert torch.equal(kept.regions["face"], fresh.regions["face"].bfloat16().float())
+
+
+def test_the_voice_is_what_generation_hears(videos: Path, whole: Path, checkpoint: Path) -> None:
+    """With the speech encoder of the checkpoint as the pipeline loads it, on the whole file."""
+    loaded = load_checkpoint(checkpoint)
+    assert isinstance(loaded, S2VCheckpoint)
+    heard = loaded.audio_encoder.features(read_audio(videos / "0.wav"), 16)
+    kept = next(sample for key, sample in samples(whole).items() if key.startswith("0-"))
+    assert kept.audio is not None
+    assert torch.equal(kept.audio, heard.bfloat16().float())
+    text = loaded.text_encoder.encode(["person 0 talks"])
+    assert kept.text is not None
+    assert torch.equal(kept.text, text.features[0, text.mask[0]].bfloat16().float())
+    empty = PrecomputedShards(whole).empty_text
+    assert empty is not None
+    assert torch.equal(empty, loaded.text_encoder.encode([""]).features[0].bfloat16().float())
+
+
+def test_clips_with_and_without_history(whole: Path) -> None:
+    """41 pictures: one clip at the beginning, two that go on behind nine pictures."""
+    found = {key.split("-")[-1]: sample for key, sample in samples(whole).items() if key.startswith("1-")}
+    assert set(found) == {"000000b", "000009h", "000025h"}
+    history = found["000009h"].history
+    assert history is not None
+    assert history.shape[1:] == (3, 4, 6)
+    assert found["000000b"].history is None
+    ahead = found["000009h"].audio_history
+    first = found["000000b"].audio
+    assert ahead is not None
+    assert first is not None
+    assert torch.equal(ahead, first[..., 4:9])
+
+
+def test_any_program_that_knows_webdataset_reads_the_shards(whole: Path) -> None:
+    shards = [str(path) for path in sorted(whole.glob("*.tar"))]
+    rows = {row["__key__"]: row for row in webdataset.WebDataset(shards, shardshuffle=False)}
+    found = samples(whole)
+    assert set(rows) == set(found)
+    for key, row in rows.items():
+        assert torch.equal(load_tensors(row["safetensors"])["latents"].float(), found[key].latents)
+        assert json.loads(row["json"])["caption"] == found[key].caption
+
+
+def test_shapes_are_known_without_reading_clips(whole: Path) -> None:
+    source = PrecomputedShards(whole, "mine")
+    for index in range(len(source)):
+        shape, sample = source.shape(index), source.sample(index, np.random.default_rng(0), ClipRequest())
+        assert (shape.frames, shape.height, shape.width) == tuple(sample.latents.shape[1:])
+        assert shape.history == (0 if sample.history is None else sample.history.shape[1])
+        assert (shape.kind, shape.fps, shape.resizable) == (sample.kind, 16.0, False)
+
+
+def test_less_may_be_asked_for_and_more_may_not(whole: Path) -> None:
+    source = PrecomputedShards(whole)
+    index = next(i for i in range(len(source)) if source.shape(i).history and source.shape(i).frames == 4)
+    full = source.sample(index, np.random.default_rng(0), ClipRequest())
+    part = source.sample(index, np.random.default_rng(0), ClipRequest(frames=2, height=4, width=6, history=False))
+    assert torch.equal(part.latents, full.latents[:, :2])
+    assert part.audio is not None
+    assert full.audio is not None
+    assert torch.equal(part.audio, full.audio[..., :8])
+    assert part.history is part.audio_history is None
+    with pytest.raises(ValueError, match=r"has 4 latent frames of 4 x 6, asked for 5 of 4 x 6"):
+        source.sample(index, np.random.default_rng(0), ClipRequest(frames=5))
+    with pytest.raises(ValueError, match=r"asked for 4 of 8 x 6"):
+        source.sample(index, np.random.default_rng(0), ClipRequest(height=8))
+
+
+def die(job: Job, count: int) -> None:
+    """A worker that is killed, without a chance to clean up, after some videos."""
+    torch.set_num_threads(1)
+    steps: list[Step] = []
+
+    def report(step: Step) -> None:
+        steps.append(step)
+        if len(steps) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    precompute(job, report=report)
+
+
+def test_a_killed_run_goes_on(videos: Path, whole: Path, encoders: CheckpointEncoders, tmp_path: Path) -> None:
+    """It has finished a shard and begun another; nothing of the first is made again, nothing of the second counts."""
+    clips = [about for _, about in PrecomputedShards(whole).clips]
+    job = make_job(videos, encoders, tmp_path / "out", shard_bytes=sum(clip["size"] for clip in clips[:3]))
+    prepare(job)
+    worker = multiprocessing.get_context("fork").Process(target=die, args=(job, 2))
+    worker.start()
+    worker.join()
+    assert worker.exitcode == -signal.SIGKILL
+    kept = [about["key"] for _, about in PrecomputedShards(job.out).clips]
+    assert kept == [clip["key"] for clip in clips[:3]]  # the fourth was in the shard that was open
+    assert [path for path in job.out.iterdir() if path.name.startswith(".part-")]
+    steps = run(job)
+    assert sum(step.kept for step in steps) == len(kept)
+    assert sum(step.clips + step.kept for step in steps) == len(clips)
+    assert_same(samples(job.out), samples(whole))
+    assert not [path for path in job.out.iterdir() if path.name.startswith(".part-")]
+    assert sum(step.clips for step in run(job)) == 0
+
+
+def test_an_interrupt_keeps_what_is_done(videos: Path, encoders: CheckpointEncoders, tmp_path: Path) -> None:
+    job = make_job(videos, encoders, tmp_path / "out")
+    prepare(job)
+
+    def stop(step: Step) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        precompute(job, report=stop)
+    assert len(PrecomputedShards(job.out)) == 1
+    assert run(job)[0] == Step(kept=1)
+
+
+def test_parts_of_the_work_make_the_whole(
+    videos: Path, whole: Path, encoders: CheckpointEncoders, tmp_path: Path
+) -> None:
+    """Also when the number of workers changes in between, and when the manifest has grown."""
+    rows = (videos / "m.jsonl").read_text().splitlines()
+    short = videos / "short.jsonl"
+    short.write_text("\n".join(rows[1:3]) + "\n")
+    job = make_job(videos, encoders, tmp_path / "out", manifest=read_manifest(short))
+    assert [step.clips for step in run(job, rank=1, world=2)] == [2]
+    full = make_job(videos, encoders, tmp_path / "out")
+    made = [step for rank in range(3) for step in run(full, rank, world=3)]
+    assert sum(step.kept for step in made) == 2
+    assert_same(samples(full.out), samples(whole))
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(videos: Path, whole: Path, encoders: CheckpointEncoders, tmp_path: Path) -> None:
+    job = make_job(videos, encoders, tmp_path / "out")
+    prepare(job)
+    steps: list[Step] = []
+    workers.run_workers(job, 0, 1, 2, steps.append)
+    assert len(steps) == 4
+    assert {path.name for path in job.out.glob("*.tar")} == {"clips-0000-000000.tar", "clips-0001-000000.tar"}
+    assert_same(samples(job.out), samples(whole))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (
+            "vae",
+            r"precompute: \S+: not a whole checkpoint, Wan2.1_VAE.pth, the autoencoder, is missing in it; finished",
+        ),
+        (
+            "kill",
+            r"precompute: worker \d+ ended with status -9; .*finished shards are kept, the same command goes on",
+        ),
+    ],
+)
+def test_workers_that_fail_say_why(
+    videos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, said: str
+) -> None:
+    monkeypatch.setattr(workers, "START", "fork")  # saves imports
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    job = make_job(videos, CheckpointEncoders(copy), tmp_path / "out")
+    prepare(job)
+    if damage == "vae":
+        (copy / "Wan2.1_VAE.pth").unlink()
+    else:
+        monkeypatch.setattr(workers, "precompute", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match=said):
+        workers.run_workers(job, 0, 1, 2, lambda step: None)
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """One good video among files that are wrong in every way."""
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 64, 3), dtype=np.uint8)
+    write_video(tmp_path / "good.mp4", draw(16), 16, voice(1))
+    truncate(write_video(tmp_path / "truncated.mp4", noise, 16, voice(4)), 0.6)
+    truncate(write_video(tmp_path / "headless.mp4", draw(16), 16, voice(1), front=False), 0.7)
+    write_video(tmp_path / "silent.mp4", draw(16), 16, np.zeros(16000, np.float32))
+    write_video(tmp_path / "dumb.mp4", draw(16), 16)
+    write_video(tmp_path / "short.mp4", draw(5), 16, voice(5 / 16))
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_text("nothing to be seen here")
+    names = ["truncated", "headless", "silent", "dumb", "short", "empty", "text", "missing", "good"]
+    lines = [f"{name}.mp4,{name}," for name in names] + ["good.mp4,no audio,missing.wav"]
+    (tmp_path / "m.csv").write_text("video,prompt,input_audio\n" + "\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_broken_files_are_skipped_counted_and_listed(
+    broken: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = broken / "out"
+    arguments = ["precompute", "--manifest", str(broken / "m.csv"), "--checkpoint", str(checkpoint), "-o", str(out)]
+    arguments += ["--clip-frames", "16", "--max-area", "48x32", "--shard-size", "1", "--device", "cpu"]
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    rows = [json.loads(line) for line in (out / "broken.jsonl").read_text().splitlines()]
+    reasons = {row["row"].rsplit(":", 1)[1]: row["reason"] for row in rows}
+    wanted = {
+        "2": r"truncated.mp4 (ends before|cannot be decoded at)",
+        "3": r"headless.mp4 cannot be decoded",
+        "4": r"silent.mp4': expected speech, got 1.0 s of silence",
+        "5": r"dumb.mp4 has no sound",
+        "6": r"short.mp4 has 5 pictures, too few for a clip",
+        "7": r"empty.mp4 cannot be decoded",
+        "8": r"text.mp4 cannot be decoded",
+        "9": r"missing.mp4 does not exist",
+        "11": r"missing.wav does not exist",
+    }
+    assert set(reasons) == set(wanted)
+    for row, pattern in wanted.items():
+        assert re.search(pattern, reasons[row]), reasons[row]
+        assert "\n" not in reasons[row]
+    keys = [about["key"] for _, about in PrecomputedShards(out).clips]
+    assert any(key.startswith("good-") for key in keys)
+    assert f"{len(keys)} clips encoded, {len(keys)} in all; {len(rows)} that cannot be read are listed" in said.out
+    # The same again: nothing is made twice, nothing is listed twice.
+    assert main(arguments) == 0
+    assert "0 clips encoded" in capsys.readouterr().out
+    assert len((out / "broken.jsonl").read_text().splitlines()) == len(rows)
+
+
+def test_a_manifest_without_any_good_video(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m.csv").write_text("video,score\nmissing.mp4,0.5\n")
+    arguments = ["precompute", "--manifest", str(tmp_path / "m.csv"), "--checkpoint", str(checkpoint)]
+    assert main([*arguments, "-o", str(tmp_path / "out"), "--clip-frames", "16"]) == 2
+    said = capsys.readouterr().err
+    assert "columns without a meaning here: score." in said
+    assert "precompute: no clip could be made; 1 that cannot be read are listed in" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--fps", "25"], "holds clips made with fps 16, asked for 25; take another folder or the same settings"),
+        (["--clip-frames", "20"], "holds clips made with clip_frames 16, asked for 20"),
+        (["--dtype", "float32"], "holds clips made with dtype 'bfloat16', asked for 'float32'"),
+        (["--what", "latents"], r"holds clips made with what \['audio', 'latents', 'text'\], asked for \['latents'\]"),
+        (["--max-area", "64x64"], "holds clips made with max_area 1536, asked for 4096"),
+        (["--clip-frames", "18"], "--clip-frames must be a multiple of 4, at least 4, got 18"),
+        (["--what", "text"], "expected latents, and text or audio beside them, got 'text'"),
+        (["--shard-size", "0"], "must be at least 1, got 0"),
+    ],
+)
+def test_another_kind_of_clip_is_not_mixed_in(
+    videos: Path, whole: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str
+) -> None:
+    files = ["--manifest", str(videos / "m.jsonl"), "--checkpoint", str(checkpoint), "-o", str(whole)]
+    options = ["--clip-frames", "16", "--max-area", "48x32", *more]
+    with contextlib.suppress(SystemExit):
+        assert main(["precompute", *files, *options]) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_another_checkpoint_is_not_mixed_in(videos: Path, whole: Path, tmp_path: Path) -> None:
+    other = make_official(tmp_path / "other", num_layers=1, audio_inject_layers=(0,), audio_encoder_layers=2, vae_dim=4,
+                          settings=SETTINGS, seed=1)  # fmt: skip
+    with pytest.raises(UserError, match="holds clips made with another checkpoint"):
+        prepare(make_job(videos, CheckpointEncoders(other), whole))
+
+
+def test_a_folder_of_somebody_else_is_not_written_to(
+    videos: Path, encoders: CheckpointEncoders, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"expected an empty folder or earlier clips, got 'thesis.tex' in it"):
+        prepare(make_job(videos, encoders, tmp_path))
+
+
+def test_an_index_that_is_lost_or_old_is_made_from_the_shard(whole: Path, tmp_path: Path) -> None:
+    for path in whole.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    indices = sorted(tmp_path.glob("clips-*.json"))
+    wanted = samples(whole)
+    indices[0].write_text('{"bytes": 1, "clips": []}')
+    assert_same(samples(tmp_path), wanted)
+    indices[0].unlink()
+    assert_same(samples(tmp_path), wanted)
+
+
+def test_damaged_shards_are_broken_samples_not_the_end(whole: Path, tmp_path: Path) -> None:
+    for path in whole.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    source = PrecomputedShards(tmp_path)
+    shard, about = source.clips[0]
+    data = bytearray(Path(shard).read_bytes())
+    data[about["offset"] : about["offset"] + 8] = b"\xff" * 8
+    Path(shard).write_bytes(data)
+    with pytest.raises(BrokenSample, match=about["key"]):
+        source.sample(0, np.random.default_rng(0), ClipRequest())
+    Path(shard).unlink()
+    with pytest.raises(BrokenSample, match="cannot be read"):
+        source.sample(0, np.random.default_rng(0), ClipRequest())
+    with pytest.raises(UserError, match="expected shards that `talkingdit precompute` has written, got none"):
+        PrecomputedShards(tmp_path)
+
+
+def test_shards_behind_an_address_are_read_too(whole: Path) -> None:
+    """Object stores are addressed like this; only ranges of bytes are asked for."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in whole.iterdir():
+        memory.pipe_file(f"/clips/{path.name}", path.read_bytes())
+    try:
+        source = PrecomputedShards("memory://clips")
+        assert source.name == "clips"
+        assert len(source) == len(PrecomputedShards(whole))
+        clip = source.sample(0, np.random.default_rng(0), ClipRequest())
+        assert torch.equal(clip.latents, samples(whole)[clip.key].latents)
+    finally:
+        memory.rm("/clips", recursive=True)
+
+
+def test_memory_does_not_grow_with_the_video(
+    encoders: CheckpointEncoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more pictures are held than a clip and its past have, however long the video is."""
+    write_video(tmp_path / "long.mp4", np.tile(draw(27), (6, 1, 1, 1)), 16, voice(162 / 16))
+    (tmp_path / "m.jsonl").write_text('{"video": "long.mp4"}\n')
+    held: list[int] = []
+    read = encode.read_pictures
+    monkeypatch.setattr(
+        encode, "read_pictures", lambda path, wanted, size: held.append(len(wanted)) or read(path, wanted, size)
+    )
+    job = make_job(tmp_path, dataclasses.replace(encoders, what=("latents",)), tmp_path / "out")
+    assert sum(step.clips for step in run(job)) == 11
+    assert max(held) == 9 + 16
+    assert [s.audio for s in samples(job.out).values()] == [None] * 11
