@@ -11,6 +11,7 @@ A shard gets its name when it is complete, so a kill leaves no half one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tarfile
@@ -52,6 +53,7 @@ class ShardWriter:
         self.number = max(taken, default=-1) + 1
         self.bytes = 0  # in the shard that is open
         self._part: Path | None = None
+        self._torn = False  # an interrupt came while a clip was written
 
     def add(self, sample: Sample, about: Mapping[str, Any], dtype: torch.dtype) -> None:
         """Append a clip; it is safe on the disk when its shard is full, or `finish` was called."""
@@ -64,7 +66,9 @@ class ShardWriter:
         try:
             if self._part is None:
                 self._open()
+            self._torn = True
             self.bytes += self._tar.write(members)
+            self._torn = False
             if self.bytes >= self.limit:
                 self.finish()
         except OSError as error:
@@ -81,7 +85,8 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Give the open shard its name."""
-        if self._part is None:
+        if self._part is None or self._torn:
+            self.abort()
             return
         try:
             self._tar.close()
@@ -104,9 +109,12 @@ class ShardWriter:
     def abort(self) -> None:
         """Leave nothing half-written behind."""
         if self._part is not None:
-            self._stream.close()
+            with contextlib.suppress(OSError):
+                self._tar.close()
+                self._stream.close()
             self._part.unlink(missing_ok=True)
             self._part = None
+            self._torn = False
             self.bytes = 0
 
 

@@ -233,6 +233,41 @@ def test_an_interrupt_keeps_what_is_done(videos: Path, encoders: CheckpointEncod
     assert run(job)[0] == Step(kept=1)
 
 
+def test_a_scheduler_that_takes_the_machine_back_loses_nothing(
+    videos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(job: Job, rank: int, world: int, report: Any) -> None:
+        precompute(job, rank, world, lambda step: (report(step), os.kill(os.getpid(), signal.SIGTERM)))
+
+    monkeypatch.setattr(workers, "precompute", told)
+    out = tmp_path / "out"
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        files = ["--manifest", str(videos / "m.jsonl"), "--checkpoint", str(checkpoint), "-o", str(out)]
+        assert main(["precompute", *files, "--clip-frames", "16", "--max-area", "48x32"]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert f"interrupted; finished shards are kept in {out}; the same command goes on there." in capsys.readouterr().err
+    assert len(PrecomputedShards(out)) == 1
+
+
+def test_an_interrupt_in_the_middle_of_a_clip_leaves_no_torn_shard(
+    videos: Path, encoders: CheckpointEncoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(videos, encoders, tmp_path / "out")
+    prepare(job)
+    write = webdataset.TarWriter.write
+
+    def torn(self: Any, members: dict[str, Any]) -> None:
+        write(self, {"__key__": members["__key__"], "json": members["json"]})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(webdataset.TarWriter, "write", torn)
+    with pytest.raises(KeyboardInterrupt):
+        precompute(job)
+    assert {path.name for path in job.out.iterdir()} == {"precompute.json", "empty_text.safetensors"}
+
+
 def test_parts_of_the_work_make_the_whole(
     videos: Path, whole: Path, encoders: CheckpointEncoders, tmp_path: Path
 ) -> None:
