@@ -60,7 +60,7 @@ def contestants(shape: wan_block.StepShape, device: torch.device, dtype: torch.d
     )
     frames, rows, columns = conditions.grid
     per_frame, noisy = rows * columns, frames * rows * columns
-    total = noisy + conditions.context.shape[1]
+    total = len(conditions.layout)
     block, injector = model.blocks[0], model.audio_injector
     assert conditions.text_kv is not None
     assert conditions.audio_kv is not None

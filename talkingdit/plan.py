@@ -9,7 +9,6 @@ at the worst moment of each phase. Tests hold them against a count of all live t
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,16 +134,11 @@ def parameters(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, int]:
 
 def tokens(config: Mapping[str, Any], clip: Clip) -> tuple[int, int]:
     """Noisy tokens and all tokens of a sample."""
-    rows, columns = clip.height // 16, clip.width // 16
-    noisy = clip.latents * rows * columns
-    total = noisy + rows * columns
-    if clip.history and config["enable_framepack"]:
-        fill = math.floor if config.get("framepack_padding", "none") == "none" else math.ceil
-        for count, shrink in zip(config.get("zip_frame_buckets", (1, 2, 16)), (1, 2, 4), strict=True):
-            total += count // shrink * fill(rows / shrink) * fill(columns / shrink)
-    elif clip.history:
-        total += clip.history * rows * columns
-    return noisy, total
+    from talkingdit.models.wan_sequence import tokens_of
+
+    height, width = clip.height // 8, clip.width // 8
+    total = tokens_of(config, clip.latents, height, width, reference=True, history=clip.history)
+    return clip.latents * (height // 2) * (width // 2), total
 
 
 def _conditions(config: Mapping[str, Any], clip: Clip, memory: Memory, size: int) -> float:

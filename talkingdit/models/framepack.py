@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from talkingdit import ops
 from talkingdit.nn.layers import Conv3d, lend
+from talkingdit.ops._framepack_segments import bucket_grid
 
 # Kernels of the buckets, newest bucket first: full size, halved and quartered in time, height and width.
 KERNELS = ((1, 2, 2), (2, 4, 4), (4, 8, 8))
@@ -27,6 +29,17 @@ def packed_segments(
     return ops.framepack_segments(
         _buckets(buckets, drop_mode, add_last), (height, width), range(-total, 0), padding=padding
     )
+
+
+def packed_tokens(
+    buckets: Sequence[int], drop_mode: str, padding: str, height: int, width: int, add_last: int = 2
+) -> int:
+    """How many tokens those are."""
+    grids = [
+        bucket_grid(len(bucket.indices(sum(buckets))), (height, width), bucket.kernel, padding)
+        for bucket in _buckets(buckets, drop_mode, add_last)
+    ]
+    return sum(math.prod(grid) for grid in grids)
 
 
 def _buckets(

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
@@ -15,19 +15,14 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from talkingdit.models.framepack import FramePacker
-from talkingdit.models.wan_audio import RATE, AudioInjector, CausalAudioEncoder
+from talkingdit.models.wan_audio import AudioInjector, CausalAudioEncoder
 from talkingdit.models.wan_blocks import Groups, Head, WanBlock
-from talkingdit.models.wan_conditions import (
-    WanConditions,
-    WanInputs,
-    check_shape,
-    clip_size,
-    dropped,
-    key_mask,
-    present_frames,
-    sequence_layout,
-)
+from talkingdit.models.wan_conditions import WanConditions, WanInputs, check_latents
+from talkingdit.models.wan_encode import encode
+from talkingdit.models.wan_packed import PackedClip, encode_packed, packed_time
+from talkingdit.models.wan_sequence import spread, take
 from talkingdit.nn.audio_cross_attention import ABSORB
+from talkingdit.nn.context_parallel import ContextParallel, gather
 from talkingdit.nn.layers import Float32Linear, PatchConv3d, timestep_embedding, wide
 
 
@@ -193,8 +188,10 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
         *,
         conditions: WanConditions | None = None,
         encode_only: bool = False,
+        packed: Sequence[PackedClip] | None = None,
+        context: ContextParallel | None = None,
         **given: Unpack[WanInputs],
-    ) -> Tensor:
+    ) -> Tensor | list[Tensor]:
         """Velocity of the latents.
 
         Args:
@@ -204,30 +201,44 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
             conditions: what `encode_conditions` made; its arguments are then left out.
             encode_only: return the conditions instead. `encode_conditions` calls this, so that hooks around a forward
                 (sharding, offloading) hold for it too.
+            packed: clips of any sizes, each a sample of its own, in one sequence without padding. All other arguments
+                but `context` are then left out.
+            context: the processes that share the sequence, each computing a contiguous part of it. All of them are
+                given the same inputs, and get the whole velocity. The gradients of a parameter must be summed over
+                them. With `conditions` it may be left out.
             **given: reference, history, drop_history, drop_reference, add_last_motion, pose, audio, audio_history,
                 text_mask, lengths, history_lengths: see `encode_conditions`.
 
         Returns:
-            [B, out_dim, T, H, W] float32 (float64 for a float64 model).
+            [B, out_dim, T, H, W] float32 (float64 for a float64 model); for packed clips a list of [out_dim, T, H, W].
 
         Raises:
             ValueError: for a shape that does not fit; the message names it.
         """
+        if packed is not None:
+            if any(value is not None for value in (latents, timestep, text, conditions, *given.values())):
+                raise ValueError("WanS2VModel: packed clips stand for all other inputs; give one or the other")
+            conditions = encode_packed(self, packed, context)
+            times = packed_time(self, packed, conditions.share)
+            velocities = self._denoise([clip.latents[None] for clip in packed], *times, conditions)
+            return [velocity[0] for velocity in velocities]
         if encode_only:
-            return self._encode(text, **given)  # type: ignore[return-value, arg-type]
+            return encode(self, text, context=context, **given)  # type: ignore[return-value, arg-type]
         if latents is None or timestep is None:
             raise ValueError("WanS2VModel: latents and timestep must be given")
-        self._check_latents(latents, timestep)
+        check_latents(self.config, latents, timestep)
         if conditions is None:
             if text is None:
                 raise ValueError("WanS2VModel: text must be given, or conditions, got neither")
             given.setdefault("size", (latents.shape[2], latents.shape[3], latents.shape[4]))
             given.setdefault("precompute", False)
-            conditions = self._encode(text, **given)
+            conditions = encode(self, text, context=context, **given)
         elif text is not None or any(value is not None for value in given.values()):
             raise ValueError(
                 "WanS2VModel: conditions stand for text, reference, history, pose and audio; give one or the other"
             )
+        elif context is not None and context != conditions.share.context:
+            raise ValueError("WanS2VModel: conditions were made for another context, or without one")
         frames, rows, columns = conditions.grid
         if latents.shape[2:] != (frames, 2 * rows, 2 * columns) or latents.shape[0] != conditions.text.shape[0]:
             raise ValueError(
@@ -235,21 +246,41 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
                 f"{[conditions.text.shape[0], frames, 2 * rows, 2 * columns]}, "
                 f"got {[latents.shape[0], *latents.shape[2:]]}"
             )
-        return self._denoise(latents, timestep, conditions)
+        clip = conditions.share.clips[0]
+        time, time6, groups = self._time(timestep, clip.per_frame, clip.noisy, clip.tokens)
+        parts = 1 if timestep.dim() == 1 else frames
+        velocities = self._denoise([latents], time6, groups, time[:, :parts], clip.noisy // parts, conditions)
+        return velocities[0]
 
-    def _denoise(self, latents: Tensor, timestep: Tensor, conditions: WanConditions) -> Tensor:
-        frames, rows, columns = conditions.grid
-        per_frame = rows * columns
-        noisy = frames * per_frame
-        text = conditions.text
-        x = self.patch_embedding(latents) + self._kind(0)
-        if conditions.pose is not None:
-            x = x + conditions.pose
-        x = torch.cat([x.to(conditions.context.dtype), conditions.context], dim=1)
+    def _denoise(
+        self,
+        latents: Sequence[Tensor],
+        time6: Tensor,
+        groups: Groups,
+        head_time: Tensor,
+        head_groups: Groups,
+        conditions: WanConditions,
+    ) -> list[Tensor]:
+        """Velocities [B, out_dim, T, H, W] of the clips of a sequence.
+
+        Args:
+            latents: [B, in_dim, T, H, W] of each clip.
+            time6, groups: modulation of the blocks for groups of tokens of the sequence.
+            head_time, head_groups: time embedding for groups of the noisy tokens alone, of all clips.
+        """
+        share, text = conditions.share, conditions.text
+        kind = self.embed_kind(0)
+        parts = []
+        for x, here, pose, clean in zip(latents, share.noisy, conditions.pose, conditions.clean, strict=True):
+            noisy = self.patch_embedding(x, here) + kind
+            parts += [(noisy if pose is None else noisy + pose).to(clean.dtype), clean]
+        del noisy, pose, clean
+        x = torch.cat(parts, dim=1)
+        del parts
         x = x.to(wide(text.dtype) if self.config.residual_dtype == "float32" else text.dtype)
 
-        time, time6, groups = self._time(timestep, per_frame, noisy, x.shape[1])
         injector = self.audio_injector
+        plain = share.context is None and not share.packed
         for i, block in enumerate(self.blocks):
             x = self._run(
                 block,
@@ -264,16 +295,17 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
                 self.config.attention_backend,
                 # Hooks around a block, such as caches of steps, may look at what it was given.
                 not hasattr(block, "_diffusers_hook"),
+                None if plain else share,
             )
             index = injector.index.get(i)
             if index is None:
                 continue
-            stream, trains = x[:, :noisy], torch.is_grad_enabled()
+            stream, trains = take(x, share.runs), torch.is_grad_enabled()
             heard = self._run(
                 injector,
                 stream,
                 index,
-                per_frame,
+                share.spans,
                 text.dtype,
                 conditions.audio,
                 conditions.audio_modulation[index],
@@ -282,14 +314,29 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
                 not trains,
             )
             if trains:
-                x = x + F.pad(heard, (0, 0, 0, x.shape[1] - noisy))
+                x = x + spread(heard, share.runs, x.shape[1])
+            elif len(share.runs) > 1:
+                for (begin, end), part in zip(share.runs, heard.split([b - a for a, b in share.runs], 1), strict=True):
+                    x[:, begin:end] = part
             elif heard is not stream:  # hooks may have moved it to another device
                 stream.copy_(heard)
             del heard, stream
 
-        noisy_groups = 1 if timestep.dim() == 1 else frames
-        y = self.head(x[:, :noisy], time[:, :noisy_groups], noisy // noisy_groups)
-        y = y.view(y.shape[0], frames, rows, columns, 2, 2, self.config.out_dim)
+        y = self.head(take(x, share.runs), head_time, head_groups, share.before)
+        begins = [clip.begin for clip in share.clips]
+        if share.context is not None:
+            y = gather(spread(y, share.runs, x.shape[1]), share.context, share.tokens)
+        elif share.packed:
+            begins = list(itertools.accumulate((clip.noisy for clip in share.clips), initial=0))
+        return [
+            self._unpatchify(y[:, begin : begin + clip.noisy], clip.grid)
+            for begin, clip in zip(begins, share.clips, strict=False)
+        ]
+
+    def _unpatchify(self, y: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Patches [B, F*S, 4 * out_dim] -> latents [B, out_dim, T, H, W]."""
+        frames, rows, columns = grid
+        y = y.reshape(y.shape[0], frames, rows, columns, 2, 2, self.config.out_dim)
         return y.permute(0, 6, 1, 2, 4, 3, 5).reshape(y.shape[0], self.config.out_dim, frames, 2 * rows, 2 * columns)
 
     def _run(self, module: nn.Module, *arguments: Any) -> Tensor:
@@ -298,10 +345,16 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
             return self._gradient_checkpointing_func(module, *arguments)
         return module(*arguments)
 
-    def _kind(self, kind: int) -> Tensor:
+    def embed_kind(self, kind: int) -> Tensor:
         """Embedding of a kind of token: 0 noisy, 1 reference, 2 history."""
         mask = self.trainable_cond_mask
         return mask(torch.full((), kind, dtype=torch.long, device=mask.weight.device))
+
+    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Time embedding [B, G, dim] of timesteps [B, G], and its six projections [B, G, 6, dim]."""
+        with torch.autocast(timestep.device.type, enabled=False):
+            time = self.time_embedding(timestep_embedding(timestep, self.config.freq_dim))
+            return time, self.time_projection(time).unflatten(-1, (6, self.config.dim))
 
     def _time(self, timestep: Tensor, per_frame: int, noisy: int, total: int) -> tuple[Tensor, Tensor, Groups]:
         """Time embedding [B, G, dim] and its six projections [B, G, 6, dim], by groups of tokens.
@@ -316,9 +369,7 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
             raise ValueError("WanS2VModel: a timestep per latent frame needs zero_timestep, got a model without it")
         if with_zero:
             groups = torch.cat([groups, torch.zeros_like(groups[:, :1])], dim=1)
-        with torch.autocast(timestep.device.type, enabled=False):
-            time = self.time_embedding(timestep_embedding(groups, self.config.freq_dim))
-            time6 = self.time_projection(time).unflatten(-1, (6, self.config.dim))
+        time, time6 = self.embed_time(groups)
         if per_sample:
             return time, time6, [noisy, total] if with_zero else [total]
         if with_zero:
@@ -326,7 +377,9 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
             time6 = torch.cat([time6, time6[:, -1:].expand(-1, more, -1, -1)], dim=1)
         return time, time6, per_frame
 
-    def encode_conditions(self, text: Tensor, **given: Unpack[WanInputs]) -> WanConditions:
+    def encode_conditions(
+        self, text: Tensor, *, context: ContextParallel | None = None, **given: Unpack[WanInputs]
+    ) -> WanConditions:
         """Everything that does not depend on the timestep, once for all steps of a clip.
 
         Args:
@@ -352,117 +405,12 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
                 neither audio nor pose tells T.
             precompute: (default True) also make the keys and values of text and audio for every block. Leave it out
                 where the result is used once (training), so that activation checkpointing and sharding see those
-                layers. Blocks whose weights come and go with their forward (offloading) make their own in every step.
+                layers. Blocks whose weights come and go with their forward (offloading, sharding) make their own in
+                every step.
+            context: the processes that will share the sequence; what is made is then for the tokens of this one.
 
         Raises:
             ValueError: for a shape that does not fit; the message names it.
         """
-        conditions: Any = self(text=text, encode_only=True, **given)
+        conditions: Any = self(text=text, encode_only=True, context=context, **given)
         return conditions
-
-    def _encode(
-        self,
-        text: Tensor,
-        *,
-        reference: Tensor | None = None,
-        history: Tensor | None = None,
-        drop_history: bool | Sequence[bool] | Tensor = False,
-        drop_reference: bool | Sequence[bool] | Tensor = False,
-        add_last_motion: int = 2,
-        pose: Tensor | None = None,
-        audio: Tensor | None = None,
-        audio_history: Tensor | None = None,
-        text_mask: Tensor | None = None,
-        lengths: Sequence[int] | Tensor | None = None,
-        history_lengths: Sequence[int] | Tensor | None = None,
-        size: tuple[int, int, int] | None = None,
-        precompute: bool = True,
-    ) -> WanConditions:
-        frames, height, width = clip_size(
-            self.config, text, reference, history, pose, audio, audio_history, text_mask, size
-        )
-        if add_last_motion not in (0, 1, 2):
-            raise ValueError(f"WanS2VModel: add_last_motion must be 0, 1 or 2, got {add_last_motion}")
-        if not self.config.add_last_motion:
-            add_last_motion = 0
-        batch, dtype = text.shape[0], self.patch_embedding.weight.dtype
-        history_gone = dropped("drop_history", drop_history, batch, text.device)
-        reference_gone = dropped("drop_reference", drop_reference, batch, text.device)
-
-        grid = (frames, height // 2, width // 2)
-        noisy = frames * grid[1] * grid[2]
-        tokens = [text.new_zeros(batch, 0, self.config.dim, dtype=dtype)]
-        there = present_frames("lengths", lengths, batch, frames, text.device)
-        parts: list[tuple[int, bool | Tensor]] = [(noisy, False if there is None else ~there)]
-        place = past = None
-        if reference is not None and reference_gone is not True:
-            tokens.append(self.patch_embedding(reference) + self._kind(1))
-            parts.append((tokens[-1].shape[1], reference_gone))
-            place = self.config.reference_time
-        if history is not None and history_gone is not True and (self.frame_packer is not None or history.shape[2] > 0):
-            packer = self.frame_packer
-            there = present_frames("history_lengths", history_lengths, batch, history.shape[2], text.device)
-            if there is not None:
-                there = there.flip(1)
-                if packer is None:
-                    history_gone = ~there if history_gone is False else ~there | history_gone[:, None]
-                else:
-                    history = torch.where(there[:, None, :, None, None], history, 0)
-            packed = self.patch_embedding(history) if packer is None else packer(history, add_last_motion)
-            tokens.append(packed + self._kind(2))
-            parts.append((packed.shape[1], history_gone))
-            past = (
-                history.shape[2]
-                if packer is None
-                else (packer.buckets, packer.drop_mode, packer.padding, add_last_motion)
-            )
-
-        text = torch.cat([text, text.new_zeros(batch, self.config.text_len - text.shape[1], text.shape[2])], dim=1)
-        text_tokens = self.text_embedding(text.to(dtype))
-        if text_mask is not None:
-            rest = text_mask.new_zeros(batch, self.config.text_len - text_mask.shape[1])
-            text_mask = torch.cat([text_mask, rest], dim=1)
-        if audio is None:
-            shape = (batch, self.config.audio_layers, self.config.audio_dim, RATE * frames)
-            audio = torch.zeros(shape, dtype=dtype, device=text.device)
-        audio_tokens, vectors = self.casual_audio_encoder.clip_tokens(audio, audio_history)
-        audio_tokens = audio_tokens.to(text_tokens.dtype)
-        vectors = None if vectors is None else vectors.to(dtype)
-        pose_tokens = None
-        if self.cond_encoder is not None:
-            # No pose is a pose of zeros, of which the encoder leaves its bias.
-            nothing = text.new_zeros(1, self.config.cond_dim, 1, 2, 2, dtype=dtype)
-            pose_tokens = self.cond_encoder(nothing if pose is None else pose)
-        injector = self.audio_injector
-        blocks: list[Any] = list(self.blocks)
-        hearing: list[Any] = list(injector.injector)
-
-        def at_hand(layers: list[Any]) -> bool:
-            return precompute and not any(hasattr(layer, "_diffusers_hook") for layer in layers)
-
-        return WanConditions(
-            layout=sequence_layout(grid, self.config.dim // self.config.num_heads, place, past),
-            grid=grid,
-            context=torch.cat([part.to(tokens[-1].dtype) for part in tokens], dim=1),
-            text=text_tokens,
-            pose=pose_tokens,
-            audio=audio_tokens,
-            audio_modulation=tuple(injector.shift_scale(i, vectors) for i in injector.index.values()),
-            text_mask=text_mask,
-            key_mask=key_mask(parts, batch, text.device),
-            text_kv=tuple(block.cross_attn.key_value(text_tokens) for block in blocks) if at_hand(blocks) else None,
-            audio_kv=tuple(layer.memory(audio_tokens, self.config.audio_absorb) for layer in hearing)
-            if at_hand(hearing)
-            else None,
-        )
-
-    def _check_latents(self, latents: Tensor, timestep: Tensor) -> None:
-        check_shape("latents", latents, ("B", self.config.in_dim, "T", "H", "W"))
-        batch, _, frames, height, width = latents.shape
-        if height % 2 or width % 2:
-            raise ValueError(f"WanS2VModel: latents must have even height and width, got {height} x {width}")
-        if timestep.shape not in ((batch,), (batch, frames)):
-            raise ValueError(
-                f"WanS2VModel: timestep must have shape [B] = [{batch}] or [B, T] = [{batch}, {frames}], "
-                f"got {list(timestep.shape)}"
-            )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talkingdit import ops
-from talkingdit.nn.audio_cross_attention import AudioCrossAttention, AudioMemory
+from talkingdit.nn.audio_cross_attention import AudioCrossAttention, AudioMemory, Frames, spans_of
 from talkingdit.nn.layers import Conv1d, Float32Linear, LayerNorm, lend, wide
 
 # Audio features per latent frame: the causal convolutions halve the rate twice.
@@ -120,10 +120,32 @@ class CausalAudioEncoder(nn.Module):
         of the clip is repeated, as the official program does. (That program repeats it 73 times for its 73 motion
         frames, of which the convolutions see five.)
         """
-        past = audio[..., :1] if history is None else history[..., -LOOK_BACK:]
-        past = torch.cat([past[..., :1].expand(-1, -1, -1, LOOK_BACK - past.shape[-1]), past.to(audio.dtype)], dim=-1)
-        tokens, vectors = self(torch.cat([past, audio], dim=-1))
+        tokens, vectors = self(_with_past(audio, history))
         return tokens[:, 2:], None if vectors is None else vectors[:, 2:]
+
+    def tokens_of_clips(
+        self, audio: Sequence[Tensor], history: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """`clip_tokens` of clips of different lengths, of one sample each, in one call of the module.
+
+        They are stacked with zeros behind the shorter ones, which nothing in front of them sees.
+        """
+        given = [_with_past(one, before) for one, before in zip(audio, history, strict=True)]
+        longest = max(one.shape[-1] for one in given)
+        tokens, vectors = self(torch.cat([F.pad(one, (0, longest - one.shape[-1])) for one in given]))
+        ends = [2 + one.shape[-1] // RATE for one in audio]
+
+        def cut(whole: Tensor) -> list[Tensor]:
+            return [whole[i : i + 1, 2:end] for i, end in enumerate(ends)]
+
+        return cut(tokens), None if vectors is None else cut(vectors)
+
+
+def _with_past(audio: Tensor, history: Tensor | None) -> Tensor:
+    """Features of a clip with the `LOOK_BACK` features in front of it, see `CausalAudioEncoder.clip_tokens`."""
+    past = audio[..., :1] if history is None else history[..., -LOOK_BACK:]
+    past = torch.cat([past[..., :1].expand(-1, -1, -1, LOOK_BACK - past.shape[-1]), past.to(audio.dtype)], dim=-1)
+    return torch.cat([past, audio], dim=-1)
 
 
 class AdaLayerNorm(nn.Module):
@@ -165,7 +187,7 @@ class AudioInjector(nn.Module):
         self,
         x: Tensor,
         index: int,
-        tokens_per_frame: int,
+        frames: Frames,
         dtype: torch.dtype,
         tokens: Tensor | None,
         shift_scale: tuple[Tensor, Tensor] | None,
@@ -173,15 +195,23 @@ class AudioInjector(nn.Module):
         absorb: str = "none",
         add: bool = False,
     ) -> Tensor:
-        """What audio adds to the noisy tokens x [B, F * S, dim] of the residual stream, in `dtype`.
+        """What audio adds to the noisy tokens x [B, N, dim] of the residual stream, in `dtype`.
 
-        `tokens` [B, F, A, dim] or their `memory`; `absorb` as in `AudioCrossAttention.memory`. With `add`, for
-        inference, it is added to x in place and x is returned.
+        `frames`: tokens per frame, or the spans of a shard or a packed sequence (see `AudioCrossAttention`). `tokens`
+        [B, F, A, dim] or their `memory`; `shift_scale` [B, F, dim]; `absorb` as in `AudioCrossAttention.memory`. With
+        `add`, for inference, it is added to x in place and x is returned.
         """
         if shift_scale is None:
             hidden = self.norm(x).to(dtype)
         else:
             shift, scale = shift_scale
-            hidden = ops.norm_modulate(x, scale, shift, tokens_per_frame, eps=1e-5, dtype=dtype)
+            parts = [
+                ops.norm_modulate(
+                    x[:, span.here], scale[:, span.heard], shift[:, span.heard], span.tokens_per_frame, 1e-5,
+                    span.token_offset, dtype,
+                )
+                for span in spans_of(frames, x.shape[1], shift.shape[1])
+            ]  # fmt: skip
+            hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         stream = {"residual": x, "out": x} if add else {}
-        return self.injector[index](hidden, tokens_per_frame, tokens, memory, absorb, **stream)
+        return self.injector[index](hidden, frames, tokens, memory, absorb, **stream)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from talkingdit import ops
 from talkingdit.models.wan_conditions import KeyValue
+from talkingdit.models.wan_sequence import Range, Share
 from talkingdit.nn.attention import attention
 from talkingdit.nn.audio_cross_attention import CrossAttention
 from talkingdit.nn.layers import Float32Linear, LayerNorm, RMSNorm, lend
@@ -39,12 +40,21 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, layout: RopeLayout, mask: Tensor | None, backend: str) -> Tensor:
-        """x [B, N, dim], mask bool [B, N] of keys -> [B, N, dim]."""
+    def forward(
+        self, x: Tensor, layout: RopeLayout, mask: Tensor | None, backend: str, share: Share | None = None
+    ) -> Tensor:
+        """x [B, N, dim], mask bool [B, N] of keys -> [B, N, dim]; x may be a `share` of the sequence, mask is whole."""
         q, k, v = (linear(x).unflatten(-1, (self.num_heads, -1)) for linear in (self.q, self.k, self.v))
         out = (q, k) if overwrites() else None
-        q, k = ops.qk_norm_rope3d(q, k, lend(self.norm_q)[0], lend(self.norm_k)[0], layout, eps=self.eps, out=out)
-        y = attention(q, k, v, mask=mask, backend=backend).flatten(2)
+        begin = 0 if share is None else share.begin
+        weights = lend(self.norm_q)[0], lend(self.norm_k)[0]
+        q, k = ops.qk_norm_rope3d(q, k, *weights, layout, eps=self.eps, token_offset=begin, out=out)
+        if share is None:
+            y = attention(q, k, v, mask=mask, backend=backend).flatten(2)
+        else:
+            y = attention(
+                q, k, v, mask=mask, backend=backend, context=share.context, tokens=share.tokens, segments=share.segments
+            ).flatten(2)
         del q, k, v, out  # before the output projection asks for memory
         return self.o(y)
 
@@ -52,10 +62,29 @@ class SelfAttention(nn.Module):
 class TextCrossAttention(CrossAttention):
     """Attention of every token to the text."""
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, key_value: KeyValue | None, backend: str) -> Tensor:
-        """x [B, N, dim], text [B, L, dim] (or its `key_value`), mask bool [B, L] -> [B, N, dim]."""
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor,
+        mask: Tensor | None,
+        key_value: KeyValue | None,
+        backend: str,
+        runs: tuple[Range, ...] | None = None,
+    ) -> Tensor:
+        """x [B, N, dim], text [B, L, dim] (or its `key_value`), mask bool [B, L] -> [B, N, dim].
+
+        With `runs`, x [1, N, dim] is packed: the tokens of run i attend to text i.
+        """
         k, v = self.key_value(text) if key_value is None else key_value
-        return self.o(attention(self.query(x), k, v, mask=mask, backend=backend).flatten(2))
+        q = self.query(x)
+        if runs is None:
+            return self.o(attention(q, k, v, mask=mask, backend=backend).flatten(2))
+        parts = []
+        for i, (begin, end) in enumerate(runs):
+            one = slice(i, i + 1)
+            hidden = None if mask is None else mask[one]
+            parts.append(attention(q[:, begin:end], k[one], v[one], mask=hidden, backend=backend))
+        return self.o((parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(2))
 
 
 class WanBlock(nn.Module):
@@ -82,18 +111,21 @@ class WanBlock(nn.Module):
         text_kv: KeyValue | None = None,
         backend: str = "auto",
         inplace: bool = False,
+        share: Share | None = None,
     ) -> Tensor:
         """One block on the residual stream.
 
         Args:
-            x: [B, N, dim].
+            x: [B, N, dim], the tokens of `share`.
             time: [B, G, 6, dim] float32, modulation of each group of tokens.
             groups: ends of the G token ranges, or tokens per group.
             layout, text, text_mask, key_mask: as in `WanConditions`; linear layers compute in the dtype of text.
             text_kv: k and v of the text for this block, where they were made beforehand.
             backend: see `talkingdit.nn.attention.attention`.
             inplace: the result may overwrite x. Where gradients are recorded or the block is compiled it does not.
+            share: which tokens x are; None for all tokens of a sequence that is not packed.
         """
+        begin, runs = (0, None) if share is None else (share.begin, share.text_runs if share.packed else None)
         dtype = text.dtype
         inplace = inplace and overwrites()
 
@@ -101,20 +133,20 @@ class WanBlock(nn.Module):
             return (x, torch.empty_like(y, dtype=dtype)) if inplace else None
 
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.to(time.dtype)[:, None] + time).unbind(2)
-        y = ops.norm_modulate(x, scale1, shift1, groups, eps=self.eps, dtype=dtype)
-        y = self.self_attn(y, layout, key_mask, backend)
+        y = ops.norm_modulate(x, scale1, shift1, groups, self.eps, begin, dtype)
+        y = self.self_attn(y, layout, key_mask, backend, share)
         # An affine norm is a modulated one with the same scale and shift everywhere.
         weight, bias = lend(self.norm3)
         scale, shift = (weight - 1).expand_as(gate1), bias.expand_as(gate1)
         x, y = ops.gate_residual_norm_modulate(
-            x, y, gate1, scale, shift, groups, eps=self.eps, dtype=dtype, out=residual(y)
+            x, y, gate1, scale, shift, groups, self.eps, begin, dtype, out=residual(y)
         )
-        y = self.cross_attn(y, text, text_mask, text_kv, backend)
+        y = self.cross_attn(y, text, text_mask, text_kv, backend, runs)
         one = torch.ones_like(gate1)
         x, y = ops.gate_residual_norm_modulate(
-            x, y, one, scale2, shift2, groups, eps=self.eps, dtype=dtype, out=residual(y)
+            x, y, one, scale2, shift2, groups, self.eps, begin, dtype, out=residual(y)
         )
-        return ops.gate_residual(x, self._feed_forward(y), gate2, groups, out=x if inplace else None)
+        return ops.gate_residual(x, self._feed_forward(y), gate2, groups, begin, out=x if inplace else None)
 
     def _feed_forward(self, y: Tensor) -> Tensor:
         """The ffn of y, which it may overwrite: without gradients in slices, so that its wide middle stays small."""
@@ -135,7 +167,10 @@ class Head(nn.Module):
         self.head = Float32Linear(dim, out_channels)
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
-    def forward(self, x: Tensor, time: Tensor, groups: Groups) -> Tensor:
-        """x [B, F*S, dim], time [B, G, dim] -> patches [B, F*S, out_channels]."""
+    def forward(self, x: Tensor, time: Tensor, groups: Groups, token_offset: int = 0) -> Tensor:
+        """x [B, N, dim], time [B, G, dim] -> patches [B, N, out_channels].
+
+        N = F * S noisy tokens, or those from `token_offset` on.
+        """
         shift, scale = (self.modulation.to(time.dtype)[:, None] + time[:, :, None]).unbind(2)
-        return self.head(ops.norm_modulate(x, scale, shift, groups, eps=self.eps))
+        return self.head(ops.norm_modulate(x, scale, shift, groups, self.eps, token_offset))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from talkingdit.models.framepack import packed_segments
 from talkingdit.models.wan_audio import RATE
+from talkingdit.models.wan_sequence import Share
 from talkingdit.nn.audio_cross_attention import AudioMemory
 from talkingdit.ops import RopeLayout, Segment
 
@@ -25,20 +26,27 @@ Packing = tuple[tuple[int, ...], str, str, int]
 class WanConditions:
     """Everything a denoising step needs that does not depend on the timestep, made by `WanS2VModel.encode_conditions`.
 
-    N is the length of the whole sequence [noisy | reference | history], F latent frames, A audio tokens per frame.
+    N is the length of the whole sequence [noisy | reference | history], F latent frames, A audio tokens per frame. What
+    belongs to tokens is there for those that this process holds (`share`): all of them without context parallelism. A
+    packed sequence is a batch of one, with the frames of its clips behind each other and a text for each clip.
     """
 
     layout: RopeLayout  # places of all N tokens
-    grid: tuple[int, int, int]  # latent frames, patch rows, patch columns of the video
-    context: Tensor  # [B, N - F*S, dim] reference and history tokens
-    text: Tensor  # [B, L, dim]
-    pose: Tensor | None = None  # [B, F*S, dim], added to the noisy tokens
-    audio: Tensor | None = None  # [B, F, A, dim]
+    share: Share
+    clean: tuple[Tensor, ...]  # per clip: reference and history tokens [B, n, dim]
+    text: Tensor  # [B, L, dim]; packed: of the clips that have tokens here
+    pose: tuple[Tensor | None, ...]  # per clip: [B, n, dim], added to the noisy tokens
+    audio: Tensor | None = None  # [B, F, A, dim], of the frames that noisy tokens are in
     audio_modulation: tuple[KeyValue | None, ...] = ()  # per injection: shift, scale [B, F, dim]
     text_mask: Tensor | None = None  # bool [B, L]
     key_mask: Tensor | None = None  # bool [B, N]: false where a sample does not have a token
     text_kv: tuple[KeyValue, ...] | None = None  # per block: k, v [B, L, H, D]
     audio_kv: tuple[AudioMemory, ...] | None = None  # per injection
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Latent frames, patch rows and patch columns of the video, where there is one."""
+        return self.share.clips[0].grid
 
 
 class WanInputs(TypedDict, total=False):
@@ -190,6 +198,23 @@ def check_shape(name: str, value: Tensor | None, shape: Sequence[int | str]) -> 
     if not fits:
         wanted = ", ".join(str(want) for want in shape)
         raise ValueError(f"WanS2VModel: {name} must have shape [{wanted}], got {list(value.shape)}")
+
+
+def check_latents(config: Any, latents: Tensor, timestep: Tensor) -> None:
+    """Checks the shapes of noisy latents and their timesteps.
+
+    Raises:
+        ValueError: names the argument that does not fit.
+    """
+    check_shape("latents", latents, ("B", config.in_dim, "T", "H", "W"))
+    batch, _, frames, height, width = latents.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"WanS2VModel: latents must have even height and width, got {height} x {width}")
+    if timestep.shape not in ((batch,), (batch, frames)):
+        raise ValueError(
+            f"WanS2VModel: timestep must have shape [B] = [{batch}] or [B, T] = [{batch}, {frames}], "
+            f"got {list(timestep.shape)}"
+        )
 
 
 def clip_size(

@@ -80,6 +80,62 @@ class AudioMemory(NamedTuple):
     out_bias: Tensor | None = None  # [dim], with absorbed values
 
 
+class FrameSpan(NamedTuple):
+    """Consecutive tokens whose frames are equally large, in a sequence of clips of several sizes."""
+
+    tokens: int
+    frames: int  # that these tokens are in
+    tokens_per_frame: int
+    token_offset: int = 0  # place of the first token in the first of the frames, where a shard has cut it
+
+
+Frames = int | tuple[FrameSpan, ...]
+
+
+class Span(NamedTuple):
+    """A `FrameSpan` with its place."""
+
+    here: slice  # of the tokens
+    heard: slice  # of the frames
+    tokens_per_frame: int
+    token_offset: int
+
+
+def spans_of(frames: Frames, tokens: int, count: int, token_offset: int = 0) -> list[Span]:
+    """The spans that `frames` lists, or the single one of `tokens` tokens and `count` frames if it is a number.
+
+    Args:
+        frames: spans, or tokens per frame.
+        token_offset: of the single one.
+    """
+    listed = (FrameSpan(tokens, count, frames, token_offset),) if not isinstance(frames, tuple) else frames
+    spans = []
+    token = frame = 0
+    for span in listed:
+        here, heard = slice(token, token + span.tokens), slice(frame, frame + span.frames)
+        spans.append(Span(here, heard, span.tokens_per_frame, span.token_offset))
+        token, frame = here.stop, heard.stop
+    return spans
+
+
+def _even(tokens: int, tokens_per_frame: int, token_offset: int) -> list[tuple[slice, slice]]:
+    """Ranges of tokens and of frames, such that all frames of a range have equally many tokens in it.
+
+    That is all of them, where no frame is cut; else the rest of a frame, whole ones, and the beginning of one.
+    """
+    cut = min(-token_offset % tokens_per_frame, tokens)
+    first, whole = -(-token_offset // tokens_per_frame), (tokens - cut) // tokens_per_frame
+    end = cut + whole * tokens_per_frame
+    ranges = []
+    if cut:
+        ranges.append((slice(0, cut), slice(first - 1, first)))
+    if whole:
+        ranges.append((slice(cut, end), slice(first, first + whole)))
+    if end < tokens:
+        ranges.append((slice(end, tokens), slice(first + whole, first + whole + 1)))
+    return ranges or [(slice(0, 0), slice(0, 1))]
+
+
 class AudioCrossAttention(CrossAttention):
     """Attention of every video token to the audio tokens of its own latent frame."""
 
@@ -117,7 +173,7 @@ class AudioCrossAttention(CrossAttention):
     def forward(
         self,
         x: Tensor,
-        tokens_per_frame: int,
+        tokens_per_frame: Frames,
         tokens: Tensor | None = None,
         memory: AudioMemory | None = None,
         absorb: str = "none",
@@ -125,19 +181,21 @@ class AudioCrossAttention(CrossAttention):
         mask: Tensor | None = None,
         residual: Tensor | None = None,
         out: Tensor | None = None,
+        token_offset: int = 0,
     ) -> Tensor:
-        """x [B, F * S, dim] with audio tokens [B, F, A, dim], or with their `memory`, -> [B, F * S, dim].
+        """x [B, N, dim] with audio tokens [B, F, A, dim], or with their `memory`, -> [B, N, dim].
 
         Args:
-            x: normalised tokens.
-            tokens_per_frame: S.
+            x: normalised tokens; N = F * S, or any contiguous shard of them, also an empty one.
+            tokens_per_frame: S, or one `FrameSpan` for every part of a sequence of clips of several sizes.
             tokens: audio tokens, in the place of `memory`.
             memory: what `memory(tokens)` returned.
             absorb: as in `memory`; of `tokens` only.
             gate: [dim], multiplied with the result.
-            mask: [B, F * S], multiplied with it: the share of a token that the audio drives, such as a face mask.
-            residual: [B, F * S, dim], added to it; its dtype is the result's.
+            mask: [B, N], multiplied with it: the share of a token that the audio drives, such as a face mask.
+            residual: [B, N, dim], added to it; its dtype is the result's.
             out: where the result goes, may be `residual`; only where no gradient is needed.
+            token_offset: place of the first token in the F frames; spans have their own.
 
         Raises:
             ValueError: neither tokens nor memory is given, or `absorb` does not fit (see `memory`).
@@ -147,25 +205,56 @@ class AudioCrossAttention(CrossAttention):
                 raise ValueError("AudioCrossAttention: tokens or memory must be given, got neither")
             memory = self.memory(tokens, absorb)
         k, v, score_bias, out_bias = memory
+        spans = spans_of(tokens_per_frame, x.shape[1], k.shape[1], token_offset)
+        x = self.query(x) if score_bias is None else x.to(k.dtype)
         if out_bias is None:
-            heard = ops.audio_attention(self.query(x), k, v, tokens_per_frame=tokens_per_frame)
-            return _add(self.o(heard.flatten(2)), gate, mask, residual, out)
-        if score_bias is None:
-            q = self.query(x).unflatten(1, (-1, tokens_per_frame)).permute(0, 1, 3, 2, 4)
-            scores = (q @ k.permute(0, 1, 3, 4, 2)).transpose(2, 3)
-        else:
-            scores = _frame_linear(x.to(k.dtype), k, tokens_per_frame).unflatten(1, (-1, tokens_per_frame))
-            scores = (scores + score_bias[:, :, None]).unflatten(-1, (self.num_heads, -1))
-        weights = (scores.to(wide(scores.dtype)) * self.head_dim**-0.5).softmax(-1).flatten(3).flatten(1, 2).to(v.dtype)
-        if residual is None or residual.dtype in (v.dtype, wide(v.dtype)):
-            return _frame_linear(weights, v, tokens_per_frame, out_bias, gate, mask, residual, out)
-        return _add(_frame_linear(weights, v, tokens_per_frame, out_bias), gate, mask, residual, out)
+            heard = [
+                ops.audio_attention(x[:, span.here], k[:, span.heard], v[:, span.heard], *span[2:]) for span in spans
+            ]
+            return _add(self.o(_join(heard).flatten(2)), gate, mask, residual, out)
+        weights = [self._weights(x, memory, span) for span in spans]
+        if residual is not None and residual.dtype not in (v.dtype, wide(v.dtype)):
+            products = [
+                _frame_linear(w, v[:, span.heard], *span[2:], out_bias) for w, span in zip(weights, spans, strict=True)
+            ]
+            return _add(_join(products), gate, mask, residual, out)
+        if len(spans) == 1:
+            return _frame_linear(weights[0], v, *spans[0][2:], out_bias, gate, mask, residual, out)
+        parts = []
+        for w, span in zip(weights, spans, strict=True):
+            share, before, into = (None if t is None else t[:, span.here] for t in (mask, residual, out))
+            if out is residual:
+                into = before
+            parts.append(_frame_linear(w, v[:, span.heard], *span[2:], out_bias, gate, share, before, into))
+        return _join(parts) if out is None else out
+
+    def _weights(self, x: Tensor, memory: AudioMemory, span: Span) -> Tensor:
+        """Attention weights [B, n, H*A] of the tokens of a span: x [B, N, H, D] queries, or [B, N, dim] tokens."""
+        x, k, bias = x[:, span.here], memory.k[:, span.heard], memory.score_bias
+        if bias is not None:
+            x, bias = _frame_linear(x, k, *span[2:]), bias[:, span.heard]
+        parts = []
+        for here, heard in _even(x.shape[1], *span[2:]):
+            frames = heard.stop - heard.start
+            part = x[:, here].unflatten(1, (frames, (here.stop - here.start) // frames))
+            if bias is None:
+                scores = (part.permute(0, 1, 3, 2, 4) @ k[:, heard].permute(0, 1, 3, 4, 2)).transpose(2, 3)
+            else:
+                scores = (part + bias[:, heard, None]).unflatten(-1, (self.num_heads, -1))
+            weights = (scores.to(wide(scores.dtype)) * self.head_dim**-0.5).softmax(-1)
+            parts.append(weights.flatten(3).flatten(1, 2).to(memory.v.dtype))
+        return _join(parts)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _frame_linear(
     x: Tensor,
     weight: Tensor,
     tokens_per_frame: int,
+    token_offset: int,
     bias: Tensor | None = None,
     gate: Tensor | None = None,
     mask: Tensor | None = None,
@@ -175,8 +264,8 @@ def _frame_linear(
     """`ops.frame_linear`, written out where a gradient is needed."""
     given = (x, weight, bias, gate, mask, residual)
     if out is None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
-        return ops.frame_linear_reference(x, weight, tokens_per_frame, bias, gate, mask, residual)
-    return ops.frame_linear(x, weight, tokens_per_frame, bias, gate, mask, residual, out=out)
+        return ops.frame_linear_reference(x, weight, tokens_per_frame, bias, gate, mask, residual, token_offset)
+    return ops.frame_linear(x, weight, tokens_per_frame, bias, gate, mask, residual, token_offset, out)
 
 
 def _add(

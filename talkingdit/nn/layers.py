@@ -98,19 +98,22 @@ class LayerNorm(Lends, _LayerNorm):
 class PatchConv3d(nn.Conv3d):
     """A Conv3d whose stride is its kernel, computed as one matrix product per patch.
 
-    Input [B, C, T, H, W]; output [B, t*h*w, out_channels] with tokens t-major, then h, then w. What does not fill a
-    whole patch at the end of an axis is cut off, as a convolution without padding does.
+    Input [B, C, T, H, W]; output [B, t*h*w, out_channels] with tokens t-major, then h, then w, or the tokens begin ..
+    end of them. What does not fill a whole patch at the end of an axis is cut off, as a convolution without padding
+    does.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]):
         super().__init__(in_channels, out_channels, kernel_size=kernel, stride=kernel)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, tokens: tuple[int, int] | None = None) -> Tensor:
         kt, kh, kw = self.kernel_size
         b, c, t, h, w = input.shape
         t, h, w = t // kt, h // kh, w // kw
         x = input[:, :, : t * kt, : h * kh, : w * kw].reshape(b, c, t, kt, h, kh, w, kw)
         x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, t * h * w, c * kt * kh * kw)
+        if tokens is not None:
+            x = x[:, tokens[0] : tokens[1]]
         return F.linear(x.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 

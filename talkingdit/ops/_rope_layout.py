@@ -90,30 +90,41 @@ class RopeLayout:
         if pairing not in ("interleaved", "half"):
             raise ValueError(f"RopeLayout: pairing must be 'interleaved' or 'half', got {pairing!r}")
         self.segments = tuple(segments)
-        self.split: tuple[int, int, int] = (*axes, 0, 0)[:3]  # type: ignore[assignment]
-        self.theta = float(theta)
+        self._describe((*axes, 0, 0)[:3], float(theta), pairing)  # type: ignore[arg-type]
+        self._table, self._index = self._build()
+
+    def _describe(self, split: tuple[int, int, int], theta: float, pairing: str) -> None:
+        """All but the tables."""
+        self.split = split
+        self.theta = theta
         self.pairing = pairing
         self.pairs = [channels // 2 for channels in self.split]
         self.dim = sum(self.split)
         self.length = sum(len(segment) for segment in self.segments)
         if self.length >= 2**31:
             raise ValueError(f"RopeLayout: a layout must have fewer than 2**31 tokens, got {self.length}")
-        self._table, self._index = self._build()
         self._on_device: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def packed(cls, layouts: Sequence[RopeLayout]) -> RopeLayout:
-        """One layout for several clips, of different sizes too, packed into one sequence.
+        """One layout for several clips, of different sizes too, packed into one sequence. Their tables are reused.
 
         Raises:
-            ValueError: the layouts differ in split, theta or pairing.
+            ValueError: the layouts differ in split, theta or pairing, or there are too many tokens.
         """
         first = layouts[0]
         for other in layouts[1:]:
             if (other.split, other.theta, other.pairing) != (first.split, first.theta, first.pairing):
                 raise ValueError("RopeLayout.packed: layouts must agree in split, theta and pairing")
-        segments = [segment for layout in layouts for segment in layout.segments]
-        return cls(segments, first.split, first.theta, first.pairing)
+        packed = cls.__new__(cls)
+        packed.segments = tuple(segment for layout in layouts for segment in layout.segments)
+        packed._describe(first.split, first.theta, first.pairing)
+        index, elements, tokens = [], 0, 0
+        for layout in layouts:
+            index.append(layout._index + torch.tensor([tokens, tokens, 0, 0, elements, elements, elements]))
+            elements, tokens = elements + layout._table.shape[1], tokens + len(layout)
+        packed._table, packed._index = torch.cat([layout._table for layout in layouts], dim=1), torch.cat(index)
+        return packed
 
     def __len__(self) -> int:
         return self.length

@@ -140,6 +140,8 @@ def _per_frame(
     if tokens % tokens_per_frame == 0 and token_offset % tokens_per_frame == 0:
         count = tokens // tokens_per_frame
         value = (x.unflatten(1, (count, tokens_per_frame)) @ weight[:, first : first + count]).flatten(1, 2)
+    elif tokens == 0:  # of a frame that a shard cuts
+        value = x @ weight[:, 0]
     else:
         frames = _frames(tokens, tokens_per_frame, token_offset)
         value = torch.cat([x[:, begin:end] @ weight[:, frame] for begin, end, frame in frames], dim=1)
