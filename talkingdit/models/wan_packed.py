@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -165,10 +165,10 @@ def _check(model: WanS2VModel, clip: PackedClip) -> None:
     config = model.config
     check_latents(config, clip.latents[None], clip.timestep[None])
 
-    given: list[Any] = [clip.reference, clip.history, clip.pose, clip.audio, clip.audio_history, clip.text_mask]
+    given = (clip.reference, clip.history, clip.pose, clip.audio, clip.audio_history, clip.text_mask)
+    reference, history, pose, audio, before, mask = (None if value is None else value[None] for value in given)
     _, frames, height, width = clip.latents.shape
-    batch = [None if value is None else value[None] for value in given]
-    clip_size(config, clip.text[None], *batch, (frames, height, width))
+    clip_size(config, clip.text[None], reference, history, pose, audio, before, mask, (frames, height, width))
 
 
 def _cut(parts: Sequence[Tensor], share: Share) -> Tensor:

@@ -5,7 +5,7 @@ import peft
 import pytest
 import torch
 
-from talkingdit.nn.audio_cross_attention import AudioCrossAttention
+from talkingdit.nn.audio_cross_attention import AudioCrossAttention, FrameSpan
 
 B, F, S, A, HEADS, DIM = 2, 3, 7, 5, 4, 32
 
@@ -106,6 +106,56 @@ def test_residual_stream_keeps_its_dtype(absorb, stream):
         out = module(x, S, tokens, absorb=absorb, residual=residual)
     assert out.dtype == stream
     assert error(out.double(), residual.double() + heard) < (1e-6 if stream == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("absorb", ["none", "value", "full"])
+@pytest.mark.parametrize("inside", [(0, 21), (3, 18), (7, 14), (9, 11), (6, 21), (10, 10)], ids=str)
+def test_a_shard_of_the_tokens_gets_its_part_and_its_gradients(absorb, inside):
+    module = build(absorb != "full")
+    x, tokens = draw()
+    begin, end = inside
+    wanted = [*module.parameters(), tokens.requires_grad_()]
+    want = module(x, S, tokens)[:, begin:end]
+    part = module(x[:, begin:end], S, tokens, absorb=absorb, token_offset=begin)
+    assert part.shape == want.shape
+    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(2)).double()
+    gradients = [torch.autograd.grad((y * grad).sum(), wanted) for y in (part, want)]
+    torch.testing.assert_close(part, want, rtol=1e-11, atol=1e-11)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        memory = module.memory(tokens, absorb)
+        stream = x[:, begin:end].clone()
+        module(stream, S, memory=memory, residual=stream, out=stream, token_offset=begin)
+        torch.testing.assert_close(stream, x[:, begin:end] + want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("absorb", ["none", "value", "full"])
+@pytest.mark.parametrize("stream", [torch.float64, torch.float32])
+def test_clips_with_frames_of_several_sizes_in_one_call(absorb, stream):
+    """The last 5 tokens of a frame of 7, a whole one, then two frames of 3 and a token of a third."""
+    module = build(absorb != "full").to(stream)
+    x, tokens = (t.to(stream)[:1] for t in draw())
+    tokens = torch.cat([tokens, tokens.flip(1)], dim=1)[:, :5]
+    x = x[:, :19]
+    spans = (FrameSpan(12, 2, 7, 2), FrameSpan(7, 3, 3))
+    mask = torch.rand(1, 19, generator=torch.Generator().manual_seed(3)).to(stream)
+    want = torch.cat(
+        [
+            module(x[:, :12], 7, tokens[:, :2], absorb=absorb, token_offset=2),
+            module(x[:, 12:], 3, tokens[:, 2:], absorb=absorb),
+        ],
+        dim=1,
+    )
+    torch.testing.assert_close(module(x, spans, tokens, absorb=absorb), want)
+    residual = x.to(torch.float64 if stream == torch.float64 else torch.bfloat16)
+    with torch.no_grad():
+        out = residual.clone()
+        got = module(x, spans, tokens, absorb=absorb, mask=mask, residual=out, out=out)
+        assert got is out
+        torch.testing.assert_close(out, (residual + mask[..., None] * want).to(residual.dtype))
+        again = module(x, spans, tokens, absorb=absorb, mask=mask, residual=residual)
+        torch.testing.assert_close(again, out)
 
 
 def single_wide_head(tokens, batch=2, frames=3, per_frame=5, dim=24):

@@ -95,6 +95,18 @@ def test_windows_speakers_lengths_and_clips(window: int, speakers: int) -> None:
     torch.testing.assert_close(ours[1, 17], total)
 
 
+def test_no_tokens_are_no_problem() -> None:
+    """A shard may hold none. What would be the gradient of others' tokens is zero, not memory as it was."""
+    for _ in range(3):
+        q = torch.randn(2, 0, 3, 8)
+        k, v = (torch.randn(2, 4, 5, 3, 8, requires_grad=True) for _ in range(2))
+        ops.audio_attention(q, k, v, tokens_per_frame=6, token_offset=7).sum().backward()
+        assert k.grad is not None
+        assert v.grad is not None
+        assert not k.grad.any()
+        assert not v.grad.any()
+
+
 def test_a_token_without_audio_gets_zeros_and_leaves_no_gradient() -> None:
     q, k, v = (x.requires_grad_() for x in make(2, 3, 4))
     out = ops.audio_attention(q, k, v, 3, kv_lens=torch.tensor([[0, 2]]))

@@ -61,6 +61,16 @@ def test_residual_and_out_may_be_two_views_of_one_memory(large: int, monkeypatch
     torch.testing.assert_close(memory, expected)
 
 
+@pytest.mark.parametrize("offset", [0, 3])
+def test_no_tokens_are_no_problem(offset: int) -> None:
+    given = draw(torch.float32)
+    empty, weight = given["x"][:, :0], given["weight"]
+    assert ops.frame_linear(empty, weight, S, token_offset=offset).shape == (B, 0, weight.shape[3])
+    ops.frame_linear_reference(empty, weight.requires_grad_(), S, token_offset=offset).sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
 def test_opcheck_and_compile() -> None:
     given = draw(torch.float32)
     arguments = [given[name] for name in ("x", "weight", "bias", "gate", "mask", "residual")]
