@@ -71,6 +71,9 @@ def _backward_run(
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if q.shape[1] == 0:  # a shard without tokens hears nothing
+        grad_weights = q.new_empty(0) if weights is None else weights.new_empty(weights.shape)
+        return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), grad_weights
     grad_q, grad_k, grad_v = empty(q.shape, q), empty(k.shape, k), empty(v.shape, v)
     workspace, slots = _workspace(q, k, window, backward=True)
     terms = None

@@ -18,6 +18,7 @@ from talkingdit.nn.audio_cross_attention import FrameSpan
 from talkingdit.nn.context_parallel import ContextParallel
 
 LAYOUTS = [(1, 2, "gather"), (2, 1, "gather"), (2, 1, "ring"), (2, 2, "gather"), (2, 2, "ring"), (1, 4, "gather")]
+PATIENCE = 240  # seconds: the first job of a worker waits for its imports
 EXACT = 1e-10  # in float64, where nothing but the order of additions differs
 
 
@@ -97,12 +98,12 @@ def train(layout, names):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "x".join(map(str, layout)))
 def test_velocity_and_gradients_equal_the_single_process(processes, layout):
-    processes(layout[0] * layout[1], train, layout, ["everything", "masked", "packed"])
+    processes(layout[0] * layout[1], train, layout, ["everything", "masked", "packed"], timeout=PATIENCE)
 
 
 def test_every_kind_of_input_is_shared(processes):
     names = ["time per frame", "bare", "absorbed", "unpacked history", "one token"]
-    processes(4, train, (2, 2, "gather"), names)
+    processes(4, train, (2, 2, "gather"), names, timeout=PATIENCE)
 
 
 def train_in_float32(layout):
@@ -113,7 +114,7 @@ def train_in_float32(layout):
 
 
 def test_float32_and_gradient_checkpointing(processes):
-    processes(2, train_in_float32, (1, 2, "gather"))
+    processes(2, train_in_float32, (1, 2, "gather"), timeout=PATIENCE)
 
 
 def infer(layout):
@@ -140,7 +141,7 @@ def infer(layout):
 
 @pytest.mark.parametrize("layout", [(1, 2, "gather"), (2, 2, "gather")], ids=str)
 def test_inference_with_conditions_made_once(processes, layout):
-    processes(layout[0] * layout[1], infer, layout)
+    processes(layout[0] * layout[1], infer, layout, timeout=PATIENCE)
 
 
 def shard_units(model, wide=None, narrow=None):
@@ -189,7 +190,7 @@ def train_sharded(ring, ulysses):
 
 @pytest.mark.parametrize("layout", [(1, 1), (1, 2), (2, 1)], ids=["data", "ulysses", "ring"])
 def test_sharded_weights_with_other_conditions_on_every_rank(processes, layout):
-    processes(2, train_sharded, *layout)
+    processes(2, train_sharded, *layout, timeout=PATIENCE)
 
 
 def train_in_mixed_precision():
@@ -216,7 +217,7 @@ def train_in_mixed_precision():
 
 
 def test_bf16_blocks_with_a_float32_residual_stream_and_edges(processes):
-    processes(2, train_in_mixed_precision)
+    processes(2, train_in_mixed_precision, timeout=PATIENCE)
 
 
 class Fixed:
