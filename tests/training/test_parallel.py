@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sharded training is the training of one process: losses, gradients and weights agree, whatever the layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from tiny_networks import backward, make_networks, sample_losses
+from torch.distributed.tensor import DTensor
+
+from talkingdit.errors import UserError
+from training.config import OptimConfig, ParallelConfig
+from training.optim import build_optimizers
+from training.parallel import (
+    clip_gradients,
+    last_micro_batch,
+    load_weights,
+    shard,
+    start,
+    stop,
+    trainable_changed,
+)
+
+STEPS = 20
+ADAMW = {"name": "adamw", "lr": 1e-3}
+MUON = {"name": "muon", "lr": 1e-3, "muon_lr": 1e-3}
+
+
+def sharded(networks, precision="fp32", **parallel):
+    config = ParallelConfig(precision=precision, **parallel)
+    layout = start(config, "cpu")
+    shard(networks, layout, config)
+    return layout
+
+
+def whole(tensor):
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def train(networks, optim, layout=None, pieces=1, steps=STEPS):
+    """Loss and gradient norm of every step, gradients of the first, parameters after the last."""
+    optimizers = build_optimizers(networks, OptimConfig(**optim))
+    losses, norms, gradients = [], [], {}
+    for step in range(steps):
+        losses.append(backward(networks, step, layout, pieces))
+        if step == 0:
+            gradients = {n: whole(p.grad) for n, p in networks.named_parameters() if p.grad is not None}
+        norms.append(clip_gradients(networks, 0.5))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return losses, norms, gradients, {n: whole(p) for n, p in networks.named_parameters()}
+
+
+def freeze(networks, parts):
+    for name, parameter in networks.named_parameters():
+        if any(part in name for part in parts):
+            parameter.requires_grad_(False)
+
+
+def train_in_layouts(cases):
+    results = []
+    for parallel, pieces, frozen, optim in cases:
+        networks = make_networks()
+        freeze(networks, frozen)
+        results.append(train(networks, optim, sharded(networks, **parallel), pieces))
+    return results if dist.get_rank() == 0 else None
+
+
+# Layout and activations, micro-batches per process, parts of names of frozen parameters, optimiser.
+CASES = {
+    2: [
+        ({}, 1, (), ADAMW),
+        ({"activation_checkpointing": "full"}, 2, ("ffn", "blocks.1.", "head.", "text_encoder"), ADAMW),
+        ({"activation_checkpointing": "selective"}, 1, (), MUON),
+    ],
+    4: [
+        ({"activation_checkpointing": "selective"}, 1, (), ADAMW),
+        ({"replicate": 2, "activation_checkpointing": "full"}, 1, (), MUON),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_layout_trains_as_one_process(processes, size):
+    results = processes(size, train_in_layouts, CASES[size], timeout=240)[0]
+    alone = {}
+    for case, got in zip(CASES[size], results, strict=True):
+        *_, frozen, optim = case
+        if (frozen, optim["name"]) not in alone:
+            networks = make_networks()
+            freeze(networks, frozen)
+            alone[frozen, optim["name"]] = train(networks, optim)
+        want = alone[frozen, optim["name"]]
+        for name, values, wanted in zip(("losses", "norms"), got, want, strict=False):
+            assert values == pytest.approx(wanted, rel=1e-5), (case, name)
+        for name, values, wanted in zip(("gradients", "parameters"), got[2:], want[2:], strict=True):
+            assert values.keys() == wanted.keys()
+            largest = max(tensor.abs().max() for tensor in wanted.values())
+            worst = max((values[n] - wanted[n]).abs().max() for n in wanted) / largest
+            assert worst < 1e-5, (case, name, worst)
+
+
+def two_micro_batches():
+    """Gradients of replicas that talk for every micro-batch, and of those that do for the last one only."""
+    found = []
+    for say in (False, True):
+        networks = make_networks()
+        layout = sharded(networks, replicate=2)
+        for step in range(2):
+            if say:
+                last_micro_batch(networks, step == 1)
+            sample_losses(networks, step, [layout.data_rank, layout.data_rank + 2]).sum().backward()
+        found.append({n: whole(p.grad) for n, p in networks.named_parameters()})
+    return found
+
+
+def test_replicas_that_wait_for_the_last_micro_batch_come_to_the_same_gradients(processes):
+    always, last = processes(2, two_micro_batches)[0]
+    for name, gradient in always.items():
+        torch.testing.assert_close(last[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def look_inside():
+    """What units are while the head runs, in bfloat16: dtypes, and which of them are gathered."""
+    networks = make_networks()
+    total = sum(p.numel() for p in networks.parameters())
+    sharded(networks, "bf16")
+    held = sum(p.to_local().numel() for p in networks.parameters())
+    model = networks.transformer
+    seen = {}
+
+    def look(module, arguments):
+        seen["residual"] = arguments[0].dtype
+        seen["gathered"] = {n for n, p in networks.named_parameters() if not isinstance(p, DTensor)}
+        seen["head"] = module.head.weight.dtype
+
+    model.head.register_forward_pre_hook(look)
+    for name in ("time_projection.1", "casual_audio_encoder.encoder.conv2", "blocks.1.ffn.0"):
+        model.get_submodule(name).register_forward_hook(
+            lambda module, given, result, name=name: seen.__setitem__(
+                name, (next(module.parameters()).dtype, given[0].dtype, result.dtype)
+            )
+        )
+    losses = sample_losses(networks, 0, [0, 1, 2, 3])
+    losses.sum().backward()
+    seen["gradients"] = {p.grad.dtype for p in networks.parameters()}
+    seen["after"] = [n for n, p in networks.named_parameters() if not isinstance(p, DTensor)]
+    return total, held, losses.detach(), seen
+
+
+def test_bfloat16_spares_the_float32_layers_and_gathers_one_unit_at_a_time(processes):
+    (total, held, losses, seen), (_, other, _, _) = processes(2, look_inside)
+    assert abs(held - total / 2) < 0.02 * total  # rows that do not divide by two
+    assert held + other == total
+    single, short = torch.float32, torch.bfloat16
+    assert seen["residual"] == seen["head"] == single
+    assert seen["time_projection.1"] == seen["casual_audio_encoder.encoder.conv2"] == (single, single, single)
+    assert seen["blocks.1.ffn.0"] == (short, short, short)
+    assert seen["gradients"] == {single}
+    # The head itself, and the small parameters of the roots.
+    roots = ("patch_embedding", "trainable_cond_mask", "frame_packer", "head.")
+    assert seen["gathered"]
+    assert all(
+        n.startswith("text_encoder.") or n.startswith(tuple("transformer." + r for r in roots))
+        for n in seen["gathered"]
+    )
+    assert seen["after"] == []
+    exact = sample_losses(make_networks(), 0, [0, 1, 2, 3]).detach()
+    assert 0 < (losses - exact).abs().max() < 0.01 * exact.max()
+
+
+def adapted():
+    networks = make_networks()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        networks.transformer.add_adapter(
+            LoraConfig(r=2, target_modules=["q", "k", "v", "o", "ffn.0", "ffn.2"], init_lora_weights="gaussian")
+        )
+    return networks
+
+
+def train_adapters():
+    networks = adapted()
+    layout = sharded(networks, activation_checkpointing="full")
+    return train(networks, ADAMW, layout, steps=3)
+
+
+def test_adapters_train_as_in_one_process(processes):
+    losses, norms, gradients, parameters = processes(2, train_adapters)[0]
+    alone = train(adapted(), ADAMW, steps=3)
+    assert losses == pytest.approx(alone[0], rel=1e-5)
+    assert norms == pytest.approx(alone[1], rel=1e-5)
+    assert all(".lora_" in name or name.startswith("text_encoder.") for name in gradients)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter, alone[3][name], rtol=1e-5, atol=1e-6)
+
+
+def change_what_trains():
+    networks = make_networks()
+    freeze(networks, [".blocks."])
+    layout = sharded(networks, "bf16")
+    backward(networks, 0, layout)
+    frozen = {n for n, p in networks.named_parameters() if p.grad is None}
+    networks.requires_grad_(True)
+    trainable_changed(networks)
+    backward(networks, 1, layout)
+    return frozen, {n: p.grad.dtype for n, p in networks.named_parameters() if p.grad is not None}
+
+
+def test_a_stage_may_unfreeze_what_the_one_before_froze(processes):
+    frozen, dtypes = processes(2, change_what_trains)[0]
+    names = {n for n, _ in make_networks().named_parameters()}
+    assert frozen == {n for n in names if ".blocks." in n}
+    assert dtypes == dict.fromkeys(names, torch.float32)
+
+
+def load_in_shards(folder):
+    """Networks built without memory and filled from the folder, and networks with adapters."""
+    loaded = []
+    for adapters in (False, True):
+        with torch.device("meta"):
+            networks = make_networks(dim=64)
+        if adapters:
+            networks.transformer.add_adapter(LoraConfig(r=2, target_modules=["q"]))
+            networks.to("meta")
+        sharded(networks, "bf16")
+        load_weights(networks, folder)
+        loaded.append({n: whole(p) for n, p in networks.named_parameters()})
+    return loaded
+
+
+def save(networks, folder):
+    networks.transformer.save_pretrained(folder / "transformer", max_shard_size="100KB")
+    networks.text_encoder.save_pretrained(folder / "text_encoder")
+
+
+def test_a_checkpoint_is_read_into_shards_beside_fresh_adapters(processes, tmp_path):
+    networks = make_networks(seed=3, dim=64)
+    save(networks, tmp_path)
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 2
+    plain, with_adapters = processes(2, load_in_shards, tmp_path)[1]
+    for name, parameter in networks.named_parameters():
+        assert torch.equal(plain[name], parameter), name
+    for name, parameter in with_adapters.items():
+        known = dict(networks.named_parameters()).get(name.replace(".base_layer.", "."))
+        if known is not None:
+            assert torch.equal(parameter, known), name
+        else:  # as PEFT begins: the first matrix random, the second zero
+            assert bool(parameter.any()) == (".lora_A." in name)
+            assert parameter.isfinite().all()
+    assert sum(".lora_A." in name for name in with_adapters) == 2 * 3
+
+
+@pytest.fixture
+def alone():
+    """A world of one process, as a run without torchrun has it."""
+    yield
+    stop()
+    assert not dist.is_initialized()
+
+
+def test_a_process_on_its_own_needs_no_torchrun(alone):
+    networks = make_networks()
+    layout = sharded(networks)
+    assert (layout.world, layout.data_rank, layout.data_size, layout.context) == (1, 0, 1, None)
+    got, want = backward(networks, 0, layout), backward(make_networks(), 0)
+    assert got == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_gradients(alone):
+    networks, plain = (
+        make_networks(num_layers=1, audio_inject_layers=(0,)),
+        make_networks(num_layers=1, audio_inject_layers=(0,)),
+    )
+    layout = sharded(networks, compile=True, activation_checkpointing="full")
+    assert backward(networks, 0, layout) == pytest.approx(backward(plain, 0), rel=1e-5)
+    want = {n: p.grad for n, p in plain.named_parameters()}
+    largest = max(gradient.abs().max() for gradient in want.values())
+    assert max((whole(p.grad) - want[n]).abs().max() for n, p in networks.named_parameters()) < 1e-5 * largest
+
+
+def test_a_checkpoint_that_does_not_fit_is_told(alone, tmp_path):
+    save(make_networks(), tmp_path)
+    file = tmp_path / "transformer" / "weights.safetensors"
+    tensors = {}
+    for part in (tmp_path / "transformer").glob("*.safetensors*"):
+        tensors |= load_file(part) if part.suffix == ".safetensors" else {}
+        part.unlink()
+    del tensors["blocks.0.ffn.0.weight"]
+    save_file(tensors, file)
+    networks = make_networks()
+    sharded(networks)
+    with pytest.raises(UserError, match=r"lacks 1 of \d+ weights: blocks\.0\.ffn\.0\.weight"):
+        load_weights(networks, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"replicate": 2}, r"replicate 2 x shard 1 x ring 1 x ulysses 1 must be the number of processes, 1, .* got 2"),
+        ({"shard": 3}, r"replicate 1 x shard 3 x ring 1 x ulysses 1 must be the number of processes, 1"),
+        ({"ring": 0}, r"parallel\.ring: must be at least 1, got 0"),
+        ({"shard": -1}, r"parallel\.shard: must be at least 0, got -1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_processes_is_told(parallel, message):
+    with pytest.raises(UserError, match=message):
+        start(ParallelConfig(**parallel), "cpu")
+    assert not dist.is_initialized()
+
+
+def test_a_device_that_is_not_there_is_told(monkeypatch):
+    with pytest.raises(UserError, match="must be 'auto', 'cpu' or 'cuda', got 'tpu'"):
+        start(ParallelConfig(), "tpu")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="process 3 of this machine needs a GPU of its own and there are 2"):
+        start(ParallelConfig(), "cuda")
+    assert not dist.is_initialized()

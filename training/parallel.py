@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parallel training, whole: processes, the mesh they form, and what of the model each of them holds.
+
+    layout = start(config)             # joins the processes that torchrun started; alone it is a world of one
+    shard(networks, layout, config)    # parameters become shards: FSDP2, over several nodes HSDP
+    load_weights(networks, folder)
+    ...                                # loss.backward(); clip_gradients(networks, 1.0); optimizer.step()
+    stop()
+
+The processes form a mesh, replicate x shard x ring x ulysses, the last innermost: neighbours by NVLink do Ulysses'
+all-to-all, far ones only average gradients. Processes that differ in `ring` or `ulysses` work on parts of the same
+sequences (`Layout.context`), those that differ in `replicate` or `shard` on other samples (`Layout.data_rank`).
+Parameters, gradients and optimiser states are cut over shard x ring x ulysses and copied along `replicate`.
+
+Every process of a context-parallel group comes to the same loss, and FSDP2 averages gradients over all processes. So
+the loss of a process is (sum over its samples) / (samples of all in the step) x (number of processes).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, debug
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from talkingdit.errors import UserError
+from talkingdit.models.checkpoints.fill import check_names
+from talkingdit.models.checkpoints.transformer import open_transformer
+from talkingdit.models.checkpoints.weights import Weights, open_weights
+from talkingdit.models.wan import WanS2VModel
+from talkingdit.nn.context_parallel import ContextParallel
+from training.config import ParallelConfig
+from training.networks import Networks
+
+# FSDP2 warns of units that return views, lest somebody writes into those. Models here do so in inference only.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+AXES = ("replicate", "shard", "ring", "ulysses")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this process stands among all."""
+
+    mesh: DeviceMesh  # AXES
+    fsdp: DeviceMesh  # ("shard",) or, for HSDP, ("replicate", "shard"), where shard is shard x ring x ulysses
+    device: torch.device
+    rank: int
+    world: int
+    data_rank: int  # which share of the samples of a step this process works on ...
+    data_size: int  # ... of how many
+    context: ContextParallel | None  # whom it shares their sequences with, if anyone
+
+
+def start(config: ParallelConfig, device: str = "auto") -> Layout:
+    """Join the other processes and find the own place in the mesh.
+
+    The process group is torchrun's; a process that was started alone makes one of its own, without a port. A group
+    that exists already is used as it is.
+
+    Args:
+        device: "cpu", "cuda", or "auto" for CUDA where there is any. torchrun's LOCAL_RANK chooses the GPU.
+
+    Raises:
+        UserError: the axes do not multiply to the number of processes, or there is no such device.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    sizes = _sizes(config, world)
+    place = _device(device)
+    patience = timedelta(seconds=config.timeout_seconds)
+    if not dist.is_initialized():
+        # Checkpoints and offloaded shards need collectives on the host, too.
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+        alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=patience, **({} if "WORLD_SIZE" in os.environ else alone))
+    _forget_meshes()
+    mesh = init_device_mesh(place.type, tuple(sizes.values()), mesh_dim_names=AXES)
+    copies, parts = sizes["replicate"], world // sizes["replicate"]
+    if copies > 1:
+        fsdp = init_device_mesh(place.type, (copies, parts), mesh_dim_names=("replicate", "shard"))
+    else:
+        fsdp = init_device_mesh(place.type, (parts,), mesh_dim_names=("shard",))
+    together = sizes["ring"] * sizes["ulysses"]
+    context = ContextParallel.from_mesh(mesh["ring", "ulysses"], config.ring_mode) if together > 1 else None
+    for group in (*mesh.get_all_groups(), *fsdp.get_all_groups(), *([context.group] if context else [])):
+        distributed_c10d._set_pg_timeout(patience, group)  # groups of a mesh do not inherit it
+    rank = dist.get_rank()
+    return Layout(
+        mesh=mesh,
+        fsdp=fsdp,
+        device=place,
+        rank=rank,
+        world=world,
+        data_rank=rank // together,
+        data_size=world // together,
+        context=context,
+    )
+
+
+def stop() -> None:
+    """Wait for the others and leave. Without this, a process that is done early may end those that are not."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _forget_meshes() -> None:
+    """Clear what DTensor remembers of its ops.
+
+    It takes meshes of equal shape for one, and so would go on with the communicators of an earlier group, now gone.
+    """
+    for name in ("_clear_python_sharding_prop_cache", "_clear_fast_path_sharding_prop_cache"):
+        getattr(debug, name, lambda: None)()
+
+
+def _sizes(config: ParallelConfig, world: int) -> dict[str, int]:
+    """Size of each axis; `shard` 0 takes what the others leave."""
+    sizes = {name: int(getattr(config, name)) for name in AXES}
+    for name, size in sizes.items():
+        if size < (0 if name == "shard" else 1):
+            raise UserError(f"parallel.{name}: must be at least {0 if name == 'shard' else 1}, got {size}.")
+    if sizes["shard"] == 0:
+        sizes["shard"] = max(1, world // (sizes["replicate"] * sizes["ring"] * sizes["ulysses"]))
+    if math.prod(sizes.values()) != world:
+        product = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise UserError(
+            f"parallel: {product} must be the number of processes, {world}, which torchrun sets with --nnodes and "
+            f"--nproc-per-node; got {math.prod(sizes.values())}."
+        )
+    return sizes
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if name != "cuda":
+        raise UserError(f"device: must be 'auto', 'cpu' or 'cuda', got {name!r}.")
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= count:
+        raise UserError(
+            f"device: process {number} of this machine needs a GPU of its own and there are {count}; start torchrun "
+            "with --nproc-per-node no larger than that."
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+# ---- The model in shards ---------------------------------------------------------------------------------------------
+
+
+def shard(networks: Networks, layout: Layout, config: ParallelConfig) -> None:
+    """Cut all parameters over the processes, and prepare the model for training: nothing large stays whole.
+
+    Each block and each other large layer is a unit of its own, which is gathered for its forward and for its backward
+    and else exists in shards only. With precision "bf16" units compute in bfloat16 from float32 shards and gradients
+    are summed in float32; layers that must be float32 stay so. Parameters with values are first made those of rank 0;
+    parameters on the meta device get memory for their
+    shards, and values from `load_weights` (until then they are NaN). Frozen parameters
+    may have any dtype, those that train must share one.
+
+    Raises:
+        UserError: heads that ulysses does not divide.
+    """
+    model = networks.transformer
+    if model.config.num_heads % config.ulysses:
+        raise UserError(
+            f"parallel.ulysses: must divide the {model.config.num_heads} heads of the model, got {config.ulysses}; "
+            "the ring axis takes the rest."
+        )
+    _begin_adapters(model)
+    _checkpoint_activations(model, config)
+    if config.compile:
+        # The forward alone: hooks that gather and free parameters run around it, outside of the compiled code.
+        for block in model.blocks:
+            block.forward = torch.compile(block.forward)
+    if layout.world > 1:
+        for tensor in (*networks.parameters(), *networks.buffers()):
+            if not tensor.is_meta:
+                dist.broadcast(tensor.detach(), 0)
+
+    offload = CPUOffloadPolicy() if config.offload else OffloadPolicy()
+    # Inputs are not cast at the border of a unit: the residual stream and timesteps are float32 and stay so.
+    precise = MixedPrecisionPolicy(cast_forward_inputs=False)
+    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    options: dict[str, Any] = {"mesh": layout.fsdp, "offload_policy": offload}
+    for unit, float32 in _units(model):
+        policy = precise if float32 or config.precision == "fp32" else mixed
+        # What runs last in the forward runs first in the backward: the head stays gathered in between.
+        fully_shard(unit, mp_policy=policy, reshard_after_forward=unit is not model.head, **options)
+    # The root keeps what is called more than once or not at all, as conditions come and go. It is small.
+    policy = precise if config.precision == "fp32" else mixed
+    fully_shard(model, mp_policy=policy, reshard_after_forward=False, **options)
+    if networks.text_encoder is not None:
+        fully_shard(networks.text_encoder, mp_policy=precise, reshard_after_forward=False, **options)
+    for unit, following in pairwise(_in_order(model)):
+        unit.set_modules_to_forward_prefetch([following])  # backward prefetch, in reverse, is what FSDP2 does by itself
+
+    home = torch.device("cpu") if config.offload else layout.device
+    networks._apply(lambda tensor: torch.full_like(tensor, torch.nan, device=home) if tensor.is_meta else tensor)
+
+
+def _units(model: WanS2VModel) -> Iterator[tuple[nn.Module, bool]]:
+    """Layers that are gathered on their own, each called once per forward, and whether they are float32 for good."""
+    yield model.text_embedding, False
+    for layer in (model.time_embedding, model.time_projection, model.casual_audio_encoder, model.head):
+        yield layer, True
+    injector = model.audio_injector
+    for repeated in (model.blocks, injector.injector, getattr(injector, "injector_adain_layers", ())):
+        yield from ((layer, False) for layer in repeated)
+
+
+def _begin_adapters(model: WanS2VModel) -> None:
+    """First values of adapters (PEFT) on layers without memory: no checkpoint has them, and they are small."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        modules: Iterator[Any] = model.modules()
+        for layer in modules:
+            for name, down in getattr(layer, "lora_A", {}).items():
+                if down.weight.is_meta:
+                    down.to_empty(device="cpu")
+                    layer.lora_B[name].to_empty(device="cpu")
+                    layer.reset_lora_parameters(name, True)
+
+
+def _in_order(model: WanS2VModel) -> Iterator[Any]:
+    """Blocks and what hears audio behind them, as the forward calls them."""
+    injector = model.audio_injector
+    for i, block in enumerate(model.blocks):
+        yield block
+        if i in injector.index:
+            yield injector.injector[injector.index[i]]
+
+
+def sharded_modules(networks: nn.Module) -> Iterator[FSDPModule]:
+    """Every unit, the roots among them."""
+    return (module for module in networks.modules() if isinstance(module, FSDPModule))
+
+
+def reshard(networks: nn.Module) -> None:
+    """Drop every gathered parameter: what changes the shards from outside of training must not leave old ones."""
+    for unit in sharded_modules(networks):
+        unit.reshard()
+
+
+def trainable_changed(networks: nn.Module) -> None:
+    """To be called after `requires_grad` of parameters changed in sharded networks, as a new stage does."""
+    for unit in sharded_modules(networks):
+        unit.unshard()  # looks at the parameters anew: which train, in which dtype their gradients are summed
+        unit.reshard()
+
+
+def last_micro_batch(networks: nn.Module, last: bool) -> None:
+    """Say before each backward whether the optimiser steps behind it: until then gradients stay within a replica.
+
+    Without this all is right, too, only that replicas, which are far apart, talk for every micro-batch.
+    """
+    for unit in sharded_modules(networks):
+        unit.set_requires_all_reduce(last, recurse=False)
+        unit.set_is_last_backward(last)
+
+
+# ---- Activations -----------------------------------------------------------------------------------------------------
+
+# Whose results "selective" keeps. All else in a block is cheap to compute again.
+_KEPT = {
+    getattr(namespace, name).default
+    for namespace, names in (
+        (torch.ops.aten, ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu")),
+        (torch.ops.aten, ("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")),
+        (torch.ops.aten, ("_scaled_dot_product_cudnn_attention",)),
+        (torch.ops.talkingdit, ("audio_attention",)),
+    )
+    for name in names
+}
+
+
+def _checkpoint_activations(model: WanS2VModel, config: ParallelConfig) -> None:
+    """What is kept of a block for its backward.
+
+    "full" keeps its input and runs the block again, "selective" also the results of its matrix products and attentions.
+    Of a compiled block the compiler keeps about those by itself.
+    """
+    if config.activation_checkpointing == "off":
+        return
+    selective = config.activation_checkpointing == "selective"
+    compiled = set(model.blocks) if config.compile and selective else set()
+    random = any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in model.modules())  # adapters may have it
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": random}
+    if selective:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+
+    def run(module: nn.Module, *arguments: Any) -> Any:
+        return module(*arguments) if module in compiled else checkpoint(module, *arguments, **options)
+
+    model.enable_gradient_checkpointing(run)
+
+
+def _policy(context: Any, op: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# ---- Gradients -------------------------------------------------------------------------------------------------------
+
+
+def clip_gradients(networks: nn.Module, max_norm: float) -> float:
+    """Scale all gradients so that their common norm, over all processes, is at most `max_norm`; the norm before."""
+    parameters = [parameter for parameter in networks.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm.item()
+
+
+# ---- Weights ---------------------------------------------------------------------------------------------------------
+
+
+def local_part(tensor: Tensor, like: DTensor) -> Tensor:
+    """The rows of a whole tensor that this process holds of the sharded tensor `like`; a view."""
+    mesh = like.device_mesh
+    rows, parts = tensor.shape[0], mesh.size(mesh.ndim - 1)
+    begin = min(rows, mesh.get_local_rank(mesh.ndim - 1) * -(-rows // parts))
+    return tensor.narrow(0, begin, like.to_local().shape[0])
+
+
+def load_weights(networks: Networks, folder: Path) -> None:
+    """Fill sharded networks from a checkpoint: every process reads its own rows, none ever holds the whole.
+
+    Args:
+        folder: of any kind that `talkingdit.models.load` takes. Where the networks have a text encoder it is read from
+            text_encoder/ beside transformer/. Adapters (LoRA) of the networks are left as they are.
+
+    Raises:
+        UserError: weights that are missing, left over or of another shape, or a damaged file.
+    """
+    reshard(networks)
+    _fill(networks.transformer, open_transformer(folder)[0])
+    if networks.text_encoder is not None:
+        _fill(networks.text_encoder, open_weights(folder / "text_encoder"))
+    dist.barrier()
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, weights: Weights) -> None:
+    # PEFT moves an adapted layer into `base_layer` and puts its own parameters beside it.
+    own = {name.replace(".base_layer.", "."): p for name, p in module.named_parameters() if ".lora_" not in name}
+    check_names({n: tuple(p.shape) for n, p in own.items()}, weights.shapes, weights.source, type(module).__name__)
+    for name, tensor in weights.stream():  # mapped files: only the rows that are looked at are read
+        parameter: Any = own[name]
+        parameter.to_local().copy_(local_part(tensor, parameter))
