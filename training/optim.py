@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimisers on sharded parameters, and the learning rate over a stage."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from talkingdit.errors import UserError
+from training.config import OptimConfig
+
+
+def build_optimizers(networks: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """Optimisers of all parameters that require gradients, each parameter in one of them.
+
+    Args:
+        config: `name` chooses "adamw"; "adamw8bit" (torchao: moments in 8 bits); "muon" for the matrices inside blocks
+            and audio injectors with AdamW for everything else (all, if `muon_lr` is 0; adapters always); or any
+            "module.Class", which is given lr and `options`, and betas, eps and weight_decay if it takes them.
+
+    Raises:
+        UserError: an optimiser that is not there or does not take its options, or nothing to train.
+    """
+    named = {name: parameter for name, parameter in networks.named_parameters() if parameter.requires_grad}
+    if not named:
+        raise UserError("optim: no parameter of the networks requires a gradient; check `train` and `freeze`.")
+    matrices: dict[str, nn.Parameter] = {}
+    if config.name == "muon" and config.muon_lr > 0:
+        inner = (".blocks.", ".injector.")
+        matrices = {
+            name: p
+            for name, p in named.items()
+            if p.ndim == 2 and any(part in name for part in inner) and ".lora_" not in name
+        }
+    others = {name: p for name, p in named.items() if name not in matrices}
+    optimizers: list[torch.optim.Optimizer] = []
+    if others:
+        make, arguments = _kind(config)
+        try:
+            optimizers.append(make(_groups(others, config.lr, config), lr=config.lr, **arguments))
+        except TypeError as error:
+            raise UserError(f"optim.options: {config.name} does not take them ({error}).") from error
+    if matrices:
+        optimizers.append(Muon(_groups(matrices, config.muon_lr, config), weight_decay=config.weight_decay))
+    return optimizers
+
+
+def _groups(named: dict[str, nn.Parameter], lr: float, config: OptimConfig) -> list[dict[str, Any]]:
+    """Parameter groups by learning rate; of the patterns in `lr_scale` that fit a name the first holds."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        scale = next((factor for pattern, factor in config.lr_scale.items() if fnmatch(name, pattern)), 1.0)
+        groups.setdefault(lr * scale, []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+
+
+def _kind(config: OptimConfig) -> tuple[Any, dict[str, Any]]:
+    """Class of the optimiser of everything but Muon's matrices, and its arguments besides parameters and lr."""
+    common = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    if config.name in ("adamw", "muon"):
+        return torch.optim.AdamW, common | {"fused": True} | config.options
+    if config.name == "adamw8bit":
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError as error:
+            raise UserError(f"optim.name: adamw8bit needs torchao, `pip install torchao` ({error}).") from error
+        return AdamW8bit, common | config.options
+    module, _, name = config.name.rpartition(".")
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            "optim.name: must be adamw, adamw8bit, muon or the dotted name of a class that can be imported, "
+            f"got {config.name!r} ({error})."
+        ) from error
+    taken = inspect.signature(make).parameters
+    return make, {key: value for key, value in common.items() if key in taken} | config.options
+
+
+# ---- Learning rate ---------------------------------------------------------------------------------------------------
+
+
+def learning_rate_factor(config: OptimConfig, step: int, progress: float) -> float:
+    """Factor of all learning rates: linear warmup, then constant, or cosine or linear down to `final`.
+
+    Args:
+        step: steps of the stage that are done.
+        progress: share of the stage that is done, 0..1.
+    """
+    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    left = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress}
+    return warmup * (config.final + (1 - config.final) * left[config.schedule])
+
+
+class LearningRate:
+    """Learning rates of optimisers over a stage.
+
+    It takes their full rates when it is made, so it must be made before their states are loaded: a resumed run then
+    follows its configuration and not that of the run that it resumes.
+    """
+
+    def __init__(self, optimizers: Iterable[torch.optim.Optimizer], config: OptimConfig) -> None:
+        self._config = config
+        self._full = [(optimizer, [float(g["lr"]) for g in optimizer.param_groups]) for optimizer in optimizers]
+
+    def set(self, step: int, progress: float) -> float:
+        """Set them for the coming step; returns their common factor. Arguments as of `learning_rate_factor`."""
+        factor = learning_rate_factor(self._config, step, progress)
+        for optimizer, rates in self._full:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                if isinstance(group["lr"], Tensor):  # torchao compiles its step, with the rate as an input
+                    group["lr"].fill_(rate * factor)
+                else:
+                    group["lr"] = rate * factor
+        return factor
+
+
+# ---- Muon ------------------------------------------------------------------------------------------------------------
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices that may be sharded over their rows (Jordan et al. 2024; scaled as in arXiv:2502.16982).
+
+    The momentum of a matrix is replaced by its nearest semi-orthogonal matrix, to which a few Newton-Schulz iterations
+    come close enough. That needs the whole matrix: of every so many matrices each process of a shard group collects
+    one, does the iterations and sends the rows back, so each matrix is worked on once and crosses the network twice.
+
+    Args:
+        params: matrices, or groups of them.
+        lr: comparable to AdamW's: updates are scaled to a root mean square of 0.2, AdamW's usual one.
+        weight_decay: decoupled, times lr.
+        momentum: of the running mean of gradients, with Nesterov's look ahead.
+        ns_steps: iterations.
+
+    Raises:
+        ValueError: a parameter is not a matrix.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 2e-3, weight_decay: float = 0.01, momentum: float = 0.95, ns_steps: int = 4
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": ns_steps})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.ndim != 2:
+                    raise ValueError(f"Muon: parameters must be matrices, got one of shape {list(parameter.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            # Largest first: matrices that are worked on at the same time are then of about the same size.
+            parameters.sort(key=lambda parameter: parameter.numel(), reverse=True)
+            if not parameters:
+                continue
+            for parameter in parameters:
+                if "momentum_buffer" not in self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            gradients = [_local(parameter.grad) for parameter in parameters]
+            means = [_local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+            torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+            updates = torch._foreach_lerp(gradients, means, group["momentum"])
+            torch._foreach_mul_(
+                [_local(parameter) for parameter in parameters], 1 - group["lr"] * group["weight_decay"]
+            )
+            for parameter, update in zip(parameters, _orthogonal(parameters, updates, group["ns_steps"]), strict=True):
+                scale = 0.2 * math.sqrt(max(parameter.shape))
+                _local(parameter).add_(update.to(parameter.dtype).to(parameter.device), alpha=-group["lr"] * scale)
+        return loss
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _orthogonal(parameters: Sequence[Tensor], updates: Sequence[Tensor], steps: int) -> Iterable[Tensor]:
+    """The own rows of the orthogonalised updates, of which the own rows are given."""
+    first = parameters[0]
+    if not isinstance(first, DTensor) or first.device_mesh.size(first.device_mesh.ndim - 1) == 1:
+        yield from (newton_schulz(update, steps) for update in updates)
+        return
+    mesh = first.device_mesh
+    group, size = mesh.get_group(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+    rank = dist.get_rank(group)
+    for begin in range(0, len(updates), size):
+        # Process i of the group works on matrix i of these. Rows are cut as torch.chunk cuts them.
+        mine = [update.to(mesh.device_type) for update in updates[begin : begin + size]]
+        whole = parameters[begin + rank].shape if rank < len(mine) else (0, 0)
+        per_part = -(-whole[0] // size)
+        sent = [update.numel() for update in mine] + [0] * (size - len(mine))
+        got = [max(0, min(per_part, whole[0] - i * per_part)) * whole[1] for i in range(size)]
+        rows = torch.cat([update.flatten() for update in mine])
+        matrix = rows.new_empty(math.prod(whole))
+        dist.all_to_all_single(matrix, rows, got, sent, group)
+        if matrix.numel():
+            matrix = newton_schulz(matrix.view(whole), steps).to(rows.dtype).flatten()
+        dist.all_to_all_single(rows, matrix, sent, got, group)
+        yield from (part.view_as(update) for part, update in zip(rows.split(sent[: len(mine)]), mine, strict=True))
+
+
+def newton_schulz(
+    matrix: Tensor, steps: int, coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315)
+) -> Tensor:
+    """Nearly the nearest semi-orthogonal matrix: singular values go to about 1 (0.7 to 1.2), singular vectors stay.
+
+    In bfloat16 on GPUs, which bear it and are much faster so; elsewhere in float32.
+    """
+    a, b, c = coefficients
+    x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
