@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from talkingdit.data.sample import Sample
+from talkingdit.models.wan_packed import PackedClip
 from training.conditions import GENERATE, Draws, cell_weights, draw, noisy_history, normal
 from training.config import StageConfig
 from training.losses import add_noise, velocity_loss
@@ -170,9 +171,7 @@ def _stacked(
         timestep = timestep[:, 0]
     length = max(len(text) for text in texts)
     text = torch.stack([torch.nn.functional.pad(text, (0, 0, 0, length - len(text))) for text in texts])
-    if context is not None:
-        inputs["context"] = context
-    velocity = transformer(stack([item.noisy for item in items]), timestep, text, **inputs)
+    velocity = transformer(stack([item.noisy for item in items]), timestep, text, context=context, **inputs)
     clean, noise = stack([item.sample.latents for item in items]), stack([item.noise for item in items])
     return velocity_loss(velocity, clean, noise, stack([item.weight[None] for item in items]))
 
@@ -185,7 +184,6 @@ def _packed(
     context: ContextParallel | None,
 ) -> Tensor:
     """Losses [n] of samples of any shapes, in one sequence."""
-    from talkingdit.models.wan_packed import PackedClip
 
     def move(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(device, non_blocking=True)

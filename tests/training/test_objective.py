@@ -188,3 +188,24 @@ def test_what_cannot_be_trained_is_said(networks):
         run(networks, [sample_of(0)], stage_of(conditions={"anchors": {"types": {"view": ["front"]}}}))
     with pytest.raises(ValueError, match="there is no model yet for the task 'edit'"):
         run(networks, [sample_of(0)], stage_of(conditions={"tasks": {"generate": 1, "edit": 1}}))
+
+
+@pytest.mark.parametrize("number", [0, 40])
+def test_packed_samples_of_any_size_have_the_losses_and_gradients_they_have_alone(networks, number):
+    half = {**{f"drop_{name}": 0.5 for name in CONDITIONS}, "prefix": 0.4, "prefix_latents": 1}
+    stage = stage_of(conditions=half, objective={"regions": {"mouth": 8.0}})
+    image = sample_of(7, frames=1, audio=None, audio_history=None, pose=None, kind="image")
+    samples = [*assorted(), sample_of(6, frames=2, side=6), image]
+    numbers = list(range(number, number + len(samples)))
+    networks.zero_grad()
+    packed = run(networks, samples, stage, numbers=numbers, packed=True)
+    packed.total.backward()
+    found = {name: p.grad for name, p in networks.named_parameters()}
+    assert all(gradient is not None for gradient in found.values())
+    networks.zero_grad()
+    alone = [run(networks, [sample], stage, numbers=[n]) for sample, n in zip(samples, numbers, strict=True)]
+    torch.testing.assert_close(packed.each, torch.cat([one.each for one in alone]), rtol=2e-5, atol=1e-6)
+    sum(one.total for one in alone).backward()
+    for name, parameter in networks.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max() + 1e-3))
