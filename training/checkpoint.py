@@ -309,7 +309,10 @@ class _Writer(dcp.FileSystemWriter):
         return {name: _copied(tensor) for name, tensor in state_dict.items()}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        written = _Written(super().write_data(plan, planner).value())
+        try:
+            written = _Written(super().write_data(plan, planner).value())
+        except Exception as error:  # torch.save covers the error of a full disk with one about positions in its file
+            raise _first_os_error(error) from error
         names = {result.storage_data.relative_path for result in written}
         written.files = {name: _entry(Path(self.path) / name) for name in sorted(names)}
         future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
@@ -394,6 +397,16 @@ def _cause(error: CheckpointException) -> tuple[int, str]:
     if isinstance(cause, OSError) and cause.strerror:
         return rank, cause.strerror
     return rank, f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else 'no message'}"
+
+
+def _first_os_error(error: BaseException) -> BaseException:
+    """The error of the operating system behind this one, if there is one."""
+    earlier: BaseException | None = error
+    while earlier is not None:
+        if isinstance(earlier, OSError):
+            return earlier
+        earlier = earlier.__cause__ or earlier.__context__
+    return error
 
 
 def _set_random_state(state: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@
 import errno
 import json
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -321,25 +322,38 @@ def test_what_an_optimiser_advances_in_its_groups_continues_but_settings_are_the
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(tmp_path, monkeypatch, asynchronous):
+def test_a_disk_that_takes_no_more_leaves_the_previous_checkpoint_and_says_why(tmp_path, asynchronous):
+    """The system refuses bytes in the middle of a tensor, here by a limit on the size of files."""
+    checkpoints = Checkpoints(tmp_path, asynchronous=asynchronous)
+    checkpoints.save(1, {"networks": ModelState(nn.Linear(4, 4))})
+    checkpoints.wait()
+    large = {"networks": ModelState(nn.Linear(500, 500))}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(
+            CheckpointError,
+            match=r"step-00000002 could not be written to .* by rank 0: File too large; "
+            "the newest complete one is step-00000001",
+        ):
+            save_and_wait(checkpoints, 2, large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    checkpoints.save(3, large)
+    assert checkpoints.load(large) == 3
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_disk_that_is_full_at_the_last_file_leaves_the_previous_checkpoint(tmp_path, monkeypatch, asynchronous):
     checkpoints, state = one_process(tmp_path, asynchronous=asynchronous)
     checkpoints.save(1, state)
     checkpoints.wait()
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(
-            CheckpointError,
-            match=r"step-00000002 could not be written to .* by rank 0: No space left on device; "
-            "the newest complete one is step-00000001",
-        ):
+        patch.setattr(checkpoint, "_write", _raise_full)
+        with pytest.raises(CheckpointError, match=r"step-00000002 .*: No space left on device"):
             save_and_wait(checkpoints, 2, state)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    checkpoints.save(3, state)
-    assert checkpoints.load(state) == 3
 
 
 def failing_in_one_rank(folder: Path) -> str:
