@@ -7,7 +7,6 @@ import importlib
 import inspect
 import math
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from talkingdit.errors import UserError
 from training.config import OptimConfig
+from training.stages import matches, plain_name
 
 
 def build_optimizers(networks: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
@@ -58,7 +58,9 @@ def _groups(named: dict[str, nn.Parameter], lr: float, config: OptimConfig) -> l
     """Parameter groups by learning rate; of the patterns in `lr_scale` that fit a name the first holds."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in named.items():
-        scale = next((factor for pattern, factor in config.lr_scale.items() if fnmatch(name, pattern)), 1.0)
+        scale = next(
+            (factor for pattern, factor in config.lr_scale.items() if matches(plain_name(name), [pattern])), 1.0
+        )
         groups.setdefault(lr * scale, []).append(parameter)
     return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 

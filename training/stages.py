@@ -153,12 +153,14 @@ def check_stages(config: Config, networks: nn.Module) -> list[Trained]:
     Leaves `requires_grad` as the first stage has it.
 
     Raises:
-        ValueError: see `select_parameters` and `zero_parameters`.
+        ValueError: see `select_parameters` and `zero_parameters`; or a pattern of `optim.lr_scale` fits nothing.
     """
     report = []
     for stage in config.stages:
         trained = select_parameters(networks, stage)
-        _zero_names([*trained.train, *trained.frozen], trained.train, stage)
+        names = [*trained.train, *trained.frozen]
+        _zero_names(names, trained.train, stage)
+        chosen(names, list(stage.optim.lr_scale), f"stages.{stage.name}.optim.lr_scale")
         report.append(trained)
     select_parameters(networks, config.stages[0])
     return report

@@ -100,7 +100,7 @@ def test_muon_takes_the_matrices_of_blocks_and_injectors_and_nothing_frozen():
 
 def test_learning_rates_of_some_parameters_are_scaled():
     networks = make_networks()
-    config = OptimConfig(name="adamw", lr=1e-3, lr_scale={"*.audio_injector.*": 10.0, "*.bias": 0.5})
+    config = OptimConfig(name="adamw", lr=1e-3, lr_scale={"audio_injector.*": 10.0, "*.bias": 0.5})
     (optimizer,) = build_optimizers(networks, config)
     names = {p: n for n, p in networks.named_parameters()}
     rates = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}

@@ -97,6 +97,11 @@ def test_a_pattern_that_fits_nothing_lists_names_like_it():
         zero_parameters(networks, stage)
     with pytest.raises(ValueError, match=r"'zzz' matches no parameter; names like it: none"):
         select_parameters(networks, stages({"train": ["*"], "freeze": ["zzz"]})[0])
+    config = Config(stage_tables=[{"name": "a", "optim": {"lr_scale": {"heads.*": 2.0}}}])
+    with pytest.raises(
+        ValueError, match=r"stages\.a\.optim\.lr_scale: 'heads\.\*' matches no parameter; .*like it: head\."
+    ):
+        check_stages(config, networks)
     with pytest.raises(ValueError, match="nothing would train"):
         select_parameters(networks, stages({"train": ["head.*"], "freeze": ["head.*"]})[0])
 
