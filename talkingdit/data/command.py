@@ -41,6 +41,7 @@ def add_precompute(verbs: Any, count: Callable[[str], int], area: Callable[[str]
     make.add_argument("--stride", type=count, metavar="N", help="pictures between clips (default: --clip-frames)")
     openings = "clips without history: first (where a video begins), all (one at every stride), none (first)"
     make.add_argument("--openings", choices=("first", "all", "none"), default="first", help=openings)
+    make.add_argument("--stills", action="store_true", help="with every such clip one that starts from the reference")
     size = make.add_mutually_exclusive_group()
     size.add_argument("--max-area", type=area, metavar="N", help="most pixels, a number or WIDTHxHEIGHT (832x448)")
     size.add_argument("--tokens", type=count, metavar="N", help="instead: most tokens of a clip after patchifying")
@@ -120,6 +121,7 @@ def _job(args: argparse.Namespace, manifest: Manifest) -> Job:
             min_frames=args.min_frames or max(4, args.clip_frames // 8 * 4),
             stride=args.stride or 0,
             openings=args.openings,
+            stills=args.stills,
             max_area=area,
             multiple=multiple,
         )

@@ -2,15 +2,17 @@
 """A part of a video as the model is to learn it: exactly what generation would give it for the same pictures.
 
 Wan-S2V generates clip by clip (see `talkingdit.pipelines.s2v`), and the autoencoder is causal: what latents hold
-depends on the pictures before them. So there are two kinds of clips.
+depends on the pictures before them. So there are three kinds of clips.
 
     with history    The 73 pictures before the clip and its n pictures are encoded together: 19 + n / 4 latents. The
                     first 19 are what encoding the 73 pictures alone gives, which is the history that generation packs;
                     the others are the clip, which generation decodes behind them.
     beginning       The reference picture and the n pictures of the clip are encoded together: 1 + n / 4 latents. The
                     first one is that of the reference alone; generation decodes its first clip behind it.
+    start           Where generation is told to start from the reference picture, its history is grey and ends with six
+                    times this picture. So it is here; the reference is then the picture before the clip.
 
-Picture p of an entry belongs to column p of the speech features, in both. The reference is always encoded alone, and a
+Picture p of an entry belongs to column p of the speech features, always. The reference is always encoded alone, and a
 pose video with its first picture twice, as in generation.
 """
 
@@ -33,7 +35,8 @@ from talkingdit.data.sample import BrokenSample, Sample
 from talkingdit.errors import UserError
 from talkingdit.models.wan_audio import LOOK_BACK
 from talkingdit.pipelines.framing import fit_pose, output_size
-from talkingdit.pipelines.vae import FRAMES_PER_LATENT
+from talkingdit.pipelines.s2v import STARTING_FRAMES
+from talkingdit.pipelines.vae import FRAMES_PER_LATENT, to_video
 
 OPENINGS = ("first", "all", "none")
 
@@ -55,11 +58,17 @@ class Item:
 
 @dataclass(frozen=True)
 class Cut:
-    """A clip of an item: pictures `start` .. `start + pictures - 1`, with those before it as history or without."""
+    """A clip of an item: pictures `start` .. `start + pictures - 1`.
+
+    Args:
+        history: those before it are its history.
+        still: it starts from the reference picture. With neither, it is a beginning.
+    """
 
     start: int
     pictures: int
     history: bool = False
+    still: bool = False
 
     @property
     def latents(self) -> int:
@@ -67,7 +76,7 @@ class Cut:
 
     def key(self, entry: Entry) -> str:
         """Name of the clip, unique in the data set."""
-        return f"{entry.key}-{self.start:06d}{'h' if self.history else 'b'}"
+        return f"{entry.key}-{self.start:06d}{'h' if self.history else 's' if self.still else 'b'}"
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ class Cutting:
         min_frames: the end of a video, or a short video, makes a clip if it has so many pictures; a multiple of 4.
         stride: pictures from the beginning of a clip to that of the next; 0: `clip_frames`.
         openings: clips without history: "first" one where the video begins, "all" one at every stride, or "none".
+        stills: with every clip without history one that starts from the reference.
         max_area: most pixels of a picture.
         multiple: of which sides are multiples.
 
@@ -90,6 +100,7 @@ class Cutting:
     min_frames: int = 40
     stride: int = 0
     openings: str = "first"
+    stills: bool = False
     max_area: int = 448 * 832
     multiple: int = 64
 
@@ -115,10 +126,11 @@ class Cutting:
         found = []
         beginnings = {"first": [0], "all": range(0, item.pictures, stride), "none": []}[self.openings]
         for start in beginnings:
-            found.append(Cut(start, self._fitting(item.pictures - start)))
+            count = self._fitting(item.pictures - start)
+            found += [Cut(start, count)] + ([Cut(start, count, still=True)] if self.stills else [])
         for start in range(motion_frames, item.pictures, stride):
             found.append(Cut(start, self._fitting(item.pictures - start), history=True))
-        return sorted((cut for cut in found if cut.pictures), key=lambda cut: (cut.start, cut.history))
+        return sorted((cut for cut in found if cut.pictures), key=lambda cut: (cut.start, cut.history, cut.still))
 
     def _fitting(self, pictures: int) -> int:
         count = min(self.clip_frames, pictures // FRAMES_PER_LATENT * FRAMES_PER_LATENT)
@@ -156,7 +168,8 @@ def encode_clip(
         cut: which part.
         size: height and width of the pictures, multiples of 16.
         encoders: of the checkpoint.
-        rng: draws the reference picture, out of all of the item, where the manifest does not name one.
+        rng: draws the reference picture, out of all of the item, where neither the manifest nor the kind of the clip
+            says which.
         source: name of the source.
 
     Raises:
@@ -180,22 +193,29 @@ def _encode(
         )
     shown = times(entry.start, cut.start - past, past + cut.pictures, fps)
     pictures = read_pictures(entry.video, shown, size)
-    if entry.reference is not None:
+    if cut.still:
+        portrait = read_pictures(entry.video, times(entry.start, max(cut.start - 1, 0), 1, fps), size)
+    elif entry.reference is not None:
         portrait = read_pictures(entry.reference, shown[:1], size)
     elif entry.is_picture:
         portrait = pictures
     else:
         portrait = read_pictures(entry.video, times(entry.start, drawn, 1, fps), size)
 
-    history: Tensor | None = None
     reference = encoders.latents(portrait)
+    history: Tensor | None = None
     if entry.is_picture:
         latents = encoders.latents(pictures)
     else:
-        before = -(-motion // FRAMES_PER_LATENT) if cut.history else 1
-        together = encoders.latents(pictures if cut.history else np.concatenate([portrait, pictures]))
-        latents = together[:, before:]
-        history = together[:, :before] if cut.history else None
+        before = to_video(portrait)
+        if cut.still:
+            grey = before.new_zeros(1, 3, motion - STARTING_FRAMES, *size)
+            before = torch.cat([grey, before.expand(-1, -1, STARTING_FRAMES, -1, -1)], dim=2)
+        video = to_video(pictures)
+        together = encoders.latents(video if cut.history else torch.cat([before, video], dim=2))
+        count = together.shape[1] - cut.latents
+        latents = together[:, count:]
+        history = together[:, :count] if cut.history or cut.still else None
 
     audio = audio_history = None
     if encoders.has_audio and not entry.silent:

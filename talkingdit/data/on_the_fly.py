@@ -28,7 +28,8 @@ class OnTheFly:
         encoders: in memory, or of a checkpoint folder: these are loaded where they are needed, in every worker process.
         cutting: length and size of the clips, where requests do not say; its stride means nothing here.
         name: of the source; default: that of the manifest.
-        openings: share of clips without history where requests do not say and a video has room for both.
+        openings: share of clips without history where requests do not say and a video has room for both. With
+            `Cutting.stills` half of them start from the reference.
 
     Raises:
         UserError: the manifest is wrong, or none of its videos can be used.
@@ -123,4 +124,6 @@ class OnTheFly:
         wanted = rng.random() >= self.openings if history is None else history
         behind = wanted and item.pictures - motion >= pictures
         first = motion if behind else 0
-        return Cut(int(rng.integers(first, item.pictures - pictures + 1)), pictures, behind)
+        start = int(rng.integers(first, item.pictures - pictures + 1))
+        still = history is None and not behind and self.cutting.stills and rng.random() < 0.5
+        return Cut(start, pictures, behind, still)

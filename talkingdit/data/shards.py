@@ -109,9 +109,9 @@ class ShardWriter:
     def abort(self) -> None:
         """Leave nothing half-written behind."""
         if self._part is not None:
-            with contextlib.suppress(OSError):
-                self._tar.close()
-                self._stream.close()
+            for file in (self._tar, self._stream):
+                with contextlib.suppress(OSError):
+                    file.close()
             self._part.unlink(missing_ok=True)
             self._part = None
             self._torn = False

@@ -72,9 +72,9 @@ class Fed(Exception):
 
 
 def fed(
-    checkpoint: S2VCheckpoint, folder: Path, index: int, monkeypatch: pytest.MonkeyPatch
+    checkpoint: S2VCheckpoint, folder: Path, index: int, still: bool, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """What the model is given for clip `index` if the clips before had made the pictures of the file, and the clip."""
+    """What the model is given for clip `index` if the clips before had made the pictures of the file, and its past."""
     caught: dict[str, Any] = {}
 
     def spy(text: torch.Tensor, **conditions: Any) -> None:
@@ -83,20 +83,25 @@ def fed(
 
     monkeypatch.setattr(checkpoint.transformer, "encode_conditions", spy)
     pipeline = S2VPipeline(checkpoint)
-    sampling = S2VSampling(clip_frames=CLIP)
-    scene = pipeline.scene(draw(5, SIZE)[3], "a person talks", sampling)
+    sampling = S2VSampling(clip_frames=CLIP, start_from_reference=still)
     pictures, sound, _, rate = read_video(folder / "v.mp4")
+    portrait = pictures[0] if still else draw(5, SIZE)[3]
+    scene = pipeline.scene(portrait, "a person talks", sampling)
     assert sound is not None
     assert rate == RATE
     features = checkpoint.audio_encoder.features(read_audio(folder / "v.mp4")[: 2 * CLIP * RATE // 16], 2 * CLIP)
-    carry = None
+    carry, before = None, to_video(portrait[None])
     if index:
+        before = to_video(pictures[CLIP - MOTION : CLIP])
         shown = to_video(pictures[3:CLIP])  # the first clip lacks three pictures
         carry = pipeline._carry(Carry(torch.zeros(0)), shown, sampling.filled(checkpoint.settings), None)
+    elif still:
+        before = pipeline._beginning(scene).window
+        assert before is not None
     poses = PoseVideo(folder / "pose.mp4", 16).clips(CLIP, SIZE, first=index)
     with pytest.raises(Fed):
         pipeline.clip(scene, index, features[..., index * CLIP : (index + 1) * CLIP], carry, next(poses), last=True)
-    return caught, to_video(pictures[index * CLIP : (index + 1) * CLIP])
+    return caught, before
 
 
 def close(given: torch.Tensor | None, wanted: torch.Tensor) -> bool:
@@ -106,39 +111,40 @@ def close(given: torch.Tensor | None, wanted: torch.Tensor) -> bool:
     return given.shape == wanted.shape and float((given - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize(("index", "still"), [(0, False), (1, False), (0, True)])
 def test_a_clip_is_what_generation_feeds_the_model(
-    checkpoint: S2VCheckpoint, encoders: Encoders, folder: Path, monkeypatch: pytest.MonkeyPatch, index: int
+    checkpoint: S2VCheckpoint,
+    encoders: Encoders,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    index: int,
+    still: bool,
 ) -> None:
+    """The first clip, one that goes on, and one that starts from the reference picture."""
     item = item_of(folder, checkpoint.settings)
     assert item.pictures == 2 * CLIP
-    sample = encode_clip(item, Cut(index * CLIP, CLIP, history=index == 1), SIZE, encoders, rng())
-    wanted, clip = fed(checkpoint, folder, index, monkeypatch)
+    sample = encode_clip(item, Cut(index * CLIP, CLIP, history=index == 1, still=still), SIZE, encoders, rng())
+    wanted, before = fed(checkpoint, folder, index, still, monkeypatch)
     assert close(sample.reference, wanted["reference"])
     assert close(sample.audio, wanted["audio"])
     assert close(sample.pose, wanted["pose"])
+    assert sample.text is not None
     assert close(sample.text, wanted["text"][:, : len(sample.text)])
     assert tuple(sample.latents.shape[1:]) == wanted["size"]
-    if index:
+    if index or still:
         assert close(sample.history, wanted["history"])
-        assert sample.history.shape[1] == 19
+        assert wanted["history"].shape[2] == 19
     else:
         assert wanted["history"] is None
         assert sample.history is None
-    # The latents are those whose decoding behind the past, as in generation, gives the clip: the encoder inverts that.
-    past = wanted["history"] if index else wanted["reference"]
-    assert float((sample.latents - _encoded_behind(checkpoint, past, clip, folder)).abs().max()) < 1e-4
-
-
-def _encoded_behind(checkpoint: S2VCheckpoint, past: torch.Tensor, clip: torch.Tensor, folder: Path) -> torch.Tensor:
-    """Latents of a clip whose encoder has seen the pictures of the past: diffusers' own encoder on all of them."""
-    first = past.shape[2] == 1
-    before = to_video(draw(5, SIZE)[3][None] if first else read_video(folder / "v.mp4")[0][CLIP - MOTION : CLIP])
+    # Generation decodes the clip behind its past: what the encoder makes of the clip when it has seen that past.
+    clip = to_video(read_video(folder / "v.mp4")[0][index * CLIP : (index + 1) * CLIP])
     vae: Any = checkpoint.vae
     with torch.no_grad():
         mode = vae.encode(torch.cat([before, clip], dim=2)).latent_dist.mode()
     mean, std = (torch.tensor(vae.config[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
-    return ((mode[0] - mean) / std)[:, past.shape[2] :]
+    latents = ((mode[0] - mean) / std)[:, -CLIP // 4 :]
+    assert float((sample.latents - latents).abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize("history", [False, True])
@@ -269,7 +275,7 @@ def test_a_picture_is_a_clip_of_one_latent(tmp_path: Path, checkpoint: S2VCheckp
 
 def cuts(pictures: int, **changes: Any) -> list[tuple[int, int, str]]:
     item = Item(Entry("k", "m:1", Path("v.mp4")), Media(pictures / 16, 16, 32, 32), pictures)
-    return [(cut.start, cut.pictures, "h" if cut.history else "b") for cut in Cutting(**changes).cuts(item, MOTION)]
+    return [(cut.start, cut.pictures, cut.key(item.entry)[-1]) for cut in Cutting(**changes).cuts(item, MOTION)]
 
 
 def test_which_clips_are_cut() -> None:
@@ -279,6 +285,7 @@ def test_which_clips_are_cut() -> None:
     assert cuts(113) == [(0, 80, "b"), (73, 40, "h")]
     assert cuts(250) == [(0, 80, "b"), (73, 80, "h"), (153, 80, "h")]
     assert cuts(250, openings="none", stride=40) == [*((73, 80, "h"), (113, 80, "h"), (153, 80, "h"), (193, 56, "h"))]
+    assert cuts(113, stills=True) == [(0, 80, "b"), (0, 80, "s"), (73, 40, "h")]
     assert cuts(200, openings="all") == [(0, 80, "b"), (73, 80, "h"), (80, 80, "b"), (153, 44, "h"), (160, 40, "b")]
 
 
