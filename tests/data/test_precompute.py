@@ -283,6 +283,20 @@ def test_parts_of_the_work_make_the_whole(
     assert_same(samples(full.out), samples(whole))
 
 
+def test_under_torchrun_every_process_takes_its_part(
+    videos: Path, whole: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ["--manifest", str(videos / "m.jsonl"), "--checkpoint", str(checkpoint), "-o", str(tmp_path / "out")]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    counts = []
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["precompute", *files, "--clip-frames", "16", "--max-area", "48x32"]) == 0
+        counts.append(len(PrecomputedShards(tmp_path / "out")))
+    assert 0 < counts[0] < counts[1]
+    assert_same(samples(tmp_path / "out"), samples(whole))
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_work(videos: Path, whole: Path, encoders: CheckpointEncoders, tmp_path: Path) -> None:
     job = make_job(videos, encoders, tmp_path / "out")
