@@ -64,8 +64,6 @@ def _precompute(args: argparse.Namespace) -> None:
 
     if importlib.util.find_spec("webdataset") is None:
         raise UserError("precompute: webdataset is not installed; `pip install 'talkingdit[train]'` brings it.")
-    # A scheduler that wants its machine back is obeyed as a person is: the open shard is finished.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     manifest = read_manifest(args.manifest)
     if manifest.ignored and rank == 0:
@@ -76,6 +74,8 @@ def _precompute(args: argparse.Namespace) -> None:
     clips = broken = 0
     mine = range(rank * args.workers, (rank + 1) * args.workers)
     rows = sum(len(manifest.entries[worker :: world * args.workers]) for worker in mine)
+    # A scheduler that wants its machine back is obeyed as a person is: the open shard is finished.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with tqdm(total=rows, unit="video", desc="encoding", disable=True if rank else None) as bar:
 
@@ -90,6 +90,8 @@ def _precompute(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt(
             f"interrupted; finished shards are kept in {args.out}; the same command goes on there."
         ) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     listed = f"; {broken} that cannot be read are listed in {args.out / BROKEN}" if broken else ""
     if world == 1 and not any(args.out.glob("clips-*.tar")):
         raise UserError(f"precompute: no clip could be made{listed}.")

@@ -242,11 +242,9 @@ def test_a_scheduler_that_takes_the_machine_back_loses_nothing(
     monkeypatch.setattr(workers, "precompute", told)
     out = tmp_path / "out"
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        files = ["--manifest", str(videos / "m.jsonl"), "--checkpoint", str(checkpoint), "-o", str(out)]
-        assert main(["precompute", *files, "--clip-frames", "16", "--max-area", "48x32"]) == 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    files = ["--manifest", str(videos / "m.jsonl"), "--checkpoint", str(checkpoint), "-o", str(out)]
+    assert main(["precompute", *files, "--clip-frames", "16", "--max-area", "48x32"]) == 130
+    assert signal.getsignal(signal.SIGTERM) == before
     assert f"interrupted; finished shards are kept in {out}; the same command goes on there." in capsys.readouterr().err
     assert len(PrecomputedShards(out)) == 1
 
