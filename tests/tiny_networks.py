@@ -10,6 +10,8 @@ from tiny_checkpoint import make_transformer
 from torch import Tensor, nn
 
 from talkingdit.models.text import PromptEncoder
+from talkingdit.models.wan_packed import PackedClip
+from talkingdit.nn.context_parallel import ContextParallel
 from training.networks import Networks
 from training.parallel import Layout
 
@@ -24,41 +26,46 @@ def make_networks(seed: int = 0, text_encoder: bool = True, **changes: Any) -> N
         return Networks(transformer, PromptEncoder(64, 36) if text_encoder else None)
 
 
-def sample_losses(networks: nn.Module, step: int, chosen: list[int], context: Any = None, **options: Any) -> Tensor:
-    """Loss of some of the samples of a step, [n]; what a sample is depends on its number alone."""
-    parts: dict[str, list[Tensor]] = {"latents": [], "target": [], "audio": [], "history": []}
+def sample_losses(
+    networks: nn.Module, step: int, chosen: list[int], context: ContextParallel | None = None, packed: bool = False
+) -> Tensor:
+    """Loss of some of the samples of a step, [n], stacked or packed. What a sample is depends on its number alone.
+
+    Sample 2 has no history, so some processes may have none at all.
+    """
+    shapes = {"latents": (16, 3, 6, 8), "target": (16, 3, 6, 8), "audio": (2, 160, 12), "history": (16, 2, 6, 8)}
+    parts: dict[str, list[Tensor]] = {name: [] for name in shapes}
     for i in chosen:
         generator = torch.Generator().manual_seed(1000 * step + i)
-        for name, shape in (
-            ("latents", (16, 3, 6, 8)),
-            ("target", (16, 3, 6, 8)),
-            ("audio", (2, 160, 12)),
-            ("history", (16, 2, 6, 8)),
-        ):
+        for name, shape in shapes.items():
             parts[name].append(torch.randn(shape, generator=generator))
-    data = {name: torch.stack(tensors) for name, tensors in parts.items()}
-    given = {} if context is None else {"context": context}
-    velocity = networks.transformer(
-        data["latents"],
-        torch.tensor([200.0 + 190 * i for i in chosen]),
-        networks.text_encoder.encode([CAPTIONS[i] for i in chosen]).features,
-        reference=data["latents"][:, :, :1],
-        history=data["history"],
-        audio=data["audio"],
-        **given,
-        **options,
-    )
-    return (velocity - data["target"]).square().mean(dim=(1, 2, 3, 4))
+    latents, target, audio, history = (torch.stack(tensors) for tensors in parts.values())
+    timestep = torch.tensor([200.0 + 190 * i for i in chosen])
+    text = networks.text_encoder.encode([CAPTIONS[i] for i in chosen]).features
+    reference, drop = latents[:, :, :1], [i == 2 for i in chosen]
+    if packed:
+        tensors = zip(latents, timestep, text, reference, history, drop, audio, strict=True)
+        clips = [
+            PackedClip(z, t, words, reference=r, history=h, drop_history=d, audio=a)
+            for z, t, words, r, h, d, a in tensors
+        ]
+        velocity = torch.stack(networks.transformer(packed=clips, context=context))
+    else:
+        given = {"reference": reference, "history": history, "drop_history": drop, "audio": audio}
+        velocity = networks.transformer(latents, timestep, text, context=context, **given)
+    return (velocity - target).square().mean(dim=(1, 2, 3, 4))
 
 
-def backward(networks: nn.Module, step: int, layout: Layout | None = None, pieces: int = 1) -> float:
+def backward(
+    networks: nn.Module, step: int, layout: Layout | None = None, pieces: int = 1, packed: bool = False
+) -> float:
     """Gradients of a step by the rule of `training.parallel`, in so many micro-batches; the loss of all samples."""
     rank, size, world = (0, 1, 1) if layout is None else (layout.data_rank, layout.data_size, layout.world)
     mine = list(range(SAMPLES))[rank::size]
     total = torch.zeros(())
     for i in range(pieces):
         chosen = mine[i::pieces]
-        losses = sample_losses(networks, step, chosen, None if layout is None else layout.context)
+        losses = sample_losses(networks, step, chosen, None if layout is None else layout.context, packed)
         (losses.sum() / SAMPLES * world).backward()
         total += losses.detach().sum()
     if layout is not None:

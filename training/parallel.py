@@ -91,25 +91,14 @@ def start(config: ParallelConfig, device: str = "auto") -> Layout:
     _forget_meshes()
     mesh = init_device_mesh(place.type, tuple(sizes.values()), mesh_dim_names=AXES)
     copies, parts = sizes["replicate"], world // sizes["replicate"]
-    if copies > 1:
-        fsdp = init_device_mesh(place.type, (copies, parts), mesh_dim_names=("replicate", "shard"))
-    else:
-        fsdp = init_device_mesh(place.type, (parts,), mesh_dim_names=("shard",))
+    shape, names = ((copies, parts), ("replicate", "shard")) if copies > 1 else ((parts,), ("shard",))
+    fsdp = init_device_mesh(place.type, shape, mesh_dim_names=names)
     together = sizes["ring"] * sizes["ulysses"]
     context = ContextParallel.from_mesh(mesh["ring", "ulysses"], config.ring_mode) if together > 1 else None
     for group in (*mesh.get_all_groups(), *fsdp.get_all_groups(), *([context.group] if context else [])):
         distributed_c10d._set_pg_timeout(patience, group)  # groups of a mesh do not inherit it
     rank = dist.get_rank()
-    return Layout(
-        mesh=mesh,
-        fsdp=fsdp,
-        device=place,
-        rank=rank,
-        world=world,
-        data_rank=rank // together,
-        data_size=world // together,
-        context=context,
-    )
+    return Layout(mesh, fsdp, place, rank, world, rank // together, world // together, context)
 
 
 def stop() -> None:
@@ -171,9 +160,8 @@ def shard(networks: Networks, layout: Layout, config: ParallelConfig) -> None:
     Each block and each other large layer is a unit of its own, which is gathered for its forward and for its backward
     and else exists in shards only. With precision "bf16" units compute in bfloat16 from float32 shards and gradients
     are summed in float32; layers that must be float32 stay so. Parameters with values are first made those of rank 0;
-    parameters on the meta device get memory for their
-    shards, and values from `load_weights` (until then they are NaN). Frozen parameters
-    may have any dtype, those that train must share one.
+    those on the meta device get memory for their shards, and are NaN until `load_weights`. Frozen parameters may have
+    any dtype, those that train must share one.
 
     Raises:
         UserError: heads that ulysses does not divide.
@@ -184,7 +172,6 @@ def shard(networks: Networks, layout: Layout, config: ParallelConfig) -> None:
             f"parallel.ulysses: must divide the {model.config.num_heads} heads of the model, got {config.ulysses}; "
             "the ring axis takes the rest."
         )
-    _begin_adapters(model)
     _checkpoint_activations(model, config)
     if config.compile:
         # The forward alone: hooks that gather and free parameters run around it, outside of the compiled code.
@@ -195,7 +182,8 @@ def shard(networks: Networks, layout: Layout, config: ParallelConfig) -> None:
             if not tensor.is_meta:
                 dist.broadcast(tensor.detach(), 0)
 
-    offload = CPUOffloadPolicy() if config.offload else OffloadPolicy()
+    pinned = layout.device.type == "cuda"
+    offload = CPUOffloadPolicy(pin_memory=pinned) if config.offload else OffloadPolicy()
     # Inputs are not cast at the border of a unit: the residual stream and timesteps are float32 and stay so.
     precise = MixedPrecisionPolicy(cast_forward_inputs=False)
     mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -224,19 +212,6 @@ def _units(model: WanS2VModel) -> Iterator[tuple[nn.Module, bool]]:
     injector = model.audio_injector
     for repeated in (model.blocks, injector.injector, getattr(injector, "injector_adain_layers", ())):
         yield from ((layer, False) for layer in repeated)
-
-
-def _begin_adapters(model: WanS2VModel) -> None:
-    """First values of adapters (PEFT) on layers without memory: no checkpoint has them, and they are small."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        modules: Iterator[Any] = model.modules()
-        for layer in modules:
-            for name, down in getattr(layer, "lora_A", {}).items():
-                if down.weight.is_meta:
-                    down.to_empty(device="cpu")
-                    layer.lora_B[name].to_empty(device="cpu")
-                    layer.reset_lora_parameters(name, True)
 
 
 def _in_order(model: WanS2VModel) -> Iterator[Any]:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,6 +27,8 @@ from training.parallel import (
     trainable_changed,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+
 STEPS = 20
 ADAMW = {"name": "adamw", "lr": 1e-3}
 MUON = {"name": "muon", "lr": 1e-3, "muon_lr": 1e-3}
@@ -41,12 +46,21 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
-def train(networks, optim, layout=None, pieces=1, steps=STEPS):
+@dataclass(frozen=True)
+class Case:
+    parallel: dict[str, Any]
+    optim: dict[str, Any]
+    pieces: int = 1  # micro-batches of a process
+    packed: bool = False
+    frozen: tuple[str, ...] = ()  # parts of names
+
+
+def train(networks, case, layout=None, steps=STEPS):
     """Loss and gradient norm of every step, gradients of the first, parameters after the last."""
-    optimizers = build_optimizers(networks, OptimConfig(**optim))
+    optimizers = build_optimizers(networks, OptimConfig(**case.optim))
     losses, norms, gradients = [], [], {}
     for step in range(steps):
-        losses.append(backward(networks, step, layout, pieces))
+        losses.append(backward(networks, step, layout, *(() if layout is None else (case.pieces, case.packed))))
         if step == 0:
             gradients = {n: whole(p.grad) for n, p in networks.named_parameters() if p.grad is not None}
         norms.append(clip_gradients(networks, 0.5))
@@ -64,39 +78,30 @@ def freeze(networks, parts):
 
 def train_in_layouts(cases):
     results = []
-    for parallel, pieces, frozen, optim in cases:
+    for case in cases:
         networks = make_networks()
-        freeze(networks, frozen)
-        results.append(train(networks, optim, sharded(networks, **parallel), pieces))
+        freeze(networks, case.frozen)
+        results.append(train(networks, case, sharded(networks, **case.parallel)))
     return results if dist.get_rank() == 0 else None
 
 
-# Layout and activations, micro-batches per process, parts of names of frozen parameters, optimiser.
+FULL, SELECTIVE = {"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}
+FROZEN = ("ffn", "blocks.1.", "head.", "text_encoder")
 CASES = {
-    2: [
-        ({}, 1, (), ADAMW),
-        ({"activation_checkpointing": "full"}, 2, ("ffn", "blocks.1.", "head.", "text_encoder"), ADAMW),
-        ({"activation_checkpointing": "selective"}, 1, (), MUON),
-    ],
-    4: [
-        ({"activation_checkpointing": "selective"}, 1, (), ADAMW),
-        ({"replicate": 2, "activation_checkpointing": "full"}, 1, (), MUON),
-    ],
+    "FSDP": (2, [Case({}, ADAMW), Case(FULL, ADAMW, pieces=2, frozen=FROZEN), Case(SELECTIVE, MUON, packed=True)]),
+    "CP": (2, [Case({"ulysses": 2}, ADAMW), Case({"ring": 2, "offload": True} | FULL, ADAMW, packed=True)]),
+    "HSDP": (4, [Case(SELECTIVE, ADAMW), Case({"replicate": 2} | FULL, MUON)]),
+    "CP x CP": (4, [Case({"ulysses": 2, "ring": 2} | SELECTIVE, ADAMW), Case({"ulysses": 2} | FULL, MUON, pieces=2)]),
+    "HSDP x CP": (4, [Case({"replicate": 2, "ring": 2, "ring_mode": "ring"}, ADAMW, frozen=FROZEN)]),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
-def test_every_layout_trains_as_one_process(processes, size):
-    results = processes(size, train_in_layouts, CASES[size], timeout=240)[0]
-    alone = {}
-    for case, got in zip(CASES[size], results, strict=True):
-        *_, frozen, optim = case
-        if (frozen, optim["name"]) not in alone:
-            networks = make_networks()
-            freeze(networks, frozen)
-            alone[frozen, optim["name"]] = train(networks, optim)
-        want = alone[frozen, optim["name"]]
+@pytest.mark.parametrize("kind", CASES)
+def test_every_layout_trains_as_one_process(processes, alone_results, kind):
+    size, cases = CASES[kind]
+    for case, got in zip(cases, processes(size, train_in_layouts, cases, timeout=240)[0], strict=True):
+        want = alone_results(case)
         for name, values, wanted in zip(("losses", "norms"), got, want, strict=False):
             assert values == pytest.approx(wanted, rel=1e-5), (case, name)
         for name, values, wanted in zip(("gradients", "parameters"), got[2:], want[2:], strict=True):
@@ -104,6 +109,22 @@ def test_every_layout_trains_as_one_process(processes, size):
             largest = max(tensor.abs().max() for tensor in wanted.values())
             worst = max((values[n] - wanted[n]).abs().max() for n in wanted) / largest
             assert worst < 1e-5, (case, name, worst)
+
+
+@pytest.fixture(scope="module")
+def alone_results():
+    """What one process comes to without any sharding: its results by what trains and the optimiser."""
+    known = {}
+
+    def find(case):
+        key = case.frozen, case.optim["name"]
+        if key not in known:
+            networks = make_networks()
+            freeze(networks, case.frozen)
+            known[key] = train(networks, case)
+        return known[key]
+
+    return find
 
 
 def two_micro_batches():
@@ -175,6 +196,24 @@ def test_bfloat16_spares_the_float32_layers_and_gathers_one_unit_at_a_time(proce
     assert 0 < (losses - exact).abs().max() < 0.01 * exact.max()
 
 
+def denoise(sharded_over_processes):
+    """A step of generation, whose conditions are made beforehand."""
+    networks = make_networks()
+    if sharded_over_processes:
+        sharded(networks, ulysses=2)
+    generator = torch.Generator().manual_seed(0)
+    latents, audio = torch.randn(1, 16, 3, 6, 8, generator=generator), torch.randn(1, 2, 160, 12, generator=generator)
+    with torch.no_grad():
+        text = networks.text_encoder.encode(["a man"]).features
+        conditions = networks.transformer.encode_conditions(text, reference=latents[:, :, :1], audio=audio)
+        return networks.transformer(latents, torch.tensor([500.0]), conditions=conditions)
+
+
+def test_sharded_networks_generate_for_validation(processes):
+    for velocity in processes(2, denoise, True):
+        torch.testing.assert_close(velocity, denoise(False), rtol=1e-5, atol=1e-5)
+
+
 def adapted():
     networks = make_networks()
     with torch.random.fork_rng(devices=[]):
@@ -188,12 +227,12 @@ def adapted():
 def train_adapters():
     networks = adapted()
     layout = sharded(networks, activation_checkpointing="full")
-    return train(networks, ADAMW, layout, steps=3)
+    return train(networks, Case({}, ADAMW), layout, steps=3)
 
 
 def test_adapters_train_as_in_one_process(processes):
     losses, norms, gradients, parameters = processes(2, train_adapters)[0]
-    alone = train(adapted(), ADAMW, steps=3)
+    alone = train(adapted(), Case({}, ADAMW), steps=3)
     assert losses == pytest.approx(alone[0], rel=1e-5)
     assert norms == pytest.approx(alone[1], rel=1e-5)
     assert all(".lora_" in name or name.startswith("text_encoder.") for name in gradients)
@@ -228,7 +267,9 @@ def load_in_shards(folder):
             networks = make_networks(dim=64)
         if adapters:
             networks.transformer.add_adapter(LoraConfig(r=2, target_modules=["q"]))
-            networks.to("meta")
+            for name, module in networks.transformer.named_modules():
+                if ".lora_" in name and isinstance(module, torch.nn.Linear):
+                    torch.nn.init.constant_(module.to_empty(device="cpu").weight, 0.5)
         sharded(networks, "bf16")
         load_weights(networks, folder)
         loaded.append({n: whole(p) for n, p in networks.named_parameters()})
@@ -240,7 +281,7 @@ def save(networks, folder):
     networks.text_encoder.save_pretrained(folder / "text_encoder")
 
 
-def test_a_checkpoint_is_read_into_shards_beside_fresh_adapters(processes, tmp_path):
+def test_a_checkpoint_is_read_into_shards_and_adapters_stay(processes, tmp_path):
     networks = make_networks(seed=3, dim=64)
     save(networks, tmp_path)
     assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 2
@@ -249,11 +290,7 @@ def test_a_checkpoint_is_read_into_shards_beside_fresh_adapters(processes, tmp_p
         assert torch.equal(plain[name], parameter), name
     for name, parameter in with_adapters.items():
         known = dict(networks.named_parameters()).get(name.replace(".base_layer.", "."))
-        if known is not None:
-            assert torch.equal(parameter, known), name
-        else:  # as PEFT begins: the first matrix random, the second zero
-            assert bool(parameter.any()) == (".lora_A." in name)
-            assert parameter.isfinite().all()
+        assert torch.equal(parameter, torch.full_like(parameter, 0.5) if known is None else known), name
     assert sum(".lora_A." in name for name in with_adapters) == 2 * 3
 
 
