@@ -57,14 +57,12 @@ def run_workers(job: Job, rank: int, world: int, workers: int, report: Callable[
             there.close()
             running[here] = process
         failures = _follow(running, report)
-    except KeyboardInterrupt:
-        for process in running.values():
-            process.join(GRACE_SECONDS)  # they were interrupted too, and finish their shards
-        raise
     finally:
         for process in running.values():
-            process.terminate()
-            process.join()
+            process.terminate()  # those that still work finish their shards
+        for process in running.values():
+            process.join(GRACE_SECONDS)
+            process.kill()
     if failures:
         sentence = "; ".join(dict.fromkeys(failures))
         raise UserError(f"precompute: {sentence}; finished shards are kept, the same command goes on there.")
@@ -100,10 +98,18 @@ def _follow(running: dict[Connection, BaseProcess], report: Callable[[Step], Non
     return failures
 
 
+def _interrupt_once(number: int, frame: object) -> None:
+    """A terminal interrupts workers, and so does their parent: the second time must not tear what is being finished."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def _work(job: Job, rank: int, world: int, threads: int, parent: Connection) -> None:
     import torch
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt_once)
     torch.set_num_threads(threads)
     try:
         precompute(job, rank, world, parent.send)

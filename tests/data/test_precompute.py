@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,25 @@ def test_a_scheduler_that_takes_the_machine_back_loses_nothing(
     assert signal.getsignal(signal.SIGTERM) == before
     assert f"interrupted; finished shards are kept in {out}; the same command goes on there." in capsys.readouterr().err
     assert len(PrecomputedShards(out)) == 1
+
+
+def test_workers_that_are_interrupted_finish_their_shards(
+    videos: Path, encoders: CheckpointEncoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(job: Job, rank: int, world: int, report: Any) -> None:
+        precompute(job, rank, world, lambda step: (report(step), time.sleep(60)))
+
+    def stop(step: Step) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workers, "START", "fork")  # saves imports
+    monkeypatch.setattr(workers, "precompute", slow)
+    job = make_job(videos, encoders, tmp_path / "out")
+    prepare(job)
+    with pytest.raises(KeyboardInterrupt):
+        workers.run_workers(job, 0, 1, 2, stop)
+    assert 1 <= len(list(job.out.glob("*.tar"))) <= 2
+    assert not list(job.out.glob(".part-*"))
 
 
 def test_an_interrupt_in_the_middle_of_a_clip_leaves_no_torn_shard(
