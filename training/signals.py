@@ -26,6 +26,9 @@ from talkingdit.errors import UserError
 
 DONE, ERROR, USER_ERROR, PEER_LOST, INTERRUPTED = 0, 1, 2, 3, 130
 
+# All processes of a machine may come to the same sentence. The first says it; when it ends, torchrun ends the others.
+_OTHERS_WAIT_SECONDS = 3.0
+
 # A terminal sends SIGINT to torchrun and to its processes, and torchrun passes its own on: two within moments are one.
 _IMPATIENT_SECONDS = 5.0
 
@@ -152,8 +155,12 @@ _SIGNS = (  # as gloo, NCCL and the store say it
 
 
 def _end(status: int, message: str, error: BaseException | None) -> int:
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and status in (USER_ERROR, PEER_LOST) and os.environ.get("LOCAL_RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_OTHERS_WAIT_SECONDS)
     print(message, file=sys.stderr, flush=True)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not several:
         return status
     if error is not None:  # torchrun shows the error of the process that failed first
         handler = get_error_handler()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_signals import TOY, environment, losses_of, wait_for_step
+from test_signals import PATIENCE, TOY, environment, losses_of, wait_for_step
 
 STEPS, EVERY = 24, 4
 
@@ -51,7 +51,7 @@ class Nodes:
             # Both nodes have the name of this machine, by which torchrun would tell who hosts and what an address is.
             *("--rdzv-conf", f"is_host={1 - node},keep_alive_interval=1", "--local-addr", f"10.77.0.{node + 1}"),
             *torchrun,
-            *(TOY, self.folder, "--steps", STEPS, "--every", EVERY, "--seconds", 0.05, "--timeout", 3),
+            *(TOY, self.folder, "--steps", STEPS, "--every", EVERY, "--seconds", 0.05, "--timeout", 4),
         ]
         self.logs.append(self.folder.with_name(f"log-{len(self.logs)}"))
         with self.logs[-1].open("w") as log:
@@ -98,22 +98,21 @@ def nodes(tmp_path) -> Iterator[Nodes]:
 @pytest.mark.slow
 def test_a_cut_cable_and_a_dead_node_cost_the_steps_since_the_last_checkpoint(nodes, processes, tmp_path):
     """Both restarts are torchrun's; only the dead node's agent is started anew, as a scheduler would."""
-    first = nodes.start(0, "--max-restarts", 3)
-    nodes.start(1, "--max-restarts", 3)
+    first = nodes.start(0, "--max-restarts", 5)
+    nodes.start(1, "--max-restarts", 5)
     wait_for_step(nodes.folder, EVERY + 1, first)
     nodes.cable("down")
-    time.sleep(5)  # longer than the 3 s that a process waits for another
+    time.sleep(6)  # longer than the 4 s that a process waits for another
     nodes.cable("up")
     assert wait_for_restart(nodes.folder, first) % EVERY == 0
     wait_for_step(nodes.folder, 2 * EVERY + 1, first)
     nodes.kill(1)
-    second = nodes.start(1, "--max-restarts", 3)
-    assert (first.wait(90), second.wait(90)) == (0, 0)
+    second = nodes.start(1, "--max-restarts", 5)
+    assert (first.wait(PATIENCE), second.wait(PATIENCE)) == (0, 0)
     errors = nodes.logs[0].read_text()
     reports = [line for line in errors.splitlines() if line.startswith("training: ")]
-    assert len(reports) == 2
-    assert "lost another process (Timed out waiting 3000ms" in reports[0]
-    assert "lost another process (Connection" in reports[1]
+    assert "lost another process (Timed out waiting 4000ms" in reports[0]
+    assert any("lost another process (Connection" in report for report in reports[1:])
     assert "Traceback" not in errors
     losses = losses_of(nodes.folder)
     assert min(losses) % EVERY == 0
@@ -131,7 +130,7 @@ def undisturbed_run(folder: Path) -> dict:
 def wait_for_restart(folder: Path, agent: subprocess.Popen) -> int:
     """The step at which the run continues, after it stood still."""
     before = (folder / "rank-0").stat().st_mtime
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while agent.poll() is None and time.monotonic() < deadline:
         if (folder / "rank-0").stat().st_mtime != before and (step := (folder / "rank-0").read_text()):
             return int(step)

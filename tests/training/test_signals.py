@@ -19,6 +19,7 @@ from training.signals import Stop, lost_peer, run_guarded
 
 TOY = Path(__file__).parent / "toy_run.py"
 ROOT = Path(__file__).parents[2]
+PATIENCE = 180  # seconds; starting Python with torch takes long on a busy machine
 
 
 def environment() -> dict:
@@ -38,7 +39,7 @@ def launch(*command: object) -> subprocess.Popen:
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
         file = folder / "rank-0"
         if file.exists() and int(file.read_text() or -1) >= step:
@@ -153,12 +154,30 @@ def test_errors_become_a_status_and_a_sentence(capsys, monkeypatch):
     assert "lost another process (Connection closed by peer [10.0.0.2]:1) and ends" in message
 
 
+MISTAKEN = """
+from talkingdit.errors import UserError
+from training.signals import run_guarded
+def main():
+    raise UserError("data.path: must exist, got 'x'.")
+run_guarded(main)
+"""
+
+
+@pytest.mark.slow
+def test_a_mistake_that_every_process_sees_is_told_once(tmp_path):
+    (tmp_path / "mistaken.py").write_text(MISTAKEN)
+    process = launch("torchrun", "--standalone", "--nproc-per-node", 3, tmp_path / "mistaken.py")
+    errors = process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode != 0
+    assert errors.splitlines().count("training: data.path: must exist, got 'x'.") == 1
+
+
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_with_0(tmp_path):
     process = launch(sys.executable, TOY, tmp_path, "--steps", 400, "--every", 1000, "--seconds", 0.05)
     wait_for_step(tmp_path, 4, process)
     process.terminate()
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 0, errors
     assert "training: SIGTERM: saves and ends" in errors
     stopped = max(losses_of(tmp_path)) + 1
@@ -174,7 +193,7 @@ def test_the_node_script_turns_sigterm_into_a_checkpoint_and_status_0(tmp_path):
     )
     wait_for_step(tmp_path, 2, process)
     process.terminate()
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 0, errors
     assert errors.count("training: SIGUSR1: saves and ends") == 1
     stopped = max(losses_of(tmp_path)) + 1
@@ -187,7 +206,7 @@ def test_a_killed_process_is_reported_by_the_others_and_torchrun_continues_from_
         *("torchrun", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1),
         *(TOY, tmp_path, "--steps", 12, "--every", 4, "--kill", 1, 6),
     )
-    errors = process.communicate(timeout=90)[1]
+    errors = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 0, errors
     reports = [line for line in errors.splitlines() if line.startswith("training: ")]
     assert len(reports) == 1

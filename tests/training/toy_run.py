@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -165,12 +166,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--every", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.0, help="length of a step")
-    parser.add_argument("--timeout", type=float, default=20.0)
+    parser.add_argument("--timeout", type=float, default=60.0)
     parser.add_argument("--kill", type=int, nargs=2, metavar=("RANK", "STEP"), help="once")
     args = parser.parse_args()
     torch.set_num_threads(1)
     alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("gloo", timeout=timedelta(seconds=args.timeout), **alone)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120), **alone)  # some start late on a busy machine
+    distributed_c10d._set_pg_timeout(timedelta(seconds=args.timeout))
     rank = dist.get_rank()
 
     def before_step(step: int) -> None:
