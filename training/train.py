@@ -8,8 +8,8 @@ import sys
 import torch
 
 from training.config import parse
-from training.dataset import precompute
 from training.loop import Trainer
+from training.puppets import precompute
 
 
 def main() -> int:

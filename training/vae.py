@@ -26,7 +26,7 @@ from tqdm import tqdm
 from talkingdit.puppets.render import mouth_boxes, render
 from talkingdit.puppets.visemes import Visemes
 from talkingdit.puppets.world import Motion, Scene
-from training.dataset import read_visemes
+from training.puppets import read_visemes
 
 # (clips, frames) of a batch, in turn: short ones for variety, long ones so that the causal caches see many chunks.
 CROPPED_SHAPES = ((4, 9), (2, 33))

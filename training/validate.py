@@ -16,7 +16,7 @@ from talkingdit.puppets.probe import probe
 from talkingdit.puppets.render import Image, render
 from talkingdit.puppets.world import Motion, Scene
 from training.config import Config
-from training.dataset import read_voices
+from training.puppets import read_voices
 
 
 def pipeline_settings(config: Config) -> PipelineSettings:

@@ -9,10 +9,11 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-from training import dataset, state_file
+from training import puppets, state_file
 from training.config import Config
-from training.dataset import PuppetClips, encode_video, mouth_cells, precompute, read_voices
+from training.dataset import PuppetClips
 from training.loop import Trainer
+from training.puppets import encode_video, mouth_cells, precompute, read_voices
 from training.vae import Config as VaeConfig
 from training.vae import make_vae
 
@@ -179,7 +180,7 @@ def test_videos_are_drawn_anew_only_when_something_changed(world, monkeypatch):
     def refuse(*_):
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr(dataset, "_draw", refuse)
+    monkeypatch.setattr(puppets, "_draw", refuse)
     precompute(config.data, config.run.seed)
     with pytest.raises(AssertionError, match="drawn again"):
         precompute(config.data, config.run.seed + 1)

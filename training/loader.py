@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads what was planned: worker processes decode, broken samples are left out, the state is the plan's.
+
+The plan of a step is made in the main process and does not depend on ranks or workers; workers only turn planned
+samples into tensors. So a state is the few counters with which the next plan begins, equal on every rank, and a run
+goes on with any other number of ranks and workers. That is why torch's DataLoader is used here and not torchdata's
+StatefulDataLoader: its state belongs to each worker, and it refuses another number of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from talkingdit.data.sample import BrokenSample, Sample, Shape, Source
+from training.batching import ATTENTION_TOKENS, Group, MicroBatch, Planned, Planner, StepPlan
+from training.buckets import Buckets, CountTokens, Fit, patches
+from training.config import StageConfig, at
+from training.sampler import Sampler, Stream, stream_shares
+
+logger = logging.getLogger(__name__)
+
+REASONS = 5  # first reasons of broken samples that are logged and kept, per source
+WINDOW, ENOUGH, MOST = 1000, 200, 0.5  # of the last WINDOW samples, once ENOUGH were read, at most MOST may be broken
+TRIES = 256  # samples tried to stand in for a micro-batch that is broken altogether
+
+
+@dataclass
+class Broken:
+    """Samples of a source that could not be read by this process."""
+
+    count: int = 0
+    reasons: list[str] = field(default_factory=list)  # the first few
+
+
+@dataclass
+class _Read:
+    batch: MicroBatch
+    failures: list[tuple[str, str]]  # source, reason
+
+
+class _Reader(Dataset[_Read]):
+    """Turns planned samples into a micro-batch. It runs in the worker processes."""
+
+    def __init__(self, sources: Mapping[str, Source], seed: int, packed: bool) -> None:
+        self.sources, self.seed, self.packed = dict(sources), seed, packed
+
+    def read(self, planned: Planned) -> Sample:
+        """The sample; whatever is random about it follows from (seed, number).
+
+        Raises:
+            BrokenSample: it cannot be read, or is not what was planned.
+        """
+        key = f"{planned.source}[{planned.draw.index}]"
+        rng = np.random.default_rng((self.seed, planned.draw.number))
+        try:
+            sample = self.sources[planned.source].sample(planned.draw.index, rng, planned.clip)
+        except BrokenSample:
+            raise
+        except Exception as error:  # whatever a decoder raises for a damaged file: one sample must not end a run
+            raise BrokenSample(key, f"{type(error).__name__}: {error}") from error
+        clip = planned.clip
+        if tuple(sample.latents.shape[1:]) != (clip.frames, clip.height, clip.width):
+            expected = f"{clip.frames} x {clip.height} x {clip.width}"
+            raise BrokenSample(key, f"latents must be {expected}, got {list(sample.latents.shape)}")
+        if not torch.isfinite(sample.latents).all():
+            raise BrokenSample(key, "latents are not finite")
+        return sample
+
+    def __getitem__(self, group: Group) -> _Read:
+        samples, numbers, failures = [], [], []
+        for planned in group:
+            try:
+                samples.append(self.read(planned))
+                numbers.append(planned.draw.number)
+            except BrokenSample as error:
+                failures.append((planned.source, str(error)))
+        return _Read(MicroBatch(samples, numbers, self.packed), failures)
+
+
+def _start_worker(_: int) -> None:
+    """A signal for the whole job is the main process's to handle; workers go on until it ends them."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _cuts(source: Source, shape: Shape) -> bool:
+    """Whether a source cuts clips from longer videos: clips that begin one and clips that go on can be asked for."""
+    return getattr(source, "cuts", shape.resizable)
+
+
+class Loader:
+    """Micro-batches of one rank, step by step, without end.
+
+    Args:
+        sources: by name, as in `stage.mix`.
+        stage: what to draw and how to batch it.
+        seed: of the run.
+        data_rank, data_size: which share of a step's micro-batches this process reads.
+        workers: processes that read ahead; 0 reads in this one.
+        prefetch: steps that each worker reads ahead.
+        clip_latents: duration of clips if `stage.batch.frames` is empty.
+        count_tokens: tokens of a clip with its conditions in the model's sequence.
+        attention_tokens: tokens of a sample at which its attention costs as much as all else.
+        kinds: how a source's share is divided over its kinds, see stream_shares().
+        pin_memory: put tensors into pinned memory, for fast copies to a GPU.
+
+    Attributes:
+        figures: of the last step, see StepPlan.figures(); and `broken`, samples that this process could not read yet.
+        broken: by source.
+
+    Raises:
+        ValueError: a source of the mix is missing or has no usable sample, the micro-batches do not divide over the
+            ranks, or shares are to change over a stage whose number of steps is not known.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        stage: StageConfig,
+        seed: int,
+        data_rank: int = 0,
+        data_size: int = 1,
+        *,
+        workers: int = 0,
+        prefetch: int = 2,
+        clip_latents: int = 8,
+        count_tokens: CountTokens = patches,
+        attention_tokens: float = ATTENTION_TOKENS,
+        kinds: Mapping[str, float] | Literal["items", "equal"] = "items",
+        pin_memory: bool = False,
+    ) -> None:
+        batch = stage.batch
+        missing = [name for name in stage.mix if name not in sources]
+        if missing:
+            raise ValueError(f"stages.{stage.name}.mix: no source {missing[0]!r}; there are {', '.join(sources)}")
+        if batch.count % data_size:
+            raise ValueError(
+                f"stages.{stage.name}.batch.count must be a multiple of the {data_size} data ranks, got {batch.count}"
+            )
+        ramps = [value for value in (*stage.mix.values(), stage.conditions.first_clip) if isinstance(value, tuple)]
+        if ramps and stage.steps <= 0:
+            raise ValueError(
+                f"stages.{stage.name}: mix and conditions.first_clip change with the steps of the stage, so it needs "
+                f"`steps` and not only `minutes`; got {ramps[0]}"
+            )
+        self.stage, self.seed, self.data_rank, self.data_size = stage, seed, data_rank, data_size
+        self.workers, self.prefetch, self.pin_memory = workers, prefetch, pin_memory
+        self.kinds = kinds
+        sizes = [(rows // 8, columns // 8) for rows, columns in batch.resolutions]
+        frames = batch.frames or [clip_latents]
+        self._buckets = Buckets(batch.tokens, frames, sizes, batch.fit, count=count_tokens)
+        self._sources = {name: sources[name] for name in stage.mix}
+        self._streams = [s for name, source in self._sources.items() for s in self._sort(name, source)]
+        self._planner = Planner(
+            Sampler(self._streams, seed),
+            self._fit,
+            self._shares,
+            count=batch.count,
+            mode=batch.mode,
+            size=batch.size,
+            budget=batch.tokens,
+            single=batch.kinds == "single",
+            attention_tokens=attention_tokens,
+        )
+        self._reader = _Reader(self._sources, seed, batch.mode == "pack")
+        self._state = self._planner.state_dict()
+        self._ahead: deque[StepPlan] = deque()  # planned, not yet returned
+        self._reading: Iterator[_Read] | None = None
+        self._spare: Sample | None = None
+        self._recent: deque[bool] = deque(maxlen=WINDOW)
+        self.broken: dict[str, Broken] = {name: Broken() for name in self._sources}
+        self.figures: dict[str, float] = {}
+
+    def _sort(self, name: str, source: Source) -> list[Stream]:
+        """Streams of a source: items by kind, and where both can be asked for, clips that begin a video or go on."""
+        members: dict[tuple[str, bool | None], list[int]] = {}
+        for index in range(len(source)):
+            shape = source.shape(index)
+            for begins in (True, False) if shape.history > 0 and _cuts(source, shape) else (None,):
+                if self._buckets.fit(shape, begins) is not None:
+                    members.setdefault((shape.kind, begins), []).append(index)
+        if not members:
+            raise ValueError(
+                f"data: none of the {len(source)} samples of source {name!r} is long enough for batch.frames "
+                f"{self._buckets.frames} and small enough for batch.tokens {self.stage.batch.tokens}"
+            )
+        found = [Stream(name, kind, np.asarray(items), begins) for (kind, begins), items in members.items()]
+        unused = len(source) - len({index for items in members.values() for index in items})
+        if unused:
+            logger.warning("data: %d of %d samples of %s are too short or too large; unused", unused, len(source), name)
+        return sorted(found, key=lambda stream: stream.name)
+
+    def _fit(self, name: str, index: int) -> tuple[Fit, tuple[bool, int]] | None:
+        stream = self._planner.sampler.streams[name]
+        source = self._sources[stream.source]
+        if index >= len(source):
+            return None
+        shape = source.shape(index)
+        fit = self._buckets.fit(shape, stream.begins)
+        return None if fit is None else (fit, (shape.reference, 0 if stream.begins else shape.history))
+
+    def _shares(self, step: int) -> dict[str, float]:
+        progress = min(1.0, step / self.stage.steps) if self.stage.steps > 0 else 0.0
+        mix = {name: at(share, progress) for name, share in self.stage.mix.items()}
+        return stream_shares(self._streams, mix, self.kinds, at(self.stage.conditions.first_clip, progress))
+
+    def _groups(self) -> Iterator[Group]:
+        """What this rank reads, in order; run by DataLoader as far ahead as it reads."""
+        while True:
+            plan = self._planner.plan()
+            self._ahead.append(plan)
+            yield from plan.of_rank(self.data_rank, self.data_size)
+
+    def _start(self) -> Iterator[_Read]:
+        slots = self.stage.batch.count // self.data_size
+        more: dict[str, Any] = {"prefetch_factor": max(1, self.prefetch * slots)} if self.workers else {}
+        loader = DataLoader(
+            self._reader,
+            sampler=self._groups(),
+            batch_size=None,
+            collate_fn=_same,
+            num_workers=self.workers,
+            worker_init_fn=_start_worker,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator().manual_seed(self.seed),  # else it takes a number from everybody's
+            **more,
+        )
+        return iter(loader)
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        return self
+
+    def __next__(self) -> list[MicroBatch]:
+        if self._reading is None:
+            self._reading = self._start()
+        read = [next(self._reading) for _ in range(self.stage.batch.count // self.data_size)]
+        plan = self._ahead.popleft()
+        for one in read:
+            self._note(one)
+        groups = plan.of_rank(self.data_rank, self.data_size)
+        batches = [self._filled(one.batch, group) for one, group in zip(read, groups, strict=True)]
+        self._state = plan.state
+        self.figures = plan.figures(self.data_size) | {"broken": sum(b.count for b in self.broken.values())}
+        return batches
+
+    def _note(self, read: _Read) -> None:
+        if read.batch.samples:
+            self._spare = read.batch.samples[0]
+        for source, reason in read.failures:
+            broken = self.broken[source]
+            broken.count += 1
+            if broken.count <= REASONS:
+                broken.reasons.append(reason)
+                logger.warning("data: broken sample left out: %s", reason)
+            elif broken.count % 1000 == 0:
+                logger.warning("data: %d broken samples of %s left out so far", broken.count, source)
+        self._recent.extend([False] * len(read.batch.samples) + [True] * len(read.failures))
+        share = sum(self._recent) / max(1, len(self._recent))
+        if len(self._recent) >= ENOUGH and share > MOST:
+            raise ValueError(f"data: {share:.0%} of the last {len(self._recent)} samples are broken; {self._first()}")
+
+    def _first(self) -> str:
+        return "first: " + next((b.reasons[0] for b in self.broken.values() if b.reasons), "none")
+
+    def _filled(self, batch: MicroBatch, group: Group) -> MicroBatch:
+        """A micro-batch is never empty: every rank has to take part in the collectives of every one."""
+        if batch.samples:
+            return batch
+        spare = self._spare if self._spare is not None else self._any(group[0])
+        self._spare = spare
+        return MicroBatch([spare], [group[0].draw.number], batch.packed, [0.0])
+
+    def _any(self, planned: Planned) -> Sample:
+        """A sample that can be read, of the same source, where nothing was read yet."""
+        items = self._planner.sampler.streams[planned.draw.stream].items
+        begin = int(np.searchsorted(items, planned.draw.index))
+        for index in np.roll(items, -begin - 1)[:TRIES].tolist():
+            found = self._fit(planned.draw.stream, index)
+            if found is None:
+                continue
+            fit, _ = found
+            try:
+                return self._reader.read(replace(planned, draw=replace(planned.draw, index=index), clip=fit.clip))
+            except BrokenSample:
+                continue
+        tried = min(TRIES, len(items))
+        raise ValueError(f"data: none of {tried} samples of {planned.source!r} can be read; {self._first()}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What follows the last step returned; equal on every rank, whatever was read ahead."""
+        return {"stage": self.stage.name, **self._state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a state was taken, on any number of ranks and workers.
+
+        From the state of another stage: samples are numbered on, and sources that both stages draw from go on in the
+        middle of their epoch.
+        """
+        self.close()
+        self._planner.load_state_dict(state, same_stage=state["stage"] == self.stage.name)
+        self._state = self._planner.state_dict()
+
+    def epochs(self) -> dict[str, float]:
+        """How often every stream was gone through, including what was read ahead."""
+        return self._planner.sampler.epochs()
+
+    def close(self) -> None:
+        """End the workers; what was read ahead is forgotten."""
+        self._reading = None
+        self._ahead.clear()
+        self._planner.load_state_dict(self._state)
