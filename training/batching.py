@@ -23,6 +23,7 @@ from training.sampler import Draw, Sampler
 # 12 n dim^2 + 4 n dim ffn_dim operations of the products and 4 n^2 dim of attention.
 ATTENTION_TOKENS = 29184
 LOOK_AHEAD = 1.5  # token budgets of a step that wait to be packed
+FILL = 0.99  # of the budget; the rest is room in which to make costs equal, worth more than it holds
 ROUNDS, PARTNERS = 64, 4  # exchanges between micro-batches, and with how many of the cheapest each is tried
 PATIENCE = 16  # steps' worth of samples that wait for others of their shape, before they go without
 
@@ -92,15 +93,15 @@ def pack(
 ) -> tuple[list[Group], list[Planned]]:
     """Fill `count` micro-batches of at most `budget` tokens: (micro-batches, samples left over).
 
-    First fit decreasing; samples that wait longer come first, so none waits for ever. What was chosen is then spread
-    anew over the micro-batches, so that their costs are as equal as the budget allows.
+    First fit decreasing, to 99 % of the budget; samples that wait longer come first, so none waits for ever. What was
+    chosen is then spread anew over the micro-batches, so that their costs are as equal as the budget allows.
     """
     order = sorted(waiting, key=lambda p: (p.since, -p.tokens, p.draw.number))
     groups: list[Group] = [[] for _ in range(count)]
-    room = [budget] * count
+    room = [int(FILL * budget)] * count
     left = []
     for planned in order:
-        at = next((i for i in range(count) if room[i] >= planned.tokens), None)
+        at = next((i for i in range(count) if room[i] >= planned.tokens or not groups[i]), None)
         if at is None:
             left.append(planned)
             continue

@@ -42,7 +42,7 @@ class Buckets:
         frames: allowed durations in latent frames; empty: any.
         sizes: allowed (rows, columns) in latent cells; empty: any multiple of two.
         fit: "resize" keeps the aspect; "crop" cuts the longer side, down to a square, before anything is resized.
-        smallest: latent cells of the shorter side to which a video is shrunk before it is shortened.
+        smallest: latent cells of the shorter side to which a video is shrunk before it is shortened instead.
         count: tokens of a clip with its conditions.
 
     Raises:
@@ -87,12 +87,13 @@ class Buckets:
         return self._known[key]
 
     def _find(self, shape: Shape, begins: bool | None) -> Fit | None:
-        # Longest first: a video is shrunk before it is shortened. A picture has one duration.
+        # Longest first: a video is shrunk before it is shortened; if neither helps, its shortest clip is shrunk
+        # further. A picture has one duration.
         durations = self.frames if shape.frames > 1 else [1]
-        for frames in durations or range(shape.frames, 0, -1):
-            if frames > shape.frames:
-                continue
-            size = self._shrunk(shape, frames) if shape.resizable else self._stored(shape, frames)
+        allowed = [n for n in durations or range(shape.frames, 0, -1) if n <= shape.frames]
+        choices = [(frames, self.smallest) for frames in allowed] + [(frames, STEP) for frames in reversed(allowed)]
+        for frames, smallest in choices:
+            size = self._shrunk(shape, frames, smallest) if shape.resizable else self._stored(shape, frames)
             if size is not None:
                 history = None if begins is None else not begins
                 clip = ClipRequest(frames=frames, height=size[0], width=size[1], history=history)
@@ -107,7 +108,7 @@ class Buckets:
         allowed = not self.sizes or size in self.sizes
         return size if allowed and self._fits(shape, frames, size) else None
 
-    def _shrunk(self, shape: Shape, frames: int) -> tuple[int, int] | None:
+    def _shrunk(self, shape: Shape, frames: int, smallest: int) -> tuple[int, int] | None:
         if self.sizes:
             area = shape.height * shape.width
             fitting = [s for s in self.sizes if s[0] * s[1] <= area and self._fits(shape, frames, s)]
@@ -122,7 +123,7 @@ class Buckets:
             candidates = [(n, square) for n in range(_even(long), square, -STEP)] + list(_resized(short, short))
         # From the largest; the first is always allowed, however small the video is.
         for large, small in candidates:
-            if small < self.smallest and (large, small) != candidates[0]:
+            if small < smallest and (large, small) != candidates[0]:
                 break
             size = (large, small) if tall else (small, large)
             if self._fits(shape, frames, size):
