@@ -9,11 +9,11 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-from training import puppets, state_file
+from training import state_file
 from training.config import Config
 from training.dataset import PuppetClips
 from training.loop import Trainer
-from training.puppets import encode_video, mouth_cells, precompute, read_voices
+from training.puppets import precompute
 from training.vae import Config as VaeConfig
 from training.vae import make_vae
 
@@ -128,34 +128,7 @@ def _find(videos, clip):
     raise AssertionError("the clip is in no video")
 
 
-def test_normalised_latents_are_the_encoder_output_in_units_of_its_spread(world):
-    root, _ = world
-    from diffusers import AutoencoderKLWan
-
-    vae = AutoencoderKLWan.from_pretrained(root / "vae")
-    frames = np.random.default_rng(0).integers(0, 255, (5, 96, 96, 3), np.uint8)
-    with torch.no_grad():
-        plain = encode_video(vae, frames)
-        vae.register_to_config(latents_mean=[1.0] * 16, latents_std=[2.0] * 16)
-        torch.testing.assert_close(encode_video(vae, frames), (plain - 1) / 2)
-
-
-def test_mouth_cells_cover_the_box_of_each_latents_frames():
-    boxes = np.tile(np.array([[0.40, 0.50, 0.60, 0.70]]), (9, 1))
-    boxes[6] = [0.0, 0.0, 0.1, 0.1]
-    cells = mouth_cells(boxes, 12)
-    assert cells.shape == (3, 12, 12)
-    assert cells[0].sum() == cells[1].sum() == 4 * 3  # columns 4..7, rows 6..8
-    assert cells[2, 0, 0]
-    assert not cells[1, 0, 0]
-
-
-def test_missing_voices_and_broken_checkpoints_get_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match=r"index\.jsonl does not exist: make it with"):
-        read_voices(tmp_path, "train", 16)
-    (tmp_path / "index.jsonl").write_text("")
-    with pytest.raises(ValueError, match="lists no voice of split 'train'"):
-        read_voices(tmp_path, "train", 16)
+def test_a_broken_checkpoint_gets_one_sentence(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"half")
     with pytest.raises(ValueError, match="cannot be read"):
         state_file.load(tmp_path / "checkpoint.pt")
@@ -172,16 +145,3 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         state_file.save(file, {"step": 2})
     assert state_file.load(file)["step"] == 1
-
-
-def test_videos_are_drawn_anew_only_when_something_changed(world, monkeypatch):
-    _, config = world
-
-    def refuse(*_):
-        raise AssertionError("drawn again")
-
-    monkeypatch.setattr(puppets, "_draw", refuse)
-    precompute(config.data, config.run.seed)
-    with pytest.raises(AssertionError, match="drawn again"):
-        precompute(config.data, config.run.seed + 1)
-    (config.data.cache / "stamp.json").unlink(missing_ok=True)
