@@ -17,11 +17,10 @@ from typing_extensions import Unpack
 from talkingdit.models.framepack import FramePacker
 from talkingdit.models.wan_audio import AudioInjector, CausalAudioEncoder
 from talkingdit.models.wan_blocks import Groups, Head, WanBlock
-from talkingdit.models.wan_conditions import WanConditions, WanInputs, check_latents
+from talkingdit.models.wan_conditions import WanConditions, WanInputs, check_config, check_latents
 from talkingdit.models.wan_encode import encode
 from talkingdit.models.wan_packed import PackedClip, encode_packed, packed_time
 from talkingdit.models.wan_sequence import spread, take
-from talkingdit.nn.audio_cross_attention import ABSORB
 from talkingdit.nn.context_parallel import ContextParallel, gather
 from talkingdit.nn.layers import Float32Linear, PatchConv3d, timestep_embedding, wide
 
@@ -110,7 +109,7 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
         eps: float = 1e-6,
     ):
         super().__init__()
-        self._check_config()
+        check_config(self.config)
         self.patch_embedding = PatchConv3d(in_dim, dim, (1, 2, 2))
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(Float32Linear(freq_dim, dim), nn.SiLU(), Float32Linear(dim, dim))
@@ -128,32 +127,6 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
         )
         self.gradient_checkpointing = False
         self.init_weights()
-
-    def _check_config(self) -> None:
-        c = self.config
-        if c.dim % c.num_heads or c.dim // c.num_heads % 2 or c.dim % 4:
-            raise ValueError(
-                f"WanS2VModel: dim must be a multiple of 4 and of num_heads with an even quotient, "
-                f"got dim {c.dim} and num_heads {c.num_heads}"
-            )
-        if tuple(c.patch_size) != (1, 2, 2):
-            raise ValueError(f"WanS2VModel: patch_size must be (1, 2, 2), got {tuple(c.patch_size)}")
-        layers = list(c.audio_inject_layers)
-        if layers != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < c.num_layers):
-            raise ValueError(
-                f"WanS2VModel: audio_inject_layers must be ascending block numbers below {c.num_layers}, got {layers}"
-            )
-        if c.motion_frames[0] != 4 * c.motion_frames[1] - 3:
-            raise ValueError(
-                f"WanS2VModel: motion_frames must be (4 n - 3, n) pixel and latent frames, got {tuple(c.motion_frames)}"
-            )
-        if c.residual_dtype not in ("float32", "compute"):
-            raise ValueError(f"WanS2VModel: residual_dtype must be 'float32' or 'compute', got {c.residual_dtype!r}")
-        if c.audio_absorb not in ABSORB[:2]:
-            raise ValueError(
-                f"WanS2VModel: audio_absorb must be 'none' or 'value' (the model normalises its audio queries), "
-                f"got {c.audio_absorb!r}"
-            )
 
     def init_weights(self) -> None:
         """Random weights by the official scheme: a head that gives zero; with `zero_init` conditions have no effect."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talkingdit import ops
-from talkingdit.nn.audio_cross_attention import AudioCrossAttention, AudioMemory, Frames, spans_of
+from talkingdit.nn.audio_cross_attention import AudioCrossAttention, AudioMemory, Frames, cut, spans_of
 from talkingdit.nn.layers import Conv1d, Float32Linear, LayerNorm, lend, wide
 
 # Audio features per latent frame: the causal convolutions halve the rate twice.
@@ -207,7 +207,7 @@ class AudioInjector(nn.Module):
             shift, scale = shift_scale
             parts = [
                 ops.norm_modulate(
-                    x[:, span.here], scale[:, span.heard], shift[:, span.heard], span.tokens_per_frame, 1e-5,
+                    cut(x, span.here), cut(scale, span.heard), cut(shift, span.heard), span.tokens_per_frame, 1e-5,
                     span.token_offset, dtype,
                 )
                 for span in spans_of(frames, x.shape[1], shift.shape[1])

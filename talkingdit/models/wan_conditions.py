@@ -15,7 +15,7 @@ from torch import Tensor
 from talkingdit.models.framepack import packed_segments
 from talkingdit.models.wan_audio import RATE
 from talkingdit.models.wan_sequence import Share
-from talkingdit.nn.audio_cross_attention import AudioMemory
+from talkingdit.nn.audio_cross_attention import ABSORB, AudioMemory
 from talkingdit.ops import RopeLayout, Segment
 
 KeyValue = tuple[Tensor, Tensor]
@@ -198,6 +198,37 @@ def check_shape(name: str, value: Tensor | None, shape: Sequence[int | str]) -> 
     if not fits:
         wanted = ", ".join(str(want) for want in shape)
         raise ValueError(f"WanS2VModel: {name} must have shape [{wanted}], got {list(value.shape)}")
+
+
+def check_config(c: Any) -> None:
+    """Checks the settings of a `WanS2VModel`.
+
+    Raises:
+        ValueError: names the setting that contradicts another.
+    """
+    if c.dim % c.num_heads or c.dim // c.num_heads % 2 or c.dim % 4:
+        raise ValueError(
+            f"WanS2VModel: dim must be a multiple of 4 and of num_heads with an even quotient, "
+            f"got dim {c.dim} and num_heads {c.num_heads}"
+        )
+    if tuple(c.patch_size) != (1, 2, 2):
+        raise ValueError(f"WanS2VModel: patch_size must be (1, 2, 2), got {tuple(c.patch_size)}")
+    layers = list(c.audio_inject_layers)
+    if layers != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < c.num_layers):
+        raise ValueError(
+            f"WanS2VModel: audio_inject_layers must be ascending block numbers below {c.num_layers}, got {layers}"
+        )
+    if c.motion_frames[0] != 4 * c.motion_frames[1] - 3:
+        raise ValueError(
+            f"WanS2VModel: motion_frames must be (4 n - 3, n) pixel and latent frames, got {tuple(c.motion_frames)}"
+        )
+    if c.residual_dtype not in ("float32", "compute"):
+        raise ValueError(f"WanS2VModel: residual_dtype must be 'float32' or 'compute', got {c.residual_dtype!r}")
+    if c.audio_absorb not in ABSORB[:2]:
+        raise ValueError(
+            f"WanS2VModel: audio_absorb must be 'none' or 'value' (the model normalises its audio queries), "
+            f"got {c.audio_absorb!r}"
+        )
 
 
 def check_latents(config: Any, latents: Tensor, timestep: Tensor) -> None:

@@ -118,6 +118,11 @@ def spans_of(frames: Frames, tokens: int, count: int, token_offset: int = 0) -> 
     return spans
 
 
+def cut(x: Tensor, part: slice) -> Tensor:
+    """`x[:, part]`, and x itself where that is all of it: a slice costs a copy of its gradient."""
+    return x if part.start == 0 and part.stop == x.shape[1] else x[:, part]
+
+
 def _even(tokens: int, tokens_per_frame: int, token_offset: int) -> list[tuple[slice, slice]]:
     """Ranges of tokens and of frames, such that all frames of a range have equally many tokens in it.
 
@@ -209,7 +214,8 @@ class AudioCrossAttention(CrossAttention):
         x = self.query(x) if score_bias is None else x.to(k.dtype)
         if out_bias is None:
             heard = [
-                ops.audio_attention(x[:, span.here], k[:, span.heard], v[:, span.heard], *span[2:]) for span in spans
+                ops.audio_attention(cut(x, span.here), cut(k, span.heard), cut(v, span.heard), *span[2:])
+                for span in spans
             ]
             return _add(self.o(_join(heard).flatten(2)), gate, mask, residual, out)
         weights = [self._weights(x, memory, span) for span in spans]
@@ -230,17 +236,17 @@ class AudioCrossAttention(CrossAttention):
 
     def _weights(self, x: Tensor, memory: AudioMemory, span: Span) -> Tensor:
         """Attention weights [B, n, H*A] of the tokens of a span: x [B, N, H, D] queries, or [B, N, dim] tokens."""
-        x, k, bias = x[:, span.here], memory.k[:, span.heard], memory.score_bias
+        x, k, bias = cut(x, span.here), cut(memory.k, span.heard), memory.score_bias
         if bias is not None:
-            x, bias = _frame_linear(x, k, *span[2:]), bias[:, span.heard]
+            x, bias = _frame_linear(x, k, *span[2:]), cut(bias, span.heard)
         parts = []
         for here, heard in _even(x.shape[1], *span[2:]):
             frames = heard.stop - heard.start
-            part = x[:, here].unflatten(1, (frames, (here.stop - here.start) // frames))
+            part = cut(x, here).unflatten(1, (frames, (here.stop - here.start) // frames))
             if bias is None:
-                scores = (part.permute(0, 1, 3, 2, 4) @ k[:, heard].permute(0, 1, 3, 4, 2)).transpose(2, 3)
+                scores = (part.permute(0, 1, 3, 2, 4) @ cut(k, heard).permute(0, 1, 3, 4, 2)).transpose(2, 3)
             else:
-                scores = (part + bias[:, heard, None]).unflatten(-1, (self.num_heads, -1))
+                scores = (part + cut(bias, heard)[:, :, None]).unflatten(-1, (self.num_heads, -1))
             weights = (scores.to(wide(scores.dtype)) * self.head_dim**-0.5).softmax(-1)
             parts.append(weights.flatten(3).flatten(1, 2).to(memory.v.dtype))
         return _join(parts)
