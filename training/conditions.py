@@ -19,9 +19,9 @@ from torch import Tensor
 from talkingdit.data.sample import Sample
 from training.config import AnchorsConfig, ConditionsConfig, Ramp, StageConfig, at
 from training.losses import sample_sigmas
+from training.stages import GENERATE
 
 CONDITIONS = ("text", "audio", "reference", "history", "pose")
-GENERATE = "generate"  # the task of a stage that names none: the whole clip, from its conditions
 
 
 def random(seed: int, number: int, name: str) -> np.random.Generator:

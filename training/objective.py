@@ -14,9 +14,10 @@ from torch import Tensor
 
 from talkingdit.data.sample import Sample
 from talkingdit.models.wan_packed import PackedClip
-from training.conditions import GENERATE, Draws, cell_weights, draw, noisy_history, normal
+from training.conditions import Draws, cell_weights, draw, noisy_history, normal
 from training.config import StageConfig
 from training.losses import add_noise, velocity_loss
+from training.stages import check_supported
 
 if TYPE_CHECKING:
     from talkingdit.nn.context_parallel import ContextParallel
@@ -123,20 +124,6 @@ def losses(
     each = run(networks.transformer, items, texts, layout.device, layout.context)
     weights = torch.tensor(batch.weights, device=each.device)
     return StepLosses(each * weights, sum(batch.weights), _parts(each.detach(), items, batch.weights))
-
-
-def check_supported(stage: StageConfig) -> None:
-    """Refuse conditions that no model of this package takes yet.
-
-    Raises:
-        ValueError: the stage gives anchors, or asks for another task than the whole clip.
-    """
-    c = stage.conditions
-    if c.anchors.types:
-        raise ValueError(f"stages.{stage.name}.conditions.anchors: there is no model yet that takes anchors")
-    others = [task for task in c.tasks if task != GENERATE]
-    if others:
-        raise ValueError(f"stages.{stage.name}.conditions.tasks: there is no model yet for the task {others[0]!r}")
 
 
 def _stacked(

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.config import Config, StageConfig, at
+from training.config import Config, StageConfig
 
 TRANSFORMER = "transformer."
+GENERATE = "generate"  # the task of a stage that names none: the whole clip, from its conditions
 # What wrappers (activation checkpointing, torch.compile, PEFT) put into the names of the parameters they wrap.
 WRAPPED = re.compile(r"(_checkpoint_wrapped_module|_orig_mod|base_layer)\.")
 
@@ -147,16 +148,32 @@ def zero_parameters(networks: nn.Module, stage: StageConfig) -> list[str]:
     return [name for name in all_of if name in zero]
 
 
+def check_supported(stage: StageConfig) -> None:
+    """Refuse conditions that no model of this package takes yet.
+
+    Raises:
+        ValueError: the stage gives anchors, or asks for another task than the whole clip.
+    """
+    c = stage.conditions
+    if c.anchors.types:
+        raise ValueError(f"stages.{stage.name}.conditions.anchors: there is no model yet that takes anchors")
+    others = [task for task in c.tasks if task != GENERATE]
+    if others:
+        raise ValueError(f"stages.{stage.name}.conditions.tasks: there is no model yet for the task {others[0]!r}")
+
+
 def check_stages(config: Config, networks: nn.Module) -> list[Trained]:
-    """Every stage's patterns against the networks (which may be on meta), before a long run gets to them.
+    """Whether every stage can be trained and its patterns fit the networks (which may be on meta), before a long run.
 
     Leaves `requires_grad` as the first stage has it.
 
     Raises:
-        ValueError: see `select_parameters` and `zero_parameters`; or a pattern of `optim.lr_scale` fits nothing.
+        ValueError: see `check_supported`, `select_parameters` and `zero_parameters`; or a pattern of `optim.lr_scale`
+            fits nothing.
     """
     report = []
     for stage in config.stages:
+        check_supported(stage)
         trained = select_parameters(networks, stage)
         names = [*trained.train, *trained.frozen]
         _zero_names(names, trained.train, stage)
@@ -164,13 +181,6 @@ def check_stages(config: Config, networks: nn.Module) -> list[Trained]:
         report.append(trained)
     select_parameters(networks, config.stages[0])
     return report
-
-
-def mix_at(stage: StageConfig, progress: float) -> dict[str, float]:
-    """Shares of the sources where `progress` (0..1) of the stage is done; they add up to one."""
-    shares = {source: at(share, progress) for source, share in stage.mix.items()}
-    total = sum(shares.values())
-    return {source: share / total for source, share in shares.items()}
 
 
 class Progress:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from talkingdit.data.sample import Sample
+from talkingdit.data.sample import Sample, Shape
 from training.conditions import CONDITIONS, Anchor, cell_weights, draw, noisy_history, normal
 from training.config import Config, at, read_toml
+from training.loader import Loader
 from training.losses import sample_sigmas
-from training.stages import mix_at
 
 CONFIGS = {file.stem: file for file in sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.toml"))}
 STAGES = [(name, i) for name, file in CONFIGS.items() for i in range(len(read_toml(file).stages))]
@@ -165,8 +165,7 @@ def test_anchors_are_balanced_by_weights_and_come_from_what_is_there():
 
 def test_hunyuan_avatar_mixes_audio_and_images_one_to_one_and_a_half():
     audio, mixed = read_toml(CONFIGS["hunyuan_avatar"]).stages
-    assert mix_at(audio, 0) == {"audio": 1.0}
-    assert mix_at(mixed, 0) == pytest.approx({"audio": 0.4, "image": 0.6})
+    assert (audio.mix, mixed.mix) == ({"audio": 1.0}, {"audio": 1.0, "image": 1.5})
     assert mixed.batch.count * mixed.batch.size == 40
     sigmas = torch.tensor([draw(full_sample(), n, mixed, 0).sigma for n in range(N)])
     logits = torch.logit(sigmas)
@@ -175,10 +174,7 @@ def test_hunyuan_avatar_mixes_audio_and_images_one_to_one_and_a_half():
 
 
 def test_skyreels_curricula_go_in_a_straight_line_from_their_start_to_their_end():
-    alignment, joint = read_toml(CONFIGS["skyreels_audio"]).stages
-    assert mix_at(alignment, 0) == {"speech": 1.0, "synced": 0.0}
-    assert mix_at(alignment, 0.5) == pytest.approx({"speech": 0.75, "synced": 0.25})
-    assert mix_at(alignment, 1) == {"speech": 0.5, "synced": 0.5}
+    joint = read_toml(CONFIGS["skyreels_audio"]).stages[1]
     for progress, share in ((0.0, 0.0), (0.5, 0.25), (1.0, 0.5)):
         edits = sum(draw(full_sample(), n, joint, 0, progress).task == "edit" for n in range(N))
         assert near(edits, N, share)
@@ -255,3 +251,47 @@ def test_mode_levels_prefer_the_middle_or_the_ends_and_never_leave_the_range():
         sample_sigmas(1, 1.0, None, "mode", mode_scale=2.0)
     with pytest.raises(ValueError, match="levels must be 'logit_normal', 'uniform' or 'mode', got 'cosine'"):
         sample_sigmas(1, 1.0, None, "cosine")
+
+
+class Clips:
+    """A source of tiny clips of one kind."""
+
+    def __init__(self, name, kind, frames):
+        self.name, self.kind, self.frames = name, kind, frames
+
+    def __len__(self):
+        return 50
+
+    def shape(self, index):
+        return Shape(self.frames, 2, 2, kind=self.kind, reference=False)
+
+    def sample(self, index, rng, clip):
+        return Sample(f"{index}", self.name, latents=torch.zeros(1, clip.frames, 2, 2), kind=self.kind)
+
+
+def steps_of(stage, sources, count):
+    """Samples of each step of a stage, read by the loader of the run in micro-batches of one."""
+    batch = dataclasses.replace(stage.batch, mode="stack", tokens=0, count=5, size=1, frames=[2, 1], resolutions=[])
+    loader = Loader(sources, dataclasses.replace(stage, batch=batch, steps=count), seed=0)
+    found = [[sample for batch in next(loader) for sample in batch.samples] for _ in range(count)]
+    loader.close()
+    return found
+
+
+def test_the_loader_reads_audio_and_images_one_to_one_and_a_half_and_never_both_in_a_step():
+    stage = read_toml(CONFIGS["hunyuan_avatar"]).stages[1]
+    sources = {"audio": Clips("audio", "video", 2), "image": Clips("image", "image", 1)}
+    steps = steps_of(stage, sources, 50)
+    assert {len({sample.kind for sample in step}) for step in steps} == {1}
+    counts = Counter(sample.source for step in steps for sample in step)
+    assert abs(counts["image"] - 150) <= 5
+    assert counts["audio"] + counts["image"] == 250
+
+
+def test_the_loader_follows_the_curriculum_of_a_mix():
+    stage = read_toml(CONFIGS["skyreels_audio"]).stages[0]
+    steps = steps_of(stage, {name: Clips(name, "video", 2) for name in ("speech", "synced")}, 80)
+    synced = [sum(sample.source == "synced" for sample in step) for step in steps]
+    assert sum(synced[:8]) <= 3
+    assert abs(sum(synced[-20:]) - 44) <= 3  # shares 0.375 to 0.5, 0.4375 on average, of 100 samples
+    assert abs(sum(synced) - 100) <= 3

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from talkingdit.data.sample import Sample
 from talkingdit.models.text import PromptEncoder
+from training.batching import MicroBatch
 from training.conditions import CONDITIONS, draw
 from training.config import Config
 from training.networks import Networks
@@ -46,9 +47,7 @@ def sample_of(index, frames=FRAMES, side=SIDE, **changes):
 
 
 def batch_of(samples, numbers=None, packed=False, weights=None):
-    numbers = list(range(len(samples))) if numbers is None else numbers
-    weights = [1.0] * len(samples) if weights is None else weights
-    return SimpleNamespace(samples=samples, numbers=numbers, packed=packed, weights=weights)
+    return MicroBatch(samples, numbers or list(range(len(samples))), packed, weights or [])
 
 
 def run(networks, samples, stage, **how):

@@ -102,6 +102,9 @@ def test_a_pattern_that_fits_nothing_lists_names_like_it():
         ValueError, match=r"stages\.a\.optim\.lr_scale: 'heads\.\*' matches no parameter; .*like it: head\."
     ):
         check_stages(config, networks)
+    config = Config(stage_tables=[{}, {"name": "b", "conditions": {"tasks": {"edit": 1}}}])
+    with pytest.raises(ValueError, match=r"stages\.b\.conditions\.tasks: there is no model yet for the task 'edit'"):
+        check_stages(config, networks)
     with pytest.raises(ValueError, match="nothing would train"):
         select_parameters(networks, stages({"train": ["head.*"], "freeze": ["head.*"]})[0])
 
