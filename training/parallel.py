@@ -113,8 +113,8 @@ def _forget_meshes() -> None:
 
     It takes meshes of equal shape for one, and so would go on with the communicators of an earlier group, now gone.
     """
-    for name in ("_clear_python_sharding_prop_cache", "_clear_fast_path_sharding_prop_cache"):
-        getattr(debug, name, lambda: None)()
+    for part in ("", "_python", "_fast_path"):  # torch versions have one or the other
+        getattr(debug, f"_clear{part}_sharding_prop_cache", lambda: None)()
 
 
 def _sizes(config: ParallelConfig, world: int) -> dict[str, int]:
