@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,6 +203,53 @@ def test_the_node_script_turns_sigterm_into_a_checkpoint_and_status_0(tmp_path):
     assert errors.count("training: SIGUSR1: saves and ends") == 1
     stopped = max(losses_of(tmp_path)) + 1
     assert [path.name for path in tmp_path.glob("step-*")] == [f"step-{stopped:08d}"]
+
+
+STAND_INS = {  # Slurm and torchrun, as far as the script sees them
+    "scontrol": """[ "$1" = show ] && printf 'node-01\\nnode-02\\n' || echo "$@" >> requeued""",
+    "scancel": """echo "$@" >> cancelled; kill -USR1 $(cat step)""",
+    "srun": """shift; echo $$ > step; exec "$@" """,
+    "torchrun": """echo "$@" > arguments
+python3 -c "import signal, time; signal.signal(signal.SIGUSR1, lambda *_: exit(0)); time.sleep(60); exit(1)"
+exit $? """,
+}
+
+
+@pytest.mark.parametrize(("ends", "requeued"), [("warned", True), ("done", False), ("failed", False)])
+def test_the_slurm_script_saves_before_the_time_is_up_and_goes_back_into_the_queue(tmp_path, ends, requeued):
+    shutil.copytree(ROOT / "training" / "launch", tmp_path / "training" / "launch")
+    stand_ins = dict(STAND_INS)
+    if ends != "warned":
+        stand_ins["torchrun"] = f"exit {int(ends == 'failed')}"
+    for name, text in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {
+        "SLURM_JOB_ID": "70001",
+        "SLURM_JOB_NODELIST": "node-[01-02]",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_PER_NODE": "h100:4",
+    }
+    paths = os.pathsep.join([str(tmp_path), environment()["PATH"]])
+    script = tmp_path / "training" / "launch" / "slurm.sbatch"
+    process = subprocess.Popen(
+        ["bash", script, "--config", "run.toml"], cwd=tmp_path, env={**os.environ, **slurm, "PATH": paths}
+    )
+    if ends == "warned":
+        deadline = time.monotonic() + PATIENCE
+        while not (tmp_path / "arguments").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGUSR1)
+    assert process.wait(PATIENCE) == int(ends == "failed")
+    assert (tmp_path / "requeued").exists() == requeued
+    if ends == "warned":
+        assert (tmp_path / "requeued").read_text() == "requeue 70001\n"
+        assert (tmp_path / "cancelled").read_text() == "--signal=USR1 70001\n"
+        words = (tmp_path / "arguments").read_text().split()
+        assert words[words.index("--nnodes") + 1] == "2"
+        assert words[words.index("--nproc-per-node") + 1] == "4"
+        assert words[words.index("--rdzv-endpoint") + 1] == "node-01:30001"
+        assert words[-4:] == ["-m", "training.train", "--config", "run.toml"]
 
 
 @pytest.mark.slow
