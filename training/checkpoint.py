@@ -62,6 +62,7 @@ class Checkpoints:
         asynchronous: `save` returns when the state is copied to the host (as much host memory as the shards of this
             rank take); a thread writes it. Otherwise `save` returns when the checkpoint is complete.
         config: written by `config(file)` beside every checkpoint: `lambda file: write_json(config, file)`.
+        read_only: for looking at the checkpoints of a run that may be going on: nothing is removed.
         verify: `load` compares the checksum of every file (read once more, shared between the ranks), not only sizes.
         timeout: seconds that a rank waits for the others.
 
@@ -75,6 +76,7 @@ class Checkpoints:
         keep: int = 3,
         asynchronous: bool = True,
         config: Callable[[Path], None] | None = None,
+        read_only: bool = False,
         verify: bool = True,
         timeout: float = 1800.0,
     ) -> None:
@@ -87,7 +89,8 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if _distributed() else None
         self._rank = dist.get_rank() if _distributed() else 0
         self._world = dist.get_world_size() if _distributed() else 1
-        self._from_rank_0(self._clean)
+        if not read_only:
+            self._from_rank_0(self._clean)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Writes the state as the checkpoint of this step, or does nothing if that is complete already.
@@ -121,11 +124,14 @@ class Checkpoints:
         except CheckpointException as error:
             self._fail(step, error)
 
-    def load(self, state: dict[str, Any]) -> int | None:
+    def load(self, state: dict[str, Any], partly: bool = False) -> int | None:
         """Reads the newest complete checkpoint into `state`, whatever layout wrote it.
 
         Objects with `load_state_dict()` and tensors are filled in place; the value of every other key is replaced.
         Random states return where the number of processes is the same.
+
+        Args:
+            partly: the checkpoint may hold more than `state`; random states stay as they are.
 
         Returns:
             its step; None if there is no checkpoint.
@@ -140,7 +146,8 @@ class Checkpoints:
         self._check_files(path)
         saved = _sizes(path)
         content = torch.load(path / PLAIN, weights_only=True, map_location="cpu")
-        if differing := sorted(content["state"].keys() ^ state.keys()):
+        differing = sorted(state.keys() - content["state"].keys() if partly else content["state"].keys() ^ state.keys())
+        if differing:
             where = "lacks" if differing[0] in state else "holds"
             raise CheckpointError(f"checkpoint {path} is of another run: it {where} {differing[0]!r}")
         tensors: dict[str, Tensor] = {}
@@ -148,6 +155,8 @@ class Checkpoints:
             if isinstance(value, Prepared):
                 value.prepare({name.removeprefix(f"{key}/") for name in saved if name.startswith(f"{key}/")})
             _split(value, key, tensors)
+        if partly:
+            saved = {name: shape for name, shape in saved.items() if name.split("/")[0] in state}
         _compare(path, saved, tensors)
         try:
             dcp.load(tensors, checkpoint_id=path, process_group=self._group, no_dist=self._group is None)
@@ -160,7 +169,7 @@ class Checkpoints:
                 value.load_state_dict(whole)
             else:
                 state[key] = whole
-        if len(content["random"]) == self._world:
+        if len(content["random"]) == self._world and not partly:
             _set_random_state(content["random"][self._rank])
         return int(content["step"])
 

@@ -308,6 +308,26 @@ def read_toml(file: Path) -> Config:
         values = tomllib.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"configuration {file} cannot be read: {error}") from error
+    return _from_values(values, file)
+
+
+def read_json(file: Path) -> Config:
+    """Read what `write_json` wrote; raises as `read_toml`."""
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"configuration {file} cannot be read: {error}") from error
+    return _from_values(_without_none(values), file)
+
+
+def _without_none(values: Any) -> Any:
+    """Tables without the keys that have no value: a key that is left out has its default, which is None there."""
+    if isinstance(values, dict):
+        return {key: _without_none(value) for key, value in values.items() if value is not None}
+    return values
+
+
+def _from_values(values: dict[str, Any], file: Path) -> Config:
     tables = values.pop("stages", [])
     config = Config()
     try:
@@ -369,7 +389,7 @@ def _merged(table: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse(arguments: list[str] | None = None) -> Config:
-    """`--config file.toml` first, then dotted overrides.
+    """`--config file.toml` (or the .json beside a checkpoint) first, then dotted overrides.
 
     `--optim.lr 1e-3` changes the section, so every stage that does not set the key itself; `--stages.0.steps 10` or
     `--stages.speech.optim.lr 1e-4` changes one stage.
@@ -384,7 +404,8 @@ def parse(arguments: list[str] | None = None) -> Config:
         at = arguments.index("--config")
         if at + 1 >= len(arguments):
             raise ValueError("--config needs a file name")
-        base = read_toml(Path(arguments[at + 1]))
+        file = Path(arguments[at + 1])
+        base = read_json(file) if file.suffix == ".json" else read_toml(file)
         del arguments[at : at + 2]
     general, of_stages = _stage_options(arguments)
     note = (

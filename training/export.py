@@ -1,36 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a trained model as the folder that `talkingdit generate --checkpoint` loads."""
+"""Trained weights as folders that others read; `python -m training.export RUN --out DIR` makes one of a checkpoint.
+
+Puppets: the folder that `talkingdit generate --checkpoint` loads. Wan-S2V: the layout of the released checkpoints,
+config.json and safetensors. Adapters (LoRA): one safetensors file that PEFT, diffusers and ComfyUI read.
+"""
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+import torch.distributed as dist
+import tyro
+from safetensors.torch import save_file
+from torch import Tensor
 
-from talkingdit.models.text import PromptEncoder
-from talkingdit.models.wan import WanS2VModel
-from training.config import Config
-from training.validate import pipeline_settings
+from talkingdit.errors import UserError
+from talkingdit.models.checkpoints import save_checkpoint, save_official
+from training import parallel
+from training.build import new_networks, pipeline_settings, sharded_networks
+from training.checkpoint import CONFIG, Checkpoints
+from training.config import Config, read_json
+from training.ema import Ema
+from training.lora import adapter_tensors
+from training.model_state import ModelState, gather_state
+from training.networks import Networks
+from training.signals import run_guarded
+from training.stages import check_stages
+
+ADAPTER_FILE = "adapter.safetensors"
 
 
-def export(
-    transformer: WanS2VModel, text_encoder: PromptEncoder, vae: AutoencoderKLWan, config: Config, folder: Path
-) -> None:
-    """Save transformer, prompt encoder and autoencoder in bfloat16 with `pipeline.json`, whole or not at all."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    networks: dict[str, Any] = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
-    for name, network in networks.items():
-        copy.deepcopy(network).to(torch.bfloat16).save_pretrained(temporary / name)
-        described = temporary / name / "config.json"
+def export(networks: Networks, config: Config, folder: Path) -> None:
+    """Write the weights as they are now, in bfloat16, whole or not at all. Every rank calls it, rank 0 writes."""
+    state = gather_state(networks, torch.bfloat16)
+    if dist.get_rank() == 0:
+        temporary = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(state, config, temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    dist.barrier()
+
+
+def write(state: Mapping[str, Tensor], config: Config, folder: Path) -> None:
+    """Write whole weights, by their names in `Networks`, into a folder."""
+    networks = new_networks(config, "meta")
+    if config.lora.rank > 0:
+        prefix = "transformer."
+        values = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        tensors = adapter_tensors(networks.transformer, config.lora, values)
+        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+        return
+    networks.load_state_dict(dict(state), assign=True)
+    transformer, text_encoder = networks.transformer.eval(), networks.text_encoder
+    if text_encoder is None:
+        save_official(folder, transformer)
+        return
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    vae = AutoencoderKLWan.from_pretrained(config.data.shipped_vae or config.data.vae).to(torch.bfloat16)
+    save_checkpoint(folder, transformer, vae, text_encoder, pipeline_settings(config))
+    for described in folder.glob("*/config.json"):
         settings = json.loads(described.read_text())
         settings.pop("_name_or_path", None)  # where it lay on the machine that trained it is nobody's business
         described.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    pipeline_settings(config).save(temporary / "pipeline.json")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+
+
+@dataclass
+class Options:
+    """Write the weights of a run's newest checkpoint for others to read."""
+
+    run: Annotated[Path, tyro.conf.Positional]  # folder of the run, the one with checkpoints/ in it
+    out: Path = Path("model")  # folder to write
+    averages: bool = True  # the running averages of the weights, or the weights themselves
+
+
+def main(options: Options) -> None:
+    """Read the newest checkpoint on any number of processes and write it.
+
+    Raises:
+        UserError: there is no checkpoint, or it is damaged.
+    """
+    checkpoints = options.run / "checkpoints"
+    complete = sorted(checkpoints.glob("step-*/" + CONFIG))
+    if not complete:
+        raise UserError(f"{checkpoints}: holds no complete checkpoint.")
+    config = read_json(complete[-1])
+    config.parallel = type(config.parallel)(precision="fp32")  # all processes share the parameters
+    layout = parallel.start(config.parallel, "auto")
+    networks = sharded_networks(config, layout, resumes=True)
+    trained = {name for stage in check_stages(config, networks) for name in stage.train}
+    ema = Ema(networks, 0.0, trained)
+    reader = Checkpoints(checkpoints, keep=0, read_only=True)
+    adapters = config.lora.rank > 0
+    model = ModelState(networks, (lambda name: ".lora_" in name) if adapters else None)
+    step = reader.load({"networks": model, "averages": ema}, partly=True)
+    if options.averages:
+        with ema.swapped():
+            export(networks, config, options.out)
+    else:
+        export(networks, config, options.out)
+    if layout.rank == 0:
+        print(f"{options.out}: {'averaged ' if options.averages else ''}weights after step {step}")
+    reader.close()
+    parallel.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(lambda: main(tyro.cli(Options))))

@@ -1,188 +1,204 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop of one process: flow matching, dropout of conditions, EMA, exact resume, sync measured."""
+"""The training loop: through the stages of a run, from wherever the last checkpoint left it.
+
+A step takes `batch.count` micro-batches over all ranks together. Everything random about a sample follows from the seed
+and the sample's number in the run, so losses do not depend on how many ranks there are, nor on where a run was stopped.
+"""
 
 from __future__ import annotations
 
-import copy
-import math
 import time
-from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from talkingdit.models.presets import preset
-from talkingdit.models.text import PromptEncoder
-from talkingdit.models.wan import WanS2VModel
-from training import state_file
-from training.config import Config, at, write_json
-from training.dataset import PuppetClips
+from training.build import sharded_networks
+from training.checkpoint import Checkpoints
+from training.config import Config, write_json
+from training.ema import Ema
 from training.export import export
-from training.losses import add_noise, sample_sigmas, velocity_loss
-from training.networks import Networks
-from training.validate import Validator
-
-
-def build_optimizers(networks: Networks, config: Config) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside blocks and audio injectors, AdamW for everything else (all, if `muon_lr` is 0)."""
-    o = config.optim
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in networks.named_parameters():
-        inner = ".blocks." in name or ".injector." in name
-        (matrices if o.muon_lr > 0 and inner and parameter.ndim == 2 else others).append(parameter)
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=o.lr, betas=(0.9, 0.98), weight_decay=o.weight_decay, fused=True)
-    ]
-    if matrices:
-        muon = torch.optim.Muon(
-            matrices, lr=o.muon_lr, weight_decay=o.weight_decay, ns_steps=4, adjust_lr_fn="match_rms_adamw"
-        )
-        optimizers.append(muon)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
-    return optimizers
+from training.guard import Guard
+from training.loader import Loader
+from training.metrics import Means, Meter, Writer, from_rank_0, stated_speed, sum_over_ranks, work_of
+from training.model_state import ModelState, OptimizerState
+from training.objective import losses
+from training.optim import LearningRate, build_optimizers
+from training.parallel import Layout, clip_gradients, last_micro_batch, reshard, trainable_changed
+from training.profiling import Profile
+from training.signals import Stop
+from training.sources import open_sources
+from training.stages import Progress, check_stages, select_parameters, zero_parameters
+from training.validate import validator_for
 
 
 class Trainer:
-    """State of a run. `run()` trains to the end of the schedule, from wherever the last checkpoint left it."""
+    """State of a run. `run()` trains until the stages are done, or until somebody asks to stop."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        torch.manual_seed(config.run.seed)
-        settings = preset(config.model.preset)
-        self.networks = Networks(WanS2VModel(**settings), PromptEncoder(settings["text_dim"], settings["text_len"]))
-        self.averaged = copy.deepcopy(self.networks).requires_grad_(False).eval()
-        self.optimizers = build_optimizers(self.networks, config)
-        self.clips = PuppetClips(config.data, config.model)
-        self.vae = AutoencoderKLWan.from_pretrained(config.data.shipped_vae or config.data.vae).eval()
-        self.validator = Validator(config, self.vae)
-        self.rng = np.random.default_rng(config.run.seed)
-        self.step, self.elapsed = 0, 0.0
-        self.file = config.run.out / "checkpoint.pt"
-        config.run.out.mkdir(parents=True, exist_ok=True)
-        if self.file.exists():
-            self._resume()
+    def __init__(self, config: Config, layout: Layout) -> None:
+        self.config, self.layout = config, layout
+        save = config.checkpoint
+        self.checkpoints = Checkpoints(
+            config.run.out / "checkpoints", save.keep, save.asynchronous, lambda file: write_json(config, file)
+        )
+        saved = self.checkpoints.peek()
+        self.networks = sharded_networks(config, layout, resumes=saved is not None)
+        trained = {name for stage in check_stages(config, self.networks) for name in stage.train}
+        self.ema = Ema(self.networks, 0.0, trained)
+        self.sources = open_sources(config)
+        self.validator = validator_for(config)
+        self.guard = Guard()
+        self.latest: dict[str, str] = {}  # of the last validation
+        self.means = Means()
+        self.meter = Meter(layout.device, layout.world, stated_speed(layout.device))
+        self.progress = Progress(config.stages)
+        if saved is not None:
+            self.progress.load_state_dict(saved["progress"])
+        self.begin_stage(None if saved is None else saved["data"])
+        if saved is not None:
+            self.checkpoints.load(self.state())
+            self.guard.load_state_dict(saved["guard"])
+            self.say(f"goes on after step {self.progress.total}")
 
-    def _resume(self) -> None:
-        state = state_file.load(self.file)
-        self.networks.load_state_dict(state["networks"])
-        self.averaged.load_state_dict(state["averaged"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.rng = state_file.restore_generator(state["rng"])
-        self.step, self.elapsed = state["step"], state["elapsed"]
+    # ---- A stage -----------------------------------------------------------------------------------------------------
+
+    def begin_stage(self, data: dict[str, Any] | None) -> None:
+        """What trains, on what and how fast; `data`: where the loader before, or that of a checkpoint, had come to."""
+        stage = self.stage = self.progress.stage
+        reshard(self.networks)  # units without gradients may still be gathered, and what is gathered is a copy
+        trained = select_parameters(self.networks, stage)
+        trainable_changed(self.networks)
+        if self.progress.enter():
+            zero_parameters(self.networks, stage)
+            self.say(f"stage {stage.name}: {trained}")
+        self.optimizers = build_optimizers(self.networks, stage.optim)
+        self.learning_rate = LearningRate(self.optimizers, stage.optim)
+        self.optimizer_state = OptimizerState(self.networks, self.optimizers)
+        self.guard.factor, self.ema.decay = stage.optim.spike, stage.optim.ema
+        settings = self.networks.transformer.config
+        self.loader = Loader(
+            self.sources,
+            stage,
+            self.config.run.seed,
+            self.layout.data_rank,
+            self.layout.data_size,
+            workers=self.config.data.workers,
+            prefetch=self.config.data.prefetch,
+            clip_latents=self.config.model.clip_latents,
+            attention_tokens=3 * settings.dim + settings.ffn_dim,
+            pin_memory=self.layout.device.type == "cuda",
+        )
+        if data is not None:
+            self.loader.load_state_dict(data)
+
+    def train_step(self) -> None:
+        """One step of the optimisers."""
+        config, stage, layout, progress = self.config, self.stage, self.layout, self.progress
+        batches = next(self.loader)
+        work = [work_of(batch, self.networks.transformer.config) for batch in batches]
+        # Peers in context parallelism hold the same samples; the count is of each sample once.
+        weight = sum(sum(batch.weights) for batch in batches)
+        sums = {"weight": weight, **{name: sum(w[name] for w in work) for name in work[0]}}
+        sums = sum_over_ranks(sums, layout.world // layout.data_size)
+        total = torch.zeros((), device=layout.device)
+        for i, batch in enumerate(batches):
+            last_micro_batch(self.networks, i + 1 == len(batches))
+            found = losses(self.networks, batch, stage, config.run.seed, progress.share, layout)
+            # Gradients are averaged over all ranks: see training/parallel.py.
+            loss = found.total / max(1.0, sums["weight"])
+            (loss * layout.world).backward()
+            total += loss.detach()
+            self.means.add(found.parts)
+        norm = clip_gradients(self.networks, stage.optim.clip_norm)
+        factor = self.learning_rate.set(progress.step, progress.share)
+        if self.guard.allows(norm):
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.ema.update(progress.total)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        one = torch.ones((), device=layout.device)
+        self.means.add({"loss": (total * layout.data_size, 1.0), "gradient_norm": (one * norm, 1.0)})
+        self.means.add({"learning_rate_factor": (one * factor, 1.0)})
+        self.meter.add(steps=1, samples=sums.pop("weight"), **sums)
+
+    # ---- The run -----------------------------------------------------------------------------------------------------
+
+    def run(self, stop: Stop | None = None) -> None:
+        """Train to the end of the last stage, or until a stop is asked for; both leave a checkpoint."""
+        config, progress, first = self.config, self.progress, self.layout.rank == 0
+        writer = Writer(config.run.out, progress.total, config.log, asdict(config)) if first else None
+        bar = tqdm(
+            total=100, disable=None if first else True, bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}"
+        )
+        with Profile(config.log, config.run.out, progress.total) as profile:
+            while not progress.done and not (stop is not None and stop.agree()):
+                started = time.perf_counter()
+                self.train_step()
+                profile.step()
+                stage_ended = progress.advance(from_rank_0(time.perf_counter() - started))
+                if stage_ended or progress.total % config.log.every == 0:
+                    self.report(writer, bar)
+                if config.sample.every and progress.total % config.sample.every == 0 and not progress.done:
+                    self.validate(writer)
+                data = self.loader.state_dict()
+                if stage_ended and not progress.done:
+                    self.loader.close()
+                    self.begin_stage(data)
+                if stage_ended or progress.total % config.checkpoint.every == 0:
+                    self.save()
+        self.save()
+        self.checkpoints.wait()
+        self.loader.close()
+        if progress.done:
+            self.validate(writer)
+            with self.ema.swapped():
+                export(self.networks, config, config.run.out / "model")
+        bar.close()
+        if writer is not None:
+            writer.close()
+        self.checkpoints.close()
+
+    def report(self, writer: Writer | None, bar: tqdm[Any]) -> None:
+        """Numbers since the last report; every rank takes part, rank 0 writes."""
+        values = self.means.collect() | self.meter.report()
+        progress = self.progress
+        values |= {"skipped/spikes": self.guard.spikes, "skipped/not_finite": self.guard.not_finite}
+        values |= {f"data/{name}": value for name, value in self.loader.figures.items()}
+        if writer is not None:
+            writer.scalars(values, progress.total)
+        bar.n = round(100 * progress.overall, 1)
+        bar.set_postfix(stage=self.stage.name, step=progress.total, loss=f"{values['loss']:.4f}", **self.latest)
+
+    def validate(self, writer: Writer | None) -> None:
+        """Generate with the averaged weights and measure."""
+        if self.validator is None:
+            return
+        paused = self.meter.pause()
+        with self.ema.swapped():
+            results = self.validator.run(self.networks, writer, self.progress.total)
+        self.latest = {name: f"{value:.2f}" for name, value in results.items()}
+        self.meter.go_on(paused)
+
+    # ---- Checkpoints -------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a checkpoint holds."""
+        adapters = self.config.lora.rank > 0
+        return {
+            "networks": ModelState(self.networks, (lambda name: ".lora_" in name) if adapters else None),
+            "averages": self.ema,
+            "optimizers": self.optimizer_state,
+            "progress": self.progress.state_dict(),
+            "data": self.loader.state_dict(),
+            "guard": self.guard.state_dict(),
+        }
 
     def save(self) -> None:
-        state = {
-            "networks": self.networks.state_dict(),
-            "averaged": self.averaged.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "rng": state_file.generator_state(self.rng),
-            "step": self.step,
-            "elapsed": self.elapsed,
-        }
-        state_file.save(self.file, state)
-        write_json(self.config, self.config.run.out / "config.json")
+        self.checkpoints.save(self.progress.total, self.state())
 
-    def progress(self) -> float:
-        """Share of the schedule that is done, 0..1: of the time budget if there is one, of the steps otherwise."""
-        if self.config.run.minutes > 0:
-            return min(1.0, self.elapsed / (60 * self.config.run.minutes))
-        return min(1.0, self.step / self.config.run.steps)
-
-    def learning_rate_factor(self) -> float:
-        warmup = min(1.0, (self.step + 1) / max(1, self.config.optim.warmup_steps))
-        return warmup * max(0.01, 0.5 * (1 + math.cos(math.pi * self.progress())))
-
-    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Loss of every sample [B] and whether it heard the audio [B], with conditions dropped independently."""
-        o, c, rng, done = self.config.objective, self.config.conditions, self.rng, self.progress()
-        clean: Tensor = batch["latents"]
-        size = len(clean)
-        captions = ["" if rng.random() < at(c.drop_text, done) else caption for caption in batch["captions"]]
-        hears = torch.from_numpy(rng.random(size) >= at(c.drop_audio, done))
-        gate = hears.float().view(-1, 1, 1, 1)
-        context = batch["audio_history"]
-        history = batch["history"]
-        if history is not None and rng.random() < at(c.drop_history, done):
-            history = None
-        if history is not None:
-            level = torch.from_numpy(rng.random(size).astype(np.float32)) * at(c.history_noise, done)
-            history = history + level.view(-1, 1, 1, 1, 1) * torch.randn_like(history)
-        sigma = sample_sigmas(size, o.shift)
-        noise = torch.randn_like(clean)
-        mouth = torch.where(batch["mouth"], at(o.regions.get("mouth", 1.0), done), 1.0)
-        weight = mouth / mouth.mean(dim=(1, 2, 3, 4), keepdim=True)
-        precise = self.config.parallel.precision == "fp32"
-        encoder = self.networks.text_encoder
-        assert encoder is not None
-        with nullcontext() if precise else torch.autocast("cpu", torch.bfloat16):
-            velocity = self.networks.transformer(
-                add_noise(clean, noise, sigma),
-                1000 * sigma,
-                encoder.encode(captions).features,
-                reference=batch["reference"],
-                drop_reference=bool(rng.random() < at(c.drop_reference, done)),
-                history=history,
-                audio=batch["audio"] * gate,
-                audio_history=None if context is None else context * gate,
-            )
-        return velocity_loss(velocity, clean, noise, weight), hears
-
-    def train_step(self) -> dict[str, float]:
-        first = bool(self.rng.random() < at(self.config.conditions.first_clip, self.progress()))
-        size = self.config.batch.count * self.config.batch.size
-        losses, hears = self.loss(self.clips.batch(self.rng, size, first))
-        losses.mean().backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.networks.parameters(), self.config.optim.clip_norm)
-        factor = self.learning_rate_factor()
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        keep = min(self.config.optim.ema, (self.step + 1) / (self.step + 10))
-        torch._foreach_lerp_(
-            list(self.averaged.parameters()), [p.detach() for p in self.networks.parameters()], 1 - keep
-        )
-        self.step += 1
-        logs = {"loss": losses.mean().item(), "gradient_norm": norm.item(), "lr_factor": factor}
-        logs["loss_first_clip" if first else "loss_later_clip"] = logs["loss"]
-        for name, chosen in (("loss_with_audio", hears), ("loss_without_audio", ~hears)):
-            if chosen.any():
-                logs[name] = losses[chosen].mean().item()
-        return logs
-
-    def run(self) -> None:
-        run = self.config.run
-        writer = SummaryWriter(str(run.out / "tensorboard"), purge_step=self.step)
-        bar = tqdm(total=100, initial=round(100 * self.progress(), 1), bar_format="{l_bar}{bar}| {elapsed} {postfix}")
-        mean_loss = None
-        text_encoder = self.averaged.text_encoder
-        assert text_encoder is not None
-        started = time.monotonic()
-        while self.progress() < 1:
-            logs = self.train_step()
-            now = time.monotonic()
-            self.elapsed, started = self.elapsed + now - started, now
-            mean_loss = logs["loss"] if mean_loss is None else 0.98 * mean_loss + 0.02 * logs["loss"]
-            for name, value in logs.items():
-                writer.add_scalar(name, value, self.step)
-            bar.n = round(100 * self.progress(), 1)
-            bar.set_postfix(step=self.step, loss=f"{mean_loss:.4f}", **self.validator.latest)
-            if self.step % self.config.sample.every == 0:
-                self.validator.run(self.averaged.transformer, text_encoder, writer, self.step)
-            if self.step % self.config.checkpoint.every == 0:
-                self.save()
-        self.save()
-        self.validator.run(self.averaged.transformer, text_encoder, writer, self.step)
-        export(self.averaged.transformer, text_encoder, self.vae, self.config, run.out / "model")
-        bar.close()
-        writer.close()
+    def say(self, text: str) -> None:
+        """Print a line, once and not through the progress bar."""
+        if self.layout.rank == 0:
+            tqdm.write(f"training: {text}")

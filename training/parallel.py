@@ -172,6 +172,8 @@ def shard(networks: Networks, layout: Layout, config: ParallelConfig) -> None:
             f"parallel.ulysses: must divide the {model.config.num_heads} heads of the model, got {config.ulysses}; "
             "the ring axis takes the rest."
         )
+    # Nothing is done in place to what a unit returns, see WanS2VModel; the warning would come for every unit.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     _checkpoint_activations(model, config)
     if config.compile:
         # The forward alone: hooks that gather and free parameters run around it, outside of the compiled code.

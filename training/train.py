@@ -1,30 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m training.train --config training/configs/puppets.toml [--batch.size 4 ...]`."""
+"""`python -m training.train --config training/configs/puppets.toml [--optim.lr 1e-3 ...]`, alone or under torchrun.
+
+    torchrun --nproc-per-node 8 -m training.train --config training/configs/wan_s2v.toml --parallel.ulysses 8
+
+The same command goes on with a run that was stopped, on any number of processes. docs/launch.md has more.
+"""
 
 from __future__ import annotations
 
 import sys
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
+from talkingdit.errors import UserError
+from training import parallel
 from training.config import parse
 from training.loop import Trainer
-from training.puppets import precompute
+from training.signals import Stop, run_guarded
 
 
-def main() -> int:
+def train() -> None:
+    """A run from its command line to its end.
+
+    Raises:
+        UserError: something that the user can correct.
+    """
     try:
         config = parse()
-        torch.set_num_threads(config.run.threads)
-        precompute(config.data, config.run.seed)
-        Trainer(config).run()
-    except ValueError as error:
-        print(f"training: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("training: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+        if config.run.device == "cpu" or not torch.cuda.is_available():
+            torch.set_num_threads(config.run.threads)
+        layout = parallel.start(config.parallel, config.run.device)
+        trainer = Trainer(config, layout)
+    except ValueError as error:  # of a configuration that makes no sense; later ones are faults, with their traceback
+        raise UserError(f"{error}") from error
+    with Stop(config.parallel.timeout_seconds) as stop:
+        trainer.run(stop)
+    parallel.stop()
+
+
+@record
+def main() -> int:
+    return run_guarded(train)
 
 
 if __name__ == "__main__":

@@ -1,44 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""While training goes on, held-out characters speak with held-out voices; the probe says how well."""
+"""While training goes on, held-out characters speak with held-out voices; the probe says how well.
+
+Every rank generates the same videos in step with the others, because parameters are gathered from all of them; rank 0
+looks at the result.
+"""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from torch.utils.tensorboard import SummaryWriter
 
-from talkingdit.models.checkpoints import Checkpoint, PipelineSettings
-from talkingdit.models.text import PromptEncoder
-from talkingdit.models.wan import WanS2VModel
+from talkingdit.models.checkpoints import Checkpoint
 from talkingdit.pipelines.generate import Sampling, TalkingPipeline
 from talkingdit.puppets.probe import probe
 from talkingdit.puppets.render import Image, render
 from talkingdit.puppets.world import Motion, Scene
+from training.build import pipeline_settings
 from training.config import Config
+from training.metrics import Writer
+from training.networks import Networks
 from training.puppets import read_voices
 
 
-def pipeline_settings(config: Config) -> PipelineSettings:
-    """What a model trained with this configuration tells those who generate with it."""
-    return PipelineSettings(
-        fps=config.data.fps,
-        size=config.data.size,
-        clip_latents=config.model.clip_latents,
-        audio_history=config.model.audio_context,
-        shift=config.objective.shift,
-        steps=config.sample.steps,
-        text_guidance=config.sample.text_guidance,
-        audio_guidance=config.sample.audio_guidance,
-    )
+class Validator(Protocol):
+    """Measures networks while they train."""
+
+    def run(self, networks: Networks, writer: Writer | None, step: int) -> dict[str, float]:
+        """Generate with the networks as they are, on all ranks; rank 0 logs and returns what it measured."""
 
 
-class Validator:
+def validator_for(config: Config) -> Validator | None:
+    """The validation that a configuration asks for, None for none."""
+    if config.sample.every > 0 and config.model.text_encoder == "prompt":
+        return PuppetValidator(config)
+    return None
+
+
+class PuppetValidator:
     """Generates the same few scenes each time: a fixed seed, held-out characters, one held-out voice each."""
 
-    def __init__(self, config: Config, vae: AutoencoderKLWan) -> None:
-        self.config, self.vae = config, vae
-        self.latest: dict[str, str] = {}
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.vae = AutoencoderKLWan.from_pretrained(config.data.shipped_vae or config.data.vae).eval()
         rng = np.random.default_rng(config.run.seed + 77)
         voices = read_voices(config.data.voices, "held_out", config.data.fps)
         frames = int(config.sample.seconds * config.data.fps)
@@ -55,14 +62,19 @@ class Validator:
             span = slice(start, start + frames)
             self.cases.append((scene, portrait, voice.features[..., span], voice.opening[span]))
 
-    def run(
-        self, transformer: WanS2VModel, text_encoder: PromptEncoder, writer: SummaryWriter, step: int
-    ) -> dict[str, float]:
-        """Generate and measure with the given (averaged) networks; logs numbers and the last video."""
+    @torch.no_grad()
+    def run(self, networks: Networks, writer: Writer | None, step: int) -> dict[str, float]:
+        """Generate and measure with the networks as they are; logs numbers and the last video where there is a writer.
+
+        Returns:
+            sync_r (correlation of the mouth with the truth, mean over videos), sync_slope, identity (share of frames);
+            nothing on other ranks than 0.
+        """
+        assert networks.text_encoder is not None
         checkpoint = Checkpoint(
-            transformer=transformer,
+            transformer=networks.transformer,
             vae=self.vae,
-            text_encoder=text_encoder,
+            text_encoder=networks.text_encoder,
             settings=pipeline_settings(self.config),
             folder=self.config.run.out,
         )
@@ -70,21 +82,22 @@ class Validator:
         truth, measured, identity = [], [], []
         video: Image = np.zeros((0, 1, 1, 3), np.uint8)
         for scene, portrait, features, opening in self.cases:
-            with torch.autocast("cpu", torch.bfloat16):
-                video = np.concatenate(list(pipeline.generate(portrait, features, scene.caption(), Sampling(seed=0))))
-            reading = probe(video)
-            truth.append(opening)
-            measured.append(reading.opening[0])
-            identity.append(reading.identity_share(0, scene.characters[0]))
+            video = np.concatenate(list(pipeline.generate(portrait, features, scene.caption(), Sampling(seed=0))))
+            if dist.get_rank() == 0:
+                reading = probe(video)
+                truth.append(opening)
+                measured.append(reading.opening[0])
+                identity.append(reading.identity_share(0, scene.characters[0]))
+        if not truth:
+            return {}
         each = [float(np.corrcoef(t, m)[0, 1]) for t, m in zip(truth, measured, strict=True)]
         results = {
             "sync_r": float(np.mean(each)),
             "sync_slope": float(np.polyfit(np.concatenate(truth), np.concatenate(measured), 1)[0]),
             "identity": float(np.mean(identity)),
         }
-        for name, value in results.items():
-            writer.add_scalar(f"validation/{name}", value, step)
-        frames = torch.from_numpy(video).permute(0, 3, 1, 2)[None]
-        writer.add_images("validation/frames", frames[0, :: max(1, len(video) // 8)], step)
-        self.latest = {"r": f"{results['sync_r']:.2f}", "slope": f"{results['sync_slope']:.2f}"}
+        if writer is not None:
+            writer.scalars({f"validation/{name}": value for name, value in results.items()}, step)
+            frames = torch.from_numpy(video[:: max(1, len(video) // 8)]).permute(0, 3, 1, 2)
+            writer.frames("validation/frames", frames, step)
         return results

@@ -83,6 +83,11 @@ def initialise_from_video_model(model: WanS2VModel, source: str | Path) -> InitR
     return InitReport(weights.source, taken, cut, derived, new, ignored)
 
 
+def is_video_model(source: str | Path) -> bool:
+    """Is this a Wan video model, without the layers that make a Wan-S2V model of it? Raises UserError as above."""
+    return not any(NEW.match(name) for name in _open(Path(source)).shapes)
+
+
 def _open(path: Path) -> Weights:
     if not path.exists():
         raise UserError(f"{path}: there is no such folder or file.")
