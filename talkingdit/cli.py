@@ -7,7 +7,10 @@ One function per verb adds its arguments and says, as the default of `run`, what
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,16 +20,25 @@ from talkingdit.data.command import add_precompute
 if TYPE_CHECKING:
     from talkingdit.models.checkpoints import Checkpoint, S2VCheckpoint
     from talkingdit.pipelines.memory import Memory
+    from talkingdit.pipelines.parallel import Layout
+    from talkingdit.pipelines.processes import Team
     from talkingdit.pipelines.video import Inputs, Result
 
 USER_ERROR = 2
 INTERRUPTED = 130
 
 
+def _rank() -> int:
+    """The number of this process among those of torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong with the arguments in one sentence."""
 
     def error(self, message: str) -> NoReturn:
+        if _rank():
+            raise SystemExit(USER_ERROR)  # all processes have the same arguments: one tells
         sys.stderr.write(f"{self.prog}: {message} (see `{self.prog} --help`).\n")
         raise SystemExit(USER_ERROR)
 
@@ -102,6 +114,8 @@ def _add_generate(verbs: Any) -> None:
     make.add_argument("--sheet", type=Path, metavar="PNG", help="also write a preview: pictures, waveform, mouth curve")
     make.add_argument("--threads", type=_positive, metavar="N", help="processor threads (default: all)")
     make.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda for Wan-S2V if there)")
+    make.add_argument("--parallel", metavar="LAYOUT", help="how the processes of torchrun share the work: "
+          "guidance=2,ulysses=4,ring=1,vae=split (default: by their number)")  # fmt: skip
     precisions = ("float32", "bfloat16")
     make.add_argument("--dtype", choices=precisions, help="precision of the weights (default: bfloat16 on a GPU)")
 
@@ -159,17 +173,39 @@ def _check_kind(args: argparse.Namespace, kind: str) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    from talkingdit.pipelines.processes import Team
+
+    team = Team.start()
+    try:
+        _generate_in(team, args)
+        team.end()
+    except BaseException as error:
+        if team.size == 1:
+            raise
+        team.exit(_tell(error))
+
+
+def _generate_in(team: Team, args: argparse.Namespace) -> None:
+    """What every process does."""
     from talkingdit.models.checkpoints.s2v import is_s2v
+    from talkingdit.pipelines.parallel import Layout
     from talkingdit.pipelines.video import prepare
 
-    job = prepare(args.image, args.audio, args.output, sheet=args.sheet)
-    kind = "s2v" if args.checkpoint is not None and args.checkpoint.is_dir() and is_s2v(args.checkpoint) else "puppet"
-    _check_kind(args, kind)
+    def checked() -> tuple[Inputs, str, Layout]:
+        layout = Layout.parse(args.parallel or "")
+        job = prepare(args.image, args.audio, args.output, sheet=args.sheet)
+        whole = args.checkpoint is not None and args.checkpoint.is_dir() and is_s2v(args.checkpoint)
+        _check_kind(args, "s2v" if whole else "puppet")
+        return job, "s2v" if whole else "puppet", layout
+
+    job, kind, layout = team.first(checked)
     import torch
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    result = (_generate_s2v if kind == "s2v" else _generate_puppet)(args, job)
+    result = (_generate_s2v if kind == "s2v" else _generate_puppet)(args, job, team, layout)
+    if team.rank:
+        return
     print(
         f"{result.path}: {result.frames} frames, {result.seconds:.2f} s of video at {result.fps} fps, "
         f"made in {result.took:.1f} s"
@@ -178,14 +214,17 @@ def _generate(args: argparse.Namespace) -> None:
         print(f"{args.sheet}: preview")
 
 
-def _load(args: argparse.Namespace, device: str, memory: Memory | None = None) -> Checkpoint | S2VCheckpoint:
-    """The checkpoint on the device; with `memory` by way of the host."""
+def _load(
+    args: argparse.Namespace, device: str, team: Team, memory: Memory | None = None
+) -> Checkpoint | S2VCheckpoint:
+    """The checkpoint on the device of this process; with `memory` by way of the host."""
     import torch
 
     from talkingdit.errors import UserError
     from talkingdit.models.checkpoints import load_checkpoint
     from talkingdit.pipelines.memory import fit
 
+    device = team.device(device)
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
@@ -210,30 +249,40 @@ def _memory(args: argparse.Namespace) -> Memory | None:
         raise UserError(f"generate: --memory: {str(error).removeprefix('Memory: ')}.") from error
 
 
-def _generate_puppet(args: argparse.Namespace, job: Inputs) -> Result:
+def _generate_puppet(args: argparse.Namespace, job: Inputs, team: Team, layout: Layout) -> Result:
     from tqdm import tqdm
 
     from talkingdit.models.checkpoints import Checkpoint
-    from talkingdit.pipelines.generate import Sampling
+    from talkingdit.pipelines.generate import Sampling, TalkingPipeline
+    from talkingdit.pipelines.parallel import plan
     from talkingdit.pipelines.video import make_video
 
-    checkpoint = _load(args, args.device or "cpu")
+    checkpoint = team.together(lambda: _load(args, args.device or "cpu", team))
     assert isinstance(checkpoint, Checkpoint)
     sampling = Sampling(args.text_guidance, args.audio_guidance, args.steps, args.seed)
-    with tqdm(unit="step", desc="generating", disable=None) as bar:
+    branches = TalkingPipeline(checkpoint).branches(sampling)
+    parallel = plan(team, layout, len(branches), checkpoint, _warn)
+    with tqdm(unit="step", desc="generating", disable=True if team.rank else None) as bar:
 
         def advance(total: int) -> None:
             bar.total = total
             bar.update()
 
-        return make_video(job, checkpoint, args.prompt, sampling, upscale=args.upscale, progress=advance, warn=_warn)
+        return make_video(
+            *(job, checkpoint, args.prompt, sampling),
+            upscale=args.upscale,
+            progress=advance,
+            warn=_warn,
+            parallel=parallel,
+        )
 
 
-def _generate_s2v(args: argparse.Namespace, job: Inputs) -> Result:
+def _generate_s2v(args: argparse.Namespace, job: Inputs, team: Team, layout: Layout) -> Result:
     import torch
     from tqdm import tqdm
 
     from talkingdit.models.checkpoints import S2VCheckpoint, S2VSettings
+    from talkingdit.pipelines.parallel import plan
     from talkingdit.pipelines.s2v import S2VSampling
     from talkingdit.pipelines.s2v_video import S2VOptions, check_request, make_s2v_video
 
@@ -259,17 +308,26 @@ def _generate_s2v(args: argparse.Namespace, job: Inputs) -> Result:
         match_colour=bool(args.match_colour),
         batched=not args.sequential,
     )
-    file = args.checkpoint / "pipeline.json"
-    # Loading takes minutes: what can be wrong is found before.
-    check_request(job, S2VSettings.load(file) if file.is_file() else S2VSettings(), sampling, options)
-    memory = _memory(args)
-    checkpoint = _load(args, args.device or ("cuda" if torch.cuda.is_available() else "cpu"), memory)
+
+    def checked() -> tuple[Memory | None, int]:
+        # Loading takes minutes: what can be wrong is found before.
+        file = args.checkpoint / "pipeline.json"
+        settings = S2VSettings.load(file) if file.is_file() else S2VSettings()
+        filled, _, _ = check_request(job, settings, sampling, options)
+        layout.filled(team.size, filled.predictions, _heads(args.checkpoint))
+        return _memory(args), filled.predictions
+
+    memory, predictions = team.first(checked)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = team.together(lambda: _load(args, device, team, memory))
     assert isinstance(checkpoint, S2VCheckpoint)
+    parallel = plan(team, layout, predictions, checkpoint, _warn)
     if args.compile:
-        checkpoint.transformer.compile_repeated_blocks(fullgraph=True)
+        # Messages between processes stay out of the compiled parts.
+        checkpoint.transformer.compile_repeated_blocks(fullgraph=not parallel.arguments)
     # What changes pictures, not only time and room.
     variant = "" if memory is None else f"{memory.weights} {memory.residual} {memory.absorb_audio} {memory.vae}"
-    with tqdm(unit="step", desc="generating", disable=None) as bar:
+    with tqdm(unit="step", desc="generating", disable=True if team.rank else None) as bar:
 
         def advance(done: int, total: int) -> None:
             if bar.total is None:
@@ -282,11 +340,40 @@ def _generate_s2v(args: argparse.Namespace, job: Inputs) -> Result:
             upscale=args.upscale,
             progress=advance,
             warn=_warn,
+            parallel=parallel,
         )
+
+
+def _heads(folder: Path) -> int | None:
+    """Heads of the attention of a Wan-S2V checkpoint, where its config.json tells."""
+    for file in (folder / "config.json", folder / "transformer" / "config.json"):
+        try:
+            values = json.loads(file.read_text())
+            return int(values.get("num_heads", values.get("num_attention_heads")))
+        except (OSError, ValueError, TypeError, AttributeError):
+            continue  # what is wrong with it is told when it is loaded
+    return None
 
 
 def _warn(sentence: str) -> None:
     sys.stderr.write(f"talkingdit: {sentence}\n")
+
+
+def _tell(error: BaseException) -> int:
+    """Say what ended one of several processes; returns its exit status."""
+    from talkingdit.errors import UserError
+    from talkingdit.pipelines.processes import Elsewhere, lost, status_of
+
+    where = f"process {_rank()}: " if _rank() else ""
+    if isinstance(error, KeyboardInterrupt):
+        _warn(str(error) or "interrupted; nothing was written.")
+    elif isinstance(error, UserError | ImportError):
+        _warn(f"{where}{error}")
+    elif lost(error):
+        _warn(f"{where}stopped, because another process has ended.")
+    elif not isinstance(error, Elsewhere):
+        traceback.print_exception(error)
+    return status_of(error)
 
 
 def _add_plan(verbs: Any) -> None:

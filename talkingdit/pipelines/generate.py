@@ -25,7 +25,8 @@ from torch import Tensor
 from talkingdit.models.audio import RATE, SpeechFeatures
 from talkingdit.models.checkpoints import Checkpoint
 from talkingdit.pipelines.guidance import Branch, guidance_branches, guided_step
-from talkingdit.pipelines.vae import FRAMES_PER_LATENT, StreamingDecoder, encode, to_frames, to_video
+from talkingdit.pipelines.parallel import Parallel
+from talkingdit.pipelines.vae import FRAMES_PER_LATENT, to_frames, to_video
 
 Frames = NDArray[np.uint8]
 
@@ -88,11 +89,18 @@ def fit_portrait(image: Frames, size: int) -> tuple[Frames, bool]:
 
 
 class TalkingPipeline:
-    """Generates pictures with a checkpoint. It keeps no state between or within videos; several may run at once."""
+    """Generates pictures with a checkpoint. It keeps no state between or within videos; several may run at once.
 
-    def __init__(self, checkpoint: Checkpoint):
+    Args:
+        checkpoint: from `load_checkpoint`.
+        parallel: how several processes share the work. Each then has a pipeline and makes the same calls, and gets the
+            same pictures.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, parallel: Parallel | None = None):
         self.checkpoint = checkpoint
         self.settings = checkpoint.settings
+        self._parallel = Parallel() if parallel is None else parallel
 
     @property
     def clip_frames(self) -> int:
@@ -157,14 +165,16 @@ class TalkingPipeline:
         if not 1 <= frames <= features.shape[2]:
             raise ValueError(f"generate: frames must be 1 to {features.shape[2]}, as the features are, got {frames}")
         sampling = Sampling() if sampling is None else sampling
+        sigmas = schedule(sampling.steps or self.settings.steps, self.settings.shift)
+        return self._generate(portrait, features, frames, prompt, sampling, sigmas, progress)
+
+    def branches(self, sampling: Sampling) -> tuple[Branch, ...]:
+        """The predictions that every denoising step takes."""
         suggested = self.settings
-        branches = guidance_branches(
+        return guidance_branches(
             suggested.text_guidance if sampling.text_guidance is None else sampling.text_guidance,
             suggested.audio_guidance if sampling.audio_guidance is None else sampling.audio_guidance,
         )
-        sigmas = schedule(sampling.steps or suggested.steps, suggested.shift)
-        groups: list[tuple[Branch, ...]] = [branches] if sampling.batched else [(branch,) for branch in branches]
-        return self._generate(portrait, features, frames, prompt, groups, sigmas, sampling.seed, progress)
 
     @torch.no_grad()
     def _generate(
@@ -173,19 +183,21 @@ class TalkingPipeline:
         features: Tensor,
         frames: int,
         prompt: str,
-        groups: list[tuple[Branch, ...]],
+        sampling: Sampling,
         sigmas: list[float],
-        seed: int,
         progress: Callable[[], None] | None,
     ) -> Iterator[Frames]:
-        model, vae = self.checkpoint.transformer, self.checkpoint.vae
+        model, vae = self.checkpoint.transformer, self._parallel.autoencoder(self.checkpoint.vae)
         device = next(model.parameters()).device
         keep = model.config.motion_frames[1]
-        reference = encode(vae, to_video(portrait[None]).to(device))
-        decoder = StreamingDecoder(vae)
-        decoder(reference)  # picture 0 is the portrait itself: decoded for the caches, not shown
+        everything = self.branches(sampling)
+        weights = [branch.weight for branch in everything]
+        own = tuple(self._parallel.own(everything))
+        groups: list[tuple[Branch, ...]] = [own] if sampling.batched else [(branch,) for branch in own]
+        reference = vae.encode(to_video(portrait[None]).to(device))
+        decode = vae.stream()
+        decode(reference)  # picture 0 is the portrait itself: decoded for the caches, not shown
         texts = [self._text(prompt, branches) for branches in groups]
-        weights = [branch.weight for branches in groups for branch in branches]
         history = reference
         for clip in range(self.clips(frames)):
             first, last = clip * self.clip_frames, (clip + 1) * self.clip_frames
@@ -203,21 +215,24 @@ class TalkingPipeline:
                 for text, branches in zip(texts, groups, strict=True)
             ]
             shape = (1, reference.shape[1], self.settings.clip_latents, *reference.shape[3:])
-            x = clip_noise(shape, seed, clip).to(device)
+            x = clip_noise(shape, sampling.seed, clip).to(device)
             for sigma, following in itertools.pairwise(sigmas):
                 velocities = [
                     model(
                         _repeat(x, branches),
                         torch.full((len(branches),), 1000.0 * sigma, device=device),
                         conditions=condition,
+                        **self._parallel.arguments,
                     )
                     for condition, branches in zip(conditions, groups, strict=True)
                 ]
-                x = guided_step(x, torch.cat(velocities), weights, following - sigma)
+                predictions = self._parallel.exchange(torch.cat(velocities), len(everything))
+                x = guided_step(x, predictions, weights, following - sigma)
+                self._parallel.team.pulse()
                 if progress is not None:
                     progress()
             history = torch.cat([history, x], dim=2)[:, :, -keep:]
-            yield to_frames(decoder(x))[: frames - first]
+            yield to_frames(decode(x))[: frames - first]
 
     def _text(self, prompt: str, branches: tuple[Branch, ...]) -> Tensor:
         """Text features [branches, L, text_dim]: the prompt, or the empty prompt where a branch is denied it."""

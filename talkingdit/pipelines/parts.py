@@ -7,6 +7,8 @@
 
 Files appear under their names only when they are complete, the carry of a clip after its pictures. A clip counts as
 finished when its carry, or that of a later clip, is there.
+
+Where several processes make a video, the first one has the folder, and any other number of them can go on from it.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from talkingdit.errors import UserError
+from talkingdit.pipelines.processes import ALONE, Team
 from talkingdit.pipelines.s2v import Carry
 
 Frames = NDArray[np.uint8]
@@ -166,6 +169,46 @@ class Parts:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+class SharedParts:
+    """Parts for every process of a team; the first one alone touches the disk.
+
+    Args:
+        opened: gives the parts; called by the first process.
+        team: the processes.
+
+    Raises:
+        UserError: from `opened`.
+    """
+
+    def __init__(self, opened: Callable[[], Parts], team: Team = ALONE):
+        self._team, self._parts = team, None
+
+        def found() -> tuple[int, Carry | None]:
+            self._parts = opened()
+            return self._parts.finished, self._parts.carry()
+
+        self.finished, self._carry = team.first(found)
+
+    @property
+    def here(self) -> Parts | None:
+        """The parts in the first process, None in the others."""
+        return self._parts
+
+    def carry(self) -> Carry | None:
+        """What the last clip that was found hands on; None where there was none."""
+        return self._carry
+
+    def add(self, pictures: Callable[[], Frames], carry: Carry | None) -> None:
+        """Keep the next finished clip. See `Parts.add`."""
+
+        def add() -> None:
+            assert self._parts is not None
+            self._parts.add(pictures(), carry)
+
+        self._team.first(add)
+        self.finished += 1
 
 
 def _write_lossless(path: Path, pictures: Frames) -> None:

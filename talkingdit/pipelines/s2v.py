@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from talkingdit.pipelines.colour import colours, match_colours
+from talkingdit.pipelines.parallel import Parallel
 from talkingdit.pipelines.solvers import flow_solver
-from talkingdit.pipelines.vae import FRAMES_PER_LATENT, encode, to_video
-from talkingdit.pipelines.vae_tail import decode_after
+from talkingdit.pipelines.vae import FRAMES_PER_LATENT, to_video
 
 if TYPE_CHECKING:
     from talkingdit.models.checkpoints import S2VCheckpoint, S2VSettings
@@ -107,6 +107,11 @@ class Filled:
         flow_solver(self.solver, self.steps, self.shift)
 
     @property
+    def predictions(self) -> int:
+        """Predictions per denoising step."""
+        return 2 if self.guidance > 1 else 1
+
+    @property
     def dropped(self) -> int:
         """Pictures that the beginning of the video lacks."""
         return DROPPED if self.drop_first else 0
@@ -141,11 +146,19 @@ class Clip:
 
 
 class S2VPipeline:
-    """Generates pictures with a Wan-S2V checkpoint. It keeps no state; several videos may run at once."""
+    """Generates pictures with a Wan-S2V checkpoint. It keeps no state; several videos may run at once.
 
-    def __init__(self, checkpoint: S2VCheckpoint):
+    Args:
+        checkpoint: from `load_checkpoint`.
+        parallel: how several processes share the work. Each then has a pipeline and makes the same calls, and gets the
+            same clips.
+    """
+
+    def __init__(self, checkpoint: S2VCheckpoint, parallel: Parallel | None = None):
         self.checkpoint = checkpoint
         self.settings = checkpoint.settings
+        self._parallel = Parallel() if parallel is None else parallel
+        self._vae = self._parallel.autoencoder(checkpoint.vae)
 
     @torch.no_grad()
     def scene(self, picture: Frames, prompt: str = "", sampling: S2VSampling | None = None) -> Scene:
@@ -170,9 +183,11 @@ class S2VPipeline:
                 f"got {picture.dtype} of shape {list(picture.shape)}"
             )
         filled = (S2VSampling() if sampling is None else sampling).filled(self.settings)
-        text = self.checkpoint.text_encoder.encode([prompt, filled.negative_prompt]).features
-        pixels = to_video(picture[None]).to(self.checkpoint.vae.device)
-        return Scene(filled, text.to(self._device), encode(self.checkpoint.vae, pixels), pixels)
+        # One process runs the text encoder: it is the largest part next to the transformer, and may be on the host.
+        words = [prompt, filled.negative_prompt]
+        text = self._parallel.team.share(lambda: self.checkpoint.text_encoder.encode(words).features, self._device)
+        pixels = to_video(picture[None]).to(self._vae.device)
+        return Scene(filled, text, self._vae.encode(pixels), pixels)
 
     def clips(
         self,
@@ -262,7 +277,7 @@ class S2VPipeline:
             last: no carry for another clip is made.
             progress: called after every denoising step.
         """
-        sampling, vae = scene.sampling, self.checkpoint.vae
+        sampling, vae = scene.sampling, self._vae
         frames = sampling.clip_frames if frames is None else frames
         if index == 0:
             carry = self._beginning(scene)
@@ -272,7 +287,7 @@ class S2VPipeline:
 
         past = scene.reference if without_history else carry.history
         wanted = -(-frames // FRAMES_PER_LATENT)
-        pictures = decode_after(vae, past.to(vae.device), latents[:, :, :wanted].to(vae.device))[:, :, :frames]
+        pictures = vae.decode_after(past.to(vae.device), latents[:, :, :wanted].to(vae.device))[:, :, :frames]
         pictures = pictures[:, :, DROPPED if without_history else 0 :]
         anchor = carry.colours
         if sampling.match_colour:
@@ -290,7 +305,7 @@ class S2VPipeline:
             window[:, :, -STARTING_FRAMES:] = scene.pixels
         if scene.sampling.drop_first:
             return Carry(scene.reference.new_zeros(0), window)
-        return Carry(encode(self.checkpoint.vae, window), window)
+        return Carry(self._vae.encode(window), window)
 
     def _carry(self, before: Carry, pictures: Tensor, sampling: Filled, anchor: Tensor | None) -> Carry:
         """What the next clip needs: the last pictures, encoded again."""
@@ -299,7 +314,7 @@ class S2VPipeline:
         if window.shape[2] < keep:
             assert before.window is not None
             window = torch.cat([before.window.to(window.device)[:, :, window.shape[2] :], window], dim=2)
-        history = encode(self.checkpoint.vae, window)
+        history = self._vae.encode(window)
         return Carry(history, window if sampling.clip_frames < keep else None, anchor)
 
     def _denoise(
@@ -317,10 +332,10 @@ class S2VPipeline:
         channels, _, height, width = scene.reference.shape[1:]
         heard = audio[None].to(device)
         posed = None if pose is None else self._encode_pose(pose).to(device)
-        guided = sampling.guidance > 1
         # Given everything, and the negative prompt with silence.
-        branches = [(scene.text[:1], heard)] + ([(scene.text[1:], torch.zeros_like(heard))] if guided else [])
-        if guided and sampling.batched:
+        branches = [(scene.text[:1], heard), (scene.text[1:], torch.zeros_like(heard))][: sampling.predictions]
+        branches = list(self._parallel.own(branches))
+        if len(branches) > 1 and sampling.batched:
             texts, sounds = zip(*branches, strict=True)
             branches = [(torch.cat(texts), torch.cat(sounds))]
         conditions = [
@@ -335,19 +350,28 @@ class S2VPipeline:
             for text, sound in branches
         ]
         solver = flow_solver(sampling.solver, sampling.steps, sampling.shift, device)
-        x = self._noise((channels, frames, height, width), sampling.seed + index)
+        # One process draws, for devices may differ in how they do.
+        shape = (channels, frames, height, width)
+        x = self._parallel.team.share(lambda: self._noise(shape, sampling.seed + index), device)
         for timestep in solver.timesteps:
             predictions = torch.cat(
                 [
-                    model(_repeat(x, text), timestep.float().expand(len(text)), conditions=condition)
+                    model(
+                        _repeat(x, text),
+                        timestep.float().expand(len(text)),
+                        conditions=condition,
+                        **self._parallel.arguments,
+                    )
                     for (text, _), condition in zip(branches, conditions, strict=True)
                 ]
             )
+            predictions = self._parallel.exchange(predictions, sampling.predictions)
             velocity = predictions[:1].float()
-            if guided:
+            if sampling.predictions > 1:
                 without = predictions[1:].float()
                 velocity = without + sampling.guidance * (velocity - without)
             x = solver.step(velocity, timestep, x, return_dict=False)[0]
+            self._parallel.team.pulse()
             if progress is not None:
                 progress()
         return x
@@ -362,8 +386,8 @@ class S2VPipeline:
 
     def _encode_pose(self, pose: Tensor) -> Tensor:
         """[1, 3, n, H, W] to latents [1, C, n / 4, H / 8, W / 8]; the first picture stands alone in front."""
-        video = torch.cat([pose[:, :, :1], pose], dim=2).to(self.checkpoint.vae.device)
-        return encode(self.checkpoint.vae, video)[:, :, 1:]
+        video = torch.cat([pose[:, :, :1], pose], dim=2).to(self._vae.device)
+        return self._vae.encode(video)[:, :, 1:]
 
     @property
     def _device(self) -> torch.device:

@@ -25,7 +25,9 @@ from talkingdit.errors import UserError
 from talkingdit.models.audio import RATE
 from talkingdit.pipelines.framing import PoseVideo, fit_picture, output_size
 from talkingdit.pipelines.media import VideoWriter, read_track
-from talkingdit.pipelines.parts import Parts
+from talkingdit.pipelines.parallel import Parallel
+from talkingdit.pipelines.parts import Parts, SharedParts
+from talkingdit.pipelines.processes import Team
 from talkingdit.pipelines.s2v import Filled, Frames, S2VPipeline, S2VSampling, Scene
 from talkingdit.pipelines.sheet import preview_sheet, sample_frames
 from talkingdit.pipelines.vae import to_frames
@@ -142,16 +144,32 @@ def check_request(
     Raises:
         UserError: an option is impossible, no size fits, or the pose video is not one.
     """
+    return (
+        check_sampling(settings, sampling),
+        video_size(inputs.image, settings, options),
+        pose_video(settings, options),
+    )
+
+
+def check_sampling(settings: S2VSettings, sampling: S2VSampling) -> Filled:
+    """The sampling without gaps.
+
+    Raises:
+        UserError: a value is impossible.
+    """
     try:
-        filled = sampling.filled(settings)
+        return sampling.filled(settings)
     except ValueError as error:
         raise UserError(f"{error}.") from error
-    size = video_size(inputs.image, settings, options)
-    return (
-        filled,
-        size,
-        None if options.pose is None else PoseVideo(options.pose, settings.fps, options.official_timing),
-    )
+
+
+def pose_video(settings: S2VSettings, options: S2VOptions) -> PoseVideo | None:
+    """The pose video that was asked for.
+
+    Raises:
+        UserError: it is none.
+    """
+    return None if options.pose is None else PoseVideo(options.pose, settings.fps, options.official_timing)
 
 
 def make_s2v_video(
@@ -164,6 +182,7 @@ def make_s2v_video(
     upscale: int = 1,
     progress: Callable[[int, int], None] | None = None,
     warn: Callable[[str], None] | None = None,
+    parallel: Parallel | None = None,
 ) -> Result:
     """Generate the video and write it. Finished clips are kept beside it until it is complete.
 
@@ -177,46 +196,70 @@ def make_s2v_video(
         upscale: enlarge the pictures so many times.
         progress: called with the number of denoising steps done and of all of them.
         warn: called with a sentence about what was done differently from what may be expected.
+        parallel: how several processes share the work. Each calls this with the same inputs; the first alone reads
+            and writes files, and only there `progress` and `warn` are called.
 
     Raises:
         UserError: a file or an option is not good, memory runs out, or the video cannot be written.
         KeyboardInterrupt: with a sentence about what is kept.
+        Elsewhere: where something went wrong in another process.
     """
     started = time.monotonic()
     options = S2VOptions() if options is None else options
-    pipeline, settings = S2VPipeline(checkpoint), checkpoint.settings
+    parallel = Parallel() if parallel is None else parallel
+    team = parallel.team
+    if team.rank:
+        progress = warn = None
+    pipeline, settings = S2VPipeline(checkpoint, parallel), checkpoint.settings
     sampling = S2VSampling() if sampling is None else sampling
-    filled, size, pose = check_request(inputs, settings, sampling, options)
+    filled = check_sampling(settings, sampling)
+    size = video_size(inputs.image, settings, options)
+    pose: PoseVideo | None = None
     picture, black = fit_picture(inputs.image, size, options.cover)
     if black and warn is not None:
         warn(f"{inputs.image_file}: {black} of the video's rows or columns are black; `--cover` avoids that.")
     length = video_length(len(inputs.sound), settings.fps, filled.clip_frames, filled.dropped, options)
 
-    fingerprint = _fingerprint(inputs, checkpoint, prompt, filled, options, length, size, variant)
-    parts = Parts(inputs.output, fingerprint, warn)
     clips = -(-length.heard // filled.clip_frames)
-    if parts.finished and warn is not None:
-        warn(f"going on after {parts.finished} of {clips} clips that are finished in {parts.folder}.")
+
+    def opened() -> Parts:
+        nonlocal pose
+        pose = pose_video(settings, options)
+        fingerprint = _fingerprint(inputs, checkpoint, prompt, filled, options, length, size, variant)
+        parts = Parts(inputs.output, fingerprint, warn)
+        if parts.finished and warn is not None:
+            warn(f"going on after {parts.finished} of {clips} clips that are finished in {parts.folder}.")
+        return parts
+
+    shared = SharedParts(opened, team)
+    parts = shared.here
     try:
-        if parts.finished < clips:
+        if shared.finished < clips:
             scene = pipeline.scene(picture, prompt, sampling)
-            features = checkpoint.audio_encoder.features(inputs.sound, clips * filled.clip_frames)
-            _make_clips(pipeline, scene, features, length, clips, pose, parts, progress)
-        _write(inputs, length, settings.fps, size, upscale, parts)
+            heard = clips * filled.clip_frames
+            features = team.share(lambda: checkpoint.audio_encoder.features(inputs.sound, heard), "cpu")
+            shown = None if options.pose is None else _shown(pose, scene, shared.finished, team)
+            _make_clips(pipeline, scene, features, length, clips, shown, shared, progress)
+        team.first(lambda: None if parts is None else _write(inputs, length, settings.fps, size, upscale, parts))
     except KeyboardInterrupt:
+        if parts is None:
+            raise
         _stop(parts, clips)
     except torch.OutOfMemoryError as error:
-        parts.remove_if_empty()
+        if parts is not None:
+            parts.remove_if_empty()
         raise UserError(
             f"generate: the device has not enough memory for clips of {filled.clip_frames} pictures of "
             f"{size[1]} x {size[0]}; try `--sequential`, a smaller `--max-area` or fewer `--clip-frames`."
         ) from error
     except BaseException:
-        parts.remove_if_empty()
+        if parts is not None:
+            parts.remove_if_empty()
         raise
-    if pose is not None and warn is not None and parts.finished and 0 < pose.pictures < length.heard:
+    if pose is not None and warn is not None and 0 < pose.pictures < length.heard:
         warn(f"{options.pose}: ends after {pose.pictures / settings.fps:.2f} s; the rest follows black pictures.")
-    parts.remove()
+    if parts is not None:
+        parts.remove()
     return Result(inputs.output, length.shown, settings.fps, time.monotonic() - started)
 
 
@@ -226,12 +269,12 @@ def _make_clips(
     features: Tensor,
     length: Length,
     clips: int,
-    pose: PoseVideo | None,
-    parts: Parts,
+    shown: Iterator[Tensor] | None,
+    parts: SharedParts,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    steps, size = scene.sampling.steps, scene.sampling.clip_frames
-    done = parts.finished * steps
+    steps, first = scene.sampling.steps, parts.finished
+    done = first * steps
 
     def advance() -> None:
         nonlocal done
@@ -239,10 +282,16 @@ def _make_clips(
         if progress is not None:
             progress(done, clips * steps)
 
-    first, height, width = parts.finished, *scene.pixels.shape[3:]
-    shown: Iterator[Tensor] | None = None if pose is None else pose.clips(size, (height, width), first)
     for clip in pipeline.clips(scene, features, length.heard, shown, first, parts.carry(), advance):
-        parts.add(to_frames(clip.pictures), clip.carry)
+        parts.add(lambda clip=clip: to_frames(clip.pictures), clip.carry)  # type: ignore[misc]
+
+
+def _shown(pose: PoseVideo | None, scene: Scene, first: int, team: Team) -> Iterator[Tensor]:
+    """The clips of the pose video from `first` on; it is in the first process."""
+    height, width = scene.pixels.shape[3:]
+    clips = iter(()) if pose is None else pose.clips(scene.sampling.clip_frames, (height, width), first)
+    while True:
+        yield team.share(lambda: next(clips), "cpu")
 
 
 def _stop(parts: Parts, clips: int) -> NoReturn:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from talkingdit.models.audio import RATE, normalise_loudness
 from talkingdit.models.checkpoints import Checkpoint
 from talkingdit.pipelines.generate import Frames, Sampling, TalkingPipeline, fit_portrait
 from talkingdit.pipelines.media import VideoWriter, check_writable, read_audio, read_image
+from talkingdit.pipelines.parallel import Parallel
 from talkingdit.pipelines.sheet import preview_sheet, sample_frames
 
 SHEET_PICTURES = 20  # at most, on a preview sheet
@@ -80,6 +82,7 @@ def make_video(
     upscale: int = 1,
     progress: Callable[[int], None] | None = None,
     warn: Callable[[str], None] | None = None,
+    parallel: Parallel | None = None,
 ) -> Result:
     """Generate the video and write it.
 
@@ -91,12 +94,19 @@ def make_video(
         upscale: enlarge the pictures so many times.
         progress: called after every denoising step with the number of all steps.
         warn: called with a sentence about what was done differently from what may be expected.
+        parallel: how several processes share the work. Each calls this with the same inputs; the first alone reads
+            and writes files, and only there `progress` and `warn` are called.
 
     Raises:
         UserError: the video cannot be written.
+        Elsewhere: where something went wrong in another process.
     """
     started = time.monotonic()
-    pipeline = TalkingPipeline(checkpoint)
+    parallel = Parallel() if parallel is None else parallel
+    team = parallel.team
+    if team.rank:
+        progress = warn = None
+    pipeline = TalkingPipeline(checkpoint, parallel)
     settings = pipeline.settings
     sampling = Sampling() if sampling is None else sampling
     portrait, cropped = fit_portrait(inputs.image, settings.size)
@@ -107,18 +117,34 @@ def make_video(
             warn(f"{inputs.image_file} is {width} x {height} pixels; only its middle square is used.")
         if unknown:
             warn(f"the prompt has words that this model does not know: {', '.join(unknown)}.")
-    features, frames = pipeline.features(inputs.waveform)
+    features, frames = team.first(lambda: pipeline.features(inputs.waveform))
     steps = pipeline.clips(frames) * (sampling.steps or settings.steps)
     advance = None if progress is None else (lambda: progress(steps))
     preview = _Preview(frames)
     size = (settings.size, settings.size)
-    with VideoWriter(inputs.output, settings.fps, size, audio=inputs.audio_file, upscale=upscale) as writer:
-        for pictures in pipeline.generate(portrait, features, prompt, sampling, advance, frames):
+    with ExitStack() as open_files:
+        writer: VideoWriter | None = None
+
+        def begin() -> None:
+            nonlocal writer
+            writer = VideoWriter(inputs.output, settings.fps, size, audio=inputs.audio_file, upscale=upscale)
+            open_files.enter_context(writer)
+
+        def keep(pictures: Frames) -> None:
+            assert writer is not None
             writer.write(pictures)
             if inputs.sheet is not None:
                 preview.add(pictures)
-    if inputs.sheet is not None:
-        preview.save(inputs, settings.fps)
+
+        def finish() -> None:
+            open_files.close()
+            if inputs.sheet is not None:
+                preview.save(inputs, settings.fps)
+
+        team.first(begin)
+        for pictures in pipeline.generate(portrait, features, prompt, sampling, advance, frames):
+            team.first(lambda pictures=pictures: keep(pictures))  # type: ignore[misc]
+        team.first(finish)
     return Result(inputs.output, frames, settings.fps, time.monotonic() - started)
 
 

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m talkingdit` is the command `talkingdit`; torchrun starts it so."""
+
+import sys
+
+from talkingdit.cli import main
+
+sys.exit(main())

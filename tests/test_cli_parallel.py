@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`talkingdit generate` in several processes: the same video, one voice for messages, an end for all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from official import make_official
+from test_cli_s2v import arguments, left, make_inputs, pictures
+from tiny_checkpoint import make_checkpoint
+
+from talkingdit.cli import main
+from talkingdit.pipelines.processes import Team
+
+# Runs the command, and does something to one process when it comes to the second clip.
+SCRIPT = """
+import os, signal, sys
+from talkingdit import cli
+from talkingdit.pipelines.s2v import S2VPipeline
+denoise = S2VPipeline._denoise
+def stopped(self, scene, index, *rest):
+    if index == 1 and os.environ["RANK"] == {rank!r}:
+        {what}
+    return denoise(self, scene, index, *rest)
+S2VPipeline._denoise = stopped
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_official(tmp_path_factory.mktemp("checkpoint") / "Wan2.2-S2V-tiny", vae_dim=4)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    make_inputs(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    """The video of one process."""
+    work = tmp_path_factory.mktemp("whole")
+    make_inputs(work)
+    assert main(arguments(work, folder)) == 0
+    return pictures(work / "out.mp4")
+
+
+def check_same(video: np.ndarray, whole: np.ndarray) -> None:
+    """Equal but for what a picture value rounded the other way does in the compression of the file."""
+    assert video.shape == whole.shape
+    apart = np.abs(video.astype(int) - whole)
+    assert whole.std() > 5
+    assert apart.mean() < 0.01 * whole.std()
+
+
+class Left(BaseException):
+    """Instead of the end of a process."""
+
+
+def command(argv: list[str], stop_at: int | None = None) -> tuple[int, str, str]:
+    """Exit status, output and messages of one process of the command."""
+    from talkingdit.pipelines.s2v import S2VPipeline
+
+    left: list[int] = []
+
+    def leave(_: Team, status: int) -> None:
+        left.append(status)
+        raise Left
+
+    denoise, leave_really = S2VPipeline._denoise, Team.exit
+
+    def stopped(self: S2VPipeline, scene: Any, index: int, *rest: Any) -> Any:
+        if index == stop_at and os.environ["RANK"] == "1":
+            self._parallel.team._interrupted = True
+        return denoise(self, scene, index, *rest)
+
+    Team.exit, S2VPipeline._denoise = leave, stopped  # type: ignore[method-assign, assignment]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as messages:
+            try:
+                status = main(argv)
+            except SystemExit as end:
+                status = int(str(end.code))
+            except Left:
+                status = left[0]
+    finally:
+        Team.exit, S2VPipeline._denoise = leave_really, denoise  # type: ignore[method-assign]
+    return status, out.getvalue(), "".join(x for x in messages.getvalue().splitlines(True) if x.startswith("talk"))
+
+
+def test_two_processes_make_the_video_of_one(processes: Any, work: Path, folder: Path, whole: np.ndarray) -> None:
+    (status, out, messages), others = processes(2, command, arguments(work, folder, "--sheet", str(work / "a.png")))
+    assert (status, messages) == (0, "")
+    assert "out.mp4: 23 frames" in out
+    assert others == (0, "", "")
+    assert left(work) == {"out.mp4", "a.png"}
+    check_same(pictures(work / "out.mp4"), whole)
+
+
+def test_what_three_processes_began_one_goes_on_with(
+    processes: Any, work: Path, folder: Path, whole: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = arguments(work, folder)
+    first, *others = processes(3, command, [*argv, "--parallel", "ring=3,vae=split"], 1)
+    kept = f"interrupted; 1 of 3 clips are kept in {work / 'out.mp4.parts'}; the same command goes on there."
+    assert first == (130, "", f"talkingdit: {kept}\n")
+    assert others == [(130, "", ""), (130, "", "")]
+    assert main(argv) == 0
+    assert "going on after 1 of 3 clips" in capsys.readouterr().err
+    check_same(pictures(work / "out.mp4"), whole)
+
+
+def test_what_one_process_began_two_go_on_with(
+    processes: Any, work: Path, folder: Path, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from talkingdit.pipelines import s2v_video
+
+    made = s2v_video.to_frames
+    seen = []
+
+    def stop(video: Any) -> np.ndarray:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(video)
+        return made(video)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(s2v_video, "to_frames", stop)
+        assert main(arguments(work, folder)) == 130
+    (status, _, messages), _ = processes(2, command, arguments(work, folder))
+    assert status == 0
+    assert "going on after 2 of 3 clips" in messages
+    check_same(pictures(work / "out.mp4"), whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--image", "nowhere.png"), "image 'nowhere.png': expected an existing file"),
+        (("--parallel", "ulysses=4"), "guidance=1, ulysses=4 and ring=1 are for 4 processes, got 2."),
+        (("--parallel", "guidance=2", "--guidance", "1"), "guidance must be at most the number of predictions"),
+        (("--parallel", "speed=2"), "the words are guidance, ulysses, ring and vae, got 'speed'"),
+        (("--device", "toaster"), "the device 'toaster' cannot be used"),
+        (("--solver", "euler"), "invalid choice: 'euler'"),
+        (("--pose", "nowhere.mp4"), "pose 'nowhere.mp4': expected an existing file"),
+    ],
+)
+def test_a_mistake_is_told_once_and_ends_all(
+    processes: Any, work: Path, folder: Path, options: tuple[str, str], sentence: str
+) -> None:
+    (status, out, messages), others = processes(2, command, arguments(work, folder, *options))
+    assert status == 2
+    assert out == ""
+    assert sentence in messages
+    assert len(messages.splitlines()) == 1
+    assert others == (2, "", "")
+    assert left(work) == set()
+
+
+def full_disk(argv: list[str]) -> tuple[int, str, str]:
+    from talkingdit.pipelines import parts
+
+    write = parts._write_lossless
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    parts._write_lossless = fail
+    try:
+        return command(argv)
+    finally:
+        parts._write_lossless = write
+
+
+def test_a_full_disk_ends_all(processes: Any, work: Path, folder: Path) -> None:
+    (status, _, messages), others = processes(2, full_disk, arguments(work, folder))
+    assert status == 2
+    assert "clip 0 cannot be written ([Errno 28] No space left on device)" in messages
+    assert others == (2, "", "")
+    assert left(work) == set()
+
+
+def test_drawn_characters_in_two_processes(
+    processes: Any, work: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = make_checkpoint(tmp_path_factory.mktemp("puppets"))
+    files = ["--image", str(work / "face.png"), "--audio", str(work / "voice.wav"), "--checkpoint", str(folder)]
+    assert main(["generate", *files, "-o", str(work / "one.mp4")]) == 0
+    (status, out, messages), others = processes(2, command, ["generate", *files, "-o", str(work / "two.mp4")])
+    assert status == 0
+    assert "two.mp4: 23 frames" in out
+    assert messages.count("only its middle square is used") == 1
+    assert others == (0, "", "")
+    check_same(pictures(work / "two.mp4"), pictures(work / "one.mp4"))
+
+
+def torchrun(*command: str) -> subprocess.Popen[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    quiet = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(
+        [*start, *command], env=os.environ | quiet, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_makes_the_video_of_one_process(work: Path, folder: Path, whole: np.ndarray) -> None:
+    run = torchrun("-m", "talkingdit", *arguments(work, folder))
+    out, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    assert out.count("out.mp4: 23 frames") == 1
+    assert left(work) == {"out.mp4"}
+    check_same(pictures(work / "out.mp4"), whole)
+
+
+@pytest.mark.slow
+def test_the_death_of_a_process_ends_the_run_and_finished_clips_stay(
+    work: Path, folder: Path, whole: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = work / "script.py"
+    script.write_text(SCRIPT.format(rank="1", what="os.kill(os.getpid(), signal.SIGKILL)"))
+    run = torchrun(str(script), *arguments(work, folder))
+    _, errors = run.communicate(timeout=300)
+    assert run.returncode != 0
+    assert "Signal 9 (SIGKILL)" in errors
+    assert left(work) == {"script.py", "out.mp4.parts"}
+    assert main(arguments(work, folder)) == 0
+    assert "going on after 1 of 3 clips" in capsys.readouterr().err
+    check_same(pictures(work / "out.mp4"), whole)
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_all_processes_at_the_same_step(work: Path, folder: Path) -> None:
+    script, mark = work / "script.py", work / "reached"
+    script.write_text(SCRIPT.format(rank="0", what=f"open({str(mark)!r}, 'w').close(); import time; time.sleep(2)"))
+    run = torchrun(str(script), *arguments(work, folder))
+    deadline = time.monotonic() + 200
+    while not mark.exists() and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, errors = run.communicate(timeout=100)
+    assert time.monotonic() - began < 25  # before torchrun loses its patience, which is 30 s
+    assert run.returncode != 0
+    assert errors.count("talkingdit: interrupted; 1 of 3 clips are kept in") == 1
+    assert left(work) == {"script.py", "reached", "out.mp4.parts"}
