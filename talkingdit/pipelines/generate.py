@@ -211,6 +211,7 @@ class TalkingPipeline:
                     history=_repeat(history, branches) if clip else None,
                     audio=_given(heard, branches),
                     audio_history=_given(before, branches) if clip else None,
+                    **self._parallel.arguments,
                 )
                 for text, branches in zip(texts, groups, strict=True)
             ]

@@ -130,7 +130,7 @@ class Parallel:
     def __init__(self, team: Team = ALONE, layout: Layout | None = None, device: torch.device | str = "cpu"):
         self.team = team
         self.layout = Layout(1, 1, 1, "one") if layout is None else layout
-        self.arguments: dict[str, ContextParallel] = {}  # of the model call
+        self.arguments: dict[str, ContextParallel] = {}  # of the model's calls
         self._guidance: dist.ProcessGroup | None = None
         self._share = 0
         if team.size == 1:

@@ -346,6 +346,7 @@ class S2VPipeline:
                 pose=None if posed is None else _repeat(posed, text),
                 audio=sound,
                 size=(frames, height, width),
+                **self._parallel.arguments,
             )
             for text, sound in branches
         ]
