@@ -324,7 +324,7 @@ def _generate_s2v(args: argparse.Namespace, job: Inputs, team: Team, layout: Lay
     parallel = plan(team, layout, predictions, checkpoint, _warn)
     if args.compile:
         # Messages between processes stay out of the compiled parts.
-        checkpoint.transformer.compile_repeated_blocks(fullgraph=not parallel.arguments)
+        checkpoint.transformer.compile_repeated_blocks(fullgraph=parallel.context is None)
     # What changes pictures, not only time and room.
     variant = "" if memory is None else f"{memory.weights} {memory.residual} {memory.absorb_audio} {memory.vae}"
     with tqdm(unit="step", desc="generating", disable=True if team.rank else None) as bar:

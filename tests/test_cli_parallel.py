@@ -22,6 +22,8 @@ from tiny_checkpoint import make_checkpoint
 from talkingdit.cli import main
 from talkingdit.pipelines.processes import Team
 
+PATIENCE = 240.0  # seconds; the first job of a process imports everything
+
 # Runs the command, and does something to one process when it comes to the second clip.
 SCRIPT = """
 import os, signal, sys
@@ -101,7 +103,9 @@ def command(argv: list[str], stop_at: int | None = None) -> tuple[int, str, str]
 
 
 def test_two_processes_make_the_video_of_one(processes: Any, work: Path, folder: Path, whole: np.ndarray) -> None:
-    (status, out, messages), others = processes(2, command, arguments(work, folder, "--sheet", str(work / "a.png")))
+    (status, out, messages), others = processes(
+        2, command, arguments(work, folder, "--sheet", str(work / "a.png")), timeout=PATIENCE
+    )
     assert (status, messages) == (0, "")
     assert "out.mp4: 23 frames" in out
     assert others == (0, "", "")
@@ -113,7 +117,7 @@ def test_what_three_processes_began_one_goes_on_with(
     processes: Any, work: Path, folder: Path, whole: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = arguments(work, folder)
-    first, *others = processes(3, command, [*argv, "--parallel", "ring=3,vae=split"], 1)
+    first, *others = processes(3, command, [*argv, "--parallel", "ring=3,vae=split"], 1, timeout=PATIENCE)
     kept = f"interrupted; 1 of 3 clips are kept in {work / 'out.mp4.parts'}; the same command goes on there."
     assert first == (130, "", f"talkingdit: {kept}\n")
     assert others == [(130, "", ""), (130, "", "")]
@@ -139,7 +143,7 @@ def test_what_one_process_began_two_go_on_with(
     with monkeypatch.context() as patch:
         patch.setattr(s2v_video, "to_frames", stop)
         assert main(arguments(work, folder)) == 130
-    (status, _, messages), _ = processes(2, command, arguments(work, folder))
+    (status, _, messages), _ = processes(2, command, arguments(work, folder), timeout=PATIENCE)
     assert status == 0
     assert "going on after 2 of 3 clips" in messages
     check_same(pictures(work / "out.mp4"), whole)
@@ -160,7 +164,7 @@ def test_what_one_process_began_two_go_on_with(
 def test_a_mistake_is_told_once_and_ends_all(
     processes: Any, work: Path, folder: Path, options: tuple[str, str], sentence: str
 ) -> None:
-    (status, out, messages), others = processes(2, command, arguments(work, folder, *options))
+    (status, out, messages), others = processes(2, command, arguments(work, folder, *options), timeout=PATIENCE)
     assert status == 2
     assert out == ""
     assert sentence in messages
@@ -185,7 +189,7 @@ def full_disk(argv: list[str]) -> tuple[int, str, str]:
 
 
 def test_a_full_disk_ends_all(processes: Any, work: Path, folder: Path) -> None:
-    (status, _, messages), others = processes(2, full_disk, arguments(work, folder))
+    (status, _, messages), others = processes(2, full_disk, arguments(work, folder), timeout=PATIENCE)
     assert status == 2
     assert "clip 0 cannot be written ([Errno 28] No space left on device)" in messages
     assert others == (2, "", "")
@@ -198,7 +202,9 @@ def test_drawn_characters_in_two_processes(
     folder = make_checkpoint(tmp_path_factory.mktemp("puppets"))
     files = ["--image", str(work / "face.png"), "--audio", str(work / "voice.wav"), "--checkpoint", str(folder)]
     assert main(["generate", *files, "-o", str(work / "one.mp4")]) == 0
-    (status, out, messages), others = processes(2, command, ["generate", *files, "-o", str(work / "two.mp4")])
+    (status, out, messages), others = processes(
+        2, command, ["generate", *files, "-o", str(work / "two.mp4")], timeout=PATIENCE
+    )
     assert status == 0
     assert "two.mp4: 23 frames" in out
     assert messages.count("only its middle square is used") == 1

@@ -211,7 +211,7 @@ class TalkingPipeline:
                     history=_repeat(history, branches) if clip else None,
                     audio=_given(heard, branches),
                     audio_history=_given(before, branches) if clip else None,
-                    **self._parallel.arguments,
+                    context=self._parallel.context,
                 )
                 for text, branches in zip(texts, groups, strict=True)
             ]
@@ -223,7 +223,7 @@ class TalkingPipeline:
                         _repeat(x, branches),
                         torch.full((len(branches),), 1000.0 * sigma, device=device),
                         conditions=condition,
-                        **self._parallel.arguments,
+                        context=self._parallel.context,
                     )
                     for condition, branches in zip(conditions, groups, strict=True)
                 ]

@@ -130,7 +130,7 @@ class Parallel:
     def __init__(self, team: Team = ALONE, layout: Layout | None = None, device: torch.device | str = "cpu"):
         self.team = team
         self.layout = Layout(1, 1, 1, "one") if layout is None else layout
-        self.arguments: dict[str, ContextParallel] = {}  # of the model's calls
+        self.context: ContextParallel | None = None  # of the model's calls
         self._guidance: dist.ProcessGroup | None = None
         self._share = 0
         if team.size == 1:
@@ -140,7 +140,7 @@ class Parallel:
         if ring * ulysses > 1:
             from talkingdit.nn.context_parallel import ContextParallel
 
-            self.arguments["context"] = ContextParallel.from_mesh(mesh["ring", "ulysses"])
+            self.context = ContextParallel.from_mesh(mesh["ring", "ulysses"])
         if guidance > 1:
             self._guidance = mesh["guidance"].get_group()
             self._share = mesh["guidance"].get_local_rank()

@@ -346,7 +346,7 @@ class S2VPipeline:
                 pose=None if posed is None else _repeat(posed, text),
                 audio=sound,
                 size=(frames, height, width),
-                **self._parallel.arguments,
+                context=self._parallel.context,
             )
             for text, sound in branches
         ]
@@ -361,7 +361,7 @@ class S2VPipeline:
                         _repeat(x, text),
                         timestep.float().expand(len(text)),
                         conditions=condition,
-                        **self._parallel.arguments,
+                        context=self._parallel.context,
                     )
                     for (text, _), condition in zip(branches, conditions, strict=True)
                 ]

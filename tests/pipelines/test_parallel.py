@@ -25,6 +25,7 @@ from talkingdit.pipelines.parallel import Layout, Parallel, plan
 from talkingdit.pipelines.processes import ALONE, Elsewhere, Team
 from talkingdit.pipelines.s2v import S2VPipeline, S2VSampling
 
+PATIENCE = 240.0  # seconds; the first job of a process imports everything
 HEIGHT, WIDTH = 80, 32  # 10 latent rows: uneven strips for four processes
 SETTINGS = {"motion_frames": 25}
 SAMPLING: dict[str, Any] = {"clip_frames": 8, "seed": 3, "negative_prompt": "ugly hands", "match_colour": True}
@@ -113,18 +114,18 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_any_layout_makes_the_clips_of_one_process(processes: Any, name: str) -> None:
     size, words, guidance = CASES[name]
-    check_same(processes(size, make_clips, words, {"guidance": guidance}), alone(guidance))
+    check_same(processes(size, make_clips, words, {"guidance": guidance}, timeout=PATIENCE), alone(guidance))
 
 
 def test_a_pose_video_is_read_once_and_split_like_the_rest(processes: Any) -> None:
     wanted = alone(4.5, posed=True)
     assert difference(wanted.latents[0], alone(4.5).latents[0]) > 1e-3
-    check_same(processes(2, make_clips, "", {"guidance": 4.5}, "", True), wanted)
+    check_same(processes(2, make_clips, "", {"guidance": 4.5}, "", True, timeout=PATIENCE), wanted)
 
 
 @pytest.mark.parametrize(("size", "words"), [(2, "guidance=2"), (2, "ulysses=2")])
 def test_weights_that_wait_on_the_host_come_to_every_process(processes: Any, size: int, words: str) -> None:
-    check_same(processes(size, make_clips, words, {"guidance": 4.5}, "offload=block"), alone(4.5))
+    check_same(processes(size, make_clips, words, {"guidance": 4.5}, "offload=block", timeout=PATIENCE), alone(4.5))
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_drawn_characters_too(
     wanted = np.concatenate(draw_puppet(puppets, "", strengths, batched)).astype(int)
     assert wanted.shape == (14, 32, 32, 3)
     assert wanted.std() > 10
-    for made in processes(size, draw_puppet, puppets, words, strengths, batched):
+    for made in processes(size, draw_puppet, puppets, words, strengths, batched, timeout=PATIENCE):
         assert np.abs(np.concatenate(made) - wanted).max() <= 1  # rounded to 8 bits
         assert (np.concatenate(made) != wanted).mean() < 1e-3
 
@@ -212,7 +213,7 @@ def refused_layout() -> tuple[str, int]:
 
 
 def test_an_autoencoder_that_cannot_be_split_is_decoded_by_one(processes: Any) -> None:
-    assert processes(2, refused_layout) == [("one", 1), ("one", 0)]
+    assert processes(2, refused_layout, timeout=PATIENCE) == [("one", 1), ("one", 0)]
 
 
 def caught(work: Callable[[], Any]) -> str:
@@ -251,7 +252,7 @@ def stop_together() -> list[str]:
 
 
 def test_all_processes_stop_for_what_happens_in_one(processes: Any) -> None:
-    for rank, said in enumerate(processes(3, stop_together)):
+    for rank, said in enumerate(processes(3, stop_together, timeout=PATIENCE)):
         assert said == [
             "7",
             "elsewhere 2" if rank else "UserError no such file",

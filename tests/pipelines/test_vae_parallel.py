@@ -20,6 +20,7 @@ from talkingdit.pipelines.vae import StreamingDecoder, encode
 from talkingdit.pipelines.vae_parallel import Autoencoder, Strips, check_split, on_strips
 from talkingdit.pipelines.vae_tail import decode_after
 
+PATIENCE = 240.0  # seconds; the first job of a process imports everything
 SMALL = {"dim_mult": [1, 2, 2, 2], "temperal_downsample": [False, True, True], "num_res_blocks": 1, "base_dim": 4}
 PATCHED = {"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
 VAES: dict[str, dict[str, Any]] = {
@@ -67,7 +68,7 @@ def test_strips_decode_to_the_whole_picture(processes: Any, name: str, size: int
         "tail": decode_after(vae, latents[:, :, :3], latents[:, :, 3:]),
     }
     assert wanted["stream"].std() > 0.02
-    results = processes(size, decode_all, name, rows, 2)
+    results = processes(size, decode_all, name, rows, 2, timeout=PATIENCE)
     for rank, made in enumerate(results):
         for path, pictures in wanted.items():
             assert pictures.shape == made[path].shape
@@ -83,7 +84,7 @@ def encode_all(name: str, height: int, width: int) -> Tensor:
 def test_strips_encode_to_the_latents_of_the_whole(processes: Any, name: str, size: int, rows: int) -> None:
     height, width = rows * FACTORS[name], 3 * FACTORS[name]
     wanted = encode(build(name), draw(1, 3, 9, height, width).clamp(-1, 1))
-    for made in processes(size, encode_all, name, height, width):
+    for made in processes(size, encode_all, name, height, width, timeout=PATIENCE):
         torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -96,7 +97,7 @@ def attend(name: str) -> Tensor:
 def test_attention_in_later_blocks_sees_the_whole_picture(processes: Any) -> None:
     name = "attention at a large scale"
     wanted = decode_after(build(name), draw(1, 16, 1, 4, 4), draw(1, 16, 2, 4, 4, seed=1))
-    torch.testing.assert_close(processes(2, attend, name)[1], wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(processes(2, attend, name, timeout=PATIENCE)[1], wanted, rtol=0, atol=1e-5)
 
 
 def where_it_ran(rows: int, split: bool, tiled: bool) -> tuple[Tensor, int]:
@@ -117,7 +118,7 @@ def test_otherwise_the_first_process_decodes_for_all(processes: Any, rows: int, 
     if tiled:
         vae.enable_tiling(16, 16, 8, 8)
     wanted = Autoencoder(vae).decode_after(draw(1, 16, 1, rows, 3), draw(1, 16, 1, rows, 3, seed=1))
-    results = processes(2, where_it_ran, rows, split, tiled)
+    results = processes(2, where_it_ran, rows, split, tiled, timeout=PATIENCE)
     assert [runs > 0 for _, runs in results] == [True, False]
     for made, _ in results:
         assert torch.equal(made, wanted)
@@ -142,7 +143,7 @@ def swap_and_restore() -> tuple[int, bool, bool]:
 
 
 def test_the_model_is_put_back_also_after_an_error(processes: Any) -> None:
-    for changed, after, after_error in processes(2, swap_and_restore):
+    for changed, after, after_error in processes(2, swap_and_restore, timeout=PATIENCE):
         assert changed > 10
         assert after
         assert after_error
