@@ -7,13 +7,10 @@ samples of a step follow from the seed and the place in the run, not from the nu
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-from torch import Tensor
 
 from talkingdit.data.sample import ClipRequest, Sample
 from training.buckets import Fit
@@ -47,19 +44,6 @@ class MicroBatch:
 
     def __post_init__(self) -> None:
         self.weights = self.weights or [1.0] * len(self.samples)
-
-    def pin_memory(self) -> MicroBatch:
-        """With tensors in pinned memory; called by DataLoader."""
-        return dataclasses.replace(self, samples=[_pinned(sample) for sample in self.samples])
-
-
-def _pinned(sample: Sample) -> Sample:
-    def pin(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.pin_memory()
-        return {key: pin(inner) for key, inner in value.items()} if isinstance(value, dict) else value
-
-    return dataclasses.replace(sample, **{f.name: pin(getattr(sample, f.name)) for f in dataclasses.fields(sample)})
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,7 @@ class BatchConfig:
     size: int = 6  # samples of a stacked micro-batch
     tokens: int = 0  # most tokens of a clip, and of a packed micro-batch; 0: no limit (stacked only)
     kinds: Literal["any", "single"] = "any"  # single: all samples of a step are of one `Sample.kind`
+    kind_shares: dict[str, float] = field(default_factory=dict)  # kind: share within its source; empty: by their number
     frames: list[int] = field(default_factory=list)  # latent frames that clips are cut to; empty: model.clip_latents
     resolutions: list[tuple[int, int]] = field(default_factory=list)  # pixel rows, columns; empty: the data's own
     fit: Literal["resize", "crop"] = "resize"  # what makes a clip with too many tokens smaller

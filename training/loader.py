@@ -10,20 +10,20 @@ StatefulDataLoader: its state belongs to each worker, and it refuses another num
 from __future__ import annotations
 
 import logging
-import signal
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from talkingdit.data.sample import BrokenSample, Sample, Shape, Source
 from training.batching import ATTENTION_TOKENS, Group, MicroBatch, Planned, Planner, StepPlan
 from training.buckets import Buckets, CountTokens, Fit, patches
 from training.config import StageConfig, at
+from training.reading import Parcel, Reader, start_worker
 from training.sampler import Sampler, Stream, stream_shares
 
 logger = logging.getLogger(__name__)
@@ -41,57 +41,6 @@ class Broken:
     reasons: list[str] = field(default_factory=list)  # the first few
 
 
-@dataclass
-class _Read:
-    batch: MicroBatch
-    failures: list[tuple[str, str]]  # source, reason
-
-
-class _Reader(Dataset[_Read]):
-    """Turns planned samples into a micro-batch. It runs in the worker processes."""
-
-    def __init__(self, sources: Mapping[str, Source], seed: int, packed: bool) -> None:
-        self.sources, self.seed, self.packed = dict(sources), seed, packed
-
-    def read(self, planned: Planned) -> Sample:
-        """The sample; whatever is random about it follows from (seed, number).
-
-        Raises:
-            BrokenSample: it cannot be read, or is not what was planned.
-        """
-        key = f"{planned.source}[{planned.draw.index}]"
-        rng = np.random.default_rng((self.seed, planned.draw.number))
-        try:
-            sample = self.sources[planned.source].sample(planned.draw.index, rng, planned.clip)
-        except BrokenSample:
-            raise
-        except Exception as error:  # whatever a decoder raises for a damaged file: one sample must not end a run
-            raise BrokenSample(key, f"{type(error).__name__}: {error}") from error
-        clip = planned.clip
-        if tuple(sample.latents.shape[1:]) != (clip.frames, clip.height, clip.width):
-            expected = f"{clip.frames} x {clip.height} x {clip.width}"
-            raise BrokenSample(key, f"latents must be {expected}, got {list(sample.latents.shape)}")
-        if not torch.isfinite(sample.latents).all():
-            raise BrokenSample(key, "latents are not finite")
-        return sample
-
-    def __getitem__(self, group: Group) -> _Read:
-        samples, numbers, failures = [], [], []
-        for planned in group:
-            try:
-                samples.append(self.read(planned))
-                numbers.append(planned.draw.number)
-            except BrokenSample as error:
-                failures.append((planned.source, str(error)))
-        return _Read(MicroBatch(samples, numbers, self.packed), failures)
-
-
-def _start_worker(_: int) -> None:
-    """A signal for the whole job is the main process's to handle; workers go on until it ends them."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
 def _same(value: Any) -> Any:
     return value
 
@@ -99,6 +48,62 @@ def _same(value: Any) -> Any:
 def _cuts(source: Source, shape: Shape) -> bool:
     """Whether a source cuts clips from longer videos: clips that begin one and clips that go on can be asked for."""
     return getattr(source, "cuts", shape.resizable)
+
+
+class _Catalogue:
+    """What a stage can draw: usable items of its sources by stream, and the clip that each is trained with."""
+
+    def __init__(self, sources: Mapping[str, Source], stage: StageConfig, buckets: Buckets) -> None:
+        self.sources, self.stage, self.buckets = sources, stage, buckets
+        self.streams = [stream for name, source in sources.items() for stream in self._sort(name, source)]
+        self._by_name = {stream.name: stream for stream in self.streams}
+
+    def _sort(self, name: str, source: Source) -> list[Stream]:
+        """Streams of a source: items by kind, and where both can be asked for, clips that begin a video or go on."""
+        members: dict[tuple[str, bool | None], list[int]] = {}
+        for index in range(len(source)):
+            shape = source.shape(index)
+            for begins in (True, False) if shape.history > 0 and _cuts(source, shape) else (None,):
+                if self.buckets.fit(shape, begins) is not None:
+                    members.setdefault((shape.kind, begins), []).append(index)
+        if not members:
+            raise ValueError(
+                f"data: none of the {len(source)} samples of source {name!r} is long enough for batch.frames "
+                f"{self.buckets.frames} and small enough for batch.tokens {self.stage.batch.tokens}"
+            )
+        found = [Stream(name, kind, np.asarray(items), begins) for (kind, begins), items in members.items()]
+        unused = len(source) - len({index for items in members.values() for index in items})
+        if unused:
+            logger.warning("data: %d of %d samples of %s are too short or too large; unused", unused, len(source), name)
+        return sorted(found, key=lambda stream: stream.name)
+
+    def fit(self, name: str, index: int) -> tuple[Fit, tuple[bool, int]] | None:
+        """The clip of an item, whether it has a reference, and its latent frames of history; None if it is unusable."""
+        stream = self._by_name[name]
+        source = self.sources[stream.source]
+        if index >= len(source):
+            return None
+        shape = source.shape(index)
+        fit = self.buckets.fit(shape, stream.begins)
+        return None if fit is None else (fit, (shape.reference, 0 if stream.begins else shape.history))
+
+    def shares(self, step: int) -> dict[str, float]:
+        """Shares of the streams at a step of the stage."""
+        progress = min(1.0, step / self.stage.steps) if self.stage.steps > 0 else 0.0
+        mix = {name: at(share, progress) for name, share in self.stage.mix.items()}
+        first = at(self.stage.conditions.first_clip, progress)
+        return stream_shares(self.streams, mix, self.stage.batch.kind_shares, first)
+
+
+def _groups(planner: Planner, ahead: deque[StepPlan], data_rank: int, data_size: int) -> Iterator[Group]:
+    """What a rank reads, in order; run by DataLoader as far ahead as it reads.
+
+    It knows nothing of the loader, so that a loader nobody uses any more is gone at once, with its workers.
+    """
+    while True:
+        plan = planner.plan()
+        ahead.append(plan)
+        yield from plan.of_rank(data_rank, data_size)
 
 
 class Loader:
@@ -114,7 +119,6 @@ class Loader:
         clip_latents: duration of clips if `stage.batch.frames` is empty.
         count_tokens: tokens of a clip with its conditions in the model's sequence.
         attention_tokens: tokens of a sample at which its attention costs as much as all else.
-        kinds: how a source's share is divided over its kinds, see stream_shares().
         pin_memory: put tensors into pinned memory, for fast copies to a GPU.
 
     Attributes:
@@ -139,7 +143,6 @@ class Loader:
         clip_latents: int = 8,
         count_tokens: CountTokens = patches,
         attention_tokens: float = ATTENTION_TOKENS,
-        kinds: Mapping[str, float] | Literal["items", "equal"] = "items",
         pin_memory: bool = False,
     ) -> None:
         batch = stage.batch
@@ -158,16 +161,14 @@ class Loader:
             )
         self.stage, self.seed, self.data_rank, self.data_size = stage, seed, data_rank, data_size
         self.workers, self.prefetch, self.pin_memory = workers, prefetch, pin_memory
-        self.kinds = kinds
         sizes = [(rows // 8, columns // 8) for rows, columns in batch.resolutions]
         frames = batch.frames or [clip_latents]
-        self._buckets = Buckets(batch.tokens, frames, sizes, batch.fit, count=count_tokens)
-        self._sources = {name: sources[name] for name in stage.mix}
-        self._streams = [s for name, source in self._sources.items() for s in self._sort(name, source)]
+        used = {name: sources[name] for name in stage.mix}
+        self._catalogue = _Catalogue(used, stage, Buckets(batch.tokens, frames, sizes, batch.fit, count=count_tokens))
         self._planner = Planner(
-            Sampler(self._streams, seed),
-            self._fit,
-            self._shares,
+            Sampler(self._catalogue.streams, seed),
+            self._catalogue.fit,
+            self._catalogue.shares,
             count=batch.count,
             mode=batch.mode,
             size=batch.size,
@@ -175,65 +176,25 @@ class Loader:
             single=batch.kinds == "single",
             attention_tokens=attention_tokens,
         )
-        self._reader = _Reader(self._sources, seed, batch.mode == "pack")
+        self._reader = Reader(used, seed, batch.mode == "pack")
         self._state = self._planner.state_dict()
         self._ahead: deque[StepPlan] = deque()  # planned, not yet returned
-        self._reading: Iterator[_Read] | None = None
+        self._reading: Iterator[Parcel] | None = None
         self._spare: Sample | None = None
         self._recent: deque[bool] = deque(maxlen=WINDOW)
-        self.broken: dict[str, Broken] = {name: Broken() for name in self._sources}
+        self.broken: dict[str, Broken] = {name: Broken() for name in used}
         self.figures: dict[str, float] = {}
 
-    def _sort(self, name: str, source: Source) -> list[Stream]:
-        """Streams of a source: items by kind, and where both can be asked for, clips that begin a video or go on."""
-        members: dict[tuple[str, bool | None], list[int]] = {}
-        for index in range(len(source)):
-            shape = source.shape(index)
-            for begins in (True, False) if shape.history > 0 and _cuts(source, shape) else (None,):
-                if self._buckets.fit(shape, begins) is not None:
-                    members.setdefault((shape.kind, begins), []).append(index)
-        if not members:
-            raise ValueError(
-                f"data: none of the {len(source)} samples of source {name!r} is long enough for batch.frames "
-                f"{self._buckets.frames} and small enough for batch.tokens {self.stage.batch.tokens}"
-            )
-        found = [Stream(name, kind, np.asarray(items), begins) for (kind, begins), items in members.items()]
-        unused = len(source) - len({index for items in members.values() for index in items})
-        if unused:
-            logger.warning("data: %d of %d samples of %s are too short or too large; unused", unused, len(source), name)
-        return sorted(found, key=lambda stream: stream.name)
-
-    def _fit(self, name: str, index: int) -> tuple[Fit, tuple[bool, int]] | None:
-        stream = self._planner.sampler.streams[name]
-        source = self._sources[stream.source]
-        if index >= len(source):
-            return None
-        shape = source.shape(index)
-        fit = self._buckets.fit(shape, stream.begins)
-        return None if fit is None else (fit, (shape.reference, 0 if stream.begins else shape.history))
-
-    def _shares(self, step: int) -> dict[str, float]:
-        progress = min(1.0, step / self.stage.steps) if self.stage.steps > 0 else 0.0
-        mix = {name: at(share, progress) for name, share in self.stage.mix.items()}
-        return stream_shares(self._streams, mix, self.kinds, at(self.stage.conditions.first_clip, progress))
-
-    def _groups(self) -> Iterator[Group]:
-        """What this rank reads, in order; run by DataLoader as far ahead as it reads."""
-        while True:
-            plan = self._planner.plan()
-            self._ahead.append(plan)
-            yield from plan.of_rank(self.data_rank, self.data_size)
-
-    def _start(self) -> Iterator[_Read]:
+    def _start(self) -> Iterator[Parcel]:
         slots = self.stage.batch.count // self.data_size
         more: dict[str, Any] = {"prefetch_factor": max(1, self.prefetch * slots)} if self.workers else {}
         loader = DataLoader(
             self._reader,
-            sampler=self._groups(),
+            sampler=_groups(self._planner, self._ahead, self.data_rank, self.data_size),
             batch_size=None,
             collate_fn=_same,
             num_workers=self.workers,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             pin_memory=self.pin_memory,
             generator=torch.Generator().manual_seed(self.seed),  # else it takes a number from everybody's
             **more,
@@ -248,18 +209,19 @@ class Loader:
             self._reading = self._start()
         read = [next(self._reading) for _ in range(self.stage.batch.count // self.data_size)]
         plan = self._ahead.popleft()
-        for one in read:
-            self._note(one)
+        batches = [parcel.opened() for parcel in read]
+        for batch, parcel in zip(batches, read, strict=True):
+            self._note(batch, parcel.failures)
         groups = plan.of_rank(self.data_rank, self.data_size)
-        batches = [self._filled(one.batch, group) for one, group in zip(read, groups, strict=True)]
+        batches = [self._filled(batch, group) for batch, group in zip(batches, groups, strict=True)]
         self._state = plan.state
         self.figures = plan.figures(self.data_size) | {"broken": sum(b.count for b in self.broken.values())}
         return batches
 
-    def _note(self, read: _Read) -> None:
-        if read.batch.samples:
-            self._spare = read.batch.samples[0]
-        for source, reason in read.failures:
+    def _note(self, batch: MicroBatch, failures: list[tuple[str, str]]) -> None:
+        if batch.samples:
+            self._spare = batch.samples[0]
+        for source, reason in failures:
             broken = self.broken[source]
             broken.count += 1
             if broken.count <= REASONS:
@@ -267,7 +229,7 @@ class Loader:
                 logger.warning("data: broken sample left out: %s", reason)
             elif broken.count % 1000 == 0:
                 logger.warning("data: %d broken samples of %s left out so far", broken.count, source)
-        self._recent.extend([False] * len(read.batch.samples) + [True] * len(read.failures))
+        self._recent.extend([False] * len(batch.samples) + [True] * len(failures))
         share = sum(self._recent) / max(1, len(self._recent))
         if len(self._recent) >= ENOUGH and share > MOST:
             raise ValueError(f"data: {share:.0%} of the last {len(self._recent)} samples are broken; {self._first()}")
@@ -288,7 +250,7 @@ class Loader:
         items = self._planner.sampler.streams[planned.draw.stream].items
         begin = int(np.searchsorted(items, planned.draw.index))
         for index in np.roll(items, -begin - 1)[:TRIES].tolist():
-            found = self._fit(planned.draw.stream, index)
+            found = self._catalogue.fit(planned.draw.stream, index)
             if found is None:
                 continue
             fit, _ = found

@@ -13,7 +13,7 @@ import logging
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -57,16 +57,16 @@ class Stream:
 def stream_shares(
     streams: Iterable[Stream],
     mix: Mapping[str, float],
-    kinds: Mapping[str, float] | Literal["items", "equal"] = "items",
+    kinds: Mapping[str, float] | None = None,
     first: float = 0.0,
 ) -> dict[str, float]:
     """Share of every stream, by name; they add up to one.
 
     Args:
         mix: source: weight, in any unit (audio 1 to image 1.5). Sources that are left out are not drawn.
-        kinds: how a source's share is divided over its kinds: "items" in proportion to their numbers of items (every
-            item is as likely), "equal", or weights by kind, where kinds that are left out are not drawn. A source that
-            has none of the kinds named is divided by "items".
+        kinds: kind: weight in its source's share; of a source that has any of these kinds, others are not drawn. A
+            source that has none, and every source without weights, is divided by the numbers of items: every item is
+            as likely.
         first: share of clips that begin a video, where a source can give both.
 
     Raises:
@@ -78,8 +78,12 @@ def stream_shares(
     unknown = sorted(set(mix) - set(by_source))
     if unknown:
         raise ValueError(f"data.mix: no source {unknown[0]!r}; there are {', '.join(sorted(by_source))}")
-    named = kinds if isinstance(kinds, Mapping) else {}
-    for where, weights in (("data.mix", mix), ("kinds", named)):
+    named = kinds or {}
+    there = sorted({stream.kind for group in by_source.values() for stream in group})
+    strange = sorted(set(named) - set(there))
+    if strange:
+        raise ValueError(f"batch.kind_shares: no sample is of kind {strange[0]!r}; there are {', '.join(there)}")
+    for where, weights in (("data.mix", mix), ("batch.kind_shares", named)):
         low = [name for name, weight in weights.items() if weight < 0]
         if low:
             raise ValueError(f"{where}: the share of {low[0]!r} must not be negative, got {weights[low[0]]}")
@@ -87,18 +91,15 @@ def stream_shares(
     shares: dict[str, float] = {}
     for source, group in by_source.items():
         # Streams of the same items, first and later, share what their number of items is worth.
-        worth = {stream.name: begins[stream.begins] * len(stream.items) for stream in group}
+        items = {stream.name: begins[stream.begins] * len(stream.items) for stream in group}
         by_kind: dict[str, float] = {}
         for stream in group:
-            by_kind[stream.kind] = by_kind.get(stream.kind, 0.0) + worth[stream.name]
-        weight = dict(by_kind)
-        if kinds == "equal":
-            weight = dict.fromkeys(by_kind, 1.0)
-        elif set(named) & set(by_kind):
-            weight = {kind: float(named.get(kind, 0.0)) for kind in by_kind}
+            by_kind[stream.kind] = by_kind.get(stream.kind, 0.0) + items[stream.name]
+        told = set(named) & set(by_kind)
+        weight = {kind: float(named.get(kind, 0.0)) if told else worth for kind, worth in by_kind.items()}
         whole = sum(weight.values())
         for stream in group:
-            inner = worth[stream.name] / by_kind[stream.kind] if by_kind[stream.kind] > 0 else 0.0
+            inner = items[stream.name] / by_kind[stream.kind] if by_kind[stream.kind] > 0 else 0.0
             part = weight[stream.kind] / whole if whole > 0 else 0.0
             shares[stream.name] = mix.get(source, 0.0) * part * inner
     total = sum(shares.values())

@@ -2,14 +2,18 @@
 """What ranks read: the same samples on any number of ranks and workers, none lost or repeated, broken ones left out."""
 
 import json
+import multiprocessing
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from talkingdit.data.sample import BrokenSample, Sample, Shape
-from training.batching import MicroBatch
-from training.config import BatchConfig, ConditionsConfig, StageConfig
+from training.config import BatchConfig, ConditionsConfig, StageConfig, at, read_toml
 from training.loader import Loader
 
 
@@ -116,6 +120,7 @@ def test_what_was_read_ahead_is_not_lost(sources):
     first += [sorted(n for batch in next(loader) for n in batch.numbers) for _ in range(2)]
     loader.close()
     first += [sorted(n for batch in next(loader) for n in batch.numbers) for _ in range(2)]
+    loader.close()
     assert first == [sorted(step) for step in straight]
 
 
@@ -139,7 +144,8 @@ def test_the_mix_moves_from_its_start_to_its_end_over_the_stage(sources):
 def test_steps_of_a_single_kind_and_kinds_in_balance():
     kinds = ["view", "face", "face", "face"]
     shapes = [Shape(8, 12, 12, kind=kinds[i % 4]) for i in range(40)]
-    loader = Loader({"a": Numbered("a", shapes)}, stage({"a": 1}, kinds="single"), 0, kinds="equal")
+    plan = stage({"a": 1}, kinds="single", kind_shares={"view": 1, "face": 1})
+    loader = Loader({"a": Numbered("a", shapes)}, plan, 0)
     seen = [{sample.kind for batch in next(loader) for sample in batch.samples} for _ in range(20)]
     assert all(len(step) == 1 for step in seen)
     assert seen.count({"view"}) == 10
@@ -256,10 +262,103 @@ def test_reading_takes_no_number_from_the_programs_own_generator(sources):
     assert torch.rand(1) == expected
 
 
+def test_tensors_of_every_type_and_shape_come_through_a_worker_unchanged():
+    tensors = {
+        "empty": torch.empty(3, 0, dtype=torch.float64),
+        "number": torch.tensor(7),
+        "odd": torch.arange(7, dtype=torch.uint8),
+        "half": torch.randn(3, 5).half(),
+        "turned": torch.randn(4, 6).T,
+        "mask": torch.rand(9) > 0.5,
+    }
+
+    class Rich(Numbered):
+        def sample(self, index, rng, clip):
+            sample = super().sample(index, rng, clip)
+            sample.regions, sample.text = tensors, tensors["half"]
+            return sample
+
+    loader = Loader({"a": Rich("a", [Shape(8, 12, 12)] * 9)}, stage({"a": 1}), 0, workers=1)
+    for sample in next(loader)[1].samples:
+        assert sample.history is None
+        assert torch.equal(sample.text, tensors["half"])
+        for name, tensor in tensors.items():
+            assert sample.regions[name].dtype == tensor.dtype
+            assert torch.equal(sample.regions[name], tensor)
+    loader.close()
+
+
+def workers_left(before, seconds=3):
+    """Processes started since, once they had time to end."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and (left := set(multiprocessing.active_children()) - before):
+        time.sleep(0.02)
+    return left
+
+
+def test_a_signal_to_the_whole_job_does_not_take_the_workers_away(sources):
+    """A scheduler signals every process; the main one decides what happens, and reads on until its step is saved."""
+    before = set(multiprocessing.active_children())
+    loader = Loader(sources, stage({"a": 1}), 0, workers=2, prefetch=1)
+    next(loader)
+    workers = set(multiprocessing.active_children()) - before
+    sender = "import os, sys; [os.kill(int(pid), number) for pid in sys.argv[1:] for number in (15, 2, 10)]"
+    subprocess.run([sys.executable, "-c", sender, *[str(worker.pid) for worker in workers]], check=True)
+    for _ in range(5):
+        assert len(next(loader)) == 4
+    assert all(worker.is_alive() for worker in workers)
+    for worker in workers:
+        worker.terminate()  # the main process's own signal ends them
+    assert not workers_left(before)
+
+
+def test_a_loader_that_nobody_uses_any_more_is_gone_with_its_workers(sources):
+    before = set(multiprocessing.active_children())
+    loader = Loader(sources, stage({"a": 1}), 0, workers=2, prefetch=1)
+    next(loader)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    del loader
+    assert not workers_left(before)
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_stage_of_the_shipped_configurations_draws_its_mix_within_its_budget(file):
+    config = read_toml(file)
+    rng = np.random.default_rng(0)
+
+    def source(name):
+        sides = [(int(h), int(w)) for h, w in rng.integers(96, 160, (40, 2))]
+        if name == "image":
+            return Numbered(name, [Shape(1, h, w, kind="image", reference=False, resizable=True) for h, w in sides])
+        return Numbered(name, [Shape(40, h, w, history=19, resizable=True) for h, w in sides])
+
+    sources = {name: source(name) for name in config.data.sources}
+    state = None
+    for plan in config.stages:
+        loader = Loader(sources, plan, config.run.seed, clip_latents=config.model.clip_latents)
+        if state is not None:
+            loader.load_state_dict(state)
+        drawn = []
+        for _ in range(3):
+            batches = next(loader)
+            drawn += [sample.source for batch in batches for sample in batch.samples]
+            for batch in batches:
+                tokens = [sample.latents[0].numel() // 4 for sample in batch.samples]
+                assert plan.batch.tokens in (0, max(plan.batch.tokens, sum(tokens) if batch.packed else max(tokens)))
+            if plan.batch.kinds == "single":
+                assert len({sample.kind for batch in batches for sample in batch.samples}) == 1
+        start = {name: at(share, 0.0) for name, share in plan.mix.items()}
+        for name, share in start.items():
+            assert abs(drawn.count(name) / len(drawn) - share / sum(start.values())) < 0.35
+        state = loader.state_dict()
+
+
 @pytest.mark.cuda
-def test_pinned_micro_batches_copy_to_the_device_without_waiting(sources):
+def test_micro_batches_come_in_pinned_memory(sources):
     loader = Loader(sources, stage({"a": 1}), 0, pin_memory=True)
     (batch, *_) = next(loader)
-    assert isinstance(batch, MicroBatch)
     assert batch.samples[0].latents.is_pinned()
     assert batch.samples[0].regions["mouth"].is_pinned()

@@ -91,7 +91,8 @@ def test_kinds_share_a_source_by_items_evenly_or_as_told():
     found = [stream("a", 90, "talk"), stream("a", 10, "sing"), stream("b", 50)]
     mix = {"a": 1, "b": 1}
     assert stream_shares(found, mix) == pytest.approx({"a/talk": 0.45, "a/sing": 0.05, "b/video": 0.5})
-    assert stream_shares(found, mix, "equal") == pytest.approx({"a/talk": 0.25, "a/sing": 0.25, "b/video": 0.5})
+    even = stream_shares(found, mix, {"talk": 1, "sing": 1})
+    assert even == pytest.approx({"a/talk": 0.25, "a/sing": 0.25, "b/video": 0.5})
     told = stream_shares(found, mix, {"talk": 1, "sing": 4})
     assert told == pytest.approx({"a/talk": 0.1, "a/sing": 0.4, "b/video": 0.5})
     assert stream_shares(found, mix, {"sing": 1})["a/talk"] == 0
@@ -120,10 +121,11 @@ def test_steps_of_one_kind_keep_the_shares_of_samples():
 @pytest.mark.parametrize(
     ("mix", "kinds", "message"),
     [
-        ({"film": 1}, "items", "no source 'film'; there are speech"),
-        ({"speech": -1}, "items", "share of 'speech' must not be negative, got -1"),
-        ({"speech": 0}, "items", "every share is zero"),
+        ({"film": 1}, {}, "no source 'film'; there are speech"),
+        ({"speech": -1}, {}, "share of 'speech' must not be negative, got -1"),
+        ({"speech": 0}, {}, "every share is zero"),
         ({"speech": 1}, {"video": -2}, "share of 'video' must not be negative, got -2"),
+        ({"speech": 1}, {"vidoe": 1}, "batch.kind_shares: no sample is of kind 'vidoe'; there are video"),
     ],
 )
 def test_shares_that_cannot_be_drawn_get_one_sentence(mix, kinds, message):
