@@ -8,7 +8,7 @@ samples of a step follow from the seed and the place in the run, not from the nu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -44,6 +44,16 @@ class MicroBatch:
 
     def __post_init__(self) -> None:
         self.weights = self.weights or [1.0] * len(self.samples)
+
+    def without(self, numbers: Container[int]) -> MicroBatch:
+        """Without the samples of these numbers."""
+        keep = [i for i, number in enumerate(self.numbers) if number not in numbers]
+        return MicroBatch(
+            [self.samples[i] for i in keep],
+            [self.numbers[i] for i in keep],
+            self.packed,
+            [self.weights[i] for i in keep],
+        )
 
 
 @dataclass(frozen=True)

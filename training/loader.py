@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from talkingdit.data.sample import BrokenSample, Sample, Shape, Source
@@ -120,6 +121,9 @@ class Loader:
         count_tokens: tokens of a clip with its conditions in the model's sequence.
         attention_tokens: tokens of a sample at which its attention costs as much as all else.
         pin_memory: put tensors into pinned memory, for fast copies to a GPU.
+        peers: processes that read the same share, because they compute it together (context parallelism). They agree
+            in every step on what could be read, with one small collective.
+        device: of that collective.
 
     Attributes:
         figures: of the last step, see StepPlan.figures(); and `broken`, samples that this process could not read yet.
@@ -144,6 +148,8 @@ class Loader:
         count_tokens: CountTokens = patches,
         attention_tokens: float = ATTENTION_TOKENS,
         pin_memory: bool = False,
+        peers: dist.ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         batch = stage.batch
         missing = [name for name in stage.mix if name not in sources]
@@ -161,6 +167,7 @@ class Loader:
             )
         self.stage, self.seed, self.data_rank, self.data_size = stage, seed, data_rank, data_size
         self.workers, self.prefetch, self.pin_memory = workers, prefetch, pin_memory
+        self.peers, self.device = peers, device
         sizes = [(rows // 8, columns // 8) for rows, columns in batch.resolutions]
         frames = batch.frames or [clip_latents]
         used = {name: sources[name] for name in stage.mix}
@@ -209,16 +216,27 @@ class Loader:
             self._reading = self._start()
         read = [next(self._reading) for _ in range(self.stage.batch.count // self.data_size)]
         plan = self._ahead.popleft()
-        batches = [parcel.opened() for parcel in read]
-        for batch, parcel in zip(batches, read, strict=True):
-            self._note(batch, parcel.failures)
         groups = plan.of_rank(self.data_rank, self.data_size)
+        batches = self._agreed([parcel.opened() for parcel in read], groups)
+        for batch, group, parcel in zip(batches, groups, read, strict=True):
+            self._note(batch, len(group), parcel.failures)
         batches = [self._filled(batch, group) for batch, group in zip(batches, groups, strict=True)]
         self._state = plan.state
         self.figures = plan.figures(self.data_size) | {"broken": sum(b.count for b in self.broken.values())}
         return batches
 
-    def _note(self, batch: MicroBatch, failures: list[tuple[str, str]]) -> None:
+    def _agreed(self, batches: list[MicroBatch], groups: list[Group]) -> list[MicroBatch]:
+        """The micro-batches without what a peer could not read: they must hold the same samples, or they hang."""
+        if self.peers is None:
+            return batches
+        numbers = [planned.draw.number for group in groups for planned in group]
+        mine = {number for batch in batches for number in batch.numbers}
+        missing = torch.tensor([number not in mine for number in numbers], dtype=torch.int32, device=self.device)
+        dist.all_reduce(missing, dist.ReduceOp.MAX, group=self.peers)
+        gone = {number for number, lost in zip(numbers, missing.tolist(), strict=True) if lost}
+        return [batch.without(gone) for batch in batches]
+
+    def _note(self, batch: MicroBatch, planned: int, failures: list[tuple[str, str]]) -> None:
         if batch.samples:
             self._spare = batch.samples[0]
         for source, reason in failures:
@@ -229,7 +247,8 @@ class Loader:
                 logger.warning("data: broken sample left out: %s", reason)
             elif broken.count % 1000 == 0:
                 logger.warning("data: %d broken samples of %s left out so far", broken.count, source)
-        self._recent.extend([False] * len(batch.samples) + [True] * len(failures))
+        good = len(batch.samples)
+        self._recent.extend([False] * good + [True] * (planned - good))
         share = sum(self._recent) / max(1, len(self._recent))
         if len(self._recent) >= ENOUGH and share > MOST:
             raise ValueError(f"data: {share:.0%} of the last {len(self._recent)} samples are broken; {self._first()}")

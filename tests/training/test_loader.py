@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ranks read: the same samples on any number of ranks and workers, none lost or repeated, broken ones left out."""
 
+import itertools
 import json
 import multiprocessing
 import subprocess
@@ -11,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from talkingdit.data.sample import BrokenSample, Sample, Shape
+from training.batching import MicroBatch
 from training.config import BatchConfig, ConditionsConfig, StageConfig, at, read_toml
 from training.loader import Loader
+from training.reading import Parcel
 
 
 class Numbered:
@@ -201,6 +205,37 @@ def test_a_micro_batch_that_is_broken_altogether_has_a_sample_that_does_not_coun
             assert batch.samples[0].latents[0, 0, 0, 0] % 2 == 1
             stands_in += not good
     assert stands_in == 10
+
+
+def read_beside_a_bad_disk(steps):
+    """What a process reads of whose peers the second cannot read every third item."""
+    source = Numbered("a", [Shape(8, 12, 12)] * 20, broken=range(0, 20, 3) if dist.get_rank() == 1 else ())
+    loader = Loader({"a": source}, stage({"a": 1}, size=1), 7, peers=dist.group.WORLD)
+    read = [[(b.numbers, b.weights, [s.latents for s in b.samples]) for b in next(loader)] for _ in range(steps)]
+    return read, loader.figures["broken"]
+
+
+def test_processes_that_share_a_sequence_hold_the_same_samples_whatever_one_of_them_can_read(processes):
+    (one, broken), (other, others_broken) = processes(2, read_beside_a_bad_disk, 5)
+    assert (broken, others_broken) == (0, 7)
+    weights = []
+    for mine, yours in zip(itertools.chain(*one), itertools.chain(*other), strict=True):
+        assert mine[:2] == yours[:2]
+        assert torch.equal(torch.stack(mine[2]), torch.stack(yours[2]))
+        weights += mine[1]
+    assert (len(weights), sum(weights)) == (20, 13)
+
+
+def test_pinning_takes_one_allocation_for_a_micro_batch(monkeypatch):
+    from torch.utils.data._utils.pin_memory import pin_memory  # what DataLoader calls
+
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    sample = Sample("0", "a", torch.randn(2, 3, 4, 5), regions={"mouth": torch.ones(3, 4, 5)})
+    opened = pin_memory(Parcel.closed(MicroBatch([sample, sample], [0, 1], False), [])).opened()
+    assert len(pinned) == 1
+    assert torch.equal(opened.samples[1].latents, sample.latents)
+    assert torch.equal(opened.samples[1].regions["mouth"], sample.regions["mouth"])
 
 
 def test_latents_that_are_not_what_was_asked_for_or_not_finite_are_broken(sources):
