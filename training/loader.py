@@ -118,7 +118,8 @@ class Loader:
         workers: processes that read ahead; 0 reads in this one.
         prefetch: steps that each worker reads ahead.
         clip_latents: duration of clips if `stage.batch.frames` is empty.
-        count_tokens: tokens of a clip with its conditions in the model's sequence.
+        count_tokens: tokens of a clip with its conditions in the model's sequence, for `stage.batch.tokens`; for Wan
+            partial(talkingdit.models.wan_sequence.tokens_of, config).
         attention_tokens: tokens of a sample at which its attention costs as much as all else.
         pin_memory: put tensors into pinned memory, for fast copies to a GPU.
         peers: processes that read the same share, because they compute it together (context parallelism). They agree
@@ -131,7 +132,8 @@ class Loader:
 
     Raises:
         ValueError: a source of the mix is missing or has no usable sample, the micro-batches do not divide over the
-            ranks, or shares are to change over a stage whose number of steps is not known.
+            ranks, shares are to change over a stage whose number of steps is not known, or there is a limit of tokens
+            and no way to count them.
     """
 
     def __init__(
@@ -145,13 +147,15 @@ class Loader:
         workers: int = 0,
         prefetch: int = 2,
         clip_latents: int = 8,
-        count_tokens: CountTokens = patches,
+        count_tokens: CountTokens | None = None,
         attention_tokens: float = ATTENTION_TOKENS,
         pin_memory: bool = False,
         peers: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         batch = stage.batch
+        if count_tokens is None and batch.tokens > 0:
+            raise ValueError(f"stages.{stage.name}.batch.tokens is {batch.tokens}, but nothing was given to count with")
         missing = [name for name in stage.mix if name not in sources]
         if missing:
             raise ValueError(f"stages.{stage.name}.mix: no source {missing[0]!r}; there are {', '.join(sources)}")
@@ -171,7 +175,9 @@ class Loader:
         sizes = [(rows // 8, columns // 8) for rows, columns in batch.resolutions]
         frames = batch.frames or [clip_latents]
         used = {name: sources[name] for name in stage.mix}
-        self._catalogue = _Catalogue(used, stage, Buckets(batch.tokens, frames, sizes, batch.fit, count=count_tokens))
+        self._catalogue = _Catalogue(
+            used, stage, Buckets(batch.tokens, frames, sizes, batch.fit, count=count_tokens or patches)
+        )
         self._planner = Planner(
             Sampler(self._catalogue.streams, seed),
             self._catalogue.fit,

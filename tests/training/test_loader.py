@@ -7,6 +7,7 @@ import multiprocessing
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,10 @@ import torch
 import torch.distributed as dist
 
 from talkingdit.data.sample import BrokenSample, Sample, Shape
+from talkingdit.models.presets import PRESETS
+from talkingdit.models.wan_sequence import tokens_of
 from training.batching import MicroBatch
+from training.buckets import patches
 from training.config import BatchConfig, ConditionsConfig, StageConfig, at, read_toml
 from training.loader import Loader
 from training.reading import Parcel
@@ -58,7 +62,7 @@ def read(sources, plan, steps, ranks=1, state=None, workers=0):
     """Samples of every step, {number: (source, item, random number)}, and the states after each."""
     result, states = [{} for _ in range(steps)], [None] * steps
     for rank in range(ranks):
-        loader = Loader(sources, plan, 7, rank, ranks, workers=workers)
+        loader = Loader(sources, plan, 7, rank, ranks, workers=workers, count_tokens=patches)
         if state is not None:
             loader.load_state_dict(json.loads(json.dumps(state)))
         for step in range(steps):
@@ -105,7 +109,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch_on_other_ranks_and_workers(sour
 
 def test_an_epoch_has_every_sample_once(sources):
     plan = stage({"a": 1}, count=5, size=3, kinds="any", mode="pack", tokens=500)
-    loader = Loader(sources, plan, 0)
+    loader = Loader(sources, plan, 0, count_tokens=patches)
     seen = []
     while len(seen) < 90 + 60:
         seen += [pair for batch in next(loader) for pair in items_of(batch)]
@@ -281,6 +285,7 @@ def test_samples_that_are_too_short_are_not_drawn(caplog):
     [
         (stage({"film": 1}), 1, r"stages.speech.mix: no source 'film'; there are a, b"),
         (stage({"a": 1}, count=4), 3, r"stages.speech.batch.count must be a multiple of the 3 data ranks, got 4"),
+        (stage({"a": 1}, tokens=900), 1, r"batch.tokens is 900, but nothing was given to count with"),
         (stage({"a": (0.0, 1.0), "b": 1.0}, steps=0), 1, r"it needs `steps` and not only `minutes`; got \(0.0, 1.0\)"),
     ],
 )
@@ -371,9 +376,12 @@ def test_every_stage_of_the_shipped_configurations_draws_its_mix_within_its_budg
         return Numbered(name, [Shape(40, h, w, history=19, resizable=True) for h, w in sides])
 
     sources = {name: source(name) for name in config.data.sources}
+    count = partial(tokens_of, PRESETS["wan_s2v_14b"])
     state = None
     for plan in config.stages:
-        loader = Loader(sources, plan, config.run.seed, clip_latents=config.model.clip_latents)
+        loader = Loader(
+            sources, plan, 0, clip_latents=config.model.clip_latents, count_tokens=partial(tokens_of, model)
+        )
         if state is not None:
             loader.load_state_dict(state)
         drawn = []
