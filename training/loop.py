@@ -76,13 +76,14 @@ class Trainer:
         self.learning_rate = LearningRate(self.optimizers, stage.optim)
         self.optimizer_state = OptimizerState(self.networks, self.optimizers)
         self.guard.factor, self.ema.decay = stage.optim.spike, stage.optim.ema
-        settings = self.networks.transformer.config
+        settings, context = self.networks.transformer.config, self.layout.context
         self.loader = Loader(
             self.sources,
             stage,
             self.config.run.seed,
             self.layout.data_rank,
             self.layout.data_size,
+            peers=None if context is None else context.group,
             workers=self.config.data.workers,
             prefetch=self.config.data.prefetch,
             clip_latents=self.config.model.clip_latents,
