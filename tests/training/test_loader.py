@@ -379,9 +379,7 @@ def test_every_stage_of_the_shipped_configurations_draws_its_mix_within_its_budg
     count = partial(tokens_of, PRESETS["wan_s2v_14b"])
     state = None
     for plan in config.stages:
-        loader = Loader(
-            sources, plan, 0, clip_latents=config.model.clip_latents, count_tokens=partial(tokens_of, model)
-        )
+        loader = Loader(sources, plan, 0, clip_latents=config.model.clip_latents, count_tokens=count)
         if state is not None:
             loader.load_state_dict(state)
         drawn = []
