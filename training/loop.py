@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from talkingdit.models.wan_sequence import tokens_of
 from training.build import sharded_networks
 from training.checkpoint import Checkpoints
 from training.config import Config, write_json
@@ -84,9 +86,11 @@ class Trainer:
             self.layout.data_rank,
             self.layout.data_size,
             peers=None if context is None else context.group,
+            device=self.layout.device,
             workers=self.config.data.workers,
             prefetch=self.config.data.prefetch,
             clip_latents=self.config.model.clip_latents,
+            count_tokens=partial(tokens_of, settings),
             attention_tokens=3 * settings.dim + settings.ffn_dim,
             pin_memory=self.layout.device.type == "cuda",
         )
