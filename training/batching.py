@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from talkingdit.data.sample import ClipRequest, Sample
+from talkingdit.models.wan_packed import MAX_GROUPS
 from training.buckets import Fit
 from training.sampler import Draw, Sampler
 
@@ -67,6 +68,7 @@ class Planned:
     tokens: int
     conditions: tuple[bool, int]  # reference?, latent frames of history
     since: int  # step of the stage in which it was drawn
+    groups: int = 2  # of tokens with a timestep of their own: noisy and clean ones, or one per latent frame and one
 
     @property
     def alike(self) -> tuple[Any, ...]:
@@ -87,6 +89,8 @@ def pack(
 ) -> tuple[list[Group], list[Planned]]:
     """Fill `count` micro-batches of at most `budget` tokens: (micro-batches, samples left over).
 
+    None gets more samples than the kernels can tell apart in one sequence, which matters for small pictures only.
+
     First fit decreasing, to 99 % of the budget; samples that wait longer come first, so none waits for ever. What was
     chosen is then spread anew over the micro-batches, so that their costs are as equal as the budget allows.
     """
@@ -95,7 +99,7 @@ def pack(
     room = [int(FILL * budget)] * count
     left = []
     for planned in order:
-        at = next((i for i in range(count) if room[i] >= planned.tokens or not groups[i]), None)
+        at = next((i for i in range(count) if _takes(groups[i], planned, room[i])), None)
         if at is None:
             left.append(planned)
             continue
@@ -106,6 +110,16 @@ def pack(
     return groups, left
 
 
+def _takes(group: Group, planned: Planned, room: int) -> bool:
+    return not group or (room >= planned.tokens and _steps(group, planned))
+
+
+def _steps(group: Group, new: Planned, instead: Planned | None = None) -> bool:
+    """Whether a sample fits in, perhaps for another one, by the number of timesteps that the kernels tell apart."""
+    taken = sum(p.groups for p in group) - (instead.groups if instead else 0)
+    return taken + new.groups <= MAX_GROUPS
+
+
 def _spread(groups: list[Group], budget: int, attention_tokens: float) -> list[Group]:
     """The same samples, each to the micro-batch that has least so far; as before if that breaks the budget."""
     chosen = sorted((p for group in groups for p in group), key=lambda p: (-p.tokens, p.draw.number))
@@ -113,7 +127,7 @@ def _spread(groups: list[Group], budget: int, attention_tokens: float) -> list[G
     tokens = [0] * len(groups)
     work = [0.0] * len(groups)
     for planned in chosen:
-        fitting = [i for i in range(len(groups)) if tokens[i] + planned.tokens <= budget]
+        fitting = [i for i in range(len(groups)) if tokens[i] + planned.tokens <= budget and _steps(spread[i], planned)]
         if not fitting:
             spread = [list(group) for group in groups]
             break
@@ -140,6 +154,8 @@ def _exchanged(groups: list[Group], budget: int, attention_tokens: float) -> lis
                     less = own - value
                     alone = other is None and len(groups[high]) == 1
                     if alone or less <= 0 or tokens[low] + mine.tokens - size > budget:
+                        continue
+                    if not _steps(groups[low], mine, other) or (other and not _steps(groups[high], other, mine)):
                         continue
                     left = max(work[high] - less, work[low] + less)
                     if left < (best[0] if best else work[high] * (1 - 1e-4)):
@@ -221,6 +237,7 @@ class Planner:
         shares: of streams, by step of the stage.
         count, mode, size, budget, single: as in BatchConfig (`tokens` and `kinds` = "single").
         attention_tokens: tokens of a sample at which its attention costs as much as all else.
+        prefixes: some samples are given latents that are clean, so each latent frame has a timestep of its own.
     """
 
     def __init__(
@@ -235,7 +252,9 @@ class Planner:
         budget: int = 0,
         single: bool = False,
         attention_tokens: float = ATTENTION_TOKENS,
+        prefixes: bool = False,
     ) -> None:
+        self.prefixes = prefixes
         self.sampler, self.fits, self.shares = sampler, fits, shares
         self.count, self.packed, self.size, self.budget, self.single = count, mode == "pack", size, budget, single
         self.attention_tokens = attention_tokens
@@ -265,7 +284,8 @@ class Planner:
         if stream is None or found is None:
             return None
         fit, conditions = found
-        return Planned(draw, stream.source, stream.kind, fit.clip, fit.tokens, conditions, since)
+        groups = 1 + (fit.clip.frames or 1) if self.prefixes else 2
+        return Planned(draw, stream.source, stream.kind, fit.clip, fit.tokens, conditions, since, groups)
 
     def _pack(
         self, mine: list[Planned], shares: Mapping[str, float], kind: str | None

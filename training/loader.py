@@ -188,6 +188,7 @@ class Loader:
             budget=batch.tokens,
             single=batch.kinds == "single",
             attention_tokens=attention_tokens,
+            prefixes=stage.conditions.prefix not in (0, (0, 0)),
         )
         self._reader = Reader(used, seed, batch.mode == "pack")
         self._state = self._planner.state_dict()

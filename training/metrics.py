@@ -142,14 +142,14 @@ def _reopen(file: Path, step: int) -> TextIO:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return float("inf")  # a line cut off by a kill
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut off by a kill, or none of ours
 
 
 def _start_board(folder: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 def _start_wandb(folder: Path, project: str, config: dict[str, Any]) -> Any:

@@ -83,7 +83,7 @@ def prepare(sample: Sample, number: int, stage: StageConfig, seed: int, progress
         noisy=noisy,
         timestep=timestep,
         audio=sample.audio if hears else None,
-        audio_history=sample.audio_history if hears else None,
+        audio_history=sample.audio_history if hears and stage.conditions.audio_past else None,
         reference=sample.reference if "reference" in draws.kept else None,
         history=noisy_history(sample, draws, seed),
         pose=sample.pose if "pose" in draws.kept else None,

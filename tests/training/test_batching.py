@@ -4,6 +4,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def total(group):
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes=st.lists(st.integers(1, 100), min_size=1, max_size=80), count=st.integers(1, 8))
+@given(sizes=st.lists(st.integers(1, 100), min_size=1, max_size=64), count=st.integers(1, 8))
 def test_packing_keeps_the_budget_and_loses_nothing(sizes, count):
     groups, left = pack(waiting(sizes), count, 100)
     assert len(groups) == count
@@ -139,6 +140,29 @@ def test_the_sample_that_waits_longest_is_packed_first():
     groups, left = pack([*young, old], 2, 100)
     assert old in groups[0] + groups[1]
     assert len(left) == 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 3), min_size=100, max_size=300),
+    count=st.integers(1, 4),
+    groups=st.sampled_from([2, 21]),
+)
+def test_a_packed_sequence_has_no_more_timesteps_than_the_kernels_tell_apart(sizes, count, groups):
+    """Small pictures: hundreds fit into the tokens."""
+    small = [replace(p, groups=groups) for p in waiting(sizes)]
+    packed, left = pack(small, count, 1000)
+    assert all(sum(p.groups for p in group) <= 128 for group in packed)
+    assert sorted(p.draw.number for p in [*left, *(p for group in packed for p in group)]) == list(range(len(sizes)))
+    if len(left) > 0:
+        assert all(len(group) == 128 // groups for group in packed)
+
+
+@pytest.mark.parametrize(("prefixes", "most"), [(False, 64), (True, 25)])
+def test_planned_steps_keep_to_the_number_of_timesteps(prefixes, most):
+    shapes = [Shape(4, 2, 2) for _ in range(50)]
+    plan = planner(shapes, Buckets(), count=2, mode="pack", budget=400, prefixes=prefixes).plan()
+    assert [len(group) for group in plan.groups] == [most] * 2
 
 
 def mixture(seed):

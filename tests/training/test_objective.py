@@ -126,6 +126,19 @@ def test_dropped_conditions_are_those_of_a_sample_without_them(networks):
         torch.testing.assert_close(run(networks, [sample_of(0)], all_gone).each, run(networks, [bare], all_gone).each)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_without_the_past_sound_a_clip_is_trained_as_wan_s2v_generates_it(networks, packed):
+    """The first column stands for what was before it, for each clip, whatever the others have."""
+    samples = [sample_of(0), sample_of(1)]
+    repeated = [dataclasses.replace(s, audio_history=s.audio[..., :1].expand(-1, -1, 5)) for s in samples]
+    hears = stage_of(conditions=NEVER)
+    deaf = stage_of(conditions={**NEVER, "audio_past": False})
+    with torch.no_grad():
+        found = run(networks, samples, deaf, packed=packed).each
+        torch.testing.assert_close(found, run(networks, repeated, hears, packed=packed).each)
+        assert (found != run(networks, samples, hears, packed=packed).each).all()
+
+
 def test_an_image_is_a_video_of_one_latent_without_audio(networks):
     image = sample_of(0, frames=1, audio=None, audio_history=None, history=None, pose=None, kind="image")
     found = run(networks, [image], stage_of())
