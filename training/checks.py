@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from training.config import Config, Ramp, StageConfig
+    from training.config import Config, Ramp, SampleConfig, StageConfig
 
 
 def _between(where: str, value: Ramp, low: float, high: float = float("inf")) -> None:
@@ -15,6 +15,26 @@ def _between(where: str, value: Ramp, low: float, high: float = float("inf")) ->
         if not low <= end <= high:
             bounds = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
             raise ValueError(f"{where} must be {bounds}, got {end:g}")
+
+
+def check_sample(sample: SampleConfig) -> None:
+    """Whether the validation makes sense.
+
+    Raises:
+        ValueError: with the key.
+    """
+    for key, value in (("steps", sample.steps), ("clips", sample.clips), ("max_area", sample.max_area)):
+        _between(f"sample.{key}", value, 1)
+    if sample.seconds <= 0:
+        raise ValueError(f"sample.seconds must be over 0, got {sample.seconds:g}")
+    if (sample.cases is None) != (sample.encoders is None):
+        only = "cases" if sample.encoders is None else "encoders"
+        raise ValueError(f"sample.cases and sample.encoders go together, got only {only}")
+    if sample.cases is not None and sample.text_guidance != sample.audio_guidance:
+        raise ValueError(
+            "sample.text_guidance and sample.audio_guidance must be equal with sample.cases, for Wan-S2V is guided by "
+            f"both together, got {sample.text_guidance:g} and {sample.audio_guidance:g}"
+        )
 
 
 def check_stage(stage: StageConfig, config: Config, where: str) -> None:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from training.checks import check_stage
+from training.checks import check_sample, check_stage
 from training.tables import changes, fill
 
 if sys.version_info >= (3, 11):
@@ -197,14 +197,17 @@ class ObjectiveConfig:
 
 @dataclass
 class SampleConfig:
-    """Validation: held-out voices are generated for and measured."""
+    """Validation: drawn characters with held-out voices, or for Wan-S2V the cases of a manifest, are generated."""
 
     every: int = 1000  # steps; 0: never
     steps: int = 8
     text_guidance: float = 1.0
     audio_guidance: float = 2.0
     clips: int = 3  # held-out voices generated at each validation
-    seconds: float = 6.0
+    seconds: float = 6.0  # of each
+    cases: Path | None = None  # for Wan-S2V, .jsonl of image, audio, prompt; every one is generated
+    encoders: Path | None = None  # whole Wan-S2V checkpoint, whose other parts than the transformer are used for that
+    max_area: int = 448 * 832  # most pixels of their pictures
 
 
 @dataclass
@@ -257,6 +260,7 @@ class Config:
         Raises:
             ValueError: a table has an unknown key, a wrong type or a value that makes no sense.
         """
+        check_sample(self.sample)
         stages = tuple(self._stage(i, table) for i, table in enumerate(self.stage_tables or [{}]))
         for i, stage in enumerate(stages):
             if stage.name in [other.name for other in stages[:i]]:

@@ -49,7 +49,7 @@ class Trainer:
         trained = {name for stage in check_stages(config, self.networks) for name in stage.train}
         self.ema = Ema(self.networks, 0.0, trained)
         self.sources = open_sources(config)
-        self.validator = validator_for(config)
+        self.validator = validator_for(config, layout)
         self.guard = Guard()
         self.latest: dict[str, str] = {}  # of the last validation
         self.means = Means()
@@ -181,8 +181,10 @@ class Trainer:
         if self.validator is None:
             return
         paused = self.meter.pause()
+        self.networks.eval()
         with self.ema.swapped():
             results = self.validator.run(self.networks, writer, self.progress.total)
+        self.networks.train()
         self.latest = {name: f"{value:.2f}" for name, value in results.items()}
         self.meter.go_on(paused)
 

@@ -23,6 +23,7 @@ from training.build import pipeline_settings
 from training.config import Config
 from training.metrics import Writer
 from training.networks import Networks
+from training.parallel import Layout
 from training.puppets import read_voices
 
 
@@ -33,10 +34,16 @@ class Validator(Protocol):
         """Generate with the networks as they are, on all ranks; rank 0 logs and returns what it measured."""
 
 
-def validator_for(config: Config) -> Validator | None:
-    """The validation that a configuration asks for, None for none."""
-    if config.sample.every > 0 and config.model.text_encoder == "prompt":
+def validator_for(config: Config, layout: Layout) -> Validator | None:
+    """The validation that a configuration asks for, None for none. Every rank must call this."""
+    if config.sample.every <= 0:
+        return None
+    if config.model.text_encoder == "prompt":
         return PuppetValidator(config)
+    if config.sample.cases is not None:
+        from training.validate_s2v import S2VValidator
+
+        return S2VValidator(config, layout)
     return None
 
 
