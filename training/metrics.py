@@ -104,6 +104,7 @@ class Writer:
 
     def __init__(self, folder: Path, step: int, config: LogConfig, run: dict[str, Any]) -> None:
         """Go on after `step` in a folder; `run` is the whole configuration."""
+        folder.mkdir(parents=True, exist_ok=True)
         self._board = _start_board(folder, step) if config.tensorboard else None
         self._lines = _reopen(folder / "log.jsonl", step)
         self._wandb = _start_wandb(folder, config.wandb, run) if config.wandb else None
