@@ -92,7 +92,9 @@ def test_one_seed_gives_the_same_pictures_another_seed_others(work: Path, checkp
     for name, seed in (("a.mp4", "3"), ("b.mp4", "3"), ("c.mp4", "4")):
         assert main(arguments(work, checkpoint, "--seed", seed, "--steps", "1", output=name)) == 0
     a, b, c = (pictures(work / name) for name in ("a.mp4", "b.mp4", "c.mp4"))
-    assert np.array_equal(a, b)
+    # In mean, for x264 does not make the same of the same pictures every time: some of 60 encodings of one array of
+    # 64 x 64 pictures differed, with one thread too, unless B-frames were off.
+    assert np.abs(a.astype(int) - b).mean() < 0.25
     assert np.abs(a.astype(int) - c).mean() > 2
 
 

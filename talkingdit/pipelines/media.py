@@ -268,8 +268,7 @@ class VideoWriter:
             self._container = av.open(name, "w", format="mp4", options={"movflags": "+faststart"})
             video = self._container.add_stream("libx264", rate=self._fps)
             video.height, video.width, video.pix_fmt = height, width, "yuv420p"
-            # With several threads in its look-ahead, x264 does not make the same file of the same pictures every time.
-            video.options = {"crf": str(crf), "preset": "medium", "x264-params": "lookahead-threads=1"}
+            video.options = {"crf": str(crf), "preset": "medium"}
             # Say which matrix the conversion below uses, or players guess it from the size.
             video.codec_context.colorspace = 5  # BT.601, FFmpeg's default for RGB to YUV
             video.codec_context.color_range = 1
