@@ -3,7 +3,8 @@
 
 Correctness comes before speed: small cases against float64 (twice, bit by bit, and with poisoned memory),
 more than 2^31 elements, CUDA graphs and ``torch.compile(fullgraph=True)``, the tests marked ``cuda``; then every op is
-measured with its baselines, a whole block with its audio injection, compute-sanitizer, and last the compiled baselines.
+measured with its baselines, a whole block with its audio injection, a training step, compute-sanitizer, and last the
+compiled baselines.
 
 Each step is a process with a time limit of its own, so that no fault and no compiler takes the others' time, and writes
 its JSON file as it goes: what it had when it was stopped is kept. Steps that no longer fit are left out and named.
@@ -34,7 +35,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import talkingdit
-from bench import block, harness
+from bench import block, harness, train_step
 from bench.gpu_cases import DTYPES, SmallCase, large_cases, small_cases
 
 ORDER = (
@@ -251,6 +252,11 @@ def _measure_block(device: torch.device, seconds: float, write: Write) -> Any:
     return block.run(_setting(device, seconds, False), write)
 
 
+def _measure_training(device: torch.device, seconds: float, write: Write) -> Any:
+    shape = train_step.SHAPES["14b-704x1024" if device.type == "cuda" else "tiny"]
+    return train_step.run(shape, device, None, 3, ("off", "full") if device.type == "cuda" else ("full",))
+
+
 def steps() -> dict[str, Step]:
     """In order of importance."""
     return {
@@ -261,6 +267,7 @@ def steps() -> dict[str, Step]:
         "tests": Step(check_tests, cap=60.0),
         **{name: _measure(name) for name in ORDER[:4]},
         "block": Step(_measure_block, cap=90.0, measures="block"),
+        "training": Step(_measure_training, cap=120.0, measures="train_step"),
         **{name: _measure(name) for name in ORDER[4:]},
         "sanitizer": Step(check_sanitizer, cap=90.0),
         **{f"compiled-{name}": _measure_compiled(name) for name in ORDER if name != "audio_block"},

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from talkingdit.data.command import add_precompute
+from talkingdit.plan_command import add_plan
 
 if TYPE_CHECKING:
     from talkingdit.models.checkpoints import Checkpoint, S2VCheckpoint
@@ -89,8 +90,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = _Parser(prog="talkingdit", description="Talking-character video from audio.")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add in (_add_generate, _add_plan, _add_info):
-        add(verbs)
+    _add_generate(verbs)
+    add_plan(verbs, _positive, _strength, _sides)
+    _add_info(verbs)
     add_precompute(verbs, _positive, _area)
     return top
 
@@ -374,67 +376,6 @@ def _tell(error: BaseException) -> int:
     elif not isinstance(error, Elsewhere):
         traceback.print_exception(error)
     return status_of(error)
-
-
-def _add_plan(verbs: Any) -> None:
-    plan = verbs.add_parser(
-        "plan",
-        help="predict memory and time of a Wan-S2V checkpoint on a card",
-        description="Predict the memory and time that a clip of a Wan-S2V checkpoint takes, without loading it, and "
-        "say what to switch on if it does not fit.",
-    )
-    plan.set_defaults(run=_plan)
-    what = plan.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", metavar="DIR", help="folder of the checkpoint")
-    what.add_argument("--preset", metavar="NAME", help="a configuration by name, such as wan_s2v_14b")
-    plan.add_argument("--size", type=_sides, default=(448, 832), metavar="WxH", help="of the pictures (832x448)")
-    plan.add_argument(
-        "--card", default="24GB", metavar="CARD", help="memory such as 24GB, or a name such as h100 (24GB)"
-    )
-    plan.add_argument("--tflops", type=_strength, metavar="T", help="stated bfloat16 speed of the card, for the time")
-    plan.add_argument("--frames", type=_positive, default=80, metavar="N", help="pictures per clip (80)")
-    plan.add_argument("--steps", type=_positive, default=40, metavar="N", help="denoising steps per clip (40)")
-    plan.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (bfloat16)")
-    plan.add_argument("--sequential", action="store_true", help="one prediction of guidance after the other")
-    plan.add_argument("--plain", action="store_true", help="no guidance: one prediction per step")
-    plan.add_argument("--pose", action="store_true", help="with a pose video")
-    plan.add_argument("--memory", default="", metavar="SWITCHES", help="e.g. offload=block,text_encoder=cpu")
-
-
-def _plan(args: argparse.Namespace) -> None:
-    import torch
-
-    from talkingdit import plan
-    from talkingdit.errors import UserError
-    from talkingdit.pipelines.memory import Memory
-
-    card, speed = plan.card_of(args.card)
-    speed = args.tflops or speed
-    dtype = getattr(torch, args.dtype)
-    config, parts = plan.source(args.checkpoint or args.preset, dtype)
-    height, width = args.size
-    try:
-        memory = Memory.parse(args.memory)
-        if args.frames % 4:
-            raise ValueError(f"plan: a clip must have a multiple of 4 pictures, got {args.frames}")
-        clip = plan.Clip(
-            height=height,
-            width=width,
-            latents=args.frames // 4,
-            history=config["motion_frames"][1],
-            steps=args.steps,
-            branches=1 if args.plain else 2,
-            batched=not args.sequential and not args.plain,
-            pose=args.pose,
-        )
-    except ValueError as error:
-        raise UserError(f"{error}.") from error
-
-    def again(memory: Memory, clip: plan.Clip) -> plan.Plan:
-        return plan.predict(config, parts, clip, memory, dtype, speed)
-
-    found = again(memory, clip)
-    print(plan.report(found, card, speed, plan.advice(found, again, card)))
 
 
 def _add_info(verbs: Any) -> None:

@@ -1,0 +1,437 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process's part of a training step on a cluster that is not there: what it sends, and what it holds.
+
+The step is the real one: `training.parallel` cuts the model and makes the mesh, the model runs forward with its share
+of the sequence, backward, and the optimisers and averages take their step. Only tensors have no storage (fake tensors)
+and the process group has no wires (torch's "fake" backend), so a world of 512 is as easy as one of 8. Everything that
+is counted was asked for by the program: each collective with its arguments, each storage with its life.
+
+Two layers compute differently on CPUs, where fake tensors must live for FSDP's sake. They are made to do what they do
+on GPUs, see `_as_on_gpus`.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from talkingdit.models import wan_conditions
+from talkingdit.models.wan import WanS2VModel
+from talkingdit.nn.layers import RMSNorm
+from talkingdit.plan import Clip
+from training import parallel
+from training.config import OptimConfig, ParallelConfig
+from training.ema import Ema
+from training.networks import Networks
+from training.optim import build_optimizers
+
+
+@dataclass
+class Sent:
+    """What rank 0 sends in all collectives of one kind and group, per step.
+
+    Attributes:
+        kind: "all-gather", "reduce-scatter", "all-reduce" or "all-to-all".
+        ranks: in the group; `nodes` that they are spread over.
+        calls: of the collective.
+        bytes: by the algorithms that send least: rings for the first three, direct messages for the last.
+        outside: of these, what leaves the node by a GPU's own link. A ring crosses from node to node once for all of
+            its ranks there, and there are as many rings as links, so it is 1 / (ranks per node) of it.
+    """
+
+    kind: str
+    ranks: int
+    nodes: int
+    calls: int = 0
+    bytes: float = 0.0
+    outside: float = 0.0
+
+
+@dataclass
+class Counted:
+    """What rank 0 sent and held in one step.
+
+    Attributes:
+        sent: by kind and group.
+        peak: bytes at the worst moment, by what they are: "parameters", "gradients", "optimiser", "averages",
+            "gathered" (whole parameters and gradients of units, and what they travel in), "kept" (of the forward, for
+            the backward), "working" (all else).
+        moment: when that was: "forward", "backward" or "optimiser".
+        held: bytes between steps, by the same names.
+    """
+
+    sent: list[Sent]
+    peak: dict[str, int]
+    moment: str
+    held: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.peak.values())
+
+
+_KINDS = {
+    "allgather": "all-gather",
+    "all_gather": "all-gather",
+    "_allgather_base": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "_reduce_scatter_base": "reduce-scatter",
+    "allreduce": "all-reduce",
+    "all_reduce": "all-reduce",
+    "alltoall_base": "all-to-all",
+    "all_to_all": "all-to-all",
+}
+
+
+class Ledger(TorchDispatchMode):
+    """Within the context, every storage that comes, changes its size or goes, and every collective.
+
+    Args:
+        gpus: ranks per node.
+    """
+
+    def __init__(self, gpus: int) -> None:
+        super().__init__()
+        self.gpus = gpus
+        self.events: list[tuple[int, int]] = []  # (number of a storage, change of its bytes)
+        self.marks: dict[str, int] = {}  # name of a moment: events before it
+        self.whole: set[int] = set()  # storages of gathered parameters, and of gradients on their way
+        self.sent: dict[tuple[str, int, int], Sent] = {}
+        self._size: dict[int, int] = {}
+        self._number: dict[int, int] = {}
+        self._patch: Any = None
+
+    def __enter__(self) -> Ledger:
+        resize = torch.UntypedStorage.resize_
+
+        def noted(storage: Any, size: int) -> Any:
+            result = resize(storage, size)
+            # FSDP frees gathered parameters, and takes memory for them again, in this way.
+            number = self._number.get(storage._cdata)
+            if number is not None:
+                self.whole.add(number)
+                self._change(number, storage.nbytes())
+            return result
+
+        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", noted)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._patch.stop()
+        super().__exit__(*error)
+
+    def number(self, tensor: Tensor) -> int:
+        """Of the storage of a tensor, which is new if it was not seen before."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._number:
+            number = self._number[key] = len(self._size)
+            self._size[number] = 0
+            self._change(number, storage.nbytes())
+            weakref.finalize(storage, self._gone, key, number).atexit = False
+        return self._number[key]
+
+    def _change(self, number: int, size: int) -> None:
+        if size != self._size[number]:
+            self.events.append((number, size - self._size[number]))
+            self._size[number] = size
+
+    def _gone(self, key: int, number: int) -> None:
+        del self._number[key]
+        self._change(number, 0)
+
+    def mark(self, moment: str) -> None:
+        self.marks[moment] = len(self.events)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes again, with the local tensors
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self.number(value)
+        space, _, name = func._schema.name.partition("::")
+        if space in ("c10d", "_c10d_functional") and name.rstrip("_") in _KINDS:
+            self._collective(_KINDS[name.rstrip("_")], args)
+        elif space == "fsdp":  # shards into what is gathered, that into parameters, gradients into what is reduced
+            given = tree_leaves((args, kwargs, result))
+            self.whole.update(self.number(value) for value in given if isinstance(value, Tensor))
+        return result
+
+    def _collective(self, kind: str, args: tuple[Any, ...]) -> None:
+        tensors = [value for value in tree_leaves(args[:2]) if isinstance(value, Tensor)]
+        group = next(_group(value) for value in args if _group(value) is not None)
+        ranks = dist.get_process_group_ranks(group)
+        size, place = len(ranks), ranks[0] // self.gpus
+        nodes = len({rank // self.gpus for rank in ranks})
+        within = sum(rank // self.gpus == place for rank in ranks)
+        if size == 1:
+            return
+        if kind == "all-to-all":
+            rows = tensors[1]
+            splits = next((list(v) for v in args[4:5] if v), None) or [len(rows) // size] * size
+            row = rows.nbytes / max(1, len(rows))
+            sent = row * (sum(splits) - splits[0])
+            outside = row * sum(n for n, rank in zip(splits, ranks, strict=True) if rank // self.gpus != place)
+        else:
+            sent = max(t.nbytes for t in tensors) * (size - 1) / size * (2 if kind == "all-reduce" else 1)
+            outside = sent / within if nodes > 1 else 0.0
+        entry = self.sent.setdefault((kind, size, nodes), Sent(kind, size, nodes))
+        entry.calls += 1
+        entry.bytes += sent
+        entry.outside += outside
+
+
+def _group(value: Any) -> dist.ProcessGroup | None:
+    """The process group that an argument of a collective names."""
+    if isinstance(value, torch.ScriptObject):
+        try:
+            return dist.ProcessGroup.unbox(value)
+        except (RuntimeError, TypeError):
+            return None
+    if isinstance(value, dist.ProcessGroup):
+        return value
+    if isinstance(value, str):
+        name: Any = value
+        try:
+            return dist.distributed_c10d._resolve_process_group(name)
+        except (RuntimeError, ValueError, KeyError):
+            return None
+    return None
+
+
+class _Norm(torch.autograd.Function):
+    """RMS norm with what the fused CUDA kernel keeps: its input and one number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> Tensor:
+    """`talkingdit.nn.attention` without the float32 copies that it makes on CPUs, whose backward is faster so."""
+    del backend
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mask = None if mask is None else mask[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _fused_norm(layer: RMSNorm, x: Tensor | None) -> Any:
+    if x is None:
+        return layer.weight.clone(), None
+    return _Norm.apply(x, layer.weight.to(x.dtype))
+
+
+@contextmanager
+def _as_on_gpus() -> Iterator[None]:
+    """Attention and RMS norm keep and make what their CUDA kernels do. Their values mean nothing here."""
+    with (
+        mock.patch("talkingdit.nn.attention._scaled_dot_product", _fused_attention),
+        mock.patch.object(RMSNorm, "forward", _fused_norm),
+    ):
+        yield
+
+
+@contextmanager
+def cluster(world: int) -> Iterator[None]:
+    """A process group of `world` ranks of which this process is rank 0; nothing that is sent arrives."""
+    if dist.is_initialized():
+        raise RuntimeError("bench: counting needs a process group of its own, and there is one already")
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is counted.
+
+    Args:
+        config: of the model.
+        clip: of every micro-batch.
+        parallel, optim: of training/config.py.
+        world, gpus: ranks, and how many of them are in a node.
+        micro_batches: of this rank.
+        averages: keep averages of the weights.
+        trains: which parameters train, by name.
+        prepare: changes the model before it is cut, such as adapters do.
+    """
+
+    config: Mapping[str, Any]
+    clip: Clip
+    parallel: ParallelConfig
+    world: int
+    gpus: int = 8
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(name="adamw"))
+    micro_batches: int = 1
+    averages: bool = True
+    trains: Callable[[str], bool] = lambda name: True
+    prepare: Callable[[WanS2VModel], Any] = lambda model: None
+
+
+def inputs(config: Mapping[str, Any], clip: Clip) -> dict[str, Tensor]:
+    """Arguments of the model for a clip, with every condition that the clip has."""
+    c, size = config, (clip.height // 8, clip.width // 8)
+    given = {
+        "latents": torch.empty(1, c["in_dim"], clip.latents, *size),
+        "timestep": torch.empty(1),
+        "text": torch.empty(1, c["text_len"], c["text_dim"]),
+        "reference": torch.empty(1, c["in_dim"], 1, *size),
+        "audio": torch.empty(1, c["audio_layers"], c["audio_dim"], 4 * clip.latents),
+    }
+    if clip.history:
+        given["history"] = torch.empty(1, c["in_dim"], clip.history, *size)
+    if clip.pose:
+        given["pose"] = torch.empty(1, c["cond_dim"], clip.latents, *size)
+    return given
+
+
+def count(step: Step) -> Counted:
+    """Run the step, with optimisers that have their states already, and count."""
+    wan_conditions._layout.cache_clear()  # tables of rotations are kept between calls; fake ones must not be
+    with ExitStack() as stack:
+        stack.enter_context(cluster(step.world))
+        layout = parallel.start(step.parallel, "cpu")
+        with torch.device("meta"):
+            model = WanS2VModel(**step.config)
+            step.prepare(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(step.trains(name))
+        stack.enter_context(_as_on_gpus())
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.callback(wan_conditions._layout.cache_clear)
+        networks = Networks(model)
+        parallel.shard(networks, layout, step.parallel)
+        given = inputs(step.config, step.clip)
+        optimizers = build_optimizers(networks, step.optim)
+        ema = Ema(networks, 0.999) if step.averages else None
+        for parameter in networks.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        # The first time optimisers make their states, and DTensor its plans, on tensors of whole size.
+        _update(step, networks, optimizers, ema)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+        ledger = Ledger(step.gpus)
+        stack.enter_context(ledger)
+        kinds = {ledger.number(_local(p)): "parameters" for p in networks.parameters()}
+        for optimizer in optimizers:
+            for value in tree_leaves([list(state.values()) for state in optimizer.state.values()]):
+                if isinstance(value, Tensor):
+                    kinds.update((ledger.number(part), "optimiser") for part in _parts(value))
+        if ema is not None:
+            kinds |= {ledger.number(_local(average)): "averages" for average in ema.state_dict().values()}
+        for tensor in given.values():
+            kinds[ledger.number(tensor)] = "kept"
+        ledger.mark("begin")
+        _train(step, networks, layout, given, optimizers, ema, ledger)
+        kinds |= {ledger.number(_local(p.grad)): "gradients" for p in networks.parameters() if p.grad is not None}
+        return _result(ledger, kinds)
+
+
+def _train(
+    step: Step,
+    networks: Networks,
+    layout: parallel.Layout,
+    given: Mapping[str, Tensor],
+    optimizers: list[torch.optim.Optimizer],
+    ema: Ema | None,
+    ledger: Ledger,
+) -> None:
+    for i in range(step.micro_batches):
+        parallel.last_micro_batch(networks, i + 1 == step.micro_batches)
+        velocity = networks.transformer(**given, context=layout.context)
+        loss = (velocity - given["latents"]).square().mean()
+        del velocity
+        ledger.mark(f"backward {i}")
+        loss.backward()
+        del loss
+        ledger.mark(f"forward {i + 1}")
+    ledger.mark("optimiser")
+    _update(step, networks, optimizers, ema)
+    ledger.mark("end")
+
+
+def _update(step: Step, networks: Networks, optimizers: list[torch.optim.Optimizer], ema: Ema | None) -> None:
+    with mock.patch.object(Tensor, "item", return_value=1.0):  # the norm, which fake tensors do not know
+        parallel.clip_gradients(networks, step.optim.clip_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+    if ema is not None:
+        ema.update(0)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a tensor is made of: shards of DTensors, codes and scales of quantised ones."""
+    if isinstance(tensor, DTensor):
+        yield from _parts(tensor.to_local())
+    elif hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _parts(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def _result(ledger: Ledger, kinds: Mapping[int, str]) -> Counted:
+    begin, forwards = ledger.marks["begin"], sorted(v for k, v in ledger.marks.items() if k.startswith("backward"))
+    live: dict[int, int] = defaultdict(int)
+    kept: set[int] = set()  # what the last forward left
+    best, total, at = -1, 0, 0
+    for i, (_, change) in enumerate(ledger.events):
+        total += change
+        if i >= begin and total > best:
+            best, at = total, i
+    snapshot: dict[int, int] = {}
+    held: dict[int, int] = {}
+    since = max((moment for moment in forwards if moment <= at), default=math.inf)
+    for i, (number, change) in enumerate(ledger.events):
+        if i == begin:
+            held = dict(live)
+        if i == since:
+            kept = {n for n, size in live.items() if size}
+        live[number] += change
+        if i == at:
+            snapshot = dict(live)
+
+    def named(sizes: Mapping[int, int]) -> dict[str, int]:
+        found: dict[str, int] = defaultdict(int)
+        for number, size in sizes.items():
+            name = kinds.get(number)
+            if name is None:
+                name = "gathered" if number in ledger.whole else "kept" if number in kept else "working"
+            found[name] += size
+        return {name: size for name, size in found.items() if size}
+
+    moment = max((mark, name) for name, mark in ledger.marks.items() if mark <= at)[1].split()[0]
+    return Counted(list(ledger.sent.values()), named(snapshot), moment.replace("begin", "forward"), named(held))

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one GPU of 8 to 512 sends and holds in a training step of Wan-S2V-14B: counted, see `bench.counted_step`.
+
+    python -m bench.scaling [--only WORDS] [--out bench/results/scaling.json]    # counts what the file lacks
+    python -m bench.scaling --report docs/scaling.md                            # writes the tables there
+
+A full count takes about a minute per row and no GPU. The file is written after every row, so that a run that was
+interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import harness, report
+from talkingdit import plan_train
+from talkingdit.models.presets import PRESETS, preset
+from talkingdit.plan import Clip, tokens
+
+_RESULTS = Path(__file__).resolve().parent / "results" / "scaling.json"
+GPUS = 8  # per node
+NODES = plan_train.Cluster()  # an H100 node of 8, with 400 Gb/s of network per GPU
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: sizes of the mesh, pictures of a clip of 1024 x 704, and switches.
+
+    Every rank, or group of ranks that share a sequence, has one micro-batch of one clip.
+    """
+
+    replicate: int = 1
+    shard: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    frames: int = 48
+    checkpointing: str = "full"
+    optimizer: str = "adamw"
+    averages: bool = True
+
+    @property
+    def layout(self) -> plan_train.Layout:
+        return plan_train.Layout(self.replicate, self.shard, self.ring, self.ulysses)
+
+    @property
+    def world(self) -> int:
+        return self.layout.data * self.layout.context
+
+    @property
+    def clip(self) -> Clip:
+        return Clip(704, 1024, self.frames // 4, pose=True)
+
+    @property
+    def run(self) -> plan_train.Run:
+        data = self.layout.data
+        return plan_train.Run(self.clip, data, self.optimizer, self.checkpointing, self.averages)
+
+
+def cases() -> Iterator[Case]:
+    """Layouts of one node with their switches, then clusters."""
+    yield Case(ulysses=8)
+    yield Case(ulysses=8, frames=80)
+    yield Case(ulysses=8, checkpointing="selective")
+    yield Case(ulysses=8, checkpointing="off")
+    yield Case(ring=2, ulysses=4)
+    yield Case(shard=2, ulysses=4)
+    yield Case(shard=4, ulysses=2)
+    yield Case(shard=8)
+    yield Case(ulysses=8, optimizer="muon")
+    for nodes in (2, 4, 8, 16, 32, 64):
+        yield Case(shard=nodes, ulysses=8)
+        yield Case(replicate=nodes, ulysses=8)
+    for nodes in (2, 8, 64):
+        yield Case(shard=nodes // 2, ring=2, ulysses=8)
+    yield Case(shard=64)
+    yield Case(shard=512)
+
+
+def config() -> dict[str, Any]:
+    return {**PRESETS["wan_s2v_14b"], **preset("wan_s2v_14b")}
+
+
+def row(case: Case) -> dict[str, Any]:
+    """Count one case."""
+    from bench.counted_step import Step, count  # torch's distributed parts, which the report does not need
+    from training.config import OptimConfig, ParallelConfig
+
+    sizes = {name: getattr(case, name) for name in ("replicate", "shard", "ring", "ulysses")}
+    parallel = ParallelConfig(**sizes, activation_checkpointing=case.checkpointing)  # type: ignore[arg-type]
+    step = Step(
+        config(), case.clip, parallel, case.world, GPUS, OptimConfig(name=case.optimizer), averages=case.averages
+    )
+    counted = count(step)
+    return {
+        **asdict(case),
+        "world": case.world,
+        "tokens": tokens(config(), case.clip)[1],
+        "sent": [asdict(sent) for sent in counted.sent],
+        "peak": counted.peak,
+        "moment": counted.moment,
+        "held": counted.held,
+    }
+
+
+def run(path: Path, only: str) -> None:
+    """Count the cases that a file lacks, and write it after each."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    fields = tuple(asdict(Case()))
+    done = {tuple(r[name] for name in fields) for r in found["rows"]}
+    order = {tuple(asdict(case).values()): i for i, case in enumerate(cases())}
+    for case in cases():
+        key = tuple(asdict(case).values())
+        if key in done or only not in str(case):
+            continue
+        header = harness.header("scaling", torch.device("cpu"), quick=False)
+        del header["device"], header["threads"]  # of no device: the README's tables are of files that name one
+        found = {**header, "rows": [*found["rows"], row(case)]}
+        found["rows"].sort(key=lambda r: order.get(tuple(r[name] for name in fields), len(order)))
+        harness.write(path, json.dumps(found, indent=1) + "\n")
+        print(case, file=sys.stderr)
+
+
+def case_of(row: Mapping[str, Any]) -> Case:
+    """The case that a row of the file is of."""
+    return Case(**{name: row[name] for name in asdict(Case())})
+
+
+def _predicted(case: Case, models: dict[str, plan_train.Model]) -> plan_train.TrainPlan:
+    if case.optimizer not in models:
+        models[case.optimizer] = plan_train.model_of(config(), case.run)
+    cluster = replace(NODES, nodes=-(-case.world // GPUS))
+    return plan_train.predict(config(), case.run, cluster, case.layout, models[case.optimizer])
+
+
+_HEAD = (
+    *("GPUs", "replicate x shard x ring x ulysses", "frames", "checkpointing", "optimiser"),
+    *("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "to other nodes", "peak", "predicted"),
+    *("computing s", "waiting s", "efficiency"),
+)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: what was counted, in GB, and beside it what `plan_train` predicts of memory and time."""
+    lines = ["| " + " | ".join(_HEAD) + " |", "|" + "|".join(["---:", *["---"] * 4, *["---:"] * 10]) + "|"]
+    models: dict[str, plan_train.Model] = {}
+    for entry in rows:
+        case = case_of(entry)
+        plan = _predicted(case, models)
+        kinds = {kind: sum(sent["bytes"] for sent in entry["sent"] if sent["kind"] == kind) for kind in _HEAD[5:9]}
+        computing = plan.seconds["computing"]
+        cells = (
+            f"{case.world}",
+            f"{case.replicate} x {case.shard} x {case.ring} x {case.ulysses}",
+            f"{case.frames}",
+            case.checkpointing,
+            case.optimizer,
+            *(f"{value / 1e9:.1f}" for value in kinds.values()),
+            f"{sum(sent['outside'] for sent in entry['sent']) / 1e9:.1f}",
+            f"{sum(entry['peak'].values()) / 1e9:.1f}",
+            f"{plan.peak / 1e9:.1f}",
+            f"{computing:.2f}",
+            f"{plan.step_seconds - computing:.2f}",
+            f"{computing / plan.step_seconds:.0%}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_report(results: Path, document: Path) -> None:
+    """Put the table between the marks of a document."""
+    found = json.loads(results.read_text())
+    place = f"Counted with torch {found['versions']['torch']}, commit {found['commit']}; GB per GPU and step."
+    report.insert(document, f"{place}\n\n{table(found['rows'])}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=_RESULTS, metavar="JSON", help="(default: bench/results)")
+    parser.add_argument("--only", default="", metavar="WORDS", help="cases whose description has these words")
+    parser.add_argument("--report", type=Path, metavar="MD", help="only write the table into this document")
+    options = parser.parse_args(arguments)
+    if options.report is not None:
+        write_report(options.out, options.report)
+    else:
+        run(options.out, options.only)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
