@@ -61,7 +61,7 @@ class Trainer:
         if saved is not None:
             self.checkpoints.load(self.state())
             self.guard.load_state_dict(saved["guard"])
-            self.say(f"goes on after step {self.progress.total}")
+            self.say(f"{'was done' if self.progress.done else 'goes on'} after step {self.progress.total}")
 
     # ---- A stage -----------------------------------------------------------------------------------------------------
 

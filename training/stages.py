@@ -191,7 +191,7 @@ class Progress:
 
     Attributes:
         index: of the stage, `len(stages)` at the end of the run.
-        step: finished steps of the stage.
+        step: finished steps of the stage, at the end of the run those of the last one.
         total: finished steps of the run.
         elapsed: seconds of training spent in the stage.
         entered: name of the last stage that has begun.
@@ -244,7 +244,8 @@ class Progress:
         if self.share < 1:
             return False
         self.index += 1
-        self.step, self.elapsed = 0, 0.0
+        if not self.done:
+            self.step, self.elapsed = 0, 0.0
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -272,11 +273,11 @@ class Progress:
         last = state["entered"]
         if name:
             self.index = names.index(name)
-        elif last in names:  # the run had ended; stages that were added behind its last one are still to be done
-            self.index = names.index(last) + 1
+        elif last in names:  # the run had ended; its last stage may be longer now, or others were added behind it
+            self.index = names.index(last) + (int(state["step"]) == 0)
         else:
             self.index = len(names)
         self.step, self.total, self.elapsed = int(state["step"]), int(state["total"]), float(state["elapsed"])
         self.entered = last
-        if not self.done and self.step and self.share >= 1:  # the stage was made shorter than it already was
+        if not self.done and self.step and self.share >= 1:  # the stage had ended, or was made shorter than it already was
             self.advance(steps=0)

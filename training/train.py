@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m training.train --config training/configs/puppets.toml [--optim.lr 1e-3 ...]`, alone or under torchrun.
 
-    torchrun --nproc-per-node 8 -m training.train --config training/configs/wan_s2v.toml --parallel.ulysses 8
+    torchrun --nproc-per-node 8 -m training.train --config training/configs/wan_s2v.toml
 
 The same command goes on with a run that was stopped, on any number of processes. docs/launch.md has more.
 """

@@ -131,6 +131,7 @@ class S2VValidator:
         assert config.sample.cases is not None
         assert config.sample.encoders is not None
         self.config, self.layout = config, layout
+        vae = find_parts(config.sample.encoders).vae
         self.folder = config.run.out / "validation"
         device = layout.device.type
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -138,7 +139,6 @@ class S2VValidator:
         self.settings = encoders.settings
         self.sampling = self._sampling()
         self.cases: list[Case] = _from_rank_0(lambda: self._encode(encoders))
-        vae = find_parts(config.sample.encoders).vae
         self.vae: Any = load_vae(vae, torch.float32, "cpu").requires_grad_(False)
 
     def _sampling(self) -> Filled:

@@ -179,6 +179,13 @@ def test_stages_may_be_added_or_made_shorter_between_runs_but_not_taken_away():
     longer = Progress(stages({"name": "a", "steps": 4}, {"name": "b", "steps": 9}))
     longer.load_state_dict(progress.state_dict())
     assert (longer.stage.name, longer.step, longer.total) == ("b", 0, 4)
+    ended = Progress(stages({"name": "a", "steps": 4}))
+    ended.load_state_dict(progress.state_dict())
+    assert (ended.done, ended.total, ended.overall) == (True, 4, 1.0)
+    more = Progress(stages({"name": "a", "steps": 6}))
+    more.load_state_dict(ended.state_dict())
+    assert (more.stage.name, more.step, more.total, more.enter()) == ("a", 4, 4, False)
+    assert [more.advance(), more.advance()] == [False, True]
     with pytest.raises(ValueError, match="the checkpoint is in stage 'a', which the configuration does not have"):
         Progress(stages({"name": "b", "steps": 9})).load_state_dict(state)
 
