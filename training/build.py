@@ -63,7 +63,7 @@ def sharded_networks(config: Config, layout: Layout, resumes: bool) -> Networks:
 
     Args:
         resumes: a checkpoint will fill what trains. `model.start` is read all the same where adapters train on it,
-            because checkpoints of such a run hold the adapters alone.
+            because checkpoints of such a run hold only what trains.
     """
     start = config.model.start
     networks = new_networks(config, "cpu" if start is None else "meta")

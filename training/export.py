@@ -2,7 +2,8 @@
 """Trained weights as folders that others read; `python -m training.export RUN --out DIR` makes one of a checkpoint.
 
 Puppets: the folder that `talkingdit generate --checkpoint` loads. Wan-S2V: the layout of the released checkpoints,
-config.json and safetensors. Adapters (LoRA): one safetensors file that PEFT, diffusers and ComfyUI read.
+config.json and safetensors. Adapters (LoRA): one safetensors file that PEFT, diffusers and ComfyUI read; where other
+weights were trained beside them, all is merged into the one or the other.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from training.lora import adapter_tensors
 from training.model_state import ModelState, gather_state
 from training.networks import Networks
 from training.signals import run_guarded
-from training.stages import check_stages
+from training.stages import trained_names
 
 ADAPTER_FILE = "adapter.safetensors"
 
 
 def export(networks: Networks, config: Config, folder: Path) -> None:
     """Write the weights as they are now, in bfloat16, whole or not at all. Every rank calls it, rank 0 writes."""
-    state = gather_state(networks, torch.bfloat16)
+    state = gather_state(networks, None if config.lora.rank > 0 else torch.bfloat16)
     if dist.get_rank() == 0:
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -54,13 +55,19 @@ def write(state: Mapping[str, Tensor], config: Config, folder: Path) -> None:
     """Write whole weights, by their names in `Networks`, into a folder."""
     networks = new_networks(config, "meta")
     if config.lora.rank > 0:
-        prefix = "transformer."
-        values = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        tensors = adapter_tensors(networks.transformer, config.lora, values)
-        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
-        return
-    networks.load_state_dict(dict(state), assign=True)
-    transformer, text_encoder = networks.transformer.eval(), networks.text_encoder
+        if all(".lora_" in name for name in trained_names(config, networks)):
+            prefix = "transformer."
+            values = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            tensors = adapter_tensors(networks.transformer, config.lora, values)
+            tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+            save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+            return
+        networks.load_state_dict(dict(state), assign=True)
+        networks.transformer.fuse_lora()
+        networks.transformer.unload_lora()
+    else:
+        networks.load_state_dict(dict(state), assign=True)
+    transformer, text_encoder = networks.to(torch.bfloat16).transformer.eval(), networks.text_encoder
     if text_encoder is None:
         save_official(folder, transformer)
         return
@@ -97,11 +104,10 @@ def main(options: Options) -> None:
     config.parallel = type(config.parallel)(precision="fp32")  # all processes share the parameters
     layout = parallel.start(config.parallel, "auto")
     networks = sharded_networks(config, layout, resumes=True)
-    trained = {name for stage in check_stages(config, networks) for name in stage.train}
+    trained = trained_names(config, networks)
     ema = Ema(networks, 0.0, trained)
     reader = Checkpoints(checkpoints, keep=0, read_only=True)
-    adapters = config.lora.rank > 0
-    model = ModelState(networks, (lambda name: ".lora_" in name) if adapters else None)
+    model = ModelState(networks, trained.__contains__ if config.lora.rank > 0 else None)
     step = reader.load({"networks": model, "averages": ema}, partly=True)
     if options.averages:
         with ema.swapped():

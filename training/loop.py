@@ -31,7 +31,7 @@ from training.parallel import Layout, clip_gradients, last_micro_batch, reshard,
 from training.profiling import Profile
 from training.signals import Stop
 from training.sources import open_sources
-from training.stages import Progress, check_stages, select_parameters, zero_parameters
+from training.stages import Progress, select_parameters, trained_names, zero_parameters
 from training.validate import validator_for
 
 
@@ -46,8 +46,8 @@ class Trainer:
         )
         saved = self.checkpoints.peek()
         self.networks = sharded_networks(config, layout, resumes=saved is not None)
-        trained = {name for stage in check_stages(config, self.networks) for name in stage.train}
-        self.ema = Ema(self.networks, 0.0, trained)
+        self.trained = trained_names(config, self.networks)
+        self.ema = Ema(self.networks, 0.0, self.trained)
         self.sources = open_sources(config)
         self.validator = validator_for(config, layout)
         self.guard = Guard()
@@ -192,9 +192,10 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that a checkpoint holds."""
-        adapters = self.config.lora.rank > 0
+        # What adapters are put on is read again from where it came, if nothing of it trains.
+        select = self.trained.__contains__ if self.config.lora.rank > 0 else None
         return {
-            "networks": ModelState(self.networks, (lambda name: ".lora_" in name) if adapters else None),
+            "networks": ModelState(self.networks, select),
             "averages": self.ema,
             "optimizers": self.optimizer_state,
             "progress": self.progress.state_dict(),

@@ -283,3 +283,8 @@ class Progress:
             not self.done and self.step and self.share >= 1
         ):  # the stage had ended, or was made shorter than it already was
             self.advance(steps=0)
+
+
+def trained_names(config: Config, networks: nn.Module) -> set[str]:
+    """Plain names of all parameters that train in any stage; raises as `check_stages`."""
+    return {name for stage in check_stages(config, networks) for name in stage.train}

@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file
 from small_run import make_world, read_log, save_config, train
 
-from talkingdit.errors import UserError
 from talkingdit.models.checkpoints import load_checkpoint
 from training import export, parallel
 from training.config import Config
@@ -168,8 +167,3 @@ def test_exported_weights_are_the_averages_and_generate_finds_all_it_needs(
     assert any(not torch.equal(value, last[name]) for name, value in averaged.items())
     checkpoint = load_checkpoint(tmp_path / "averaged", torch.float32, "cpu")
     assert checkpoint.settings.clip_latents == world.model.clip_latents
-
-
-def test_export_of_a_folder_without_checkpoints_says_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no complete checkpoint"):
-        export.main(export.Options(tmp_path, tmp_path / "model"))
