@@ -37,14 +37,16 @@ def test_adapters_that_trained_beside_other_weights_are_merged_into_the_model(tm
     networks = new_networks(config).eval()
     for name, parameter in networks.named_parameters():
         if ".lora_" in name or name.endswith("head.head.weight"):
-            torch.nn.init.normal_(parameter, std=0.2)
+            torch.nn.init.normal_(parameter, std=0.5)
     inputs = torch.randn(1, 16, 2, 6, 6), torch.tensor([500.0]), torch.randn(1, 5, 64)
     expected = networks.transformer(*inputs)
     export.write({name: value.clone() for name, value in networks.state_dict().items()}, config, tmp_path)
     checkpoint = load_checkpoint(tmp_path, torch.float32, "cpu")
-    torch.testing.assert_close(checkpoint.transformer(*inputs), expected, rtol=0.05, atol=0.02 * expected.std().item())
+    error = checkpoint.transformer(*inputs) - expected
     networks.transformer.disable_lora()
-    assert (networks.transformer(*inputs) - expected).std() > 0.2 * expected.std()
+    effect = networks.transformer(*inputs) - expected
+    assert effect.std() > 0.1 * expected.std()
+    assert error.std() < 0.1 * effect.std()  # bfloat16
 
 
 def test_adapters_alone_are_one_file(tmp_path: Path) -> None:
