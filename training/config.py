@@ -172,9 +172,7 @@ class ConditionsConfig:
     drop_pose: Ramp = 0.0
     joint: list[JointDrop] = field(default_factory=list)
     first_clip: Ramp = 0.3  # share of samples that start a video, and so have no history
-    audio_past: bool = (
-        True  # a later clip hears what was before it; False: its first sound instead, as Wan-S2V generates
-    )
+    audio_past: bool = True  # a clip hears the sound before it; False: its first sound instead, as in Wan-S2V
     history_noise: Ramp = 0.15  # largest standard deviation of noise added to the history, against drift
     prefix: Ramp = 0.0  # share of samples that are given their first latents clean, at timestep 0 and without loss
     prefix_latents: int = 4

@@ -279,9 +279,7 @@ class Progress:
             self.index = len(names)
         self.step, self.total, self.elapsed = int(state["step"]), int(state["total"]), float(state["elapsed"])
         self.entered = last
-        if (
-            not self.done and self.step and self.share >= 1
-        ):  # the stage had ended, or was made shorter than it already was
+        if not self.done and self.step and self.share >= 1:  # it had ended, or was made shorter than it already was
             self.advance(steps=0)
 
 
