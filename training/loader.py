@@ -107,6 +107,19 @@ def _groups(planner: Planner, ahead: deque[StepPlan], data_rank: int, data_size:
         yield from plan.of_rank(data_rank, data_size)
 
 
+def check_share(stage: StageConfig, data_size: int) -> None:
+    """Whether every rank gets as many micro-batches of a step.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    count = stage.batch.count
+    if count % data_size:
+        raise ValueError(
+            f"stages.{stage.name}.batch.count must be a multiple of the {data_size} data ranks, got {count}"
+        )
+
+
 class Loader:
     """Micro-batches of one rank, step by step, without end.
 
@@ -159,10 +172,7 @@ class Loader:
         missing = [name for name in stage.mix if name not in sources]
         if missing:
             raise ValueError(f"stages.{stage.name}.mix: no source {missing[0]!r}; there are {', '.join(sources)}")
-        if batch.count % data_size:
-            raise ValueError(
-                f"stages.{stage.name}.batch.count must be a multiple of the {data_size} data ranks, got {batch.count}"
-            )
+        check_share(stage, data_size)
         ramps = [value for value in (*stage.mix.values(), stage.conditions.first_clip) if isinstance(value, tuple)]
         if ramps and stage.steps <= 0:
             raise ValueError(

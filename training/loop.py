@@ -22,7 +22,7 @@ from training.config import Config, write_json
 from training.ema import Ema
 from training.export import export
 from training.guard import Guard
-from training.loader import Loader
+from training.loader import Loader, check_share
 from training.metrics import Means, Meter, Writer, from_rank_0, stated_speed, sum_over_ranks, work_of
 from training.model_state import ModelState, OptimizerState
 from training.objective import losses
@@ -40,6 +40,10 @@ class Trainer:
 
     def __init__(self, config: Config, layout: Layout) -> None:
         self.config, self.layout = config, layout
+        # What is wrong with data or later stages shows before a large model is read.
+        for stage in config.stages:
+            check_share(stage, layout.data_size)
+        self.sources = open_sources(config)
         save = config.checkpoint
         self.checkpoints = Checkpoints(
             config.run.out / "checkpoints", save.keep, save.asynchronous, lambda file: write_json(config, file)
@@ -48,7 +52,6 @@ class Trainer:
         self.networks = sharded_networks(config, layout, resumes=saved is not None)
         self.trained = trained_names(config, self.networks)
         self.ema = Ema(self.networks, 0.0, self.trained)
-        self.sources = open_sources(config)
         self.validator = validator_for(config, layout)
         self.guard = Guard()
         self.latest: dict[str, str] = {}  # of the last validation

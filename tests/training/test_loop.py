@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import small_run
 import torch
+from distributed import JobFailed
 from safetensors.torch import load_file
 from small_run import make_world, read_log, save_config, train
 
@@ -167,3 +168,13 @@ def test_exported_weights_are_the_averages_and_generate_finds_all_it_needs(
     assert any(not torch.equal(value, last[name]) for name, value in averaged.items())
     checkpoint = load_checkpoint(tmp_path / "averaged", torch.float32, "cpu")
     assert checkpoint.settings.clip_latents == world.model.clip_latents
+
+
+def test_a_later_stage_that_does_not_divide_over_the_ranks_is_refused_at_once(
+    world: Config, processes: Any, tmp_path: Path
+) -> None:
+    config = copy.deepcopy(world)
+    config.stage_tables[1]["batch"] = {"count": 3}
+    with pytest.raises(JobFailed, match=r"stages\.listen\.batch\.count must be a multiple of the 2 data ranks, got 3"):
+        processes(2, train, config, tmp_path)
+    assert not (tmp_path / "log.jsonl").exists()
