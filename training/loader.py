@@ -24,7 +24,7 @@ from talkingdit.data.sample import BrokenSample, Sample, Shape, Source
 from training.batching import ATTENTION_TOKENS, Group, MicroBatch, Planned, Planner, StepPlan
 from training.buckets import Buckets, CountTokens, Fit, patches
 from training.config import StageConfig, at
-from training.reading import Parcel, Reader, start_worker
+from training.reading import Parcel, Reader, sigterm_held, start_worker
 from training.sampler import Sampler, Stream, stream_shares
 
 logger = logging.getLogger(__name__)
@@ -223,7 +223,8 @@ class Loader:
             generator=torch.Generator().manual_seed(self.seed),  # else it takes a number from everybody's
             **more,
         )
-        return iter(loader)
+        with sigterm_held():
+            return iter(loader)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         return self

@@ -7,7 +7,8 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -122,15 +123,29 @@ class Reader(Dataset[Parcel]):
         return Parcel.closed(MicroBatch(samples, numbers, self.packed), failures)
 
 
+@contextmanager
+def sigterm_held() -> Iterator[None]:
+    """SIGTERM waits. Threads and processes that are started meanwhile never take it but by sigwait.
+
+    A worker that blocked it by itself would be late for threads that a library starts right after the fork, and a signal
+    to a process goes to any thread that does not block it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start_worker(_: int) -> None:
     """A signal to the whole job is the main process's to handle; workers read on until that one ends them.
 
-    Sent by anybody, SIGTERM would end a worker, and DataLoader then the run before its last step is saved.
+    Sent by anybody, SIGTERM would end a worker, and DataLoader then the run before its last step is saved. Workers are
+    to be started under `sigterm_held`.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_for_parent, daemon=True).start()
 
 
