@@ -127,8 +127,8 @@ class Reader(Dataset[Parcel]):
 def sigterm_held() -> Iterator[None]:
     """SIGTERM waits. Threads and processes that are started meanwhile never take it but by sigwait.
 
-    A worker that blocked it by itself would be late for threads that a library starts right after the fork, and a signal
-    to a process goes to any thread that does not block it.
+    A worker that blocked it by itself would be late for threads that a library starts right after the fork, and a
+    signal to a process goes to any thread that does not block it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
