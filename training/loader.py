@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from talkingdit.data.sample import BrokenSample, Sample, Shape, Source
+from talkingdit.errors import UserError
 from training.batching import ATTENTION_TOKENS, Group, MicroBatch, Planned, Planner, StepPlan
 from training.buckets import Buckets, CountTokens, Fit, patches
 from training.config import StageConfig, at
@@ -269,7 +270,7 @@ class Loader:
         self._recent.extend([False] * good + [True] * (planned - good))
         share = sum(self._recent) / max(1, len(self._recent))
         if len(self._recent) >= ENOUGH and share > MOST:
-            raise ValueError(f"data: {share:.0%} of the last {len(self._recent)} samples are broken; {self._first()}")
+            raise UserError(f"data: {share:.0%} of the last {len(self._recent)} samples are broken; {self._first()}")
 
     def _first(self) -> str:
         return "first: " + next((b.reasons[0] for b in self.broken.values() if b.reasons), "none")
@@ -296,7 +297,7 @@ class Loader:
             except BrokenSample:
                 continue
         tried = min(TRIES, len(items))
-        raise ValueError(f"data: none of {tried} samples of {planned.source!r} can be read; {self._first()}")
+        raise UserError(f"data: none of {tried} samples of {planned.source!r} can be read; {self._first()}")
 
     def state_dict(self) -> dict[str, Any]:
         """What follows the last step returned; equal on every rank, whatever was read ahead."""

@@ -7,6 +7,8 @@ names; their signatures are the same in torch 2.10 to 2.13. Everything here is [
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,25 +71,16 @@ def backward(
     return dq, dk, dv
 
 
-class _Kernel:
+class _Kernel(Protocol):
     """Attention and its backward; all have one form, kernels differ in what they return and in which shape."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Extra]:
-        raise NotImplementedError
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Extra]: ...
 
     @staticmethod
     def backward(
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        extra: Extra,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, extra: Extra
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class _Cpu(_Kernel):

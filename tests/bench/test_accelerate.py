@@ -3,12 +3,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from bench import accelerate, harness
-
-pytest.importorskip("diffusers")
 
 
 def test_both_sides_compute_the_same_and_one_of_them_with_the_fused_ops():

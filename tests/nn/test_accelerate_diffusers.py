@@ -17,8 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import talkingdit
 from talkingdit.nn.accelerate.diffusers_wan import WanProcessor
 
-pytest.importorskip("diffusers")
-
 
 class Ops(TorchDispatchMode):
     """Counts calls of this package's ops: a fused path that silently falls back would pass every comparison."""
