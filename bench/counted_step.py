@@ -31,10 +31,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from talkingdit.models import wan_conditions
-from talkingdit.models.wan import WanS2VModel
+from talkingdit.families.wan_s2v import conditions as wan_conditions
+from talkingdit.families.wan_s2v.model import WanS2VModel
 from talkingdit.nn.layers import RMSNorm
-from talkingdit.plan import Clip
+from talkingdit.plan.generation import ClipShape
 from training import parallel
 from training.config import OptimConfig, ParallelConfig
 from training.ema import Ema
@@ -285,7 +285,7 @@ class Step:
     """
 
     config: Mapping[str, Any]
-    clip: Clip
+    clip: ClipShape
     parallel: ParallelConfig
     world: int
     gpus: int = 8
@@ -296,7 +296,7 @@ class Step:
     prepare: Callable[[WanS2VModel], Any] = lambda model: None
 
 
-def inputs(config: Mapping[str, Any], clip: Clip) -> dict[str, Tensor]:
+def inputs(config: Mapping[str, Any], clip: ClipShape) -> dict[str, Tensor]:
     """Arguments of the model for a clip, with every condition that the clip has."""
     c, size = config, (clip.height // 8, clip.width // 8)
     given = {

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from bench import harness, report
-from talkingdit import plan_train
-from talkingdit.models.presets import PRESETS, preset
-from talkingdit.plan import Clip, tokens
+from talkingdit.families import preset
+from talkingdit.families.wan_s2v.presets import PRESETS
+from talkingdit.plan import training as plan_train
+from talkingdit.plan.generation import ClipShape, tokens
 
 _RESULTS = Path(__file__).resolve().parent / "results" / "scaling.json"
 GPUS = 8  # per node
@@ -55,8 +56,8 @@ class Case:
         return self.layout.data * self.layout.context
 
     @property
-    def clip(self) -> Clip:
-        return Clip(704, 1024, self.frames // 4, pose=True)
+    def clip(self) -> ClipShape:
+        return ClipShape(704, 1024, self.frames // 4, pose=True)
 
     @property
     def run(self) -> plan_train.Run:

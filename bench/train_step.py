@@ -32,9 +32,10 @@ from bench import harness, official_style
 from bench.live_memory import LiveMemory
 from bench.wan_block import SHAPES as STEP_SHAPES
 from bench.wan_block import StepShape, build, inputs
-from talkingdit import plan_train
-from talkingdit.models.presets import PRESETS, preset
-from talkingdit.plan import CARDS, Clip, tokens
+from talkingdit.families import preset
+from talkingdit.families.wan_s2v.presets import PRESETS
+from talkingdit.plan import training as plan_train
+from talkingdit.plan.generation import CARDS, ClipShape, tokens
 from training import parallel
 from training.config import ParallelConfig
 from training.networks import Networks
@@ -166,7 +167,7 @@ def run(
         theirs = measure(partial(official, shape, blocks, device), device, repeats)
     config = PRESETS["wan_s2v_14b"] | shape.config | {"num_layers": blocks}
     config["audio_inject_layers"] = [i for i in config["audio_inject_layers"] if i < blocks]
-    clip = Clip(8 * shape.height, 8 * shape.width, shape.frames, pose=True)
+    clip = ClipShape(8 * shape.height, 8 * shape.width, shape.frames, pose=True)
     total, tflops = tokens(config, clip)[1], stated_tflops(device)
     limit = 1e-4 if device.type == "cpu" else 3e-2
     result: dict[str, Any] = {**harness.header("train_step", device, quick=shape.name == "tiny"), "steps": []}

@@ -3,6 +3,6 @@
 
 import sys
 
-from talkingdit.cli import main
+from talkingdit.cli.main import main
 
 sys.exit(main())

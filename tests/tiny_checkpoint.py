@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 
+from talkingdit.families.puppet.checkpoint import PuppetSettings, save_checkpoint
+from talkingdit.families.puppet.text import PromptEncoder
 from talkingdit.models import WanS2VModel, preset
-from talkingdit.models.checkpoints import PipelineSettings, save_checkpoint
-from talkingdit.models.text import PromptEncoder
 
 
 def make_vae(z_dim: int = 16) -> AutoencoderKLWan:
@@ -51,5 +51,5 @@ def make_checkpoint(folder: Path, seed: int = 0, **settings: Any) -> Path:
         transformer = make_transformer()
         chosen = {"size": 32, "clip_latents": 2, "steps": 2, "text_guidance": 1.5, "audio_guidance": 2.0} | settings
         text = PromptEncoder(text_dim=transformer.config.text_dim, text_len=transformer.config.text_len)
-        save_checkpoint(folder, transformer, make_vae(), text, PipelineSettings(**chosen))
+        save_checkpoint(folder, transformer, make_vae(), text, PuppetSettings(**chosen))
     return folder

@@ -9,11 +9,11 @@ import torch
 from tiny_checkpoint import make_transformer
 from torch import Tensor, nn
 
-from talkingdit.models.text import PromptEncoder
-from talkingdit.models.wan_packed import PackedClip
+from talkingdit.families.puppet.text import PromptEncoder
+from talkingdit.families.wan_s2v.packed import PackedClip
 from talkingdit.nn.context_parallel import ContextParallel
 from training.networks import Networks
-from training.parallel import Layout
+from training.parallel import ProcessMesh
 
 SAMPLES = 4  # of a step, over all processes
 CAPTIONS = ("a man in red", "a woman", "", "two people")
@@ -57,7 +57,7 @@ def sample_losses(
 
 
 def backward(
-    networks: nn.Module, step: int, layout: Layout | None = None, pieces: int = 1, packed: bool = False
+    networks: nn.Module, step: int, layout: ProcessMesh | None = None, pieces: int = 1, packed: bool = False
 ) -> float:
     """Gradients of a step by the rule of `training.parallel`, in so many micro-batches; the loss of all samples."""
     rank, size, world = (0, 1, 1) if layout is None else (layout.data_rank, layout.data_size, layout.world)

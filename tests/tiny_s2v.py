@@ -13,9 +13,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from talkingdit.encoders.text import TextFeatures
+from talkingdit.families.wan_s2v.checkpoint import WanS2VCheckpoint, WanS2VSettings
 from talkingdit.models import WanS2VModel, preset
-from talkingdit.models.checkpoints import S2VCheckpoint, S2VSettings
-from talkingdit.models.text import TextFeatures
 
 TEXT_DIM, AUDIO_DIM, LAYERS = 24, 12, 3
 TRANSFORMER = {
@@ -57,7 +57,7 @@ def make_vae() -> AutoencoderKLWan:
     ).eval()
 
 
-def make_s2v(seed: int = 0, settings: dict[str, Any] | None = None, **changes: Any) -> S2VCheckpoint:
+def make_s2v(seed: int = 0, settings: dict[str, Any] | None = None, **changes: Any) -> WanS2VCheckpoint:
     """The checkpoint; no weight is zero that would hide a condition, the decoder makes pictures of full contrast."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -68,4 +68,4 @@ def make_s2v(seed: int = 0, settings: dict[str, Any] | None = None, **changes: A
         vae = make_vae()
         torch.nn.init.normal_(vae.decoder.conv_out.weight, std=0.2)
     chosen = {"steps": 2, "max_area": 64 * 64} | (settings or {})
-    return S2VCheckpoint(model, vae, Words(), Voice(), S2VSettings(**chosen), Path("tiny"))  # type: ignore[arg-type]
+    return WanS2VCheckpoint(model, vae, Words(), Voice(), WanS2VSettings(**chosen), Path("tiny"))  # type: ignore[arg-type]

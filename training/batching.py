@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from talkingdit.data.sample import ClipRequest, Sample
-from talkingdit.models.wan_packed import MAX_GROUPS
+from talkingdit.families.wan_s2v.packed import MAX_GROUPS
 from training.buckets import Fit
 from training.sampler import Draw, Sampler
 

@@ -12,20 +12,22 @@ import torch.distributed as dist
 from torch import nn
 
 from talkingdit.errors import UserError
-from talkingdit.models.checkpoints import PipelineSettings, load, save_official
-from talkingdit.models.checkpoints.initialise import is_video_model
-from talkingdit.models.presets import preset
-from talkingdit.models.text import PromptEncoder
-from talkingdit.models.wan import WanS2VModel
+from talkingdit.families import preset
+from talkingdit.families.puppet.checkpoint import PuppetSettings
+from talkingdit.families.puppet.text import PromptEncoder
+from talkingdit.families.wan_s2v.initialise import is_video_model
+from talkingdit.families.wan_s2v.load import load
+from talkingdit.families.wan_s2v.model import WanS2VModel
+from talkingdit.families.wan_s2v.save import save_official
 from training.config import Config
 from training.lora import add_adapters
 from training.networks import Networks
-from training.parallel import Layout, load_weights, local_part, shard
+from training.parallel import ProcessMesh, load_weights, local_part, shard
 
 
-def pipeline_settings(config: Config) -> PipelineSettings:
+def pipeline_settings(config: Config) -> PuppetSettings:
     """What a model of drawn characters trained with this configuration tells those who generate with it."""
-    return PipelineSettings(
+    return PuppetSettings(
         fps=config.data.fps,
         size=config.data.size,
         clip_latents=config.model.clip_latents,
@@ -55,7 +57,7 @@ def new_networks(config: Config, device: torch.device | str = "cpu") -> Networks
     return Networks(transformer, text_encoder)
 
 
-def sharded_networks(config: Config, layout: Layout, resumes: bool) -> Networks:
+def sharded_networks(config: Config, layout: ProcessMesh, resumes: bool) -> Networks:
     """Networks as training needs them: sharded, with the weights that the run begins with.
 
     With `model.start` they are never whole anywhere, every rank reads its own rows. Without it the weights are random
@@ -74,7 +76,7 @@ def sharded_networks(config: Config, layout: Layout, resumes: bool) -> Networks:
     return networks
 
 
-def _whole(start: Path, config: Config, layout: Layout) -> Path:
+def _whole(start: Path, config: Config, layout: ProcessMesh) -> Path:
     """A folder that has every weight of the transformer: `start`, or what is made of the video model there.
 
     A Wan video model (T2V, I2V) lacks audio layers, history packer and token kinds. Rank 0 adds those, new, once and

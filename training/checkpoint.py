@@ -152,7 +152,7 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {path} is of another run: it {where} {differing[0]!r}")
         tensors: dict[str, Tensor] = {}
         for key, value in state.items():
-            if isinstance(value, Prepared):
+            if isinstance(value, PreparedState):
                 value.prepare({name.removeprefix(f"{key}/") for name in saved if name.startswith(f"{key}/")})
             _split(value, key, tensors)
         if partly:
@@ -290,7 +290,7 @@ class Checkpoints:
         return result
 
 
-class Prepared(Stateful):
+class PreparedState(Stateful):
     """A Stateful that is told, before a load asks for its `state_dict()`, which tensors the checkpoint holds for it."""
 
     def prepare(self, saved: set[str]) -> None:

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from talkingdit.errors import UserError
-from talkingdit.models.checkpoints import save_checkpoint, save_official
+from talkingdit.families.puppet.checkpoint import save_checkpoint
+from talkingdit.families.wan_s2v.save import save_official
 from training import parallel
 from training.build import new_networks, pipeline_settings, sharded_networks
 from training.checkpoint import CONFIG, Checkpoints

@@ -133,7 +133,7 @@ class Loader:
         prefetch: steps that each worker reads ahead.
         clip_latents: duration of clips if `stage.batch.frames` is empty.
         count_tokens: tokens of a clip with its conditions in the model's sequence, for `stage.batch.tokens`; for Wan
-            partial(talkingdit.models.wan_sequence.tokens_of, config).
+            partial(talkingdit.families.wan_s2v.sequence.tokens_of, config).
         attention_tokens: tokens of a sample at which its attention costs as much as all else.
         pin_memory: put tensors into pinned memory, for fast copies to a GPU.
         peers: processes that read the same share, because they compute it together (context parallelism). They agree

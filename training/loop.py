@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from talkingdit.models.wan_sequence import tokens_of
+from talkingdit.families.wan_s2v.sequence import tokens_of
 from training.build import sharded_networks
 from training.checkpoint import Checkpoints
 from training.config import Config, write_json
@@ -27,7 +27,7 @@ from training.metrics import Means, Meter, Writer, from_rank_0, stated_speed, su
 from training.model_state import ModelState, OptimizerState
 from training.objective import losses
 from training.optim import LearningRate, build_optimizers
-from training.parallel import Layout, clip_gradients, last_micro_batch, reshard, trainable_changed
+from training.parallel import ProcessMesh, clip_gradients, last_micro_batch, reshard, trainable_changed
 from training.profiling import Profile
 from training.signals import Stop
 from training.sources import open_sources
@@ -38,7 +38,7 @@ from training.validate import validator_for
 class Trainer:
     """State of a run. `run()` trains until the stages are done, or until somebody asks to stop."""
 
-    def __init__(self, config: Config, layout: Layout) -> None:
+    def __init__(self, config: Config, layout: ProcessMesh) -> None:
         self.config, self.layout = config, layout
         # What is wrong with data or later stages shows before a large model is read.
         for stage in config.stages:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from talkingdit.errors import UserError
-from talkingdit.plan import CARDS, Clip, flops, tokens
+from talkingdit.plan.generation import CARDS, ClipShape, flops, tokens
 from training.batching import MicroBatch
 from training.config import LogConfig
 
@@ -66,7 +66,7 @@ def work_of(batch: MicroBatch, config: Mapping[str, Any]) -> dict[str, float]:
     for sample, weight in zip(batch.samples, batch.weights, strict=True):
         frames, height, width = sample.latents.shape[1:]
         history = 0 if sample.history is None else sample.history.shape[1]
-        clip = Clip(height=8 * height, width=8 * width, latents=frames, history=history)
+        clip = ClipShape(height=8 * height, width=8 * width, latents=frames, history=history)
         found["tokens"] += weight * tokens(config, clip)[1]
         found["frames"] += weight * 4 * frames
         found["flops"] += weight * 3 * flops(config, clip)

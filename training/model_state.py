@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from training.checkpoint import CheckpointError, Prepared
+from training.checkpoint import CheckpointError, PreparedState
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # of activation checkpointing and of torch.compile
 
@@ -33,7 +33,7 @@ class ModelState:
         """Nothing is left to do: the tensors of `state_dict()` are the networks' own."""
 
 
-class OptimizerState(Prepared):
+class OptimizerState(PreparedState):
     """States of several optimisers, each by the name of its parameter.
 
     Parameters without a state (frozen, or not yet stepped) have none in the checkpoint, and none after a load. torch's

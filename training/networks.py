@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from talkingdit.models.text import PromptEncoder
-from talkingdit.models.wan import WanS2VModel
+from talkingdit.families.puppet.text import PromptEncoder
+from talkingdit.families.wan_s2v.model import WanS2VModel
 
 
 class Networks(nn.Module):

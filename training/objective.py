@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from talkingdit.data.sample import Sample
-from talkingdit.models.wan_packed import PackedClip
+from talkingdit.families.wan_s2v.packed import PackedClip
 from training.conditions import Draws, cell_weights, draw, noisy_history, normal
 from training.config import StageConfig
 from training.losses import add_noise, velocity_loss
@@ -22,7 +22,7 @@ from training.stages import check_supported
 if TYPE_CHECKING:
     from talkingdit.nn.context_parallel import ContextParallel
     from training.batching import MicroBatch
-    from training.parallel import Layout
+    from training.parallel import ProcessMesh
 
 LEVELS = 4  # ranges of the noise level whose losses are told apart
 
@@ -49,7 +49,7 @@ class StepLosses:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class TrainingInputs:
     """A sample as the model gets it; tensors on the CPU, without a batch axis."""
 
     sample: Sample
@@ -65,7 +65,7 @@ class Prepared:
     pose: Tensor | None
 
 
-def prepare(sample: Sample, number: int, stage: StageConfig, seed: int, progress: float = 0.0) -> Prepared:
+def prepare(sample: Sample, number: int, stage: StageConfig, seed: int, progress: float = 0.0) -> TrainingInputs:
     """Draw what is random about a sample and put it together: a function of (sample, number, stage, seed, progress)."""
     draws = draw(sample, number, stage, seed, progress)
     clean = sample.latents
@@ -75,7 +75,7 @@ def prepare(sample: Sample, number: int, stage: StageConfig, seed: int, progress
     timestep = torch.full((clean.shape[1],), 1000 * draws.sigma)
     timestep[: draws.prefix] = 0
     hears = "audio" in draws.kept
-    return Prepared(
+    return TrainingInputs(
         sample=sample,
         draws=draws,
         noise=noise,
@@ -96,7 +96,7 @@ def losses(
     stage: StageConfig,
     seed: int,
     progress: float,
-    layout: Layout,
+    layout: ProcessMesh,
 ) -> StepLosses:
     """Flow-matching losses of a micro-batch: one call of the transformer (and of a trained text encoder).
 
@@ -128,7 +128,7 @@ def losses(
 
 def _stacked(
     transformer: Any,
-    items: Sequence[Prepared],
+    items: Sequence[TrainingInputs],
     texts: Sequence[Tensor],
     device: torch.device | str,
     context: ContextParallel | None,
@@ -165,7 +165,7 @@ def _stacked(
 
 def _packed(
     transformer: Any,
-    items: Sequence[Prepared],
+    items: Sequence[TrainingInputs],
     texts: Sequence[Tensor],
     device: torch.device | str,
     context: ContextParallel | None,
@@ -222,7 +222,7 @@ def _lengths(values: Sequence[Tensor | None], longest: int) -> list[int] | None:
     return None if set(lengths) == {longest} else lengths
 
 
-def _audio_histories(items: Sequence[Prepared]) -> list[Tensor] | None:
+def _audio_histories(items: Sequence[TrainingInputs]) -> list[Tensor] | None:
     """Features before the clips, continued to the past up to the longest as the model would do it alone."""
     lengths = [item.audio_history.shape[-1] for item in items if item.audio_history is not None]
     like = next((item.audio for item in items if item.audio is not None), None)
@@ -239,7 +239,9 @@ def _audio_histories(items: Sequence[Prepared]) -> list[Tensor] | None:
     return whole
 
 
-def _texts(networks: Any, items: Sequence[Prepared], stage: StageConfig, device: torch.device | str) -> list[Tensor]:
+def _texts(
+    networks: Any, items: Sequence[TrainingInputs], stage: StageConfig, device: torch.device | str
+) -> list[Tensor]:
     """Text features [L, text_dim] of each sample, on the device."""
     keeps = ["text" in item.draws.kept for item in items]
     if networks.text_encoder is not None:
@@ -280,7 +282,7 @@ def empty_text(file: Path | None, text_dim: int) -> Tensor:
     return tensors[0].float()
 
 
-def _parts(each: Tensor, items: Sequence[Prepared], weights: Sequence[float]) -> dict[str, tuple[Tensor, float]]:
+def _parts(each: Tensor, items: Sequence[TrainingInputs], weights: Sequence[float]) -> dict[str, tuple[Tensor, float]]:
     """Sums and counts of the losses by what the samples are."""
     members: dict[str, list[int]] = {}
     for i, (item, weight) in enumerate(zip(items, weights, strict=True)):

@@ -9,7 +9,7 @@
 
 The processes form a mesh, replicate x shard x ring x ulysses, the last innermost: neighbours by NVLink do Ulysses'
 all-to-all, far ones only average gradients. Processes that differ in `ring` or `ulysses` work on parts of the same
-sequences (`Layout.context`), those that differ in `replicate` or `shard` on other samples (`Layout.data_rank`).
+sequences (`ProcessMesh.context`), those that differ in `replicate` or `shard` on other ones (`ProcessMesh.data_rank`).
 Parameters, gradients and optimiser states are cut over shard x ring x ulysses and copied along `replicate`.
 
 Every process of a context-parallel group comes to the same loss, and FSDP2 averages gradients over all processes. So
@@ -38,11 +38,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, debug
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from talkingdit.checkpoints.fill import check_names
+from talkingdit.checkpoints.weights import Weights, open_weights
 from talkingdit.errors import UserError
-from talkingdit.models.checkpoints.fill import check_names
-from talkingdit.models.checkpoints.transformer import open_transformer
-from talkingdit.models.checkpoints.weights import Weights, open_weights
-from talkingdit.models.wan import WanS2VModel
+from talkingdit.families.wan_s2v.load import open_transformer
+from talkingdit.families.wan_s2v.model import WanS2VModel
 from talkingdit.nn.context_parallel import ContextParallel
 from training.config import ParallelConfig
 from training.networks import Networks
@@ -54,7 +54,7 @@ AXES = ("replicate", "shard", "ring", "ulysses")
 
 
 @dataclass(frozen=True)
-class Layout:
+class ProcessMesh:
     """Where this process stands among all."""
 
     mesh: DeviceMesh  # AXES
@@ -67,7 +67,7 @@ class Layout:
     context: ContextParallel | None  # whom it shares their sequences with, if anyone
 
 
-def start(config: ParallelConfig, device: str = "auto") -> Layout:
+def start(config: ParallelConfig, device: str = "auto") -> ProcessMesh:
     """Join the other processes and find the own place in the mesh.
 
     The process group is torchrun's; a process that was started alone makes one of its own, without a port. A group
@@ -98,7 +98,7 @@ def start(config: ParallelConfig, device: str = "auto") -> Layout:
     for group in (*mesh.get_all_groups(), *fsdp.get_all_groups(), *([context.group] if context else [])):
         distributed_c10d._set_pg_timeout(patience, group)  # groups of a mesh do not inherit it
     rank = dist.get_rank()
-    return Layout(mesh, fsdp, place, rank, world, rank // together, world // together, context)
+    return ProcessMesh(mesh, fsdp, place, rank, world, rank // together, world // together, context)
 
 
 def stop() -> None:
@@ -154,7 +154,7 @@ def _device(name: str) -> torch.device:
 # ---- The model in shards ---------------------------------------------------------------------------------------------
 
 
-def shard(networks: Networks, layout: Layout, config: ParallelConfig) -> None:
+def shard(networks: Networks, layout: ProcessMesh, config: ParallelConfig) -> None:
     """Cut all parameters over the processes, and prepare the model for training: nothing large stays whole.
 
     Each block and each other large layer is a unit of its own, which is gathered for its forward and for its backward

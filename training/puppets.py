@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from talkingdit.data.sample import ClipRequest, Sample, Shape
-from talkingdit.models.audio import SpeechFeatures, normalise_loudness
+from talkingdit.encoders.log_mel import SpeechFeatures, normalise_loudness
 from talkingdit.puppets.render import mouth_boxes, render
 from talkingdit.puppets.visemes import Visemes, visemes_from_audio
 from talkingdit.puppets.world import Motion, Scene

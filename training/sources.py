@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from talkingdit.data import Source
-from talkingdit.data.encode import Cutting
 from talkingdit.data.encoders import CheckpointEncoders
 from talkingdit.data.on_the_fly import OnTheFly
 from talkingdit.data.shards import PrecomputedShards
+from talkingdit.families.wan_s2v.clips import Cutting
 from training.config import Config, SourceConfig
 from training.puppets import Puppets, precompute
 

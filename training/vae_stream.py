@@ -24,7 +24,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, W
 from torch import Tensor
 from tqdm import tqdm
 
-from talkingdit.pipelines.vae import FRAMES_PER_LATENT
+from talkingdit.autoencoders.streaming import FRAMES_PER_LATENT
 from training.vae import Mouths, reconstruction_loss, sample_clip
 
 WINDOW = 4  # latents decoded between two steps of the optimiser

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-from talkingdit.models.checkpoints import Checkpoint
-from talkingdit.pipelines.generate import Sampling, TalkingPipeline
+from talkingdit.families.puppet.checkpoint import PuppetCheckpoint
+from talkingdit.families.puppet.pipeline import PuppetPipeline, Sampling
 from talkingdit.puppets.probe import probe
 from talkingdit.puppets.render import Image, render
 from talkingdit.puppets.world import Motion, Scene
@@ -23,7 +23,7 @@ from training.build import pipeline_settings
 from training.config import Config
 from training.metrics import Writer
 from training.networks import Networks
-from training.parallel import Layout
+from training.parallel import ProcessMesh
 from training.puppets import read_voices
 
 
@@ -34,16 +34,16 @@ class Validator(Protocol):
         """Generate with the networks as they are, on all ranks; rank 0 logs and returns what it measured."""
 
 
-def validator_for(config: Config, layout: Layout) -> Validator | None:
+def validator_for(config: Config, layout: ProcessMesh) -> Validator | None:
     """The validation that a configuration asks for, None for none. Every rank must call this."""
     if config.sample.every <= 0:
         return None
     if config.model.text_encoder == "prompt":
         return PuppetValidator(config)
     if config.sample.cases is not None:
-        from training.validate_s2v import S2VValidator
+        from training.validate_s2v import WanS2VValidator
 
-        return S2VValidator(config, layout)
+        return WanS2VValidator(config, layout)
     return None
 
 
@@ -78,14 +78,14 @@ class PuppetValidator:
             nothing on other ranks than 0.
         """
         assert networks.text_encoder is not None
-        checkpoint = Checkpoint(
+        checkpoint = PuppetCheckpoint(
             transformer=networks.transformer,
             vae=self.vae,
             text_encoder=networks.text_encoder,
             settings=pipeline_settings(self.config),
             folder=self.config.run.out,
         )
-        pipeline = TalkingPipeline(checkpoint)
+        pipeline = PuppetPipeline(checkpoint)
         truth, measured, identity = [], [], []
         video: Image = np.zeros((0, 1, 1, 3), np.uint8)
         for scene, portrait, features, opening in self.cases:

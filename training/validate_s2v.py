@@ -28,21 +28,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from talkingdit.autoencoders.streaming import to_frames, to_video
+from talkingdit.autoencoders.wan import load_vae
 from talkingdit.data.encoders import CheckpointEncoders
+from talkingdit.distributed.layout import Parallel
 from talkingdit.errors import UserError
-from talkingdit.models.audio import RATE
-from talkingdit.models.checkpoints import S2VCheckpoint
-from talkingdit.models.checkpoints.s2v import find_parts
-from talkingdit.models.wan_vae import load_vae
-from talkingdit.pipelines.framing import fit_picture, output_size
-from talkingdit.pipelines.media import VideoWriter, read_audio, read_image
-from talkingdit.pipelines.parallel import Parallel
-from talkingdit.pipelines.s2v import Filled, S2VPipeline, S2VSampling, Scene
-from talkingdit.pipelines.vae import to_frames, to_video
+from talkingdit.families.wan_s2v.checkpoint import WanS2VCheckpoint, find_parts
+from talkingdit.families.wan_s2v.pipeline import ResolvedSampling, S2VSampling, VideoConditions, WanS2VPipeline
+from talkingdit.media.files import SPEECH_RATE, VideoWriter, read_audio, read_image
+from talkingdit.media.framing import fit_picture, output_size
 from training.config import Config
 from training.metrics import Writer
 from training.networks import Networks
-from training.parallel import Layout
+from training.parallel import ProcessMesh
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,7 +62,7 @@ def motion_loudness(pictures: NDArray[np.uint8], sound: NDArray[np.float32], fps
     """
     lower = pictures[:, pictures.shape[1] // 2 :].astype(np.float32)
     motion = np.abs(np.diff(lower, axis=0)).mean(axis=(1, 2, 3))
-    ends = np.arange(1, len(pictures) + 1) * RATE // fps
+    ends = np.arange(1, len(pictures) + 1) * SPEECH_RATE // fps
     silent = np.pad(sound, (0, max(0, int(ends[-1]) - len(sound))))
     loudness = np.array([np.sqrt(np.mean(part**2)) for part in np.split(silent[: ends[-1]], ends[:-1])])[1:]
     if len(motion) < 2 or np.ptp(motion) < 1e-6 or np.ptp(loudness) < 1e-6:
@@ -119,10 +117,10 @@ def read_cases(manifest: Path) -> list[CaseFiles]:
     return cases
 
 
-class S2VValidator:
+class WanS2VValidator:
     """Generates the first seconds of every case each time, with the same noise."""
 
-    def __init__(self, config: Config, layout: Layout) -> None:
+    def __init__(self, config: Config, layout: ProcessMesh) -> None:
         """Encode the cases, or read what was encoded before; every rank must call this.
 
         Raises:
@@ -141,7 +139,7 @@ class S2VValidator:
         self.cases: list[Case] = _from_rank_0(lambda: self._encode(encoders))
         self.vae: Any = load_vae(vae, torch.float32, "cpu").requires_grad_(False)
 
-    def _sampling(self) -> Filled:
+    def _sampling(self) -> ResolvedSampling:
         sample = self.config.sample
         chosen = S2VSampling(
             steps=sample.steps,
@@ -179,9 +177,9 @@ class S2VValidator:
         size = output_size(image.shape[0], image.shape[1], self.config.sample.max_area, self.settings.size_multiple)
         picture, _ = fit_picture(image, size)
         fps, clip = self.settings.fps, self.sampling.clip_frames
-        frames = min(int(self.config.sample.seconds * fps), -(-len(sound) * fps // RATE))
+        frames = min(int(self.config.sample.seconds * fps), -(-len(sound) * fps // SPEECH_RATE))
         frames = max(frames, self.sampling.dropped + 2)
-        sound = sound[: frames * RATE // fps]
+        sound = sound[: frames * SPEECH_RATE // fps]
         loaded = encoders.loaded
         assert loaded.text_encoder is not None
         assert loaded.audio_encoder is not None
@@ -213,8 +211,8 @@ class S2VValidator:
         self.vae.to(self.layout.device)
         missing: Any = None  # encoders, whose results are in the cases
         folder = self.config.run.out
-        checkpoint = S2VCheckpoint(networks.transformer, self.vae, missing, missing, self.settings, folder)
-        pipeline = S2VPipeline(checkpoint, parallel)
+        checkpoint = WanS2VCheckpoint(networks.transformer, self.vae, missing, missing, self.settings, folder)
+        pipeline = WanS2VPipeline(checkpoint, parallel)
         measured = []
         for number, case in enumerate(self.cases):
             pictures = self._generate(pipeline, case)
@@ -223,7 +221,7 @@ class S2VValidator:
             sound = case.sound.numpy()
             file = self.folder / f"step-{step:08d}-case{number}.mp4"
             with VideoWriter(
-                file, self.settings.fps, (pictures.shape[1], pictures.shape[2]), audio=sound, rate=RATE
+                file, self.settings.fps, (pictures.shape[1], pictures.shape[2]), audio=sound, rate=SPEECH_RATE
             ) as video:
                 video.write(pictures)
             measured.append(
@@ -242,13 +240,15 @@ class S2VValidator:
     @property
     def _skipped(self) -> int:
         """Samples of sound while the first picture stays."""
-        return self.sampling.dropped * RATE // self.settings.fps
+        return self.sampling.dropped * SPEECH_RATE // self.settings.fps
 
-    def _generate(self, pipeline: S2VPipeline, case: Case) -> NDArray[np.uint8]:
+    def _generate(self, pipeline: WanS2VPipeline, case: Case) -> NDArray[np.uint8]:
         """Pictures [n, H, W, 3] of a case; the first one stays for those that the beginning lacks."""
-        frames = len(case.sound) * self.settings.fps // RATE
+        frames = len(case.sound) * self.settings.fps // SPEECH_RATE
         pixels = to_video(case.picture.numpy()[None]).to(self.layout.device)
-        scene = Scene(self.sampling, case.text.to(self.layout.device), case.reference.to(self.layout.device), pixels)
+        scene = VideoConditions(
+            self.sampling, case.text.to(self.layout.device), case.reference.to(self.layout.device), pixels
+        )
         parts = [to_frames(clip.pictures) for clip in pipeline.clips(scene, case.features, frames)]
         pictures = np.concatenate(parts)
         return np.concatenate([pictures[:1].repeat(self.sampling.dropped, axis=0), pictures])

@@ -34,7 +34,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-RATE = 16000
+from talkingdit.media.files import SPEECH_RATE
+
 SHORTEST, LONGEST = 12.0, 20.0  # seconds of one utterance
 PAUSES = (0.15, 0.5)  # seconds between two prompts
 # Recordings that are not speech.
@@ -105,22 +106,22 @@ def decode_g722(path: Path) -> np.ndarray:
 
 def trim(samples: np.ndarray, margin: float = 0.04) -> np.ndarray:
     """Cut silence at both ends: everything 40 dB below the loudest 20 ms, but for a margin in seconds."""
-    hop = RATE // 50
+    hop = SPEECH_RATE // 50
     if len(samples) < 2 * hop:
         return samples[:0]
     level = np.sqrt((samples[: len(samples) // hop * hop].reshape(-1, hop) ** 2).mean(1))
     loud = np.flatnonzero(level > 0.01 * level.max())
     if level.max() < 1e-4 or not len(loud):
         return samples[:0]
-    edge = int(margin * RATE)
+    edge = int(margin * SPEECH_RATE)
     return samples[max(0, loud[0] * hop - edge) : (loud[-1] + 1) * hop + edge]
 
 
 def split_long(samples: np.ndarray) -> list[np.ndarray]:
     """Cut a recording that is longer than an utterance may be at the quietest places near its middle."""
-    if len(samples) <= (LONGEST - 2) * RATE:
+    if len(samples) <= (LONGEST - 2) * SPEECH_RATE:
         return [samples]
-    hop = RATE // 20
+    hop = SPEECH_RATE // 20
     level = (samples[: len(samples) // hop * hop].reshape(-1, hop) ** 2).mean(1)
     level = np.convolve(level, np.ones(3), "same")
     a, b = len(level) // 3, 2 * len(level) // 3
@@ -151,7 +152,7 @@ def recorded_prompts(source: Source, out: Path) -> Iterator[tuple[str, str | Non
             continue
         pieces = split_long(trim(decode_g722(path)))
         for number, piece in enumerate(pieces):
-            if len(piece) > 0.2 * RATE:
+            if len(piece) > 0.2 * SPEECH_RATE:
                 yield (name, texts.get(name), piece) if len(pieces) == 1 else (f"{name}#{number}", None, piece)
 
 
@@ -213,8 +214,8 @@ def synthetic_prompts(source: Source, out: Path, count: int) -> Iterator[tuple[s
     for number, text in enumerate(texts):
         subprocess.run([str(program), "-voice", source.speaker, "-t", text, "-o", str(wav)], env=env, check=True)
         samples, rate = soundfile.read(wav, dtype="float32")
-        if rate != RATE:
-            raise RuntimeError(f"voices: flite voice {source.speaker} speaks at {rate} Hz, expected {RATE}")
+        if rate != SPEECH_RATE:
+            raise RuntimeError(f"voices: flite voice {source.speaker} speaks at {rate} Hz, expected {SPEECH_RATE}")
         yield f"sentence-{number:03d}", text, trim(samples)
     wav.unlink(missing_ok=True)
 
@@ -234,16 +235,16 @@ def utterances(
         target = rng.uniform(SHORTEST, LONGEST - 3)
         while queue and seconds < target:
             # The first prompt that still fits; short ones (letters, digits) fill up what is left.
-            fitting = (i for i, p in enumerate(queue) if seconds + len(p[2]) / RATE + PAUSES[1] <= LONGEST)
+            fitting = (i for i, p in enumerate(queue) if seconds + len(p[2]) / SPEECH_RATE + PAUSES[1] <= LONGEST)
             index = next(fitting, None)
             if index is None:
                 break
             name, text, samples = queue.pop(index)
-            pause = np.zeros(int(rng.uniform(*PAUSES) * RATE), np.float32)
+            pause = np.zeros(int(rng.uniform(*PAUSES) * SPEECH_RATE), np.float32)
             parts += [samples, pause]
             names.append(name)
             texts.append(text)
-            seconds += (len(samples) + len(pause)) / RATE
+            seconds += (len(samples) + len(pause)) / SPEECH_RATE
         if seconds >= SHORTEST:
             known = [text for text in texts if text is not None]
             yield names, " ".join(known) if len(known) == len(texts) else None, np.concatenate(parts)
@@ -266,7 +267,7 @@ def build(source: Source, out: Path, count: int) -> list[dict[str, object]]:
     for number, (names, text, samples) in enumerate(utterances(collected, f"{source.speaker}-{source.language}")):
         path = folder / f"{number:04d}.flac"
         part = path.with_suffix(".part")
-        soundfile.write(part, np.clip(samples, -1, 1), RATE, format="FLAC", subtype="PCM_16")
+        soundfile.write(part, np.clip(samples, -1, 1), SPEECH_RATE, format="FLAC", subtype="PCM_16")
         os.replace(part, path)
         records.append(
             {
@@ -275,7 +276,7 @@ def build(source: Source, out: Path, count: int) -> list[dict[str, object]]:
                 "language": source.language,
                 "gender": source.gender,
                 "transcript": text,
-                "seconds": round(len(samples) / RATE, 3),
+                "seconds": round(len(samples) / SPEECH_RATE, 3),
                 "licence": source.licence,
                 "package": source.package,
                 "prompts": names,

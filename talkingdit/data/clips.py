@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from talkingdit.autoencoders.streaming import FRAMES_PER_LATENT
 from talkingdit.data.manifest import PICTURES, Box
 from talkingdit.errors import UserError
-from talkingdit.pipelines.framing import fit_picture
-from talkingdit.pipelines.media import read_image
-from talkingdit.pipelines.vae import FRAMES_PER_LATENT
+from talkingdit.media.files import read_image
+from talkingdit.media.framing import fit_picture
 
 Frames = NDArray[np.uint8]
 CELL = 8  # pixels of a latent row or column

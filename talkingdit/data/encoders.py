@@ -15,18 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from talkingdit.autoencoders.streaming import encode, to_video
 from talkingdit.data.manifest import Entry
 from talkingdit.data.probe import Media
+from talkingdit.encoders.text import TextEncoder
 from talkingdit.errors import UserError
-from talkingdit.models.audio import RATE
-from talkingdit.models.text import TextEncoder
-from talkingdit.pipelines.media import read_audio
-from talkingdit.pipelines.vae import encode, to_video
+from talkingdit.media.files import SPEECH_RATE, read_audio
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-    from talkingdit.models.checkpoints import S2VSettings
+    from talkingdit.families.wan_s2v.checkpoint import WanS2VSettings
 
 WHAT = ("latents", "text", "audio")
 
@@ -40,7 +39,7 @@ T = TypeVar("T")
 
 
 class SpeechFeaturesOf(Protocol):
-    """What is asked of a speech encoder, such as `talkingdit.models.wav2vec.SpeechEncoder`."""
+    """What is asked of a speech encoder, such as `talkingdit.encoders.wav2vec.SpeechEncoder`."""
 
     def features(self, waveform: np.ndarray | Tensor, frames: int) -> Tensor:
         """[layers, dim, frames] for a waveform at 16 kHz."""
@@ -75,7 +74,7 @@ class Encoders:
     def __init__(
         self,
         vae: AutoencoderKLWan,
-        settings: S2VSettings,
+        settings: WanS2VSettings,
         text: TextEncoder | None = None,
         audio: SpeechFeaturesOf | None = None,
     ):
@@ -146,7 +145,7 @@ class Encoders:
         # In a video file time 0 is that of its first picture.
         source, origin = (entry.video, video.begins) if entry.audio is None else (entry.audio, 0.0)
         fps = self.settings.fps
-        waveform = read_audio(source, RATE, origin + entry.start + begin / fps, (end - begin) / fps)
+        waveform = read_audio(source, SPEECH_RATE, origin + entry.start + begin / fps, (end - begin) / fps)
         return self.audio_encoder.features(waveform, end - begin).float().cpu()
 
 
@@ -174,12 +173,12 @@ class CheckpointEncoders:
             raise UserError(f"what: expected latents, and text or audio beside them, got {','.join(self.what)!r}.")
 
     @cached_property
-    def settings(self) -> S2VSettings:
+    def settings(self) -> WanS2VSettings:
         """How the checkpoint is used; raises as `load`."""
-        from talkingdit.models.checkpoints.s2v import S2VSettings
+        from talkingdit.families.wan_s2v.checkpoint import WanS2VSettings
 
         file = self.folder / "pipeline.json"
-        found = S2VSettings.load(file) if file.is_file() else S2VSettings()
+        found = WanS2VSettings.load(file) if file.is_file() else WanS2VSettings()
         return found if self.fps is None else dataclasses.replace(found, fps=self.fps)
 
     @cached_property
@@ -189,10 +188,10 @@ class CheckpointEncoders:
         Raises:
             UserError: a part is missing or does not load.
         """
-        from talkingdit.models.checkpoints.s2v import find_parts
-        from talkingdit.models.umt5 import UMT5Encoder, load_tokenizer, load_umt5
-        from talkingdit.models.wan_vae import load_vae
-        from talkingdit.models.wav2vec import load_speech_encoder
+        from talkingdit.autoencoders.wan import load_vae
+        from talkingdit.encoders.umt5 import UMT5Encoder, load_tokenizer, load_umt5
+        from talkingdit.encoders.wav2vec import load_speech_encoder
+        from talkingdit.families.wan_s2v.checkpoint import find_parts
 
         parts = find_parts(self.folder)
         vae = load_vae(parts.vae, torch.float32, self.device).requires_grad_(False)
@@ -211,7 +210,7 @@ class CheckpointEncoders:
         Raises:
             UserError: a part is missing.
         """
-        from talkingdit.models.checkpoints.s2v import find_parts
+        from talkingdit.families.wan_s2v.checkpoint import find_parts
 
         parts = find_parts(self.folder)
         used = [parts.vae]

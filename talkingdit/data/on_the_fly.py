@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from talkingdit.autoencoders.streaming import FRAMES_PER_LATENT
 from talkingdit.data.clips import CELL
-from talkingdit.data.encode import Cut, Cutting, Item, cells, encode_clip, open_item
 from talkingdit.data.encoders import CheckpointEncoders, Encoders
 from talkingdit.data.manifest import Manifest, read_manifest
 from talkingdit.data.probe import Probes
 from talkingdit.data.sample import BrokenSample, ClipRequest, Sample, Shape
 from talkingdit.errors import UserError
-from talkingdit.pipelines.vae import FRAMES_PER_LATENT
+from talkingdit.families.wan_s2v.clips import Cut, Cutting, Item, cells, encode_clip, open_item
 
 
 class OnTheFly:

@@ -26,13 +26,13 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from talkingdit.data.encode import Cutting, encode_clip, open_item
 from talkingdit.data.encoders import CheckpointEncoders
 from talkingdit.data.manifest import Entry, Manifest
 from talkingdit.data.probe import Probes
 from talkingdit.data.sample import BrokenSample
 from talkingdit.data.shards import EMPTY_TEXT, PART, PrecomputedShards, ShardWriter, write_whole
 from talkingdit.errors import UserError
+from talkingdit.families.wan_s2v.clips import Cutting, encode_clip, open_item
 
 FORMAT = 1
 STAMP, BROKEN = "precompute.json", "broken.jsonl"

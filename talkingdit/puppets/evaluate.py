@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from talkingdit.errors import UserError
+from talkingdit.media.files import SPEECH_RATE
 from talkingdit.puppets.measure import (
-    RATE,
     Generator,
     Job,
     RoundTrip,
@@ -48,8 +48,8 @@ def read_voices(folder: Path, seconds: float, count: int, rng: np.random.Generat
     Raises:
         UserError: the folder has no index.jsonl, or no held-out voice in it.
     """
-    from talkingdit.models.audio import normalise_loudness
-    from talkingdit.pipelines.media import read_audio
+    from talkingdit.encoders.log_mel import normalise_loudness
+    from talkingdit.media.files import read_audio
 
     index = folder / "index.jsonl"
     try:
@@ -69,11 +69,11 @@ def read_voices(folder: Path, seconds: float, count: int, rng: np.random.Generat
     while len(voices) < count:
         speaker, language = name = list(speakers)[len(voices) % len(speakers)]
         parts: list[FloatArray] = []
-        while sum(map(len, parts)) < seconds * RATE:
+        while sum(map(len, parts)) < seconds * SPEECH_RATE:
             path = speakers[name][following[name] % len(speakers[name])]
             following[name] += 1
-            parts.append(read_audio(folder / path, RATE))
-        samples = normalise_loudness(np.concatenate(parts)[: int(seconds * RATE)])
+            parts.append(read_audio(folder / path, SPEECH_RATE))
+        samples = normalise_loudness(np.concatenate(parts)[: int(seconds * SPEECH_RATE)])
         voices.append(Voice(speaker, language, samples))
     return voices
 
@@ -126,7 +126,7 @@ def machine() -> dict[str, Any]:
 
 
 def drawn_by(pipeline: Any, sampling: Any) -> Generator:
-    """A generator of pictures for `evaluate` from a `TalkingPipeline` and its `Sampling`; seeds come from the jobs."""
+    """A generator of pictures for `evaluate` from a `PuppetPipeline` and its `Sampling`; seeds come from the jobs."""
 
     def generate(job: Job) -> Image:
         features, frames = pipeline.features(job.voice.samples)
@@ -139,7 +139,7 @@ def drawn_by(pipeline: Any, sampling: Any) -> Generator:
 
 def through_vae(vae: Any) -> RoundTrip:
     """Encoding and decoding with an autoencoder."""
-    from talkingdit.pipelines.vae import StreamingDecoder, encode, to_frames, to_video
+    from talkingdit.autoencoders.streaming import StreamingDecoder, encode, to_frames, to_video
 
     return lambda frames: to_frames(StreamingDecoder(vae)(encode(vae, to_video(frames))))
 
@@ -149,19 +149,19 @@ def measure_mp4(job: Job, checkpoint: Any, sampling: Any) -> dict[str, Any]:
     import cv2
     import soundfile
 
-    from talkingdit.models.audio import normalise_loudness
-    from talkingdit.pipelines.media import read_audio, read_video
-    from talkingdit.pipelines.video import make_video, prepare
+    from talkingdit.encoders.log_mel import normalise_loudness
+    from talkingdit.media.files import read_audio, read_video
+    from talkingdit.pipelines.job import make_video, prepare
 
     with tempfile.TemporaryDirectory() as folder:
         image, audio, video = (Path(folder) / name for name in ("portrait.png", "voice.wav", "out.mp4"))
         cv2.imwrite(str(image), cv2.cvtColor(job.portrait, cv2.COLOR_RGB2BGR))
         peak = float(np.abs(job.voice.samples).max())
-        soundfile.write(audio, job.voice.samples / max(1.0, peak), RATE)
+        soundfile.write(audio, job.voice.samples / max(1.0, peak), SPEECH_RATE)
         chosen = dataclasses.replace(sampling, seed=job.seed)
         make_video(prepare(image, audio, video), checkpoint, job.scene.caption(), chosen)
         frames = read_video(video)[0]
-        heard = Voice(job.voice.speaker, job.voice.language, normalise_loudness(read_audio(video, RATE)))
+        heard = Voice(job.voice.speaker, job.voice.language, normalise_loudness(read_audio(video, SPEECH_RATE)))
     return measure(dataclasses.replace(job, voice=heard), frames, fps=checkpoint.settings.fps)
 
 
@@ -199,8 +199,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that the command measures, as one JSON object."""
     import torch
 
-    from talkingdit.models.checkpoints import Checkpoint, load_checkpoint
-    from talkingdit.pipelines.generate import Sampling, TalkingPipeline
+    from talkingdit.families.puppet.checkpoint import PuppetCheckpoint
+    from talkingdit.families.puppet.pipeline import PuppetPipeline, Sampling
+    from talkingdit.models import load_checkpoint
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -208,7 +209,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     voices = read_voices(options.voices, options.seconds, options.clips, rng)
     (long_voice,) = read_voices(options.voices, options.long_seconds, 1, rng)
     checkpoint = load_checkpoint(options.checkpoint)
-    if not isinstance(checkpoint, Checkpoint):
+    if not isinstance(checkpoint, PuppetCheckpoint):
         raise UserError(f"{options.checkpoint}: only models of drawn characters can be measured with them.")
     settings = checkpoint.settings
     sampling = Sampling(options.text_guidance, options.audio_guidance, options.steps)
@@ -216,10 +217,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     def progress(what: str) -> None:
         print(what, file=sys.stderr, flush=True)
 
-    generate = drawn_by(TalkingPipeline(checkpoint), sampling)
+    generate = drawn_by(PuppetPipeline(checkpoint), sampling)
     result = evaluate(generate, voices, long_voice, settings.size, settings.fps, options.seed, progress)
     progress("one clip through an .mp4")
-    frames = -(-len(voices[0].samples) * settings.fps // RATE)
+    frames = -(-len(voices[0].samples) * settings.fps // SPEECH_RATE)
     result["mp4"] = measure_mp4(draw_job(voices[0], frames, settings.size, options.seed), checkpoint, sampling)
     progress("drawn clips through the autoencoder")
     result["round_trip"] = measure_round_trip(

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from talkingdit.media.files import SPEECH_RATE
 from talkingdit.puppets.probe import Reading, probe
 from talkingdit.puppets.render import Image, render
 from talkingdit.puppets.visemes import Visemes, visemes_from_audio
 from talkingdit.puppets.world import FloatArray, Motion, Scene
 
-RATE = 16000
 FRAMES_PER_LATENT = 4
 LAGS = range(-4, 5)
 
@@ -96,7 +96,7 @@ def measure(job: Job, frames: Image, reading: Reading | None = None, fps: int = 
     return {
         "speaker": job.voice.speaker,
         "language": job.voice.language,
-        "seconds": round(len(job.voice.samples) / RATE, 2),
+        "seconds": round(len(job.voice.samples) / SPEECH_RATE, 2),
         "frames": len(frames),
         **sync(truth, reading.opening[0]),
         "identity": reading.identity_share(0, job.scene.characters[0]),
@@ -135,7 +135,7 @@ def measure_round_trip(
     """Sync of drawn videos after the autoencoder, the mean over voices: the ceiling for any model that uses it."""
     rows = []
     for i, voice in enumerate(voices):
-        frames = (len(voice.samples) * fps // RATE - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
+        frames = (len(voice.samples) * fps // SPEECH_RATE - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
         rng = np.random.default_rng([seed, i])
         truth = truth_of(voice, frames, fps)
         scene = Scene.random(rng, "held_out")
@@ -177,7 +177,7 @@ def evaluate(
     for i, voice in enumerate(voices):
         if progress is not None:
             progress(f"clip {i + 1} of {len(voices)}: {voice.speaker} ({voice.language})")
-        job = draw_job(voice, -(-len(voice.samples) * fps // RATE), size, seed + i)
+        job = draw_job(voice, -(-len(voice.samples) * fps // SPEECH_RATE), size, seed + i)
         started = time.monotonic()
         frames = generate(job)
         took = time.monotonic() - started
@@ -206,7 +206,7 @@ def evaluate(
     total["lags"] = sorted({int(row["lag"]) for row in rows})
     if progress is not None:
         progress("long video")
-    job = draw_job(long_voice, -(-len(long_voice.samples) * fps // RATE), size, seed + len(voices))
+    job = draw_job(long_voice, -(-len(long_voice.samples) * fps // SPEECH_RATE), size, seed + len(voices))
     return {"rows": rows, "total": total, "long": measure_long(job, generate(job), fps)}
 
 

@@ -4,7 +4,7 @@
 Two ways to the same curves. `visemes_from_audio` needs no language: short-time energy opens the mouth, the shape of
 the spectrum says how far and how wide. `visemes_from_transcript` aligns the phones of a known English text and takes
 the shape from them, the energy still from the sound. Both use fixed thresholds, so the waveform must have been brought
-to a fixed loudness (`talkingdit.models.audio.normalise_loudness`, once per file); the curves are then local functions
+to a fixed loudness (`encoders.log_mel.normalise_loudness`, once per file); the curves are then local functions
 of the sound: the frame itself and half a frame on either side, the span that `SpeechFeatures` shows to a model.
 """
 
@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from talkingdit.encoders.log_mel import CONTEXT_HOPS, FFT, HOPS_PER_FRAME, WINDOW, hop_windows
 from talkingdit.errors import UserError
-from talkingdit.models.audio import CONTEXT_HOPS, FFT, HOPS_PER_FRAME, RATE, WINDOW, hop_windows
+from talkingdit.media.files import SPEECH_RATE
 
 # Bands in Hz. The voiced band leaves hiss out; its energy in dB (full scale = 0) opens the mouth between two levels.
 VOICED = (100.0, 4000.0)
@@ -153,7 +154,7 @@ def align_phones(waveform: np.ndarray, text: str) -> list[tuple[str, float, floa
     except RuntimeError as error:
         raise UserError(
             f"visemes: the transcript ({len(words)} words, beginning {' '.join(words)[:30]!r}) could not be aligned "
-            f"with {len(waveform) / RATE:.1f} s of sound: expected the words spoken in this order ({error})"
+            f"with {len(waveform) / SPEECH_RATE:.1f} s of sound: expected the words spoken in this order ({error})"
         ) from None
     step = 1 / 100  # pocketsphinx counts frames of 10 ms
     return [(p.name if p.name in PHONES else "SIL", p.start * step, (p.start + p.duration) * step) for p in phones]
@@ -167,13 +168,13 @@ def _hops(waveform: np.ndarray, fps: float, frames: int | None) -> tuple[np.ndar
     if not fps > 0:
         raise ValueError(f"visemes: fps must be positive, got {fps}")
     if frames is None:
-        frames = math.ceil(len(samples) * fps / RATE)
+        frames = math.ceil(len(samples) * fps / SPEECH_RATE)
     if frames < 1:
         raise ValueError(f"visemes: frames must be at least 1, got {frames}")
     cut = hop_windows(torch.from_numpy(samples), fps, -CONTEXT_HOPS, HOPS_PER_FRAME * frames + 2 * CONTEXT_HOPS)
     taper = np.hanning(WINDOW).astype(np.float32)
     power = np.abs(np.fft.rfft(cut.numpy() * (taper / np.sqrt(np.sum(taper**2))), n=FFT)) ** 2
-    frequency = np.arange(FFT // 2 + 1) * RATE / FFT
+    frequency = np.arange(FFT // 2 + 1) * SPEECH_RATE / FFT
 
     def decibels(band: tuple[float, float]) -> np.ndarray:
         inside = (frequency >= band[0]) & (frequency < band[1])

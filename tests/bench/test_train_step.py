@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bench import train_step
-from talkingdit.plan_command import measured
-from talkingdit.plan_train import Cluster
+from talkingdit.cli.plan import measured
+from talkingdit.plan.training import Cluster
 from training import parallel
 
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import wan_block
 from bench.live_memory import LiveMemory
-from talkingdit.models import wan_conditions
+from talkingdit.families.wan_s2v import conditions as wan_conditions
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

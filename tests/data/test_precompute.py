@@ -24,17 +24,19 @@ from official import make_official
 from PIL import Image
 from safetensors.torch import load as load_tensors
 
-from talkingdit.cli import main
-from talkingdit.data import BrokenSample, ClipRequest, Sample, encode, workers
-from talkingdit.data.encode import Cutting
+from talkingdit.cli.main import main
+from talkingdit.data import BrokenSample, ClipRequest, Sample, workers
 from talkingdit.data.encoders import CheckpointEncoders
 from talkingdit.data.manifest import read_manifest
 from talkingdit.data.on_the_fly import OnTheFly
 from talkingdit.data.precompute import Job, Step, precompute, prepare
 from talkingdit.data.shards import PrecomputedShards
 from talkingdit.errors import UserError
-from talkingdit.models.checkpoints import S2VCheckpoint, load_checkpoint
-from talkingdit.pipelines.media import read_audio
+from talkingdit.families.wan_s2v import clips as encode
+from talkingdit.families.wan_s2v.checkpoint import WanS2VCheckpoint
+from talkingdit.families.wan_s2v.clips import Cutting
+from talkingdit.media.files import read_audio
+from talkingdit.models import load_checkpoint
 
 SETTINGS = {"fps": 16, "motion_frames": 9, "infer_frames": 16, "size_multiple": 16}
 CUTTING = Cutting(clip_frames=16, min_frames=8, max_area=32 * 48, multiple=16)
@@ -125,7 +127,7 @@ def test_precomputed_equals_on_the_fly(videos: Path, whole: Path, encoders: Chec
 def test_the_voice_is_what_generation_hears(videos: Path, whole: Path, checkpoint: Path) -> None:
     """With the speech encoder of the checkpoint as the pipeline loads it, on the whole file."""
     loaded = load_checkpoint(checkpoint)
-    assert isinstance(loaded, S2VCheckpoint)
+    assert isinstance(loaded, WanS2VCheckpoint)
     heard = loaded.audio_encoder.features(read_audio(videos / "0.wav"), 16)
     kept = next(sample for key, sample in samples(whole).items() if key.startswith("0-"))
     assert kept.audio is not None

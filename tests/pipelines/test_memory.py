@@ -157,13 +157,13 @@ def test_a_narrow_residual_stream_and_absorbed_audio_stay_near():
 
 def test_a_whole_checkpoint():
     @dataclasses.dataclass
-    class Checkpoint:
+    class PuppetCheckpoint:
         transformer: WanS2VModel
         vae: AutoencoderKLWan
         text_encoder: torch.nn.Module
 
     vae = AutoencoderKLWan(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    checkpoint = Checkpoint(tiny(), vae, torch.nn.Linear(2, 2))
+    checkpoint = PuppetCheckpoint(tiny(), vae, torch.nn.Linear(2, 2))
     fit(checkpoint, Memory(vae="tiled", text_encoder="cpu"), "cpu")
     assert vae.use_tiling
     fit(checkpoint, Memory(offload="block"), "cpu")

@@ -17,13 +17,14 @@ from tiny_checkpoint import make_checkpoint
 from tiny_s2v import AUDIO_DIM, LAYERS, make_s2v
 from torch import Tensor
 
+from talkingdit.distributed.layout import Layout, Parallel, plan
+from talkingdit.distributed.team import ALONE, OtherRankError, Team
 from talkingdit.errors import UserError
-from talkingdit.models.checkpoints import S2VCheckpoint, load_checkpoint
-from talkingdit.pipelines.generate import Sampling, TalkingPipeline
+from talkingdit.families.puppet.pipeline import PuppetPipeline, Sampling
+from talkingdit.families.wan_s2v.checkpoint import WanS2VCheckpoint
+from talkingdit.families.wan_s2v.pipeline import S2VSampling, WanS2VPipeline
+from talkingdit.models import load_checkpoint
 from talkingdit.pipelines.memory import Memory, fit
-from talkingdit.pipelines.parallel import Layout, Parallel, plan
-from talkingdit.pipelines.processes import ALONE, Elsewhere, Team
-from talkingdit.pipelines.s2v import S2VPipeline, S2VSampling
 
 PATIENCE = 240.0  # seconds; the first job of a process imports everything
 HEIGHT, WIDTH = 80, 32  # 10 latent rows: uneven strips for four processes
@@ -33,7 +34,7 @@ PICTURE = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np
 
 
 @functools.cache
-def checkpoint() -> S2VCheckpoint:
+def checkpoint() -> WanS2VCheckpoint:
     """With two heads, made once per process."""
     return make_s2v(settings=SETTINGS)
 
@@ -64,7 +65,7 @@ def make_clips(words: str, more: dict[str, Any], memory: str = "", posed: bool =
         fit(model.transformer, Memory.parse(memory), "cpu")
     sampling = S2VSampling(**SAMPLING | more)
     parallel = plan(team, Layout.parse(words), sampling.filled(model.settings).predictions, model)
-    pipeline = S2VPipeline(model, parallel)
+    pipeline = WanS2VPipeline(model, parallel)
     denoise, latents = pipeline._denoise, []
 
     def recorded(*given: Any) -> Tensor:
@@ -141,9 +142,9 @@ def draw_puppet(folder: Path, words: str, strengths: tuple[float, float], batche
         generator=torch.Generator().manual_seed(2),
     )  # fmt: skip
     sampling = Sampling(*strengths, seed=4, batched=batched)
-    branches = TalkingPipeline(model).branches(sampling)
+    branches = PuppetPipeline(model).branches(sampling)
     parallel = plan(Team.start(), Layout.parse(words), len(branches), model)
-    return list(TalkingPipeline(model, parallel).generate(portrait, features, "a red fox", sampling))
+    return list(PuppetPipeline(model, parallel).generate(portrait, features, "a red fox", sampling))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def refused_layout() -> tuple[str, int]:
     chosen = plan(team, Layout(), 2, model, warnings.append).layout
     assert (len(warnings) == 1) == (team.rank == 0)
     assert not warnings or "norm_out of type GroupNorm; the first process decodes for all." in warnings[0]
-    with pytest.raises(UserError if team.rank == 0 else Elsewhere, match=r"use vae=one|another process"):
+    with pytest.raises(UserError if team.rank == 0 else OtherRankError, match=r"use vae=one|another process"):
         plan(team, Layout.parse("guidance=2,vae=split"), 2, model, warnings.append)
     return chosen.vae or "", len(warnings)
 
@@ -219,7 +220,7 @@ def test_an_autoencoder_that_cannot_be_split_is_decoded_by_one(processes: Any) -
 def caught(work: Callable[[], Any]) -> str:
     try:
         return repr(work())
-    except Elsewhere as error:
+    except OtherRankError as error:
         return f"elsewhere {error.status}"
     except BaseException as error:
         return f"{type(error).__name__} {error}"

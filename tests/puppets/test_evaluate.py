@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from talkingdit.encoders.log_mel import normalise_loudness
 from talkingdit.errors import UserError
-from talkingdit.models.audio import normalise_loudness
 from talkingdit.puppets.evaluate import insert_report, main, read_voices
 from talkingdit.puppets.measure import Job, Voice, evaluate, measure_round_trip, sync, table, truth_of
 from talkingdit.puppets.render import Image, render

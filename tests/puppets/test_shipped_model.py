@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import talkingdit
-from talkingdit.models.audio import RATE, SpeechFeatures, normalise_loudness
-from talkingdit.pipelines.media import read_audio
+from talkingdit.encoders.log_mel import SpeechFeatures, normalise_loudness
+from talkingdit.media.files import SPEECH_RATE, read_audio
 from talkingdit.puppets.probe import probe
 from talkingdit.puppets.render import render
 from talkingdit.puppets.visemes import visemes_from_audio
@@ -20,17 +20,17 @@ ASSETS = Path(talkingdit.__file__).parent / "puppets" / "assets"
 @pytest.fixture(scope="module")
 def spoken():
     """A held-out character speaks the shipped clip, a voice and a language that training never heard."""
-    from talkingdit.models.checkpoints import load_checkpoint
-    from talkingdit.pipelines.generate import Sampling, TalkingPipeline
+    from talkingdit.families.puppet.pipeline import PuppetPipeline, Sampling
+    from talkingdit.models import load_checkpoint
 
     checkpoint = load_checkpoint(ASSETS / "model")
     scene = Scene.random(np.random.default_rng(12), "held_out")
     shut = np.zeros((1, 1), np.float32)
     portrait = render(scene, shut, shut + 0.5, [Motion.still(1)], checkpoint.settings.size)[0]
-    waveform = normalise_loudness(read_audio(ASSETS / "voice.flac", RATE))
+    waveform = normalise_loudness(read_audio(ASSETS / "voice.flac", SPEECH_RATE))
     truth = visemes_from_audio(waveform, 16).opening
     features = SpeechFeatures(16)(waveform, len(truth))
-    frames = np.concatenate(list(TalkingPipeline(checkpoint).generate(portrait, features, scene.caption(), Sampling())))
+    frames = np.concatenate(list(PuppetPipeline(checkpoint).generate(portrait, features, scene.caption(), Sampling())))
     return scene, truth, frames
 
 

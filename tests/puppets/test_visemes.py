@@ -10,8 +10,9 @@ import pytest
 import soundfile
 
 import talkingdit
+from talkingdit.encoders.log_mel import SpeechFeatures, normalise_loudness
 from talkingdit.errors import UserError
-from talkingdit.models.audio import RATE, SpeechFeatures, normalise_loudness
+from talkingdit.media.files import SPEECH_RATE
 from talkingdit.puppets.visemes import align_phones, visemes_from_audio, visemes_from_transcript
 
 # First three formants in Hz (Peterson and Barney 1952, men).
@@ -20,13 +21,13 @@ FORMANTS = {"a": (730, 1090, 2440), "i": (270, 2290, 3010), "u": (300, 870, 2240
 
 def vowel(name: str, seconds: float, pitch: float = 120.0) -> np.ndarray:
     """A sung vowel: pulses through three resonances."""
-    count = round(seconds * RATE)
-    pulses = (np.arange(count) % round(RATE / pitch) == 0).astype(float)
+    count = round(seconds * SPEECH_RATE)
+    pulses = (np.arange(count) % round(SPEECH_RATE / pitch) == 0).astype(float)
     z = np.exp(-2j * np.pi * np.fft.rfftfreq(2 * count))
     response = (1 - z) / (1 - 0.96 * z)
     for formant, width in zip(FORMANTS[name], (70, 100, 140), strict=True):
-        radius = np.exp(-np.pi * width / RATE)
-        response = response / (1 - 2 * radius * np.cos(2 * np.pi * formant / RATE) * z + radius**2 * z**2)
+        radius = np.exp(-np.pi * width / SPEECH_RATE)
+        response = response / (1 - 2 * radius * np.cos(2 * np.pi * formant / SPEECH_RATE) * z + radius**2 * z**2)
     sound = np.fft.irfft(np.fft.rfft(pulses, 2 * count) * response)[:count]
     return (0.1 * sound / np.sqrt(np.mean(sound**2))).astype(np.float32)
 
@@ -52,9 +53,9 @@ def test_open_vowels_open_and_rounded_vowels_narrow() -> None:
 
 def test_silence_is_a_closed_mouth_at_rest_and_hiss_opens_little() -> None:
     vowels = vowel("a", 1.0)
-    hiss = np.random.default_rng(0).normal(0, 0.05, RATE)
+    hiss = np.random.default_rng(0).normal(0, 0.05, SPEECH_RATE)
     hiss = np.diff(np.diff(np.diff(np.diff(hiss)))) / 8  # above 4 kHz
-    pause = np.zeros(RATE, np.float32)
+    pause = np.zeros(SPEECH_RATE, np.float32)
     curves = visemes_from_audio(normalise_loudness(np.concatenate([vowels, pause, hiss, pause])), 16)
     assert (curves.opening[18:31] == 0).all()
     np.testing.assert_allclose(curves.width[18:31], 0.5)
@@ -62,9 +63,9 @@ def test_silence_is_a_closed_mouth_at_rest_and_hiss_opens_little() -> None:
 
 
 def test_curves_follow_sound_at_its_own_frame() -> None:
-    wave = np.zeros(4 * RATE, np.float32)
+    wave = np.zeros(4 * SPEECH_RATE, np.float32)
     burst = vowel("a", 2 / 16)
-    wave[2 * RATE : 2 * RATE + len(burst)] = burst  # frames 32 and 33
+    wave[2 * SPEECH_RATE : 2 * SPEECH_RATE + len(burst)] = burst  # frames 32 and 33
     opening = visemes_from_audio(normalise_loudness(wave), 16).opening
     assert opening[[32, 33]].min() > 0.5
     assert opening[[31, 34]].max() < 0.35
@@ -73,7 +74,7 @@ def test_curves_follow_sound_at_its_own_frame() -> None:
 
 def test_a_frame_depends_on_no_more_sound_than_its_features() -> None:
     rng = np.random.default_rng(0)
-    wave = rng.normal(0, 0.05, 3 * RATE).astype(np.float32)
+    wave = rng.normal(0, 0.05, 3 * SPEECH_RATE).astype(np.float32)
     changed = wave.copy()
     changed[20_000:20_400] += vowel("a", 0.025, 400)
     features = (SpeechFeatures(16)(wave) != SpeechFeatures(16)(changed))[0].any(dim=0).numpy()
@@ -117,7 +118,7 @@ def test_bad_input(wave: np.ndarray, fps: float, frames: int | None, said: str) 
 
 
 def sung_sentence() -> np.ndarray:
-    pause = np.zeros(RATE // 4, np.float32)
+    pause = np.zeros(SPEECH_RATE // 4, np.float32)
     return normalise_loudness(np.concatenate([pause, vowel("a", 0.3), vowel("i", 0.3), pause]))
 
 
@@ -126,7 +127,7 @@ def test_transcript_gives_phones_in_order_and_like_curves() -> None:
     phones = align_phones(wave, "I, I!")
     assert [name for name, _, _ in phones if name != "SIL"] == ["AY", "AY"]
     assert all(start < end for _, start, end in phones)
-    assert phones[-1][2] <= len(wave) / RATE + 0.05
+    assert phones[-1][2] <= len(wave) / SPEECH_RATE + 0.05
     heard, read = visemes_from_audio(wave), visemes_from_transcript(wave, "I, I!")
     assert len(heard) == len(read)
     assert (read.opening[heard.opening == 0] == 0).all()

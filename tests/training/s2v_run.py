@@ -11,7 +11,7 @@ from clip_files import draw, voice, write_video, write_voice
 from official import make_official
 from small_run import read_log
 
-from talkingdit.cli import main
+from talkingdit.cli.main import main
 from training import parallel
 from training.config import Config, read_toml, tomllib
 from training.loop import Trainer

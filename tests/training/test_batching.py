@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from talkingdit.data.sample import ClipRequest, Shape
-from talkingdit.models.presets import PRESETS
-from talkingdit.plan import Clip, tokens
+from talkingdit.families.wan_s2v.presets import PRESETS
+from talkingdit.plan.generation import ClipShape, tokens
 from training.batching import PATIENCE, Planned, Planner, cost, pack, slots
 from training.buckets import Buckets, Fit, patches
 from training.sampler import Draw, Sampler, Stream, stream_shares
@@ -23,7 +23,7 @@ ATTENTION = 29184.0
 
 def wan(frames, height, width, reference, history):
     """Tokens of Wan-S2V, as the inference planner counts them."""
-    return tokens(PRESETS["wan_s2v_14b"], Clip(8 * height, 8 * width, latents=frames, history=history))[1]
+    return tokens(PRESETS["wan_s2v_14b"], ClipShape(8 * height, 8 * width, latents=frames, history=history))[1]
 
 
 @st.composite

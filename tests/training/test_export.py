@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from small_run import TINY
 
 from talkingdit.errors import UserError
-from talkingdit.models.checkpoints import load_checkpoint
+from talkingdit.models import load_checkpoint
 from training import export
 from training.build import new_networks
 from training.config import Config

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from talkingdit.data.sample import BrokenSample, Sample, Shape
-from talkingdit.models.presets import PRESETS
-from talkingdit.models.wan_sequence import tokens_of
+from talkingdit.families.wan_s2v.presets import PRESETS
+from talkingdit.families.wan_s2v.sequence import tokens_of
 from training.batching import MicroBatch
 from training.buckets import patches
 from training.config import BatchConfig, ConditionsConfig, StageConfig, at, read_toml

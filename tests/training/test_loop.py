@@ -21,7 +21,7 @@ from distributed import JobFailed
 from safetensors.torch import load_file
 from small_run import make_world, read_log, save_config, train
 
-from talkingdit.models.checkpoints import load_checkpoint
+from talkingdit.models import load_checkpoint
 from training import export, parallel
 from training.config import Config
 from training.loop import Trainer

@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from talkingdit.data.sample import Sample
 from talkingdit.errors import UserError
-from talkingdit.models.presets import PRESETS
-from talkingdit.plan import Clip, flops, tokens
+from talkingdit.families.wan_s2v.presets import PRESETS
+from talkingdit.plan.generation import ClipShape, flops, tokens
 from training.batching import MicroBatch
 from training.config import LogConfig
 from training.guard import ENOUGH, PATIENCE, WINDOW, Guard
@@ -80,7 +80,7 @@ def test_the_work_of_a_micro_batch_is_that_of_its_clips_as_planned() -> None:
     config = PRESETS["wan_s2v_14b"]
     first = Sample("a", "s", torch.zeros(16, 4, 6, 8), reference=torch.zeros(16, 1, 6, 8))
     later = Sample("b", "s", torch.zeros(16, 2, 8, 8), history=torch.zeros(16, 19, 8, 8))
-    clips = [Clip(48, 64, latents=4, history=0), Clip(64, 64, latents=2, history=19)]
+    clips = [ClipShape(48, 64, latents=4, history=0), ClipShape(64, 64, latents=2, history=19)]
     found = work_of(MicroBatch([first, later], [0, 1], True), config)
     assert found["tokens"] == sum(tokens(config, clip)[1] for clip in clips)
     assert found["frames"] == 24

@@ -10,7 +10,7 @@ from official import random_transformer
 from safetensors.torch import save_file
 
 from talkingdit.data.sample import Sample
-from talkingdit.models.text import PromptEncoder
+from talkingdit.families.puppet.text import PromptEncoder
 from training.batching import MicroBatch
 from training.conditions import CONDITIONS, draw
 from training.config import Config

@@ -20,11 +20,11 @@ from s2v_run import CONFIGS, make_world, train, write_config
 from safetensors.torch import load_file, save_file
 from small_run import read_log
 
-from talkingdit.cli import main
+from talkingdit.checkpoints.lora import Loras
+from talkingdit.checkpoints.weights import open_weights
+from talkingdit.cli.main import main
+from talkingdit.media.files import read_video
 from talkingdit.models import load
-from talkingdit.models.checkpoints import Loras
-from talkingdit.models.checkpoints.weights import open_weights
-from talkingdit.pipelines.media import read_video
 from training import parallel
 from training.build import sharded_networks
 from training.config import read_toml

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from talkingdit.models.checkpoints import Loras
-from talkingdit.models.presets import preset
-from talkingdit.models.wan import WanS2VModel
+from talkingdit.checkpoints.lora import Loras
+from talkingdit.families import preset
+from talkingdit.families.wan_s2v.model import WanS2VModel
 from training.config import Config, LoraConfig, read_toml
 from training.lora import adapter_state_names, adapter_tensors, add_adapters
 from training.stages import Progress, check_stages, matches, select_parameters, zero_parameters

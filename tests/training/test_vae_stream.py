@@ -4,7 +4,7 @@
 import numpy as np
 import torch
 
-from talkingdit.pipelines.vae import StreamingDecoder
+from talkingdit.autoencoders.streaming import StreamingDecoder
 from training.vae import Config as FirstStage
 from training.vae import Mouths, make_vae
 from training.vae_stream import Config, Stream

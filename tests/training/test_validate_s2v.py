@@ -15,18 +15,18 @@ from clip_files import write_voice
 from official import make_official
 from s2v_run import PIPELINE, SHAPE, SIZES
 
+from talkingdit.autoencoders.streaming import to_frames
 from talkingdit.errors import UserError
-from talkingdit.models.checkpoints import load_checkpoint
-from talkingdit.pipelines.framing import fit_picture
-from talkingdit.pipelines.media import read_audio, read_image, read_video
-from talkingdit.pipelines.s2v import S2VPipeline, S2VSampling
-from talkingdit.pipelines.vae import to_frames
+from talkingdit.families.wan_s2v.pipeline import S2VSampling, WanS2VPipeline
+from talkingdit.media.files import read_audio, read_image, read_video
+from talkingdit.media.framing import fit_picture
+from talkingdit.models import load_checkpoint
 from training import parallel
 from training.build import sharded_networks
 from training.checks import check_sample
 from training.config import Config, SampleConfig
 from training.metrics import Writer
-from training.validate_s2v import S2VValidator, motion_loudness, read_cases
+from training.validate_s2v import WanS2VValidator, motion_loudness, read_cases
 
 
 def test_a_mouth_that_moves_with_the_voice_is_told_from_one_that_does_not() -> None:
@@ -131,7 +131,7 @@ def validate(config: Config, out: Path, layout: dict[str, int]) -> tuple[dict[st
     here = parallel.start(config.parallel, "cpu")
     networks = sharded_networks(config, here, resumes=False).eval()
     writer = Recorder()
-    found = S2VValidator(config, here).run(networks, writer if here.rank == 0 else None, 7)
+    found = WanS2VValidator(config, here).run(networks, writer if here.rank == 0 else None, 7)
     assert writer.values == {f"validation/{name}": value for name, value in found.items()}
     return found, writer.pictures
 
@@ -153,7 +153,7 @@ def test_the_videos_are_those_of_the_pipeline_on_any_layout(tmp_path: Path, proc
     assert heard is not None
 
     checkpoint = load_checkpoint(tmp_path / "start", torch.float32, "cpu")
-    pipeline = S2VPipeline(checkpoint)  # type: ignore[arg-type]
+    pipeline = WanS2VPipeline(checkpoint)  # type: ignore[arg-type]
     size = (video.shape[1], video.shape[2])
     picture, _ = fit_picture(read_image(tmp_path / "anna.png"), size)
     sound = read_audio(tmp_path / "anna.wav")[:24_000]

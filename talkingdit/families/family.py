@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a family of models gives. Everything that is not of a family asks for it here and imports none.
+
+A family is a folder, and its files have the same names in every family. A file is loaded when it is first asked for, so
+naming families, reading options and checking arguments need neither torch nor diffusers. The protocols below say what
+the files hold; a module that has these names fulfils its protocol, which mypy checks. A family in one file, as a test
+or another package may have it, holds all of these names itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from talkingdit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from talkingdit.distributed.layout import Parallel
+    from talkingdit.pipelines.job import Inputs, Outline
+    from talkingdit.pipelines.long_video import ClipPipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """What may be said about a video of any family. A family's `Options` adds its own; the command line makes flags."""
+
+    seed: int = 0
+    """another number, another video"""
+    steps: int | None = None
+    """denoising steps per clip (default: of the checkpoint)"""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"generate: seed must be at least 0, got {self.seed}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"generate: steps must be at least 1, got {self.steps}")
+
+
+class Presets(Protocol):
+    """presets.py"""
+
+    PRESETS: dict[str, dict[str, Any]]  # arguments of the transformer, by name
+
+
+class Options(Protocol):
+    """options.py: imports neither torch nor diffusers."""
+
+    Options: type[GenerationOptions]
+
+
+class Checkpoint(Protocol):
+    """checkpoint.py: folders with everything that generation needs."""
+
+    def owns(self, folder: Path) -> bool:
+        """Is this folder a checkpoint of the family? By names of files and config.json alone."""
+
+    def read_settings(self, folder: Path) -> Any:
+        """How the checkpoint is used (pipeline.json, or what the family has built in)."""
+
+    def load_checkpoint(self, folder: Path, dtype: torch.dtype, device: torch.device | str) -> Any:
+        """All models, with `transformer`, `vae`, `settings` and `folder`; UserError for what is missing."""
+
+
+class Load(Protocol):
+    """load.py: transformers alone."""
+
+    def load(
+        self,
+        source: str | Path,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        **options: Any,
+    ) -> Any:
+        """A transformer from a folder, a file, or with random weights from a preset."""
+
+    def loads(self, source: Path) -> bool:
+        """Is this a folder or file with a transformer of the family? No tensor is read."""
+
+    def read_config(self, source: str | Path, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Arguments of the transformer that `load` would load from there; no tensor is read."""
+
+
+class Pipeline(Protocol):
+    """pipeline.py: see `talkingdit.pipelines.job` for the road that a video takes."""
+
+    def outline(self, inputs: Inputs, settings: Any, options: Any) -> Outline:
+        """What video will be made, without any model; UserError for what is impossible."""
+
+    def open_pipeline(self, checkpoint: Any, parallel: Parallel) -> ClipPipeline:
+        """What makes its clips."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family by its folder.
+
+    Args:
+        name: of the family, as `--family` and configurations say it.
+        title: what messages call its models.
+        package: of its modules, "talkingdit.families.wan_s2v"; or one module that holds all.
+        base: name of the family whose files it uses where it has none of its own.
+    """
+
+    name: str
+    title: str
+    package: str
+    base: str = ""
+
+    def part(self, name: str) -> Any:
+        """One of its files.
+
+        Raises:
+            UserError: neither the family nor its base has it.
+        """
+        home = importlib.import_module(self.package)
+        if not hasattr(home, "__path__"):
+            return home
+        if importlib.util.find_spec(f"{self.package}.{name}") is not None:
+            return importlib.import_module(f"{self.package}.{name}")
+        if self.base:
+            from talkingdit import families
+
+            return families.get(self.base).part(name)
+        raise UserError(f"{self.title}: there is no {name} for this family.")
+
+    @cached_property
+    def presets(self) -> Mapping[str, dict[str, Any]]:
+        return cast(Presets, self.part("presets")).PRESETS
+
+    @cached_property
+    def options(self) -> type[GenerationOptions]:
+        return cast(Options, self.part("options")).Options
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return cast(Checkpoint, self.part("checkpoint"))
+
+    @cached_property
+    def load(self) -> Load:
+        return cast(Load, self.part("load"))
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        return cast(Pipeline, self.part("pipeline"))

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of the models that the package ships and trains: a folder with everything that generation needs.
+
+transformer/     config.json, diffusion_pytorch_model.safetensors
+vae/             the same, an AutoencoderKLWan
+text_encoder/    config.json and weights of the prompt encoder
+pipeline.json    `PuppetSettings`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from talkingdit.checkpoints.folder import load_part
+from talkingdit.checkpoints.weights import read_json
+from talkingdit.errors import UserError
+from talkingdit.families.wan_s2v.load import load
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    from talkingdit.families.puppet.text import PromptEncoder
+    from talkingdit.families.wan_s2v.model import WanS2VModel
+
+SPATIAL = 8  # pixels per latent pixel
+PATCH = 2  # latent pixels per token
+
+
+@dataclass(frozen=True)
+class PuppetSettings:
+    """How a checkpoint was trained and is best used (pipeline.json)."""
+
+    fps: int = 16
+    size: int = 96  # side of the square picture, pixels
+    clip_latents: int = 8  # latent frames generated at once, four pictures each
+    audio_history: int = 8  # audio frames before a clip that the model hears
+    shift: float = 3.0  # of the noise schedule
+    steps: int = 8
+    text_guidance: float = 1.0
+    audio_guidance: float = 2.0
+    features: str = "speech"  # kind of audio features
+
+    def __post_init__(self) -> None:
+        for name in ("fps", "size", "clip_latents", "audio_history", "steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"pipeline.json: {name} must be an integer of at least 1, got {value!r}")
+        if self.size % (SPATIAL * PATCH):
+            raise ValueError(f"pipeline.json: size must be a multiple of {SPATIAL * PATCH} pixels, got {self.size}")
+        for name in ("shift", "text_guidance", "audio_guidance"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+                raise ValueError(f"pipeline.json: {name} must be a number of at least 0, got {value!r}")
+        if self.shift == 0:
+            raise ValueError("pipeline.json: shift must be above 0, got 0")
+        if self.features != "speech":
+            raise ValueError(f"pipeline.json: features must be 'speech', got {self.features!r}")
+
+    @staticmethod
+    def load(path: Path) -> PuppetSettings:
+        """Read pipeline.json; a missing entry has its default, an unknown one is an error.
+
+        Raises:
+            UserError: the file is missing, is not such a file, or a value is impossible.
+        """
+        values = read_json(path)
+        known = {f.name for f in dataclasses.fields(PuppetSettings)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(f"{path}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}.")
+        try:
+            return PuppetSettings(**values)
+        except ValueError as error:
+            raise UserError(f"{path.parent}: {error}.") from error
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class PuppetCheckpoint:
+    """Everything that generation needs, in evaluation mode on one device."""
+
+    transformer: WanS2VModel
+    vae: AutoencoderKLWan
+    text_encoder: PromptEncoder
+    settings: PuppetSettings
+    folder: Path
+
+
+def save_checkpoint(
+    folder: str | Path,
+    transformer: WanS2VModel,
+    vae: AutoencoderKLWan,
+    text_encoder: PromptEncoder,
+    settings: PuppetSettings,
+) -> None:
+    """Write a whole checkpoint in the layout that `load_checkpoint` reads, in the dtypes that the models have."""
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    for name, model in (("transformer", transformer), ("vae", vae), ("text_encoder", text_encoder)):
+        model.save_pretrained(root / name)
+    settings.save(root / "pipeline.json")
+
+
+def owns(folder: Path) -> bool:
+    """Is this folder a checkpoint of drawn characters?"""
+    names = ("transformer", "vae", "text_encoder", "pipeline.json")
+    foreign = ("config.json", "audio_encoder", "tokenizer", "model_index.json")
+    return any((folder / name).exists() for name in names) and not any((folder / name).exists() for name in foreign)
+
+
+def read_settings(folder: Path) -> PuppetSettings:
+    """How the checkpoint is used.
+
+    Raises:
+        UserError: pipeline.json is missing, is not such a file, or has an impossible value.
+    """
+    return PuppetSettings.load(folder / "pipeline.json")
+
+
+def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device | str) -> PuppetCheckpoint:
+    """A whole checkpoint of this layout.
+
+    Args:
+        dtype: of the transformer and the autoencoder. The prompt encoder is small and stays float32.
+
+    Raises:
+        UserError: something is missing, does not load, or the parts do not fit each other.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    from talkingdit.families.puppet.text import PromptEncoder
+
+    for part in ("transformer", "vae", "text_encoder"):
+        if not (folder / part).is_dir():
+            raise UserError(f"{folder}: not a checkpoint, the folder {part}/ is missing in it.")
+    settings = read_settings(folder)
+    transformer = load(folder / "transformer", dtype, device)
+    vae = load_part(AutoencoderKLWan, folder / "vae", dtype, device)
+    text_encoder = load_part(PromptEncoder, folder / "text_encoder", torch.float32, device)
+    checkpoint = PuppetCheckpoint(transformer, vae, text_encoder, settings, folder)
+    _check_fit(checkpoint)
+    return checkpoint
+
+
+def _check_fit(checkpoint: PuppetCheckpoint) -> None:
+    """Do the parts fit each other?"""
+    root, model = checkpoint.folder, checkpoint.transformer.config
+    vae: Any = checkpoint.vae.config
+    for name in ("in_dim", "out_dim"):
+        if model[name] != vae.z_dim:
+            raise UserError(
+                f"{root}: the transformer has {name} {model[name]} but the vae has {vae.z_dim} latent channels."
+            )
+    if len(vae.latents_mean) != vae.z_dim or len(vae.latents_std) != vae.z_dim:
+        raise UserError(f"{root}: the vae needs latents_mean and latents_std of {vae.z_dim} channels each.")
+    if vae.scale_factor_spatial != SPATIAL:
+        raise UserError(f"{root}: the vae must shrink pictures {SPATIAL} times, got {vae.scale_factor_spatial}.")
+    text = checkpoint.text_encoder.config
+    for name, fits in (("text_dim", text.text_dim == model.text_dim), ("text_len", text.text_len <= model.text_len)):
+        if not fits:
+            raise UserError(f"{root}: the transformer has {name} {model[name]} but the text encoder {text[name]}.")

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The repeated block of the Wan transformers and the head behind the last one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from talkingdit import ops
+from talkingdit.families.wan_s2v.conditions import KeyValue
+from talkingdit.families.wan_s2v.sequence import Range, SequenceShard
+from talkingdit.nn.attention import attention
+from talkingdit.nn.audio_cross_attention import CrossAttention
+from talkingdit.nn.layers import Float32Linear, LayerNorm, RMSNorm, lend
+from talkingdit.ops import RopeLayout
+
+Groups = int | list[int]
+
+
+# Tokens that go through a feed-forward layer at once in inference; enough to fill a large GPU.
+FFN_TOKENS = 8192
+
+
+def overwrites() -> bool:
+    """May buffers be used again? Not where gradients need them, nor in a compiled graph, which plans its own."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+class SelfAttention(nn.Module):
+    """Full attention with q and k RMS-normalised over all heads and rotated by their places."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.eps = eps
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
+
+    def forward(
+        self, x: Tensor, layout: RopeLayout, mask: Tensor | None, backend: str, share: SequenceShard | None = None
+    ) -> Tensor:
+        """x [B, N, dim], mask bool [B, N] of keys -> [B, N, dim]; x may be a `share` of the sequence, mask is whole."""
+        q, k, v = (linear(x).unflatten(-1, (self.num_heads, -1)) for linear in (self.q, self.k, self.v))
+        out = (q, k) if overwrites() else None
+        begin = 0 if share is None else share.begin
+        weights = lend(self.norm_q)[0], lend(self.norm_k)[0]
+        q, k = ops.qk_norm_rope3d(q, k, *weights, layout, eps=self.eps, token_offset=begin, out=out)
+        if share is None:
+            y = attention(q, k, v, mask=mask, backend=backend).flatten(2)
+        else:
+            y = attention(
+                q, k, v, mask=mask, backend=backend, context=share.context, tokens=share.tokens, segments=share.segments
+            ).flatten(2)
+        del q, k, v, out  # before the output projection asks for memory
+        return self.o(y)
+
+
+class TextCrossAttention(CrossAttention):
+    """Attention of every token to the text."""
+
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor,
+        mask: Tensor | None,
+        key_value: KeyValue | None,
+        backend: str,
+        runs: tuple[Range, ...] | None = None,
+    ) -> Tensor:
+        """x [B, N, dim], text [B, L, dim] (or its `key_value`), mask bool [B, L] -> [B, N, dim].
+
+        With `runs`, x [1, N, dim] is packed: the tokens of run i attend to text i.
+        """
+        k, v = self.key_value(text) if key_value is None else key_value
+        q = self.query(x)
+        if runs is None:
+            return self.o(attention(q, k, v, mask=mask, backend=backend).flatten(2))
+        parts = []
+        for i, (begin, end) in enumerate(runs):
+            one = slice(i, i + 1)
+            hidden = None if mask is None else mask[one]
+            parts.append(attention(q[:, begin:end], k[one], v[one], mask=hidden, backend=backend))
+        return self.o((parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(2))
+
+
+class WanBlock(nn.Module):
+    """Self-attention, text cross-attention and feed-forward, the first and last modulated by the timestep."""
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.self_attn = SelfAttention(dim, num_heads, eps)
+        self.norm3 = LayerNorm(dim, eps)
+        self.cross_attn = TextCrossAttention(dim, num_heads, eps)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        groups: Groups,
+        layout: RopeLayout,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        text_kv: KeyValue | None = None,
+        backend: str = "auto",
+        inplace: bool = False,
+        share: SequenceShard | None = None,
+    ) -> Tensor:
+        """One block on the residual stream.
+
+        Args:
+            x: [B, N, dim], the tokens of `share`.
+            time: [B, G, 6, dim] float32, modulation of each group of tokens.
+            groups: ends of the G token ranges, or tokens per group.
+            layout, text, text_mask, key_mask: as in `WanConditions`; linear layers compute in the dtype of text.
+            text_kv: k and v of the text for this block, where they were made beforehand.
+            backend: see `talkingdit.nn.attention.attention`.
+            inplace: the result may overwrite x. Where gradients are recorded or the block is compiled it does not.
+            share: which tokens x are; None for all tokens of a sequence that is not packed.
+        """
+        begin, runs = (0, None) if share is None else (share.begin, share.text_runs if share.packed else None)
+        dtype = text.dtype
+        inplace = inplace and overwrites()
+
+        def residual(y: Tensor) -> tuple[Tensor, Tensor] | None:
+            return (x, torch.empty_like(y, dtype=dtype)) if inplace else None
+
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.to(time.dtype)[:, None] + time).unbind(2)
+        y = ops.norm_modulate(x, scale1, shift1, groups, self.eps, begin, dtype)
+        y = self.self_attn(y, layout, key_mask, backend, share)
+        # An affine norm is a modulated one with the same scale and shift everywhere.
+        weight, bias = lend(self.norm3)
+        scale, shift = (weight - 1).expand_as(gate1), bias.expand_as(gate1)
+        x, y = ops.gate_residual_norm_modulate(
+            x, y, gate1, scale, shift, groups, self.eps, begin, dtype, out=residual(y)
+        )
+        y = self.cross_attn(y, text, text_mask, text_kv, backend, runs)
+        one = torch.ones_like(gate1)
+        x, y = ops.gate_residual_norm_modulate(
+            x, y, one, scale2, shift2, groups, self.eps, begin, dtype, out=residual(y)
+        )
+        return ops.gate_residual(x, self._feed_forward(y), gate2, groups, begin, out=x if inplace else None)
+
+    def _feed_forward(self, y: Tensor) -> Tensor:
+        """The ffn of y, which it may overwrite: without gradients in slices, so that its wide middle stays small."""
+        if not overwrites() or y.shape[1] <= FFN_TOKENS:
+            return self.ffn(y)
+        for begin in range(0, y.shape[1], FFN_TOKENS):
+            part = y[:, begin : begin + FFN_TOKENS]
+            part.copy_(self.ffn(part))
+        return y
+
+
+class Head(nn.Module):
+    """Last modulated norm and the projection to latent patches, in float32."""
+
+    def __init__(self, dim: int, out_channels: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.head = Float32Linear(dim, out_channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def forward(self, x: Tensor, time: Tensor, groups: Groups, token_offset: int = 0) -> Tensor:
+        """x [B, N, dim], time [B, G, dim] -> patches [B, N, out_channels].
+
+        N = F * S noisy tokens, or those from `token_offset` on.
+        """
+        shift, scale = (self.modulation.to(time.dtype)[:, None] + time[:, :, None]).unbind(2)
+        return self.head(ops.norm_modulate(x, scale, shift, groups, self.eps, token_offset))

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Released Wan2.2-S2V checkpoints: a folder with the transformer, autoencoder, text and speech encoder.
+
+The official layout, and that of diffusers (also where only files moved and weights kept their names):
+
+    config.json, diffusion_pytorch_model*.safetensors        transformer/
+    Wan2.1_VAE.pth                                           vae/
+    models_t5_umt5-xxl-enc-bf16.pth                          text_encoder/
+    google/umt5-xxl/                                         tokenizer/
+    wav2vec2-large-xlsr-53-english/                          audio_encoder/ (and audio_processor/)
+    pipeline.json, optional: `WanS2VSettings`                   the same
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from talkingdit.checkpoints.weights import read_json
+from talkingdit.errors import UserError
+from talkingdit.families.wan_s2v.load import load
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    from talkingdit.encoders.umt5 import UMT5Encoder
+    from talkingdit.encoders.wav2vec import SpeechEncoder
+    from talkingdit.families.wan_s2v.model import WanS2VModel
+
+SOLVERS = ("unipc", "dpm++")
+NEGATIVE_PROMPT = (
+    "画面模糊，最差质量，画面模糊，细节模糊不清，情绪激动剧烈，手快速抖动，字幕，丑陋的，残缺的，多余的手指，"
+    "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
+    "背景人很多，倒着走"
+)
+
+
+@dataclass(frozen=True)
+class WanS2VSettings:
+    """How a Wan-S2V checkpoint is used. The defaults are those of the released model and its official program.
+
+    A file pipeline.json in the checkpoint folder may say other values.
+    """
+
+    fps: int = 16
+    infer_frames: int = 80  # pictures generated at once, a multiple of 4
+    motion_frames: int = 73  # pictures of history, 4 n - 3
+    drop_first_motion: bool = True  # the first clip has no history
+    shift: float = 3.0  # of the noise schedule
+    steps: int = 40
+    guidance: float = 4.5  # classifier-free guidance; 1 is plain
+    solver: str = "unipc"
+    max_area: int = 704 * 1024  # most pixels of a picture
+    size_multiple: int = 64  # height and width are multiples of this many pixels
+    negative_prompt: str = NEGATIVE_PROMPT
+
+    def __post_init__(self) -> None:
+        for name in ("fps", "infer_frames", "motion_frames", "steps", "max_area", "size_multiple"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"pipeline.json: {name} must be an integer of at least 1, got {value!r}")
+        for name, low in (("shift", "above 0"), ("guidance", "of at least 0")):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+                raise ValueError(f"pipeline.json: {name} must be a number {low}, got {value!r}")
+        if self.shift == 0:
+            raise ValueError("pipeline.json: shift must be a number above 0, got 0")
+        if self.infer_frames % 4:
+            raise ValueError(f"pipeline.json: infer_frames must be a multiple of 4, got {self.infer_frames}")
+        if self.motion_frames % 4 != 1:
+            raise ValueError(f"pipeline.json: motion_frames must be 4 n - 3, got {self.motion_frames}")
+        if self.size_multiple % 16:
+            raise ValueError(f"pipeline.json: size_multiple must be a multiple of 16, got {self.size_multiple}")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"pipeline.json: solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
+        if not isinstance(self.drop_first_motion, bool):
+            raise ValueError(f"pipeline.json: drop_first_motion must be true or false, got {self.drop_first_motion!r}")
+        if not isinstance(self.negative_prompt, str):
+            raise ValueError(f"pipeline.json: negative_prompt must be a string, got {self.negative_prompt!r}")
+
+    @staticmethod
+    def load(path: Path) -> WanS2VSettings:
+        """Read pipeline.json; a missing entry has its default, an unknown one is an error.
+
+        Raises:
+            UserError: not such a file, or an impossible value.
+        """
+        values = read_json(path)
+        known = {f.name for f in dataclasses.fields(WanS2VSettings)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(f"{path}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}.")
+        try:
+            return WanS2VSettings(**values)
+        except ValueError as error:
+            raise UserError(f"{path.parent}: {error}.") from error
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class WanS2VCheckpoint:
+    """Everything that generation with a Wan-S2V model needs, in evaluation mode."""
+
+    transformer: WanS2VModel
+    vae: AutoencoderKLWan
+    text_encoder: UMT5Encoder
+    audio_encoder: SpeechEncoder
+    settings: WanS2VSettings
+    folder: Path
+
+
+@dataclass(frozen=True)
+class CheckpointPaths:
+    """Where the parts of a checkpoint lie."""
+
+    transformer: Path
+    vae: Path
+    text_encoder: Path
+    tokenizer: Path
+    audio_encoder: Path
+
+
+def owns(folder: Path) -> bool:
+    """Is this folder a whole Wan-S2V checkpoint?"""
+    if (folder / "config.json").is_file() or any(folder.glob("models_t5*.pth")):
+        return True
+    return any((folder / name).exists() for name in ("audio_encoder", "tokenizer", "model_index.json"))
+
+
+def read_settings(folder: Path) -> WanS2VSettings:
+    """How the checkpoint is used: pipeline.json, or what the official program has built in.
+
+    Raises:
+        UserError: pipeline.json is not such a file, or has an impossible value.
+    """
+    file = folder / "pipeline.json"
+    return WanS2VSettings.load(file) if file.is_file() else WanS2VSettings()
+
+
+def find_parts(root: Path) -> CheckpointPaths:
+    """Where the parts of a checkpoint lie.
+
+    Raises:
+        UserError: one is missing.
+    """
+    if (root / "transformer").is_dir():
+        parts = CheckpointPaths(
+            *(root / name for name in ("transformer", "vae", "text_encoder", "tokenizer", "audio_encoder"))
+        )
+        for part in dataclasses.astuple(parts):
+            if not part.is_dir():
+                raise UserError(f"{root}: not a whole checkpoint, the folder {part.name}/ is missing in it.")
+        return parts
+    return CheckpointPaths(
+        transformer=root,
+        vae=_one(root, "*VAE*.pth", "Wan2.1_VAE.pth, the autoencoder,"),
+        text_encoder=_one(root, "models_t5*.pth", "models_t5_umt5-xxl-enc-bf16.pth, the text encoder,"),
+        tokenizer=_one(root, "google/umt5*", "google/umt5-xxl/, the tokenizer of the text encoder,"),
+        audio_encoder=_one(root, "wav2vec2*", "wav2vec2-large-xlsr-53-english/, the speech encoder,"),
+    )
+
+
+def _one(root: Path, pattern: str, what: str) -> Path:
+    found = sorted(root.glob(pattern))
+    if not found:
+        raise UserError(f"{root}: not a whole checkpoint, {what} is missing in it.")
+    if len(found) > 1:
+        raise UserError(f"{root}: {found[0].name} and {found[1].name} could both be meant; leave one in the folder.")
+    return found[0]
+
+
+def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device | str) -> WanS2VCheckpoint:
+    """A whole Wan-S2V checkpoint.
+
+    Args:
+        folder: of either layout.
+        dtype: of the transformer and the text encoder, the large parts. The autoencoder and the speech encoder are
+            float32, as in the official program.
+        device: where all parts go.
+
+    Raises:
+        UserError: a part is missing or does not load, or the parts do not fit each other.
+    """
+    from talkingdit.autoencoders.wan import load_vae
+    from talkingdit.encoders.umt5 import UMT5Encoder, load_tokenizer, load_umt5
+    from talkingdit.encoders.wav2vec import load_speech_encoder
+
+    parts = find_parts(folder)
+    settings = read_settings(folder)
+    tokenizer = load_tokenizer(parts.tokenizer)
+    audio_encoder = load_speech_encoder(parts.audio_encoder, device, fps=settings.fps)
+    vae = load_vae(parts.vae, torch.float32, device).requires_grad_(False)
+    transformer = load(parts.transformer, dtype, device)
+    umt5 = load_umt5(parts.text_encoder, dtype, device)
+    text_encoder = UMT5Encoder(umt5, tokenizer, transformer.config.text_len).eval()
+    checkpoint = WanS2VCheckpoint(transformer, vae, text_encoder, audio_encoder, settings, folder)
+    _check_fit(checkpoint)
+    return checkpoint
+
+
+def _check_fit(checkpoint: WanS2VCheckpoint) -> None:
+    """Do the parts fit each other?"""
+    root, model = checkpoint.folder, checkpoint.transformer.config
+    vae: Any = checkpoint.vae.config
+    audio, text = checkpoint.audio_encoder, checkpoint.text_encoder
+    pairs = (
+        ("in_dim", model.in_dim, "the autoencoder has latent channels", vae.z_dim),
+        ("out_dim", model.out_dim, "the autoencoder has latent channels", vae.z_dim),
+        ("text_dim", model.text_dim, "the text encoder has width", text.text_dim),
+        ("audio_dim", model.audio_dim, "the speech encoder has width", audio.audio_dim),
+        ("audio_layers", model.audio_layers, "the speech encoder has layers", audio.layers),
+    )
+    for name, wanted, what, got in pairs:
+        if wanted != got:
+            raise UserError(f"{root}: the transformer has {name} {wanted} but {what} {got}.")
+    if (vae.scale_factor_spatial, vae.scale_factor_temporal) != (8, 4):
+        raise UserError(
+            f"{root}: the autoencoder must shrink pictures 8 times and time 4 times, "
+            f"got {vae.scale_factor_spatial} and {vae.scale_factor_temporal}."
+        )
+    words, known = len(text.tokenizer), text.model.config.vocab_size
+    if words > known:
+        raise UserError(f"{root}: the tokenizer has {words} words but the text encoder {known}.")

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens are where in the sequence of Wan-S2V, and which of them this process holds.
+
+A sequence is one clip, or several packed behind each other: [noisy | reference | history] of each. Context parallelism
+cuts it into contiguous shards, without regard to where clips, kinds of tokens or latent frames begin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from talkingdit.nn.audio_cross_attention import FrameSpan
+from talkingdit.nn.framepack import packed_tokens
+
+if TYPE_CHECKING:
+    from talkingdit.nn.context_parallel import ContextParallel
+
+Range = tuple[int, int]
+
+
+class ClipSpan(NamedTuple):
+    """A clip in the sequence: its noisy tokens from `begin` on, then its reference and history, `tokens` in all."""
+
+    begin: int
+    grid: tuple[int, int, int]  # latent frames, patch rows, patch columns
+    tokens: int
+
+    @property
+    def per_frame(self) -> int:
+        return self.grid[1] * self.grid[2]
+
+    @property
+    def noisy(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+
+@dataclass(frozen=True)
+class SequenceShard:
+    """The tokens of a sequence that this process holds, made by `sequence_shard`.
+
+    Ranges are (begin, end). "Local" counts from the first token that the process holds.
+    """
+
+    begin: int  # of the process's tokens in the sequence
+    end: int
+    tokens: int  # of the whole sequence
+    clips: tuple[ClipSpan, ...]
+    noisy: tuple[Range, ...]  # per clip, which of its noisy tokens are here
+    clean: tuple[Range, ...]  # per clip, which of its other tokens are here
+    frames: tuple[Range, ...]  # per clip, the latent frames that the noisy tokens are in
+    before: int  # noisy tokens of the sequence that other processes hold in front of these
+    runs: tuple[Range, ...]  # local: where noisy tokens are, at least one range, which may be empty
+    spans: tuple[FrameSpan, ...]  # the same tokens by latent frames, at least one, which may be empty
+    texts: Range  # clips that have tokens here, at least one
+    text_runs: tuple[Range, ...]  # local: the tokens of each of those
+    context: ContextParallel | None = None
+    packed: bool = False
+
+    @property
+    def segments(self) -> list[int] | None:
+        """Ends of the clips of a packed sequence, which do not attend to each other."""
+        return [clip.begin + clip.tokens for clip in self.clips] if self.packed else None
+
+
+def sequence_shard(
+    clips: Sequence[ClipSpan], context: ContextParallel | None = None, packed: bool = False
+) -> SequenceShard:
+    """The share of this process: everything without a context.
+
+    Args:
+        clips: of the sequence, in order and without gaps.
+        context: see `talkingdit.nn.context_parallel`.
+        packed: the clips are samples of their own, of a batch of one.
+    """
+    tokens = clips[-1].begin + clips[-1].tokens
+    begin, end = (0, tokens) if context is None else context.shard(tokens)
+
+    def held(first: int, count: int) -> Range:
+        return min(max(begin - first, 0), count), min(max(end - first, 0), count)
+
+    noisy = [held(clip.begin, clip.noisy) for clip in clips]
+    frames: list[Range] = []
+    runs: list[Range] = []
+    spans: list[FrameSpan] = []
+    for clip, (first, last) in zip(clips, noisy, strict=True):
+        if first == last:
+            frames.append((0, 0))
+            continue
+        frames.append((first // clip.per_frame, -(-last // clip.per_frame)))
+        local = clip.begin + first - begin
+        if runs and runs[-1][1] == local:
+            local, _ = runs.pop()
+        runs.append((local, clip.begin + last - begin))
+        span = FrameSpan(last - first, frames[-1][1] - frames[-1][0], clip.per_frame, first % clip.per_frame)
+        if spans and spans[-1].tokens_per_frame == clip.per_frame:  # it ended with its clip, so with a whole frame
+            tail = spans.pop()
+            span = FrameSpan(tail.tokens + span.tokens, tail.frames + span.frames, clip.per_frame, tail.token_offset)
+        spans.append(span)
+    if not spans:  # modules must run all the same, or their weights would get no gradient here
+        frames[0] = (0, 1)
+        runs, spans = [(0, 0)], [FrameSpan(0, 1, clips[0].per_frame)]
+    whole = [held(clip.begin, clip.tokens) for clip in clips]
+    there = [i for i, (first, last) in enumerate(whole) if first < last] or [0]
+    return SequenceShard(
+        begin=begin,
+        end=end,
+        tokens=tokens,
+        clips=tuple(clips),
+        noisy=tuple(noisy),
+        clean=tuple(held(clip.begin + clip.noisy, clip.tokens - clip.noisy) for clip in clips),
+        frames=tuple(frames),
+        before=sum(first for first, _ in noisy),
+        runs=tuple(runs),
+        spans=tuple(spans),
+        texts=(there[0], there[-1] + 1),
+        text_runs=tuple(
+            (clip.begin + first - begin, clip.begin + last - begin) if first < last else (0, 0)
+            for clip, (first, last) in zip(clips, whole, strict=True)
+        )[there[0] : there[-1] + 1],
+        context=context,
+        packed=packed,
+    )
+
+
+def take(x: Tensor, runs: Sequence[Range]) -> Tensor:
+    """These ranges of the tokens x [B, N, dim], behind each other; a view where there is one."""
+    parts = [x[:, begin:end] for begin, end in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def spread(y: Tensor, runs: Sequence[Range], tokens: int) -> Tensor:
+    """The inverse of `take` for N = `tokens`: zeros elsewhere."""
+    if len(runs) == 1:
+        return F.pad(y, (0, 0, runs[0][0], tokens - runs[0][1]))
+    parts, at, done = [], 0, 0
+    for begin, end in runs:
+        parts += [y.new_zeros(y.shape[0], begin - at, y.shape[2]), y[:, done : done + end - begin]]
+        done, at = done + end - begin, end
+    return torch.cat([*parts, y.new_zeros(y.shape[0], tokens - at, y.shape[2])], dim=1)
+
+
+def tokens_of(
+    config: Mapping[str, Any], frames: int, height: int, width: int, reference: bool, history: bool | int
+) -> int:
+    """Tokens of a clip in the sequence of a `WanS2VModel`, for budgets.
+
+    Args:
+        config: of the model.
+        frames, height, width: of the latents; height and width even.
+        reference: with a reference image.
+        history: with a history; where the model does not pack it, its latent frames.
+    """
+    rows, columns = height // 2, width // 2
+    total = (frames + bool(reference)) * rows * columns
+    if not config["enable_framepack"]:
+        return total + int(history) * rows * columns
+    if not history:
+        return total
+    return total + packed_tokens(
+        config.get("zip_frame_buckets", (1, 2, 16)),
+        config.get("framepack_drop_mode", "padd"),
+        config.get("framepack_padding", "none"),
+        height,
+        width,
+        2 if config.get("add_last_motion", True) else 0,
+    )

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finished clips of a video that is not finished, kept beside it in `<name>.parts/` so that a later run goes on.
+
+    settings.json       what the video is made from and how
+    clip-0000.mkv       pictures of each finished clip, without loss (FFV1)
+    carry-0000.safetensors   what the last finished clip hands on to the next
+
+Files appear under their names only when they are complete, the carry of a clip after its pictures. A clip counts as
+finished when its carry, or that of a later clip, is there.
+
+Where several processes make a video, the first one has the folder, and any other number of them can go on from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from talkingdit.distributed.team import ALONE, Team
+from talkingdit.errors import UserError
+from talkingdit.families.wan_s2v.pipeline import Carry
+
+Frames = NDArray[np.uint8]
+OURS = re.compile(r"(settings\.json|clip-\d{4,}\.mkv|carry-\d{4,}\.safetensors|\.part-.*)$")
+
+
+class ClipStore:
+    """The folder of parts of one video.
+
+    Args:
+        output: the video that is being made.
+        settings: what the parts depend on, of plain JSON types. ClipStore made with others are thrown away.
+        warn: called with a sentence when that happens.
+
+    Raises:
+        UserError: the folder is there but holds something else, or cannot be written.
+    """
+
+    def __init__(self, output: Path, settings: dict[str, Any], warn: Callable[[str], None] | None = None):
+        self.folder = output.with_name(output.name + ".parts")
+        try:
+            self._open(json.loads(json.dumps(settings)), warn)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written ({error.strerror or error}).") from error
+        self.finished = self._count()
+
+    def _open(self, settings: dict[str, Any], warn: Callable[[str], None] | None) -> None:
+        self.folder.mkdir(exist_ok=True)
+        foreign = sorted(path.name for path in self.folder.iterdir() if not OURS.match(path.name))
+        if foreign:
+            raise UserError(f"{self.folder}: expected clips of an unfinished video, got {foreign[0]!r}; move it away.")
+        for left in self.folder.glob(".part-*"):
+            left.unlink()
+        file = self.folder / "settings.json"
+        try:
+            found = json.loads(file.read_text())
+        except (OSError, ValueError):
+            found = None
+        if found == settings:
+            return
+        if found is not None and warn is not None and self._count():
+            changed = [name for name in settings if not isinstance(found, dict) or found.get(name) != settings[name]]
+            warn(f"{self.folder} was made with another {changed[0] if changed else 'program'}; starting over.")
+        self._clear()
+        with self._complete(file) as path:
+            path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+
+    def _count(self) -> int:
+        carries = [int(path.stem.split("-")[1]) for path in self.folder.glob("carry-*.safetensors")]
+        for last in sorted(carries, reverse=True):
+            if all(self._clip(index).is_file() for index in range(last + 1)):
+                return last + 1
+        return 0
+
+    def _clip(self, index: int) -> Path:
+        return self.folder / f"clip-{index:04d}.mkv"
+
+    def _carry(self, index: int) -> Path:
+        return self.folder / f"carry-{index:04d}.safetensors"
+
+    def add(self, pictures: Frames, carry: Carry | None) -> None:
+        """Keep the next finished clip: pictures [n, H, W, 3], and what it hands on (None after the last clip).
+
+        Raises:
+            UserError: the disk is full or cannot be written; the clips before are kept.
+        """
+        index = self.finished
+        tensors = {} if carry is None else {"history": carry.history, "window": carry.window, "colours": carry.colours}
+        try:
+            with self._complete(self._clip(index)) as path:
+                _write_lossless(path, pictures)
+            with self._complete(self._carry(index)) as path:
+                save_file({name: t.cpu().contiguous() for name, t in tensors.items() if t is not None}, path)
+            self.finished = index + 1
+            if index:
+                self._carry(index - 1).unlink(missing_ok=True)
+        except (OSError, av.FFmpegError, SafetensorError) as error:
+            raise UserError(f"{self.folder}: clip {index} cannot be written ({error}).") from error
+
+    def carry(self) -> Carry | None:
+        """What the last finished clip hands on; None where there is none.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if not self.finished:
+            return None
+        path = self._carry(self.finished - 1)
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: damaged; delete {self.folder} to start over.") from error
+        if "history" not in tensors:
+            return None
+        return Carry(tensors["history"], tensors.get("window"), tensors.get("colours"))
+
+    def pictures(self) -> Iterator[Frames]:
+        """Pictures of every finished clip, [n, H, W, 3] each.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        for index in range(self.finished):
+            path = self._clip(index)
+            try:
+                with av.open(str(path)) as container:
+                    frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            except av.FFmpegError as error:
+                raise UserError(f"{path}: damaged; delete {self.folder} to start over.") from error
+            yield np.stack(frames)
+
+    def remove(self) -> None:
+        """Throw all parts away: the video is finished."""
+        self._clear()
+        self.folder.rmdir()
+
+    def remove_if_empty(self) -> None:
+        """Leave nothing behind where nothing was finished."""
+        if not self.finished:
+            self.remove()
+
+    def _clear(self) -> None:
+        # Carries first: without them, clips that are left over count for nothing.
+        for path in sorted(self.folder.iterdir()):
+            if OURS.match(path.name):
+                path.unlink()
+
+    @contextmanager
+    def _complete(self, path: Path) -> Iterator[Path]:
+        """A temporary file that gets its name when it is complete."""
+        handle, name = tempfile.mkstemp(prefix=".part-", suffix=path.suffix, dir=self.folder)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+class SharedClipStore:
+    """ClipStore for every process of a team; the first one alone touches the disk.
+
+    Args:
+        opened: gives the parts; called by the first process.
+        team: the processes.
+
+    Raises:
+        UserError: from `opened`.
+    """
+
+    def __init__(self, opened: Callable[[], ClipStore], team: Team = ALONE):
+        self._team, self._parts = team, None
+
+        def found() -> tuple[int, Carry | None]:
+            self._parts = opened()
+            return self._parts.finished, self._parts.carry()
+
+        self.finished, self._carry = team.first(found)
+
+    @property
+    def here(self) -> ClipStore | None:
+        """The parts in the first process, None in the others."""
+        return self._parts
+
+    def carry(self) -> Carry | None:
+        """What the last clip that was found hands on; None where there was none."""
+        return self._carry
+
+    def add(self, pictures: Callable[[], Frames], carry: Carry | None) -> None:
+        """Keep the next finished clip. See `ClipStore.add`."""
+
+        def add() -> None:
+            assert self._parts is not None
+            self._parts.add(pictures(), carry)
+
+        self._team.first(add)
+        self.finished += 1
+
+
+def _write_lossless(path: Path, pictures: Frames) -> None:
+    with av.open(str(path), "w", format="matroska") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "bgr0"
+        for number, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predictions against a count of all live tensors while the real model runs on tensors without storage."""
+
+import functools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.live_memory import LiveMemory
+from talkingdit.autoencoders.streaming import StreamingDecoder, encode
+from talkingdit.cli import main as cli
+from talkingdit.errors import UserError
+from talkingdit.families.wan_s2v import conditions as wan_conditions
+from talkingdit.models import WanS2VModel, preset
+from talkingdit.pipelines.memory import Memory
+from talkingdit.plan import generation as planner
+from talkingdit.plan.generation import ClipShape, WeightBytes
+
+
+@pytest.fixture(autouse=True)
+def _no_fake_tables():
+    """Tables of rotations are kept between calls; those made of fake tensors must not be."""
+    wan_conditions._layout.cache_clear()
+    yield
+    wan_conditions._layout.cache_clear()
+
+
+def fake_model(config, dtype):
+    """To be called in a fake mode: a model with weights of `dtype` and those that stay float32."""
+    torch.set_default_dtype(dtype)
+    try:
+        model = WanS2VModel(**config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, module in model.named_modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if any(word in f"{name}.{key}" for word in WanS2VModel._keep_in_fp32_modules):
+                setattr(module, key, torch.nn.Parameter(torch.empty(parameter.shape), requires_grad=False))
+    return model
+
+
+def measured(config, clip, memory, dtype):
+    """Bytes of weights, kept conditions, and the peak of two steps, of all branches."""
+    config = dict(config, residual_dtype=memory.residual, audio_absorb="value" if memory.absorb_audio else "none")
+    height, width, b = clip.height // 8, clip.width // 8, clip.batch
+    size = (clip.latents, height, width)
+    with FakeTensorMode(), torch.no_grad():
+        model = fake_model(config, dtype)
+        weights = list(model.parameters())
+        with LiveMemory(weights) as count:
+            base = count.live
+            conditions = [
+                model.encode_conditions(
+                    torch.empty(b, config["text_len"], config["text_dim"]),
+                    reference=torch.empty(b, config["in_dim"], 1, height, width),
+                    history=torch.empty(b, config["in_dim"], clip.history, height, width) if clip.history else None,
+                    pose=torch.empty(b, config["cond_dim"], *size) if clip.pose else None,
+                    audio=torch.empty(b, config["audio_layers"], config["audio_dim"], 4 * clip.latents),
+                    size=size,
+                )
+                for _ in range(1 if clip.batched else clip.branches)
+            ]
+            kept = count.live - base
+            count.reset()
+            x, t = torch.empty(b, config["in_dim"], *size), torch.empty(b)
+            solver = torch.empty(6, *x.shape[1:])  # what a solver of second order keeps
+            for condition in conditions:
+                model(x, t, conditions=condition)
+        assert len(solver) == 6
+    return base, kept, count.peak
+
+
+SMALL = preset(
+    "wan_s2v_14b",
+    **dict(dim=1024, ffn_dim=4096, num_heads=8, num_layers=3, audio_inject_layers=(0, 2), text_dim=512, audio_dim=64),
+)
+CASES = {
+    "14B of 4 blocks, 448x832": (
+        preset("wan_s2v_14b", num_layers=4, audio_inject_layers=(0, 2)),
+        ClipShape(),
+        Memory(),
+        torch.bfloat16,
+    ),
+    "14B of 2 blocks, 704x1024, first clip": (
+        preset("wan_s2v_14b", num_layers=2, audio_inject_layers=(0,)),
+        ClipShape(704, 1024, history=0, pose=True),
+        Memory(residual="compute"),
+        torch.bfloat16,
+    ),
+    "14B of 2 blocks, guided at once, absorbed": (
+        preset("wan_s2v_14b", num_layers=2, audio_inject_layers=(0, 1)),
+        ClipShape(480, 832, latents=12, batched=True),
+        Memory(absorb_audio=True),
+        torch.bfloat16,
+    ),
+    "1024 wide, float32": (SMALL, ClipShape(256, 256), Memory(), torch.float32),
+    "1024 wide, history as it is": (
+        dict(SMALL, enable_framepack=False, enable_adain=False),
+        ClipShape(256, 384, latents=8, branches=1),
+        Memory(),
+        torch.bfloat16,
+    ),
+    "the drawn characters": (preset("puppet_tiny"), ClipShape(96, 96, 8, 19), Memory(), torch.float32),
+}
+
+
+@pytest.mark.slow
+def test_memory_of_the_whole_released_model_is_predicted():
+    test_memory_of_denoising_is_predicted((preset("wan_s2v_14b"), ClipShape(), Memory(), torch.bfloat16))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_memory_of_denoising_is_predicted(case):
+    config, clip, memory, dtype = case
+    weights, kept, peak = measured(config, clip, memory, dtype)
+    plan = planner.predict(config, WeightBytes(planner.parameters(config, dtype), 0, 0, 0), clip, memory, dtype)
+    assert plan.weights["transformer"] == weights
+    assert plan.conditions == pytest.approx(kept, rel=0.1)
+    # Not only the whole, which weights dominate, but what comes on top of them.
+    assert plan.phases["denoise"] == pytest.approx(peak - weights, rel=0.1)
+    assert plan.weights["transformer"] + plan.phases["denoise"] == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_the_autoencoder_is_predicted(dtype):
+    clip = ClipShape(256, 320, latents=4, history=5)
+    with FakeTensorMode(), torch.no_grad():
+        torch.set_default_dtype(dtype)
+        vae = AutoencoderKLWan().eval().requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+        weights = list(vae.parameters())
+        assert sum(p.numel() for p in weights) == planner.VAE_PARAMETERS
+        with LiveMemory(weights) as count:
+            base = count.live
+            decoder = StreamingDecoder(vae)
+            pictures = [decoder(torch.empty(1, 16, 1, 32, 40)) for _ in range(4)]
+            decode = count.peak - base
+            del decoder
+            count.reset()
+            encode(vae, torch.empty(1, 3, 17, 256, 320))
+            encoding = count.peak - base
+            assert len(pictures) == 4
+    phases = planner.predict(SMALL, WeightBytes({"blocks.0": 0}, 0, 0, 0, dtype.itemsize), clip).phases
+    assert phases["decode"] == pytest.approx(decode, rel=0.1)
+    assert phases["encode"] == pytest.approx(encoding, rel=0.1)
+
+
+@pytest.mark.parametrize("absorb", [False, True])
+def test_operations_are_counted(absorb):
+    clip = ClipShape(256, 256, latents=6, branches=1)
+    memory = Memory(absorb_audio=absorb)
+    # The counter knows attention by its products only.
+    config = dict(SMALL, audio_absorb="value" if absorb else "none", attention_backend="math")
+    with FakeTensorMode(), torch.no_grad():
+        model = WanS2VModel(**config).eval()
+        conditions = model.encode_conditions(
+            torch.empty(1, 512, 512),
+            reference=torch.empty(1, 16, 1, 32, 32),
+            history=torch.empty(1, 16, 19, 32, 32),
+            size=(6, 32, 32),
+        )
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 16, 6, 32, 32), torch.empty(1), conditions=conditions)
+    # Our audio attention is not known to the counter, nor is it much: 5 keys per query.
+    assert planner.flops(config, clip, memory) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@functools.cache
+def released_parts():
+    return planner.source("wan_s2v_14b", torch.bfloat16)
+
+
+def released(clip=None, memory=None, tflops=None):
+    return planner.predict(*released_parts(), clip or ClipShape(), memory, tflops=tflops)
+
+
+def test_advice_fits_and_changes_no_more_than_it_must():
+    def again(memory, clip):
+        return released(clip, memory)
+
+    plan = released(ClipShape(batched=True))
+    previous = 0
+    for card in (24, 32, 40, 48, 80):
+        found = planner.advice(plan, again, card * planner.GIB)
+        if found is None:
+            assert card == 24
+            continue
+        assert found.needed <= card * planner.GIB
+        switches = len(str(found.memory).split(","))
+        assert previous == 0 or switches <= previous
+        previous = switches
+    assert str(planner.advice(plan, again, 80 * planner.GIB).memory) == ""
+    assert planner.advice(plan, again, planner.GIB) is None
+
+
+def test_time_is_work_by_speed_or_the_way_of_the_weights():
+    plan = released(tflops=100)
+    assert plan.seconds_per_clip == pytest.approx(40 * plan.flops_per_step / (100e12 * planner.EFFICIENCY))
+    offloaded = released(tflops=1e9, memory=Memory(offload="block"))
+    assert offloaded.seconds_per_clip == pytest.approx(
+        40 * 2 * released().weights["transformer"] / planner.HOST_TO_DEVICE
+    )
+    assert released().seconds_per_clip is None
+
+
+def test_cards():
+    assert planner.card_of("24GB") == planner.card_of("24") == (24 * 2**30, None)
+    assert planner.card_of("RTX4090") == (24 * 2**30, 165)
+    with pytest.raises(UserError, match=r"must be a size like 24GB or one of rtx3090, .*, got 'big'"):
+        planner.card_of("big")
+
+
+def test_switches_take_less():
+    plain = released()
+    for memory in (
+        Memory(weights="cast_fp8"),
+        Memory(weights="int8"),
+        Memory(offload="block"),
+        Memory(offload="leaf"),
+        Memory(text_encoder="cpu"),
+    ):
+        assert released(memory=memory).peak < plain.peak
+    assert released(memory=Memory(residual="compute")).phases["denoise"] < plain.phases["denoise"]
+    tiled = released(memory=Memory(vae="tiled"))
+    assert tiled.phases["decode"] < plain.phases["decode"]
+    assert released(replace(ClipShape(), batched=True)).phases["denoise"] > plain.phases["denoise"]
+
+
+def test_the_command_says_what_a_card_needs(capsys):
+    assert cli.main(["plan", "--preset", "wan_s2v_14b", "--size", "832x448", "--card", "rtx4090"]) == 0
+    said = capsys.readouterr().out
+    assert "832 x 448, 80 pictures, 40 steps, 2 predictions per step" in said
+    assert "does not fit; with --memory offload=block,text_encoder=cpu --sequential it needs" in said
+    assert "an estimate from 165 TFLOP/s at 50%, not measured" in said
+    switches = said.split("--memory ")[1].split()[0]
+    assert cli.main(["plan", "--preset", "wan_s2v_14b", "--card", "24GB", "--sequential", "--memory", switches]) == 0
+    said = capsys.readouterr().out
+    assert said.endswith("fits\n")
+    assert "time        unknown" in said
+
+
+def test_a_checkpoint_folder_is_read_and_not_loaded(tmp_path, capsys):
+    config = dict(_class_name="WanModel_S2V", dim=64, ffn_dim=96, num_heads=2, num_layers=2, audio_inject_layers=[0])
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(motion_frames=73, text_dim=24)))
+    (tmp_path / "Wan2.1_VAE.pth").write_bytes(b"0" * 3_000_000)
+    assert cli.main(["plan", "--checkpoint", str(tmp_path), "--size", "128x128"]) == 0
+    assert "autoencoder         0.00 GB" in capsys.readouterr().out
+    assert planner.source(str(tmp_path), torch.bfloat16)[1].vae == 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "wan"], "wan: neither a folder nor a preset"),
+        (["--preset", "wan_s2v_14b", "--card", "big"], "--card must be a size like 24GB or one of"),
+        (["--preset", "wan_s2v_14b", "--size", "100x100"], "sides must be multiples of 16 pixels, got 100 x 100"),
+        (["--preset", "wan_s2v_14b", "--frames", "81"], "multiple of 4 pictures, got 81"),
+        (["--preset", "wan_s2v_14b", "--memory", "weights=fp4"], "weights must be one of native"),
+    ],
+)
+def test_the_command_says_what_is_wrong(arguments, message, capsys):
+    assert cli.main(["plan", *arguments]) == cli.USER_ERROR
+    assert message in capsys.readouterr().err

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predictions of training against counts of the real step on fake tensors and a fake process group."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench import scaling
+from bench.counted_step import Step, count
+from talkingdit.cli import main as cli
+from talkingdit.families.wan_s2v.presets import PRESETS
+from talkingdit.plan import training as planner
+from talkingdit.plan.generation import ClipShape
+from talkingdit.plan.training import Cluster, MeshSizes, Run
+from training.config import LoraConfig, OptimConfig, ParallelConfig
+from training.lora import add_adapters
+
+WIDTH = dict(dim=512, ffn_dim=1408, num_heads=8, text_dim=64, text_len=16, audio_dim=32, audio_layers=3)
+SMALL = {**PRESETS["wan_s2v_14b"], **WIDTH, "num_layers": 3, "audio_inject_layers": (0, 2)}
+CLIP = ClipShape(704, 1024, 12, pose=True)
+WHICH = {
+    "all": lambda name: True,
+    "lora": lambda name: ".lora_" in name,
+    "audio": lambda name: name.startswith(("casual_audio_encoder.", "audio_injector.")),
+}
+
+
+def counted(run, layout, gpus):
+    sizes = {name: getattr(layout, name) for name in ("replicate", "shard", "ring", "ulysses")}
+    return count(
+        Step(
+            SMALL,
+            run.clip,
+            ParallelConfig(**sizes, activation_checkpointing=run.checkpointing),
+            layout.data * layout.context,
+            gpus,
+            OptimConfig(name=run.optimizer),
+            micro_batches=run.micro_batches // layout.data,
+            averages=run.averages,
+            trains=WHICH[run.trains],
+            prepare=lambda model: add_adapters(model, LoraConfig(rank=32)) if run.trains == "lora" else None,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("run", "layout", "gpus"),
+    [
+        (Run(CLIP), MeshSizes(ulysses=8), 8),
+        (Run(CLIP, 2, checkpointing="off", averages=False), MeshSizes(shard=2, ring=2, ulysses=4), 8),
+        (Run(CLIP, 8, "muon", "selective"), MeshSizes(replicate=2, shard=2, ulysses=2), 4),
+        (Run(CLIP, trains="lora"), MeshSizes(ring=2, ulysses=2), 4),
+        (Run(CLIP, trains="audio"), MeshSizes(ulysses=8), 4),
+    ],
+    ids=["ulysses", "fsdp-ring-ulysses-off", "hsdp-muon-selective-two-micro-batches", "lora", "audio-two-nodes"],
+)
+def test_memory_and_communication_are_those_of_the_real_step(run, layout, gpus):
+    real = counted(run, layout, gpus)
+    model = planner.model_of(SMALL, run)
+    memory = planner.memory(SMALL, model, run, layout)
+    assert sum(memory.values()) == pytest.approx(real.peak_bytes, rel=0.07)
+    held = planner.states(model, run, layout.sharded)
+    assert held["weights"] == real.held["parameters"]
+    assert held["optimiser"] == pytest.approx(real.held["optimiser"], rel=1e-3)
+    assert held["averages"] == real.held.get("averages", 0)
+    sent = planner.communication(SMALL, model, run, layout, gpus)
+    assert sum(part.bytes for part in sent.values()) == pytest.approx(sum(s.bytes for s in real.sent), rel=1e-3)
+    assert sum(part.outside for part in sent.values()) == pytest.approx(sum(s.outside for s in real.sent), rel=1e-3)
+
+
+ROWS = json.loads((Path(__file__).parents[2] / "bench" / "results" / "scaling.json").read_text())["rows"]
+
+
+@pytest.fixture(scope="module")
+def models():
+    found = {}
+
+    def get(run):
+        return found.setdefault((run.optimizer, run.trains), planner.model_of(scaling.config(), run))
+
+    return get
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[f"{r['world']}-{i}" for i, r in enumerate(ROWS)])
+def test_predictions_of_the_14b_model_are_what_was_counted(row, models):
+    case = scaling.case_of(row)
+    memory = planner.memory(scaling.config(), models(case.run), case.run, case.layout)
+    assert sum(memory.values()) == pytest.approx(sum(row["peak"].values()), rel=0.03)
+    sent = planner.communication(scaling.config(), models(case.run), case.run, case.layout, scaling.GPUS)
+    for what in ("bytes", "outside"):
+        predicted = sum(getattr(part, what) for part in sent.values())
+        assert predicted == pytest.approx(sum(entry[what] for entry in row["sent"]), rel=1e-3)
+
+
+@pytest.mark.parametrize("frames", [48, 80])
+def test_full_training_of_the_14b_model_at_704x1024_fits_8_cards_of_80_gb(frames):
+    row = next(r for r in ROWS if (r["world"], r["ulysses"], r["frames"], r["checkpointing"]) == (8, 8, frames, "full"))
+    assert sum(row["peak"].values()) < 60e9
+    run = Run(ClipShape(704, 1024, frames // 4))
+    found, fits = planner.best(scaling.config(), run, Cluster())
+    assert fits
+    assert found.needed < 80 * 2**30
+
+
+def test_switches_are_taken_in_the_order_of_what_they_cost():
+    run = Run(ClipShape(704, 1024, 12))
+    roomy, _ = planner.best(SMALL, run, Cluster(memory=80e9))
+    assert roomy.run.checkpointing == "off"
+    needed = [roomy.needed]
+    taken = [roomy.run]
+    while True:
+        found, fits = planner.best(SMALL, run, Cluster(memory=needed[-1] - 1))
+        if not fits:
+            break
+        assert found.needed < needed[-1]
+        needed.append(found.needed)
+        taken.append(found.run)
+    assert taken[-1].offload
+    assert not any(one.offload for one in taken if one.checkpointing != "full")
+
+
+def test_given_switches_are_kept():
+    run = Run(ClipShape(704, 1024, 12), optimizer="muon", checkpointing="selective")
+    found, fits = planner.best(SMALL, run, Cluster(memory=1e9), frozenset({"optimizer", "checkpointing", "offload"}))
+    assert not fits
+    assert (found.run.optimizer, found.run.checkpointing, found.run.offload) == ("muon", "selective", False)
+
+
+def test_layouts_use_every_gpu_and_divide_heads_and_micro_batches():
+    config = dict(SMALL, num_heads=12)
+    found = list(planner.layouts(config, Run(CLIP, 4), Cluster(nodes=2)))
+    assert len(set(found)) == len(found) > 10
+    for layout in found:
+        assert layout.data * layout.context == 16
+        assert 12 % layout.ulysses == 0
+        assert 4 % layout.data == 0
+    assert not any(layout.ulysses == 8 for layout in found)
+
+
+def test_long_sequences_go_over_ulysses_within_a_node():
+    found, _ = planner.best(scaling.config(), Run(ClipShape(704, 1024, 20), 4), Cluster(nodes=4))
+    assert found.layout.ulysses * found.layout.ring <= 8
+    ring = planner.predict(
+        *(scaling.config(), found.run, Cluster(nodes=4)),
+        MeshSizes(ring=4, ulysses=8),
+        planner.model_of(SMALL, found.run),
+    )
+    assert ring.seconds["context parallelism"] > found.seconds["context parallelism"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("optimizer", "sgd"), ("checkpointing", "some"), ("trains", "head")])
+def test_unknown_names_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"plan: {name} must be one of .*, got '{value}'"):
+        replace(Run(CLIP), **{name: value})
+
+
+TRAIN = ["plan", "--train", "--preset", "wan_s2v_14b", "--size", "1024x704", "--frames", "48"]
+
+
+def test_command_prints_the_layout_and_says_that_time_is_an_estimate(capsys):
+    assert cli.main([*TRAIN, "--card", "h100"]) == 0
+    said = capsys.readouterr().out
+    assert "--parallel.replicate 1 --parallel.shard 1 --parallel.ring 1 --parallel.ulysses 8" in said
+    assert "--parallel.activation-checkpointing selective --optim.name adamw" in said
+    assert "an estimate" in said
+    assert said.count(": assumed") == 3
+    assert said.rstrip().endswith("fits")
+
+
+def test_command_says_in_one_sentence_that_nothing_fits(capsys):
+    assert cli.main([*TRAIN, "--card", "24GB", "--tflops", "165", "--gpus", "1"]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("does not fit: the layout and switches that need least still take")
+    assert "of the card's 25.77 GB; take more GPUs" in last
+
+
+def test_command_takes_measured_constants(capsys, tmp_path):
+    file = tmp_path / "step.json"
+    file.write_text(json.dumps({"constants": {"efficiency": 0.25}}))
+    assert cli.main([*TRAIN, "--card", "h100", "--measured", str(file), "--inside", "200"]) == 0
+    said = capsys.readouterr().out
+    assert f"25% of 989 TFLOP/s while it computes: measured ({file})" in said
+    assert "200 GB/s within a node: assumed" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--card", "24GB"], "--train needs the speed of the card"),
+        (["--card", "h100", "--optimizer", "sgd"], "optimizer must be one of adamw, adamw8bit, muon, got 'sgd'"),
+        (["--card", "h100", "--measured", "nowhere.json"], "--measured must be a file that bench/train_step.py wrote"),
+        (["--card", "h100", "--train-only", "head"], "trains must be one of all, lora, audio, got 'head'"),
+    ],
+)
+def test_command_refuses_what_it_cannot_plan(more, message, capsys):
+    assert cli.main([*TRAIN, *more]) == 2
+    assert message in capsys.readouterr().err
