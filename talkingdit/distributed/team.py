@@ -231,6 +231,39 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return everything
 
 
+def from_rank_0(make: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """What a function gives on rank 0, which alone calls it, on all ranks. It must bear pickling.
+
+    Where there is no process group it is just called.
+
+    Args:
+        group: over which it is broadcast; None is the default group.
+
+    Raises:
+        UserError: on all ranks, where it raised one.
+        OtherRankError: on the others, where it raised something else.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return make()
+    box: list[Any] = [None]
+    raised: BaseException | None = None
+    if dist.get_rank() == 0:
+        try:
+            box = [(0, "", make())]
+        except BaseException as error:
+            raised = error
+            box = [(status_of(error), str(error) if isinstance(error, UserError) else "", None)]
+    dist.broadcast_object_list(box, src=0, group=group)
+    if raised is not None:
+        raise raised
+    status, sentence, result = box[0]
+    if sentence:
+        raise UserError(sentence)
+    if status:
+        raise OtherRankError(status)
+    return result
+
+
 def lost(error: BaseException) -> bool:
     """Whether an error says no more than that another process has ended."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from talkingdit.distributed.layout import Parallel
+    from talkingdit.nn.units import Unit
     from talkingdit.pipelines.job import Inputs, Outline
     from talkingdit.pipelines.long_video import ClipPipeline
 
@@ -88,6 +89,15 @@ class Load(Protocol):
         """Arguments of the transformer that `load` would load from there; no tensor is read."""
 
 
+class Units(Protocol):
+    """units.py: the structure of the transformer."""
+
+    UNITS: tuple[Unit, ...]  # in the order in which the forward calls them
+
+    def walk(self, config: Mapping[str, Any]) -> list[str]:
+        """Paths of the large units in the order in which the forward calls them."""
+
+
 class Pipeline(Protocol):
     """pipeline.py: see `talkingdit.pipelines.job` for the road that a video takes."""
 
@@ -146,6 +156,10 @@ class Family:
     @cached_property
     def load(self) -> Load:
         return cast(Load, self.part("load"))
+
+    @cached_property
+    def units(self) -> Units:
+        return cast(Units, self.part("units"))
 
     @cached_property
     def pipeline(self) -> Pipeline:

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.voices import LONGEST, RATE, SHORTEST, fetch_package, read_transcripts, sentences, split_long, trim
+from talkingdit.media.files import SPEECH_RATE
+from training.voices import LONGEST, SHORTEST, fetch_package, read_transcripts, sentences, split_long, trim
 from training.voices import utterances as join
 
 
 def prompt(name: str, seconds: float, text: str | None = "") -> tuple[str, str | None, np.ndarray]:
-    return name, f"text of {name}" if text == "" else text, np.full(round(seconds * RATE), 0.1, np.float32)
+    return name, f"text of {name}" if text == "" else text, np.full(round(seconds * SPEECH_RATE), 0.1, np.float32)
 
 
 def test_utterances_use_every_prompt_at_most_once_and_keep_their_length() -> None:
@@ -25,7 +26,7 @@ def test_utterances_use_every_prompt_at_most_once_and_keep_their_length() -> Non
     assert len(names) == len(set(names))
     assert sum(len(samples) for _, _, samples in made) > 0.9 * sum(len(p[2]) for p in prompts)
     for used, text, samples in made:
-        assert SHORTEST <= len(samples) / RATE <= LONGEST
+        assert SHORTEST <= len(samples) / SPEECH_RATE <= LONGEST
         assert text == " ".join(f"text of {name}" for name in used)
     assert [used for used, _, _ in made] == [used for used, _, _ in join(prompts, "seed")]
 
@@ -36,11 +37,15 @@ def test_an_utterance_with_an_unknown_part_has_no_transcript() -> None:
 
 
 def test_long_recordings_are_cut_where_they_are_quiet() -> None:
-    wave = np.full(30 * RATE, 0.1, np.float32)
-    wave[14 * RATE : 15 * RATE] = 0.0
+    wave = np.full(30 * SPEECH_RATE, 0.1, np.float32)
+    wave[14 * SPEECH_RATE : 15 * SPEECH_RATE] = 0.0
     pieces = split_long(wave)
-    assert [round(len(piece) / RATE) for piece in pieces] == [14, 15]
-    assert len(trim(np.concatenate([np.zeros(RATE), wave[:RATE], np.zeros(RATE)]))) < 1.2 * RATE
+    assert [round(len(piece) / SPEECH_RATE) for piece in pieces] == [14, 15]
+    pause = np.zeros(SPEECH_RATE)
+    assert len(trim(np.concatenate([pause, wave[:SPEECH_RATE], pause]))) < 1.2 * SPEECH_RATE
+        len(trim(np.concatenate([np.zeros(SPEECH_RATE), wave[:SPEECH_RATE], np.zeros(SPEECH_RATE)])))
+        < 1.2 * SPEECH_RATE
+    )
 
 
 def test_transcripts_lose_remarks_and_comments(tmp_path: Path) -> None:
