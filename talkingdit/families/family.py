@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
     from talkingdit.distributed.layout import Parallel
     from talkingdit.nn.units import Unit
-    from talkingdit.pipelines.job import Inputs, Outline
+    from talkingdit.pipelines.inputs import Inputs, Outline
     from talkingdit.pipelines.long_video import ClipPipeline
+    from talkingdit.pipelines.write import PreviewCurves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +99,24 @@ class Units(Protocol):
         """Paths of the large units in the order in which the forward calls them."""
 
 
+class OutlinePart(Protocol):
+    """outline.py: what is known of a video without any model; imports no diffusers."""
+
+    def outline(self, inputs: Inputs, settings: Any, options: Any) -> Outline:
+        """What video will be made; UserError for what is impossible."""
+
+
 class Pipeline(Protocol):
     """pipeline.py: see `talkingdit.pipelines.job` for the road that a video takes."""
 
-    def outline(self, inputs: Inputs, settings: Any, options: Any) -> Outline:
-        """What video will be made, without any model; UserError for what is impossible."""
+    def open_pipeline(self, checkpoint: Any, parallel: Parallel | None = None) -> ClipPipeline:
+        """What makes the clips of videos with a checkpoint."""
 
-    def open_pipeline(self, checkpoint: Any, parallel: Parallel) -> ClipPipeline:
-        """What makes its clips."""
+
+class Preview(Protocol):
+    """preview.py, where a family has one: what its preview shows besides frames and sound."""
+
+    Curves: type[PreviewCurves]
 
 
 @dataclass(frozen=True)
@@ -162,5 +173,16 @@ class Family:
         return cast(Units, self.part("units"))
 
     @cached_property
+    def outline(self) -> OutlinePart:
+        return cast(OutlinePart, self.part("outline"))
+
+    @cached_property
     def pipeline(self) -> Pipeline:
         return cast(Pipeline, self.part("pipeline"))
+
+    @cached_property
+    def preview(self) -> Preview | None:
+        """None where the family has none."""
+        home = importlib.import_module(self.package)
+        own = hasattr(home, "__path__") and importlib.util.find_spec(f"{self.package}.preview") is not None
+        return cast(Preview, self.part("preview")) if own else None
