@@ -31,9 +31,14 @@ def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     write_whole(target, b"old", sync=True)
-    with pytest.raises(RuntimeError, match="in the middle"), whole_file(target) as temporary:
-        temporary.write_bytes(b"half")
-        raise RuntimeError("in the middle")
+
+    def half() -> None:
+        with whole_file(target) as temporary:
+            temporary.write_bytes(b"half")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        half()
     assert target.read_bytes() == b"old"
     assert names(tmp_path) == ["a.txt"]
 
@@ -105,8 +110,13 @@ def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
             (temporary / "a").write_text(text)
         assert (target / "a").read_text() == text
         assert names(tmp_path) == ["run"]
-    with pytest.raises(RuntimeError), whole_folder(target) as temporary:
-        (temporary / "a").write_text("three")
-        raise RuntimeError
+
+    def half() -> None:
+        with whole_folder(target) as temporary:
+            (temporary / "a").write_text("three")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        half()
     assert (target / "a").read_text() == "two"
     assert names(tmp_path) == ["run"]
