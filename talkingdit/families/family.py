@@ -22,6 +22,8 @@ from talkingdit.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from talkingdit.data.encoders import CheckpointEncoders
+    from talkingdit.data.encoding import EncodeClip
     from talkingdit.distributed.layout import Parallel
     from talkingdit.nn.units import Unit
     from talkingdit.pipelines.job import Inputs, Outline
@@ -108,6 +110,24 @@ class Pipeline(Protocol):
         """What makes its clips."""
 
 
+class Clips(Protocol):
+    """clips.py: how the frozen networks of a checkpoint make a part of a video into a training clip."""
+
+    def encoders(
+        self,
+        folder: Path,
+        what: tuple[str, ...] = (),
+        dtype: torch.dtype = ...,
+        device: str = "cpu",
+        fps: int | None = None,
+    ) -> CheckpointEncoders:
+        """The encoders of a checkpoint, not loaded yet; arguments as `CheckpointEncoders` has them."""
+
+    @property
+    def encode_clip(self) -> EncodeClip:
+        """Reads and encodes a clip; `talkingdit.data.encoding.encode_clip` does for models without history."""
+
+
 @dataclass(frozen=True)
 class Family:
     """A family by its folder.
@@ -141,6 +161,10 @@ class Family:
             return families.get(self.base).part(name)
         raise UserError(f"{self.title}: there is no {name} for this family.")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What is loaded already does not go to other processes."""
+        return Family, (self.name, self.title, self.package, self.base)
+
     @cached_property
     def presets(self) -> Mapping[str, dict[str, Any]]:
         return cast(Presets, self.part("presets")).PRESETS
@@ -164,3 +188,7 @@ class Family:
     @cached_property
     def pipeline(self) -> Pipeline:
         return cast(Pipeline, self.part("pipeline"))
+
+    @cached_property
+    def clips(self) -> Clips:
+        return cast(Clips, self.part("clips"))
