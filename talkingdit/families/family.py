@@ -22,6 +22,8 @@ from talkingdit.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from talkingdit.data.encoders import CheckpointEncoders
+    from talkingdit.data.encoding import EncodeClip
     from talkingdit.distributed.layout import Parallel
     from talkingdit.nn.units import Unit
     from talkingdit.pipelines.inputs import Inputs, Outline
@@ -119,6 +121,24 @@ class Preview(Protocol):
     Curves: type[PreviewCurves]
 
 
+class Clips(Protocol):
+    """clips.py: how the frozen networks of a checkpoint make a part of a video into a training clip."""
+
+    def encoders(
+        self,
+        folder: Path,
+        what: tuple[str, ...] = (),
+        dtype: torch.dtype = ...,
+        device: str = "cpu",
+        fps: int | None = None,
+    ) -> CheckpointEncoders:
+        """The encoders of a checkpoint, not loaded yet; arguments as `CheckpointEncoders` has them."""
+
+    @property
+    def encode_clip(self) -> EncodeClip:
+        """Reads and encodes a clip; `talkingdit.data.encoding.encode_clip` does for models without history."""
+
+
 @dataclass(frozen=True)
 class Family:
     """A family by its folder.
@@ -151,6 +171,10 @@ class Family:
 
             return families.get(self.base).part(name)
         raise UserError(f"{self.title}: there is no {name} for this family.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What is loaded already does not go to other processes."""
+        return Family, (self.name, self.title, self.package, self.base)
 
     @cached_property
     def presets(self) -> Mapping[str, dict[str, Any]]:
@@ -186,3 +210,7 @@ class Family:
         home = importlib.import_module(self.package)
         own = hasattr(home, "__path__") and importlib.util.find_spec(f"{self.package}.preview") is not None
         return cast(Preview, self.part("preview")) if own else None
+
+    @cached_property
+    def clips(self) -> Clips:
+        return cast(Clips, self.part("clips"))

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from talkingdit.atomic import write_whole
 from talkingdit.errors import UserError
 from talkingdit.media.files import SPEECH_RATE
 from talkingdit.puppets.measure import (
@@ -89,14 +90,7 @@ def insert_report(readme: Path, text: str) -> None:
     _, end, after = rest.partition(MARKS[1])
     if not start or not end:
         raise UserError(f"{readme}: has no lines {MARKS[0]} and {MARKS[1]} to put the table between.")
-    write_atomically(readme, f"{before}{start}\n{text}\n{end}{after}")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write_whole(readme, f"{before}{start}\n{text}\n{end}{after}".encode())
 
 
 def machine() -> dict[str, Any]:
@@ -185,7 +179,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--clips must be at least 2, to compare with another voice")
     try:
         result = run(options)
-        write_atomically(options.out, json.dumps(result, indent=1) + "\n")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(options.out, (json.dumps(result, indent=1) + "\n").encode())
         print(table(result))
         if options.report:
             insert_report(Path("README.md"), table(result))
