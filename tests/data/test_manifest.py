@@ -104,7 +104,7 @@ def test_keys_do_not_depend_on_where_a_row_stands(tmp_path: Path) -> None:
         ("m.jsonl", '{"video": "a", "fps": "x"}\n', r"fps must be a number of at least 0, got 'x'"),
         ("m.jsonl", '{"video": "a", "id": "a b"}\n', r"id must be letters, digits"),
         ("m.jsonl", '{"video": "a", "regions": {"f": [0, 0, 2, 1]}}\n', r"region 'f' must be a file or a box"),
-        ("m.jsonl", '{"video": "a", "outside": {"s": [true]}}\n', r"outside 's' must be seconds or picture files"),
+        ("m.jsonl", '{"video": "a", "outside": {"s": [true]}}\n', r"outside 's' must be seconds or image files"),
         ("m.jsonl", '{"video": "a.mp4"}\n' * 2, r"m.jsonl:2: the same id as at .*m.jsonl:1"),
         ("m.csv", "video,prompt\na.mp4\n", r"m.csv:2: expected 2 columns as in the first line, got 1"),
         ("m.csv", "video\na.mp4,b,c\n", r"m.csv:2: expected 1 columns as in the first line, got 3"),
@@ -167,32 +167,32 @@ def test_files_whose_size_is_known_are_not_opened(tmp_path: Path) -> None:
     ("fps", "frames", "start", "end", "sound", "wanted"),
     [
         (16, 20, 0, None, 9.0, 20),
-        (25, 50, 0, None, 9.0, 32),  # two seconds: picture 31 is at 1.94, the last frame at 1.96
-        (24, 25, 0, None, 9.0, 17),  # picture 16 is the last frame, at 1.0
-        (10, 10, 0, None, 9.0, 16),  # picture 15 at 0.9375 is nearest to the frame at 0.9
+        (25, 50, 0, None, 9.0, 32),  # two seconds: frame 31 is at 1.94, the last frame at 1.96
+        (24, 25, 0, None, 9.0, 17),  # frame 16 is the last frame, at 1.0
+        (10, 10, 0, None, 9.0, 16),  # frame 15 at 0.9375 is nearest to the frame at 0.9
         (16, 20, 0.5, None, 9.0, 12),
         (16, 20, 0.25, 0.75, 9.0, 8),
-        (16, 20, 0, None, 0.98, 16),  # the sound ends before, but for less than half a picture
+        (16, 20, 0, None, 0.98, 16),  # the sound ends before, but for less than half a frame
         (16, 20, 0, None, 0.5, 8),
         (16, 20, 3, None, 9.0, 0),
     ],
 )
-def test_how_many_pictures_there_are(
+def test_how_many_frames_there_are(
     fps: float, frames: int, start: float, end: float | None, sound: float, wanted: int
 ) -> None:
     entry = Entry("k", "m:1", Path("v.mp4"), Path("a.wav"), start=start, end=end)
     assert frames_of(entry, Media(frames / fps, fps, 32, 32), Media(sound=sound), 16) == wanted
 
 
-def test_pictures_are_looked_into_as_a_viewer_shows_them(tmp_path: Path) -> None:
+def test_images_are_looked_into_as_a_viewer_shows_them(tmp_path: Path) -> None:
     image = Image.fromarray(np.zeros((20, 60, 3), np.uint8))
     exif = image.getexif()
     exif[274] = 6  # turned by a quarter
     image.save(tmp_path / "a.jpg", exif=exif)
     found = probe(tmp_path / "a.jpg")
     assert (found.height, found.width) == (60, 20)
-    (tmp_path / "b.png").write_bytes(b"no picture")
-    assert "b.png is not a picture" in probe(tmp_path / "b.png").error
+    (tmp_path / "b.png").write_bytes(b"no image")
+    assert "b.png is not an image" in probe(tmp_path / "b.png").error
 
 
 def test_what_is_expected_to_speak_must_have_a_sound(tmp_path: Path) -> None:

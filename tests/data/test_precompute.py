@@ -347,7 +347,7 @@ def test_workers_that_fail_say_why(
 ) -> None:
     monkeypatch.setattr(workers, "START", "fork")  # saves imports
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
-    job = make_job(videos, CheckpointEncoders(copy), tmp_path / "out")
+    job = make_job(videos, encoders_of(copy), tmp_path / "out")
     prepare(job)
     if damage == "vae":
         (copy / "Wan2.1_VAE.pth").unlink()
@@ -390,7 +390,7 @@ def test_broken_files_are_skipped_counted_and_listed(
         "3": r"headless.mp4 cannot be decoded",
         "4": r"silent.mp4': expected speech, got 1.0 s of silence",
         "5": r"dumb.mp4 has no sound",
-        "6": r"short.mp4 has 5 pictures, too few for a clip",
+        "6": r"short.mp4 has 5 frames, too few for a clip",
         "7": r"empty.mp4 cannot be decoded",
         "8": r"text.mp4 cannot be decoded",
         "9": r"missing.mp4 does not exist",

@@ -10,9 +10,9 @@ from talkingdit.data import BrokenSample, ClipRequest, Shape
 
 def test_broken_sample_keeps_its_reason_across_processes():
     """Workers of a data loader pickle what they raise; the log needs key and reason on the other side."""
-    error = pickle.loads(pickle.dumps(BrokenSample("a/1", "v.mp4 ends after 3 pictures")))
-    assert (error.key, error.reason) == ("a/1", "v.mp4 ends after 3 pictures")
-    assert str(error) == "a/1: v.mp4 ends after 3 pictures"
+    error = pickle.loads(pickle.dumps(BrokenSample("a/1", "v.mp4 ends after 3 frames")))
+    assert (error.key, error.reason) == ("a/1", "v.mp4 ends after 3 frames")
+    assert str(error) == "a/1: v.mp4 ends after 3 frames"
 
 
 @pytest.mark.parametrize("wrong", [{"frames": 0}, {"height": 3}, {"width": 0}, {"height": -2}])

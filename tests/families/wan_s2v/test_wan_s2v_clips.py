@@ -33,7 +33,7 @@ from talkingdit.puppets.render import mouth_boxes, render
 from talkingdit.puppets.world import Motion, Scene
 
 SIZE = (32, 48)
-CLIP = 80  # pictures, as released
+CLIP = 80  # frames, as released
 MOTION = 73
 
 
@@ -149,7 +149,7 @@ def test_a_clip_is_what_generation_feeds_the_model(
 
 
 @pytest.mark.parametrize("history", [False, True])
-def test_the_shipped_autoencoder_decodes_a_clip_to_its_pictures(tmp_path: Path, history: bool) -> None:
+def test_the_shipped_autoencoder_decodes_a_clip_to_its_frames(tmp_path: Path, history: bool) -> None:
     """Decoded behind the past, as generation does it, picture p comes back as picture p and not as its neighbour."""
     import talkingdit.puppets
 
@@ -262,7 +262,7 @@ def test_frames_from_outside_and_regions_come_with_the_clip(
     assert torch.equal(sample.regions["up"][:, :, 0], torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(2, 4))
 
 
-def test_a_picture_is_a_clip_of_one_latent(tmp_path: Path, checkpoint: WanS2VCheckpoint, encoders: Encoders) -> None:
+def test_an_image_is_a_clip_of_one_latent(tmp_path: Path, checkpoint: WanS2VCheckpoint, encoders: Encoders) -> None:
     Image.fromarray(draw(3, SIZE)[2]).save(tmp_path / "a.png")
     (tmp_path / "m.jsonl").write_text('{"video": "a.png", "caption": "x"}\n')
     source = OnTheFly(tmp_path / "m.jsonl", encoders, encode_clip, Cutting(max_area=32 * 48, multiple=16))
@@ -274,8 +274,8 @@ def test_a_picture_is_a_clip_of_one_latent(tmp_path: Path, checkpoint: WanS2VChe
     assert sample.history is None
 
 
-def cuts(pictures: int, **changes: Any) -> list[tuple[int, int, str]]:
-    item = Item(Entry("k", "m:1", Path("v.mp4")), Media(pictures / 16, 16, 32, 32), pictures)
+def cuts(frames: int, **changes: Any) -> list[tuple[int, int, str]]:
+    item = Item(Entry("k", "m:1", Path("v.mp4")), Media(frames / 16, 16, 32, 32), frames)
     return [(cut.start, cut.frames, cut.key(item.entry)[-1]) for cut in Cutting(**changes).cuts(item, MOTION)]
 
 
@@ -355,7 +355,7 @@ def test_files_that_break_later_are_broken_samples(tmp_path: Path, encoders: Enc
     source = OnTheFly(tmp_path / "m.jsonl", encoders, encode_clip, Cutting(clip_frames=16, min_frames=8, multiple=16))
     assert len(source) == 2
     reasons = {error.key.split("-")[0]: error.reason for error in source.broken}
-    assert "has 5 pictures, at least 8 are needed" in reasons["short"]
+    assert "has 5 frames, at least 8 are needed" in reasons["short"]
     assert "does not exist" in reasons["gone"]
     (tmp_path / "bad.mp4").write_bytes(b"")
     assert source.sample(0, rng(), ClipRequest()).latents.isfinite().all()
