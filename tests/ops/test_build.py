@@ -107,6 +107,6 @@ def test_the_native_functions_refuse_what_is_no_tensor() -> None:
     from talkingdit._native_loader import native
 
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        native.norm_rope3d_chunks("two")
+        native.qk_norm_rope3d_chunks("two")
     with pytest.raises(TypeError, match="incompatible function arguments"):
         native.advise_huge_pages([1.0, 2.0])
