@@ -16,6 +16,15 @@ from torch import Tensor
 from talkingdit.ops import _modulate_library as library
 from talkingdit.ops._checks import check_dims, check_float, check_out, check_same, check_shape
 
+__all__ = [
+    "gate_residual",
+    "gate_residual_norm_modulate",
+    "gate_residual_norm_modulate_reference",
+    "gate_residual_reference",
+    "norm_modulate",
+    "norm_modulate_reference",
+]
+
 Groups = int | Sequence[int] | None
 _MAX_DIM, _MAX_RANGES = 16384, 128
 
