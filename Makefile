@@ -5,7 +5,7 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH := $(if $(GPU),torch>=2.10,torch==2.13.0)
 export TALKINGDIT_CUDA_ARCHS ?= $(if $(GPU),native,90a-real)
 
-NATIVE := pyproject.toml CMakeLists.txt $(wildcard build_backend/* csrc/* csrc/*/* cuda/*)
+NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/* cuda/*)
 PACKAGE := $(NATIVE) $(shell find talkingdit -type f -not -name '*.pyc' -not -name '*.so')
 ASSETS := talkingdit/puppets/assets
 PIP := -m pip install --quiet --disable-pip-version-check

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m bench <op>|all|report``: measure ops, or put what was measured into the README."""
+"""``python -m bench <op>|all|report``: measure ops, or write what was measured into docs and README."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -12,26 +11,15 @@ from pathlib import Path
 
 import torch
 
-from bench import harness, report
+from bench import cases, harness, record, report
 
-OPS = (
-    "rope3d",
-    "qk_norm_rope3d",
-    "audio_attention",
-    "audio_block",
-    "framepack",
-    "frame_linear",
-    "window_fusion",
-    "modulate",
-    "accelerate",
-)
 _ROOT = Path(__file__).resolve().parent.parent
 _RESULTS = _ROOT / "bench" / "results"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", choices=[*OPS, "all", "report"])
+    parser.add_argument("what", choices=[*cases.names(), "all", "report"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--quick", action="store_true", help="tiny shapes, three repeats, nothing compiled; written only with --out"
@@ -39,7 +27,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="leave out the torch.compile baselines")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the JSON files (default: bench/results)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: every core)")
-    parser.add_argument("--readme", type=Path, default=_ROOT / "README.md", help="file that `report` writes into")
+    parser.add_argument("--into", type=Path, metavar="DIR", default=_ROOT, help="repository that `report` writes into")
     return parser.parse_args(arguments)
 
 
@@ -47,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if options.what == "report":
         try:
-            report.insert(options.readme, report.table(report.load(options.out or _RESULTS)))
+            report.publish(report.load(options.out or _RESULTS), options.into)
         except (OSError, ValueError) as error:
             print(error, file=sys.stderr)
             return 1
@@ -57,11 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     setting = harness.Setting(torch.device(options.device), options.quick, not options.no_compile)
-    for name in OPS if options.what == "all" else (options.what,):
-        result = harness.run(name, importlib.import_module(f"bench.{name}"), setting)
+    for name in cases.names() if options.what == "all" else (options.what,):
+        result = harness.run(name, cases.load(name), setting)
         folder = options.out or (None if options.quick else _RESULTS)
         if folder is not None:
-            print(harness.save(result, folder, options.device))
+            print(record.save(result, folder, options.device))
     return 0
 
 

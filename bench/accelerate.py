@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import talkingdit
-from bench.harness import Case, size
+from bench.cases import Benchmark, Case, size
 from bench.shapes import TokenShape
 
 SHAPES = {
@@ -87,3 +87,6 @@ def cases(shape: TokenShape, dtype: torch.dtype, device: torch.device) -> Iterat
             compiled=original,
             has_out=False,
         )
+
+
+BENCH = Benchmark(SHAPES, cases, block=True)

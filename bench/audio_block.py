@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import audio_baselines as others
-from bench.harness import Case, size
-from bench.shapes import AUDIO, TOKENS, TokenShape
+from bench.audio_attention import SHAPES as AUDIO
+from bench.cases import Benchmark, Case, size
+from bench.shapes import TOKENS, TokenShape
 from talkingdit import ops
 from talkingdit.nn.audio_cross_attention import ABSORB, AudioCrossAttention
 
@@ -113,3 +114,6 @@ def _adapter(shape: TokenShape, common: dict[str, Any], options: dict[str, Any])
         compiled=official,
         **common,
     )
+
+
+BENCH = Benchmark(SHAPES, cases, block=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from bench import harness, official_style, wan_block
+from bench import harness, official_style, record, wan_block
 from bench.audio_baselines import BACKENDS
 from bench.kernel_kinds import summary
 from bench.traffic import Traffic
@@ -161,7 +161,7 @@ def _ratios(ours: Mapping[str, Any], official: Mapping[str, Any]) -> dict[str, A
 def run(setting: harness.Setting, progress: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """All shapes, with flash attention on CUDA; ``progress`` is given the result after every one."""
     cuda = setting.device.type == "cuda"
-    result: dict[str, Any] = {**harness.header("block", setting.device, setting.quick), "steps": []}
+    result: dict[str, Any] = {**record.header("block", setting.device, setting.quick), "steps": []}
     problems = []
     if not setting.quick:
         setting = replace(setting, seconds=max(2.0, setting.seconds))

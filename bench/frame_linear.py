@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.harness import Case, size
+from bench.cases import Benchmark, Case, Rand, SmallCase, size
 from bench.shapes import TOKENS, TokenShape
 from talkingdit import ops
-
-SHAPES = TOKENS
 
 
 def cases(shape: TokenShape, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
@@ -46,3 +44,21 @@ def cases(shape: TokenShape, dtype: torch.dtype, device: torch.device) -> Iterat
         baselines={"eager": eager},
         compiled=eager,
     )
+
+
+def small(rand: Rand) -> Iterator[SmallCase]:
+    def run(op: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return op(x, weight, 35, token_offset=10, bias=bias, residual=residual)
+
+    for inner, dim in ((40, 136), (15, 37)):
+        shapes = ((2, 90, inner), (2, 4, inner, dim), (dim,), (2, 90, dim))
+        yield SmallCase(
+            f"frame_linear {inner} x {dim}",
+            lambda *t: run(ops.frame_linear, *t),
+            lambda *t: run(ops.frame_linear_reference, *t),
+            tuple(rand(*shape) for shape in shapes),
+            gradients=False,
+        )
+
+
+BENCH = Benchmark(TOKENS, cases, small, headline="frame_linear")

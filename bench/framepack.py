@@ -3,18 +3,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Case, size
-from bench.shapes import HISTORY, HistoryShape
+from bench.cases import Benchmark, Case, Rand, SmallCase, size
 from talkingdit import ops
 
-SHAPES = HISTORY
+
+@dataclass(frozen=True)
+class HistoryShape:
+    """Latents [1, channels, frames, height, width] packed at three scales into tokens of ``out`` channels."""
+
+    name: str
+    frames: int
+    height: int
+    width: int
+    out: int
+    channels: int = 16
+
+
+SHAPES = {
+    "cpu": [HistoryShape("history-56x104-1536", 19, 56, 104, 1536)],
+    "cuda": [
+        HistoryShape("history-56x104-5120", 19, 56, 104, 5120),
+        HistoryShape("history-88x128-5120", 19, 88, 128, 5120),
+    ],
+    "quick": [HistoryShape("tiny", 19, 16, 16, 32, channels=4)],
+}
 
 _BUCKETS = (([18], (1, 2, 2)), ([16, 17], (2, 4, 4)), (list(range(16)), (4, 8, 8)))
 
@@ -71,3 +91,21 @@ def cases(shape: HistoryShape, dtype: torch.dtype, device: torch.device) -> Iter
             baselines={"eager": _linear, "official": _conv3d},
             compiled=_linear,
         )
+
+
+def small(rand: Rand) -> Iterator[SmallCase]:
+    kernels, frames = [(1, 2, 2), (1, 4, 4), (4, 8, 8)], [[18], [16, 17], range(16)]
+
+    def run(op: Callable[..., Tensor], latents: Tensor, *weights: Tensor) -> Tensor:
+        buckets = [ops.Bucket(f, k, w) for f, k, w in zip(frames, kernels, weights, strict=True)]
+        return op(latents, buckets, padding="replicate")
+
+    yield SmallCase(
+        "framepack",
+        lambda *v: run(ops.framepack, *v),
+        lambda *v: run(ops.framepack_reference, *v),
+        (rand(1, 16, 19, 22, 30), *(rand(64, 16, *kernel) for kernel in kernels)),
+    )
+
+
+BENCH = Benchmark(SHAPES, cases, small)

@@ -15,44 +15,31 @@ be done there, in one process, on tiny shapes.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import os
-import shutil
-import signal
-import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 import talkingdit
-from bench import block, harness, train_step
-from bench.gpu_cases import DTYPES, SmallCase, large_cases, small_cases
-
-ORDER = (
-    "audio_attention",
-    "qk_norm_rope3d",
-    "rope3d",
-    "modulate",
-    "audio_block",
-    "framepack",
-    "window_fusion",
-    "frame_linear",
+from bench import block, cases, harness, record, train_step
+from bench.gpu_checks import (
+    Write,
+    check_graphs,
+    check_large,
+    check_sanitizer,
+    check_small,
+    check_tests,
+    results,
+    run_command,
 )
-TOOLS = ("memcheck", "racecheck", "initcheck")
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-_ROOT = Path(__file__).resolve().parent.parent
 
-Write = Callable[[Any], None]
+_ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -72,156 +59,6 @@ class Step:
         return f"{device.type}-{self.measures}.json" if self.measures else f"{name}.json"
 
 
-def _results(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Results and gradients."""
-    leaves = [t.detach().requires_grad_() for t in inputs]
-    outputs = tree_leaves(function(*leaves))
-    generator = torch.Generator().manual_seed(1)
-    probes = [torch.randn(o.shape, generator=generator).bfloat16().to(o) for o in outputs]
-    return [t.detach() for t in (*outputs, *torch.autograd.grad(outputs, leaves, probes))]
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Fresh memory holds what is not a number, so that what a kernel does not write is seen."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty gives
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-def _error(case: SmallCase, dtype: torch.dtype) -> float:
-    """Largest relative error of results and gradients; infinite if two runs differ or something was not written."""
-    ours, again = _results(case.op, case.inputs), _results(case.op, case.inputs)
-    with poisoned():
-        fresh = _results(case.op, case.inputs)
-    truth = _results(case.reference, tuple(t.double() for t in case.inputs))
-    equal = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
-    if not equal or not all(t.isfinite().all() for t in (*ours, *fresh)):
-        return float("inf")
-    pairs = zip((*ours, *fresh), (*truth, *truth), strict=True)
-    return max(float((a.double() - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
-
-
-def check_small(device: torch.device, seconds: float, write: Write) -> dict[str, Any]:
-    """Small cases against float64."""
-    failed, errors = [], {}
-    for dtype in DTYPES:
-        torch.manual_seed(0)
-        for case in small_cases(dtype, device):
-            name = f"{case.name} {dtype}"
-            try:
-                errors[name] = _error(case, dtype)
-                if not errors[name] < TOLERANCE[dtype]:
-                    failed.append(f"{name}: relative error {errors[name]:.2g}")
-            except Exception as problem:
-                failed.append(f"{name}: {problem}")
-    return {"failed": failed, "errors": errors}
-
-
-def check_large(device: torch.device, seconds: float, write: Write) -> dict[str, Any]:
-    """Batches of more than 2^31 elements: the last sample must be what it is alone."""
-    failed = []
-    for name, op, inputs in large_cases(device, tiny=device.type == "cpu"):
-        try:
-            with torch.no_grad():
-                whole, alone = tree_leaves(op(*inputs)), tree_leaves(op(*(t[-1:] for t in inputs)))
-            if not all(torch.equal(a[-1:], b) for a, b in zip(whole, alone, strict=True)):
-                failed.append(f"{name}: the last sample of a large batch differs from the same sample alone")
-            del whole, alone
-        except Exception as problem:
-            failed.append(f"{name}: {problem}")
-    return {"failed": failed}
-
-
-def check_tests(device: torch.device, seconds: float, write: Write) -> dict[str, Any]:
-    """Tests marked cuda."""
-    if device.type != "cuda":
-        return {"skipped": "needs a GPU"}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"]
-    # 5: no such test. It has to end before the process that it runs in is stopped.
-    return _child(command, 0.85 * seconds, good=(0, 5))
-
-
-def check_graphs(device: torch.device, seconds: float, write: Write) -> dict[str, Any]:
-    """Capture, replay with other inputs: the same as without a graph. And compiled without a break."""
-    if device.type != "cuda":
-        return {"skipped": "needs a GPU"}
-    failed = []
-    for case in small_cases(torch.bfloat16, device):
-        try:
-            static = tuple(t.clone() for t in case.inputs)
-            with torch.no_grad():
-                case.op(*static)
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    captured = tree_leaves(case.op(*static))
-                fresh = [torch.rand_like(t) for t in static]
-                for t, other in zip(static, fresh, strict=True):
-                    t.copy_(other)
-                graph.replay()
-                plain = tree_leaves(case.op(*fresh))
-            if not all(torch.equal(a, b) for a, b in zip(captured, plain, strict=True)):
-                failed.append(f"{case.name}: a replayed graph gives something else")
-        except Exception as problem:
-            failed.append(f"{case.name}: {problem}")
-    for case in small_cases(torch.bfloat16, device):
-        if case.name.startswith(("rope3d 128", "norm_modulate 1536", "audio_attention 128")):
-            torch._dynamo.reset()
-            try:
-                with torch.no_grad():
-                    compiled = tree_leaves(torch.compile(case.op, fullgraph=True)(*case.inputs))
-                    if not all(
-                        torch.equal(a, b) for a, b in zip(compiled, tree_leaves(case.op(*case.inputs)), strict=True)
-                    ):
-                        failed.append(f"{case.name}: compiled, it gives something else")
-            except Exception as problem:
-                failed.append(f"{case.name}, compiled: {problem}")
-    return {"failed": failed}
-
-
-def check_sanitizer(device: torch.device, seconds: float, write: Write) -> dict[str, Any]:
-    """compute-sanitizer over the small cases in bfloat16."""
-    if device.type != "cuda":
-        return {"skipped": "needs a GPU"}
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(tool).exists():
-        return {"skipped": "compute-sanitizer was not found"}
-    results: dict[str, Any] = {"failed": []}
-    end = time.monotonic() + 0.85 * seconds
-    for name in TOOLS:
-        left = end - time.monotonic()
-        if left < 10:
-            results[name] = {"skipped": "no time left"}
-            continue
-        options = ["--tool", name, "--error-exitcode", "9", "--kernel-regex", "kns=td"]
-        result = _child(
-            [tool, *options, sys.executable, "-m", "bench.gpu", "--small-cases"], left / (3 - TOOLS.index(name))
-        )
-        results[name] = result
-        results["failed"] += [f"{name}: {line}" for line in result["failed"]]
-        write(results)
-    return results
-
-
-def _child(command: list[str], seconds: float, good: tuple[int, ...] = (0,)) -> dict[str, Any]:
-    """Runs a command; when its time is up, it and all that it started are ended."""
-    process = subprocess.Popen(
-        command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        return {"failed": [], "skipped": f"stopped after {seconds:.0f} s", "output": output[-4000:]}
-    failed = [] if process.returncode in good else [f"exit status {process.returncode}"]
-    return {"failed": failed, "output": output[-4000:]}
-
-
 def _setting(device: torch.device, seconds: float, compiled: bool | str) -> harness.Setting:
     """On a GPU bfloat16 alone, which is what models run in, with a quarter of a second for each contestant."""
     if device.type == "cpu":
@@ -234,7 +71,7 @@ def _setting(device: torch.device, seconds: float, compiled: bool | str) -> harn
 
 def _measure(name: str) -> Step:
     def run(device: torch.device, seconds: float, write: Write) -> Any:
-        return harness.run(name, importlib.import_module(f"bench.{name}"), _setting(device, seconds, False), write)
+        return harness.run(name, cases.load(name), _setting(device, seconds, False), write)
 
     return Step(run, cap=60.0, measures=name)
 
@@ -243,7 +80,7 @@ def _measure_compiled(name: str) -> Step:
     """Our op and its compiled baselines, in a file of its own, which the report joins to the other."""
 
     def run(device: torch.device, seconds: float, write: Write) -> Any:
-        return harness.run(name, importlib.import_module(f"bench.{name}"), _setting(device, seconds, "only"), write)
+        return harness.run(name, cases.load(name), _setting(device, seconds, "only"), write)
 
     return Step(run, cap=90.0, measures=f"{name}-compiled")
 
@@ -259,18 +96,21 @@ def _measure_training(device: torch.device, seconds: float, write: Write) -> Any
 
 def steps() -> dict[str, Step]:
     """In order of importance."""
+    ops = [name for name in cases.names() if not cases.load(name).block]
+    early = [name for name in ops if cases.load(name).early]
     return {
         "build": Step(lambda *_: talkingdit.build_info(), cap=20.0),
         "small": Step(check_small, cap=60.0),
         "graphs": Step(check_graphs, cap=60.0),
         "large": Step(check_large, cap=30.0),
         "tests": Step(check_tests, cap=60.0),
-        **{name: _measure(name) for name in ORDER[:4]},
+        **{name: _measure(name) for name in early},
         "block": Step(_measure_block, cap=90.0, measures="block"),
         "training": Step(_measure_training, cap=120.0, measures="train_step"),
-        **{name: _measure(name) for name in ORDER[4:]},
+        "audio_block": _measure("audio_block"),
+        **{name: _measure(name) for name in ops if name not in early},
         "sanitizer": Step(check_sanitizer, cap=90.0),
-        **{f"compiled-{name}": _measure_compiled(name) for name in ORDER if name != "audio_block"},
+        **{f"compiled-{name}": _measure_compiled(name) for name in ops},
     }
 
 
@@ -280,7 +120,7 @@ def run_step(name: str, step: Step, device: torch.device, out: Path, seconds: fl
     path.unlink(missing_ok=True)
 
     def write(result: Any) -> None:
-        harness.write(path, json.dumps(result, indent=1) + "\n")
+        record.write(path, json.dumps(result, indent=1) + "\n")
 
     try:
         result = step.run(device, seconds, write)
@@ -296,11 +136,11 @@ def run_child(name: str, step: Step, device: torch.device, out: Path, seconds: f
     path = out / step.file(name, device)
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "bench.gpu", "--step", name, "--out", str(out), "--seconds", f"{seconds:.0f}"]
-    ended = _child(command + (["--dry-run"] if device.type == "cpu" else []), seconds)
+    ended = run_command(command + (["--dry-run"] if device.type == "cpu" else []), seconds)
     result = json.loads(path.read_text()) if path.exists() else {"failed": [f"it wrote nothing: {ended['output']}"]}
     if "skipped" in ended:
         result["skipped"] = ended["skipped"]
-        harness.write(path, json.dumps(result, indent=1) + "\n")
+        record.write(path, json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -354,8 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     device = torch.device("cpu" if options.dry_run else "cuda")
     if options.small_cases:
-        for case in small_cases(torch.bfloat16, device):
-            _results(case.op, case.inputs)
+        for case in cases.small_cases(torch.bfloat16, device):
+            results(case.op, case.inputs, case.gradients)
         return 0
     chosen = steps()
     if options.step is not None:
@@ -367,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     problems = run_steps(chosen, device, options.out.resolve(), options.minutes, runner)
     for line in problems:
         print(line)
-    harness.write(options.out / "problems.json", json.dumps(problems, indent=1) + "\n")
+    record.write(options.out / "problems.json", json.dumps(problems, indent=1) + "\n")
     return 1 if problems else 0
 
 

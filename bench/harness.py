@@ -14,19 +14,12 @@ bandwidth as a share of the copy's.
 from __future__ import annotations
 
 import gc
-import json
 import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,10 +27,10 @@ import torch._functorch.config as functorch_config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-import talkingdit
+from bench.cases import Benchmark, Case, size
+from bench.record import header
 
 DTYPES = (torch.float32, torch.bfloat16)
-_ROOT = Path(__file__).resolve().parent.parent
 _CUDA_POOL = 256 << 20  # inputs rotate through this much memory at least, and through four L2 caches
 _MOST_SETS = 64
 _FEW = 3
@@ -66,41 +59,7 @@ class Setting:
     keep_going: bool = False
 
 
-@dataclass(frozen=True)
-class Case:
-    """One row.
-
-    Attributes:
-        inputs: makes a fresh set of tensors.
-        ours: the op, called as ``ours(*inputs)`` and, going forward, ``ours(*inputs, out=...)``.
-        baselines: others of the same signature without ``out``.
-        compiled: the baseline to compile, or None.
-        optional: baselines that a device may refuse; they are then left out, with the reason.
-        fused: baselines that are only fast when compiled, and are never run in another way.
-        direction: "backward" times the gradients of all inputs alone; "forward" and "step" time the call.
-        has_out: whether the op takes a preallocated result.
-    """
-
-    op: str
-    shape: str
-    tokens: int
-    dtype: torch.dtype
-    direction: str
-    bytes: int
-    inputs: Callable[[], tuple[Tensor, ...]]
-    ours: Callable[..., Any]
-    baselines: Mapping[str, Callable[..., Any]]
-    compiled: Callable[..., Any] | None = None
-    has_out: bool = True
-    optional: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    fused: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-
-
 Call = Callable[[], Any]
-
-
-def size(*tensors: Tensor) -> int:
-    return sum(t.nbytes for t in tensors)
 
 
 def _like(value: Any) -> Any:
@@ -282,59 +241,16 @@ def _round(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    """Of the repository, with "-dirty" for uncommitted changes of anything but results; "unknown" without git."""
-    try:
-        commit = subprocess.check_output(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=_ROOT, text=True, stderr=subprocess.DEVNULL
-        ).strip()
-        changed = subprocess.check_output(
-            ["git", "status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!README.md"], cwd=_ROOT, text=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + ("-dirty" if changed.strip() else "")
-
-
-def _cases(module: ModuleType, setting: Setting) -> Iterator[Case]:
-    for shape in module.SHAPES["quick" if setting.quick else setting.device.type]:
+def _cases(benchmark: Benchmark, setting: Setting) -> Iterator[Case]:
+    for shape in benchmark.shapes["quick" if setting.quick else setting.device.type]:
         for dtype in setting.dtypes:
-            yield from module.cases(shape, dtype, setting.device)
-
-
-def header(name: str, device: torch.device, quick: bool) -> dict[str, Any]:
-    """What a result says of the machine and the code."""
-    cuda = device.type == "cuda"
-    return {
-        "name": name,
-        "machine": f"{_cpu_name()}, {os.cpu_count()} cores",
-        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "talkingdit": talkingdit.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "cuda": torch.version.cuda if cuda else None,
-            "cpu_isa": talkingdit.build_info()["cpu_isa"],
-        },
-        "commit": _commit(),
-        "quick": quick,
-    }
+            yield from benchmark.cases(shape, dtype, setting.device)
 
 
 def run(
-    name: str, module: ModuleType, setting: Setting, progress: Callable[[dict[str, Any]], None] | None = None
+    name: str, benchmark: Benchmark, setting: Setting, progress: Callable[[dict[str, Any]], None] | None = None
 ) -> dict[str, Any]:
-    """Runs the cases of one file of benchmarks (``SHAPES`` and ``cases``); prints rows to stderr as they come.
+    """Runs the cases of one file of benchmarks; prints rows to stderr as they come.
 
     ``progress`` is given the result after every row.
     """
@@ -342,7 +258,7 @@ def run(
     functorch_config.donated_buffer = False  # graphs are kept and run backward many times
     result: dict[str, Any] = {**header(name, setting.device, setting.quick), "copy_gbps": math.nan, "rows": []}
     rows, problems = result["rows"], []
-    for case in _cases(module, setting):
+    for case in _cases(benchmark, setting):
         label = f"{case.op} {case.shape} {str(case.dtype).removeprefix('torch.')} {case.direction}"
         if time.monotonic() > setting.deadline:
             problems.append(f"{label}: no time was left")
@@ -368,23 +284,3 @@ def run(
     if problems:
         result["failed"] = problems
     return result
-
-
-def write(path: Path, text: str) -> None:
-    """All of the file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def save(result: Mapping[str, Any], folder: Path, device: str) -> Path:
-    path = folder / f"{device}-{result['name']}.json"
-    write(path, json.dumps(result, indent=1) + "\n")
-    return path

@@ -11,11 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Case, size
+from bench.cases import Benchmark, Case, LargeCase, Rand, SmallCase, size
 from bench.shapes import TOKENS, TokenShape
 from talkingdit import ops
-
-SHAPES = TOKENS
 
 
 def _norm_modulate(ends: list[int]) -> Callable[..., Tensor]:
@@ -94,3 +92,39 @@ def cases(shape: TokenShape, dtype: torch.dtype, device: torch.device) -> Iterat
             baselines={"eager": _both(ends)},
             compiled=_both(ends),
         )
+
+
+def small(rand: Rand) -> Iterator[SmallCase]:
+    groups = [20, 20, 101]
+    for dim in (1536, 37):
+        x, y = rand(2, 90, dim), rand(2, 90, dim)
+        gate, scale, shift = rand(2, 3, dim), rand(2, 3, dim), rand(2, 3, dim)
+        yield SmallCase(
+            f"norm_modulate {dim}",
+            lambda *v: ops.norm_modulate(*v, groups, token_offset=7),
+            lambda *v: ops.norm_modulate_reference(*v, groups, token_offset=7),
+            (x, scale, shift),
+            compile=dim == 1536,
+        )
+        yield SmallCase(
+            f"gate_residual {dim}",
+            lambda *v: ops.gate_residual(*v, groups, token_offset=7),
+            lambda *v: ops.gate_residual_reference(*v, groups, token_offset=7),
+            (x, y, gate),
+        )
+        yield SmallCase(
+            f"gate_residual_norm_modulate {dim}",
+            lambda *v: ops.gate_residual_norm_modulate(*v, groups, token_offset=7),
+            lambda *v: ops.gate_residual_norm_modulate_reference(*v, groups, token_offset=7),
+            (x, y, gate, scale, shift),
+        )
+
+
+def large(shape: TokenShape, rand: Rand) -> Iterator[LargeCase]:
+    width = shape.heads * shape.dim
+    x, scale, shift = rand(shape.tokens, width), rand(1, width), rand(1, width)
+    yield LargeCase("norm_modulate", lambda *t: ops.norm_modulate(*t), (x, scale, shift))
+    yield LargeCase("gate_residual", lambda x, gate: ops.gate_residual(x, x, gate), (x, scale))
+
+
+BENCH = Benchmark(TOKENS, cases, small, large, early=True, headline="gate_residual_norm_modulate")

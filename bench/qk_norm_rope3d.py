@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import Case, size
-from bench.rope3d import rotate_complex, rotate_real, tables
+from bench.cases import Benchmark, Case, LargeCase, Rand, SmallCase, size
+from bench.rope3d import rotate_complex, rotate_real, small_layouts, tables
 from bench.shapes import TOKENS, TokenShape
 from talkingdit import ops
-
-SHAPES = TOKENS
 
 
 def _norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -55,3 +53,23 @@ def cases(shape: TokenShape, dtype: torch.dtype, device: torch.device) -> Iterat
             baselines={"eager": eager, "official": _both(rotate_complex, rotations)},
             compiled=eager,
         )
+
+
+def small(rand: Rand) -> Iterator[SmallCase]:
+    for dim, pairing, layout in small_layouts():
+        for norm, width in (("all_heads", 5 * dim), ("per_head", dim)):
+            yield SmallCase(
+                f"qk_norm_rope3d {dim} {pairing} {norm}",
+                lambda *v, at=layout, norm=norm: ops.qk_norm_rope3d(*v, at, norm=norm),
+                lambda *v, at=layout, norm=norm: ops.qk_norm_rope3d_reference(*v, at, norm=norm),
+                (rand(2, 101, 5, dim), rand(2, 101, 5, dim), rand(width), rand(width)),
+            )
+
+
+def large(shape: TokenShape, rand: Rand) -> Iterator[LargeCase]:
+    layout, x = shape.layout(), rand(shape.tokens, shape.heads, shape.dim)
+    weight = torch.rand(shape.heads * shape.dim, device=x.device, dtype=x.dtype) + 0.5
+    yield LargeCase("qk_norm_rope3d", lambda q: ops.qk_norm_rope3d(q, q, weight, weight, layout)[0], (x,))
+
+
+BENCH = Benchmark(TOKENS, cases, small, large, early=True, headline="qk_norm_rope3d")

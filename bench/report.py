@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table in the README, made from the JSON files of a results folder."""
+"""Tables and a chart of the JSON files of a results folder: every row in docs/benchmarks.md, a few in the README."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness import write
+from bench import cases, chart
+from bench.record import write
 
 BEGIN, END = "<!-- bench:start -->", "<!-- bench:end -->"
+PAGE, FIGURE, README = Path("docs/benchmarks.md"), Path("docs/figures/benchmarks.png"), Path("README.md")
 _HEAD = ("op", "shape", "dtype", "direction", "µs", "GB/s", "share of copy", "times faster than")
 _BEST = "faster than the best"
+_BLOCKS = ("block", "shape", "dtype", "direction", "µs", "times faster than")
 _STEPS = ("what", "shape", "tokens", "µs", "official µs", "time", "peak memory", "official", "ratio", "moved", "ratio")
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 _NOTE = (
@@ -20,19 +23,30 @@ _NOTE = (
     "copy is `Tensor.copy_` of as many bytes in the same run. Factors compare fresh results."
 )
 
+Result = Mapping[str, Any]
+Row = Mapping[str, Any]
 
+
+# ---- results -------------------------------------------------------------------------------------------------------
 def load(folder: Path) -> list[dict[str, Any]]:
     """Results of full runs, in order of file names.
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: one was measured with changes that no commit has, so that nobody could measure it again.
     """
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"), key=lambda path: path.stem)]
-    full = [result for result in found if "device" in result and not result.get("quick")]
-    results = [result for result in full if result.get("rows") or result.get("steps")]
-    if not results:
+    found = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"), key=lambda path: path.stem)}
+    full = {path: result for path, result in found.items() if "device" in result and not result.get("quick")}
+    used = {path: result for path, result in full.items() if result.get("rows") or result.get("steps")}
+    if not used:
         raise FileNotFoundError(f"bench report: no results of full runs in {folder}: run `python -m bench all` first")
-    return _joined(results)
+    for path, result in used.items():
+        if result["commit"].endswith("-dirty"):
+            raise ValueError(
+                f"bench report: {path.name} was measured with uncommitted changes ({result['commit']}): commit them "
+                f"and run `python -m bench {result['name']}` again"
+            )
+    return _joined(list(used.values()))
 
 
 def _joined(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -52,81 +66,119 @@ def _joined(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def _apart(result: Mapping[str, Any]) -> bool:
+def _apart(result: Result) -> bool:
     return bool(result["name"].endswith("-compiled"))
 
 
-def _key(result: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, ...]:
+def _key(result: Result, row: Row) -> tuple[str, ...]:
     return (result["device"], result["commit"], row["op"], row["shape"], row["dtype"], row["direction"])
 
 
+def _groups(results: Sequence[Result]) -> list[list[Result]]:
+    """Results of one device and setting stand together."""
+    groups: dict[tuple[str, ...], list[Result]] = {}
+    for result in results:
+        key = (result["device"], result["machine"], str(result["threads"]), result["versions"]["torch"])
+        groups.setdefault(key, []).append(result)
+    return list(groups.values())
+
+
+def _rows(group: Sequence[Result], block: bool) -> list[Row]:
+    """Of ops, or of whole blocks."""
+    blocks = [name for name in cases.names() if cases.load(name).block]
+    return [
+        row
+        for result in group
+        for row in result.get("rows", ())
+        if (result["name"].removesuffix("-compiled") in blocks) == block
+    ]
+
+
+def _headlines(group: Sequence[Result]) -> list[Row]:
+    """A row for each op that has one in the README: of its first shape, forward, in bfloat16."""
+    chosen = []
+    for name in cases.names():
+        headline = cases.load(name).headline
+        rows = [row for row in _rows(group, block=False) if row["op"] == headline and row["dtype"] == "bfloat16"]
+        chosen += [row for row in rows if row["direction"] != "backward"][:1]
+    return chosen
+
+
+# ---- Markdown ------------------------------------------------------------------------------------------------------
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"
 
 
-def _pair(row: Mapping[str, Any], fresh: str, warm: str, show: Callable[[float], str] = _number) -> str:
+def _pair(row: Row, fresh: str, warm: str, show: Callable[[float], str] = _number) -> str:
     return " / ".join(show(row[key]) for key in (fresh, warm) if key in row)
 
 
-def _best(row: Mapping[str, Any]) -> str:
+def _best(row: Row) -> str:
     if not row["baselines"]:
         return "-"
     name, us = min(row["baselines"].items(), key=lambda item: item[1])
     return f"{us / row['median_us']:.2f} ({name})"
 
 
-def _row(row: Mapping[str, Any], best: bool) -> str:
-    factors = ", ".join(f"{name} {us / row['median_us']:.1f}" for name, us in row["baselines"].items())
-    cells = (
-        f"`{row['op']}`",
-        row["shape"],
-        _DTYPES.get(row["dtype"], row["dtype"]),
-        row["direction"],
-        _pair(row, "median_us", "out_us"),
-        _pair(row, "gbps", "out_gbps"),
-        _pair(row, "share_of_copy", "out_share_of_copy", "{:.0%}".format),
-        *((_best(row),) if best else ()),
-        factors,
-    )
-    return _line(cells)
+def _factors(row: Row, digits: int = 1) -> str:
+    return ", ".join(f"{name} {us / row['median_us']:.{digits}f}" for name, us in row["baselines"].items())
+
+
+def _what(row: Row) -> tuple[str, ...]:
+    return (f"`{row['op']}`", row["shape"], _DTYPES.get(row["dtype"], row["dtype"]), row["direction"])
 
 
 def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _step(name: str, step: Mapping[str, Any]) -> str:
-    moved = [f"{step['moved_bytes'] / 1e9:.2f} GB", f"{step['moved_ratio']:.2f}"] if "moved_bytes" in step else ["", ""]
-    return _line(
+def _table(head: Sequence[str], numbers: range, rows: Iterable[Iterable[str]]) -> list[str]:
+    """Lines of a table whose columns ``numbers`` are set to the right, after an empty line; nothing without rows."""
+    lines = [_line(row) for row in rows]
+    marks = ["---:" if i in numbers else "---" for i in range(len(head))]
+    return ["", _line(head), "|" + "|".join(marks) + "|", *lines] if lines else []
+
+
+def _op_table(rows: Sequence[Row], best: bool) -> list[str]:
+    head = (*_HEAD[:-1], _BEST, _HEAD[-1]) if best else _HEAD
+    cells = (
         (
-            f"{name}, {step['blocks']} block" + "s" * (step["blocks"] != 1),
-            step["shape"],
-            f"{step['tokens']:,}" if "tokens" in step else "",
-            _number(step["median_us"]),
-            _number(step["official_us"]),
-            f"{step['time_ratio']:.2f}",
-            f"{step['peak_bytes'] / 1e9:.2f} GB",
-            f"{step['official_peak_bytes'] / 1e9:.2f} GB",
-            f"{step['peak_ratio']:.2f}",
-            *moved,
+            *_what(row),
+            _pair(row, "median_us", "out_us"),
+            _pair(row, "gbps", "out_gbps"),
+            _pair(row, "share_of_copy", "out_share_of_copy", "{:.0%}".format),
+            *((_best(row),) if best else ()),
+            _factors(row),
         )
+        for row in rows
+    )
+    return _table(head, range(4, len(head) - 1), cells)
+
+
+def _block_table(rows: Sequence[Row]) -> list[str]:
+    cells = ((*_what(row), _number(row["median_us"]), _factors(row, digits=2)) for row in rows)
+    return _table(_BLOCKS, range(4, 5), cells)
+
+
+def _step(name: str, step: Mapping[str, Any]) -> tuple[str, ...]:
+    moved = [f"{step['moved_bytes'] / 1e9:.2f} GB", f"{step['moved_ratio']:.2f}"] if "moved_bytes" in step else ["", ""]
+    return (
+        f"{name}, {step['blocks']} block" + "s" * (step["blocks"] != 1),
+        step["shape"],
+        f"{step['tokens']:,}" if "tokens" in step else "",
+        _number(step["median_us"]),
+        _number(step["official_us"]),
+        f"{step['time_ratio']:.2f}",
+        f"{step['peak_bytes'] / 1e9:.2f} GB",
+        f"{step['official_peak_bytes'] / 1e9:.2f} GB",
+        f"{step['peak_ratio']:.2f}",
+        *moved,
     )
 
 
-def _op_table(group: Sequence[Mapping[str, Any]], best: bool) -> list[str]:
-    rows = [_row(row, best) for result in group for row in result.get("rows", ())]
-    if not rows:
-        return []
-    head = (*_HEAD[:-1], _BEST, _HEAD[-1]) if best else _HEAD
-    marks = ["---"] * 4 + ["---:"] * (4 if best else 3) + ["---"]
-    return ["", _line(head), "|" + "|".join(marks) + "|", *rows]
-
-
-def _step_table(group: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [_step(result["name"], step) for result in group for step in result.get("steps", ())]
-    if not lines:
-        return []
-    return ["", _line(_STEPS), "|" + "|".join(["---"] * 2 + ["---:"] * (len(_STEPS) - 2)) + "|", *lines]
+def _step_table(group: Sequence[Result]) -> list[str]:
+    steps = (_step(result["name"], step) for result in group for step in result.get("steps", ()))
+    return _table(_STEPS, range(2, len(_STEPS)), steps)
 
 
 def _spread(values: Iterable[float]) -> str:
@@ -134,32 +186,67 @@ def _spread(values: Iterable[float]) -> str:
     return _number(low) if _number(low) == _number(high) else f"{_number(low)} to {_number(high)}"
 
 
-def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: for each device a table of ops and one of whole steps and blocks, where they were measured."""
-    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
-    for result in results:
-        key = (result["device"], result["machine"], str(result["threads"]), result["versions"]["torch"])
-        groups.setdefault(key, []).append(result)
+def _place(group: Sequence[Result]) -> str:
+    """Where a group was measured."""
+    first = group[0]
+    place = f"{first['machine']}, {first['threads']} threads" if first["device"] == "cpu" else ""
+    place = place or f"{first['device']} ({first['machine']})"
+    commits = ", ".join(dict.fromkeys(result["commit"] for result in group))
+    bandwidths = [result["copy_gbps"] for result in group if result.get("rows")]
+    copy = f"copy {_spread(bandwidths)} GB/s; " if bandwidths else ""
+    return f"{place}; torch {first['versions']['torch']}; {copy}commit {commits}."
+
+
+def table(results: Sequence[Result]) -> str:
+    """For each device a table of ops, one of whole blocks and one of steps, where they were measured."""
     parts = []
-    for (device, machine, threads, torch_version), group in groups.items():
-        place = f"{machine}, {threads} threads" if device == "cpu" else f"{device} ({machine})"
-        commits = ", ".join(dict.fromkeys(result["commit"] for result in group))
-        bandwidths = [result["copy_gbps"] for result in group if result.get("rows")]
-        copy = f"copy {_spread(bandwidths)} GB/s; " if bandwidths else ""
-        lines = [f"{place}; torch {torch_version}; {copy}commit {commits}."]
-        lines += [*_op_table(group, best=device != "cpu"), *_step_table(group)]
+    for group in _groups(results):
+        ops = _op_table(_rows(group, block=False), best=group[0]["device"] != "cpu")
+        lines = [_place(group), *ops, *_block_table(_rows(group, block=True)), *_step_table(group)]
         parts.append("\n".join(lines))
     return "\n\n".join([*parts, _NOTE])
 
 
+def short_table(results: Sequence[Result]) -> str:
+    """For each device the rows of the README."""
+    parts = []
+    for group in _groups(results):
+        if rows := _headlines(group):
+            parts.append("\n".join([_place(group), *_op_table(rows, best=False)]))
+    return "\n\n".join(parts)
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
 def insert(document: Path, content: str) -> None:
     """Replaces what stands between the markers.
 
     Raises:
         ValueError: the markers are not there, each once and in order.
     """
+    write(document, _inserted(document, content))
+
+
+def _inserted(document: Path, content: str) -> str:
     text = document.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"bench report: {document.name} must hold the markers {BEGIN} and {END}, each once, in order")
     head, rest = text.split(BEGIN)
-    write(document, f"{head}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}")
+    return f"{head}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+
+
+def publish(results: Sequence[Result], root: Path) -> None:
+    """Writes every row into docs/benchmarks.md, the chart, and a few rows with the chart into README.md.
+
+    The chart shows a GPU's results where there are some.
+
+    Raises:
+        ValueError: a document lacks the markers; nothing is written then.
+    """
+    alt = "Bars: how many times faster each op is than the fastest of its baselines"
+    short = f"{short_table(results)}\n\n![{alt}]({FIGURE})\n\nEvery row is in [{PAGE}]({PAGE})."
+    pages = {root / PAGE: table(results), root / README: short}
+    pages = {document: _inserted(document, content) for document, content in pages.items()}
+    group = next((group for group in _groups(results) if group[0]["device"] != "cpu"), _groups(results)[0])
+    chart.save(root / FIGURE, chart.draw(_rows(group, block=False), _place(group)))
+    for document, text in pages.items():
+        write(document, text)

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import Case, size
+from bench.cases import Benchmark, Case, LargeCase, Rand, SmallCase, size
 from bench.shapes import TOKENS, TokenShape
 from talkingdit import ops
-
-SHAPES = TOKENS
 
 
 def rotate_real(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -72,3 +70,30 @@ def cases(shape: TokenShape, dtype: torch.dtype, device: torch.device) -> Iterat
             compiled=lambda x: rotate_real(x, cos, sin),
             optional=triton_rotary(cos, sin) if device.type == "cuda" else {},
         )
+
+
+def small_layouts() -> Iterator[tuple[int, str, ops.RopeLayout]]:
+    """Head dim, pairing, and a layout of 140 tokens."""
+    for dim, pairing in ((128, "interleaved"), (64, "half"), (22, "interleaved")):
+        other = 2 * (dim // 6)
+        segments = [ops.Segment(range(3), range(5), range(7)), ops.Segment([30], range(5), range(7))]
+        yield dim, pairing, ops.RopeLayout(segments, split=(dim - 2 * other, other, other), pairing=pairing)
+
+
+def small(rand: Rand) -> Iterator[SmallCase]:
+    for dim, pairing, layout in small_layouts():
+        yield SmallCase(
+            f"rope3d {dim} {pairing}",
+            lambda x, at=layout: ops.rope3d(x, at, token_offset=9),
+            lambda x, at=layout: ops.rope3d_reference(x, at, token_offset=9),
+            (rand(2, 101, 5, dim),),
+            compile=dim == 128,
+        )
+
+
+def large(shape: TokenShape, rand: Rand) -> Iterator[LargeCase]:
+    layout = shape.layout()
+    yield LargeCase("rope3d", lambda x: ops.rope3d(x, layout), (rand(shape.tokens, shape.heads, shape.dim),))
+
+
+BENCH = Benchmark(TOKENS, cases, small, large, early=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench import harness, report
+from bench import record, report
 from talkingdit.families import preset
 from talkingdit.families.wan_s2v.presets import PRESETS
 from talkingdit.plan import training as plan_train
@@ -121,11 +121,11 @@ def run(path: Path, only: str) -> None:
         key = tuple(asdict(case).values())
         if key in done or only not in str(case):
             continue
-        header = harness.header("scaling", torch.device("cpu"), quick=False)
+        header = record.header("scaling", torch.device("cpu"), quick=False)
         del header["device"], header["threads"]  # of no device: the README's tables are of files that name one
         found = {**header, "rows": [*found["rows"], row(case)]}
         found["rows"].sort(key=lambda r: order.get(tuple(r[name] for name in fields), len(order)))
-        harness.write(path, json.dumps(found, indent=1) + "\n")
+        record.write(path, json.dumps(found, indent=1) + "\n")
         print(case, file=sys.stderr)
 
 

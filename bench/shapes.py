@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes that are measured, by name: those of real models, and a tiny one to try the code with."""
+"""The sequences that are measured, by name: those of real models, and a tiny one to try the code with."""
 
 from __future__ import annotations
 
@@ -55,39 +55,6 @@ class TokenShape:
         return replace(self, name=f"{self.name} x {audio}", audio=audio)
 
 
-@dataclass(frozen=True)
-class HistoryShape:
-    """Latents [1, channels, frames, height, width] packed at three scales into tokens of ``out`` channels."""
-
-    name: str
-    frames: int
-    height: int
-    width: int
-    out: int
-    channels: int = 16
-
-
-@dataclass(frozen=True)
-class WindowShape:
-    """``count`` windows of ``frames`` latents, ``stride`` apart, over ``length`` latents [channels, height, width]."""
-
-    name: str
-    count: int
-    frames: int
-    stride: int
-    channels: int
-    height: int
-    width: int
-
-    @property
-    def starts(self) -> list[int]:
-        return [i * self.stride for i in range(self.count)]
-
-    @property
-    def length(self) -> int:
-        return self.starts[-1] + self.frames
-
-
 def _wan_s2v(name: str, height: int, width: int) -> TokenShape:
     """Wan-S2V-14B: 20 frames, a reference at t = 30, and 19 frames of history at three scales (1456 = 28 x 52 tokens
     per frame of 448 x 832)."""
@@ -114,27 +81,4 @@ TOKENS = {
         TokenShape("wan-1.3b-480x832", [(0, (21, 30, 52))], heads=12, dim=128),
     ],
     "quick": [TokenShape("tiny", [(0, (3, 4, 6)), (30, (1, 4, 6))], heads=2, dim=32)],
-}
-_S2V, *_OTHERS = TOKENS["cuda"]
-AUDIO = {
-    "cpu": TOKENS["cpu"],
-    "cuda": [*(_S2V.with_audio(a) for a in (5, 32, 40, 16)), *(shape.with_audio(shape.audio) for shape in _OTHERS)],
-    "quick": TOKENS["quick"],
-}
-HISTORY = {
-    "cpu": [HistoryShape("history-56x104-1536", 19, 56, 104, 1536)],
-    "cuda": [
-        HistoryShape("history-56x104-5120", 19, 56, 104, 5120),
-        HistoryShape("history-88x128-5120", 19, 88, 128, 5120),
-    ],
-    "quick": [HistoryShape("tiny", 19, 16, 16, 32, channels=4)],
-}
-WINDOWS = {
-    "cpu": [WindowShape("81x60x104-6x21", 6, 21, 12, 16, 60, 104)],
-    "cuda": [
-        WindowShape("81x60x104-6x21", 6, 21, 12, 16, 60, 104),
-        WindowShape("81x90x160-6x21", 6, 21, 12, 16, 90, 160),
-        WindowShape("237x90x160-19x21", 19, 21, 12, 16, 90, 160),
-    ],
-    "quick": [WindowShape("tiny", 3, 5, 3, 4, 4, 6)],
 }

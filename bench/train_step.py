@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import harness, official_style
+from bench import official_style, record
 from bench.live_memory import LiveMemory
 from bench.wan_block import SHAPES as STEP_SHAPES
 from bench.wan_block import StepShape, build, inputs
@@ -170,7 +170,7 @@ def run(
     clip = ClipShape(8 * shape.height, 8 * shape.width, shape.frames, pose=True)
     total, tflops = tokens(config, clip)[1], stated_tflops(device)
     limit = 1e-4 if device.type == "cpu" else 3e-2
-    result: dict[str, Any] = {**harness.header("train_step", device, quick=shape.name == "tiny"), "steps": []}
+    result: dict[str, Any] = {**record.header("train_step", device, quick=shape.name == "tiny"), "steps": []}
     for mode in modes:
         _forget(device)
         taken = measure(partial(ours, shape, blocks, device, mode), device, repeats)
@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.out or (None if options.shape == "tiny" else _RESULTS)
     if folder is not None:
         path = folder / f"{options.device}-train_step.json"
-        harness.write(path, json.dumps(result, indent=1) + "\n")
+        record.write(path, json.dumps(result, indent=1) + "\n")
         print(path)
     return 0
 

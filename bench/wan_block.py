@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import harness, official_style
+from bench import official_style, record
 from bench.live_memory import LiveMemory
 from talkingdit.models import WanS2VModel, preset
 
@@ -180,7 +180,7 @@ def run(shape: StepShape, device: torch.device, blocks: int | None, repeats: int
     taken = {name: measure(call, device, repeats) for name, call in calls.items()}
     (us, peak), (their_us, their_peak) = taken["ours"], taken["official"]
     return {
-        **harness.header("wan_block", device, quick=shape.name == "tiny"),
+        **record.header("wan_block", device, quick=shape.name == "tiny"),
         "compiled": compiled,
         "steps": [
             {
@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.out or (None if options.shape == "tiny" else _RESULTS)
     if folder is not None:
         path = folder / f"{options.device}-wan_block-{options.shape}.json"
-        harness.write(path, json.dumps(result, indent=1) + "\n")
+        record.write(path, json.dumps(result, indent=1) + "\n")
         print(path)
     return 0
 

@@ -5,16 +5,46 @@ index_add (eager)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.harness import Case, size
-from bench.shapes import WINDOWS, WindowShape
+from bench.cases import Benchmark, Case, Rand, SmallCase, size
 from talkingdit import ops
 
-SHAPES = WINDOWS
+
+@dataclass(frozen=True)
+class WindowShape:
+    """``count`` windows of ``frames`` latents, ``stride`` apart, over ``length`` latents [channels, height, width]."""
+
+    name: str
+    count: int
+    frames: int
+    stride: int
+    channels: int
+    height: int
+    width: int
+
+    @property
+    def starts(self) -> list[int]:
+        return [i * self.stride for i in range(self.count)]
+
+    @property
+    def length(self) -> int:
+        return self.starts[-1] + self.frames
+
+
+SHAPES = {
+    "cpu": [WindowShape("81x60x104-6x21", 6, 21, 12, 16, 60, 104)],
+    "cuda": [
+        WindowShape("81x60x104-6x21", 6, 21, 12, 16, 60, 104),
+        WindowShape("81x90x160-6x21", 6, 21, 12, 16, 90, 160),
+        WindowShape("237x90x160-19x21", 19, 21, 12, 16, 90, 160),
+    ],
+    "quick": [WindowShape("tiny", 3, 5, 3, 4, 4, 6)],
+}
 
 _GUIDANCE, _STEP = 4.5, -0.02
 _COEFFICIENTS = (1.0, _STEP * _GUIDANCE, _STEP * (1 - _GUIDANCE))  # x + d (u + g (c - u)) of the predictions c, u
@@ -98,3 +128,25 @@ def cases(shape: WindowShape, dtype: torch.dtype, device: torch.device) -> Itera
         },
         compiled=loop_step,
     )
+
+
+def small(rand: Rand) -> Iterator[SmallCase]:
+    starts, weights = [0, 3, 7], torch.rand(3, 5, dtype=torch.float64) + 0.1
+    coefficients = torch.rand(3, 3, dtype=torch.float64)
+    for picture in ((24, 40), (5, 7)):
+        windows = rand(3, 4, 5, *picture)
+        yield SmallCase(
+            f"window_fusion {picture}",
+            lambda w: ops.window_fusion(w, starts, weights, 12),
+            lambda w: ops.window_fusion_reference(w, starts, weights, 12),
+            (windows,),
+        )
+        yield SmallCase(
+            f"fused_window_step {picture}",
+            lambda x, *p: ops.fused_window_step(x, list(p), coefficients, starts, weights),
+            lambda x, *p: ops.fused_window_step_reference(x, list(p), coefficients, starts, weights),
+            (rand(4, 12, *picture), windows, rand(3, 4, 5, *picture)),
+        )
+
+
+BENCH = Benchmark(SHAPES, cases, small, headline="fused_window_step")

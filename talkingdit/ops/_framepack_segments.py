@@ -10,6 +10,8 @@ import numpy as np
 from talkingdit.ops._rope_layout import Segment
 from talkingdit.ops.framepack import PADDINGS, Bucket, bucket_grid
 
+__all__ = ["framepack_segments"]
+
 
 def _subsampled(first: float, last: float, count: int) -> list[float]:
     """``count`` positions from first to last, truncated to integers towards zero."""

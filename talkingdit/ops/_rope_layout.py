@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+__all__ = ["RopeLayout", "Segment"]
+
 Positions = Sequence[Any] | np.ndarray | Tensor
 
 

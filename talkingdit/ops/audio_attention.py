@@ -14,6 +14,8 @@ from talkingdit.ops._checks import check_dims, check_float, check_out, check_sam
 from talkingdit.ops._library import register
 from talkingdit.ops._memory import empty
 
+__all__ = ["audio_attention", "audio_attention_reference"]
+
 _NAME = "audio_attention"
 _MAX_SPEAKERS = 64
 _MAX_CUDA_DIM = 1024

@@ -13,6 +13,8 @@ from talkingdit.ops._checks import check_dims, check_float, check_out, check_sam
 from talkingdit.ops._library import register
 from talkingdit.ops._memory import empty
 
+__all__ = ["frame_linear", "frame_linear_reference"]
+
 _ARGS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? gate, Tensor? mask, Tensor? residual, SymInt tokens_per_frame, "
     "SymInt token_offset"

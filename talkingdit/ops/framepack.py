@@ -16,6 +16,8 @@ from talkingdit.ops._checks import check_dims, check_float, check_out, check_sam
 from talkingdit.ops._library import register
 from talkingdit.ops._memory import empty
 
+__all__ = ["Bucket", "bucket_grid", "framepack", "framepack_reference", "init_bucket_weight"]
+
 PADDINGS = ("none", "zero", "replicate")
 _MAX_BUCKETS = 16
 _MAX_FRAMES = 512

@@ -7,122 +7,26 @@ one group per frame, or one for all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from talkingdit._native_loader import native
-from talkingdit.ops._checks import check_dims, check_float, check_out, check_same, check_shape, rows
-from talkingdit.ops._library import register
-from talkingdit.ops._memory import empty
+from talkingdit.ops import _modulate_library as library
+from talkingdit.ops._checks import check_dims, check_float, check_out, check_same, check_shape
+
+__all__ = [
+    "gate_residual",
+    "gate_residual_norm_modulate",
+    "gate_residual_norm_modulate_reference",
+    "gate_residual_reference",
+    "norm_modulate",
+    "norm_modulate_reference",
+]
 
 Groups = int | Sequence[int] | None
 _MAX_DIM, _MAX_RANGES = 16384, 128
-
-# Arguments of the native functions, in order. What an op does not have is None.
-_FORWARD = (
-    "x", "y", "gate", "scale", "shift", "residual", "out", "per_group", "ends", "token_offset", "eps",
-)  # fmt: skip
-_BACKWARD = (
-    "residual", "y", "gate", "scale", "grad_residual", "grad_out", "grad_x", "grad_y", "grad_gate", "grad_scale",
-    "grad_shift", "partial", "per_group", "ends", "token_offset", "eps",
-)  # fmt: skip
-_KINDS = {"per_group": "SymInt", "ends": "SymInt[]", "token_offset": "SymInt", "eps": "float", "dtype": "ScalarType"}
-_GRADIENT_OF = {"grad_x": "residual", "grad_y": "y", "grad_gate": "gate", "grad_scale": "scale", "grad_shift": "scale"}
-
-
-def _partial(grad: Tensor, modulation: Tensor, per_group: int, ends: list[int], token_offset: int) -> Tensor:
-    """Room for the sums of every chunk of tokens."""
-    batch, tokens, dim = grad.shape
-    chunks = native.modulate_chunks(grad, modulation.shape[1], per_group, ends, token_offset) if tokens else 0
-    return modulation.new_empty(batch * chunks, 3, dim)
-
-
-def _register(name: str, gated: bool, normed: bool) -> tuple[Any, Any]:
-    """``name`` with its backward, and ``name_out``: a gated sum, the modulated norm, or both in one pass.
-
-    All three forms have the same arguments in the same order, without those that they do not need.
-    """
-    tensors = ["x", *["y", "gate"] * gated, *["scale", "shift"] * normed]
-    place = ["per_group", "ends", "token_offset", *["eps"] * normed]
-    options = [*place, *["dtype"] * normed]
-    results = [*["residual"] * gated, *["out"] * normed]
-    grads = [f"grad_{result}" for result in results]
-    saved = [*["residual"] * normed, *["y", "gate"] * gated, *["scale"] * normed]
-    found = [*["grad_x"] * normed, *["grad_y", "grad_gate"] * gated, *["grad_scale", "grad_shift"] * normed]
-
-    def define(suffix: str, arguments: Sequence[str], returns: int, *functions: Callable[..., Any]) -> Any:
-        listed = ", ".join(f"{_KINDS.get(argument, 'Tensor')} {argument}" for argument in arguments)
-        if suffix == "_out":
-            listed += "".join(f", Tensor({alias}!) {result}" for alias, result in zip("ab", results, strict=False))
-        types = ", ".join(["Tensor"] * returns)
-        return register(f"{name}{suffix}({listed}) -> {types if returns == 1 else f'({types})'}", *functions)
-
-    given = [*tensors, *place, *results, "eps", None]  # the native function finds missing ones in the last two
-    order = [given.index(argument if argument in given else None) for argument in _FORWARD]
-
-    def run(*args: Any) -> None:
-        values = [*map(rows, args[: len(tensors)]), *args[len(tensors) :], 0.0, None]
-        native.modulate_forward(*[values[i] for i in order])
-
-    def make_results(args: Sequence[Any], new: Callable[..., Tensor]) -> Any:
-        x = args[0]
-        dtypes = [*([x.dtype] if gated else []), *([args[-1]] if normed else [])]
-        made = [new(x.shape, x, dtype) for dtype in dtypes]
-        return made[0] if len(made) == 1 else tuple(made)
-
-    def forward(*args: Any) -> Any:
-        made = make_results(args, empty)
-        run(*args[: len(tensors) + len(place)], *(made if len(results) > 1 else [made]))
-        return made
-
-    def make_gradients(named: dict[str, Any], new: Callable[..., Tensor]) -> dict[str, Tensor]:
-        return {grad: new(named[_GRADIENT_OF[grad]].shape, named[_GRADIENT_OF[grad]]) for grad in found}
-
-    def backward(*args: Any) -> tuple[Tensor, ...]:
-        named = {"eps": 0.0, **dict(zip([*grads, *saved, *place], args, strict=True))}
-        # Sums over no tokens are zero; with tokens every sum is written, also those of groups outside the shard.
-        made = make_gradients(named, empty if args[0].shape[1] else lambda shape, like: like.new_zeros(shape))
-        partial = _partial(args[0], named[saved[-1]], *(named[option] for option in place[:3]))
-        named.update({name: rows(named[name]) for name in [*grads, *saved]}, **made, partial=partial)
-        native.modulate_backward(*[named.get(name) for name in _BACKWARD])
-        return tuple(made.values())
-
-    def backward_fake(*args: Any) -> tuple[Tensor, ...]:
-        named = dict(zip([*grads, *saved, *place], args, strict=True))
-        return tuple(make_gradients(named, lambda shape, like: like.new_empty(shape)).values())
-
-    backward_op = define("_backward", [*grads, *saved, *place], len(found), backward, backward_fake)
-
-    def setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        named = dict(zip([*tensors, *options], inputs, strict=True))
-        named["residual"] = output[0] if gated else named["x"]
-        ctx.save_for_backward(*(named[value] for value in saved))
-        ctx.place = [named[option] for option in place]
-
-    def autograd(ctx: Any, *above: Tensor) -> tuple[Any, ...]:
-        gradients = backward_op(*above, *ctx.saved_tensors, *ctx.place)
-        return *(gradients if normed else (above[0], *gradients)), *[None] * len(options)
-
-    op = define(
-        "",
-        [*tensors, *options],
-        len(results),
-        forward,
-        lambda *args: make_results(args, lambda shape, like, dtype: like.new_empty(shape, dtype=dtype)),
-        autograd,
-        setup,
-    )
-    return op, define("_out", [*tensors, *place], 0, run, lambda *_: None)
-
-
-_norm_modulate_op, _norm_modulate_out_op = _register("norm_modulate", gated=False, normed=True)
-_gate_residual_op, _gate_residual_out_op = _register("gate_residual", gated=True, normed=False)
-_fused_op, _fused_out_op = _register("gate_residual_norm_modulate", gated=True, normed=True)
-
 
 # ---- public --------------------------------------------------------------------------------------------------------
 
@@ -228,9 +132,9 @@ def norm_modulate(
     wide_scale, wide_shift = _modulations(op, x, scale=scale, shift=shift)
     place = _place(op, x, groups, scale.shape[1], token_offset)
     if out is None:
-        return _norm_modulate_op(x, wide_scale, wide_shift, *place, eps, _out_dtype(op, x, dtype))
+        return library.norm_modulate_op(x, wide_scale, wide_shift, *place, eps, _out_dtype(op, x, dtype))
     check_out(op, out, x.shape, _out_dtype(op, x, dtype or out.dtype), [x, scale, shift])
-    _norm_modulate_out_op(x, wide_scale, wide_shift, *place, eps, out)
+    library.norm_modulate_out_op(x, wide_scale, wide_shift, *place, eps, out)
     return out
 
 
@@ -262,9 +166,9 @@ def gate_residual(
     (wide_gate,) = _modulations(op, x, gate=gate)
     place = _place(op, x, groups, gate.shape[1], token_offset)
     if out is None:
-        return _gate_residual_op(x, y, wide_gate, *place)
+        return library.gate_residual_op(x, y, wide_gate, *place)
     check_out(op, out, x.shape, x.dtype, [x, y, gate])
-    _gate_residual_out_op(x, y, wide_gate, *place, out)
+    library.gate_residual_out_op(x, y, wide_gate, *place, out)
     return out
 
 
@@ -298,11 +202,11 @@ def gate_residual_norm_modulate(
     wide = _modulations(op, x, gate=gate, scale=scale, shift=shift)
     place = _place(op, x, groups, gate.shape[1], token_offset)
     if out is None:
-        return _fused_op(x, y, *wide, *place, eps, _out_dtype(op, x, dtype))
+        return library.gate_residual_norm_modulate_op(x, y, *wide, *place, eps, _out_dtype(op, x, dtype))
     residual, modulated = out
     check_out(op, residual, x.shape, x.dtype, [x, y, gate, scale, shift])
     check_out(op, modulated, x.shape, _out_dtype(op, x, dtype or modulated.dtype), [x, y, gate, scale, shift])
-    _fused_out_op(x, y, *wide, *place, eps, residual, modulated)
+    library.gate_residual_norm_modulate_out_op(x, y, *wide, *place, eps, residual, modulated)
     return residual, modulated
 
 

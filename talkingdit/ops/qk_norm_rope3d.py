@@ -13,11 +13,13 @@ from talkingdit.ops._memory import empty
 from talkingdit.ops._rope_layout import RopeLayout
 from talkingdit.ops.rope3d import check_layout, rope3d_reference
 
+__all__ = ["qk_norm_rope3d", "qk_norm_rope3d_reference"]
+
 # The registered op works on one tensor; the public function calls it for q and for k.
 _OPTIONS = "Tensor table, Tensor segments, int[] pairs, bool interleaved, SymInt token_offset, bool per_head, float eps"
 
 
-def _norm_rope3d_out(
+def _forward_out(
     x: Tensor,
     weight: Tensor,
     table: Tensor,
@@ -29,10 +31,10 @@ def _norm_rope3d_out(
     eps: float,
     out: Tensor,
 ) -> None:
-    native.norm_rope3d(rows(x), rows(weight), out, table, segments, pairs, interleaved, token_offset, per_head, eps)
+    native.qk_norm_rope3d(rows(x), rows(weight), out, table, segments, pairs, interleaved, token_offset, per_head, eps)
 
 
-def _norm_rope3d(
+def _forward(
     x: Tensor,
     weight: Tensor,
     table: Tensor,
@@ -44,11 +46,11 @@ def _norm_rope3d(
     eps: float,
 ) -> Tensor:
     out = empty(x.shape, x)
-    _norm_rope3d_out(x, weight, table, segments, pairs, interleaved, token_offset, per_head, eps, out)
+    _forward_out(x, weight, table, segments, pairs, interleaved, token_offset, per_head, eps, out)
     return out
 
 
-def _norm_rope3d_backward(
+def _backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -62,8 +64,8 @@ def _norm_rope3d_backward(
 ) -> tuple[Tensor, Tensor]:
     grad_x = empty(x.shape, x)
     grad_weight = (torch.empty if x.numel() else torch.zeros)(weight.shape, dtype=weight.dtype, device=x.device)
-    partial = torch.empty(native.norm_rope3d_chunks(x), weight.shape[0], dtype=weight.dtype, device=x.device)
-    native.norm_rope3d_backward(
+    partial = torch.empty(native.qk_norm_rope3d_chunks(x), weight.shape[0], dtype=weight.dtype, device=x.device)
+    native.qk_norm_rope3d_backward(
         rows(grad), rows(x), rows(weight), grad_x, grad_weight, partial, table, segments, pairs, interleaved,
         token_offset, per_head, eps,
     )  # fmt: skip
@@ -72,7 +74,7 @@ def _norm_rope3d_backward(
 
 _backward_op = register(
     f"norm_rope3d_backward(Tensor grad, Tensor x, Tensor weight, {_OPTIONS}) -> (Tensor, Tensor)",
-    _norm_rope3d_backward,
+    _backward,
     lambda grad, x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
 )
 
@@ -89,13 +91,13 @@ def _autograd(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
 
 _op = register(
     f"norm_rope3d(Tensor x, Tensor weight, {_OPTIONS}) -> Tensor",
-    _norm_rope3d,
+    _forward,
     lambda x, *_: x.new_empty(x.shape),
     _autograd,
     _setup,
 )
 _op_out = register(
-    f"norm_rope3d_out(Tensor x, Tensor weight, {_OPTIONS}, Tensor(a!) out) -> ()", _norm_rope3d_out, lambda *_: None
+    f"norm_rope3d_out(Tensor x, Tensor weight, {_OPTIONS}, Tensor(a!) out) -> ()", _forward_out, lambda *_: None
 )
 
 

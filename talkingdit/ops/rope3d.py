@@ -12,6 +12,8 @@ from talkingdit.ops._library import register
 from talkingdit.ops._memory import empty
 from talkingdit.ops._rope_layout import RopeLayout
 
+__all__ = ["rope3d", "rope3d_reference"]
+
 _SCHEMA = "Tensor table, Tensor segments, int[] pairs, bool interleaved, SymInt token_offset, bool inverse"
 
 

@@ -17,6 +17,8 @@ from talkingdit.ops._checks import check_dims, check_float, check_out, check_sha
 from talkingdit.ops._library import register
 from talkingdit.ops._memory import empty
 
+__all__ = ["fused_window_step", "fused_window_step_reference", "window_fusion", "window_fusion_reference"]
+
 Table = Tensor | Sequence[float] | Sequence[Sequence[float]]
 
 _MAX_PREDICTIONS = 4

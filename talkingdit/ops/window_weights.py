@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+__all__ = ["counter_weights", "crossfade_weights", "fade_curve", "prefix_weights", "ramp_weights"]
+
 
 def _check(op: str, name: str, value: int, least: int) -> None:
     if value < least:

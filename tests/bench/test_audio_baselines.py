@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bench import audio_baselines, audio_block, harness
-from bench.shapes import AUDIO, TOKENS, TokenShape
+from bench.audio_attention import SHAPES as AUDIO
+from bench.shapes import TOKENS, TokenShape
 from talkingdit import ops
 
 

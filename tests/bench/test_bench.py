@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from bench import harness, report
+from bench import cases, harness, record, report
 from bench.__main__ import main
 
 KEYS = {
@@ -72,20 +73,34 @@ def _same_threads():
 
 def save(folder: Path, **changes: object) -> None:
     result = {**RESULT, **changes}
-    harness.save(result, folder, "cpu")
+    record.save(result, folder, "cpu")
 
 
-def test_report_replaces_only_what_is_between_the_markers(tmp_path):
-    save(tmp_path / "results")
-    save(tmp_path / "results", name="tried", quick=True)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# Head\n\n{report.BEGIN}\nold figures\n{report.END}\n\nTail\n")
+@pytest.fixture
+def root(tmp_path):
+    """A repository with the two documents that a report is written into."""
+    for name in (report.PAGE, report.README):
+        document = tmp_path / name
+        document.parent.mkdir(exist_ok=True)
+        document.write_text(f"# Head\n\n{report.BEGIN}\nold figures\n{report.END}\n\nTail\n")
+    return tmp_path
+
+
+def write_report(root: Path) -> int:
+    return main(["report", "--out", str(root / "results"), "--into", str(root)])
+
+
+def test_report_replaces_only_what_is_between_the_markers(root):
+    save(root / "results")
+    save(root / "results", name="tried", quick=True)
     for _ in range(2):  # a second time finds its own table and changes nothing
-        assert main(["report", "--out", str(tmp_path / "results"), "--readme", str(readme)]) == 0
-        text = readme.read_text()
-        assert text.startswith(f"# Head\n\n{report.BEGIN}\n")
-        assert text.endswith(f"{report.END}\n\nTail\n")
-        assert "old figures" not in text
+        assert write_report(root) == 0
+        for name in (report.PAGE, report.README):
+            text = (root / name).read_text()
+            assert text.startswith(f"# Head\n\n{report.BEGIN}\n")
+            assert text.endswith(f"{report.END}\n\nTail\n")
+            assert "old figures" not in text
+    text = (root / report.PAGE).read_text()
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert rows == [
         "| `rope3d` | wan-1.3b-6240 | fp32 | forward | 4,000 / 2,000 | 19.2 / 38.3 | 44% / 87% | eager 8.2, official 18.2 |",  # noqa: E501
@@ -99,17 +114,17 @@ def test_a_gpu_has_a_table_with_the_best_baseline_and_one_of_whole_blocks(tmp_pa
     row = {**RESULT["rows"][0], "dtype": "bfloat16", "median_us": 400.0, "gbps": 1800.0, "share_of_copy": 0.9}
     row = {key: value for key, value in row.items() if not key.startswith("out_")}
     row["baselines"] = {"eager": 3000.0, "official": 8000.0}
-    harness.save({**gpu, "rows": [row]}, tmp_path, "cuda")
+    record.save({**gpu, "rows": [row]}, tmp_path, "cuda")
     alone = {**row, "shape": "another", "baselines": {"compile": 800.0}}
     compiled = [{**row, "median_us": 444.0, "baselines": {"compile": 500.0}}, alone]
-    harness.save({**gpu, "name": "rope3d-compiled", "rows": compiled}, tmp_path, "cuda")
+    record.save({**gpu, "name": "rope3d-compiled", "rows": compiled}, tmp_path, "cuda")
     step = {
         "shape": "14b", "tokens": 32760, "blocks": 1, "median_us": 30000.0, "official_us": 60000.0, "time_ratio": 0.5,
         "peak_bytes": 10**9, "official_peak_bytes": 4 * 10**9, "peak_ratio": 0.25,
         "moved_bytes": 2 * 10**9, "official_moved_bytes": 10**10, "moved_ratio": 0.2,
     }  # fmt: skip
     block = {key: value for key, value in gpu.items() if key not in ("rows", "copy_gbps")}
-    harness.save({**block, "name": "block", "steps": [step]}, tmp_path, "cuda")
+    record.save({**block, "name": "block", "steps": [step]}, tmp_path, "cuda")
     (tmp_path / "problems.json").write_text("[]")
     (tmp_path / "small.json").write_text('{"failed": []}')
     text = report.table(report.load(tmp_path))
@@ -124,14 +139,53 @@ def test_a_gpu_has_a_table_with_the_best_baseline_and_one_of_whole_blocks(tmp_pa
     ]
 
 
+def test_the_readme_has_the_headlines_and_the_chart(root):
+    first = {**RESULT["rows"][0], "dtype": "bfloat16"}
+    rows = [first, {**first, "dtype": "float32"}, {**first, "shape": "another"}, {**first, "direction": "backward"}]
+    chosen = [name for name in cases.names() if cases.load(name).headline]
+    assert len(chosen) == 5
+    for name in chosen:
+        headline = cases.load(name).headline
+        save(root / "results", name=name, rows=[{**row, "op": op} for op in (headline, "other") for row in rows])
+    assert write_report(root) == 0
+    text = (root / report.README).read_text()
+    shown = [line.split(" | ")[:4] for line in text.splitlines() if line.startswith("| `")]
+    assert shown == [[f"| `{cases.load(name).headline}`", "wan-1.3b-6240", "bf16", "forward"] for name in chosen]
+    assert f"]({report.FIGURE})" in text
+    with Image.open(root / report.FIGURE) as picture:
+        assert picture.width > picture.height > 200
+
+
+def test_a_whole_block_has_times_and_no_bandwidth(root):
+    row = {**RESULT["rows"][0], "op": "accelerate", "baselines": {"diffusers": 4200.0}}
+    save(root / "results", name="accelerate", rows=[row])
+    assert write_report(root) == 0
+    lines = (root / report.PAGE).read_text().splitlines()
+    assert [line for line in lines if line.startswith("| ")] == [
+        "| block | shape | dtype | direction | µs | times faster than |",
+        "| `accelerate` | wan-1.3b-6240 | fp32 | forward | 4,000 | diffusers 1.05 |",
+    ]
+
+
+def test_results_of_uncommitted_changes_are_refused(root, capsys):
+    save(root / "results", commit="0123456789ab-dirty")
+    assert write_report(root) == 1
+    assert capsys.readouterr().err == (
+        "bench report: cpu-rope3d.json was measured with uncommitted changes (0123456789ab-dirty): commit them and "
+        "run `python -m bench rope3d` again\n"
+    )
+    assert "old figures" in (root / report.README).read_text()
+
+
 @pytest.mark.parametrize("text", ["no markers", report.BEGIN, f"{report.END} {report.BEGIN}"])
-def test_a_readme_without_both_markers_is_refused_and_left_alone(tmp_path, text, capsys):
-    save(tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    assert main(["report", "--out", str(tmp_path), "--readme", str(readme)]) == 1
+def test_a_readme_without_both_markers_is_refused_and_nothing_written(root, text, capsys):
+    save(root / "results")
+    (root / report.README).write_text(text)
+    assert write_report(root) == 1
     assert "README.md must hold the markers <!-- bench:start --> and <!-- bench:end -->" in capsys.readouterr().err
-    assert readme.read_text() == text
+    assert (root / report.README).read_text() == text
+    assert "old figures" in (root / report.PAGE).read_text()
+    assert not (root / report.FIGURE).exists()
 
 
 def test_report_says_when_nothing_was_measured(tmp_path, capsys):
@@ -163,7 +217,7 @@ def test_a_quick_run_writes_every_row_with_every_key(tmp_path, what, ops):
 
 
 def test_a_baseline_that_computes_something_else_is_not_timed():
-    case = harness.Case(
+    case = cases.Case(
         "double", "tiny", 4, torch.float32, "forward", 32, lambda: (torch.ones(4),),
         ours=lambda x, out=None: torch.mul(x, 2, out=out), baselines={"eager": lambda x: x * 2.1},
     )  # fmt: skip

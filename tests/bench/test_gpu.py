@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import ClassVar
 
 import pytest
 import torch
 
-from bench import gpu, harness
-from bench.gpu_cases import SmallCase
+from bench import cases, gpu, gpu_checks, harness
+from bench.cases import SmallCase
 
 CPU = torch.device("cpu")
 
@@ -23,7 +22,7 @@ def test_a_dry_run_does_every_step_that_needs_no_gpu(tmp_path, capsys):
     chosen = {name: step for name, step in gpu.steps().items() if not name.startswith("compiled-")}
     assert written.keys() == {step.file(name, CPU) for name, step in chosen.items()}
     assert written["small.json"]["errors"]
-    for op in gpu.ORDER:
+    for op in (name for name in cases.names() if not cases.load(name).block):
         assert written[f"cpu-{op}.json"]["quick"]
         assert written[f"cpu-{op}.json"]["rows"]
     (step,) = written["cpu-block.json"]["steps"]
@@ -48,7 +47,7 @@ def test_a_process_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
     mark = tmp_path / "mark"
     inner = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
     outer = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {inner!r}])"
-    result = gpu._child([sys.executable, "-c", outer], 1.0)
+    result = gpu_checks.run_command([sys.executable, "-c", outer], 1.0)
     assert result["skipped"] == "stopped after 1 s"
     assert not mark.exists()
 
@@ -58,7 +57,7 @@ def test_what_a_stopped_step_had_written_is_kept(tmp_path, monkeypatch):
         (tmp_path / "cuda-rope3d.json").write_text('{"rows": [1]}')
         return {"failed": [], "skipped": "stopped after 5 s", "output": ""}
 
-    monkeypatch.setattr(gpu, "_child", stopped)
+    monkeypatch.setattr(gpu, "run_command", stopped)
     result = gpu.run_child("rope3d", gpu.steps()["rope3d"], torch.device("cuda"), tmp_path, 5.0)
     assert result == {"rows": [1], "skipped": "stopped after 5 s"}
     assert json.loads((tmp_path / "cuda-rope3d.json").read_text()) == result
@@ -83,9 +82,9 @@ def test_an_op_that_leaves_its_result_unwritten_is_noticed():
 
     kept = torch.zeros(8)
     case = SmallCase("half", half, lambda x: 2 * x, (kept,))
-    assert not gpu._error(case, torch.float32) < gpu.TOLERANCE[torch.float32]
+    assert not gpu_checks.error(case, torch.float32) < gpu_checks.TOLERANCE[torch.float32]
     whole = SmallCase("whole", lambda x: 2 * x, lambda x: 2 * x, (torch.rand(8),))
-    assert gpu._error(whole, torch.float32) < gpu.TOLERANCE[torch.float32]
+    assert gpu_checks.error(whole, torch.float32) < gpu_checks.TOLERANCE[torch.float32]
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -94,7 +93,7 @@ def case(**changes):
         "ours": lambda x, out=None: torch.mul(x, 2, out=out),
         "baselines": {"eager": lambda x: x + x},
     } | changes
-    return harness.Case("double", "tiny", 4, torch.float32, "forward", 32, lambda: (torch.ones(4),), **given)
+    return cases.Case("double", "tiny", 4, torch.float32, "forward", 32, lambda: (torch.ones(4),), **given)
 
 
 def refuses(x):
@@ -109,24 +108,23 @@ def test_a_baseline_that_refuses_is_left_out_with_its_reason():
         harness.run_case(case(baselines={"eager": refuses}), harness.Setting(CPU, quick=True))
 
 
-class Module:
-    SHAPES: ClassVar = {"quick": ["first", "second"]}
+def one_that_fails(shape, dtype, device):
+    yield case(ours=refuses) if shape == "first" else case()
 
-    @staticmethod
-    def cases(shape, dtype, device):
-        yield case(ours=refuses) if shape == "first" else case()
+
+DOUBLE = cases.Benchmark({"quick": ["first", "second"]}, one_that_fails)
 
 
 def test_a_case_that_fails_does_not_take_the_others_along():
     setting = harness.Setting(CPU, quick=True, dtypes=(torch.float32,), keep_going=True)
     seen = []
-    result = harness.run("double", Module, setting, seen.append)
+    result = harness.run("double", DOUBLE, setting, seen.append)
     assert len(result["rows"]) == len(seen) == 1
     assert result["failed"] == ["double tiny float32 forward: RuntimeError: no kernel for four numbers"]
 
 
 def test_cases_behind_the_deadline_are_named():
-    result = harness.run("double", Module, harness.Setting(CPU, quick=True, dtypes=(torch.float32,), deadline=0.0))
+    result = harness.run("double", DOUBLE, harness.Setting(CPU, quick=True, dtypes=(torch.float32,), deadline=0.0))
     assert result["rows"] == []
     assert result["failed"] == ["double tiny float32 forward: no time was left"] * 2
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import report, scaling
-from bench.counted_step import Ledger, cluster
+from bench.ledger import Ledger, cluster
 from talkingdit.nn.context_parallel import all_to_all
 
 

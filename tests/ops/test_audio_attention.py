@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from emulated_device import Device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -267,6 +268,27 @@ def test_errors_say_what_is_wrong() -> None:
         ops.audio_attention(q, k, v, 4, cu_frames=[0, 2])
     with pytest.raises(RuntimeError, match=r"audio_attention: out= has no gradient"):
         ops.audio_attention(q.requires_grad_(), k, v, 4, out=torch.empty_like(q))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("speakers", [0, 2])
+@pytest.mark.parametrize("window", [0, 1])
+@pytest.mark.parametrize(("audio", "dim"), [(5, 32), (7, 128), (3, 20)])
+def test_emulated_cuda_kernels(
+    device: Device, dtype: torch.dtype, speakers: int, window: int, audio: int, dim: int
+) -> None:
+    people, per_frame = ((speakers,) if speakers else ()), 6
+    q = torch.randn(1, 15, 2, dim).to(dtype)
+    k, v = (torch.randn(1, *people, 4, audio, 2, dim).to(dtype) for _ in range(2))
+    weights = [torch.rand(1, speakers, 15).to(dtype)] if speakers else []
+    options = {"token_offset": 3, "window": window, "kv_lens": torch.randint(1, audio + 1, (1, *people, 4))}
+
+    def run(op, q, k, v, weights=None):  # type: ignore[no-untyped-def]
+        return op(q, k, v, per_frame, weights=weights, **options)
+
+    device.compare(
+        lambda *t: run(ops.audio_attention, *t), lambda *t: run(ops.audio_attention_reference, *t), [q, k, v, *weights]
+    )
 
 
 @pytest.mark.cuda

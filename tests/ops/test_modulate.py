@@ -8,33 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import DTYPES, relative, with_gradients
+from emulated_device import Device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from talkingdit import ops
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 GROUPS: list[tuple[Any, int]] = [(7, 3), ([5, 5, 20], 3), ([20], 1), (None, 1)]  # the second has an empty group
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
 
 
 def inputs_of(dtype: torch.dtype, count: int, dim: int = 37, tokens: int = 20, modulation: Any = None) -> list[Tensor]:
     x, y = torch.randn(2, tokens, dim) * 3 + 1, torch.randn(2, tokens, dim)
     gate, scale, shift = torch.randn(3, 2, count, dim)
     return [x.to(dtype), y.to(dtype), *(m.to(modulation or dtype) for m in (gate, scale, shift))]
-
-
-def with_gradients(function: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
-    leaves = [v.detach().clone().requires_grad_() for v in inputs]
-    outputs = function(*leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    probe = torch.Generator().manual_seed(1)
-    loss = sum((o.double() * torch.randn(o.shape, generator=probe, dtype=torch.float64)).sum() for o in outputs)
-    return [v.detach() for v in (*outputs, *torch.autograd.grad(loss, leaves, materialize_grads=True))]
 
 
 def pairs_of(groups: Any) -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
@@ -240,6 +228,27 @@ def test_errors_say_what_is_wrong() -> None:
         ops.gate_residual(x, y, gate, 7, out=torch.empty(2, 20, 36))
     with pytest.raises(RuntimeError, match="out= has no gradient"):
         ops.gate_residual(x.requires_grad_(), y, gate, 7, out=torch.empty(2, 20, 37))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("groups", "count"), [(4, 4), ([3, 3, 20], 3), (None, 1)], ids=str)
+@pytest.mark.parametrize("dim", [64, 37, 520])
+@pytest.mark.parametrize("which", ["norm", "gate", "both"])
+def test_emulated_cuda_kernels(
+    device: Device, dtype: torch.dtype, groups: Any, count: int, dim: int, which: str
+) -> None:
+    x, y, gate, scale, shift = inputs_of(dtype, count, dim, tokens=13)
+    offset = 0 if groups is None else 2
+    name, inputs = {
+        "norm": ("norm_modulate", [x, scale, shift]),
+        "gate": ("gate_residual", [x, y, gate]),
+        "both": ("gate_residual_norm_modulate", [x, y, gate, scale, shift]),
+    }[which]
+    device.compare(
+        lambda *v: getattr(ops, name)(*v, groups, token_offset=offset),
+        lambda *v: getattr(ops, f"{name}_reference")(*v, groups, token_offset=offset),
+        inputs,
+    )
 
 
 @pytest.mark.cuda

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accuracy import DTYPES, relative, with_gradients
+from emulated_device import Device
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rope_layouts import HEADS, make_layout, small_layout
 from safetensors import safe_open
 from torch import Tensor
 
@@ -19,12 +22,7 @@ from talkingdit import ops
 from talkingdit.ops import RopeLayout, Segment
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "rope3d.safetensors"
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 CASES = ["framepack_d32", "hunyuan_ref_tm1", "hunyuan_small", "s2v_d128", "wan_pad_d128", "wan_plain_d32"]
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def wan_split(d: int) -> tuple[int, int, int]:
@@ -81,42 +79,12 @@ def test_official_rotations_are_reproduced(case: str) -> None:
             assert (difference.abs() <= expected[b : b + 1].double().abs() * 2**-7).all()
 
 
-def make_layout(pairing: str = "interleaved", split: tuple[int, ...] = (8, 6, 6)) -> RopeLayout:
-    segments = [
-        Segment(range(3), range(2), range(4)),
-        Segment([30], [0.5, 1.5], [-2.25, 7]),
-        Segment([[-3, -2], [-1]], [[0, 1]], [[0, 1], [2, 3, 4]]),
-    ]
-    return RopeLayout(segments, split, pairing=pairing)
-
-
-def qk_inputs(dtype: torch.dtype, norm: str, tokens: int, dim: int = 20) -> list[Tensor]:
-    q, k = torch.randn(2, tokens, 3, dim), torch.randn(2, tokens, 2, dim)
-    weights = [torch.randn(x.shape[2] * dim if norm == "all_heads" else dim) for x in (q, k)]
-    return [v.to(dtype) for v in (q, k, *weights)]
-
-
-def with_gradients(function: Any, inputs: list[Tensor]) -> list[Tensor]:
-    leaves = [v.detach().clone().requires_grad_() for v in inputs]
-    outputs = function(*leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    probe = torch.Generator().manual_seed(1)
-    loss = sum((o.double() * torch.randn(o.shape, generator=probe, dtype=torch.float64)).sum() for o in outputs)
-    return [v.detach() for v in (*outputs, *torch.autograd.grad(loss, leaves))]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pairing", ["interleaved", "half"])
-@pytest.mark.parametrize("norm", ["none", "all_heads", "per_head"])
-def test_error_is_at_most_twice_that_of_eager(dtype: torch.dtype, pairing: str, norm: str) -> None:
+def test_error_is_at_most_twice_that_of_eager(dtype: torch.dtype, pairing: str) -> None:
     layout = make_layout(pairing)
-    if norm == "none":
-        inputs = [torch.randn(2, len(layout), 3, 20).to(dtype)]
-        ours, eager = (lambda x: ops.rope3d(x, layout)), (lambda x: ops.rope3d_reference(x, layout))
-    else:
-        inputs = qk_inputs(dtype, norm, len(layout))
-        ours = lambda *v: ops.qk_norm_rope3d(*v, layout, norm=norm)  # noqa: E731
-        eager = lambda *v: ops.qk_norm_rope3d_reference(*v, layout, norm=norm)  # noqa: E731
+    inputs = [torch.randn(2, len(layout), 3, 20).to(dtype)]
+    ours, eager = (lambda x: ops.rope3d(x, layout)), (lambda x: ops.rope3d_reference(x, layout))
     exact = with_gradients(eager, [v.double() for v in inputs])
     floor = 4 * torch.finfo(dtype).eps if dtype == torch.float64 else 0.0
     for a, b, truth in zip(with_gradients(ours, inputs), with_gradients(eager, inputs), exact, strict=True):
@@ -164,10 +132,6 @@ def test_shards_and_strides_change_nothing(
     cut = data.draw(st.integers(0, len(layout)))
     parts = [ops.rope3d(x[:, :cut], layout), ops.rope3d(x[:, cut:], layout, token_offset=cut)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=0)
-    weight = torch.randn(heads * dim)
-    whole = ops.qk_norm_rope3d(x, x, weight, weight, layout)[0]
-    part = ops.qk_norm_rope3d(x[:, cut:], x[:, cut:], weight, weight, layout, token_offset=cut)[0]
-    torch.testing.assert_close(part, whole[:, cut:], rtol=0, atol=0)
 
 
 def test_out_receives_the_result_also_in_place() -> None:
@@ -178,12 +142,6 @@ def test_out_receives_the_result_also_in_place() -> None:
     copy = x.clone()
     assert ops.rope3d(copy, layout, out=copy) is copy
     assert torch.equal(copy, expected)
-    weight = torch.randn(60)
-    expected_q, expected_k = ops.qk_norm_rope3d(x, x, weight, weight, layout)
-    q, k = x.clone(), x.clone()
-    ops.qk_norm_rope3d(q, k, weight, weight, layout, out=(q, k))
-    assert torch.equal(q, expected_q)
-    assert torch.equal(k, expected_k)
 
 
 def test_large_results_are_right_too() -> None:
@@ -195,13 +153,9 @@ def test_large_results_are_right_too() -> None:
     torch.testing.assert_close(y, ops.rope3d_reference(x[:, sample], layout, token_offset=4321), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm", ["all_heads", "per_head"])
-def test_gradcheck(norm: str) -> None:
+def test_gradcheck() -> None:
     layout = make_layout(split=(2, 4, 2))
-    tokens = len(layout)
-    inputs = [v.requires_grad_() for v in qk_inputs(torch.float64, norm, tokens, 8)]
-    assert torch.autograd.gradcheck(lambda *v: ops.qk_norm_rope3d(*v, layout, norm=norm), inputs, fast_mode=True)
-    x = torch.randn(1, tokens, 1, 8, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, len(layout), 1, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda v: ops.rope3d(v, layout, inverse=True), x)
     assert torch.autograd.gradgradcheck(lambda v: ops.rope3d(v, layout), x)
 
@@ -213,48 +167,25 @@ def test_opcheck(dtype: torch.dtype) -> None:
     table, segments = layout.tables(x.device, x.dtype)
     rotation = (table, segments, layout.pairs, True)
     torch.library.opcheck(torch.ops.talkingdit.rope3d.default, (x, *rotation, 0, False))
-    weight = torch.randn(60, requires_grad=True)
-    torch.library.opcheck(torch.ops.talkingdit.norm_rope3d.default, (x, weight, *rotation, 0, False, 1e-6))
     plain = x.detach()
     torch.library.opcheck(torch.ops.talkingdit.rope3d_out.default, (plain, *rotation, 0, False, torch.empty_like(x)))
-    torch.library.opcheck(
-        torch.ops.talkingdit.norm_rope3d_backward.default, (plain, plain, weight.detach(), *rotation, 0, False, 1e-6)
-    )
 
 
 def test_compiles_into_one_graph_with_dynamic_shapes() -> None:
     layout = make_layout()
 
-    def model(q: Tensor, weight: Tensor, offset: int) -> Tensor:
-        a, b = ops.qk_norm_rope3d(q * 2, q, weight, weight, layout, token_offset=offset)
-        return ops.rope3d(a, layout, token_offset=offset) + b
+    def model(x: Tensor, offset: int) -> Tensor:
+        return ops.rope3d(x * 2, layout, token_offset=offset) + x
 
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch, begin, end in ((1, 0, len(layout)), (2, 3, 20), (3, 7, 11)):
-        q = torch.randn(batch, end - begin, 3, 20, requires_grad=True)
-        weight = torch.randn(60, requires_grad=True)
+        x = torch.randn(batch, end - begin, 3, 20, requires_grad=True)
         grads = []
         for function in (model, compiled):
-            result = function(q, weight, begin)
-            grads.append((result, *torch.autograd.grad(result.square().sum(), (q, weight))))
+            result = function(x, begin)
+            grads.append((result, *torch.autograd.grad(result.square().sum(), x)))
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b)
-
-
-def test_same_bits_whenever_it_runs() -> None:
-    layout = RopeLayout([Segment(range(8), range(10), range(10))], (8, 6, 6))
-    inputs = qk_inputs(torch.float32, "all_heads", len(layout))
-    runs = [with_gradients(lambda *v: ops.qk_norm_rope3d(*v, layout), inputs) for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
-def test_no_tokens_are_no_problem() -> None:
-    layout = make_layout()
-    x, weight = torch.empty(2, 0, 3, 20, requires_grad=True), torch.randn(60, requires_grad=True)
-    q, _ = ops.qk_norm_rope3d(x, x, weight, weight, layout)
-    q.sum().backward()
-    assert weight.grad is not None
-    assert not weight.grad.any()
 
 
 def test_errors_say_what_is_wrong() -> None:
@@ -272,10 +203,6 @@ def test_errors_say_what_is_wrong() -> None:
         ops.rope3d(x, [layout])  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="out= has no gradient"):
         ops.rope3d(x.requires_grad_(), layout, out=torch.empty_like(x))
-    with pytest.raises(ValueError, match=r"q_weight must have shape \[H\*D\] = \(40,\), got \(20,\)"):
-        ops.qk_norm_rope3d(x, x, torch.ones(20), torch.ones(20), layout)
-    with pytest.raises(ValueError, match="norm must be 'all_heads' or 'per_head', got 'rows'"):
-        ops.qk_norm_rope3d(x, x, torch.ones(20), torch.ones(20), layout, norm="rows")
     with pytest.raises(ValueError, match="Segment: t\\[1\\] must be a finite position"):
         Segment([0, float("nan")])
     with pytest.raises(ValueError, match="split must be 1 or 3 even channel counts"):
@@ -284,19 +211,26 @@ def test_errors_say_what_is_wrong() -> None:
         RopeLayout([Segment([0])], (2,), pairing="both")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "split", "pairing"), HEADS)
+def test_emulated_cuda_kernels(
+    device: Device, dtype: torch.dtype, heads: int, split: tuple[int, int, int], pairing: str
+) -> None:
+    layout = small_layout(split, pairing)
+    device.compare(
+        lambda x: ops.rope3d(x, layout, token_offset=5),
+        lambda x: ops.rope3d_reference(x, layout, token_offset=5),
+        [torch.randn(2, 20, heads, sum(split)).to(dtype)],
+    )
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pairing", ["interleaved", "half"])
-@pytest.mark.parametrize("norm", ["all_heads", "per_head"])
-def test_cuda_agrees_with_cpu(dtype: torch.dtype, pairing: str, norm: str) -> None:
+def test_cuda_agrees_with_cpu(dtype: torch.dtype, pairing: str) -> None:
     layout = make_layout(pairing)
-    inputs = qk_inputs(dtype, norm, len(layout))
-    tolerance = 4 * torch.finfo(dtype).eps
-    for function in (
-        lambda q, k, *w: ops.qk_norm_rope3d(q, k, *w, layout, norm=norm),
-        lambda q, k, *w: (ops.rope3d(q, layout), ops.rope3d(k, layout), w[0] * 1, w[1] * 1),
-    ):
-        expected = with_gradients(function, inputs)
-        got = with_gradients(lambda *v, f=function: tuple(o.cpu() for o in f(*(t.cuda() for t in v))), inputs)
-        for a, b in zip(got, expected, strict=True):
-            assert relative(a, b) < tolerance
+    inputs = [torch.randn(2, len(layout), 3, 20).to(dtype)]
+    expected = with_gradients(lambda x: ops.rope3d(x, layout), inputs)
+    got = with_gradients(lambda x: ops.rope3d(x.cuda(), layout).cpu(), inputs)
+    for a, b in zip(got, expected, strict=True):
+        assert relative(a, b) < 4 * torch.finfo(dtype).eps

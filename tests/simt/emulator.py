@@ -6,6 +6,7 @@ Objects are kept in build/simt and compiled again when a file that they were mad
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -74,6 +75,7 @@ def _compile(cxx: str, source: Path) -> Path:
     return target
 
 
+@functools.cache
 def build() -> ModuleType:
     """The module, compiled if need be."""
     cxx = compiler()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Device
+from emulated_device import Device
 from torch import Tensor
 
 from talkingdit import ops

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Device
+from emulated_device import Device
 
 N = 64
 

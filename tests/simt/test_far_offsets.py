@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import TOLERANCE, Device
+from emulated_device import TOLERANCE, Device
 from torch import Tensor
 
 from talkingdit import ops

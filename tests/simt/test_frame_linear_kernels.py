@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import Device
+from emulated_device import Device
 from torch import Tensor
 
 from talkingdit import ops

@@ -2,7 +2,7 @@
 // dx = r (w g - x r^2 mean(w g x)), with g the gradient rotated back; the weight's gradient is the sum of g x r. Blocks
 // are persistent: a thread has the same channels in every token that it comes to, and keeps their sums in registers.
 // What a block has at its end is one row of `partial`.
-#include "norm_rope3d.cuh"
+#include "qk_norm_rope3d.cuh"
 #include "sum_rows.cuh"
 
 namespace td::cuda {
@@ -20,11 +20,11 @@ struct Tokens {
 
 // Norm over all heads: a block holds a token.
 template <class T, bool Interleaved>
-__global__ void __launch_bounds__(kRowThreads) token_kernel(const __grid_constant__ NormRopeGradArgs grads) {
+__global__ void __launch_bounds__(kRowThreads) token_kernel(const __grid_constant__ QkNormRopeGradArgs grads) {
   using U = Unit<T, kFullVector<T>, Interleaved>;
   using C = compute_t<T>;
   constexpr int kUnits = row_units(Interleaved);
-  const NormRopeArgs& all = grads.forward;
+  const QkNormRopeArgs& all = grads.forward;
   const RopeArgs& args = all.rope;
   C* scratch = reinterpret_cast<C*>(dynamic_shared());
   const int slots = args.dim / U::kChannels, head = int(threadIdx.x) / slots, slot = int(threadIdx.x) - head * slots;
@@ -101,11 +101,11 @@ __global__ void __launch_bounds__(kRowThreads) token_kernel(const __grid_constan
 // Norm of each head: warps of a block share the heads of a token, lanes the channels of a head.
 template <class T, bool Interleaved>
 __global__ void __launch_bounds__(kNormThreads, 1)
-    head_kernel(const __grid_constant__ NormRopeGradArgs grads, RowWarps row) {
+    head_kernel(const __grid_constant__ QkNormRopeGradArgs grads, RowWarps row) {
   using U = Unit<T, kFullVector<T>, Interleaved>;
   using C = compute_t<T>;
   constexpr int kUnits = row_units(Interleaved) / 2;
-  const NormRopeArgs& all = grads.forward;
+  const QkNormRopeArgs& all = grads.forward;
   const RopeArgs& args = all.rope;
   const int warp = int(threadIdx.x) >> 5, token = warp / row.warps, part = warp - token * row.warps;
   const Lane lane(args.dim / U::kChannels);
@@ -196,9 +196,9 @@ struct RotatedGradient {
 // Any sizes and any alignment: one block per token, one warp per head. Sums grow in rows of `partial`: one per block,
 // or, where heads share the weight, one per warp.
 template <class T, bool PerHead>
-__global__ void __launch_bounds__(kNormThreads, 1) scalar_kernel(const __grid_constant__ NormRopeGradArgs grads) {
+__global__ void __launch_bounds__(kNormThreads, 1) scalar_kernel(const __grid_constant__ QkNormRopeGradArgs grads) {
   using C = compute_t<T>;
-  const NormRopeArgs& all = grads.forward;
+  const QkNormRopeArgs& all = grads.forward;
   const RopeArgs& args = all.rope;
   const int half = args.dim / 2, lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5;
   const int heads = int(args.heads);
@@ -270,10 +270,10 @@ __global__ void __launch_bounds__(256) weight_kernel(const C* partial, C* total,
 
 // Launches the first stage and returns the number of rows that it leaves.
 template <class T, bool Interleaved>
-int64_t run(const NormRopeGradArgs& grads, cudaStream_t stream) {
+int64_t run(const QkNormRopeGradArgs& grads, cudaStream_t stream) {
   using C = compute_t<T>;
-  const char* op = "norm_rope3d_backward";
-  const NormRopeArgs& all = grads.forward;
+  const char* op = "qk_norm_rope3d_backward";
+  const QkNormRopeArgs& all = grads.forward;
   const RopeArgs& args = all.rope;
   const bool whole = whole_vectors<T>(all) && aligned_rows(grads.grad, grads.grad_strides, 3, sizeof(T)) &&
                      aligned_rows(grads.partial, nullptr, 0, 0);
@@ -307,8 +307,8 @@ int64_t run(const NormRopeGradArgs& grads, cudaStream_t stream) {
 
 }  // namespace
 
-void norm_rope3d_backward(const NormRopeGradArgs& given, cudaStream_t stream) {
-  NormRopeGradArgs args = given;
+void qk_norm_rope3d_backward(const QkNormRopeGradArgs& given, cudaStream_t stream) {
+  QkNormRopeGradArgs args = given;
   RopeArgs& rope = args.forward.rope;
   rope.inverse = !rope.inverse;
   const int64_t width = args.forward.per_head ? rope.dim : rope.heads * rope.dim;
@@ -316,7 +316,7 @@ void norm_rope3d_backward(const NormRopeGradArgs& given, cudaStream_t stream) {
     using T = typename decltype(tag)::type;
     using C = compute_t<T>;
     const int64_t rows = rope.interleaved ? run<T, true>(args, stream) : run<T, false>(args, stream);
-    launch("norm_rope3d_backward", weight_kernel<C>, unsigned((width + 31) / 32), 256, 256 * sizeof(C), stream,
+    launch("qk_norm_rope3d_backward", weight_kernel<C>, unsigned((width + 31) / 32), 256, 256 * sizeof(C), stream,
            static_cast<const C*>(args.partial), static_cast<C*>(args.grad_weight), rows, width);
   });
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What forward and backward of norm_rope3d share.
+// What forward and backward of qk_norm_rope3d share.
 #pragma once
 
-#include "core/norm_rope3d.h"
+#include "core/qk_norm_rope3d.h"
 #include "rope_row.cuh"
 
 namespace td::cuda {
@@ -47,13 +47,13 @@ bool heads_fit_warp(const RopeArgs& args) {
 
 // Everything is aligned to 16 bytes: the tensors of the call, and the weight.
 template <class T>
-bool whole_vectors(const NormRopeArgs& all) {
+bool whole_vectors(const QkNormRopeArgs& all) {
   return whole_vectors<T>(all.rope) && aligned_rows(all.weight, nullptr, 0, 0);
 }
 
 // The weight of a unit, channel by channel as Unit::get counts.
 template <class T, bool Interleaved>
-__device__ __forceinline__ void load_weight(const NormRopeArgs& all, int64_t head, int slot,
+__device__ __forceinline__ void load_weight(const QkNormRopeArgs& all, int64_t head, int slot,
                                             compute_t<T> (&values)[Unit<T, kFullVector<T>, Interleaved>::kChannels]) {
   using C = compute_t<T>;
   Unit<C, kFullVector<T>, Interleaved> unit;

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scikit-build-core, plus one build requirement that depends on the machine.
+"""The build backend: scikit-build-core, plus one build requirement that depends on the machine.
 
-CUTLASS headers come from the ``nvidia-cutlass`` wheel. It is asked for only when CUDA kernels are going to be built
-and one of them includes CUTLASS, so that a CPU-only build downloads nothing made for CUDA.
+``pip install .`` calls the functions here (PEP 517; pyproject.toml names this file). CUTLASS headers come from the
+``nvidia-cutlass`` wheel, which is asked for only when CUDA kernels are going to be built and one of them includes
+CUTLASS, so that a CPU-only build downloads nothing made for CUDA.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import os
 import re
 import shutil
 from pathlib import Path
+
+if __name__ == "__main__":
+    raise SystemExit("setup.py is a build backend and takes no commands: run `pip install .` in this folder.")
 
 from scikit_build_core import build as _build
 from scikit_build_core.build import (
@@ -43,7 +47,7 @@ def _builds_cuda() -> bool:
 
 
 def _cutlass_requirement() -> list[str]:
-    sources = Path(__file__).parent.parent.joinpath("cuda").glob("*.cu*")
+    sources = Path(__file__).parent.joinpath("cuda").glob("*.cu*")
     if _builds_cuda() and any(_CUTLASS_INCLUDE.search(path.read_text()) for path in sources):
         return ["nvidia-cutlass>=4.2"]
     return []

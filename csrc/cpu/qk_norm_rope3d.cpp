@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "core/norm_rope3d.h"
+#include "core/qk_norm_rope3d.h"
 
 #include "core/parallel.h"
 #include "cpu/rope_row.h"
@@ -31,7 +31,7 @@ TD_INLINE compute_t<T> inverse_rms(const RopeArgs& args, int64_t b, int64_t n, i
 }
 
 template <class T, bool Stream>
-void forward(const NormRopeArgs& all) {
+void forward(const QkNormRopeArgs& all) {
   using C = compute_t<T>;
   const RopeArgs& args = all.rope;
   const int64_t bytes_per_token = args.batch * args.heads * args.dim * int64_t(sizeof(T));
@@ -58,10 +58,10 @@ void forward(const NormRopeArgs& all) {
 
 // With g the gradient rotated back: dx = r (w g - x r^2 mean(w g x)), dw = sum over tokens of g x r.
 template <class T>
-TD_INLINE void backward_token(const NormRopeGradArgs& grads, const RopeRow<compute_t<T>>& row, int64_t b, int64_t n,
+TD_INLINE void backward_token(const QkNormRopeGradArgs& grads, const RopeRow<compute_t<T>>& row, int64_t b, int64_t n,
                               compute_t<T>* weight_sums) {
   using C = compute_t<T>;
-  const NormRopeArgs& all = grads.forward;
+  const QkNormRopeArgs& all = grads.forward;
   const RopeArgs& args = all.rope;
   const int64_t domain = all.per_head ? 1 : args.heads;
   for (int64_t first = 0; first < args.heads; first += domain) {
@@ -96,9 +96,9 @@ TD_INLINE void backward_token(const NormRopeGradArgs& grads, const RopeRow<compu
 }
 
 template <class T>
-void backward(const NormRopeGradArgs& grads) {
+void backward(const QkNormRopeGradArgs& grads) {
   using C = compute_t<T>;
-  const NormRopeArgs& all = grads.forward;
+  const QkNormRopeArgs& all = grads.forward;
   RopeArgs back = all.rope;
   back.inverse = !back.inverse;
   const int64_t width = all.per_head ? back.dim : back.heads * back.dim;
@@ -129,14 +129,14 @@ void backward(const NormRopeGradArgs& grads) {
 
 }  // namespace
 
-void norm_rope3d(const NormRopeArgs& args) {
+void qk_norm_rope3d(const QkNormRopeArgs& args) {
   dispatch_float(args.rope.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     rope_can_stream<T>(args.rope) ? forward<T, true>(args) : forward<T, false>(args);
   });
 }
 
-void norm_rope3d_backward(const NormRopeGradArgs& args) {
+void qk_norm_rope3d_backward(const QkNormRopeGradArgs& args) {
   dispatch_float(args.forward.rope.dtype, [&](auto tag) { backward<typename decltype(tag)::type>(args); });
 }
 

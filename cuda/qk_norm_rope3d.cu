@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "norm_rope3d.cuh"
+#include "qk_norm_rope3d.cuh"
 
 namespace td::cuda {
 namespace {
@@ -8,7 +8,7 @@ constexpr int64_t kMaxBlocks = 1 << 20;
 
 // Norm over all heads: a block holds a token in registers, so that memory is read once.
 template <class T, bool Interleaved>
-__global__ void __launch_bounds__(kRowThreads) token_kernel(const __grid_constant__ NormRopeArgs all) {
+__global__ void __launch_bounds__(kRowThreads) token_kernel(const __grid_constant__ QkNormRopeArgs all) {
   using U = Unit<T, kFullVector<T>, Interleaved>;
   using C = compute_t<T>;
   constexpr int kUnits = row_units(Interleaved);
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kRowThreads) token_kernel(const __grid_constan
 
 // Norm of each head: warps of a block share the heads of a token, lanes the channels of a head.
 template <class T, bool Interleaved>
-__global__ void __launch_bounds__(kNormThreads) head_kernel(const __grid_constant__ NormRopeArgs all, RowWarps row) {
+__global__ void __launch_bounds__(kNormThreads) head_kernel(const __grid_constant__ QkNormRopeArgs all, RowWarps row) {
   using U = Unit<T, kFullVector<T>, Interleaved>;
   using C = compute_t<T>;
   constexpr int kUnits = row_units(Interleaved);
@@ -114,7 +114,7 @@ __device__ __forceinline__ compute_t<T> head_squares(const T* x, int dim) {
 
 // Any sizes and any alignment: one block per token, one warp per head.
 template <class T>
-__global__ void __launch_bounds__(kNormThreads, 1) scalar_kernel(const __grid_constant__ NormRopeArgs all) {
+__global__ void __launch_bounds__(kNormThreads, 1) scalar_kernel(const __grid_constant__ QkNormRopeArgs all) {
   using C = compute_t<T>;
   const RopeArgs& args = all.rope;
   const int half = args.dim / 2, lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5;
@@ -148,9 +148,9 @@ __global__ void __launch_bounds__(kNormThreads, 1) scalar_kernel(const __grid_co
 }
 
 template <class T, bool Interleaved>
-void run(const NormRopeArgs& all, cudaStream_t stream) {
+void run(const QkNormRopeArgs& all, cudaStream_t stream) {
   using C = compute_t<T>;
-  const char* op = "norm_rope3d";
+  const char* op = "qk_norm_rope3d";
   const RopeArgs& args = all.rope;
   const bool whole = whole_vectors<T>(all);
   const int threads = whole && !all.per_head ? row_threads<T>(args) : 0;
@@ -170,7 +170,7 @@ void run(const NormRopeArgs& all, cudaStream_t stream) {
 
 }  // namespace
 
-void norm_rope3d(const NormRopeArgs& args, cudaStream_t stream) {
+void qk_norm_rope3d(const QkNormRopeArgs& args, cudaStream_t stream) {
   dispatch_float(args.rope.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     args.rope.interleaved ? run<T, true>(args, stream) : run<T, false>(args, stream);
