@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may be said about a video of a drawn character."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from talkingdit.families.family import GenerationOptions
+from talkingdit.families.flag import Flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(GenerationOptions):
+    """None takes what the checkpoint suggests."""
+
+    small: ClassVar[bool] = True
+
+    text_guidance: Annotated[float | None, Flag("G")] = None
+    """how strictly to follow the prompt (default: of the checkpoint)"""
+    audio_guidance: Annotated[float | None, Flag("G")] = None
+    """how strongly to follow the voice (default: of the checkpoint)"""
+    sequential: bool = False
+    """less memory, more time: one prediction after the other"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("text_guidance", "audio_guidance"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"generate: {name} must be a number of at least 0, got {value}")
