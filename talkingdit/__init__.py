@@ -20,7 +20,7 @@ _LAZY = {
     "build_info": "talkingdit._native_loader",
     "restore": "talkingdit.nn.accelerate",
 }
-_SUBMODULES = ("data", "eval", "models", "nn", "ops", "pipelines", "puppets")
+_SUBMODULES = ("data", "families", "media", "models", "nn", "ops", "pipelines", "plan", "puppets")
 
 __all__ = ["__version__", "accelerate", "build_info", "restore", *_SUBMODULES]
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flags from dataclasses: tyro makes the help and reads the command line, and every mistake is one plain sentence.
 
-tyro converts values in a fixed way, draws boxes around its complaints and ends the process. So its dataclasses are made
-here, one per group of the help, from the fields of ours: with a converter for each flag that raises `_Refused`, and with
-defaults also for what is required, whose absence is told here. `families/flag.py` says what a field may say.
+tyro draws boxes around its complaints and ends the process. So its dataclasses are made here, one per group of the
+help, from the fields of ours: with a converter for each flag that raises `_Refused`, and with defaults also for what is
+required, whose absence is told here. `families/flag.py` says what a field may say.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import inspect
 import re
-import shutil
 import sys
 import textwrap
 import types
@@ -106,7 +105,7 @@ def read(command: str, about: str, groups: Iterable[Group], argv: Sequence[str])
 
     Args:
         command: as the help calls it, "talkingdit plan".
-        about: what it does, in the help.
+        about: what it does, in the help; a short line, for tyro does not break it.
         groups: of flags.
         argv: words behind the command.
 
@@ -125,7 +124,7 @@ def read(command: str, about: str, groups: Iterable[Group], argv: Sequence[str])
         found, unknown = tyro.cli(
             dataclasses.make_dataclass("Flags", parts),
             prog=command,
-            description=textwrap.fill(about, shutil.get_terminal_size().columns),
+            description=about,
             args=list(argv),
             return_unknown_args=True,
             console_outputs=not rank() and bool({"-h", "--help"} & set(argv)),
@@ -158,7 +157,7 @@ def _without_value(argv: Sequence[str], flags: Iterable[_Field]) -> str:
     return "the arguments cannot be read"
 
 
-# ---- One field --------------------------------------------------------------------------------------------------------
+# ---- One field -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -310,4 +309,3 @@ def _strings_below(body: Any) -> dict[str, str]:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                 found[name] = " ".join(text.split())
     return found
-

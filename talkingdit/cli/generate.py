@@ -32,11 +32,7 @@ if TYPE_CHECKING:
     from talkingdit.pipelines.memory import Memory
 
 COMMAND = "talkingdit generate"
-ABOUT = (
-    "Make a video of a portrait speaking a voice recording. The model that is shipped, of drawn characters, runs on "
-    "this machine without a GPU too; with --checkpoint any folder of a family below. A run that was interrupted goes on "
-    "after its last clip."
-)
+ABOUT = "Make a video of a portrait speaking a voice recording."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +46,9 @@ class Flags:
     prompt: Annotated[str, Flag("WORDS")] = ""
     """what to show"""
     output: Annotated[Path, Flag("MP4", also=("-o",))]
-    """the video to write"""
+    """the video to write; a run that was interrupted goes on after its last clip"""
     checkpoint: Annotated[Path | None, Flag("DIR")] = None
-    """model to use (default: the one shipped)"""
+    """folder of the model to use (default: the one shipped, of drawn characters)"""
     upscale: Annotated[int, Flag("N")] = 1
     """enlarge the frames N times"""
     sheet: Annotated[Path | None, Flag("PNG")] = None
@@ -117,7 +113,7 @@ def generate(argv: Sequence[str]) -> None:
         team.exit(tell_of_one(error))
 
 
-# ---- Flags ------------------------------------------------------------------------------------------------------------
+# ---- Flags -----------------------------------------------------------------------------------------------------------
 
 
 def prepare(argv: Sequence[str]) -> Request:
@@ -207,7 +203,7 @@ def _help_groups(argv: Sequence[str]) -> list[Group]:
     return groups
 
 
-# ---- The road ---------------------------------------------------------------------------------------------------------
+# ---- The road --------------------------------------------------------------------------------------------------------
 
 
 def _generate(request: Request, team: Team) -> None:
@@ -282,8 +278,8 @@ def _folder(flags: Flags) -> Path:
 
 def _memory(options: GenerationOptions) -> Memory | None:
     """What is traded for memory, where the family offers that."""
-    words = getattr(options, "memory", None)
-    if words is None:
+    words = getattr(options, "memory", "")
+    if not words:
         return None
     from talkingdit.pipelines.memory import Memory
 

@@ -50,8 +50,8 @@ class Options(GenerationOptions):
     """bring the colours of later clips back to those of the first"""
     sequential: bool = False
     """less memory, more time: one prediction after the other"""
-    memory: Annotated[str | None, Flag("SWITCHES")] = None
-    """fit a smaller card, in the words that `plan` suggests: weights=cast_fp8,offload=block,text_encoder=cpu,vae=tiled"""
+    memory: Annotated[str, Flag("SWITCHES")] = ""
+    """fit a smaller card, in words that `plan` suggests: weights=cast_fp8,offload=block,text_encoder=cpu,vae=tiled"""
     compile: bool = False
     """compile the blocks of the model: slow to begin with, faster then"""
 
