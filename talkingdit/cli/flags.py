@@ -184,9 +184,9 @@ class _Field:
     def spelt(self) -> str:
         return "/".join(self.spellings)
 
-    def read(self, text: str) -> Any:
+    def read(self, reader: Callable[[str], Any], text: str) -> Any:
         try:
-            return (self.flag.read or _reader(self.kind))(text)
+            return reader(text)
         except ValueError as error:
             raise _Refused(f"argument {self.spelt}: {error}") from None
 
@@ -201,10 +201,11 @@ class _Field:
         about: Any = arg(help=self.help, help_behavior_hint=hint, aliases=self.flag.also or None)
         if self.switch:
             return self.name, Annotated[bool, about], self.default
+        reader = self.flag.read or _reader(self.kind)
         spec: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
             nargs=1,
             metavar=self.flag.metavar or _metavar(self.kind),
-            instance_from_str=lambda words: self.read(words[0]),
+            instance_from_str=lambda words: self.read(reader, words[0]),
             is_instance=lambda value: True,
             str_from_instance=lambda value: [str(value)],
         )

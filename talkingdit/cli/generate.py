@@ -142,7 +142,7 @@ def prepare(argv: Sequence[str]) -> Request:
 
     layout, memory = Layout.parse(flags.parallel), _memory(options)
     settings = family.checkpoint.read_settings(_folder(flags))
-    outline = family.pipeline.outline(inputs, settings, options)
+    outline = family.outline.outline(inputs, settings, options)
     layout.filled(processes(), outline.predictions, _heads(_folder(flags)))
     return Request(flags, family.name, options, layout, inputs, outline, memory)
 
@@ -227,6 +227,7 @@ def _generate(request: Request, team: Team) -> None:
             request.inputs,
             request.outline,
             family.pipeline.open_pipeline(checkpoint, parallel),
+            curves=None if family.preview is None else family.preview.Curves(),
             talk=Talk(progress=progress, warn=warn),
             variant=_variant(request.memory),
         )
