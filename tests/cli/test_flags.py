@@ -14,7 +14,7 @@ from talkingdit.cli.flags import Group, Values, read
 from talkingdit.cli.messages import UsageError, tell
 from talkingdit.families.flag import AREA, SIDES, Flag
 
-BOXES = re.compile(r"[╭╮╰╯│─+|]|-{3,}")  # as tyro draws them, in either encoding
+BOXES = re.compile(r"[╭╮╰╯│─|]|\+?-{3,}\+?")  # as tyro draws them, in either encoding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,8 @@ def test_help_is_made_of_docstrings_and_defaults(
         "--seed N another number, another video (default: 0)",
         "-o MP4, --output MP4 the video to write (required)",
         "--clip-frames N frames per clip (default: of the checkpoint) --guidance X how strictly --solver",
-        "--solver {unipc,dpm++} of the denoising (default: unipc)",
+        "of the denoising (default: unipc)",
+        "{unipc,dpm++}",
         "--size WxH of the frames (default: 832x448)",
         "--cover cut more off",
         "more options about them",
