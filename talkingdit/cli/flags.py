@@ -121,7 +121,7 @@ def read(command: str, about: str, groups: Iterable[Group], argv: Sequence[str])
         boxes.setdefault(one.group, []).append(one)
     parts = [(f"group_{index}", _box(group, flags)) for index, (group, flags) in enumerate(boxes.items())]
     try:
-        found, unknown = tyro.cli(
+        found, unknown = tyro.cli(  # type: ignore[var-annotated]
             dataclasses.make_dataclass("Flags", parts),
             prog=command,
             description=about,
