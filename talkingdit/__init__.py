@@ -22,7 +22,7 @@ _LAZY = {
     "generate": "talkingdit.api",
     "restore": "talkingdit.nn.accelerate",
 }
-_SUBMODULES = ("data", "eval", "models", "nn", "ops", "pipelines", "puppets")
+_SUBMODULES = ("data", "families", "media", "models", "nn", "ops", "pipelines", "plan", "puppets")
 
 __all__ = ["__version__", "accelerate", "build_info", "generate", "restore", *_SUBMODULES]
 

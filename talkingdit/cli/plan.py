@@ -1,132 +1,202 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`talkingdit plan`: what generating takes on a card or, with `--train`, what training takes on a cluster."""
+"""The verb `talkingdit plan`: what generating takes on a card or, with `--train`, what training takes on a cluster."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from talkingdit import families
+from talkingdit.cli.flags import Group, read
+from talkingdit.errors import UserError
+from talkingdit.families.flag import SIDES, Flag
 
 if TYPE_CHECKING:
     from talkingdit.plan.generation import ClipShape
     from talkingdit.plan.training import Cluster, TrainPlan
 
+COMMAND = "talkingdit plan"
+ABOUT = "Predict memory and time of a clip, or of training on clips; nothing is loaded."
 _CONSTANTS = ("efficiency", "inside", "between")
 
 
-def add_plan(
-    verbs: Any, count: Callable[[str], int], strength: Callable[[str], float], sides: Callable[[str], tuple[int, int]]
-) -> None:
-    """Add the verb and its arguments.
+def _check(flags: Any, *counts: str, speeds: Sequence[str] = ()) -> None:
+    """Raises: ValueError: a count is below 1, or a speed is none."""
+    for name in counts:
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise ValueError(f"plan: {name} must be at least 1, got {value}")
+    for name in speeds:
+        value = getattr(flags, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"plan: {name} must be a number of at least 0, got {value}")
 
-    Args:
-        verbs: of the command line.
-        count, strength, sides: read a number of at least 1, one of at least 0, and WIDTHxHEIGHT as (height, width).
+
+@dataclass(frozen=True, kw_only=True)
+class ClipFlags:
+    """What is planned."""
+
+    checkpoint: Annotated[Path | None, Flag("DIR")] = None
+    """folder of the checkpoint (this or --preset is required)"""
+    preset: Annotated[str | None, Flag("NAME")] = None
+    """a configuration by name, such as wan_s2v_14b"""
+    size: Annotated[tuple[int, int], SIDES] = (448, 832)
+    """of the frames"""
+    card: Annotated[str, Flag("CARD")] = "24GB"
+    """memory such as 24GB, or a name such as h100"""
+    tflops: Annotated[float | None, Flag("T")] = None
+    """stated bfloat16 speed of the card, for the time (default: that of a card given by name)"""
+    frames: Annotated[int, Flag("N")] = 80
+    """frames per clip"""
+    pose: bool = False
+    """with a pose video"""
+
+    def __post_init__(self) -> None:
+        _check(self, "frames", speeds=("tflops",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationFlags:
+    """How a clip is generated."""
+
+    steps: Annotated[int, Flag("N")] = 40
+    """denoising steps per clip"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """of the weights"""
+    sequential: bool = False
+    """one prediction of guidance after the other"""
+    plain: bool = False
+    """no guidance: one prediction per step"""
+    memory: Annotated[str, Flag("SWITCHES")] = ""
+    """e.g. offload=block,text_encoder=cpu"""
+
+    def __post_init__(self) -> None:
+        _check(self, "steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFlags:
+    """How training is laid out."""
+
+    train: bool = False
+    """plan training"""
+    gpus: Annotated[int, Flag("N")] = 8
+    """per node"""
+    nodes: Annotated[int, Flag("N")] = 1
+    """machines"""
+    micro_batches: Annotated[int | None, Flag("N")] = None
+    """per step, on all GPUs together (default: one per node)"""
+    optimizer: Annotated[str | None, Flag("NAME")] = None
+    """adamw, adamw8bit or muon"""
+    checkpointing: Annotated[str | None, Flag("MODE")] = None
+    """of activations: full, selective or off"""
+    no_averages: bool = False
+    """without running averages of the weights"""
+    offload: bool = False
+    """shards, gradients and optimiser states on the host"""
+    train_only: Annotated[str, Flag("PART")] = ""
+    """lora (adapters on linear layers) or audio (its modules)"""
+    lora_rank: Annotated[int, Flag("N")] = 32
+    """of the adapters"""
+    inside: Annotated[float | None, Flag("GB/s")] = None
+    """that a GPU sends within a node (default: 300)"""
+    between: Annotated[float | None, Flag("GB/s")] = None
+    """that a GPU sends to other nodes (default: 40)"""
+    measured: Annotated[Path | None, Flag("JSON")] = None
+    """constants measured by bench/train_step.py"""
+
+    def __post_init__(self) -> None:
+        _check(self, "gpus", "nodes", "micro_batches", "lora_rank", speeds=("inside", "between"))
+
+
+GROUPS = (
+    Group(ClipFlags),
+    Group(GenerationFlags, "generation"),
+    Group(TrainingFlags, "training", "switches that are not given are chosen so that it fits"),
+)
+
+
+def plan(argv: Sequence[str]) -> None:
+    """Carry out the verb.
+
+    Raises:
+        UserError: something is wrong with the command line or the checkpoint.
+        SystemExit: after the help.
     """
-    plan = verbs.add_parser(
-        "plan",
-        help="predict memory and time of a Wan-S2V checkpoint on a card, or of its training on a cluster",
-        description="Predict the memory and time that a clip of a Wan-S2V checkpoint takes, without loading it, and "
-        "say what to switch on if it does not fit. With --train: that of training it, and the fastest parallel layout.",
-    )
-    plan.set_defaults(run=_plan)
-    what = plan.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", metavar="DIR", help="folder of the checkpoint")
-    what.add_argument("--preset", metavar="NAME", help="a configuration by name, such as wan_s2v_14b")
-    plan.add_argument("--size", type=sides, default=(448, 832), metavar="WxH", help="of the pictures (832x448)")
-    plan.add_argument(
-        "--card", default="24GB", metavar="CARD", help="memory such as 24GB, or a name such as h100 (24GB)"
-    )
-    plan.add_argument("--tflops", type=strength, metavar="T", help="stated bfloat16 speed of the card, for the time")
-    plan.add_argument("--frames", type=count, default=80, metavar="N", help="pictures per clip (80)")
-    plan.add_argument("--pose", action="store_true", help="with a pose video")
-
-    make = plan.add_argument_group("generating")
-    make.add_argument("--steps", type=count, default=40, metavar="N", help="denoising steps per clip (40)")
-    make.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (bfloat16)")
-    make.add_argument("--sequential", action="store_true", help="one prediction of guidance after the other")
-    make.add_argument("--plain", action="store_true", help="no guidance: one prediction per step")
-    make.add_argument("--memory", default="", metavar="SWITCHES", help="e.g. offload=block,text_encoder=cpu")
-
-    train = plan.add_argument_group("training", "switches that are not given are chosen so that it fits")
-    train.add_argument("--train", action="store_true", help="plan training")
-    train.add_argument("--gpus", type=count, default=8, metavar="N", help="per node (8)")
-    train.add_argument("--nodes", type=count, default=1, metavar="N", help="machines (1)")
-    train.add_argument("--micro-batches", type=count, metavar="N", help="per step, on all GPUs together (one per node)")
-    train.add_argument("--optimizer", metavar="NAME", help="adamw, adamw8bit or muon")
-    train.add_argument("--checkpointing", metavar="MODE", help="of activations: full, selective or off")
-    train.add_argument("--no-averages", action="store_true", help="without running averages of the weights")
-    train.add_argument("--offload", action="store_true", help="shards, gradients and optimiser states on the host")
-    train.add_argument("--train-only", metavar="PART", help="lora (adapters on linear layers) or audio (its modules)")
-    train.add_argument("--lora-rank", type=count, default=32, metavar="N", help="of the adapters (32)")
-    train.add_argument("--inside", type=strength, metavar="GB/s", help="that a GPU sends within a node (300)")
-    train.add_argument("--between", type=strength, metavar="GB/s", help="that a GPU sends to other nodes (40)")
-    train.add_argument("--measured", type=Path, metavar="JSON", help="constants measured by bench/train_step.py")
+    values = read(COMMAND, ABOUT, GROUPS, argv)
+    values.refuse_unknown()
+    flags, how, training = values.make(ClipFlags), values.make(GenerationFlags), values.make(TrainingFlags)
+    if flags.checkpoint is not None and flags.preset is not None:
+        values.refuse("argument --preset: not allowed with argument --checkpoint")
+    if flags.checkpoint is None and flags.preset is None:
+        values.refuse("one of the arguments --checkpoint --preset is required")
+    # What needs no torch is checked first.
+    if flags.preset is not None:
+        families.of_preset(flags.preset)
+    elif flags.checkpoint is not None and not flags.checkpoint.is_dir():
+        raise UserError(f"{flags.checkpoint}: the checkpoint must be a folder, and there is none of this name.")
+    if flags.frames % 4:
+        raise UserError(f"plan: a clip must have a multiple of 4 frames, got {flags.frames}.")
+    sys.stdout.write(_report(flags, how, training) + "\n")
 
 
-def _plan(args: argparse.Namespace) -> None:
+def _report(flags: ClipFlags, how: GenerationFlags, training: TrainingFlags) -> str:
     import torch
 
-    from talkingdit.errors import UserError
     from talkingdit.pipelines.memory import Memory
-    from talkingdit.plan import generation as plan
+    from talkingdit.plan import generation
 
-    card, speed = plan.card_of(args.card)
-    speed = args.tflops or speed
-    dtype = getattr(torch, args.dtype)
-    config, parts = plan.source(args.checkpoint or args.preset, dtype)
-    height, width = args.size
+    card, speed = generation.card_of(flags.card)
+    speed = flags.tflops or speed
+    dtype = getattr(torch, how.dtype)
+    config, parts = generation.source(str(flags.checkpoint or flags.preset), dtype)
+    height, width = flags.size
     try:
-        memory = Memory.parse(args.memory)
-        if args.frames % 4:
-            raise ValueError(f"plan: a clip must have a multiple of 4 pictures, got {args.frames}")
-        clip = plan.ClipShape(
+        memory = Memory.parse(how.memory)
+        clip = generation.ClipShape(
             height=height,
             width=width,
-            latents=args.frames // 4,
+            latents=flags.frames // 4,
             history=config["motion_frames"][1],
-            steps=args.steps,
-            branches=1 if args.plain else 2,
-            batched=not args.sequential and not args.plain,
-            pose=args.pose,
+            steps=how.steps,
+            branches=1 if how.plain else 2,
+            batched=not how.sequential and not how.plain,
+            pose=flags.pose,
         )
-        if args.train:
-            print(_train(args, config, clip, card, speed))
-            return
+        if training.train:
+            return _train(training, config, clip, card, speed)
     except ValueError as error:
-        raise UserError(f"{error}.") from error
+        raise UserError(f"{str(error).removesuffix('.')}.") from error
 
-    def again(memory: Memory, clip: plan.ClipShape) -> plan.Plan:
-        return plan.predict(config, parts, clip, memory, dtype, speed)
+    def again(memory: Memory, clip: ClipShape) -> generation.Plan:
+        return generation.predict(config, parts, clip, memory, dtype, speed)
 
     found = again(memory, clip)
-    print(plan.report(found, card, speed, plan.advice(found, again, card)))
+    return generation.report(found, card, speed, generation.advice(found, again, card))
 
 
-def _train(
-    args: argparse.Namespace, config: Mapping[str, Any], clip: ClipShape, card: float, speed: float | None
-) -> str:
-    from talkingdit.errors import UserError
-    from talkingdit.plan import training as plan_train
+def _train(flags: TrainingFlags, config: Mapping[str, Any], clip: ClipShape, card: float, speed: float | None) -> str:
+    from talkingdit.plan import training
 
     if speed is None:
         raise UserError("plan: --train needs the speed of the card: name one with --card, or give --tflops.")
-    cluster = plan_train.Cluster(args.nodes, args.gpus, card, speed)
-    links: Any = {name: 1e9 * getattr(args, name) for name in ("inside", "between") if getattr(args, name)}
+    cluster = training.Cluster(flags.nodes, flags.gpus, card, speed)
+    links: Any = {name: 1e9 * value for name in ("inside", "between") if (value := getattr(flags, name))}
     cluster = replace(cluster, **links)
-    if args.measured is not None:
-        cluster = measured(cluster, args.measured)
-    chosen = {"optimizer": args.optimizer, "checkpointing": args.checkpointing}
-    chosen |= {"averages": False if args.no_averages else None, "offload": args.offload or None}
+    if flags.measured is not None:
+        cluster = measured(cluster, flags.measured)
+    chosen = {"optimizer": flags.optimizer, "checkpointing": flags.checkpointing}
+    chosen |= {"averages": False if flags.no_averages else None, "offload": flags.offload or None}
     given = {name: value for name, value in chosen.items() if value is not None}
-    run = plan_train.Run(
-        clip, args.micro_batches or args.nodes, trains=args.train_only or "all", lora_rank=args.lora_rank, **given
+    run = training.Run(
+        clip, flags.micro_batches or flags.nodes, trains=flags.train_only or "all", lora_rank=flags.lora_rank, **given
     )
-    found, fits = plan_train.best(config, run, cluster, frozenset(given))
-    return report(found, fits, config, cluster, args.measured)
+    found, fits = training.best(config, run, cluster, frozenset(given))
+    return report(found, fits, config, cluster, flags.measured)
 
 
 def measured(cluster: Cluster, path: Path) -> Cluster:
@@ -135,8 +205,6 @@ def measured(cluster: Cluster, path: Path) -> Cluster:
     Raises:
         UserError: no such file, or not of that form.
     """
-    from talkingdit.errors import UserError
-
     try:
         found = json.loads(path.read_text())["constants"]
         values: Any = {name: float(found[name]) for name in _CONSTANTS if name in found}
@@ -163,7 +231,7 @@ def report(plan: TrainPlan, fits: bool, config: Mapping[str, Any], cluster: Clus
     }
     gpus = f"{cluster.nodes} x {cluster.gpus} GPUs" if cluster.nodes > 1 else f"{cluster.gpus} GPUs"
     lines = [
-        f"clip        {clip.width} x {clip.height}, {4 * clip.latents} pictures: {total} tokens, {noisy} of them noisy",
+        f"clip        {clip.width} x {clip.height}, {4 * clip.latents} frames: {total} tokens, {noisy} of them noisy",
         f"step        {run.micro_batches} micro-batch{'es' * (run.micro_batches > 1)} of a clip on {gpus}",
         f"trains      {parts[run.trains]}{'' if run.averages else ', without averages of the weights'}",
         f"layout      {plan.layout}",

@@ -1,83 +1,116 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `talkingdit precompute`."""
+"""The verb `talkingdit precompute`: training videos into shards, alone or as one of several processes of torchrun."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from talkingdit.cli.flags import Group, read
+from talkingdit.cli.messages import processes, rank, warn
+from talkingdit.errors import UserError
+from talkingdit.families.flag import AREA, Flag
 
 if TYPE_CHECKING:
     from talkingdit.data.manifest import Manifest
     from talkingdit.data.precompute import Job
 
+COMMAND = "talkingdit precompute"
+ABOUT = "Encode training videos into shards; run again, it goes on where it was stopped."
 
-def add_precompute(verbs: Any, count: Callable[[str], int], area: Callable[[str], int]) -> None:
-    """Add the verb and its arguments.
 
-    Args:
-        verbs: of the command line.
-        count, area: read a number of at least 1, and pixels.
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What is encoded, and how."""
+
+    manifest: Annotated[Path, Flag("FILE")]
+    """videos: .jsonl, .csv or .json"""
+    checkpoint: Annotated[Path, Flag("DIR")]
+    """folder of the encoders"""
+    out: Annotated[Path, Flag("DIR", also=("-o",))]
+    """folder of the shards"""
+    fps: Annotated[int | None, Flag("N")] = None
+    """frames per second (default: of the checkpoint, 16)"""
+    clip_frames: Annotated[int, Flag("N")] = 80
+    """frames per clip"""
+    min_frames: Annotated[int | None, Flag("N")] = None
+    """of the last or only clip (default: half of --clip-frames)"""
+    stride: Annotated[int | None, Flag("N")] = None
+    """frames between clips (default: --clip-frames)"""
+    openings: Literal["first", "all", "none"] = "first"
+    """clips without history: first (where a video begins), all (one at every stride), none"""
+    stills: bool = False
+    """with every such clip one that starts from the reference"""
+    max_area: Annotated[int | None, AREA] = None
+    """most pixels of a frame, a number or WIDTHxHEIGHT (default: 832x448)"""
+    tokens: Annotated[int | None, Flag("N")] = None
+    """instead: most tokens of a clip after patchifying"""
+    multiple: Annotated[int | None, Flag("N")] = None
+    """of which sides are multiples (default: the checkpoint's, 64)"""
+    what: Annotated[str, Flag("LIST")] = "latents,text,audio"
+    """what is kept"""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """of what is kept"""
+    shard_size: Annotated[int, Flag("MB")] = 256
+    """of a shard"""
+    device: Annotated[str | None, Flag("NAME")] = None
+    """cpu, cuda (default: cuda if there; workers take turns)"""
+    workers: Annotated[int, Flag("N")] = 1
+    """processes"""
+
+    def __post_init__(self) -> None:
+        counts = ("fps", "clip_frames", "min_frames", "stride", "tokens", "multiple", "shard_size", "workers")
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"precompute: {name} must be at least 1, got {value}")
+
+
+def precompute(argv: Sequence[str]) -> None:
+    """Carry out the verb.
+
+    Raises:
+        UserError: something is wrong with the command line, the manifest or the checkpoint.
+        KeyboardInterrupt: with a sentence about what is kept.
+        SystemExit: after the help.
     """
-    make = verbs.add_parser(
-        "precompute",
-        help="encode training videos once, into shards",
-        description="Encode the videos of a manifest with the autoencoder, the speech and the text encoder of a "
-        "Wan-S2V checkpoint, into WebDataset shards for training. Run again, it goes on where it was stopped; under "
-        "torchrun every process takes its part.",
-    )
-    make.set_defaults(run=_precompute)
-    make.add_argument("--manifest", type=Path, required=True, metavar="FILE", help="videos: .jsonl, .csv or .json")
-    make.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of the encoders")
-    make.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
-    make.add_argument("--fps", type=count, metavar="N", help="pictures per second (default: of the checkpoint, 16)")
-    make.add_argument("--clip-frames", type=count, default=80, metavar="N", help="pictures per clip (80)")
-    make.add_argument("--min-frames", type=count, metavar="N", help="of the last or only clip (half of --clip-frames)")
-    make.add_argument("--stride", type=count, metavar="N", help="pictures between clips (default: --clip-frames)")
-    openings = "clips without history: first (where a video begins), all (one at every stride), none (first)"
-    make.add_argument("--openings", choices=("first", "all", "none"), default="first", help=openings)
-    make.add_argument("--stills", action="store_true", help="with every such clip one that starts from the reference")
-    size = make.add_mutually_exclusive_group()
-    size.add_argument("--max-area", type=area, metavar="N", help="most pixels, a number or WIDTHxHEIGHT (832x448)")
-    size.add_argument("--tokens", type=count, metavar="N", help="instead: most tokens of a clip after patchifying")
-    make.add_argument("--multiple", type=count, metavar="N", help="of which sides are multiples (the checkpoint's, 64)")
-    make.add_argument("--what", default="latents,text,audio", metavar="LIST", help="what is kept (latents,text,audio)")
-    make.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="kept (bfloat16)")
-    make.add_argument("--shard-size", type=count, default=256, metavar="MB", help="of a shard (256)")
-    make.add_argument("--device", metavar="NAME", help="cpu, cuda (default: cuda if there; workers take turns)")
-    make.add_argument("--workers", type=count, default=1, metavar="N", help="processes (1)")
-
-
-def _precompute(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
+    values = read(COMMAND, ABOUT, [Group(Flags)], argv)
+    values.refuse_unknown()
+    flags = values.make(Flags)
+    if flags.max_area is not None and flags.tokens is not None:
+        values.refuse("argument --tokens: not allowed with argument --max-area")
+    if importlib.util.find_spec("webdataset") is None:
+        raise UserError("precompute: webdataset is not installed; `pip install 'talkingdit[train]'` brings it.")
 
     from talkingdit.data.manifest import read_manifest
+
+    manifest = read_manifest(flags.manifest)
+    if manifest.ignored and not rank():
+        warn(f"{flags.manifest}: columns without a meaning here: {', '.join(manifest.ignored)}.")
+    _run(flags, manifest, _job(flags, manifest))
+
+
+def _run(flags: Flags, manifest: Manifest, job: Job) -> None:
+    """Encode the part of this process, and say what came of it."""
+    from tqdm import tqdm
+
     from talkingdit.data.precompute import BROKEN, Step, prepare
     from talkingdit.data.shards import PrecomputedShards
     from talkingdit.data.workers import run_workers
-    from talkingdit.errors import UserError
 
-    if importlib.util.find_spec("webdataset") is None:
-        raise UserError("precompute: webdataset is not installed; `pip install 'talkingdit[train]'` brings it.")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    manifest = read_manifest(args.manifest)
-    if manifest.ignored and rank == 0:
-        columns = ", ".join(manifest.ignored)
-        sys.stderr.write(f"talkingdit: {args.manifest}: columns without a meaning here: {columns}.\n")
-    job = _job(args, manifest)
-    prepare(job, rank * args.workers)
+    first, world = rank() * flags.workers, processes()
+    prepare(job, first)
     clips = broken = 0
-    mine = range(rank * args.workers, (rank + 1) * args.workers)
-    rows = sum(len(manifest.entries[worker :: world * args.workers]) for worker in mine)
+    rows = sum(len(manifest.entries[worker :: world * flags.workers]) for worker in range(first, first + flags.workers))
     # A scheduler that wants its machine back is obeyed as a person is: the open shard is finished.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with tqdm(total=rows, unit="video", desc="encoding", disable=True if rank else None) as bar:
+        with tqdm(total=rows, unit="video", desc="encoding", disable=True if rank() else None) as bar:
 
             def report(step: Step) -> None:
                 nonlocal clips, broken
@@ -85,49 +118,48 @@ def _precompute(args: argparse.Namespace) -> None:
                 bar.set_postfix(clips=clips, broken=broken, refresh=False)
                 bar.update()
 
-            run_workers(job, rank, world, args.workers, report)
+            run_workers(job, rank(), world, flags.workers, report)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"interrupted; finished shards are kept in {args.out}; the same command goes on there."
+            f"interrupted; finished shards are kept in {flags.out}; the same command goes on there."
         ) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-    listed = f"; {broken} that cannot be read are listed in {args.out / BROKEN}" if broken else ""
-    if world == 1 and not any(args.out.glob("clips-*.tar")):
+    listed = f"; {broken} that cannot be read are listed in {flags.out / BROKEN}" if broken else ""
+    if world == 1 and not any(flags.out.glob("clips-*.tar")):
         raise UserError(f"precompute: no clip could be made{listed}.")
-    have = f", {len(PrecomputedShards(args.out))} in all" if world == 1 else ""
-    print(f"{args.out}: {clips} clips encoded{have}{listed}")
+    have = f", {len(PrecomputedShards(flags.out))} in all" if world == 1 else ""
+    sys.stdout.write(f"{flags.out}: {clips} clips encoded{have}{listed}\n")
 
 
-def _job(args: argparse.Namespace, manifest: Manifest) -> Job:
+def _job(flags: Flags, manifest: Manifest) -> Job:
     import torch
 
     from talkingdit import families
     from talkingdit.data.cutting import Cutting
     from talkingdit.data.precompute import Job
-    from talkingdit.errors import UserError
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # The text encoder is large; on the host half precision is slow.
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    clips = families.of_folder(args.checkpoint).clips
-    encoders = clips.encoders(args.checkpoint, tuple(args.what.split(",")), dtype, device, args.fps)
-    multiple = args.multiple or encoders.settings.size_multiple
-    if args.tokens is not None:
-        # A token is a patch of 2 x 2 latents of 8 x 8 pixels, and a latent is four pictures.
-        area = args.tokens * 256 * 4 // args.clip_frames
+    clips = families.of_folder(flags.checkpoint).clips
+    encoders = clips.encoders(flags.checkpoint, tuple(flags.what.split(",")), dtype, device, flags.fps)
+    multiple = flags.multiple or encoders.settings.size_multiple
+    if flags.tokens is not None:
+        # A token is a patch of 2 x 2 latents of 8 x 8 pixels, and a latent is four frames.
+        area = flags.tokens * 256 * 4 // flags.clip_frames
     else:
-        area = args.max_area or 832 * 448
+        area = flags.max_area or 832 * 448
     try:
         cutting = Cutting(
-            clip_frames=args.clip_frames,
-            min_frames=args.min_frames or max(4, args.clip_frames // 8 * 4),
-            stride=args.stride or 0,
-            openings=args.openings,
-            stills=args.stills,
+            clip_frames=flags.clip_frames,
+            min_frames=flags.min_frames or max(4, flags.clip_frames // 8 * 4),
+            stride=flags.stride or 0,
+            openings=flags.openings,
+            stills=flags.stills,
             max_area=area,
             multiple=multiple,
         )
     except ValueError as error:
         raise UserError(f"precompute: --{str(error).replace('_', '-')}.") from error
-    return Job(manifest, encoders, clips.encode_clip, args.out, cutting, args.dtype, args.shard_size << 20)
+    return Job(manifest, encoders, clips.encode_clip, flags.out, cutting, flags.dtype, flags.shard_size << 20)

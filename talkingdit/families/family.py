@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, cast
 
 from talkingdit.errors import UserError
+from talkingdit.families.flag import Flag
 
 if TYPE_CHECKING:
     import torch
@@ -33,11 +34,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """What may be said about a video of any family. A family's `Options` adds its own; the command line makes flags."""
+    """What may be said about a video of any family. A family's `Options` adds its own; the command line makes flags,
+    as `talkingdit.families.flag` tells."""
 
-    seed: int = 0
+    small: ClassVar[bool] = False  # models that are quick enough on the host: no GPU is taken where none is asked for
+
+    seed: Annotated[int, Flag("N")] = 0
     """another number, another video"""
-    steps: int | None = None
+    steps: Annotated[int | None, Flag("N")] = None
     """denoising steps per clip (default: of the checkpoint)"""
 
     def __post_init__(self) -> None:

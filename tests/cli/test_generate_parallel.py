@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from official import make_official
-from test_generate_wan_s2v import arguments, left, make_inputs, pictures
+from test_generate_wan_s2v import arguments, frames_of, left, make_inputs
 from tiny_checkpoint import make_checkpoint
 
 from talkingdit.cli.main import main
@@ -30,10 +30,10 @@ import os, signal, sys
 from talkingdit.cli import main as cli
 from talkingdit.families.wan_s2v.pipeline import WanS2VPipeline
 denoise = WanS2VPipeline._denoise
-def stopped(self, scene, index, *rest):
+def stopped(self, conditions, index, *rest):
     if index == 1 and os.environ["RANK"] == {rank!r}:
         {what}
-    return denoise(self, scene, index, *rest)
+    return denoise(self, conditions, index, *rest)
 WanS2VPipeline._denoise = stopped
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -57,24 +57,24 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Said:
     make_inputs(work)
     said = command(arguments(work, folder))
     assert said.status == 0
-    return said._replace(video=pictures(work / "out.mp4"))
+    return said._replace(video=frames_of(work / "out.mp4"))
 
 
 def check_same(said: Said, whole: Said) -> None:
-    """That the pictures before compression are those of one process, but for values rounded the other way."""
+    """That the frames before compression are those of one process, but for values rounded the other way."""
     assert said.status == 0, said
-    assert said.pictures is not None
-    assert whole.pictures is not None
-    assert said.pictures.shape == whole.pictures.shape
-    assert whole.pictures.std() > 5
-    apart = np.abs(said.pictures.astype(int) - whole.pictures)
+    assert said.frames is not None
+    assert whole.frames is not None
+    assert said.frames.shape == whole.frames.shape
+    assert whole.frames.std() > 5
+    apart = np.abs(said.frames.astype(int) - whole.frames)
     assert apart.max() <= 1
     assert (apart > 0).mean() < 1e-3
 
 
 def check_near(file: Path, whole: Said) -> None:
     """That a file shows the video of one process. Its compression is not the same in every run."""
-    video = pictures(file)
+    video = frames_of(file)
     assert whole.video is not None
     assert video.shape == whole.video.shape
     assert np.abs(video.astype(int) - whole.video).mean() < 0.05 * whole.video.std()
@@ -85,12 +85,12 @@ class Left(BaseException):
 
 
 class Said(NamedTuple):
-    """What a process of the command leaves: exit status, output, messages, the pictures it wrote, its file."""
+    """What a process of the command leaves: exit status, output, messages, the frames it wrote, its file."""
 
     status: int
     out: str = ""
     messages: str = ""
-    pictures: np.ndarray | None = None
+    frames: np.ndarray | None = None
     video: np.ndarray | None = None
 
 
@@ -112,10 +112,10 @@ def command(argv: list[str], stop_at: int | None = None) -> Said:
 
     denoise, leave_really, write = WanS2VPipeline._denoise, Team.exit, VideoWriter.write
 
-    def stopped(self: WanS2VPipeline, scene: Any, index: int, *rest: Any) -> Any:
+    def stopped(self: WanS2VPipeline, conditions: Any, index: int, *rest: Any) -> Any:
         if index == stop_at and os.environ.get("RANK") == "1":
-            self._parallel.team._interrupted = True
-        return denoise(self, scene, index, *rest)
+            self.parallel.team._interrupted = True
+        return denoise(self, conditions, index, *rest)
 
     Team.exit, WanS2VPipeline._denoise = leave, stopped  # type: ignore[method-assign, assignment]
     VideoWriter.write = recorded  # type: ignore[method-assign]
@@ -158,9 +158,9 @@ def test_what_three_processes_began_one_goes_on_with(processes: Any, work: Path,
 def test_what_one_process_began_two_go_on_with(
     processes: Any, work: Path, folder: Path, whole: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from talkingdit.families.wan_s2v import video as s2v_video
+    from talkingdit.pipelines import job
 
-    made = s2v_video.to_frames
+    made = job.to_frames
     seen = []
 
     def stop(video: Any) -> np.ndarray:
@@ -170,7 +170,7 @@ def test_what_one_process_began_two_go_on_with(
         return made(video)
 
     with monkeypatch.context() as patch:
-        patch.setattr(s2v_video, "to_frames", stop)
+        patch.setattr(job, "to_frames", stop)
         assert main(arguments(work, folder)) == 130
     rest, _ = processes(2, command, arguments(work, folder), timeout=PATIENCE)
     assert "going on after 2 of 3 clips" in rest.messages

@@ -19,7 +19,7 @@ from official import make_official
 from talkingdit.cli.main import main
 from talkingdit.media.files import VideoWriter, read_video
 
-SECONDS = 1.4  # 23 pictures: three clips of eight
+SECONDS = 1.4  # 23 frames: three clips of eight
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def left(work: Path) -> set[str]:
     return {path.name for path in work.iterdir()} - {"face.png", "voice.wav"}
 
 
-def pictures(path: Path) -> np.ndarray:
+def frames_of(path: Path) -> np.ndarray:
     return read_video(path)[0]
 
 
@@ -60,7 +60,7 @@ def test_an_official_folder_makes_a_video(work: Path, folder: Path, capsys: pyte
     said = capsys.readouterr()
     assert "out.mp4: 23 frames, 1.44 s of video at 16 fps" in said.out
     assert left(work) == {"out.mp4", "sheet.png"}
-    video = pictures(work / "out.mp4")
+    video = frames_of(work / "out.mp4")
     assert video.shape == (23, 64, 64, 3)
     assert (np.abs(video[3:].astype(int) - video[4:6].mean(0)) > 3).any()
     with av.open(str(work / "out.mp4")) as container:
@@ -85,9 +85,9 @@ def test_a_run_that_was_killed_goes_on_to_the_same_video(
         "from talkingdit.cli import main as cli\n"
         "from talkingdit.families.wan_s2v.pipeline import WanS2VPipeline\n"
         "denoise = WanS2VPipeline._denoise\n"
-        "def killed(self, scene, index, *rest):\n"
+        "def killed(self, conditions, index, *rest):\n"
         "    if index == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return denoise(self, scene, index, *rest)\n"
+        "    return denoise(self, conditions, index, *rest)\n"
         "WanS2VPipeline._denoise = killed\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
@@ -98,7 +98,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_video(
     assert main(arguments(work, folder)) == 0
     assert "going on after 1 of 3 clips" in capsys.readouterr().err
     assert left(work) == {"out.mp4"}
-    np.testing.assert_array_equal(pictures(work / "out.mp4"), pictures(whole))
+    np.testing.assert_array_equal(frames_of(work / "out.mp4"), frames_of(whole))
 
 
 def test_an_interrupt_says_what_is_kept_and_how_to_go_on(
@@ -108,10 +108,10 @@ def test_an_interrupt_says_what_is_kept_and_how_to_go_on(
 
     denoise = WanS2VPipeline._denoise
 
-    def interrupted(self: WanS2VPipeline, scene: Any, index: int, *rest: Any) -> Any:
+    def interrupted(self: WanS2VPipeline, conditions: Any, index: int, *rest: Any) -> Any:
         if index == at:
             raise KeyboardInterrupt
-        return denoise(self, scene, index, *rest)
+        return denoise(self, conditions, index, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(WanS2VPipeline, "_denoise", interrupted)
@@ -124,26 +124,26 @@ def test_an_interrupt_says_what_is_kept_and_how_to_go_on(
     said = capsys.readouterr().err
     assert f"interrupted; 2 of 3 clips are kept in {work / 'out.mp4.parts'}; the same command goes on there." in said
     assert main(arguments(work, folder)) == 0
-    np.testing.assert_array_equal(pictures(work / "out.mp4"), pictures(whole))
+    np.testing.assert_array_equal(frames_of(work / "out.mp4"), frames_of(whole))
     assert left(work) == {"out.mp4"}
 
 
 def test_parts_of_another_request_are_thrown_away(
     work: Path, folder: Path, whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from talkingdit.families.wan_s2v import video as s2v_video
+    from talkingdit.pipelines import job
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(s2v_video, "_write", stop)
+        patch.setattr(job, "write_video", stop)
         assert main(arguments(work, folder)) == 130
     assert "3 of 3 clips are kept" in capsys.readouterr().err
     assert main(arguments(work, folder, "--seed", "5", "--clips", "1")) == 0
     assert "was made with another length; starting over." in capsys.readouterr().err
     assert left(work) == {"out.mp4"}
-    assert (pictures(work / "out.mp4") != pictures(whole)[:8]).any()
+    assert (frames_of(work / "out.mp4") != frames_of(whole)[:8]).any()
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -177,7 +177,7 @@ def test_a_checkpoint_that_is_damaged_says_what_is_wrong(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--clip-frames", "10"), "a clip must have a multiple of 4 pictures, got 10"),
+        (("--clip-frames", "10"), "a clip must have a multiple of 4 frames, got 10"),
         (("--guidance", "0.2"), "guidance must be a number of at least 1, got 0.2"),
         (("--shift", "0"), "shift must be a positive number, got 0.0"),
         (("--size", "100x64"), "sides must be multiples of 64, got 100 x 64; the nearest is 128 x 64"),
@@ -185,7 +185,7 @@ def test_a_checkpoint_that_is_damaged_says_what_is_wrong(
         (("--max-area", "100"), "does not fit into 100 pixels"),
         (("--pose", "nowhere.mp4"), "pose 'nowhere.mp4': expected an existing file"),
         (("--pose", __file__), "expected a video"),
-        (("--audio-guidance", "2"), "--audio-guidance is for models of drawn characters only"),
+        (("--audio-guidance", "2"), "--audio-guidance is for checkpoints of drawn characters only"),
         (("--device", "toaster"), "the device 'toaster' cannot be used"),
         (("--memory", "weights=tiny"), "--memory: weights must be one of native, cast_fp8, fp8, int8, got 'tiny'"),
         (("--solver", "euler"), "invalid choice: 'euler'"),
@@ -201,7 +201,7 @@ def test_impossible_options(
 def test_options_of_wan_say_that_drawn_characters_have_none(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--image", str(work / "face.png"), "--audio", str(work / "voice.wav"), "-o", str(work / "out.mp4")]
     sentence = refused(["generate", *files, "--match-colour"], capsys)
-    assert "--match-colour is for Wan-S2V checkpoints only, and the shipped one is none of these" in sentence
+    assert "--match-colour is for checkpoints of Wan-S2V only, and the shipped one is none of these" in sentence
 
 
 def test_a_folder_of_somebody_else_is_not_touched(work: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,14 +217,14 @@ def test_a_pose_video_that_ends_early_is_told(
     with VideoWriter(work / "pose.mp4", 16, (64, 64)) as writer:
         writer.write(np.random.default_rng(0).integers(0, 255, (12, 64, 64, 3), dtype=np.uint8))
     assert main(arguments(work, folder, "--pose", str(work / "pose.mp4"))) == 0
-    assert "pose.mp4: ends after 0.75 s; the rest follows black pictures." in capsys.readouterr().err
-    assert (pictures(work / "out.mp4") != pictures(whole)).any()
+    assert "pose.mp4: ends after 0.75 s; the rest follows black frames." in capsys.readouterr().err
+    assert (frames_of(work / "out.mp4") != frames_of(whole)).any()
 
 
 def test_memory_switches_fit_the_checkpoint(work: Path, folder: Path, whole: Path) -> None:
     switches = "weights=cast_fp8,offload=block,text_encoder=cpu,vae=tiled"
     assert main(arguments(work, folder, "--clips", "1", "--memory", switches, "--sequential")) == 0
-    narrow, plain = pictures(work / "out.mp4").astype(int), pictures(whole)[:8].astype(int)
+    narrow, plain = frames_of(work / "out.mp4").astype(int), frames_of(whole)[:8].astype(int)
     assert narrow.shape == plain.shape
     assert (narrow != plain).any()
     assert np.abs(narrow - plain).mean() < 0.3 * plain.std()

@@ -16,14 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from talkingdit.checkpoints.folder import load_part
-from talkingdit.checkpoints.weights import read_json
 from talkingdit.errors import UserError
-from talkingdit.families.wan_s2v.load import load
 
 if TYPE_CHECKING:
+    import torch
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     from talkingdit.families.puppet.text import PromptEncoder
@@ -70,6 +66,8 @@ class PuppetSettings:
         Raises:
             UserError: the file is missing, is not such a file, or a value is impossible.
         """
+        from talkingdit.checkpoints.weights import read_json
+
         values = read_json(path)
         known = {f.name for f in dataclasses.fields(PuppetSettings)}
         unknown = sorted(set(values) - known)
@@ -135,9 +133,12 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device | str
     Raises:
         UserError: something is missing, does not load, or the parts do not fit each other.
     """
+    import torch
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
+    from talkingdit.checkpoints.folder import load_part
     from talkingdit.families.puppet.text import PromptEncoder
+    from talkingdit.families.wan_s2v.load import load
 
     for part in ("transformer", "vae", "text_encoder"):
         if not (folder / part).is_dir():

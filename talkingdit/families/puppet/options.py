@@ -4,14 +4,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 from talkingdit.families.family import GenerationOptions
+from talkingdit.families.flag import Flag
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(GenerationOptions):
-    """Guidance of a drawn character."""
+    """None takes what the checkpoint suggests."""
 
-    text_guidance: float | None = None
-    audio_guidance: float | None = None
+    small: ClassVar[bool] = True
+
+    text_guidance: Annotated[float | None, Flag("G")] = None
+    """how strictly to follow the prompt (default: of the checkpoint)"""
+    audio_guidance: Annotated[float | None, Flag("G")] = None
+    """how strongly to follow the voice (default: of the checkpoint)"""
     sequential: bool = False
+    """less memory, more time: one prediction after the other"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("text_guidance", "audio_guidance"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"generate: {name} must be a number of at least 0, got {value}")

@@ -20,13 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from talkingdit.checkpoints.weights import read_json
 from talkingdit.errors import UserError
-from talkingdit.families.wan_s2v.load import load
 
 if TYPE_CHECKING:
+    import torch
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     from talkingdit.encoders.umt5 import UMT5Encoder
@@ -91,6 +88,8 @@ class WanS2VSettings:
         Raises:
             UserError: not such a file, or an impossible value.
         """
+        from talkingdit.checkpoints.weights import read_json
+
         values = read_json(path)
         known = {f.name for f in dataclasses.fields(WanS2VSettings)}
         unknown = sorted(set(values) - known)
@@ -189,9 +188,12 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device | str
     Raises:
         UserError: a part is missing or does not load, or the parts do not fit each other.
     """
+    import torch
+
     from talkingdit.autoencoders.wan import load_vae
     from talkingdit.encoders.umt5 import UMT5Encoder, load_tokenizer, load_umt5
     from talkingdit.encoders.wav2vec import load_speech_encoder
+    from talkingdit.families.wan_s2v.load import load
 
     parts = find_parts(folder)
     settings = read_settings(folder)

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `talkingdit generate`: flags -> files -> outline -> models -> video, alone or as one of several processes.
+
+Rank 0 alone reads the command line and the files. Everything that can be wrong with them is told before a model is
+loaded, and what needs no torch before that is.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from talkingdit import families
+from talkingdit.cli.flags import Group, Values, fields_of, read, spellings_of
+from talkingdit.cli.messages import processes, rank, tell_of_one, warn
+from talkingdit.errors import UserError
+from talkingdit.families import Family, GenerationOptions
+from talkingdit.families.flag import Flag
+
+if TYPE_CHECKING:
+    import torch
+
+    from talkingdit.distributed.layout import Layout
+    from talkingdit.distributed.team import Team
+    from talkingdit.pipelines.inputs import Inputs, Outline
+    from talkingdit.pipelines.job import Result
+    from talkingdit.pipelines.memory import Memory
+
+COMMAND = "talkingdit generate"
+ABOUT = "Make a video of a portrait speaking a voice recording."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The flags of every family."""
+
+    image: Annotated[Path, Flag("PNG")]
+    """the portrait"""
+    audio: Annotated[Path, Flag("WAV")]
+    """the voice: WAV, FLAC, MP3, OGG, ..."""
+    prompt: Annotated[str, Flag("WORDS")] = ""
+    """what to show"""
+    output: Annotated[Path, Flag("MP4", also=("-o",))]
+    """the video to write; a run that was interrupted goes on after its last clip"""
+    checkpoint: Annotated[Path | None, Flag("DIR")] = None
+    """folder of the model to use (default: the one shipped, of drawn characters)"""
+    upscale: Annotated[int, Flag("N")] = 1
+    """enlarge the frames N times"""
+    sheet: Annotated[Path | None, Flag("PNG")] = None
+    """also write a preview: frames, waveform, mouth curve"""
+    threads: Annotated[int | None, Flag("N")] = None
+    """processor threads (default: all)"""
+    device: Annotated[str | None, Flag("NAME")] = None
+    """cpu, cuda, cuda:1, ... (default: cuda if there, but cpu for drawn characters)"""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """precision of the weights (default: bfloat16 on a GPU)"""
+    parallel: Annotated[str, Flag("LAYOUT")] = ""
+    """how the processes of torchrun share the work: guidance=2,ulysses=4,ring=1,vae=split (default: by their number)"""
+
+    def __post_init__(self) -> None:
+        for name in ("upscale", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"generate: {name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A video that is asked for, found to be possible. It bears pickling: rank 0 hands it to the others."""
+
+    flags: Flags
+    family: str
+    options: GenerationOptions
+    layout: Layout
+    inputs: Inputs
+    outline: Outline
+    memory: Memory | None
+
+    @property
+    def folder(self) -> Path:
+        """Of the checkpoint."""
+        return _folder(self.flags)
+
+
+def generate(argv: Sequence[str]) -> None:
+    """Carry out the verb.
+
+    Raises:
+        UserError: something is wrong with the command line, a file, or the checkpoint.
+        KeyboardInterrupt: with a sentence about what is kept.
+        SystemExit: after the help, and as one of several processes after any error.
+    """
+    if {"-h", "--help"} & set(argv):
+        read(COMMAND, ABOUT, _help_groups(argv), argv)
+    if processes() == 1:
+        request = prepare(argv)
+        from talkingdit.distributed.team import ALONE
+
+        _generate(request, ALONE)
+        return
+    from talkingdit.distributed.team import Team
+
+    team = Team.start()
+    try:
+        _generate(team.first(lambda: prepare(argv)), team)
+        team.end()
+    except BaseException as error:
+        team.exit(tell_of_one(error))
+
+
+# ---- Flags -----------------------------------------------------------------------------------------------------------
+
+
+def prepare(argv: Sequence[str]) -> Request:
+    """Read the flags and the files and outline the video, without any model.
+
+    Raises:
+        UserError: something is wrong with them.
+    """
+    family, values = _read(argv)
+    flags, options = values.make(Flags), values.make(family.options)
+
+    from talkingdit.pipelines.inputs import Job, read_inputs
+
+    inputs = read_inputs(
+        Job(
+            image=flags.image,
+            audio=flags.audio,
+            output=flags.output,
+            sheet=flags.sheet,
+            prompt=flags.prompt,
+            upscale=flags.upscale,
+        )
+    )
+
+    from talkingdit.distributed.layout import Layout
+
+    layout, memory = Layout.parse(flags.parallel), _memory(options)
+    settings = family.checkpoint.read_settings(_folder(flags))
+    outline = family.outline.outline(inputs, settings, options)
+    layout.filled(processes(), outline.predictions, _heads(_folder(flags)))
+    return Request(flags, family.name, options, layout, inputs, outline, memory)
+
+
+def _read(argv: Sequence[str]) -> tuple[Family, Values]:
+    """The family of the checkpoint, which decides what flags there are, and their values."""
+    folder = _checkpoint_in(argv)
+    family = families.get(families.DEFAULT) if folder is None else families.of_folder(folder)
+    values = read(COMMAND, ABOUT, _groups(family), argv)
+    for word in values.unknown:
+        owners = [other.title for other in _families() if _flag_in(word, other.options)]
+        if owners:
+            given = "the shipped one" if folder is None else repr(str(folder))
+            values.refuse(
+                f"{word.partition('=')[0]} is for checkpoints of {', '.join(owners)} only, and {given} is none of these"
+            )
+    values.refuse_unknown()
+    return family, values
+
+
+def _checkpoint_in(argv: Sequence[str]) -> Path | None:
+    """The folder that `--checkpoint` names, before flags are known."""
+    found = None
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, given, value = word.partition("=")
+        if name == "--checkpoint" and (given or not following.startswith("-")):
+            found = value if given else following
+    return Path(found).expanduser() if found else None
+
+
+def _families() -> list[Family]:
+    return [families.get(name) for name in families.names()]
+
+
+def _flag_in(word: str, kind: type[Any]) -> bool:
+    """Is a word a flag of a dataclass?"""
+    return word.partition("=")[0] in spellings_of(kind)
+
+
+def _groups(family: Family) -> list[Group]:
+    return [Group(Flags), Group(GenerationOptions), Group(family.options, family.title)]
+
+
+def _help_groups(argv: Sequence[str]) -> list[Group]:
+    """With a checkpoint the flags of its family; without one those of all, by the families that have them."""
+    folder = _checkpoint_in(argv)
+    if folder is not None:
+        return _groups(families.of_folder(folder))
+    owners: dict[str, list[Family]] = {}
+    for family in _families():
+        for name in fields_of(family.options):
+            owners.setdefault(name, []).append(family)
+    groups = [Group(Flags), Group(GenerationOptions)]
+    for sharing in dict.fromkeys(tuple(group) for group in owners.values()):
+        others = frozenset(name for name, group in owners.items() if tuple(group) != sharing)
+        title = "" if len(sharing) == len(_families()) else ", ".join(family.title for family in sharing)
+        groups.append(Group(sharing[0].options, title, without=others))
+    return groups
+
+
+# ---- The road --------------------------------------------------------------------------------------------------------
+
+
+def _generate(request: Request, team: Team) -> None:
+    """What every process does."""
+    import torch
+
+    from talkingdit.distributed.layout import plan
+    from talkingdit.pipelines.job import Talk, make_video
+
+    flags, options = request.flags, request.options
+    family = families.get(request.family)
+    if flags.threads is not None:
+        torch.set_num_threads(flags.threads)
+    checkpoint = team.together(lambda: _load(request, family, team))
+    parallel = plan(team, request.layout, request.outline.predictions, checkpoint, warn)
+    if getattr(options, "compile", False):
+        # Messages between processes stay out of the compiled parts.
+        checkpoint.transformer.compile_repeated_blocks(fullgraph=parallel.context is None)
+    with _progress() as progress:
+        result = make_video(
+            request.inputs,
+            request.outline,
+            family.pipeline.open_pipeline(checkpoint, parallel),
+            curves=None if family.preview is None else family.preview.Curves(),
+            talk=Talk(progress=progress, warn=warn),
+            variant=_variant(request.memory),
+        )
+    if not team.rank:
+        _report(result, flags)
+
+
+def _load(request: Request, family: Family, team: Team) -> Any:
+    """The checkpoint on the device of this process; where memory is short by way of the host."""
+    import torch
+
+    from talkingdit.pipelines.memory import fit
+
+    device = _device(request, team)
+    name = request.flags.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype = getattr(torch, name)
+    if request.memory is None:
+        return family.checkpoint.load_checkpoint(request.folder, dtype, device)
+    checkpoint = family.checkpoint.load_checkpoint(request.folder, dtype, "cpu")
+    fit(checkpoint, request.memory, device)
+    return checkpoint
+
+
+def _device(request: Request, team: Team) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    import torch
+
+    quick = "cpu" if request.options.small or not torch.cuda.is_available() else "cuda"
+    name = team.device(request.flags.device or quick)
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"generate: the device {name!r} cannot be used ({reason}).") from error
+    return device
+
+
+def _folder(flags: Flags) -> Path:
+    """Of the checkpoint."""
+    from talkingdit.models import default_checkpoint
+
+    return default_checkpoint() if flags.checkpoint is None else flags.checkpoint
+
+
+def _memory(options: GenerationOptions) -> Memory | None:
+    """What is traded for memory, where the family offers that."""
+    words = getattr(options, "memory", "")
+    if not words:
+        return None
+    from talkingdit.pipelines.memory import Memory
+
+    try:
+        return Memory.parse(words)
+    except ValueError as error:
+        raise UserError(f"generate: --memory: {str(error).removeprefix('Memory: ')}.") from error
+
+
+def _variant(memory: Memory | None) -> str:
+    """What changes frames, not only time and room: clips made with another one are not gone on from."""
+    return "" if memory is None else f"{memory.weights} {memory.residual} {memory.absorb_audio} {memory.vae}"
+
+
+def _heads(folder: Path) -> int | None:
+    """Heads of the attention of a checkpoint's transformer, where its config.json tells."""
+    for file in (folder / "config.json", folder / "transformer" / "config.json"):
+        try:
+            values = json.loads(file.read_text())
+            return int(values.get("num_heads", values.get("num_attention_heads")))
+        except (OSError, ValueError, TypeError, AttributeError):
+            continue  # what is wrong with it is told when it is loaded
+    return None
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar that counts denoising steps, on a terminal of rank 0."""
+    from tqdm import tqdm
+
+    with tqdm(unit="step", desc="generating", disable=True if rank() else None) as bar:
+
+        def advance(done: int, total: int) -> None:
+            if bar.total is None:
+                bar.reset(total)
+            bar.update(done - bar.n)  # at first also what an earlier run has done
+
+        yield advance
+
+
+def _report(result: Result, flags: Flags) -> None:
+    sys.stdout.write(
+        f"{result.path}: {result.frames} frames, {result.seconds:.2f} s of video at {result.fps} fps, "
+        f"made in {result.took:.1f} s\n"
+    )
+    if flags.sheet is not None:
+        sys.stdout.write(f"{flags.sheet}: preview\n")

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mistake in the arguments or the files is told before anything large is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from talkingdit.models import default_checkpoint
+
+HEAVY = {"torch", "diffusers", "transformers", "talkingdit._native"}
+FILES = ["--image", "nowhere.png", "--audio", "nowhere.wav", "-o", "out.mp4"]
+CODE = """
+import sys
+from talkingdit.cli.main import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as stop:
+    status = stop.code or 0
+print(*sys.modules, file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def run(*argv: str) -> tuple[int, str, set[str]]:
+    """Exit status, output and first line of the errors, and what was imported."""
+    done = subprocess.run([sys.executable, "-c", CODE, *argv], capture_output=True, text=True)
+    *told, modules = done.stderr.splitlines()
+    assert len(told) <= 1, done.stderr
+    return done.returncode, done.stdout + "".join(told), set(modules.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["generate", *FILES], "image 'nowhere.png': expected an existing file"),
+        (["generate", *FILES, "--checkpoint", str(default_checkpoint())], "image 'nowhere.png': expected an existing"),
+        (["generate", *FILES, "--checkpoint", "nowhere"], "nowhere: the checkpoint must be a folder"),
+        (["generate", *FILES, "--seed", "x"], "argument --seed: invalid integer value"),
+        (["generate", *FILES, "--cover"], "--cover is for checkpoints of Wan-S2V only"),
+        (["generate", *FILES[:-2]], "the following arguments are required: -o/--output"),
+        (["generate", *FILES[:-1], "out.avi"], "expected a name that ends in .mp4"),
+        (["plan", "--preset", "nope"], "nope: neither a folder nor a preset"),
+        (["plan", "--checkpoint", "nope"], "nope: the checkpoint must be a folder"),
+        (["plan", "--preset", "wan_s2v_14b", "--frames", "81"], "a clip must have a multiple of 4 frames, got 81"),
+        (["plan"], "one of the arguments --checkpoint --preset is required"),
+        (["plan", "--preset", "a", "--checkpoint", "b"], "argument --preset: not allowed with argument --checkpoint"),
+        (["precompute", "--manifest", "a.csv"], "the following arguments are required: --checkpoint, -o/--out"),
+        (["precompute", "--manifest", "a.csv", "--checkpoint", ".", "-o", "b", "--tokens", "9", "--max-area", "9"],
+         "argument --tokens: not allowed with argument --max-area"),
+        (["info", "--all"], "unrecognized arguments: --all"),
+    ],
+)  # fmt: skip
+def test_mistakes(argv: list[str], sentence: str) -> None:
+    status, told, modules = run(*argv)
+    assert status == 2
+    assert sentence in told
+    assert not HEAVY & modules
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        (["--help"], "generate"),
+        (["generate", "--help"], "--audio-guidance"),
+        (["generate", "--help", "--checkpoint", str(default_checkpoint())], "--audio-guidance"),
+        (["plan", "--help"], "--micro-batches"),
+        (["precompute", "--help"], "--openings"),
+        (["info", "--help"], "--help"),
+    ],
+)
+def test_help(argv: list[str], word: str) -> None:
+    status, told, modules = run(*argv)
+    assert status == 0
+    assert word in told
+    assert not (HEAVY | {"numpy", "av", "cv2"}) & modules
