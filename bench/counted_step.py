@@ -251,7 +251,7 @@ def _fused_norm(layer: RMSNorm, x: Tensor | None) -> Any:
 def _as_on_gpus() -> Iterator[None]:
     """Attention and RMS norm keep and make what their CUDA kernels do. Their values mean nothing here."""
     with (
-        mock.patch("talkingdit.nn.attention._scaled_dot_product", _fused_attention),
+        mock.patch("talkingdit.nn.local_attention.scaled_dot_product", _fused_attention),
         mock.patch.object(RMSNorm, "forward", _fused_norm),
     ):
         yield
