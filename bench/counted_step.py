@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from talkingdit.families.wan_s2v import conditions as wan_conditions
+from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.model import WanS2VModel
 from talkingdit.nn.layers import RMSNorm
 from talkingdit.plan.generation import ClipShape
@@ -367,7 +368,8 @@ def _train(
 ) -> None:
     for i in range(step.micro_batches):
         parallel.last_micro_batch(networks, i + 1 == step.micro_batches)
-        velocity = networks.transformer(**given, context=layout.context)
+        conditions = WanInputs(**{name: value for name, value in given.items() if name not in ("latents", "timestep")})
+        velocity = networks.transformer(given["latents"], given["timestep"], conditions, context=layout.context)
         loss = (velocity - given["latents"]).square().mean()
         del velocity
         ledger.mark(f"backward {i}")

@@ -147,17 +147,18 @@ def _quantise(model: Any, kind: str) -> None:
 @torch.no_grad()
 def _trace(model: Any, device: torch.device) -> None:
     """One small forward through every layer, from which offloading learns the order to fetch them in."""
+    from talkingdit.families.wan_s2v.conditions import WanInputs
+
     c, size = model.config, (1, 16, 16)
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(1, *shape, device=device)
 
-    model(
-        zeros(c.in_dim, *size),
-        zeros(),
-        zeros(1, c.text_dim),
+    inputs = WanInputs(
+        text=zeros(1, c.text_dim),
         reference=zeros(c.in_dim, 1, 16, 16),
         history=zeros(c.in_dim, *size),
         pose=zeros(c.cond_dim, *size) if c.cond_dim else None,
         audio=zeros(c.audio_layers, c.audio_dim, 4),
     )
+    model(zeros(c.in_dim, *size), zeros(), inputs)

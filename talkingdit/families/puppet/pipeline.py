@@ -26,6 +26,7 @@ from talkingdit.autoencoders.streaming import FRAMES_PER_LATENT, to_frames, to_v
 from talkingdit.distributed.layout import Parallel
 from talkingdit.encoders.log_mel import SpeechFeatures
 from talkingdit.families.puppet.checkpoint import PuppetCheckpoint
+from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.media.files import SPEECH_RATE
 from talkingdit.pipelines.guidance import Branch, guidance_branches, guided_step
 
@@ -207,11 +208,13 @@ class PuppetPipeline:
             before = features[..., max(0, first - self.settings.audio_history) : first].to(device)
             conditions = [
                 model.encode_conditions(
-                    text,
-                    reference=_repeat(reference, branches),
-                    history=_repeat(history, branches) if clip else None,
-                    audio=_given(heard, branches),
-                    audio_history=_given(before, branches) if clip else None,
+                    WanInputs(
+                        text,
+                        reference=_repeat(reference, branches),
+                        history=_repeat(history, branches) if clip else None,
+                        audio=_given(heard, branches),
+                        audio_history=_given(before, branches) if clip else None,
+                    ),
                     context=self._parallel.context,
                 )
                 for text, branches in zip(texts, groups, strict=True)

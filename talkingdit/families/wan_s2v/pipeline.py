@@ -28,6 +28,7 @@ from torch import Tensor
 
 from talkingdit.autoencoders.streaming import FRAMES_PER_LATENT, to_video
 from talkingdit.distributed.layout import Parallel
+from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.media.colour import colours, match_colours
 from talkingdit.pipelines.solvers import flow_solver
 
@@ -340,12 +341,14 @@ class WanS2VPipeline:
             branches = [(torch.cat(texts), torch.cat(sounds))]
         conditions = [
             model.encode_conditions(
-                text,
-                reference=_repeat(scene.reference.to(device), text),
-                history=None if history is None else _repeat(history.to(device), text),
-                pose=None if posed is None else _repeat(posed, text),
-                audio=sound,
-                size=(frames, height, width),
+                WanInputs(
+                    text,
+                    reference=_repeat(scene.reference.to(device), text),
+                    history=None if history is None else _repeat(history.to(device), text),
+                    pose=None if posed is None else _repeat(posed, text),
+                    audio=sound,
+                    size=(frames, height, width),
+                ),
                 context=self._parallel.context,
             )
             for text, sound in branches

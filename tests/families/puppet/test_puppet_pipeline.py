@@ -11,6 +11,7 @@ import torch
 from tiny_checkpoint import make_checkpoint
 
 from talkingdit.families.puppet.pipeline import Frames, PuppetPipeline, Sampling, clip_noise, fit_portrait, schedule
+from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.models import load_checkpoint
 
 
@@ -124,9 +125,9 @@ def test_later_clips_get_the_latents_before_them_as_history(
     seen: list[tuple[Any, ...]] = []
     encode = model.encode_conditions
 
-    def record(text: torch.Tensor, **given: Any) -> Any:
-        seen.append((given["history"], given["audio"], given["audio_history"], given["reference"]))
-        return encode(text, **given)
+    def record(inputs: WanInputs, **options: Any) -> Any:
+        seen.append((inputs.history, inputs.audio, inputs.audio_history, inputs.reference))
+        return encode(inputs, **options)
 
     monkeypatch.setattr(model, "encode_conditions", record)
     list(pipeline.generate(portrait, features, sampling=Sampling(text_guidance=1.0, audio_guidance=1.0)))

@@ -25,6 +25,7 @@ from talkingdit.data.probe import Media, Probes
 from talkingdit.data.sample import BrokenSample, ClipRequest, Sample
 from talkingdit.families.wan_s2v.checkpoint import WanS2VCheckpoint, WanS2VSettings
 from talkingdit.families.wan_s2v.clips import Cut, Cutting, Item, encode_clip, open_item
+from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.pipeline import Carry, S2VSampling, WanS2VPipeline
 from talkingdit.media.files import read_audio, read_video
 from talkingdit.media.framing import PoseVideo
@@ -77,8 +78,8 @@ def fed(
     """What the model is given for clip `index` if the clips before had made the pictures of the file, and its past."""
     caught: dict[str, Any] = {}
 
-    def spy(text: torch.Tensor, **conditions: Any) -> None:
-        caught.update(conditions, text=text)
+    def spy(inputs: WanInputs, **_: Any) -> None:
+        caught.update(vars(inputs))
         raise Fed
 
     monkeypatch.setattr(checkpoint.transformer, "encode_conditions", spy)
