@@ -61,11 +61,12 @@ def contestants(shape: wan_block.StepShape, device: torch.device, dtype: torch.d
     assert conditions.text_kv is not None
     assert conditions.audio_kv is not None
     text, text_kv, shift_scale = conditions.text, conditions.text_kv[0], conditions.audio_modulation[0]
-    block_inputs = BlockInputs(time.groups, conditions.layout, conditions.text_mask, conditions.key_mask, inplace=True)
     injection = Injection(0, per_frame, dtype)
     narrow = given | {name: given[name].to(dtype) for name in ("motion", "pose")}
     with torch.no_grad():
         time = clip_time(model, given["t"], conditions.shard.clips[0])
+        places = time.groups, conditions.layout
+        block_inputs = BlockInputs(*places, conditions.text_mask, conditions.key_mask, inplace=True)
         table = _table(model, shape, conditions.grid, narrow)
         heard, vectors = official_style.audio_tokens(config, w, given["audio"], (73, 19))
         memories = {"ours": conditions.audio_kv[0]}

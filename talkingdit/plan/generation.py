@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from talkingdit.errors import UserError
+from talkingdit.families.wan_s2v.units import FFN_TOKENS
 from talkingdit.pipelines.memory import LARGE, Memory
 
 GB = 1e9
