@@ -243,6 +243,24 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
         time = packed_time(self, [clip.timestep for clip in clips], conditions.shard.clips)
         return [velocity[0] for velocity in self._denoise([clip.latents[None] for clip in clips], time, conditions)]
 
+    @property
+    def dummy_inputs(self) -> dict[str, Any]:
+        """Arguments of one small forward that goes through every layer, zeros: hooks of offloading learn from it."""
+        c = self.config
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(1, *shape)
+
+        size = (1, 16, 16)  # one patch of the coarsest history bucket and more
+        inputs = WanInputs(
+            zeros(1, c.text_dim),
+            reference=zeros(c.in_dim, *size),
+            history=zeros(c.in_dim, *size),
+            pose=zeros(c.cond_dim, *size) if c.cond_dim else None,
+            audio=zeros(c.audio_layers, c.audio_dim, 4),
+        )
+        return {"latents": zeros(c.in_dim, *size), "timestep": zeros(), "conditions": inputs}
+
     def _denoise(self, latents: Sequence[Tensor], time: StepTime, conditions: WanConditions) -> list[Tensor]:
         """Velocities [B, out_dim, T, H, W] of the clips of a sequence, from their latents [B, in_dim, T, H, W]."""
         shard, text = conditions.shard, conditions.text

@@ -195,6 +195,14 @@ def test_every_unit_runs_once_and_every_weight_gets_a_gradient_whatever_is_absen
         assert [name for name, p in model.named_parameters() if p.grad is None] == [], changes
 
 
+@pytest.mark.parametrize("switches", [{}, dict(cond_dim=0), dict(enable_framepack=False)])
+def test_dummy_inputs_go_through_every_unit(switches):
+    model = tiny(**switches)
+    calls, given = counted(model), model.dummy_inputs
+    assert model(**given).shape == given["latents"].shape
+    assert set(calls.values()) == {1}
+
+
 @pytest.mark.parametrize("switches", [{}, dict(enable_framepack=False), dict(framepack_drop_mode="drop")])
 def test_tokens_of_tells_the_length_of_the_sequence(switches):
     for last, padding in itertools.product((True, False), ("none", "replicate")):
