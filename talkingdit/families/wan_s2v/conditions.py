@@ -91,11 +91,12 @@ class WanInputs:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> WanInputs:
         """With all tensors on a device. Hooks of offloading move what a model is given by this method."""
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-        return dataclasses.replace(
-            self, **{name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()}
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **moved)
 
 
 def sequence_layout(

@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from talkingdit.nn.context_parallel import ContextParallel
 
 
+# Groups of tokens with a timestep of their own that the kernels tell apart in one sequence: two per clip, its noisy
+# tokens and the others, or one per latent frame and one.
+MAX_GROUPS = 128
+
+
 @dataclass(frozen=True)
 class PackedClip:
     """A sample of a packed sequence. Everything is as in `WanInputs`, without the batch axis."""

@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 
 from talkingdit.families.wan_s2v.blocks import Groups
+from talkingdit.families.wan_s2v.packed import MAX_GROUPS
 from talkingdit.families.wan_s2v.sequence import ClipSpan
 
 if TYPE_CHECKING:
     from talkingdit.families.wan_s2v.model import WanS2VModel
-
-# Groups of tokens with a timestep of their own that the kernels tell apart in one sequence: two per clip, its noisy
-# tokens and the others, or one per latent frame and one.
-MAX_GROUPS = 128
 
 
 @dataclass(frozen=True)
