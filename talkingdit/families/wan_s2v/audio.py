@@ -131,7 +131,7 @@ class CausalAudioEncoder(nn.Module):
 
         They are stacked with zeros behind the shorter ones, which nothing in front of them sees.
         """
-        given = [_with_past(one, before) for one, before in zip(audio, history, strict=True)]
+        given = [_with_past(one, past) for one, past in zip(audio, history, strict=True)]
         longest = max(one.shape[-1] for one in given)
         tokens, vectors = self(torch.cat([F.pad(one, (0, longest - one.shape[-1])) for one in given]))
         ends = [2 + one.shape[-1] // FEATURES_PER_LATENT for one in audio]

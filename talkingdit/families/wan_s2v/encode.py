@@ -22,7 +22,7 @@ from talkingdit.families.wan_s2v.conditions import (
     samples_without,
     sequence_layout,
 )
-from talkingdit.families.wan_s2v.sequence import ClipSpan, Range, sequence_shard
+from talkingdit.families.wan_s2v.sequence import HISTORY, REFERENCE, ClipSpan, Range, sequence_shard
 from talkingdit.nn.audio_cross_attention import AudioMemory
 from talkingdit.ops import RopeLayout
 
@@ -160,22 +160,22 @@ def clean_tokens(model: WanS2VModel, clip: ClipSpan, local: Range, batch: int, g
     if given.reference is not None:
         size = clip.per_frame
         tokens = model.patch_embedding(given.reference, (min(local[0], size), min(local[1], size)))
-        parts.append(tokens + model.embed_kind(1))
+        parts.append(tokens + model.embed_kind(REFERENCE))
     if given.history is not None:
         begin, end = max(local[0] - size, 0), max(local[1] - size, 0)
         if model.frame_packer is None:
             tokens = model.patch_embedding(given.history, (begin, end))
         else:
             tokens = model.frame_packer(given.history, given.newest)[:, begin:end]
-        parts.append(tokens + model.embed_kind(2))
+        parts.append(tokens + model.embed_kind(HISTORY))
     return torch.cat([part.to(parts[-1].dtype) for part in parts], dim=1)
 
 
 def touch(tokens: Tensor, module: nn.Module | None) -> Tensor:
     """The same tokens, as if made with all weights of a module that this forward leaves out (perhaps in part).
 
-    So they get a gradient of zeros instead of none. Processes that share the work reduce the gradients of all weights
-    together, also where one had a batch with history and another one without.
+    So they get a gradient of zeros instead of none. Processes that share the work reduce the gradients of all weights,
+    also where one had a batch with history and another one without.
     """
     if module is None or not torch.is_grad_enabled():
         return tokens

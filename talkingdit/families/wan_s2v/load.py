@@ -100,7 +100,7 @@ def _random(name: str, changes: Mapping[str, Any], dtype: torch.dtype, device: t
     from talkingdit.families.wan_s2v.model import WanS2VModel
 
     arguments: dict[str, Any] = preset(name, **changes)
-    before = torch.get_default_dtype()
+    default = torch.get_default_dtype()
     on_host = device.type in ("cpu", "meta")
     with torch.random.fork_rng([] if on_host else [device], device_type="cuda" if on_host else device.type):
         torch.manual_seed(seed)
@@ -109,7 +109,7 @@ def _random(name: str, changes: Mapping[str, Any], dtype: torch.dtype, device: t
             with device:
                 model = WanS2VModel(**arguments)
         finally:
-            torch.set_default_dtype(before)
+            torch.set_default_dtype(default)
     keep = tuple(model._keep_in_fp32_modules or ())
     for path, parameter in model.named_parameters():
         if dtype.itemsize < 4 and any(part in keep for part in path.split(".")):

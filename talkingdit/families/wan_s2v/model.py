@@ -19,7 +19,7 @@ from talkingdit.families.wan_s2v.checks import check_config, check_latents
 from talkingdit.families.wan_s2v.conditions import WanConditions, WanInputs
 from talkingdit.families.wan_s2v.encode import encode
 from talkingdit.families.wan_s2v.packed import PackedClip, encode_packed
-from talkingdit.families.wan_s2v.sequence import scatter_ranges, take_ranges
+from talkingdit.families.wan_s2v.sequence import NOISY, scatter_ranges, take_ranges
 from talkingdit.families.wan_s2v.timesteps import StepTime, clip_time, packed_time
 from talkingdit.families.wan_s2v.units import ROOT, UNITS
 from talkingdit.nn.context_parallel import ContextParallel, gather
@@ -293,7 +293,7 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
 
     def _embed(self, latents: Sequence[Tensor], conditions: WanConditions) -> Tensor:
         """The residual stream [B, N, dim] in front of the first block: noisy and clean tokens of this process."""
-        kind = self.embed_kind(0)
+        kind = self.embed_kind(NOISY)
         parts = []
         clips = zip(latents, conditions.shard.clip_noisy, conditions.pose, conditions.clean, strict=True)
         for x, tokens, pose, clean in clips:
@@ -338,7 +338,7 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
         return module(*arguments)
 
     def embed_kind(self, kind: int) -> Tensor:
-        """Embedding of a kind of token: 0 noisy, 1 reference, 2 history."""
+        """Embedding [dim] of NOISY, REFERENCE or HISTORY tokens."""
         mask = self.trainable_cond_mask
         return mask(torch.full((), kind, dtype=torch.long, device=mask.weight.device))
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from talkingdit.nn.context_parallel import ContextParallel
 
 Range = tuple[int, int]
+NOISY, REFERENCE, HISTORY = range(3)  # kinds of tokens, each with an embedding of its own
 
 
 class ClipSpan(NamedTuple):
