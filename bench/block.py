@@ -25,6 +25,9 @@ from bench import harness, official_style, record, wan_block
 from bench.audio_baselines import BACKENDS
 from bench.kernel_kinds import summary
 from bench.traffic import Traffic
+from talkingdit.families.wan_s2v.audio import Injection
+from talkingdit.families.wan_s2v.blocks import BlockInputs
+from talkingdit.families.wan_s2v.timesteps import clip_time
 from talkingdit.models import WanS2VModel
 
 SHAPES = {
@@ -50,14 +53,7 @@ def contestants(shape: wan_block.StepShape, device: torch.device, dtype: torch.d
     """Functions of the residual stream [1, N, dim] by name, and N."""
     model = wan_block.build(shape, 1, device, dtype)
     config, w, given = model.config, dict(model.named_parameters()), wan_block.inputs(shape, device)
-    conditions = model.encode_conditions(
-        given["context"],
-        reference=given["ref"],
-        history=given["motion"],
-        pose=given["pose"],
-        audio=given["audio"],
-        size=tuple(given["x"].shape[2:]),  # type: ignore[arg-type]
-    )
+    conditions = model.encode_conditions(wan_block.model_inputs(given))
     frames, rows, columns = conditions.grid
     per_frame, noisy = rows * columns, frames * rows * columns
     total = len(conditions.layout)
@@ -65,14 +61,17 @@ def contestants(shape: wan_block.StepShape, device: torch.device, dtype: torch.d
     assert conditions.text_kv is not None
     assert conditions.audio_kv is not None
     text, text_kv, shift_scale = conditions.text, conditions.text_kv[0], conditions.audio_modulation[0]
+    injection = Injection(0, per_frame, dtype)
     narrow = given | {name: given[name].to(dtype) for name in ("motion", "pose")}
     with torch.no_grad():
-        _, time6, groups = model._time(given["t"], per_frame, noisy, total)
+        time = clip_time(model, given["t"], conditions.shard.clips[0])
+        places = time.groups, conditions.layout
+        block_inputs = BlockInputs(*places, conditions.text_mask, conditions.key_mask, inplace=True)
         table = _table(model, shape, conditions.grid, narrow)
         heard, vectors = official_style.audio_tokens(config, w, given["audio"], (73, 19))
         memories = {"ours": conditions.audio_kv[0]}
         memories["ours, value absorbed"] = injector.injector[0].memory(heard.to(dtype), "value")
-    times = time6.transpose(1, 2).contiguous()
+    times = time.modulation.transpose(1, 2).contiguous()
 
     @torch.no_grad()
     def official(x: Tensor) -> Tensor:
@@ -86,12 +85,9 @@ def contestants(shape: wan_block.StepShape, device: torch.device, dtype: torch.d
         @torch.no_grad()
         def run(x: Tensor) -> Tensor:
             with _attention(backend):
-                x = block(
-                    x, time6, groups, conditions.layout, text, conditions.text_mask, conditions.key_mask, text_kv,
-                    "auto", True,
-                )  # fmt: skip
+                x = block(x, time.modulation, text, block_inputs, text_kv)
                 noise = x[:, :noisy]
-                noise += injector(noise, 0, per_frame, dtype, conditions.audio, shift_scale, memory)
+                noise += injector(noise, injection, conditions.audio, shift_scale, memory)
                 return x
 
         return run

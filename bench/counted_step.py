@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.ledger import Ledger, Sent, cluster
 from talkingdit.families.wan_s2v import conditions as wan_conditions
+from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.model import WanS2VModel
 from talkingdit.nn.layers import RMSNorm
 from talkingdit.plan.generation import ClipShape
@@ -94,7 +95,7 @@ def _fused_norm(layer: RMSNorm, x: Tensor | None) -> Any:
 def _as_on_gpus() -> Iterator[None]:
     """Attention and RMS norm keep and make what their CUDA kernels do. Their values mean nothing here."""
     with (
-        mock.patch("talkingdit.nn.attention._scaled_dot_product", _fused_attention),
+        mock.patch("talkingdit.nn.local_attention.scaled_dot_product", _fused_attention),
         mock.patch.object(RMSNorm, "forward", _fused_norm),
     ):
         yield
@@ -198,7 +199,8 @@ def _train(
 ) -> None:
     for i in range(step.micro_batches):
         parallel.last_micro_batch(networks, i + 1 == step.micro_batches)
-        velocity = networks.transformer(**given, context=layout.context)
+        conditions = WanInputs(**{name: value for name, value in given.items() if name not in ("latents", "timestep")})
+        velocity = networks.transformer(given["latents"], given["timestep"], conditions, context=layout.context)
         loss = (velocity - given["latents"]).square().mean()
         del velocity
         ledger.mark(f"backward {i}")

@@ -31,7 +31,7 @@ from torch import Tensor
 from bench import official_style, record
 from bench.live_memory import LiveMemory
 from bench.wan_block import SHAPES as STEP_SHAPES
-from bench.wan_block import StepShape, build, inputs
+from bench.wan_block import StepShape, build, inputs, model_inputs
 from talkingdit.families import preset
 from talkingdit.families.wan_s2v.presets import PRESETS
 from talkingdit.plan import training as plan_train
@@ -89,14 +89,7 @@ def ours(shape: StepShape, blocks: int, device: torch.device, mode: str) -> Step
     given = inputs(shape, device)
 
     def forward() -> Tensor:
-        velocity = networks.transformer(
-            *(given["x"], given["t"], given["context"]),
-            reference=given["ref"],
-            history=given["motion"],
-            pose=given["pose"],
-            audio=given["audio"],
-        )
-        assert isinstance(velocity, Tensor)
+        velocity: Tensor = networks.transformer(given["x"], given["t"], model_inputs(given))
         return velocity
 
     return _step(forward, given["x"], list(networks.parameters()))

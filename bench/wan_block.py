@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bench import official_style, record
 from bench.live_memory import LiveMemory
-from talkingdit.models import WanS2VModel, preset
+from talkingdit.models import WanInputs, WanS2VModel, preset
 
 _RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -95,19 +95,19 @@ def inputs(shape: StepShape, device: torch.device) -> dict[str, Tensor]:
     )
 
 
+def model_inputs(given: dict[str, Tensor]) -> WanInputs:
+    """The same as our model takes them."""
+    return WanInputs(
+        given["context"], reference=given["ref"], history=given["motion"], pose=given["pose"], audio=given["audio"]
+    )
+
+
 def contestants(model: WanS2VModel, given: dict[str, Tensor], compiled: bool) -> dict[str, Callable[[], Tensor]]:
     """Calls of one step by name. The conditions of ours are made here."""
     weights = dict(model.named_parameters())
     dtype = model.patch_embedding.weight.dtype
     device = given["x"].device
-    conditions = model.encode_conditions(
-        given["context"],
-        reference=given["ref"],
-        history=given["motion"],
-        pose=given["pose"],
-        audio=given["audio"],
-        size=tuple(given["x"].shape[2:]),  # type: ignore[arg-type]
-    )
+    conditions = model.encode_conditions(model_inputs(given))
     narrow = {k: v if k in ("t", "audio") else v.to(dtype) for k, v in given.items()}
 
     @torch.no_grad()

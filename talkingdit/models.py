@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from talkingdit.encoders.text import TextFeatures
     from talkingdit.families.puppet.text import PromptEncoder
-    from talkingdit.families.wan_s2v.conditions import WanConditions
+    from talkingdit.families.wan_s2v.conditions import WanConditions, WanInputs
     from talkingdit.families.wan_s2v.model import WanS2VModel
     from talkingdit.families.wan_s2v.packed import PackedClip
     from talkingdit.families.wan_s2v.sequence import tokens_of
@@ -25,6 +25,7 @@ _HOMES = {
     "PromptEncoder": "talkingdit.families.puppet.text",
     "TextFeatures": "talkingdit.encoders.text",
     "WanConditions": "talkingdit.families.wan_s2v.conditions",
+    "WanInputs": "talkingdit.families.wan_s2v.conditions",
     "WanS2VModel": "talkingdit.families.wan_s2v.model",
     "tokens_of": "talkingdit.families.wan_s2v.sequence",
 }
@@ -34,6 +35,7 @@ __all__ = [
     "PromptEncoder",
     "TextFeatures",
     "WanConditions",
+    "WanInputs",
     "WanS2VModel",
     "default_checkpoint",
     "load",

@@ -10,6 +10,7 @@ from tiny_checkpoint import make_transformer
 from torch import Tensor, nn
 
 from talkingdit.families.puppet.text import PromptEncoder
+from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.packed import PackedClip
 from talkingdit.nn.context_parallel import ContextParallel
 from training.networks import Networks
@@ -49,10 +50,10 @@ def sample_losses(
             PackedClip(z, t, words, reference=r, history=h, drop_history=d, audio=a)
             for z, t, words, r, h, d, a in tensors
         ]
-        velocity = torch.stack(networks.transformer(packed=clips, context=context))
+        velocity = torch.stack(networks.transformer.denoise_packed(clips, context=context))
     else:
-        given = {"reference": reference, "history": history, "drop_history": drop, "audio": audio}
-        velocity = networks.transformer(latents, timestep, text, context=context, **given)
+        inputs = WanInputs(text, reference=reference, history=history, drop_history=drop, audio=audio)
+        velocity = networks.transformer(latents, timestep, inputs, context=context)
     return (velocity - target).square().mean(dim=(1, 2, 3, 4))
 
 

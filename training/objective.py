@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from talkingdit.data.sample import Sample
+from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.packed import PackedClip
 from training.conditions import Draws, cell_weights, draw, noisy_history, normal
 from training.config import StageConfig
@@ -158,7 +159,7 @@ def _stacked(
         timestep = timestep[:, 0]
     length = max(len(text) for text in texts)
     text = torch.stack([torch.nn.functional.pad(text, (0, 0, 0, length - len(text))) for text in texts])
-    velocity = transformer(stack([item.noisy for item in items]), timestep, text, context=context, **inputs)
+    velocity = transformer(stack([item.noisy for item in items]), timestep, WanInputs(text, **inputs), context=context)
     clean, noise = stack([item.sample.latents for item in items]), stack([item.noise for item in items])
     return velocity_loss(velocity, clean, noise, stack([item.weight[None] for item in items]))
 
@@ -188,7 +189,7 @@ def _packed(
         )
         for item, text in zip(items, texts, strict=True)
     ]
-    velocities = transformer(packed=clips, context=context)
+    velocities = transformer.denoise_packed(clips, context=context)
     each = []
     for item, velocity in zip(items, velocities, strict=True):
         clean, noise, weight = (x.to(device)[None] for x in (item.sample.latents, item.noise, item.weight[None]))

@@ -4,25 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, overload
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from talkingdit.nn.local_attention import BACKENDS, AttentionOptions, Joint, attend
 
 if TYPE_CHECKING:
     from talkingdit.nn.context_parallel import ContextParallel
-
-_BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-
-Joint = tuple[Tensor, Tensor, Tensor]
 
 
 @overload
@@ -93,92 +82,31 @@ def attention(
         ValueError: for an unknown backend, shapes that do not fit, segments that do not cover the sequence, segments
             with joint, a number of heads that the ulysses ranks do not divide.
     """
-    _check(q, k, v, mask, backend, context, tokens, segments, joint)
-    if context is None or context.size == 1:
-        return attend(q, k, v, mask, backend, segments, joint)
+    options = AttentionOptions(mask, backend, segments, joint)
+    if context is None:
+        _check(q, k, options, k.shape[1])
+        return attend(q, k, v, options)
+    if tokens is None:
+        raise ValueError("attention: with context, tokens must be the length of the whole sequence, got None")
+    _check(q, k, options, tokens, context)
+    _check_shards((q, k, v), tokens, context)
+    if context.size == 1:
+        return attend(q, k, v, options)
     # Imported here: it brings the compiler in, which takes a second.
     from talkingdit.nn.sharded_attention import sharded_attention
 
-    assert tokens is not None
-    return sharded_attention(q, k, v, mask, backend, context, tokens, segments, joint)
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    backend: str,
-    segments: Sequence[int] | None,
-    joint: Joint | None,
-    begin: int = 0,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of queries that stand at `begin` of the sequence of the keys, in this process."""
-    if joint is not None:
-        length = q.shape[1]
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip((q, k, v), joint, strict=True))
-        out = _scaled_dot_product(q, k, v, mask, backend)
-        return out[:, :length], out[:, length:]
-    if segments is None:
-        return _scaled_dot_product(q, k, v, mask, backend)
-    parts = []
-    for start, end in zip([0, *segments[:-1]], segments, strict=True):
-        queries = slice(max(start - begin, 0), max(end - begin, 0))
-        if q[:, queries].shape[1]:
-            keys = None if mask is None else mask[:, start:end]
-            parts.append(_scaled_dot_product(q[:, queries], k[:, start:end], v[:, start:end], keys, backend))
-    return torch.cat(parts, dim=1) if parts else _scaled_dot_product(q, k, v, mask, backend)
-
-
-def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> Tensor:
-    """q [B, N, H, D], k and v [B, M, H, D], mask bool [B, M] -> [B, N, H, D]."""
-    dtype = q.dtype
-    if q.is_cpu and dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
-        # The CPU's backward in half precision is slower than in float32, seven times with few keys.
-        q, k, v = q.float(), k.float(), v.float()
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if mask is not None:
-        mask = mask[:, None, None, :]
-    with torch.autocast(q.device.type, enabled=False), _choice(backend):
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.transpose(1, 2).to(dtype)
-
-
-def _choice(backend: str) -> AbstractContextManager[None]:
-    return nullcontext() if backend == "auto" else sdpa_kernel(_BACKENDS[backend])
+    return sharded_attention(q, k, v, options, context, tokens)
 
 
 def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    backend: str,
-    context: ContextParallel | None,
-    tokens: int | None,
-    segments: Sequence[int] | None,
-    joint: Joint | None,
+    q: Tensor, k: Tensor, options: AttentionOptions, tokens: int, context: ContextParallel | None = None
 ) -> None:
-    if backend != "auto" and backend not in _BACKENDS:
-        raise ValueError(f"attention: backend must be auto or one of {', '.join(_BACKENDS)}, got {backend!r}")
-    batch, keys, heads, dim = k.shape
-    if context is not None:
-        if tokens is None:
-            raise ValueError("attention: with context, tokens must be the length of the whole sequence, got None")
-        own = context.shard(tokens).size
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if x.shape[1] != own:
-                raise ValueError(
-                    f"attention: {name} must have the {own} of {tokens} tokens that are rank {context.rank}'s share "
-                    f"of {context.size}, got {x.shape[1]}"
-                )
-        if heads % context.ulysses_size:
-            raise ValueError(
-                f"attention: the number of heads must be divisible by the {context.ulysses_size} ulysses ranks, "
-                f"got {heads}"
-            )
-        keys = tokens
-    length = keys
+    """Do the options fit q, k and each other, in a sequence with keys of `tokens` tokens?"""
+    mask, backend, segments, joint = options
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"attention: backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+    batch, _, heads, dim = k.shape
+    keys = tokens
     if joint is not None:
         if segments is not None:
             raise ValueError("attention: segments cannot be combined with joint, whose tokens belong to no sample")
@@ -192,8 +120,23 @@ def _check(
         raise ValueError(f"attention: mask must have the shape of the keys {(batch, keys)}, got {tuple(mask.shape)}")
     if segments is not None:
         rising = bool(segments) and all(a < b for a, b in zip([0, *segments[:-1]], segments, strict=True))
-        if not rising or segments[-1] != length or (context is None and q.shape[1] != length):
+        if not rising or segments[-1] != tokens or (context is None and q.shape[1] != tokens):
             raise ValueError(
-                f"attention: segments must be rising ends of samples, the last one the sequence's length {length}, "
+                f"attention: segments must be rising ends of samples, the last one the sequence's length {tokens}, "
                 f"and q as long, got {list(segments)} and {q.shape[1]} queries"
             )
+
+
+def _check_shards(qkv: tuple[Tensor, Tensor, Tensor], tokens: int, context: ContextParallel) -> None:
+    """Are q, k and v this rank's shards of a sequence of `tokens` tokens, with heads that divide?"""
+    own, heads = context.shard(tokens).size, qkv[1].shape[2]
+    for name, x in zip(("q", "k", "v"), qkv, strict=True):
+        if x.shape[1] != own:
+            raise ValueError(
+                f"attention: {name} must have the {own} of {tokens} tokens that are the shard of rank {context.rank} "
+                f"of {context.size}, got {x.shape[1]}"
+            )
+    if heads % context.ulysses_size:
+        raise ValueError(
+            f"attention: the number of heads must be divisible by the {context.ulysses_size} ulysses ranks, got {heads}"
+        )

@@ -7,7 +7,7 @@ names; their signatures are the same in torch 2.10 to 2.13. Everything here is [
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,15 @@ EMPTY = torch.finfo(torch.float32).min / 2
 Extra = tuple[Tensor | None, ...]
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Extra]:
+class Piece(NamedTuple):
+    """Attention to some or to all of the keys."""
+
+    out: Tensor  # [B, H, N, D], normalised over these keys
+    lse: Tensor  # [B, H, N] float32 (float64 for float64): natural logarithm of the softmax denominator
+    extra: Extra  # what the backward of the same kernel wants
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> Piece:
     """Attention to some of the keys.
 
     Args:
@@ -31,9 +39,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) 
         backend: as in `talkingdit.nn.attention.attention`; "auto" is flash for half precision without a mask.
 
     Returns:
-        The output [B, H, N, D], normalised over these keys; the natural logarithm of the softmax denominator
-        [B, H, N] in float32 (float64 for float64), EMPTY where a sample has none of these keys; and what the backward
-        of the same kernel wants.
+        Zeros and a logarithm of EMPTY where a sample has none of these keys.
 
     Raises:
         ValueError: for a backend that the device does not have, or flash with a mask on CUDA.
@@ -42,7 +48,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) 
     if mask is not None:  # kernels disagree about what attention to nothing is
         nothing = ~mask.any(1)[:, None, None]
         out, lse = out.masked_fill(nothing[..., None], 0), lse.masked_fill(nothing, EMPTY)
-    return out, lse, extra
+    return Piece(out, lse, extra)
 
 
 def backward(
@@ -51,19 +57,16 @@ def backward(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    extra: Extra,
+    whole: Piece,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This piece's part of the gradients of q, and the gradients of its k and v.
 
     Args:
-        grad, out: [B, H, N, D], gradient and value of attention to all keys.
-        lse: [B, H, N], logarithm of the denominator over all keys.
-        extra: as it came from `forward` of any of the pieces.
+        grad: [B, H, N, D], gradient of attention to all keys.
+        whole: attention to all keys; `extra` as it came from `forward` of any of the pieces.
     """
-    grads = _kernel(q, mask, backend).backward(grad, q, k, v, mask, out, lse.contiguous(), extra)
+    grads = _kernel(q, mask, backend).backward(grad, q, k, v, mask, whole._replace(lse=whole.lse.contiguous()))
     if mask is None:
         return grads
     nothing = ~mask.any(1)[:, None, None, None]
@@ -75,11 +78,11 @@ class _Kernel(Protocol):
     """Attention and its backward; all have one form, kernels differ in what they return and in which shape."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Extra]: ...
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Piece: ...
 
     @staticmethod
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, extra: Extra
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, whole: Piece
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -87,32 +90,32 @@ class _Cpu(_Kernel):
     """In float32 at least: its backward in half precision is slower."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Extra]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Piece:
         q, k, v = _wide(q, k, v)
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=_bias(mask, q))
-        return out, lse, ()
+        return Piece(out, lse, ())
 
     @staticmethod
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, extra: Extra
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, whole: Piece
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grad, q, k, v, out = _wide(grad, q, k, v, out)
+        grad, q, k, v, out = _wide(grad, q, k, v, whole.out)
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, False, attn_mask=_bias(mask, q)
+            grad, q, k, v, out, whole.lse, 0.0, False, attn_mask=_bias(mask, q)
         )
 
 
 class _Flash(_Kernel):
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Extra]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Piece:
         out, lse, ends_q, ends_k, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(q, k, v)
-        return out, lse, (ends_q, ends_k, seed, offset)
+        return Piece(out, lse, (ends_q, ends_k, seed, offset))
 
     @staticmethod
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, extra: Extra
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, whole: Piece
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ends_q, ends_k, seed, offset = extra
+        out, lse, (ends_q, ends_k, seed, offset) = whole
         lengths = q.shape[2], k.shape[2]
         return aten._scaled_dot_product_flash_attention_backward(
             grad, q, k, v, out, lse, ends_q, ends_k, *lengths, 0.0, False, seed, offset
@@ -121,17 +124,17 @@ class _Flash(_Kernel):
 
 class _Cudnn(_Kernel):
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Extra]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Piece:
         out, lse, ends_q, ends_k, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
             q, k, v, _bias(mask, q), True
         )
-        return out, lse.squeeze(-1), (ends_q, ends_k, seed, offset)
+        return Piece(out, lse.squeeze(-1), (ends_q, ends_k, seed, offset))
 
     @staticmethod
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, extra: Extra
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, whole: Piece
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ends_q, ends_k, seed, offset = extra
+        out, lse, (ends_q, ends_k, seed, offset) = whole
         lengths = q.shape[2], k.shape[2]
         return aten._scaled_dot_product_cudnn_attention_backward(
             grad, q, k, v, out, lse[..., None], seed, offset, _bias(mask, q), ends_q, ends_k, *lengths, 0.0, False
@@ -140,19 +143,19 @@ class _Cudnn(_Kernel):
 
 class _Efficient(_Kernel):
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Extra]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Piece:
         out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(q, k, v, _bias(mask, q), True)
-        return out, lse[..., : q.shape[2]], (seed, offset)
+        return Piece(out, lse[..., : q.shape[2]], (seed, offset))
 
     @staticmethod
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, extra: Extra
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, whole: Piece
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The kernel wants rows of lse in multiples of 32; what stands behind the last query gets no weight.
-        lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
+        lse = F.pad(whole.lse, (0, -whole.lse.shape[-1] % 32), value=torch.inf)
         wanted = [True, True, True, False]
         return aten._scaled_dot_product_efficient_attention_backward(
-            grad, q, k, v, _bias(mask, q), out, lse, *extra, 0.0, wanted
+            grad, q, k, v, _bias(mask, q), whole.out, lse, *whole.extra, 0.0, wanted
         )[:3]
 
 
@@ -160,18 +163,18 @@ class _Math(_Kernel):
     """Plain matrix products, for devices and head sizes without a kernel: holds the whole matrix of weights."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Extra]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Piece:
         q, k, v = _wide(q, k, v)
         scores = _Math._scores(q, k, mask)
         lse = scores.logsumexp(-1)
-        return (scores - lse[..., None]).exp() @ v, lse, ()
+        return Piece((scores - lse[..., None]).exp() @ v, lse, ())
 
     @staticmethod
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, extra: Extra
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, whole: Piece
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grad, q, k, v, out = _wide(grad, q, k, v, out)
-        weights = (_Math._scores(q, k, mask) - lse[..., None]).exp()
+        grad, q, k, v, out = _wide(grad, q, k, v, whole.out)
+        weights = (_Math._scores(q, k, mask) - whole.lse[..., None]).exp()
         of_scores = weights * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
         return of_scores @ k, of_scores.mT @ q, weights.mT @ grad
 

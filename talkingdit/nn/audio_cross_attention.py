@@ -89,32 +89,37 @@ class FrameSpan(NamedTuple):
     token_offset: int = 0  # place of the first token in the first of the frames, where a shard has cut it
 
 
-Frames = int | tuple[FrameSpan, ...]
+FrameSizes = int | tuple[FrameSpan, ...]
 
 
-class Span(NamedTuple):
+class PlacedSpan(NamedTuple):
     """A `FrameSpan` with its place."""
 
-    here: slice  # of the tokens
-    heard: slice  # of the frames
+    tokens: slice
+    frames: slice
     tokens_per_frame: int
     token_offset: int
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Tokens per frame and offset, as the ops want them."""
+        return self.tokens_per_frame, self.token_offset
 
-def spans_of(frames: Frames, tokens: int, count: int, token_offset: int = 0) -> list[Span]:
-    """The spans that `frames` lists, or the single one of `tokens` tokens and `count` frames if it is a number.
+
+def place_spans(sizes: FrameSizes, tokens: int, frames: int, token_offset: int = 0) -> list[PlacedSpan]:
+    """The spans of `tokens` tokens in `frames` frames.
 
     Args:
-        frames: spans, or tokens per frame.
+        sizes: spans, or tokens per frame for a single one.
         token_offset: of the single one.
     """
-    listed = (FrameSpan(tokens, count, frames, token_offset),) if not isinstance(frames, tuple) else frames
+    listed = (FrameSpan(tokens, frames, sizes, token_offset),) if not isinstance(sizes, tuple) else sizes
     spans = []
     token = frame = 0
     for span in listed:
-        here, heard = slice(token, token + span.tokens), slice(frame, frame + span.frames)
-        spans.append(Span(here, heard, span.tokens_per_frame, span.token_offset))
-        token, frame = here.stop, heard.stop
+        placed = slice(token, token + span.tokens), slice(frame, frame + span.frames)
+        spans.append(PlacedSpan(*placed, span.tokens_per_frame, span.token_offset))
+        token, frame = placed[0].stop, placed[1].stop
     return spans
 
 
@@ -123,19 +128,47 @@ def cut(x: Tensor, part: slice) -> Tensor:
     return x if part.start == 0 and part.stop == x.shape[1] else x[:, part]
 
 
+class _Epilogue(NamedTuple):
+    """What is done with the product of a frame's weights: `residual + mask * gate * (product + bias)`, into `out`."""
+
+    bias: Tensor | None = None  # [dim]
+    gate: Tensor | None = None  # [dim]
+    mask: Tensor | None = None  # [B, N]
+    residual: Tensor | None = None  # [B, N, dim]
+    out: Tensor | None = None  # [B, N, dim], may be the residual itself
+
+    def cut(self, tokens: slice) -> _Epilogue:
+        """For some of the tokens."""
+        mask, residual, out = (None if t is None else t[:, tokens] for t in (self.mask, self.residual, self.out))
+        return _Epilogue(self.bias, self.gate, mask, residual, residual if self.out is self.residual else out)
+
+    def add(self, value: Tensor) -> Tensor:
+        """The same for a value that has the bias in it."""
+        dtype = value.dtype if self.residual is None else self.residual.dtype
+        if self.gate is not None:
+            value = self.gate * value
+        if self.mask is not None:
+            value = self.mask[..., None] * value
+        if self.residual is None:
+            return value.to(dtype) if self.out is None else self.out.copy_(value)
+        if self.out is self.residual:
+            return self.residual.add_(value)
+        return (self.residual + value).to(dtype) if self.out is None else self.out.copy_(self.residual + value)
+
+
 def _even(tokens: int, tokens_per_frame: int, token_offset: int) -> list[tuple[slice, slice]]:
     """Ranges of tokens and of frames, such that all frames of a range have equally many tokens in it.
 
     That is all of them, where no frame is cut; else the rest of a frame, whole ones, and the beginning of one.
     """
-    cut = min(-token_offset % tokens_per_frame, tokens)
-    first, whole = -(-token_offset // tokens_per_frame), (tokens - cut) // tokens_per_frame
-    end = cut + whole * tokens_per_frame
+    rest = min(-token_offset % tokens_per_frame, tokens)
+    first, whole = -(-token_offset // tokens_per_frame), (tokens - rest) // tokens_per_frame
+    end = rest + whole * tokens_per_frame
     ranges = []
-    if cut:
-        ranges.append((slice(0, cut), slice(first - 1, first)))
+    if rest:
+        ranges.append((slice(0, rest), slice(first - 1, first)))
     if whole:
-        ranges.append((slice(cut, end), slice(first, first + whole)))
+        ranges.append((slice(rest, end), slice(first, first + whole)))
     if end < tokens:
         ranges.append((slice(end, tokens), slice(first + whole, first + whole + 1)))
     return ranges or [(slice(0, 0), slice(0, 1))]
@@ -178,10 +211,11 @@ class AudioCrossAttention(CrossAttention):
     def forward(
         self,
         x: Tensor,
-        tokens_per_frame: Frames,
+        tokens_per_frame: FrameSizes,
         tokens: Tensor | None = None,
         memory: AudioMemory | None = None,
         absorb: str = "none",
+        *,
         gate: Tensor | None = None,
         mask: Tensor | None = None,
         residual: Tensor | None = None,
@@ -210,43 +244,43 @@ class AudioCrossAttention(CrossAttention):
                 raise ValueError("AudioCrossAttention: tokens or memory must be given, got neither")
             memory = self.memory(tokens, absorb)
         k, v, score_bias, out_bias = memory
-        spans = spans_of(tokens_per_frame, x.shape[1], k.shape[1], token_offset)
+        epilogue = _Epilogue(out_bias, gate, mask, residual, out)
+        spans = place_spans(tokens_per_frame, x.shape[1], k.shape[1], token_offset)
         x = self.query(x) if score_bias is None else x.to(k.dtype)
         if out_bias is None:
-            heard = [
-                ops.audio_attention(cut(x, span.here), cut(k, span.heard), cut(v, span.heard), *span[2:])
+            attended = [
+                ops.audio_attention(cut(x, span.tokens), cut(k, span.frames), cut(v, span.frames), *span.place)
                 for span in spans
             ]
-            return _add(self.o(_join(heard).flatten(2)), gate, mask, residual, out)
+            return epilogue.add(self.o(_join(attended).flatten(2)))
         weights = [self._weights(x, memory, span) for span in spans]
         if residual is not None and residual.dtype not in (v.dtype, wide(v.dtype)):
             products = [
-                _frame_linear(w, v[:, span.heard], *span[2:], out_bias) for w, span in zip(weights, spans, strict=True)
+                _frame_linear(w, v[:, span.frames], span.place, _Epilogue(out_bias))
+                for w, span in zip(weights, spans, strict=True)
             ]
-            return _add(_join(products), gate, mask, residual, out)
+            return epilogue.add(_join(products))
         if len(spans) == 1:
-            return _frame_linear(weights[0], v, *spans[0][2:], out_bias, gate, mask, residual, out)
-        parts = []
-        for w, span in zip(weights, spans, strict=True):
-            share, before, into = (None if t is None else t[:, span.here] for t in (mask, residual, out))
-            if out is residual:
-                into = before
-            parts.append(_frame_linear(w, v[:, span.heard], *span[2:], out_bias, gate, share, before, into))
+            return _frame_linear(weights[0], v, spans[0].place, epilogue)
+        parts = [
+            _frame_linear(w, v[:, span.frames], span.place, epilogue.cut(span.tokens))
+            for w, span in zip(weights, spans, strict=True)
+        ]
         return _join(parts) if out is None else out
 
-    def _weights(self, x: Tensor, memory: AudioMemory, span: Span) -> Tensor:
+    def _weights(self, x: Tensor, memory: AudioMemory, span: PlacedSpan) -> Tensor:
         """Attention weights [B, n, H*A] of the tokens of a span: x [B, N, H, D] queries, or [B, N, dim] tokens."""
-        x, k, bias = cut(x, span.here), cut(memory.k, span.heard), memory.score_bias
+        x, k, bias = cut(x, span.tokens), cut(memory.k, span.frames), memory.score_bias
         if bias is not None:
-            x, bias = _frame_linear(x, k, *span[2:]), cut(bias, span.heard)
+            x, bias = _frame_linear(x, k, span.place, _Epilogue()), cut(bias, span.frames)
         parts = []
-        for here, heard in _even(x.shape[1], *span[2:]):
-            frames = heard.stop - heard.start
-            part = cut(x, here).unflatten(1, (frames, (here.stop - here.start) // frames))
+        for tokens, frames in _even(x.shape[1], *span.place):
+            count = frames.stop - frames.start
+            part = cut(x, tokens).unflatten(1, (count, (tokens.stop - tokens.start) // count))
             if bias is None:
-                scores = (part.permute(0, 1, 3, 2, 4) @ cut(k, heard).permute(0, 1, 3, 4, 2)).transpose(2, 3)
+                scores = (part.permute(0, 1, 3, 2, 4) @ cut(k, frames).permute(0, 1, 3, 4, 2)).transpose(2, 3)
             else:
-                scores = (part + cut(bias, heard)[:, :, None]).unflatten(-1, (self.num_heads, -1))
+                scores = (part + cut(bias, frames)[:, :, None]).unflatten(-1, (self.num_heads, -1))
             weights = (scores.to(wide(scores.dtype)) * self.head_dim**-0.5).softmax(-1)
             parts.append(weights.flatten(3).flatten(1, 2).to(memory.v.dtype))
         return _join(parts)
@@ -256,38 +290,14 @@ def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _frame_linear(
-    x: Tensor,
-    weight: Tensor,
-    tokens_per_frame: int,
-    token_offset: int,
-    bias: Tensor | None = None,
-    gate: Tensor | None = None,
-    mask: Tensor | None = None,
-    residual: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
+def _frame_linear(x: Tensor, weight: Tensor, place: tuple[int, int], epilogue: _Epilogue) -> Tensor:
     """`ops.frame_linear`, written out where a gradient is needed."""
+    bias, gate, mask, residual, out = epilogue
     given = (x, weight, bias, gate, mask, residual)
+    tokens_per_frame, token_offset = place
     if out is None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         return ops.frame_linear_reference(x, weight, tokens_per_frame, bias, gate, mask, residual, token_offset)
     return ops.frame_linear(x, weight, tokens_per_frame, bias, gate, mask, residual, token_offset, out)
-
-
-def _add(
-    value: Tensor, gate: Tensor | None, mask: Tensor | None, residual: Tensor | None, out: Tensor | None
-) -> Tensor:
-    """`residual + mask * gate * value`."""
-    dtype = value.dtype if residual is None else residual.dtype
-    if gate is not None:
-        value = gate * value
-    if mask is not None:
-        value = mask[..., None] * value
-    if residual is None:
-        return value.to(dtype) if out is None else out.copy_(value)
-    if out is residual:
-        return residual.add_(value)
-    return (residual + value).to(dtype) if out is None else out.copy_(residual + value)
 
 
 def effective(linear: nn.Module, inputs: int, like: Tensor) -> tuple[Tensor, Tensor]:

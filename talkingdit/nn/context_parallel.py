@@ -5,7 +5,7 @@ Everything in a transformer block but attention works token by token, so a rank 
 sequence alone. Attention needs all keys. Two ways of getting them are combined, one per axis of a mesh:
 
 - Ulysses (Jacobs et al., DeepSpeed Ulysses, arXiv 2309.14509, section 3): an all-to-all gives every rank all tokens of
-  its axis for a share of the heads. Volume falls with the number of ranks; heads must divide.
+  its axis for a part of the heads. Volume falls with the number of ranks; heads must divide.
 - the ring axis: keys and values of the other ranks are gathered, or travel round a ring (Liu et al., Ring Attention,
   arXiv 2310.01889, section 3). Volume does not fall with the number of ranks; any number of heads.
 
@@ -207,7 +207,7 @@ def all_to_all(
 
 def _all_gather(rows: Tensor, sizes: list[int], group: ProcessGroup) -> Tensor:
     most = max(sizes)
-    if len(rows) < most:  # the collective wants equal shares; what stands behind the own rows is dropped again
+    if len(rows) < most:  # the collective wants equal shards; what stands behind the own rows is dropped again
         rows, own = rows.new_empty(most, *rows.shape[1:]), rows
         rows[: len(own)] = own
     out = rows.new_empty(len(sizes) * most, *rows.shape[1:])
@@ -248,7 +248,7 @@ class _Gather(torch.autograd.Function):
             begin = sum(sizes[:rank])
             return grad[begin : begin + sizes[rank]], None, None, None
         # A reduce-scatter would round to grad's dtype at every addition. This moves as many bytes and rounds once; it
-        # also takes uneven shares as they are.
+        # also takes uneven shards as they are.
         parts, _ = all_to_all(grad, sizes, [sizes[rank]] * len(sizes), group)
         dtype = torch.promote_types(grad.dtype, torch.float32)
         return parts.unflatten(0, (len(sizes), sizes[rank])).sum(0, dtype=dtype).to(grad.dtype), None, None, None

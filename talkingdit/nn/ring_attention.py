@@ -18,33 +18,25 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from talkingdit.nn import attention_pieces
-from talkingdit.nn.attention import Joint
 from talkingdit.nn.context_parallel import Shard, all_to_all
+from talkingdit.nn.local_attention import AttentionOptions
 
 
 def ring_attention(
-    q: Tensor,
-    key_value: Tensor,
-    joint: Joint | None,
-    mask: Tensor | None,
-    group: ProcessGroup,
-    chunks: Sequence[Shard],
-    segments: Sequence[int] | None,
-    backend: str,
+    q: Tensor, key_value: Tensor, options: AttentionOptions, group: ProcessGroup, chunks: Sequence[Shard]
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the own chunk's queries to all keys of the ring.
 
     Args:
         q: [chunk, B, H, D].
         key_value: [chunk, 2, B, H, D].
-        joint: q, k, v [B, L, H, D] of tokens that every rank has.
-        mask: bool [B, tokens + L] of keys.
+        options: joint q, k, v [B, L, H, D] are of tokens that every rank has; the mask is [B, tokens + L].
         chunks: the tokens of each place in the ring.
-        segments: as in `talkingdit.nn.attention.attention`.
 
     Returns:
         [B, chunk, H, D]; with joint also [B, L, H, D].
     """
+    mask, backend, segments, joint = options
     plan = _Plan(group, chunks, segments, backend)
     length, text = len(q), None
     if joint is not None:
@@ -123,10 +115,10 @@ class _Ring(torch.autograd.Function):
             for rows, keys, allowed in plan.pieces(source, block, text, mask):
                 k, v = keys.permute(1, 2, 3, 0, 4)
                 part, part_lse, extra = attention_pieces.forward(queries[:, :, rows], k, v, allowed, plan.backend)
-                before = lse[:, :, rows]
-                share = torch.sigmoid(part_lse - before)
-                out[:, :, rows].lerp_(part.to(out.dtype), share[..., None])
-                lse[:, :, rows] = torch.logaddexp(before, part_lse)
+                merged_lse = lse[:, :, rows]
+                weight = torch.sigmoid(part_lse - merged_lse)
+                out[:, :, rows].lerp_(part.to(out.dtype), weight[..., None])
+                lse[:, :, rows] = torch.logaddexp(merged_lse, part_lse)
         rows_out = rows_out.to(q.dtype)
         ctx.save_for_backward(q, key_value, text, mask, rows_out, lse, *extra)
         ctx.plan = plan
@@ -151,16 +143,9 @@ class _Ring(torch.autograd.Function):
             )
             for (rows, keys, allowed), (_, of_keys, _) in pairs:
                 k, v = keys.permute(1, 2, 3, 0, 4)
+                whole = attention_pieces.Piece(out[:, :, rows], lse[:, :, rows], tuple(extra))
                 dq, dk, dv = attention_pieces.backward(
-                    grad[:, :, rows],
-                    queries[:, :, rows],
-                    k,
-                    v,
-                    allowed,
-                    out[:, :, rows],
-                    lse[:, :, rows],
-                    tuple(extra),
-                    plan.backend,
+                    grad[:, :, rows], queries[:, :, rows], k, v, allowed, whole, plan.backend
                 )
                 of_queries[:, :, rows] += dq
                 of_keys[:, 0] += dk.permute(2, 0, 1, 3)

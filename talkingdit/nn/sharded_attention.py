@@ -7,46 +7,37 @@ With U ulysses ranks, R places in the ring and M = B * tokens * H * D elements i
     backward   the same; in "ring" mode 2 M / U more, and those in float32
 
 Inside, tensors have rows first, [tokens, B, H / U, D], because collectives cut along the first axis and take uneven
-shares as they are: nothing is padded but keys that are gathered from chunks of different lengths.
+shards as they are: nothing is padded but keys that are gathered from chunks of different lengths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from talkingdit.nn.attention import Joint, attend
 from talkingdit.nn.context_parallel import ContextParallel, eager, exchange, gather_rows
+from talkingdit.nn.local_attention import AttentionOptions, Joint, attend
 from talkingdit.nn.ring_attention import ring_attention
 
 
 @eager
 def sharded_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    backend: str,
-    context: ContextParallel,
-    tokens: int,
-    segments: Sequence[int] | None,
-    joint: Joint | None,
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, context: ContextParallel, tokens: int
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`talkingdit.nn.attention.attention` with a context; arguments are checked there."""
     with torch.autocast(q.device.type, enabled=False):
         queries, key_value = _tokens_for_heads(q, k, v, context, tokens)
-        text = None if joint is None else _own_heads(joint, context)
+        if options.joint is not None:
+            options = options._replace(joint=_own_heads(options.joint, context))
         chunks = [context.chunk(tokens, place) for place in range(context.ring_size)]
         begin = chunks[context.ring_rank].begin
         if context.ring is not None and context.mode == "ring":
-            out = ring_attention(queries, key_value, text, mask, context.ring, chunks, segments, backend)
+            out = ring_attention(queries, key_value, options, context.ring, chunks)
         else:
             if context.ring is not None:
                 key_value = gather_rows(key_value, [chunk.size for chunk in chunks], context.ring)
             k, v = (x.transpose(0, 1) for x in key_value.unbind(1))
-            out = attend(queries.transpose(0, 1), k, v, mask, backend, segments, text, begin)
+            out = attend(queries.transpose(0, 1), k, v, options, begin)
             del k, v
         del queries, key_value
         if isinstance(out, tuple):
@@ -55,7 +46,7 @@ def sharded_attention(
 
 
 def _tokens_for_heads(q: Tensor, k: Tensor, v: Tensor, context: ContextParallel, tokens: int) -> tuple[Tensor, Tensor]:
-    """This rank's tokens with all heads -> all tokens of its ulysses group with its share of the heads.
+    """This rank's tokens with all heads -> all tokens of its ulysses group with its part of the heads.
 
     Returns:
         Queries [chunk, B, H / U, D]; keys and values [chunk, 2, B, H / U, D].

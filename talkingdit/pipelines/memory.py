@@ -81,7 +81,7 @@ def fit(target: Any, memory: Memory, device: torch.device | str) -> None:
     """Move a model or a whole checkpoint to a device, in less memory. Changes it in place, once.
 
     Args:
-        target: a `WanS2VModel` on the host, or a checkpoint with `transformer`, `vae` and `text_encoder`.
+        target: a transformer on the host, or a checkpoint with `transformer`, `vae` and `text_encoder`.
         memory: what to trade.
         device: where to compute.
 
@@ -127,7 +127,8 @@ def _fit_transformer(model: Any, memory: Memory, device: torch.device) -> None:
         low_cpu_mem_usage=streams,
     )
     if streams:
-        _trace(model, device)
+        with torch.no_grad():  # offloading learns from it in which order to fetch the layers
+            model(**model.dummy_inputs)
 
 
 def _quantise(model: Any, kind: str) -> None:
@@ -142,22 +143,3 @@ def _quantise(model: Any, kind: str) -> None:
         return type(module) is nn.Linear and name.startswith(LARGE)
 
     quantize_(model, Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig(), filter_fn=large)
-
-
-@torch.no_grad()
-def _trace(model: Any, device: torch.device) -> None:
-    """One small forward through every layer, from which offloading learns the order to fetch them in."""
-    c, size = model.config, (1, 16, 16)
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(1, *shape, device=device)
-
-    model(
-        zeros(c.in_dim, *size),
-        zeros(),
-        zeros(1, c.text_dim),
-        reference=zeros(c.in_dim, 1, 16, 16),
-        history=zeros(c.in_dim, *size),
-        pose=zeros(c.cond_dim, *size) if c.cond_dim else None,
-        audio=zeros(c.audio_layers, c.audio_dim, 4),
-    )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from talkingdit.errors import UserError
+from talkingdit.families.wan_s2v.units import FFN_TOKENS
 from talkingdit.pipelines.memory import LARGE, Memory
 
 GB = 1e9
@@ -46,7 +47,6 @@ VAE_ENCODE = {4: 3310, 2: 3507}
 TILE = 256  # pixels of a side of diffusers' tiles
 TEXT_PARAMETERS = 5_680_910_336  # the encoder of UMT5-XXL
 SPEECH_PARAMETERS = 315_438_720  # wav2vec2-large
-FFN_TOKENS = 8192
 
 
 @dataclass(frozen=True)

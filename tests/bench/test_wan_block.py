@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench import wan_block
 from bench.live_memory import LiveMemory
 from talkingdit.families.wan_s2v import conditions as wan_conditions
+from talkingdit.models import WanInputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -66,11 +67,13 @@ def test_a_step_of_the_released_width_takes_a_third_of_the_memory():
         with LiveMemory([*weights.values(), *given.values(), *narrow.values()]) as count:
             before = count.live
             conditions = model.encode_conditions(
-                given["context"],
-                reference=given["ref"],
-                history=given["motion"],
-                audio=given["audio"],
-                size=(20, 56, 104),
+                WanInputs(
+                    given["context"],
+                    reference=given["ref"],
+                    history=given["motion"],
+                    audio=given["audio"],
+                    size=(20, 56, 104),
+                )
             )
             model(given["x"], given["t"], conditions=conditions)
             peaks["ours"] = count.peak - before

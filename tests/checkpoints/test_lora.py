@@ -17,6 +17,7 @@ from torch import Tensor
 from talkingdit.checkpoints.lora import Loras
 from talkingdit.checkpoints.names import to_diffusers
 from talkingdit.errors import UserError
+from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.load import load
 from talkingdit.families.wan_s2v.save import save_official
 from talkingdit.models import WanS2VModel
@@ -53,7 +54,8 @@ def answer(model: WanS2VModel) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     latents, text, audio = (torch.randn(s, generator=generator) for s in ((1, 16, 2, 4, 4), (1, 6, 24), (1, 5, 8, 8)))
     with torch.no_grad():
-        return model(latents, torch.tensor([300.0]), text, audio=audio, reference=latents[:, :, :1])
+        inputs = WanInputs(text, audio=audio, reference=latents[:, :, :1])
+        return model(latents, torch.tensor([300.0]), inputs)
 
 
 def snapshot(model: WanS2VModel) -> dict[str, Tensor]:

@@ -245,7 +245,7 @@ def test_wrong_calls_are_told_before_anything_is_sent(processes: Processes) -> N
     first, second = processes(2, messages)
     assert first == [
         "attention: with context, tokens must be the length of the whole sequence, got None",
-        "attention: q must have the 5 of 9 tokens that are rank 0's share of 2, got 4",
+        "attention: q must have the 5 of 9 tokens that are the shard of rank 0 of 2, got 4",
         "attention: the number of heads must be divisible by the 2 ulysses ranks, got 3",
         "attention: mask must have the shape of the keys (1, 8), got (1, 4)",
         "attention: segments must be rising ends of samples, the last one the sequence's length 8, and q as long, "
@@ -256,7 +256,7 @@ def test_wrong_calls_are_told_before_anything_is_sent(processes: Processes) -> N
         "ContextParallel: group must have ring x ulysses = 1 x 1 ranks, got 2",
         "ContextParallel: mesh must have the dimensions ('ring', 'ulysses'), got ('ulysses',)",
     ]
-    assert second[1] == "attention: q must have the 5 of 11 tokens that are rank 1's share of 2, got 4"
+    assert second[1] == "attention: q must have the 5 of 11 tokens that are the shard of rank 1 of 2, got 4"
 
 
 def compiled_equals_eager(mode: str) -> bool:

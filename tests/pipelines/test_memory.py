@@ -8,7 +8,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from talkingdit.errors import UserError
-from talkingdit.models import WanS2VModel, preset
+from talkingdit.models import WanInputs, WanS2VModel, preset
 from talkingdit.pipelines.memory import Memory, fit
 
 
@@ -55,9 +55,9 @@ def both_ways(model, pose=True, before=lambda: None):
     """The velocity by a direct call, and with conditions made beforehand, twice as in two denoising steps."""
     given = inputs(pose)
     before()
-    velocities = [model(LATENTS, TIMESTEP, **given)]
+    velocities = [model(LATENTS, TIMESTEP, WanInputs(**given))]
     before()
-    conditions = model.encode_conditions(**given, size=(2, 8, 8))
+    conditions = model.encode_conditions(WanInputs(**given, size=(2, 8, 8)))
     for _ in range(2):
         before()
         velocities.append(model(LATENTS, TIMESTEP, conditions=conditions))

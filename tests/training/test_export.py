@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from small_run import TINY
 
 from talkingdit.errors import UserError
-from talkingdit.models import load_checkpoint
+from talkingdit.models import WanInputs, load_checkpoint
 from training import export
 from training.build import new_networks
 from training.config import Config
@@ -38,7 +38,7 @@ def test_adapters_that_trained_beside_other_weights_are_merged_into_the_model(tm
     for name, parameter in networks.named_parameters():
         if ".lora_" in name or name.endswith("head.head.weight"):
             torch.nn.init.normal_(parameter, std=0.5)
-    inputs = torch.randn(1, 16, 2, 6, 6), torch.tensor([500.0]), torch.randn(1, 5, 64)
+    inputs = torch.randn(1, 16, 2, 6, 6), torch.tensor([500.0]), WanInputs(torch.randn(1, 5, 64))
     expected = networks.transformer(*inputs)
     export.write({name: value.clone() for name, value in networks.state_dict().items()}, config, tmp_path)
     checkpoint = load_checkpoint(tmp_path, torch.float32, "cpu")

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from talkingdit.data.sample import Sample
 from talkingdit.families.puppet.text import PromptEncoder
+from talkingdit.families.wan_s2v.conditions import WanInputs
 from training.batching import MicroBatch
 from training.conditions import CONDITIONS, draw
 from training.config import Config
@@ -66,7 +67,9 @@ def test_the_loss_is_the_mean_square_of_the_velocity_error(networks):
     }
     text = networks.text_encoder.encode([sample.caption]).features
     with torch.no_grad():
-        velocity = networks.transformer(noisy.float()[None], torch.tensor([1000 * sigma]), text, **conditions)[0]
+        velocity = networks.transformer(
+            noisy.float()[None], torch.tensor([1000 * sigma]), WanInputs(text, **conditions)
+        )[0]
         found = run(networks, [sample], stage)
     expected = ((velocity.double() - (item.noise - sample.latents).double()) ** 2).mean()
     torch.testing.assert_close(found.each.double(), expected[None], rtol=1e-5, atol=0)

@@ -15,6 +15,7 @@ from tiny_networks import backward, make_networks, sample_losses
 from torch.distributed.tensor import DTensor
 
 from talkingdit.errors import UserError
+from talkingdit.families.wan_s2v.conditions import WanInputs
 from training.config import OptimConfig, ParallelConfig
 from training.optim import build_optimizers
 from training.parallel import (
@@ -205,7 +206,7 @@ def denoise(sharded_over_processes):
     latents, audio = torch.randn(1, 16, 3, 6, 8, generator=generator), torch.randn(1, 2, 160, 12, generator=generator)
     with torch.no_grad():
         text = networks.text_encoder.encode(["a man"]).features
-        conditions = networks.transformer.encode_conditions(text, reference=latents[:, :, :1], audio=audio)
+        conditions = networks.transformer.encode_conditions(WanInputs(text, reference=latents[:, :, :1], audio=audio))
         return networks.transformer(latents, torch.tensor([500.0]), conditions=conditions)
 
 

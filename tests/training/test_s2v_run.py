@@ -24,7 +24,7 @@ from talkingdit.checkpoints.lora import Loras
 from talkingdit.checkpoints.weights import open_weights
 from talkingdit.cli.main import main
 from talkingdit.media.files import read_video
-from talkingdit.models import load
+from talkingdit.models import WanInputs, load
 from training import parallel
 from training.build import sharded_networks
 from training.config import read_toml
@@ -117,7 +117,7 @@ def test_of_the_audio_modules_alone_all_else_stays_to_the_bit(world: Path, tmp_p
     assert {name for name in start if name.startswith(AUDIO) and start[name].dim() > 1} <= changed
 
 
-def lora_velocities(file: Path, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[str], dict[str, Any]]:
+def lora_velocities(file: Path, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[str], dict[str, Any]]:
     """Velocity of the run's newest weights, names in its checkpoint, and its weights."""
     from torch.distributed.checkpoint import FileSystemReader
 
@@ -145,8 +145,7 @@ def test_adapters_are_all_that_a_lora_run_keeps_and_do_elsewhere_what_they_did_h
     inputs = {
         "latents": torch.randn(1, 16, 2, 4, 4),
         "timestep": torch.tensor([300.0]),
-        "text": torch.randn(1, 5, 32),
-        "audio": torch.randn(1, 25, 16, 8),
+        "conditions": WanInputs(torch.randn(1, 5, 32), audio=torch.randn(1, 25, 16, 8)),
     }
     [(velocity, names, _)] = processes(1, lora_velocities, file, inputs, timeout=120)
     kept = [name for name in names if name.startswith(("networks/", "averages/"))]

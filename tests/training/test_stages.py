@@ -12,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from talkingdit.checkpoints.lora import Loras
 from talkingdit.families import preset
+from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.model import WanS2VModel
 from training.config import Config, LoraConfig, read_toml
 from training.lora import adapter_state_names, adapter_tensors, add_adapters
@@ -131,8 +132,9 @@ def test_zeroed_audio_outputs_leave_the_video_as_without_audio():
     zero_parameters(networks, stage)
     latents, text, audio = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 3, 24), torch.randn(1, 5, 8, 8)
     with torch.no_grad():
-        silent = networks.transformer(latents, torch.tensor([500.0]), text)
-        torch.testing.assert_close(networks.transformer(latents, torch.tensor([500.0]), text, audio=audio), silent)
+        silent = networks.transformer(latents, torch.tensor([500.0]), WanInputs(text))
+        voiced = networks.transformer(latents, torch.tensor([500.0]), WanInputs(text, audio=audio))
+        torch.testing.assert_close(voiced, silent)
 
 
 def test_a_run_goes_through_its_stages_and_ends():

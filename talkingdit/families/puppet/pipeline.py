@@ -31,6 +31,7 @@ from talkingdit.distributed.layout import Parallel
 from talkingdit.encoders.log_mel import SpeechFeatures
 from talkingdit.families.puppet.options import Options
 from talkingdit.families.puppet.outline import Details, Sampling, clip_frames
+from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.media.files import SPEECH_RATE
 from talkingdit.media.framing import fit_portrait
 from talkingdit.pipelines.guidance import Branch, guided_step
@@ -240,11 +241,13 @@ class PuppetPipeline:
         history = past[:, :, -model.config.motion_frames[1] :]
         return [
             model.encode_conditions(
-                text,
-                reference=_repeat(conditions.reference, branches),
-                history=_repeat(history, branches) if index else None,
-                audio=_given(audio, branches),
-                audio_history=_given(before, branches) if index else None,
+                WanInputs(
+                    text,
+                    reference=_repeat(conditions.reference, branches),
+                    history=_repeat(history, branches) if index else None,
+                    audio=_given(audio, branches),
+                    audio_history=_given(before, branches) if index else None,
+                ),
                 context=self.parallel.context,
             )
             for text, branches in zip(conditions.texts, conditions.groups, strict=True)
@@ -263,7 +266,7 @@ class PuppetPipeline:
                 model(
                     _repeat(x, branches),
                     torch.full((len(branches),), 1000.0 * sigma, device=self._device),
-                    conditions=condition,
+                    condition,
                     context=parallel.context,
                 )
                 for condition, branches in zip(encoded, conditions.groups, strict=True)

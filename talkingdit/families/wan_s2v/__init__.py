@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wan-S2V (arXiv:2508.18621): a picture, a voice and words to a video."""
+"""Wan-S2V (arXiv:2508.18621): an image, a voice and words to a video."""
 
 from talkingdit.families.family import Family
 

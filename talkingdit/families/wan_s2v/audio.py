@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talkingdit import ops
-from talkingdit.nn.audio_cross_attention import AudioCrossAttention, AudioMemory, Frames, cut, spans_of
+from talkingdit.nn.audio_cross_attention import AudioCrossAttention, AudioMemory, FrameSizes, cut, place_spans
 from talkingdit.nn.layers import Conv1d, Float32Linear, LayerNorm, lend, wide
 
 # Audio features per latent frame: the causal convolutions halve the rate twice.
@@ -130,7 +131,7 @@ class CausalAudioEncoder(nn.Module):
 
         They are stacked with zeros behind the shorter ones, which nothing in front of them sees.
         """
-        given = [_with_past(one, before) for one, before in zip(audio, history, strict=True)]
+        given = [_with_past(one, past) for one, past in zip(audio, history, strict=True)]
         longest = max(one.shape[-1] for one in given)
         tokens, vectors = self(torch.cat([F.pad(one, (0, longest - one.shape[-1])) for one in given]))
         ends = [2 + one.shape[-1] // FEATURES_PER_LATENT for one in audio]
@@ -161,8 +162,19 @@ class AdaLayerNorm(nn.Module):
         return shift, scale
 
 
+@dataclass(frozen=True)
+class Injection:
+    """One of the injections of audio, and how it is computed."""
+
+    index: int  # which
+    frames: FrameSizes  # tokens per frame, or the spans of a shard or a packed sequence
+    dtype: torch.dtype  # of the linear layers, and of the result
+    absorb: str = "none"  # see `AudioCrossAttention.memory`
+    inplace: bool = False  # for inference: add to the residual stream in place
+
+
 class AudioInjector(nn.Module):
-    """Adds what the noisy tokens hear to the residual stream, after chosen blocks."""
+    """Audio attention of the noisy tokens, added to the residual stream after chosen blocks."""
 
     def __init__(self, dim: int, num_heads: int, layers: Sequence[int], enable_adain: bool, adain_mode: str):
         super().__init__()
@@ -186,32 +198,29 @@ class AudioInjector(nn.Module):
     def forward(
         self,
         x: Tensor,
-        index: int,
-        frames: Frames,
-        dtype: torch.dtype,
+        injection: Injection,
         tokens: Tensor | None,
         shift_scale: tuple[Tensor, Tensor] | None,
         memory: AudioMemory | None = None,
-        absorb: str = "none",
-        add: bool = False,
     ) -> Tensor:
-        """What audio adds to the noisy tokens x [B, N, dim] of the residual stream, in `dtype`.
+        """What audio adds to the noisy tokens x [B, N, dim] of the residual stream; in place, their sum in x itself.
 
-        `frames`: tokens per frame, or the spans of a shard or a packed sequence (see `AudioCrossAttention`). `tokens`
-        [B, F, A, dim] or their `memory`; `shift_scale` [B, F, dim]; `absorb` as in `AudioCrossAttention.memory`. With
-        `add`, for inference, it is added to x in place and x is returned.
+        Args:
+            tokens: [B, F, A, dim], in the place of their `memory`.
+            shift_scale: [B, F, dim] each, from `shift_scale`.
+            memory: from `AudioCrossAttention.memory`.
         """
         if shift_scale is None:
-            hidden = self.norm(x).to(dtype)
+            normed = self.norm(x).to(injection.dtype)
         else:
             shift, scale = shift_scale
             parts = [
                 ops.norm_modulate(
-                    cut(x, span.here), cut(scale, span.heard), cut(shift, span.heard), span.tokens_per_frame, 1e-5,
-                    span.token_offset, dtype,
+                    cut(x, span.tokens), cut(scale, span.frames), cut(shift, span.frames), span.tokens_per_frame, 1e-5,
+                    span.token_offset, injection.dtype,
                 )
-                for span in spans_of(frames, x.shape[1], shift.shape[1])
+                for span in place_spans(injection.frames, x.shape[1], shift.shape[1])
             ]  # fmt: skip
-            hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        stream = {"residual": x, "out": x} if add else {}
-        return self.injector[index](hidden, frames, tokens, memory, absorb, **stream)
+            normed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        stream = {"residual": x, "out": x} if injection.inplace else {}
+        return self.injector[injection.index](normed, injection.frames, tokens, memory, injection.absorb, **stream)

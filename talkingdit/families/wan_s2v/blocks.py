@@ -3,22 +3,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from talkingdit import ops
 from talkingdit.families.wan_s2v.conditions import KeyValue
-from talkingdit.families.wan_s2v.sequence import Range, SequenceShard
+from talkingdit.families.wan_s2v.sequence import SequenceShard
+from talkingdit.families.wan_s2v.units import FFN_TOKENS
 from talkingdit.nn.attention import attention
 from talkingdit.nn.audio_cross_attention import CrossAttention
 from talkingdit.nn.layers import Float32Linear, LayerNorm, RMSNorm, lend
 from talkingdit.ops import RopeLayout
 
-Groups = int | list[int]
+Groups = int | list[int]  # tokens per group, or where groups end
 
 
-# Tokens that go through a feed-forward layer at once in inference; enough to fill a large GPU.
-FFN_TOKENS = 8192
+@dataclass(frozen=True)
+class BlockInputs:
+    """What all blocks of a step are given besides tensors with gradients, which are arguments of their own.
+
+    Hooks of sharding look for those among the arguments of a block, and not in all versions of torch inside others.
+    """
+
+    groups: Groups  # of tokens that are modulated alike
+    layout: RopeLayout  # places of the tokens of the whole sequence
+    text_mask: Tensor | None = None  # bool [B, L]
+    key_mask: Tensor | None = None  # bool [B, N]
+    backend: str = "auto"  # see `talkingdit.nn.attention.attention`
+    inplace: bool = False  # the residual stream may be overwritten. Where gradients are recorded it is not.
+    shard: SequenceShard | None = None  # None: all tokens, of a sequence that is not packed
+
+    @property
+    def token_offset(self) -> int:
+        """Place of the first token in the whole sequence."""
+        return 0 if self.shard is None else self.shard.begin
 
 
 def overwrites() -> bool:
@@ -40,50 +60,40 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
-    def forward(
-        self, x: Tensor, layout: RopeLayout, mask: Tensor | None, backend: str, share: SequenceShard | None = None
-    ) -> Tensor:
-        """x [B, N, dim], mask bool [B, N] of keys -> [B, N, dim]; x may be a `share` of the sequence, mask is whole."""
+    def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        """x [B, N, dim], the tokens of a shard -> [B, N, dim]."""
         q, k, v = (linear(x).unflatten(-1, (self.num_heads, -1)) for linear in (self.q, self.k, self.v))
         out = (q, k) if overwrites() else None
-        begin = 0 if share is None else share.begin
         weights = lend(self.norm_q)[0], lend(self.norm_k)[0]
-        q, k = ops.qk_norm_rope3d(q, k, *weights, layout, eps=self.eps, token_offset=begin, out=out)
-        if share is None:
+        q, k = ops.qk_norm_rope3d(
+            q, k, *weights, inputs.layout, eps=self.eps, token_offset=inputs.token_offset, out=out
+        )
+        mask, backend, shard = inputs.key_mask, inputs.backend, inputs.shard
+        if shard is None:
             y = attention(q, k, v, mask=mask, backend=backend).flatten(2)
         else:
             y = attention(
-                q, k, v, mask=mask, backend=backend, context=share.context, tokens=share.tokens, segments=share.segments
+                q, k, v, mask=mask, backend=backend, context=shard.context, tokens=shard.tokens, segments=shard.segments
             ).flatten(2)
         del q, k, v, out  # before the output projection asks for memory
         return self.o(y)
 
 
 class TextCrossAttention(CrossAttention):
-    """Attention of every token to the text."""
+    """Attention of every token to the text; of a packed sequence to that of its clip."""
 
-    def forward(
-        self,
-        x: Tensor,
-        text: Tensor,
-        mask: Tensor | None,
-        key_value: KeyValue | None,
-        backend: str,
-        runs: tuple[Range, ...] | None = None,
-    ) -> Tensor:
-        """x [B, N, dim], text [B, L, dim] (or its `key_value`), mask bool [B, L] -> [B, N, dim].
-
-        With `runs`, x [1, N, dim] is packed: the tokens of run i attend to text i.
-        """
+    def forward(self, x: Tensor, text: Tensor, inputs: BlockInputs, key_value: KeyValue | None = None) -> Tensor:
+        """x [B, N, dim], text [B, L, dim] (or its `key_value`) -> [B, N, dim]; x [1, N, dim] if it is packed."""
         k, v = self.key_value(text) if key_value is None else key_value
         q = self.query(x)
-        if runs is None:
+        mask, backend, shard = inputs.text_mask, inputs.backend, inputs.shard
+        if shard is None or not shard.packed:
             return self.o(attention(q, k, v, mask=mask, backend=backend).flatten(2))
         parts = []
-        for i, (begin, end) in enumerate(runs):
+        for i, (begin, end) in enumerate(shard.clip_ranges):
             one = slice(i, i + 1)
-            hidden = None if mask is None else mask[one]
-            parts.append(attention(q[:, begin:end], k[one], v[one], mask=hidden, backend=backend))
+            clip_mask = None if mask is None else mask[one]
+            parts.append(attention(q[:, begin:end], k[one], v[one], mask=clip_mask, backend=backend))
         return self.o((parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(2))
 
 
@@ -100,48 +110,33 @@ class WanBlock(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
-        self,
-        x: Tensor,
-        time: Tensor,
-        groups: Groups,
-        layout: RopeLayout,
-        text: Tensor,
-        text_mask: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        text_kv: KeyValue | None = None,
-        backend: str = "auto",
-        inplace: bool = False,
-        share: SequenceShard | None = None,
+        self, x: Tensor, time: Tensor, text: Tensor, inputs: BlockInputs, text_kv: KeyValue | None = None
     ) -> Tensor:
         """One block on the residual stream.
 
         Args:
-            x: [B, N, dim], the tokens of `share`.
+            x: [B, N, dim], the tokens of this process.
             time: [B, G, 6, dim] float32, modulation of each group of tokens.
-            groups: ends of the G token ranges, or tokens per group.
-            layout, text, text_mask, key_mask: as in `WanConditions`; linear layers compute in the dtype of text.
+            text: [B, L, dim]; linear layers compute in its dtype.
             text_kv: k and v of the text for this block, where they were made beforehand.
-            backend: see `talkingdit.nn.attention.attention`.
-            inplace: the result may overwrite x. Where gradients are recorded or the block is compiled it does not.
-            share: which tokens x are; None for all tokens of a sequence that is not packed.
         """
-        begin, runs = (0, None) if share is None else (share.begin, share.text_runs if share.packed else None)
-        dtype = text.dtype
-        inplace = inplace and overwrites()
+        dtype, groups, begin = text.dtype, inputs.groups, inputs.token_offset
+        # Hooks around a block, such as caches of steps, may look at what it was given.
+        inplace = inputs.inplace and overwrites() and not hasattr(self, "_diffusers_hook")
 
         def residual(y: Tensor) -> tuple[Tensor, Tensor] | None:
             return (x, torch.empty_like(y, dtype=dtype)) if inplace else None
 
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.to(time.dtype)[:, None] + time).unbind(2)
         y = ops.norm_modulate(x, scale1, shift1, groups, self.eps, begin, dtype)
-        y = self.self_attn(y, layout, key_mask, backend, share)
+        y = self.self_attn(y, inputs)
         # An affine norm is a modulated one with the same scale and shift everywhere.
         weight, bias = lend(self.norm3)
         scale, shift = (weight - 1).expand_as(gate1), bias.expand_as(gate1)
         x, y = ops.gate_residual_norm_modulate(
             x, y, gate1, scale, shift, groups, self.eps, begin, dtype, out=residual(y)
         )
-        y = self.cross_attn(y, text, text_mask, text_kv, backend, runs)
+        y = self.cross_attn(y, text, inputs, text_kv)
         one = torch.ones_like(gate1)
         x, y = ops.gate_residual_norm_modulate(
             x, y, one, scale2, shift2, groups, self.eps, begin, dtype, out=residual(y)

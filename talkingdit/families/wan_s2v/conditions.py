@@ -7,14 +7,13 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from talkingdit.families.wan_s2v.audio import FEATURES_PER_LATENT
 from talkingdit.families.wan_s2v.sequence import SequenceShard
-from talkingdit.nn.audio_cross_attention import ABSORB, AudioMemory
+from talkingdit.nn.audio_cross_attention import AudioMemory
 from talkingdit.nn.framepack import packed_segments
 from talkingdit.ops import RopeLayout, Segment
 
@@ -27,12 +26,12 @@ class WanConditions:
     """Everything a denoising step needs that does not depend on the timestep, made by `WanS2VModel.encode_conditions`.
 
     N is the length of the whole sequence [noisy | reference | history], F latent frames, A audio tokens per frame. What
-    belongs to tokens is there for those that this process holds (`share`): all of them without context parallelism. A
+    belongs to tokens is there for those that this process holds (`shard`): all of them without context parallelism. A
     packed sequence is a batch of one, with the frames of its clips behind each other and a text for each clip.
     """
 
     layout: RopeLayout  # places of all N tokens
-    share: SequenceShard
+    shard: SequenceShard
     clean: tuple[Tensor, ...]  # per clip: reference and history tokens [B, n, dim]
     text: Tensor  # [B, L, dim]; packed: of the clips that have tokens here
     pose: tuple[Tensor | None, ...]  # per clip: [B, n, dim], added to the noisy tokens
@@ -46,25 +45,58 @@ class WanConditions:
     @property
     def grid(self) -> tuple[int, int, int]:
         """Latent frames, patch rows and patch columns of the video, where there is one."""
-        return self.share.clips[0].grid
+        return self.shard.clips[0].grid
 
 
-class WanInputs(TypedDict, total=False):
-    """Conditions of `WanS2VModel` besides the text; what they are stands at `WanS2VModel.encode_conditions`."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class WanInputs:
+    """What a video is made from: the inputs of `WanS2VModel.encode_conditions`.
 
-    reference: Tensor | None
-    history: Tensor | None
-    drop_history: bool | Sequence[bool] | Tensor
-    drop_reference: bool | Sequence[bool] | Tensor
-    add_last_motion: int
-    pose: Tensor | None
-    audio: Tensor | None
-    audio_history: Tensor | None
-    text_mask: Tensor | None
-    lengths: Sequence[int] | Tensor | None
-    history_lengths: Sequence[int] | Tensor | None
-    size: tuple[int, int, int] | None
-    precompute: bool
+    Args:
+        text: [B, L, text_dim] with L <= text_len, padded with zeros to text_len.
+        reference: [B, in_dim, 1, H, W] latent of the reference image, or None for no reference tokens.
+        history: [B, in_dim, Th, H, W] latents that precede the clip, the newest last, or None. Packed history uses the
+            last sum(zip_frame_buckets) frames; fewer are continued to the past by zeros.
+        drop_history: True takes the history tokens away; per sample as a list or a bool tensor [B] it hides them from
+            attention, which gives the same result.
+        drop_reference: the same for the reference.
+        add_last_motion: 2 uses all of the packed history, 1 not its newest bucket, 0 not its newest two; what that
+            means is up to framepack_drop_mode.
+        pose: [B, cond_dim, T, H, W] latents of a pose video, or None.
+        audio: [B, audio_layers, audio_dim, 4 T] speech features, four per latent frame; None is silence (zeros).
+        audio_history: [B, audio_layers, audio_dim, n] features just before the clip. Without them the first feature is
+            taken to have lasted, as the official program does.
+        text_mask: bool [B, L], true for real tokens, to leave padding out; None attends all text_len tokens.
+        lengths: latent frames of each sample, a list or a tensor [B]; frames behind are padding that no other token
+            sees, and what comes out there means nothing. None: all have T.
+        history_lengths: latent frames of history of each sample, likewise, the newest last; frames in front are
+            padding. A packed history is continued by zeros from there.
+        size: (T, H, W) of the latents. Needed only where conditions are encoded without latents, and neither reference,
+            history nor pose tells H and W or neither audio nor pose tells T.
+    """
+
+    text: Tensor
+    reference: Tensor | None = None
+    history: Tensor | None = None
+    drop_history: bool | Sequence[bool] | Tensor = False
+    drop_reference: bool | Sequence[bool] | Tensor = False
+    add_last_motion: int = 2
+    pose: Tensor | None = None
+    audio: Tensor | None = None
+    audio_history: Tensor | None = None
+    text_mask: Tensor | None = None
+    lengths: Sequence[int] | Tensor | None = None
+    history_lengths: Sequence[int] | Tensor | None = None
+    size: tuple[int, int, int] | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> WanInputs:
+        """With all tensors on a device. Hooks of offloading move what a model is given by this method."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **moved)
 
 
 def sequence_layout(
@@ -135,7 +167,9 @@ class _TracedLayout(RopeLayout):
         return _tables(device, dtype, *self.place)
 
 
-def dropped(name: str, drop: bool | Sequence[bool] | Tensor, batch: int, device: torch.device | str) -> bool | Tensor:
+def samples_without(
+    name: str, drop: bool | Sequence[bool] | Tensor, batch: int, device: torch.device | str
+) -> bool | Tensor:
     """True or False where that holds for all samples and is known on the host, else a bool tensor [B]."""
     if isinstance(drop, bool):
         return drop
@@ -170,125 +204,15 @@ def key_mask(parts: Sequence[tuple[int, bool | Tensor]], batch: int, device: tor
     """Which tokens each sample has, bool [B, N]; None where every sample has all.
 
     Args:
-        parts: number of tokens, and whether they are missing: False, per sample [B] or per frame [B, frames].
+        parts: number of tokens, and where they are missing: False, per sample [B] or per frame [B, frames].
     """
-    if all(gone is False for _, gone in parts):
+    if all(missing is False for _, missing in parts):
         return None
     columns = []
-    for count, gone in parts:
-        if isinstance(gone, bool):
+    for count, missing in parts:
+        if isinstance(missing, bool):
             kept = torch.ones(batch, 1, dtype=torch.bool, device=device)
         else:
-            kept = ~gone if gone.dim() == 2 else ~gone[:, None]
+            kept = ~missing if missing.dim() == 2 else ~missing[:, None]
         columns.append(kept.repeat_interleave(count // kept.shape[1], dim=1))
     return torch.cat(columns, dim=1)
-
-
-def check_shape(name: str, value: Tensor | None, shape: Sequence[int | str]) -> None:
-    """Does a tensor have this shape? Names stand for free sizes. None passes.
-
-    Raises:
-        ValueError: names the argument, the shape expected and the one that came.
-    """
-    if value is None:
-        return
-    fits = value.dim() == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(str(want) for want in shape)
-        raise ValueError(f"WanS2VModel: {name} must have shape [{wanted}], got {list(value.shape)}")
-
-
-def check_config(c: Any) -> None:
-    """Checks the settings of a `WanS2VModel`.
-
-    Raises:
-        ValueError: names the setting that contradicts another.
-    """
-    if c.dim % c.num_heads or c.dim // c.num_heads % 2 or c.dim % 4:
-        raise ValueError(
-            f"WanS2VModel: dim must be a multiple of 4 and of num_heads with an even quotient, "
-            f"got dim {c.dim} and num_heads {c.num_heads}"
-        )
-    if tuple(c.patch_size) != (1, 2, 2):
-        raise ValueError(f"WanS2VModel: patch_size must be (1, 2, 2), got {tuple(c.patch_size)}")
-    layers = list(c.audio_inject_layers)
-    if layers != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < c.num_layers):
-        raise ValueError(
-            f"WanS2VModel: audio_inject_layers must be ascending block numbers below {c.num_layers}, got {layers}"
-        )
-    if c.motion_frames[0] != 4 * c.motion_frames[1] - 3:
-        raise ValueError(
-            f"WanS2VModel: motion_frames must be (4 n - 3, n) pixel and latent frames, got {tuple(c.motion_frames)}"
-        )
-    if c.residual_dtype not in ("float32", "compute"):
-        raise ValueError(f"WanS2VModel: residual_dtype must be 'float32' or 'compute', got {c.residual_dtype!r}")
-    if c.audio_absorb not in ABSORB[:2]:
-        raise ValueError(
-            f"WanS2VModel: audio_absorb must be 'none' or 'value' (the model normalises its audio queries), "
-            f"got {c.audio_absorb!r}"
-        )
-
-
-def check_latents(config: Any, latents: Tensor, timestep: Tensor) -> None:
-    """Checks the shapes of noisy latents and their timesteps.
-
-    Raises:
-        ValueError: names the argument that does not fit.
-    """
-    check_shape("latents", latents, ("B", config.in_dim, "T", "H", "W"))
-    batch, _, frames, height, width = latents.shape
-    if height % 2 or width % 2:
-        raise ValueError(f"WanS2VModel: latents must have even height and width, got {height} x {width}")
-    if timestep.shape not in ((batch,), (batch, frames)):
-        raise ValueError(
-            f"WanS2VModel: timestep must have shape [B] = [{batch}] or [B, T] = [{batch}, {frames}], "
-            f"got {list(timestep.shape)}"
-        )
-
-
-def clip_size(
-    config: Any,
-    text: Tensor,
-    reference: Tensor | None,
-    history: Tensor | None,
-    pose: Tensor | None,
-    audio: Tensor | None,
-    audio_history: Tensor | None,
-    text_mask: Tensor | None,
-    size: tuple[int, int, int] | None,
-) -> tuple[int, int, int]:
-    """Checks the shapes of all conditions of `WanS2VModel.encode_conditions`; returns (T, H, W) of their latents.
-
-    Raises:
-        ValueError: names the argument that does not fit.
-    """
-    check_shape("text", text, ("B", "L", config.text_dim))
-    batch, length = text.shape[:2]
-    if length > config.text_len:
-        raise ValueError(f"WanS2VModel: text must have at most text_len = {config.text_len} tokens, got {length}")
-    frames, height, width = (None, None, None) if size is None else size
-    for video in (pose, reference, history):
-        if video is not None and height is None and video.dim() == 5:
-            height, width = video.shape[3:]
-    if frames is None and pose is not None and pose.dim() == 5:
-        frames = pose.shape[2]
-    if frames is None and audio is not None:
-        frames = audio.shape[-1] // FEATURES_PER_LATENT
-    if frames is None or height is None or width is None:
-        raise ValueError("WanS2VModel: size = (T, H, W) of the latents must be given, the conditions do not tell it")
-    if pose is not None and config.cond_dim == 0:
-        raise ValueError("WanS2VModel: pose needs a model with cond_dim > 0, got a model with cond_dim = 0")
-    check_shape("reference", reference, (batch, config.in_dim, 1, height, width))
-    check_shape("history", history, (batch, config.in_dim, "Th", height, width))
-    check_shape("pose", pose, (batch, config.cond_dim, frames, height, width))
-    check_shape("text_mask", text_mask, (batch, length))
-    if audio is not None and audio.dim() == 4 and audio.shape[3] != FEATURES_PER_LATENT * frames:
-        raise ValueError(
-            f"WanS2VModel: audio must have {FEATURES_PER_LATENT} features per latent frame, "
-            f"{FEATURES_PER_LATENT * frames} for {frames} frames, got {audio.shape[3]}"
-        )
-    check_shape("audio", audio, (batch, config.audio_layers, config.audio_dim, FEATURES_PER_LATENT * frames))
-    check_shape("audio_history", audio_history, (batch, config.audio_layers, config.audio_dim, "n"))
-    return frames, height, width

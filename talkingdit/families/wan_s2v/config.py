@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configurations of Wan-S2V transformers as checkpoints write them, or as the shapes of their weights tell."""
+"""Wan-S2V transformers as checkpoints write them: names of weights, and settings said or told by their shapes."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from talkingdit.checkpoints.names import has_diffusers_names, to_native, without_prefix
+from talkingdit.checkpoints.scaled import descale
 from talkingdit.checkpoints.weights import Weights
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.presets import PRESETS
@@ -19,6 +20,8 @@ NATIVE = ("WanS2VModel", "WanModel_S2V")
 DIFFUSERS = "WanS2VTransformer3DModel"
 TRANSFORMERS = (*NATIVE, DIFFUSERS)
 HEAD_DIM = 128  # of every released Wan model
+# Arguments of `WanS2VModel`: what released checkpoints differ in, and how a model computes.
+ARGUMENTS = {*PRESETS["wan_s2v_14b"], "residual_dtype", "attention_backend", "audio_absorb"}
 
 # Settings of other programs that this model has built in: a config.json may say them, but only so.
 _FIXED: dict[str, Callable[[Any], bool]] = {
@@ -38,6 +41,12 @@ _FROM_DIFFUSERS = {
     "pose_dim": "cond_dim",
     "num_weighted_avg_layers": "audio_layers",
 }
+
+
+def native(weights: Weights) -> Weights:
+    """Weights of a Wan transformer under their native names, without prefixes, 8-bit ones with their scales."""
+    weights = descale(weights).renamed(without_prefix)
+    return weights.renamed(to_native) if has_diffusers_names(weights.entries) else weights
 
 
 def complete(values: Mapping[str, Any], weights: Weights, where: object) -> dict[str, Any]:
@@ -63,9 +72,11 @@ def complete(values: Mapping[str, Any], weights: Weights, where: object) -> dict
 
 
 def translate(values: Mapping[str, Any], where: object) -> dict[str, Any]:
-    from talkingdit.families.wan_s2v.model import WanS2VModel
+    """Arguments of `WanS2VModel` that a config.json of any of the three programs says.
 
-    known = set(inspect.signature(WanS2VModel.__init__).parameters) - {"self"}
+    Raises:
+        UserError: a setting that this model cannot follow.
+    """
     said: dict[str, Any] = {}
     strange = []
     values = dict(values)
@@ -78,7 +89,7 @@ def translate(values: Mapping[str, Any], where: object) -> dict[str, Any]:
                 raise UserError(f"{where}: {key} {value!r} is a variant of Wan-S2V that is not supported.")
         elif name == "motion_frames" and isinstance(value, int):
             said[name] = (value, (value + 3) // 4)
-        elif name in known:
+        elif name in ARGUMENTS:
             said[name] = value
         elif not name.startswith("_") and name not in _IDLE:
             strange.append(key)

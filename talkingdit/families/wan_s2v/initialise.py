@@ -14,7 +14,7 @@ from torch import nn
 from talkingdit import ops
 from talkingdit.checkpoints.weights import Weights, open_weights, some
 from talkingdit.errors import UserError
-from talkingdit.families.wan_s2v.load import native
+from talkingdit.families.wan_s2v.config import native
 
 if TYPE_CHECKING:
     from talkingdit.families.wan_s2v.model import WanS2VModel

@@ -11,8 +11,6 @@ import torch
 
 from talkingdit.checkpoints.fill import build_empty, fill
 from talkingdit.checkpoints.folder import check_class
-from talkingdit.checkpoints.names import has_diffusers_names, to_native, without_prefix
-from talkingdit.checkpoints.scaled import descale
 from talkingdit.checkpoints.weights import Weights, open_weights, read_json
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v import config as configs
@@ -102,7 +100,7 @@ def _random(name: str, changes: Mapping[str, Any], dtype: torch.dtype, device: t
     from talkingdit.families.wan_s2v.model import WanS2VModel
 
     arguments: dict[str, Any] = preset(name, **changes)
-    before = torch.get_default_dtype()
+    default = torch.get_default_dtype()
     on_host = device.type in ("cpu", "meta")
     with torch.random.fork_rng([] if on_host else [device], device_type="cuda" if on_host else device.type):
         torch.manual_seed(seed)
@@ -111,7 +109,7 @@ def _random(name: str, changes: Mapping[str, Any], dtype: torch.dtype, device: t
             with device:
                 model = WanS2VModel(**arguments)
         finally:
-            torch.set_default_dtype(before)
+            torch.set_default_dtype(default)
     keep = tuple(model._keep_in_fp32_modules or ())
     for path, parameter in model.named_parameters():
         if dtype.itemsize < 4 and any(part in keep for part in path.split(".")):
@@ -137,13 +135,7 @@ def open_transformer(path: Path) -> tuple[Weights, dict[str, Any]]:
     else:
         weights = open_weights(path)
         values = configs.stored(weights)
-    return native(weights), values
-
-
-def native(weights: Weights) -> Weights:
-    """Weights of a Wan transformer under their native names, without prefixes, 8-bit ones with their scales."""
-    weights = descale(weights).renamed(without_prefix)
-    return weights.renamed(to_native) if has_diffusers_names(weights.entries) else weights
+    return configs.native(weights), values
 
 
 def from_weights(
@@ -167,6 +159,6 @@ def loads(source: Path) -> bool:
                 return read_json(file).get("_class_name") in configs.TRANSFORMERS
         return False
     try:
-        return "casual_audio_encoder.weights" in native(open_weights(source)).shapes
+        return "casual_audio_encoder.weights" in configs.native(open_weights(source)).shapes
     except UserError:
         return False

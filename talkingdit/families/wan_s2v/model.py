@@ -5,23 +5,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
-from talkingdit.families.wan_s2v.audio import AudioInjector, CausalAudioEncoder
-from talkingdit.families.wan_s2v.blocks import Groups, Head, WanBlock
-from talkingdit.families.wan_s2v.conditions import WanConditions, WanInputs, check_config, check_latents
+from talkingdit.families.wan_s2v.audio import AudioInjector, CausalAudioEncoder, Injection
+from talkingdit.families.wan_s2v.blocks import BlockInputs, Head, WanBlock
+from talkingdit.families.wan_s2v.checks import check_config, check_latents
+from talkingdit.families.wan_s2v.conditions import WanConditions, WanInputs
 from talkingdit.families.wan_s2v.encode import encode
-from talkingdit.families.wan_s2v.packed import PackedClip, encode_packed, packed_time
-from talkingdit.families.wan_s2v.sequence import spread, take
+from talkingdit.families.wan_s2v.packed import PackedClip, encode_packed
+from talkingdit.families.wan_s2v.sequence import NOISY, scatter_ranges, take_ranges
+from talkingdit.families.wan_s2v.timesteps import StepTime, clip_time, packed_time
+from talkingdit.families.wan_s2v.units import ROOT, UNITS
 from talkingdit.nn.context_parallel import ContextParallel, gather
 from talkingdit.nn.framepack import FramePacker
+from talkingdit.nn.hooks import like_forward
 from talkingdit.nn.layers import Float32Linear, PatchConv3d, timestep_embedding, wide
 
 
@@ -61,15 +64,22 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
         ValueError: for settings that contradict each other.
     """
 
+    forward_methods: ClassVar = ("encode_conditions", "denoise_packed")  # for `register_fsdp_forward_method`
     _supports_gradient_checkpointing = True
+    # What diffusers wants to know of the structure follows from units.py as far as it stands there. It does not say
+    # of what class large units are, which layers inside of them stay precise when weights are cast to fewer bits, nor
+    # which weights must be float32 on disk and in memory: other float32 units only compute in it.
     _no_split_modules = ["WanBlock", "AudioCrossAttention"]  # type: ignore[assignment]  # noqa: RUF012
     _repeated_blocks = ["WanBlock"]  # noqa: RUF012
-    _group_offload_block_modules = ["audio_injector"]  # noqa: RUF012
-    _skip_layerwise_casting_patterns = [  # type: ignore[assignment]  # noqa: RUF012
-        *("patch_embedding", "time_", "norm", "modulation", "^head", "casual_audio_encoder"),
-        *("trainable_cond_mask", "cond_encoder", "frame_packer"),
-    ]
     _keep_in_fp32_modules = ["time_embedding", "time_projection", "modulation"]  # type: ignore[assignment]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = [  # type: ignore[assignment]  # noqa: RUF012
+        *("norm", "modulation"),
+        *(f"^{name}" for name in (*ROOT, *(unit.pattern for unit in UNITS if unit.float32))),
+    ]
+    # diffusers finds lists of blocks that lie in the model itself; those in parts of it are looked for in these.
+    _group_offload_block_modules = sorted(
+        {unit.pattern.partition(".")[0] for unit in UNITS if unit.pattern.count(".") > 1}
+    )
     if TYPE_CHECKING:
         config: Any  # a frozen dictionary with attribute access
 
@@ -155,62 +165,37 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
 
     def forward(
         self,
-        latents: Tensor | None = None,
-        timestep: Tensor | None = None,
-        text: Tensor | None = None,
+        latents: Tensor,
+        timestep: Tensor,
+        conditions: WanConditions | WanInputs,
         *,
-        conditions: WanConditions | None = None,
-        encode_only: bool = False,
-        packed: Sequence[PackedClip] | None = None,
         context: ContextParallel | None = None,
-        **given: Unpack[WanInputs],
-    ) -> Tensor | list[Tensor]:
+    ) -> Tensor:
         """Velocity of the latents.
 
         Args:
             latents: [B, in_dim, T, H, W] noisy latents; H and W even.
             timestep: [B] in 0..1000, or [B, T], one per latent frame.
-            text: see `encode_conditions`.
-            conditions: what `encode_conditions` made; its arguments are then left out.
-            encode_only: return the conditions instead. `encode_conditions` calls this, so that hooks around a forward
-                (sharding, offloading) hold for it too.
-            packed: clips of any sizes, each a sample of its own, in one sequence without padding. All other arguments
-                but `context` are then left out.
-            context: the processes that share the sequence, each computing a contiguous part of it. All of them are
+            conditions: what `encode_conditions` made, or its inputs, of which conditions are made for this call alone.
+            context: the processes that share the sequence, each computing a contiguous shard of it. All of them are
                 given the same inputs, and get the whole velocity. The gradients of a parameter must be summed over
-                them. With `conditions` it may be left out.
-            **given: reference, history, drop_history, drop_reference, add_last_motion, pose, audio, audio_history,
-                text_mask, lengths, history_lengths: see `encode_conditions`.
+                them. With conditions it may be left out.
 
         Returns:
-            [B, out_dim, T, H, W] float32 (float64 for a float64 model); for packed clips a list of [out_dim, T, H, W].
+            [B, out_dim, T, H, W] float32 (float64 for a float64 model).
 
         Raises:
             ValueError: for a shape that does not fit; the message names it.
         """
-        if packed is not None:
-            if any(value is not None for value in (latents, timestep, text, conditions, *given.values())):
-                raise ValueError("WanS2VModel: packed clips stand for all other inputs; give one or the other")
-            conditions = encode_packed(self, packed, context)
-            times = packed_time(self, packed, conditions.share)
-            velocities = self._denoise([clip.latents[None] for clip in packed], *times, conditions)
-            return [velocity[0] for velocity in velocities]
-        if encode_only:
-            return encode(self, text, context=context, **given)  # type: ignore[return-value, arg-type]
-        if latents is None or timestep is None:
-            raise ValueError("WanS2VModel: latents and timestep must be given")
         check_latents(self.config, latents, timestep)
-        if conditions is None:
-            if text is None:
-                raise ValueError("WanS2VModel: text must be given, or conditions, got neither")
-            given.setdefault("size", (latents.shape[2], latents.shape[3], latents.shape[4]))
-            given.setdefault("precompute", False)
-            conditions = encode(self, text, context=context, **given)
-        elif text is not None or any(value is not None for value in given.values()):
+        if isinstance(conditions, WanInputs):
+            size = (latents.shape[2], latents.shape[3], latents.shape[4])
+            conditions = encode(self, conditions, size, precompute=False, context=context)
+        elif not isinstance(conditions, WanConditions):
             raise ValueError(
-                "WanS2VModel: conditions stand for text, reference, history, pose and audio; give one or the other"
+                f"WanS2VModel: conditions must be WanConditions or WanInputs, got {type(conditions).__name__}"
             )
-        elif context is not None and context != conditions.share.context:
+        elif context is not None and context != conditions.shard.context:
             raise ValueError("WanS2VModel: conditions were made for another context, or without one")
         frames, rows, columns = conditions.grid
         if latents.shape[2:] != (frames, 2 * rows, 2 * columns) or latents.shape[0] != conditions.text.shape[0]:
@@ -219,92 +204,126 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
                 f"{[conditions.text.shape[0], frames, 2 * rows, 2 * columns]}, "
                 f"got {[latents.shape[0], *latents.shape[2:]]}"
             )
-        clip = conditions.share.clips[0]
-        time, time6, groups = self._time(timestep, clip.per_frame, clip.noisy, clip.tokens)
-        parts = 1 if timestep.dim() == 1 else frames
-        velocities = self._denoise([latents], time6, groups, time[:, :parts], clip.noisy // parts, conditions)
-        return velocities[0]
+        time = clip_time(self, timestep, conditions.shard.clips[0])
+        return self._denoise([latents], time, conditions)[0]
 
-    def _denoise(
-        self,
-        latents: Sequence[Tensor],
-        time6: Tensor,
-        groups: Groups,
-        head_time: Tensor,
-        head_groups: Groups,
-        conditions: WanConditions,
-    ) -> list[Tensor]:
-        """Velocities [B, out_dim, T, H, W] of the clips of a sequence.
+    @like_forward
+    def encode_conditions(
+        self, inputs: WanInputs, *, precompute: bool = True, context: ContextParallel | None = None
+    ) -> WanConditions:
+        """Everything that does not depend on the timestep, once for all steps of a clip.
 
         Args:
-            latents: [B, in_dim, T, H, W] of each clip.
-            time6, groups: modulation of the blocks for groups of tokens of the sequence.
-            head_time, head_groups: time embedding for groups of the noisy tokens alone, of all clips.
+            inputs: what the clip is made from.
+            precompute: also make the keys and values of text and audio for every block. Leave it out where the result
+                is used once, so that activation checkpointing and sharding see those layers. Blocks whose weights come
+                and go with their forward (offloading, sharding) make their own in every step.
+            context: the processes that will share the sequence; what is made is then for the tokens of this one.
+
+        Raises:
+            ValueError: for a shape that does not fit; the message names it.
         """
-        share, text = conditions.share, conditions.text
-        kind = self.embed_kind(0)
-        parts = []
-        for x, here, pose, clean in zip(latents, share.noisy, conditions.pose, conditions.clean, strict=True):
-            noisy = self.patch_embedding(x, here) + kind
-            parts += [(noisy if pose is None else noisy + pose).to(clean.dtype), clean]
-        del noisy, pose, clean
-        x = torch.cat(parts, dim=1)
-        del parts
-        x = x.to(wide(text.dtype) if self.config.residual_dtype == "float32" else text.dtype)
+        return encode(self, inputs, precompute=precompute, context=context)
 
-        injector = self.audio_injector
-        plain = share.context is None and not share.packed
+    @like_forward
+    def denoise_packed(self, clips: Sequence[PackedClip], *, context: ContextParallel | None = None) -> list[Tensor]:
+        """Velocities of clips of any sizes, each a sample of its own, in one sequence without padding.
+
+        Args:
+            clips: at least one.
+            context: as in `forward`.
+
+        Returns:
+            [out_dim, T, H, W] of each clip, float32 (float64 for a float64 model).
+
+        Raises:
+            ValueError: for a clip that does not fit, or more clips than a sequence takes; the message names it.
+        """
+        conditions = encode_packed(self, clips, context)
+        time = packed_time(self, [clip.timestep for clip in clips], conditions.shard.clips)
+        return [velocity[0] for velocity in self._denoise([clip.latents[None] for clip in clips], time, conditions)]
+
+    @property
+    def dummy_inputs(self) -> dict[str, Any]:
+        """Arguments of one small forward that goes through every layer, zeros: hooks of offloading learn from it."""
+        c = self.config
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(1, *shape)
+
+        size = (1, 16, 16)  # one patch of the coarsest history bucket and more
+        inputs = WanInputs(
+            zeros(1, c.text_dim),
+            reference=zeros(c.in_dim, *size),
+            history=zeros(c.in_dim, *size),
+            pose=zeros(c.cond_dim, *size) if c.cond_dim else None,
+            audio=zeros(c.audio_layers, c.audio_dim, 4),
+        )
+        return {"latents": zeros(c.in_dim, *size), "timestep": zeros(), "conditions": inputs}
+
+    def _denoise(self, latents: Sequence[Tensor], time: StepTime, conditions: WanConditions) -> list[Tensor]:
+        """Velocities [B, out_dim, T, H, W] of the clips of a sequence, from their latents [B, in_dim, T, H, W]."""
+        shard, text = conditions.shard, conditions.text
+        x = self._embed(latents, conditions)
+        inputs = BlockInputs(
+            groups=time.groups,
+            layout=conditions.layout,
+            text_mask=conditions.text_mask,
+            key_mask=conditions.key_mask,
+            backend=self.config.attention_backend,
+            inplace=True,
+            shard=None if shard.context is None and not shard.packed else shard,
+        )
         for i, block in enumerate(self.blocks):
-            x = self._run(
-                block,
-                x,
-                time6,
-                groups,
-                conditions.layout,
-                text,
-                conditions.text_mask,
-                conditions.key_mask,
-                None if conditions.text_kv is None else conditions.text_kv[i],
-                self.config.attention_backend,
-                # Hooks around a block, such as caches of steps, may look at what it was given.
-                not hasattr(block, "_diffusers_hook"),
-                None if plain else share,
-            )
-            index = injector.index.get(i)
-            if index is None:
-                continue
-            stream, trains = take(x, share.runs), torch.is_grad_enabled()
-            heard = self._run(
-                injector,
-                stream,
-                index,
-                share.spans,
-                text.dtype,
-                conditions.audio,
-                conditions.audio_modulation[index],
-                None if conditions.audio_kv is None else conditions.audio_kv[index],
-                self.config.audio_absorb,
-                not trains,
-            )
-            if trains:
-                x = x + spread(heard, share.runs, x.shape[1])
-            elif len(share.runs) > 1:
-                for (begin, end), part in zip(share.runs, heard.split([b - a for a, b in share.runs], 1), strict=True):
-                    x[:, begin:end] = part
-            elif heard is not stream:  # hooks may have moved it to another device
-                stream.copy_(heard)
-            del heard, stream
-
-        y = self.head(take(x, share.runs), head_time, head_groups, share.before)
-        begins = [clip.begin for clip in share.clips]
-        if share.context is not None:
-            y = gather(spread(y, share.runs, x.shape[1]), share.context, share.tokens)
-        elif share.packed:
-            begins = list(itertools.accumulate((clip.noisy for clip in share.clips), initial=0))
+            text_kv = None if conditions.text_kv is None else conditions.text_kv[i]
+            x = self._run(block, x, time.modulation, text, inputs, text_kv)
+            index = self.audio_injector.index.get(i)
+            if index is not None:
+                x = self._inject(x, index, conditions)
+        y = self.head(take_ranges(x, shard.noisy_ranges), time.head, time.head_groups, shard.noisy_offset)
+        begins = [clip.begin for clip in shard.clips]
+        if shard.context is not None:
+            y = gather(scatter_ranges(y, shard.noisy_ranges, x.shape[1]), shard.context, shard.tokens)
+        elif shard.packed:
+            begins = list(itertools.accumulate((clip.noisy for clip in shard.clips), initial=0))
         return [
             self._unpatchify(y[:, begin : begin + clip.noisy], clip.grid)
-            for begin, clip in zip(begins, share.clips, strict=False)
+            for begin, clip in zip(begins, shard.clips, strict=False)
         ]
+
+    def _embed(self, latents: Sequence[Tensor], conditions: WanConditions) -> Tensor:
+        """The residual stream [B, N, dim] in front of the first block: noisy and clean tokens of this process."""
+        kind = self.embed_kind(NOISY)
+        parts = []
+        clips = zip(latents, conditions.shard.clip_noisy, conditions.pose, conditions.clean, strict=True)
+        for x, tokens, pose, clean in clips:
+            noisy = self.patch_embedding(x, tokens) + kind
+            parts += [(noisy if pose is None else noisy + pose).to(clean.dtype), clean]
+        del noisy, pose, clean  # before the stream is made wider
+        stream = torch.cat(parts, dim=1)
+        del parts
+        dtype = conditions.text.dtype
+        return stream.to(wide(dtype) if self.config.residual_dtype == "float32" else dtype)
+
+    def _inject(self, x: Tensor, index: int, conditions: WanConditions) -> Tensor:
+        """The residual stream x [B, N, dim] with what an injection of audio adds to it; without gradients in place."""
+        ranges, trains = conditions.shard.noisy_ranges, torch.is_grad_enabled()
+        noisy = take_ranges(x, ranges)
+        injection = Injection(
+            index, conditions.shard.frame_spans, conditions.text.dtype, self.config.audio_absorb, inplace=not trains
+        )
+        memory = None if conditions.audio_kv is None else conditions.audio_kv[index]
+        result = self._run(
+            self.audio_injector, noisy, injection, conditions.audio, conditions.audio_modulation[index], memory
+        )
+        if trains:
+            return x + scatter_ranges(result, ranges, x.shape[1])
+        if len(ranges) > 1:
+            for (begin, end), part in zip(ranges, result.split([b - a for a, b in ranges], 1), strict=True):
+                x[:, begin:end] = part
+        elif result is not noisy:  # hooks may have moved it to another device
+            noisy.copy_(result)
+        return x
 
     def _unpatchify(self, y: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Patches [B, F*S, 4 * out_dim] -> latents [B, out_dim, T, H, W]."""
@@ -319,7 +338,7 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
         return module(*arguments)
 
     def embed_kind(self, kind: int) -> Tensor:
-        """Embedding of a kind of token: 0 noisy, 1 reference, 2 history."""
+        """Embedding [dim] of NOISY, REFERENCE or HISTORY tokens."""
         mask = self.trainable_cond_mask
         return mask(torch.full((), kind, dtype=torch.long, device=mask.weight.device))
 
@@ -328,62 +347,3 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
         with torch.autocast(timestep.device.type, enabled=False):
             time = self.time_embedding(timestep_embedding(timestep, self.config.freq_dim))
             return time, self.time_projection(time).unflatten(-1, (6, self.config.dim))
-
-    def _time(self, timestep: Tensor, per_frame: int, noisy: int, total: int) -> tuple[Tensor, Tensor, Groups]:
-        """Time embedding [B, G, dim] and its six projections [B, G, 6, dim], by groups of tokens.
-
-        The groups are the noisy tokens and, at timestep 0, the rest; with a timestep per latent frame every
-        `per_frame` tokens are a group, and as many groups at 0 follow as the rest needs.
-        """
-        per_sample = timestep.dim() == 1
-        groups = timestep[:, None] if per_sample else timestep
-        with_zero = total > noisy and self.config.zero_timestep
-        if total > noisy and not with_zero and not per_sample:
-            raise ValueError("WanS2VModel: a timestep per latent frame needs zero_timestep, got a model without it")
-        if with_zero:
-            groups = torch.cat([groups, torch.zeros_like(groups[:, :1])], dim=1)
-        time, time6 = self.embed_time(groups)
-        if per_sample:
-            return time, time6, [noisy, total] if with_zero else [total]
-        if with_zero:
-            more = -(-(total - noisy) // per_frame) - 1
-            time6 = torch.cat([time6, time6[:, -1:].expand(-1, more, -1, -1)], dim=1)
-        return time, time6, per_frame
-
-    def encode_conditions(
-        self, text: Tensor, *, context: ContextParallel | None = None, **given: Unpack[WanInputs]
-    ) -> WanConditions:
-        """Everything that does not depend on the timestep, once for all steps of a clip.
-
-        Args:
-            text: [B, L, text_dim] with L <= text_len, padded with zeros to text_len.
-            reference: [B, in_dim, 1, H, W] latent of the reference image, or None for no reference tokens.
-            history: [B, in_dim, Th, H, W] latents that precede the clip, the newest last, or None. Packed history uses
-                the last sum(zip_frame_buckets) frames; fewer are continued to the past by zeros.
-            drop_history: True takes the history tokens away; per sample as a list or a bool tensor [B] it hides
-                them from attention, which gives the same result.
-            drop_reference: the same for the reference.
-            add_last_motion: 2 uses all of the packed history, 1 not its newest bucket, 0 not its newest two; what that
-                means is up to framepack_drop_mode.
-            pose: [B, cond_dim, T, H, W] latents of a pose video, or None.
-            audio: [B, audio_layers, audio_dim, 4 T] speech features, four per latent frame; None is silence (zeros).
-            audio_history: [B, audio_layers, audio_dim, n] features just before the clip. Without them the first
-                feature is taken to have lasted, as the official program does.
-            text_mask: bool [B, L], true for real tokens, to leave padding out; None attends all text_len tokens.
-            lengths: latent frames of each sample, a list or a tensor [B]; frames behind are padding that no other
-                token sees, and what comes out there means nothing. None: all have T.
-            history_lengths: latent frames of history of each sample, likewise, the newest last; frames in front are
-                padding. A packed history is continued by zeros from there.
-            size: (T, H, W) of the latents. Needed only where neither reference, history nor pose tells H and W or
-                neither audio nor pose tells T.
-            precompute: (default True) also make the keys and values of text and audio for every block. Leave it out
-                where the result is used once (training), so that activation checkpointing and sharding see those
-                layers. Blocks whose weights come and go with their forward (offloading, sharding) make their own in
-                every step.
-            context: the processes that will share the sequence; what is made is then for the tokens of this one.
-
-        Raises:
-            ValueError: for a shape that does not fit; the message names it.
-        """
-        conditions: Any = self(text=text, encode_only=True, context=context, **given)
-        return conditions

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from talkingdit.autoencoders.streaming import FRAMES_PER_LATENT, to_video
 from talkingdit.distributed.layout import Parallel
+from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.outline import DROPPED, Details, Sampling
 from talkingdit.media.colour import colours, match_colours
 from talkingdit.media.framing import PoseVideo, fit_image
@@ -231,12 +232,14 @@ class WanS2VPipeline:
             branches = [(torch.cat(texts), torch.cat(sounds))]
         encoded = [
             model.encode_conditions(
-                text,
-                reference=_repeat(conditions.reference.to(device), text),
-                history=None if history is None else _repeat(history.to(device), text),
-                pose=None if pose is None else _repeat(pose, text),
-                audio=sound,
-                size=(frames, height, width),
+                WanInputs(
+                    text,
+                    reference=_repeat(conditions.reference.to(device), text),
+                    history=None if history is None else _repeat(history.to(device), text),
+                    pose=None if pose is None else _repeat(pose, text),
+                    audio=sound,
+                    size=(frames, height, width),
+                ),
                 context=parallel.context,
             )
             for text, sound in branches
@@ -251,7 +254,7 @@ class WanS2VPipeline:
                     model(
                         _repeat(x, text),
                         timestep.float().expand(len(text)),
-                        conditions=condition,
+                        condition,
                         context=parallel.context,
                     )
                     for (text, _), condition in zip(branches, encoded, strict=True)

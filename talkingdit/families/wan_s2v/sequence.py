@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from talkingdit.nn.context_parallel import ContextParallel
 
 Range = tuple[int, int]
+NOISY, REFERENCE, HISTORY = range(3)  # kinds of tokens, each with an embedding of its own
 
 
 class ClipSpan(NamedTuple):
@@ -51,14 +52,14 @@ class SequenceShard:
     end: int
     tokens: int  # of the whole sequence
     clips: tuple[ClipSpan, ...]
-    noisy: tuple[Range, ...]  # per clip, which of its noisy tokens are here
-    clean: tuple[Range, ...]  # per clip, which of its other tokens are here
-    frames: tuple[Range, ...]  # per clip, the latent frames that the noisy tokens are in
-    before: int  # noisy tokens of the sequence that other processes hold in front of these
-    runs: tuple[Range, ...]  # local: where noisy tokens are, at least one range, which may be empty
-    spans: tuple[FrameSpan, ...]  # the same tokens by latent frames, at least one, which may be empty
-    texts: Range  # clips that have tokens here, at least one
-    text_runs: tuple[Range, ...]  # local: the tokens of each of those
+    clip_noisy: tuple[Range, ...]  # per clip, the range of its noisy tokens that is here
+    clip_clean: tuple[Range, ...]  # per clip, the range of its other tokens that is here
+    clip_frames: tuple[Range, ...]  # per clip, the latent frames of the noisy tokens that are here
+    noisy_offset: int  # noisy tokens of the sequence in front of the first one here
+    noisy_ranges: tuple[Range, ...]  # local: where noisy tokens are, at least one range, which may be empty
+    frame_spans: tuple[FrameSpan, ...]  # the same tokens by latent frames, at least one, which may be empty
+    local_clips: Range  # the clips that have tokens here, at least one
+    clip_ranges: tuple[Range, ...]  # local: the tokens of each of the local clips
     context: ContextParallel | None = None
     packed: bool = False
 
@@ -71,7 +72,7 @@ class SequenceShard:
 def sequence_shard(
     clips: Sequence[ClipSpan], context: ContextParallel | None = None, packed: bool = False
 ) -> SequenceShard:
-    """The share of this process: everything without a context.
+    """The shard of this process: everything without a context.
 
     Args:
         clips: of the sequence, in order and without gaps.
@@ -84,19 +85,47 @@ def sequence_shard(
     def held(first: int, count: int) -> Range:
         return min(max(begin - first, 0), count), min(max(end - first, 0), count)
 
-    noisy = [held(clip.begin, clip.noisy) for clip in clips]
+    clip_noisy = [held(clip.begin, clip.noisy) for clip in clips]
+    clip_frames, noisy_ranges, frame_spans = _noisy_parts(clips, clip_noisy, begin)
+    whole = [held(clip.begin, clip.tokens) for clip in clips]
+    local = [i for i, (first, last) in enumerate(whole) if first < last] or [0]
+    return SequenceShard(
+        begin=begin,
+        end=end,
+        tokens=tokens,
+        clips=tuple(clips),
+        clip_noisy=tuple(clip_noisy),
+        clip_clean=tuple(held(clip.begin + clip.noisy, clip.tokens - clip.noisy) for clip in clips),
+        clip_frames=tuple(clip_frames),
+        noisy_offset=sum(first for first, _ in clip_noisy),
+        noisy_ranges=tuple(noisy_ranges),
+        frame_spans=tuple(frame_spans),
+        local_clips=(local[0], local[-1] + 1),
+        clip_ranges=tuple(
+            (clip.begin + first - begin, clip.begin + last - begin) if first < last else (0, 0)
+            for clip, (first, last) in zip(clips, whole, strict=True)
+        )[local[0] : local[-1] + 1],
+        context=context,
+        packed=packed,
+    )
+
+
+def _noisy_parts(
+    clips: Sequence[ClipSpan], clip_noisy: Sequence[Range], begin: int
+) -> tuple[list[Range], list[Range], list[FrameSpan]]:
+    """`clip_frames`, `noisy_ranges` and `frame_spans` of the shard that begins there."""
     frames: list[Range] = []
-    runs: list[Range] = []
+    ranges: list[Range] = []
     spans: list[FrameSpan] = []
-    for clip, (first, last) in zip(clips, noisy, strict=True):
+    for clip, (first, last) in zip(clips, clip_noisy, strict=True):
         if first == last:
             frames.append((0, 0))
             continue
         frames.append((first // clip.per_frame, -(-last // clip.per_frame)))
         local = clip.begin + first - begin
-        if runs and runs[-1][1] == local:
-            local, _ = runs.pop()
-        runs.append((local, clip.begin + last - begin))
+        if ranges and ranges[-1][1] == local:
+            local, _ = ranges.pop()
+        ranges.append((local, clip.begin + last - begin))
         span = FrameSpan(last - first, frames[-1][1] - frames[-1][0], clip.per_frame, first % clip.per_frame)
         if spans and spans[-1].tokens_per_frame == clip.per_frame:  # it ended with its clip, so with a whole frame
             tail = spans.pop()
@@ -104,45 +133,25 @@ def sequence_shard(
         spans.append(span)
     if not spans:  # modules must run all the same, or their weights would get no gradient here
         frames[0] = (0, 1)
-        runs, spans = [(0, 0)], [FrameSpan(0, 1, clips[0].per_frame)]
-    whole = [held(clip.begin, clip.tokens) for clip in clips]
-    there = [i for i, (first, last) in enumerate(whole) if first < last] or [0]
-    return SequenceShard(
-        begin=begin,
-        end=end,
-        tokens=tokens,
-        clips=tuple(clips),
-        noisy=tuple(noisy),
-        clean=tuple(held(clip.begin + clip.noisy, clip.tokens - clip.noisy) for clip in clips),
-        frames=tuple(frames),
-        before=sum(first for first, _ in noisy),
-        runs=tuple(runs),
-        spans=tuple(spans),
-        texts=(there[0], there[-1] + 1),
-        text_runs=tuple(
-            (clip.begin + first - begin, clip.begin + last - begin) if first < last else (0, 0)
-            for clip, (first, last) in zip(clips, whole, strict=True)
-        )[there[0] : there[-1] + 1],
-        context=context,
-        packed=packed,
-    )
+        ranges, spans = [(0, 0)], [FrameSpan(0, 1, clips[0].per_frame)]
+    return frames, ranges, spans
 
 
-def take(x: Tensor, runs: Sequence[Range]) -> Tensor:
+def take_ranges(x: Tensor, ranges: Sequence[Range]) -> Tensor:
     """These ranges of the tokens x [B, N, dim], behind each other; a view where there is one."""
-    parts = [x[:, begin:end] for begin, end in runs]
+    parts = [x[:, begin:end] for begin, end in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def spread(y: Tensor, runs: Sequence[Range], tokens: int) -> Tensor:
-    """The inverse of `take` for N = `tokens`: zeros elsewhere."""
-    if len(runs) == 1:
-        return F.pad(y, (0, 0, runs[0][0], tokens - runs[0][1]))
-    parts, at, done = [], 0, 0
-    for begin, end in runs:
-        parts += [y.new_zeros(y.shape[0], begin - at, y.shape[2]), y[:, done : done + end - begin]]
-        done, at = done + end - begin, end
-    return torch.cat([*parts, y.new_zeros(y.shape[0], tokens - at, y.shape[2])], dim=1)
+def scatter_ranges(y: Tensor, ranges: Sequence[Range], tokens: int) -> Tensor:
+    """The inverse of `take_ranges` for N = `tokens`: zeros elsewhere."""
+    if len(ranges) == 1:
+        return F.pad(y, (0, 0, ranges[0][0], tokens - ranges[0][1]))
+    parts, filled, used = [], 0, 0
+    for begin, end in ranges:
+        parts += [y.new_zeros(y.shape[0], begin - filled, y.shape[2]), y[:, used : used + end - begin]]
+        filled, used = end, used + end - begin
+    return torch.cat([*parts, y.new_zeros(y.shape[0], tokens - filled, y.shape[2])], dim=1)
 
 
 def tokens_of(

@@ -12,6 +12,7 @@ from tiny_checkpoint import make_checkpoint
 
 from talkingdit.families.puppet.options import Options
 from talkingdit.families.puppet.pipeline import PuppetPipeline, clip_noise, schedule
+from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.media.framing import fit_portrait
 from talkingdit.models import load_checkpoint
 from talkingdit.pipelines.inputs import Frames
@@ -127,9 +128,9 @@ def test_later_clips_get_the_latents_before_them_as_history(
     seen: list[tuple[Any, ...]] = []
     encode = model.encode_conditions
 
-    def record(text: torch.Tensor, **given: Any) -> Any:
-        seen.append((given["history"], given["audio"], given["audio_history"], given["reference"]))
-        return encode(text, **given)
+    def record(inputs: WanInputs, **options: Any) -> Any:
+        seen.append((inputs.history, inputs.audio, inputs.audio_history, inputs.reference))
+        return encode(inputs, **options)
 
     monkeypatch.setattr(model, "encode_conditions", record)
     list(pipeline.generate(portrait, features, options=Options(text_guidance=1.0, audio_guidance=1.0)))

@@ -15,7 +15,7 @@ from official import STEM, T5_FILE, VAE_FILE, WAV2VEC, make_official
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.checkpoint import WanS2VCheckpoint, WanS2VSettings
 from talkingdit.families.wan_s2v.presets import PRESETS
-from talkingdit.models import load_checkpoint
+from talkingdit.models import WanInputs, load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,8 @@ def test_every_part_of_the_official_folder(loaded: WanS2VCheckpoint) -> None:
     assert mask.tolist() == [[True] * 4, [True, False, False, False]]
     audio = loaded.audio_encoder(np.random.default_rng(0).standard_normal(16000).astype(np.float32), 8)
     with torch.no_grad():
-        velocity = loaded.transformer(torch.randn(1, 16, 2, 4, 4), torch.tensor([5.0]), features[:1], audio=audio[None])
+        inputs = WanInputs(features[:1], audio=audio[None])
+        velocity = loaded.transformer(torch.randn(1, 16, 2, 4, 4), torch.tensor([5.0]), inputs)
     assert velocity.shape == (1, 16, 2, 4, 4)
     assert velocity.isfinite().all()
 

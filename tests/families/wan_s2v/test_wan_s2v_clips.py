@@ -26,7 +26,10 @@ from talkingdit.data.probe import Media, Probes
 from talkingdit.data.sample import BrokenSample, ClipRequest, Sample
 from talkingdit.families.wan_s2v.checkpoint import WanS2VCheckpoint, WanS2VSettings
 from talkingdit.families.wan_s2v.clips import encode_clip
-from talkingdit.families.wan_s2v.pipeline import Carry, S2VSampling, WanS2VPipeline
+from talkingdit.families.wan_s2v.conditions import WanInputs
+from talkingdit.families.wan_s2v.options import Options
+from talkingdit.families.wan_s2v.outline import Sampling
+from talkingdit.families.wan_s2v.pipeline import WanS2VPipeline
 from talkingdit.media.files import read_audio, read_video
 from talkingdit.media.framing import PoseVideo
 from talkingdit.puppets.render import mouth_boxes, render
@@ -78,30 +81,29 @@ def fed(
     """What the model is given for clip `index` if the clips before had made the pictures of the file, and its past."""
     caught: dict[str, Any] = {}
 
-    def spy(text: torch.Tensor, **conditions: Any) -> None:
-        caught.update(conditions, text=text)
+    def spy(inputs: WanInputs, **_: Any) -> None:
+        caught.update(vars(inputs))
         raise Fed
 
     monkeypatch.setattr(checkpoint.transformer, "encode_conditions", spy)
     pipeline = WanS2VPipeline(checkpoint)
-    sampling = S2VSampling(clip_frames=CLIP, start_from_reference=still)
-    pictures, sound, _, rate = read_video(folder / "v.mp4")
-    portrait = pictures[0] if still else draw(5, SIZE)[3]
-    scene = pipeline.scene(portrait, "a person talks", sampling)
+    sampling = Sampling.of(Options(clip_frames=CLIP, start_from_reference=still), checkpoint.settings)
+    frames, sound, _, rate = read_video(folder / "v.mp4")
+    portrait = frames[0] if still else draw(5, SIZE)[3]
     assert sound is not None
     assert rate == RATE
     features = checkpoint.audio_encoder.features(read_audio(folder / "v.mp4")[: 2 * CLIP * RATE // 16], 2 * CLIP)
+    poses = PoseVideo(folder / "pose.mp4", 16).clips(CLIP, SIZE, first=index)
+    video = pipeline.conditions(portrait, "a person talks", sampling, features, pose=lambda _: next(poses))
     carry, before = None, to_video(portrait[None])
     if index:
-        before = to_video(pictures[CLIP - MOTION : CLIP])
-        shown = to_video(pictures[3:CLIP])  # the first clip lacks three pictures
-        carry = pipeline._carry(Carry(torch.zeros(0)), shown, sampling.filled(checkpoint.settings), None)
+        before = to_video(frames[CLIP - MOTION : CLIP])
+        shown = to_video(frames[3:CLIP])  # the first clip lacks three frames
+        carry = pipeline._carry({}, shown, sampling, None)
     elif still:
-        before = pipeline._beginning(scene).window
-        assert before is not None
-    poses = PoseVideo(folder / "pose.mp4", 16).clips(CLIP, SIZE, first=index)
+        before = pipeline._beginning(video)["window"]
     with pytest.raises(Fed):
-        pipeline.clip(scene, index, features[..., index * CLIP : (index + 1) * CLIP], carry, next(poses), last=True)
+        pipeline.clip(video, index, carry, last=True)
     return caught, before
 
 

@@ -8,11 +8,12 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from test_wan_s2v_model import inputs, relative, tiny
+from test_wan_s2v_model import denoise, inputs, relative, tiny
 from test_wan_s2v_packed import clips
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.sequence import ClipSpan, sequence_shard
 from talkingdit.nn.audio_cross_attention import FrameSpan
 from talkingdit.nn.context_parallel import ContextParallel
@@ -35,10 +36,17 @@ def difference(a, b):
     return (a - b).abs().max().item() / max(b.abs().max().item(), 1e-30) if b.numel() else 0.0
 
 
+def run(model, given, context=None):
+    """The velocities of packed clips, or of latents with inputs by their names."""
+    if "packed" in given:
+        return model.denoise_packed(given["packed"], context=context)
+    return denoise(model, **given, context=context)
+
+
 def velocity_and_gradients(model, given, context):
     """Whole velocity, and gradients of its product with some weights; over a context their sum."""
     model.zero_grad()
-    out = model(**given, context=context)
+    out = run(model, given, context)
     outs = out if isinstance(out, list) else [out]
     generator = torch.Generator().manual_seed(7)
     loss = sum((v * torch.randn(v.shape, generator=generator, dtype=v.dtype)).sum() for v in outs)
@@ -63,7 +71,7 @@ def check(model, given, context, tolerance=EXACT):
 
 
 def case(name):
-    """A model and inputs. 127 tokens: four shares of 32 and 31, of which the last are history alone; frames of 24."""
+    """A model and inputs. 127 tokens: four shards of 32 and 31, of which the last are history alone; frames of 24."""
     given = double(inputs())
     if name == "everything":
         return tiny(num_heads=4), given
@@ -124,17 +132,20 @@ def infer(layout):
         for given in (double(inputs()), double(inputs()) | dict(reference=None, history=None)):
             latents, timestep = given.pop("latents"), given.pop("timestep")
             with torch.no_grad():
-                want = model(latents, timestep, conditions=model.encode_conditions(**given, size=(3, 12, 8)))
-                conditions = model.encode_conditions(**given, size=(3, 12, 8), context=context)
+                want = model(latents, timestep, conditions=model.encode_conditions(WanInputs(**given, size=(3, 12, 8))))
+                conditions = model.encode_conditions(WanInputs(**given, size=(3, 12, 8)), context=context)
                 begin, end = context.shard(len(conditions.layout))
                 frames = {frame // 24 for frame in range(begin, min(end, 72))} or {0}
                 assert conditions.audio_kv[0].k.shape[1] == len(frames)  # of the frames here, not of all
                 for arguments in (dict(context=context), {}):
                     assert difference(model(latents, timestep, conditions=conditions, **arguments), want) < EXACT
-                assert difference(model(latents, timestep, **given, context=context), want) < EXACT
+                assert difference(denoise(model, latents, timestep, context, **given), want) < EXACT
                 with pytest.raises(ValueError, match="conditions were made for another context, or without one"):
                     model(
-                        latents, timestep, conditions=model.encode_conditions(**given, size=(3, 12, 8)), context=context
+                        latents,
+                        timestep,
+                        conditions=model.encode_conditions(WanInputs(**given, size=(3, 12, 8))),
+                        context=context,
                     )
     return True
 
@@ -152,6 +163,8 @@ def shard_units(model, wide=None, narrow=None):
     inner = [*model.blocks, *model.audio_injector.injector, *model.audio_injector.injector_adain_layers]
     for unit in [*inner, model.text_embedding, model]:
         fully_shard(unit, mp_policy=narrow or MixedPrecisionPolicy())
+    for name in model.forward_methods:
+        register_fsdp_forward_method(model, name)
 
 
 def train_sharded(ring, ulysses):
@@ -166,8 +179,8 @@ def train_sharded(ring, ulysses):
         dict(packed=clips(torch.float64)[2:3]),
     ]
 
-    def learn(network, given, **options):
-        out = network(**given, **options)
+    def learn(network, given, context=None):
+        out = run(network, given, context)
         sum(v.square().sum() for v in (out if isinstance(out, list) else [out])).backward()
 
     for i, (given, other) in enumerate(itertools.pairwise(batches)):
@@ -175,7 +188,7 @@ def train_sharded(ring, ulysses):
             model.enable_gradient_checkpointing()
         model.zero_grad()
         reference.zero_grad()
-        learn(model, other if context is None and dist.get_rank() == 1 else given, context=context)
+        learn(model, other if context is None and dist.get_rank() == 1 else given, context)
         learn(reference, given)
         if context is None:
             learn(reference, other)
@@ -185,8 +198,8 @@ def train_sharded(ring, ulysses):
     given = double(inputs())
     latents, timestep = given.pop("latents"), given.pop("timestep")
     with torch.no_grad():  # a validation video
-        conditions = model.encode_conditions(**given, context=context)
-        want = reference(latents, timestep, **given)
+        conditions = model.encode_conditions(WanInputs(**given), context=context)
+        want = denoise(reference, latents, timestep, **given)
         assert difference(model(latents, timestep, conditions=conditions), want) < EXACT
 
 
@@ -208,8 +221,8 @@ def train_in_mixed_precision():
         block.register_forward_hook(lambda _m, _i, out: residual.add(out.dtype))
     context = context_of(1, 2, "gather")
     for given in (inputs(), dict(packed=clips())):
-        out = model(**given, context=context)
-        want = exact(**given)
+        out = run(model, given, context)
+        want = run(exact, given)
         for a, b in zip(out, want, strict=True):
             assert a.dtype == torch.float32
             assert relative(a, b) < 5e-2
@@ -233,22 +246,28 @@ class Fixed:
         return self.place
 
 
-def test_shares_of_a_packed_sequence():
+def test_shards_of_a_packed_sequence():
     """Clips of 3 and 2 frames of 4 tokens with 5 others each, then one of a frame of 6 tokens alone."""
     places = [ClipSpan(0, (3, 2, 2), 17), ClipSpan(17, (2, 2, 2), 13), ClipSpan(30, (1, 2, 3), 6)]
-    share = sequence_shard(places, Fixed(6, 27), packed=True)
-    assert share.noisy == ((6, 12), (0, 8), (0, 0))
-    assert share.clean == ((0, 5), (0, 2), (0, 0))
-    assert share.frames == ((1, 3), (0, 2), (0, 0))
-    assert share.before == 6
-    assert share.runs == ((0, 6), (11, 19))
-    assert share.spans == (FrameSpan(14, 4, 4, 2),)  # frames of one size, one call: 2 tokens of a cut one, then 12
-    assert (share.texts, share.text_runs) == ((0, 2), ((0, 11), (11, 21)))
-    assert share.segments == [17, 30, 36]
-    share = sequence_shard(places, Fixed(12, 15), packed=True)  # history alone
-    assert (share.noisy, share.runs, share.spans) == (((12, 12), (0, 0), (0, 0)), ((0, 0),), (FrameSpan(0, 1, 4),))
-    assert (share.frames[0], share.texts, share.text_runs) == ((0, 1), (0, 1), ((0, 3),))
-    share = sequence_shard(places, Fixed(20, 36), packed=True)
-    assert share.spans == (FrameSpan(5, 2, 4, 3), FrameSpan(6, 1, 6))
-    assert share.before == 15
-    assert sequence_shard(places[2:], None).spans == (FrameSpan(6, 1, 6),)
+    shard = sequence_shard(places, Fixed(6, 27), packed=True)
+    assert shard.clip_noisy == ((6, 12), (0, 8), (0, 0))
+    assert shard.clip_clean == ((0, 5), (0, 2), (0, 0))
+    assert shard.clip_frames == ((1, 3), (0, 2), (0, 0))
+    assert shard.noisy_offset == 6
+    assert shard.noisy_ranges == ((0, 6), (11, 19))
+    assert shard.frame_spans == (
+        FrameSpan(14, 4, 4, 2),
+    )  # frames of one size, one call: 2 tokens of a cut one, then 12
+    assert (shard.local_clips, shard.clip_ranges) == ((0, 2), ((0, 11), (11, 21)))
+    assert shard.segments == [17, 30, 36]
+    shard = sequence_shard(places, Fixed(12, 15), packed=True)  # history alone
+    assert (shard.clip_noisy, shard.noisy_ranges, shard.frame_spans) == (
+        ((12, 12), (0, 0), (0, 0)),
+        ((0, 0),),
+        (FrameSpan(0, 1, 4),),
+    )
+    assert (shard.clip_frames[0], shard.local_clips, shard.clip_ranges) == ((0, 1), (0, 1), ((0, 3),))
+    shard = sequence_shard(places, Fixed(20, 36), packed=True)
+    assert shard.frame_spans == (FrameSpan(5, 2, 4, 3), FrameSpan(6, 1, 6))
+    assert shard.noisy_offset == 15
+    assert sequence_shard(places[2:], None).frame_spans == (FrameSpan(6, 1, 6),)

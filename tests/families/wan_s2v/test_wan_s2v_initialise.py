@@ -16,6 +16,7 @@ from torch import Tensor
 
 from talkingdit.checkpoints.names import to_native
 from talkingdit.errors import UserError
+from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.initialise import initialise_from_video_model
 from talkingdit.models import WanS2VModel, load, preset
 
@@ -62,7 +63,7 @@ def test_a_new_model_answers_like_the_video_model_it_began_from(tmp_path: Path) 
     latents, text = torch.randn(1, 16, 2, 4, 6), torch.randn(1, 10, 24)
     with torch.no_grad():
         wanted = video(latents, torch.tensor([400.0]), text, return_dict=False)[0]
-        found = model(latents, torch.tensor([400.0]), text, audio=torch.randn(1, 5, 8, 8))
+        found = model(latents, torch.tensor([400.0]), WanInputs(text, audio=torch.randn(1, 5, 8, 8)))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 

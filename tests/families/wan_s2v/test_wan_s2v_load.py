@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from torch import Tensor
 from talkingdit.checkpoints.names import to_diffusers, to_native
 from talkingdit.checkpoints.weights import Entry, Weights
 from talkingdit.errors import UserError
-from talkingdit.families.wan_s2v.config import complete
+from talkingdit.families.wan_s2v.config import ARGUMENTS, complete
 from talkingdit.families.wan_s2v.load import read_config
 from talkingdit.families.wan_s2v.save import save_official
 from talkingdit.models import WanS2VModel, load, preset
@@ -74,6 +75,10 @@ def refuse(source: Path, match: str, **options: Any) -> None:
     with pytest.raises(UserError, match=match) as caught:
         load(source, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_every_argument_of_the_model_may_be_said_by_a_configuration() -> None:
+    assert set(inspect.signature(WanS2VModel.__init__).parameters) - {"self"} == ARGUMENTS
 
 
 def test_the_released_layout(released: Path, model: WanS2VModel, state: dict[str, Tensor]) -> None:

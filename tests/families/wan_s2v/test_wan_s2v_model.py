@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from talkingdit.families.wan_s2v import conditions as wan_conditions
-from talkingdit.families.wan_s2v.conditions import sequence_layout
+from talkingdit.families.wan_s2v.conditions import WanInputs, sequence_layout
 from talkingdit.models import WanS2VModel, preset
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "wan_s2v.safetensors"
@@ -86,6 +86,11 @@ def inputs(batch=2, frames=3, height=12, width=8, seed=1):
     )
 
 
+def denoise(model, latents, timestep, context=None, **given):
+    """The velocity of latents by a direct call, from inputs by their names."""
+    return model(latents, timestep, WanInputs(**given), context=context)
+
+
 def sample(arguments, index):
     """One sample of a batch, as a batch of one."""
     return {k: v[index : index + 1] if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
@@ -93,7 +98,7 @@ def sample(arguments, index):
 
 @pytest.mark.parametrize("case", CASES)
 def test_output_equals_the_official_model(golden, official, case):
-    out = official(**golden_inputs(golden[1], case))
+    out = denoise(official, **golden_inputs(golden[1], case))
     assert relative(out[0], golden[1][f"{case}/out/0"]) < TOLERANCE
 
 
@@ -121,7 +126,7 @@ def test_every_intermediate_equals_the_official_model(golden, official, case):
     keep_input("after_inject0", official.blocks[1])
     keep_input("after_inject2", official.head)
     arguments = golden_inputs(tensors, case)
-    official(**arguments)
+    denoise(official, **arguments)
     for handle in handles:
         handle.remove()
 
@@ -147,7 +152,7 @@ def test_every_intermediate_equals_the_official_model(golden, official, case):
 def test_rotations_equal_the_official_table(golden, official, case):
     arguments = golden_inputs(golden[1], case)
     del arguments["latents"], arguments["timestep"]
-    layout = official.encode_conditions(**arguments).layout
+    layout = official.encode_conditions(WanInputs(**arguments)).layout
     want = torch.view_as_complex(golden[1][f"{case}/mid/rope"][0])
     assert (layout.rotations() - want).abs().max() < 1e-12
 
@@ -183,11 +188,11 @@ def test_batch_equals_its_samples_and_precomputed_conditions_equal_the_direct_ca
     if model.config.cond_dim == 0:
         del arguments["pose"]
     with torch.no_grad():
-        whole = model(**arguments)
+        whole = denoise(model, **arguments)
         for i in range(2):
-            assert relative(model(**sample(arguments, i))[0], whole[i]) < TOLERANCE
+            assert relative(denoise(model, **sample(arguments, i))[0], whole[i]) < TOLERANCE
         latents, timestep = arguments.pop("latents"), arguments.pop("timestep")
-        conditions = model.encode_conditions(**arguments)
+        conditions = model.encode_conditions(WanInputs(**arguments))
         assert relative(model(latents, timestep, conditions=conditions), whole) < TOLERANCE
 
 
@@ -198,11 +203,13 @@ def test_add_last_motion_takes_the_newest_history_away(mode):
     changed = dict(arguments, history=arguments["history"].clone())
     changed["history"][:, :, -1] += 1  # the newest frame: the first bucket
     with torch.no_grad():
-        assert not torch.equal(model(**arguments), model(**changed))
-        assert torch.equal(model(**arguments, add_last_motion=1), model(**changed, add_last_motion=1))
+        assert not torch.equal(denoise(model, **arguments), denoise(model, **changed))
+        assert torch.equal(denoise(model, **arguments, add_last_motion=1), denoise(model, **changed, add_last_motion=1))
         changed["history"][:, :, -3:-1] += 1  # the second bucket
-        assert not torch.equal(model(**arguments, add_last_motion=1), model(**changed, add_last_motion=1))
-        assert torch.equal(model(**arguments, add_last_motion=0), model(**changed, add_last_motion=0))
+        assert not torch.equal(
+            denoise(model, **arguments, add_last_motion=1), denoise(model, **changed, add_last_motion=1)
+        )
+        assert torch.equal(denoise(model, **arguments, add_last_motion=0), denoise(model, **changed, add_last_motion=0))
 
 
 @pytest.mark.parametrize("framepack", [True, False])
@@ -213,13 +220,13 @@ def test_dropping_per_sample_equals_dropping_alone(framepack, name):
     gone = [True, False, True]
     with torch.no_grad():
         for choice in (gone, torch.tensor(gone)):
-            mixed = model(**arguments, **{name: choice})
+            mixed = denoise(model, **arguments, **{name: choice})
             for i, drop in enumerate(gone):
-                assert relative(mixed[i], model(**sample(arguments, i), **{name: drop})[0]) < TOLERANCE
-        everything = model(**arguments, **{name: torch.tensor([True] * 3)})
-        assert relative(everything, model(**arguments, **{name: True})) < TOLERANCE
+                assert relative(mixed[i], denoise(model, **sample(arguments, i), **{name: drop})[0]) < TOLERANCE
+        everything = denoise(model, **arguments, **{name: torch.tensor([True] * 3)})
+        assert relative(everything, denoise(model, **arguments, **{name: True})) < TOLERANCE
         removed = {k: v for k, v in arguments.items() if k != name.removeprefix("drop_")}
-        assert relative(everything, model(**removed)) < TOLERANCE
+        assert relative(everything, denoise(model, **removed)) < TOLERANCE
 
 
 def test_a_short_history_is_continued_by_zeros():
@@ -228,7 +235,7 @@ def test_a_short_history_is_continued_by_zeros():
     short = dict(arguments, history=arguments["history"][:, :, -3:])
     zeros = dict(arguments, history=torch.cat([torch.zeros(2, 16, 4, 12, 8), short["history"]], dim=2))
     with torch.no_grad():
-        assert torch.equal(model(**short), model(**zeros))
+        assert torch.equal(denoise(model, **short), denoise(model, **zeros))
 
 
 def test_no_audio_is_silence_and_no_pose_is_a_pose_of_zeros():
@@ -237,7 +244,7 @@ def test_no_audio_is_silence_and_no_pose_is_a_pose_of_zeros():
     silent = dict(arguments, audio=None, pose=None)
     zeros = dict(arguments, audio=torch.zeros(2, 2, 8, 12), pose=torch.zeros(2, 16, 3, 12, 8))
     with torch.no_grad():
-        assert relative(model(**silent), model(**zeros)) < TOLERANCE
+        assert relative(denoise(model, **silent), denoise(model, **zeros)) < TOLERANCE
 
 
 def test_audio_history_continues_a_longer_recording():
@@ -272,9 +279,16 @@ def test_text_mask_hides_padding():
     changed = dict(arguments, text=arguments["text"].clone())
     changed["text"][:, 3:] += 1
     with torch.no_grad():
-        assert relative(model(**arguments, text_mask=mask), model(**changed, text_mask=mask)) < TOLERANCE
-        assert relative(model(**arguments), model(**changed)) > 1e-3
-        assert relative(model(**arguments), model(**arguments, text_mask=torch.ones(2, 5, dtype=torch.bool))) > 1e-4
+        assert (
+            relative(denoise(model, **arguments, text_mask=mask), denoise(model, **changed, text_mask=mask)) < TOLERANCE
+        )
+        assert relative(denoise(model, **arguments), denoise(model, **changed)) > 1e-3
+        assert (
+            relative(
+                denoise(model, **arguments), denoise(model, **arguments, text_mask=torch.ones(2, 5, dtype=torch.bool))
+            )
+            > 1e-4
+        )
 
 
 def test_one_timestep_per_frame_equals_one_per_sample_where_they_agree():
@@ -282,9 +296,9 @@ def test_one_timestep_per_frame_equals_one_per_sample_where_they_agree():
     arguments = inputs()
     per_frame = dict(arguments, timestep=arguments["timestep"][:, None].expand(-1, 3))
     with torch.no_grad():
-        assert relative(model(**per_frame), model(**arguments)) < TOLERANCE
+        assert relative(denoise(model, **per_frame), denoise(model, **arguments)) < TOLERANCE
         per_frame["timestep"] = per_frame["timestep"] * torch.tensor([0.0, 1.0, 1.0])
-        assert relative(model(**per_frame), model(**arguments)) > 1e-3
+        assert relative(denoise(model, **per_frame), denoise(model, **arguments)) > 1e-3
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -295,7 +309,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         model.zero_grad()
         if checkpointing:
             model.enable_gradient_checkpointing()
-        model(**arguments, drop_history=[True, False]).square().mean().backward()
+        denoise(model, **arguments, drop_history=[True, False]).square().mean().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
@@ -315,7 +329,7 @@ def test_every_parameter_learns_from_nothing_and_the_first_steps_lower_the_loss(
     losses = []
     for _ in range(8):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = (model(**arguments, drop_history=[True, False]) - target).square().mean()
+            loss = (denoise(model, **arguments, drop_history=[True, False]) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -331,10 +345,10 @@ def test_bf16_weights_and_autocast_stay_near_float32(golden, official):
     arguments = golden_inputs(golden[1], "clip1_motion")
     exact = golden[1]["clip1_motion/out/0"]
     with torch.autocast("cpu", torch.bfloat16):
-        assert relative(official(**arguments)[0], exact) < 2e-2
+        assert relative(denoise(official, **arguments)[0], exact) < 2e-2
     model = WanS2VModel.from_config(official.config)
     model.load_state_dict(official.state_dict())
-    out = model.to(torch.bfloat16).eval()(**arguments)
+    out = denoise(model.to(torch.bfloat16).eval(), **arguments)
     assert out.dtype == torch.float32
     assert relative(out[0], exact) < 2e-2
 
@@ -345,7 +359,7 @@ def test_save_and_load(tmp_path):
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         again = WanS2VModel.from_pretrained(tmp_path)
-        assert torch.equal(again(**arguments), model(**arguments))
+        assert torch.equal(denoise(again, **arguments), denoise(model, **arguments))
         half = WanS2VModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert half.blocks[0].ffn[0].weight.dtype == torch.bfloat16
     assert half.time_embedding[0].weight.dtype == torch.float32
@@ -357,11 +371,11 @@ def test_a_new_zero_init_model_is_deaf_and_still(golden):
     model = WanS2VModel(**spec["config"]).eval()
     arguments = golden_inputs(tensors, "clip1_motion")
     with torch.no_grad():
-        assert model(**arguments).abs().max() == 0
+        assert denoise(model, **arguments).abs().max() == 0
         torch.nn.init.normal_(model.head.head.weight, std=0.1)
-        out = model(**arguments)
+        out = denoise(model, **arguments)
         assert out.abs().max() > 0
-        assert torch.equal(out, model(**dict(arguments, audio=None, pose=None)))
+        assert torch.equal(out, denoise(model, **dict(arguments, audio=None, pose=None)))
 
 
 def test_dtype_of_positions_and_padding_of_history():
@@ -378,8 +392,8 @@ def test_samples_of_different_lengths_in_a_batch_equal_each_alone(framepack):
     arguments = inputs(batch=3)
     lengths, past = [3, 1, 2], [7, 2, 0]
     with torch.no_grad():
-        mixed = model(
-            **arguments, lengths=lengths, history_lengths=torch.tensor(past), drop_history=[False, False, True]
+        mixed = denoise(
+            model, **arguments, lengths=lengths, history_lengths=torch.tensor(past), drop_history=[False, False, True]
         )
         for i, (length, kept) in enumerate(zip(lengths, past, strict=True)):
             alone = sample(arguments, i)
@@ -387,17 +401,17 @@ def test_samples_of_different_lengths_in_a_batch_equal_each_alone(framepack):
                 alone[name] = alone[name][:, :, :length]
             alone["audio"] = alone["audio"][..., : 4 * length]
             alone["history"] = alone["history"][:, :, 7 - kept :]
-            assert relative(model(**alone, drop_history=i == 2)[0], mixed[i, :, :length]) < TOLERANCE
+            assert relative(denoise(model, **alone, drop_history=i == 2)[0], mixed[i, :, :length]) < TOLERANCE
 
 
 def test_absorbed_audio_values_give_the_same_video():
     arguments = inputs()
     with torch.no_grad():
-        plain = tiny().eval()(**arguments)
+        plain = denoise(tiny().eval(), **arguments)
         model = tiny(audio_absorb="value").eval()
-        assert relative(model(**arguments), plain) < TOLERANCE
+        assert relative(denoise(model, **arguments), plain) < TOLERANCE
         latents, timestep = arguments.pop("latents"), arguments.pop("timestep")
-        conditions = model.encode_conditions(**arguments)
+        conditions = model.encode_conditions(WanInputs(**arguments))
         assert conditions.audio_kv[0].v.shape == (2, 3, 2 * 5, 48)  # heads x tokens rows of the model's width
         assert relative(model(latents, timestep, conditions=conditions), plain) < TOLERANCE
 
@@ -424,8 +438,8 @@ def test_a_forward_reads_no_tensor_on_the_host():
             model.to_empty(device="cpu")
             fake = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
             x, t = mode.from_tensor(latents), mode.from_tensor(timestep)
-            assert model(x, t, **fake).shape == latents.shape
-            assert model(x, t, conditions=model.encode_conditions(**fake)).shape == latents.shape
+            assert model(x, t, WanInputs(**fake)).shape == latents.shape
+            assert model(x, t, conditions=model.encode_conditions(WanInputs(**fake))).shape == latents.shape
 
 
 def test_compiles_to_one_graph():
@@ -433,10 +447,10 @@ def test_compiles_to_one_graph():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     arguments = inputs() | dict(drop_history=torch.tensor([True, False]))
     with torch.no_grad():
-        want = model(**arguments)
-        assert relative(compiled(**arguments), want) < TOLERANCE
+        want = denoise(model, **arguments)
+        assert relative(denoise(compiled, **arguments), want) < TOLERANCE
         latents, timestep = arguments.pop("latents"), arguments.pop("timestep")
-        conditions = model.encode_conditions(**arguments)
+        conditions = model.encode_conditions(WanInputs(**arguments))
         assert relative(compiled(latents, timestep, conditions=conditions), want) < TOLERANCE
 
 
@@ -445,11 +459,11 @@ def test_blocks_compile_alone():
     model = tiny().eval()
     arguments = inputs()
     with torch.no_grad():
-        want = model(**arguments)
+        want = denoise(model, **arguments)
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("aot_eager")
         model.compile_repeated_blocks(fullgraph=True, backend=counter)
-        assert relative(model(**arguments), want) < TOLERANCE
+        assert relative(denoise(model, **arguments), want) < TOLERANCE
         assert counter.frame_count == 1
 
 
@@ -459,7 +473,7 @@ def test_compiles_to_one_graph_for_any_size():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for arguments in (inputs(), inputs(frames=2, height=16), inputs() | dict(drop_history=True)):
-            assert relative(compiled(**arguments), model(**arguments)) < TOLERANCE
+            assert relative(denoise(compiled, **arguments), denoise(model, **arguments)) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -489,7 +503,7 @@ def test_compiles_to_one_graph_for_any_size():
 )
 def test_errors_name_the_argument(changes, message):
     with pytest.raises(ValueError, match=message):
-        tiny()(**(inputs() | changes))
+        denoise(tiny(), **(inputs() | changes))
 
 
 def test_conditions_of_another_clip_are_refused():
@@ -497,13 +511,13 @@ def test_conditions_of_another_clip_are_refused():
     arguments = inputs()
     latents, timestep = arguments.pop("latents"), arguments.pop("timestep")
     with torch.no_grad():
-        conditions = model.encode_conditions(**arguments)
+        conditions = model.encode_conditions(WanInputs(**arguments))
         with pytest.raises(
             ValueError, match=r"conditions were made for latents of .* \[2, 3, 12, 8\], got \[2, 2, 12, 8\]"
         ):
             model(latents[:, :, :2], timestep, conditions=conditions)
-        with pytest.raises(ValueError, match="give one or the other"):
-            model(latents, timestep, arguments["text"], conditions=conditions)
+        with pytest.raises(ValueError, match="conditions must be WanConditions or WanInputs, got Tensor"):
+            model(latents, timestep, arguments["text"])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from test_wan_s2v_model import inputs, relative, tiny
+from test_wan_s2v_model import denoise, inputs, relative, tiny
 
 from talkingdit.families.wan_s2v.packed import PackedClip
 from talkingdit.families.wan_s2v.sequence import tokens_of
@@ -53,7 +53,7 @@ def clips(dtype=torch.float32):
 def alone(model, one):
     """The same clip by the plain call."""
     given = {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
-    return model(**{k: v[None] if isinstance(v, torch.Tensor) else v for k, v in given.items()})[0]
+    return denoise(model, **{k: v[None] if isinstance(v, torch.Tensor) else v for k, v in given.items()})[0]
 
 
 def gradients(model, velocities):
@@ -83,7 +83,7 @@ def same_gradients(got, want):
 )
 def test_packed_equals_one_by_one(switches):
     model = tiny(**switches)
-    packed = model(packed=clips())
+    packed = model.denoise_packed(clips())
     got = gradients(model, packed)
     single = [alone(model, one) for one in clips()]
     for a, b in zip(packed, single, strict=True):
@@ -91,20 +91,20 @@ def test_packed_equals_one_by_one(switches):
         assert relative(a, b) < TOLERANCE
     same_gradients(got, gradients(model, single))
     with torch.no_grad():  # the path that overwrites
-        for a, b in zip(model(packed=clips()), single, strict=True):
+        for a, b in zip(model.denoise_packed(clips()), single, strict=True):
             assert relative(a, b) < TOLERANCE
 
 
 def test_packed_equals_stacked_with_padding():
     model = tiny()
     lengths, given = [3, 1, 2], inputs(batch=3)
-    stacked = model(**given, lengths=lengths)
+    stacked = denoise(model, **given, lengths=lengths)
     single = [{k: v[i] for k, v in given.items()} for i in range(3)]
     packed = []
     for one, n in zip(single, lengths, strict=True):
         cut = dict(latents=one["latents"][:, :n], pose=one["pose"][:, :n], audio=one["audio"][..., : 4 * n])
         packed.append(PackedClip(**one | cut))
-    velocities = model(packed=packed)
+    velocities = model.denoise_packed(packed)
     wanted = [stacked[i, :, :n] for i, n in enumerate(lengths)]
     for a, b in zip(velocities, wanted, strict=True):
         assert relative(a, b) < TOLERANCE
@@ -114,10 +114,10 @@ def test_packed_equals_stacked_with_padding():
 
 def test_clips_do_not_see_each_other():
     model = tiny()
-    before = model(packed=clips())
+    before = model.denoise_packed(clips())
     changed = clips()
     changed[1] = clip(2, 6, 4, 9)
-    after = model(packed=changed)
+    after = model.denoise_packed(changed)
     for i in (0, 2, 3, 4):
         assert relative(after[i], before[i]) < TOLERANCE
 
@@ -129,14 +129,14 @@ def test_a_timestep_per_latent_frame():
         for i, one in enumerate(clips())
     ]
     with torch.no_grad():
-        for a, one in zip(model(packed=packed), packed, strict=True):
+        for a, one in zip(model.denoise_packed(packed), packed, strict=True):
             assert relative(a, alone(model, one)) < TOLERANCE
 
 
 def test_bf16_blocks_with_float32_edges():
     """The mix of a mixed precision policy: what stays float32 gets what bfloat16 layers make, and the other way."""
     model = tiny()
-    exact = model(packed=clips())
+    exact = model.denoise_packed(clips())
     for module in (model.blocks, model.audio_injector, model.text_embedding):
         module.to(torch.bfloat16)
     for name in ("patch_embedding", "cond_encoder", "trainable_cond_mask", "frame_packer"):
@@ -149,7 +149,7 @@ def test_bf16_blocks_with_float32_edges():
     residual = []
     for block in model.blocks:
         block.register_forward_hook(lambda _m, _i, out: residual.append(out.dtype))
-    for velocities in (model(packed=clips()), [alone(model, one) for one in clips()]):
+    for velocities in (model.denoise_packed(clips()), [alone(model, one) for one in clips()]):
         assert {v.dtype for v in velocities} == {torch.float32}
         assert max(relative(a, b) for a, b in zip(velocities, exact, strict=True)) < 5e-2
         assert set(gradients(model, velocities)) == {name for name, _ in model.named_parameters()}
@@ -186,11 +186,21 @@ def test_every_unit_runs_once_and_every_weight_gets_a_gradient_whatever_is_absen
         calls.subtract(calls)
         model.zero_grad()
         if packed:
-            sum(v.sum() for v in model(packed=[clip(2, 4, 4, 0, **changes), clip(1, 4, 6, 1, **changes)])).backward()
+            sum(
+                v.sum() for v in model.denoise_packed([clip(2, 4, 4, 0, **changes), clip(1, 4, 6, 1, **changes)])
+            ).backward()
         else:
-            model(**inputs(frames=2, height=4, width=4) | changes).sum().backward()
+            denoise(model, **inputs(frames=2, height=4, width=4) | changes).sum().backward()
         assert set(calls.values()) == {1}, (changes, calls)
         assert [name for name, p in model.named_parameters() if p.grad is None] == [], changes
+
+
+@pytest.mark.parametrize("switches", [{}, dict(cond_dim=0), dict(enable_framepack=False)])
+def test_dummy_inputs_go_through_every_unit(switches):
+    model = tiny(**switches)
+    calls, given = counted(model), model.dummy_inputs
+    assert model(**given).shape == given["latents"].shape
+    assert set(calls.values()) == {1}
 
 
 @pytest.mark.parametrize("switches", [{}, dict(enable_framepack=False), dict(framepack_drop_mode="drop")])
@@ -202,7 +212,7 @@ def test_tokens_of_tells_the_length_of_the_sequence(switches):
         for height, reference, history in itertools.product((4, 10), (True, False), (True, False)):
             gone = ({} if reference else dict(reference=None)) | ({} if history else dict(history=None))
             with torch.no_grad():
-                model(packed=[clip(2, height, 6, **gone)])
+                model.denoise_packed([clip(2, height, 6, **gone)])
             past = history if model.config.enable_framepack else 7 * history
             assert tokens_of(model.config, 2, height, 6, reference, past) == seen.pop()
 
@@ -220,17 +230,17 @@ def test_tokens_of_tells_the_length_of_the_sequence(switches):
 )
 def test_errors_name_the_clip(changes, message):
     with pytest.raises(ValueError, match=message):
-        tiny()(packed=[clip(), dataclasses.replace(clip(), **changes)])
+        tiny().denoise_packed([clip(), dataclasses.replace(clip(), **changes)])
 
 
 def test_what_cannot_be_packed_is_refused():
     model = tiny()
-    with pytest.raises(ValueError, match="packed must hold at least one clip"):
-        model(packed=[])
-    with pytest.raises(ValueError, match="packed clips stand for all other inputs"):
-        model(packed=[clip()], text=torch.zeros(1, 4, 12))
+    with pytest.raises(ValueError, match="denoise_packed must be given at least one clip"):
+        model.denoise_packed([])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'text'"):
+        model.denoise_packed([clip()], text=torch.zeros(1, 4, 12))
     with pytest.raises(ValueError, match=r"at most 128 groups .*\(two per clip\), got 130 of 65 clips"):
-        model(packed=[clip()] * 65)
+        model.denoise_packed([clip()] * 65)
     one = dataclasses.replace(clip(), timestep=torch.zeros(2))
     with pytest.raises(ValueError, match=r"needs zero_timestep, got a model without it \(packed clip 0\)"):
-        tiny(zero_timestep=False)(packed=[one])
+        tiny(zero_timestep=False).denoise_packed([one])

@@ -12,6 +12,7 @@ from tiny_s2v import AUDIO_DIM, LAYERS, make_s2v
 from torch import Tensor
 
 from talkingdit.families.wan_s2v.checkpoint import WanS2VCheckpoint
+from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.options import Options
 from talkingdit.families.wan_s2v.outline import Sampling
 from talkingdit.families.wan_s2v.pipeline import VideoConditions, WanS2VPipeline
@@ -84,9 +85,9 @@ def official(
         for t in steps.timesteps:
             given: dict[str, Any] = {"reference": reference, "history": motion, "pose": cond}
             given["drop_history"] = drop_first and r == 0
-            c = model(x, t[None].float(), text, audio=sound, **given)
+            c = model(x, t[None].float(), WanInputs(text, audio=sound, **given))
             if guidance > 1:
-                u = model(x, t[None].float(), null, audio=0.0 * sound, **given)
+                u = model(x, t[None].float(), WanInputs(null, audio=0.0 * sound, **given))
                 c = u + guidance * (c - u)
             x = steps.step(c, t, x, return_dict=False)[0]
         if drop_first and r == 0:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from bench import official_style
-from talkingdit.models import WanS2VModel
+from talkingdit.models import WanInputs, WanS2VModel
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "wan_s2v.safetensors"
 SMALL = dict(
@@ -99,12 +99,14 @@ def ours(model, given, **settings):
     return model(
         given["x"],
         given["t"],
-        given["context"],
-        reference=given["ref"],
-        history=given["motion"],
-        pose=given["pose"],
-        audio=given["audio"],
-        **settings,
+        WanInputs(
+            given["context"],
+            reference=given["ref"],
+            history=given["motion"],
+            pose=given["pose"],
+            audio=given["audio"],
+            **settings,
+        ),
     )
 
 
