@@ -118,8 +118,8 @@ def _fit_transformer(model: Any, memory: Memory, device: torch.device, units: Un
     if memory.weights in ("int8", "fp8"):
         _quantise(model, memory.weights, units)
     elif memory.weights == "cast_fp8":
-        width = min((parameter.dtype for parameter in model.parameters()), key=lambda dtype: dtype.itemsize)
-        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=width)
+        narrowest = min((parameter.dtype for parameter in model.parameters()), key=lambda dtype: dtype.itemsize)
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=narrowest)
     if memory.offload == "none":
         model.to(device)
         return

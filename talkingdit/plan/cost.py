@@ -26,7 +26,7 @@ AUTOENCODER = "autoencoder"
 SPEECH_ENCODER = "speech encoder"
 
 # Switches of `Memory` in the order in which they are tried: first those that change nothing in the video.
-SWITCHES: tuple[dict[str, Any], ...] = (
+ALL_SWITCHES: tuple[dict[str, Any], ...] = (
     {"text_encoder": "cpu"},
     {"offload": "block"},
     {"vae": "tiled"},

@@ -31,9 +31,20 @@ if TYPE_CHECKING:
 
     from talkingdit.pipelines.memory import Memory
 
-__all__ = [
-    *("CAST", "LORA_TARGETS", "SUBSETS", "SWITCHES", "activations", "attention_flops", "autoencoder", "complete"),
-    *("conditions", "default_clip", "flops", "frozen_parts", "heads", "parameters", "read_config", "step", "tokens"),
+__all__ = [  # of Wan-S2V
+    "CAST",
+    "LORA_TARGETS",
+    "SUBSETS",
+    "activations",
+    "attention_flops",
+    "complete",
+    "conditions",
+    "flops",
+    "heads",
+    "parameters",
+    "read_config",
+    "step",
+    "tokens",
 ]
 
 SWITCHES: tuple[dict[str, Any], ...] = ()  # no part is large enough that moving or narrowing it would help

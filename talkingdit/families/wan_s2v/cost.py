@@ -16,9 +16,9 @@ from talkingdit.families.wan_s2v.units import FFN_TOKENS, walk
 from talkingdit.pipelines.memory import Memory
 from talkingdit.plan.clip import ClipShape, latents_of
 from talkingdit.plan.cost import (
+    ALL_SWITCHES,
     AUTOENCODER,
     SPEECH_ENCODER,
-    SWITCHES,
     TEXT_ENCODER,
     Activations,
     FrozenParts,
@@ -29,13 +29,9 @@ from talkingdit.plan.run import MeshSizes, Run
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    *("CAST", "LORA_TARGETS", "SUBSETS", "SWITCHES", "activations", "attention_flops", "autoencoder", "complete"),
-    *("conditions", "default_clip", "flops", "frozen_parts", "heads", "parameters", "read_config", "step", "tokens"),
-]
-
 SUBSETS: Mapping[str, tuple[str, ...]] = {"audio": ("casual_audio_encoder.", "audio_injector.")}
 LORA_TARGETS = (".q", ".k", ".v", ".o", ".ffn.0", ".ffn.2")
+SWITCHES = ALL_SWITCHES
 CAST = ("text_embedding.", "audio_injector.injector_adain")
 
 # The Wan 2.1 autoencoder, counted while it runs: elements alive per pixel of a frame at the worst moment, by width of
@@ -110,9 +106,7 @@ def parameters(config: Mapping[str, Any]) -> dict[str, Parameter]:
     with torch.device("meta"):
         model = WanS2VModel(**config)
     kept: Any = WanS2VModel._keep_in_fp32_modules
-    return {
-        name: Parameter(tuple(p.shape), any(word in name for word in kept)) for name, p in model.named_parameters()
-    }
+    return {name: Parameter(tuple(p.shape), any(word in name for word in kept)) for name, p in model.named_parameters()}
 
 
 def heads(config: Mapping[str, Any]) -> int:
