@@ -32,7 +32,7 @@ from talkingdit.families.wan_s2v import conditions as wan_conditions
 from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.model import WanS2VModel
 from talkingdit.nn.layers import RMSNorm
-from talkingdit.plan.generation import ClipShape
+from talkingdit.plan.clip import ClipShape
 from training import parallel
 from training.config import OptimConfig, ParallelConfig
 from training.ema import Ema

@@ -58,7 +58,7 @@ def generate(
             before a model is loaded.
         TypeError: the family has no such option.
     """
-    folder = default_checkpoint() if checkpoint is None else getattr(checkpoint, "folder", checkpoint)
+    folder = Path(default_checkpoint() if checkpoint is None else getattr(checkpoint, "folder", checkpoint))
     family = families.of_folder(folder)
     try:
         chosen = family.options(**options)
@@ -73,7 +73,7 @@ def generate(
         upscale=upscale,
     )
     inputs = read_inputs(job)
-    outline = family.outline.outline(inputs, family.checkpoint.read_settings(Path(folder)), chosen)
+    outline = family.outline.outline(inputs, family.checkpoint.read_settings(folder), chosen)
     from talkingdit.pipelines.job import Talk, make_video
 
     loaded = checkpoint if hasattr(checkpoint, "folder") else load_checkpoint(folder, dtype, device)

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from talkingdit import families
 from talkingdit.families.wan_s2v.sequence import tokens_of
+from talkingdit.plan.transformer import Transformer
 from training.build import sharded_networks
 from training.checkpoint import Checkpoints
 from training.config import Config, write_json
@@ -104,7 +106,8 @@ class Trainer:
         """One step of the optimisers."""
         config, stage, layout, progress = self.config, self.stage, self.layout, self.progress
         batches = next(self.loader)
-        work = [work_of(batch, self.networks.transformer.config) for batch in batches]
+        transformer = Transformer.of(families.get("wan_s2v"), self.networks.transformer.config)
+        work = [work_of(batch, transformer) for batch in batches]
         # Peers in context parallelism hold the same samples; the count is of each sample once.
         weight = sum(sum(batch.weights) for batch in batches)
         sums = {"weight": weight, **{name: sum(w[name] for w in work) for name in work[0]}}

@@ -247,7 +247,7 @@ def _load(request: Request, family: Family, team: Team) -> Any:
     if request.memory is None:
         return family.checkpoint.load_checkpoint(request.folder, dtype, device)
     checkpoint = family.checkpoint.load_checkpoint(request.folder, dtype, "cpu")
-    fit(checkpoint, request.memory, device)
+    fit(checkpoint, request.memory, device, family.units)
     return checkpoint
 
 

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,12 +15,11 @@ from talkingdit.errors import UserError
 from talkingdit.families.flag import SIDES, Flag
 
 if TYPE_CHECKING:
-    from talkingdit.plan.generation import ClipShape
-    from talkingdit.plan.training import Cluster, TrainPlan
+    from talkingdit.plan.clip import ClipShape
+    from talkingdit.plan.transformer import Transformer
 
 COMMAND = "talkingdit plan"
 ABOUT = "Predict memory and time of a clip, or of training on clips; nothing is loaded."
-_CONSTANTS = ("efficiency", "inside", "between")
 
 
 def _check(flags: Any, *counts: str, speeds: Sequence[str] = ()) -> None:
@@ -44,14 +42,14 @@ class ClipFlags:
     """folder of the checkpoint (this or --preset is required)"""
     preset: Annotated[str | None, Flag("NAME")] = None
     """a configuration by name, such as wan_s2v_14b"""
-    size: Annotated[tuple[int, int], SIDES] = (448, 832)
-    """of the frames"""
+    size: Annotated[tuple[int, int] | None, SIDES] = None
+    """of the frames (default: of the family or checkpoint)"""
     card: Annotated[str, Flag("CARD")] = "24GB"
     """memory such as 24GB, or a name such as h100"""
     tflops: Annotated[float | None, Flag("T")] = None
     """stated bfloat16 speed of the card, for the time (default: that of a card given by name)"""
-    frames: Annotated[int, Flag("N")] = 80
-    """frames per clip"""
+    frames: Annotated[int | None, Flag("N")] = None
+    """frames per clip (default: of the family or checkpoint)"""
     pose: bool = False
     """with a pose video"""
 
@@ -63,8 +61,8 @@ class ClipFlags:
 class GenerationFlags:
     """How a clip is generated."""
 
-    steps: Annotated[int, Flag("N")] = 40
-    """denoising steps per clip"""
+    steps: Annotated[int | None, Flag("N")] = None
+    """denoising steps per clip (default: of the family or checkpoint)"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """of the weights"""
     sequential: bool = False
@@ -134,139 +132,93 @@ def plan(argv: Sequence[str]) -> None:
         values.refuse("argument --preset: not allowed with argument --checkpoint")
     if flags.checkpoint is None and flags.preset is None:
         values.refuse("one of the arguments --checkpoint --preset is required")
-    # What needs no torch is checked first.
-    if flags.preset is not None:
-        families.of_preset(flags.preset)
-    elif flags.checkpoint is not None and not flags.checkpoint.is_dir():
-        raise UserError(f"{flags.checkpoint}: the checkpoint must be a folder, and there is none of this name.")
-    if flags.frames % 4:
-        raise UserError(f"plan: a clip must have a multiple of 4 frames, got {flags.frames}.")
     sys.stdout.write(_report(flags, how, training) + "\n")
 
 
 def _report(flags: ClipFlags, how: GenerationFlags, training: TrainingFlags) -> str:
-    import torch
+    """What was asked for, in words. What needs no torch is checked first."""
+    from talkingdit.plan.cards import card_of
 
-    from talkingdit.pipelines.memory import Memory
-    from talkingdit.plan import generation
+    card, stated = card_of(flags.card)
+    speed = flags.tflops or stated
+    if flags.preset is None:
+        assert flags.checkpoint is not None
+        family = families.of_folder(flags.checkpoint)
+        config = family.cost.read_config(flags.checkpoint)
+    else:
+        family = families.of_preset(flags.preset)
+        config = family.presets[flags.preset]
 
-    card, speed = generation.card_of(flags.card)
-    speed = flags.tflops or speed
-    dtype = getattr(torch, how.dtype)
-    config, parts = generation.source(str(flags.checkpoint or flags.preset), dtype)
-    height, width = flags.size
+    from talkingdit.plan.transformer import Transformer
+
+    transformer = Transformer.of(family, config)
     try:
-        memory = Memory.parse(how.memory)
-        clip = generation.ClipShape(
-            height=height,
-            width=width,
-            latents=flags.frames // 4,
-            history=config["motion_frames"][1],
-            steps=how.steps,
-            branches=1 if how.plain else 2,
-            batched=not how.sequential and not how.plain,
-            pose=flags.pose,
-        )
+        clip = _clip(flags, how, family.cost.default_clip(transformer.config, flags.checkpoint))
         if training.train:
-            return _train(training, config, clip, card, speed)
+            return _train(training, transformer, clip, card, speed)
+        return _generate(flags, how, transformer, clip, card, speed)
     except ValueError as error:
         raise UserError(f"{str(error).removesuffix('.')}.") from error
 
-    def again(memory: Memory, clip: ClipShape) -> generation.Plan:
-        return generation.predict(config, parts, clip, memory, dtype, speed)
+
+def _clip(flags: ClipFlags, how: GenerationFlags, default: ClipShape) -> ClipShape:
+    """The family's usual clip with what was said about it."""
+    from talkingdit.plan.clip import latents_of
+
+    height, width = flags.size or (default.height, default.width)
+    return replace(
+        default,
+        height=height,
+        width=width,
+        latents=default.latents if flags.frames is None else latents_of(flags.frames),
+        steps=how.steps or default.steps,
+        branches=1 if how.plain else default.branches,
+        batched=not how.sequential and not how.plain and default.branches > 1,
+        pose=flags.pose,
+    )
+
+
+def _generate(
+    flags: ClipFlags,
+    how: GenerationFlags,
+    transformer: Transformer,
+    clip: ClipShape,
+    card: float,
+    speed: float | None,
+) -> str:
+    import torch
+
+    from talkingdit.pipelines.memory import Memory
+    from talkingdit.plan.generation import Plan, advice, predict, weigh
+    from talkingdit.plan.report import generation_report
+
+    memory = Memory.parse(how.memory)
+    weights = weigh(transformer, getattr(torch, how.dtype), flags.checkpoint)
+
+    def again(memory: Memory, clip: ClipShape) -> Plan:
+        return predict(transformer, weights, clip, memory, speed)
 
     found = again(memory, clip)
-    return generation.report(found, card, speed, generation.advice(found, again, card))
+    return generation_report(found, card, speed, advice(found, again, card, transformer.cost.SWITCHES))
 
 
-def _train(flags: TrainingFlags, config: Mapping[str, Any], clip: ClipShape, card: float, speed: float | None) -> str:
-    from talkingdit.plan import training
+def _train(flags: TrainingFlags, transformer: Transformer, clip: ClipShape, card: float, speed: float | None) -> str:
+    from talkingdit.plan.report import training_report
+    from talkingdit.plan.run import Cluster, Run, measured
+    from talkingdit.plan.training import best
 
     if speed is None:
         raise UserError("plan: --train needs the speed of the card: name one with --card, or give --tflops.")
-    cluster = training.Cluster(flags.nodes, flags.gpus, card, speed)
+    cluster = Cluster(flags.nodes, flags.gpus, card, speed)
     links: Any = {name: 1e9 * value for name in ("inside", "between") if (value := getattr(flags, name))}
     cluster = replace(cluster, **links)
     if flags.measured is not None:
         cluster = measured(cluster, flags.measured)
-    chosen = {"optimizer": flags.optimizer, "checkpointing": flags.checkpointing}
+    chosen: dict[str, Any] = {"optimizer": flags.optimizer, "checkpointing": flags.checkpointing}
     chosen |= {"averages": False if flags.no_averages else None, "offload": flags.offload or None}
     given = {name: value for name, value in chosen.items() if value is not None}
-    run = training.Run(
+    run = Run(
         clip, flags.micro_batches or flags.nodes, trains=flags.train_only or "all", lora_rank=flags.lora_rank, **given
     )
-    found, fits = training.best(config, run, cluster, frozenset(given))
-    return report(found, fits, config, cluster, flags.measured)
-
-
-def measured(cluster: Cluster, path: Path) -> Cluster:
-    """The cluster with the constants of a file: {"constants": {"efficiency": 0.4, "inside": 3e11, "between": 4e10}}.
-
-    Raises:
-        UserError: no such file, or not of that form.
-    """
-    try:
-        found = json.loads(path.read_text())["constants"]
-        values: Any = {name: float(found[name]) for name in _CONSTANTS if name in found}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"plan: --measured must be a file that bench/train_step.py wrote, got {path} ({error})."
-        ) from error
-    if not values or min(values.values()) <= 0:
-        wanted = ", ".join(_CONSTANTS)
-        raise UserError(f"plan: {path}: constants must be numbers over 0 by the names {wanted}, got {found}.")
-    return replace(cluster, **values, measured=frozenset(values))
-
-
-def report(plan: TrainPlan, fits: bool, config: Mapping[str, Any], cluster: Cluster, source: Path | None = None) -> str:
-    """The prediction in words."""
-    from talkingdit.plan.generation import GB, tokens
-
-    run, clip = plan.run, plan.run.clip
-    noisy, total = tokens(config, clip)
-    parts = {
-        "all": "all parameters",
-        "lora": f"adapters of rank {run.lora_rank}",
-        "audio": "casual_audio_encoder and audio_injector",
-    }
-    gpus = f"{cluster.nodes} x {cluster.gpus} GPUs" if cluster.nodes > 1 else f"{cluster.gpus} GPUs"
-    lines = [
-        f"clip        {clip.width} x {clip.height}, {4 * clip.latents} frames: {total} tokens, {noisy} of them noisy",
-        f"step        {run.micro_batches} micro-batch{'es' * (run.micro_batches > 1)} of a clip on {gpus}",
-        f"trains      {parts[run.trains]}{'' if run.averages else ', without averages of the weights'}",
-        f"layout      {plan.layout}",
-        f"switches    --parallel.activation-checkpointing {run.checkpointing} --optim.name {run.optimizer} "
-        f"--batch.count {run.micro_batches}{' --parallel.offload' if run.offload else ''}"
-        f"{f' --lora.rank {run.lora_rank}' if run.trains == 'lora' else ''}",
-    ]
-    lines += [f"{'memory':<12}{name:<30}{value / GB:8.2f} GB" for name, value in plan.memory.items() if value > 5e6]
-    lines.append(f"{'needed':<42}{plan.needed / GB:8.2f} GB with the driver's context and fragmentation")
-    lines.append(f"{'card':<42}{cluster.memory / GB:8.2f} GB")
-    if plan.host:
-        lines.append(f"{'host':<42}{plan.host * cluster.gpus / GB:8.2f} GB of memory per node")
-    for name, sent in plan.sent.items():
-        if sent.bytes:
-            outside = f", {sent.outside / GB:.2f} GB of them to other nodes" if sent.outside else ""
-            lines.append(f"{'sent':<12}{name:<30}{sent.bytes / GB:8.2f} GB per GPU and step{outside}")
-    lines += [f"{'time':<12}{name:<30}{value:8.2f} s" for name, value in plan.seconds.items() if value >= 0.005]
-    used = plan.flops / plan.step_seconds / cluster.world / (cluster.tflops * 1e12)
-    lines.append(
-        f"{'step':<42}{plan.step_seconds:8.2f} s, {total * run.micro_batches / plan.step_seconds:.0f} tokens/s, "
-        f"{used:.0%} of the stated speed: an estimate, not a measurement"
-    )
-    constants = {
-        "efficiency": f"{cluster.efficiency:.0%} of {cluster.tflops:.0f} TFLOP/s while it computes",
-        "inside": f"{cluster.inside / 1e9:.0f} GB/s within a node",
-        "between": f"{cluster.between / 1e9:.0f} GB/s per GPU between nodes",
-    }
-    for name, words in constants.items():
-        origin = f"measured ({source})" if name in cluster.measured else "assumed"
-        lines.append(f"{'constant':<12}{words}: {origin}")
-    if not fits:
-        lines.append(
-            f"does not fit: the layout and switches that need least still take {plan.needed / GB:.2f} GB of the card's "
-            f"{cluster.memory / GB:.2f} GB; take more GPUs, a smaller or shorter clip, or --train-only lora"
-        )
-    else:
-        lines.append("fits")
-    return "\n".join(lines)
+    found, fits = best(transformer, run, cluster, frozenset(given))
+    return training_report(found, fits, transformer, cluster, flags.measured)

@@ -17,6 +17,7 @@ from tiny_checkpoint import make_checkpoint
 from tiny_s2v import AUDIO_DIM, LAYERS, make_s2v
 from torch import Tensor
 
+from talkingdit import families
 from talkingdit.distributed.layout import Layout, Parallel, plan
 from talkingdit.distributed.team import ALONE, OtherRankError, Team
 from talkingdit.errors import UserError
@@ -65,7 +66,7 @@ def make_clips(words: str, more: dict[str, Any], memory: str = "", posed: bool =
     team, model = Team.start(), checkpoint()
     if memory:
         model = make_s2v(settings=SETTINGS)
-        fit(model.transformer, Memory.parse(memory), "cpu")
+        fit(model.transformer, Memory.parse(memory), "cpu", families.get("wan_s2v").units)
     sampling = Sampling.of(Options(**SAMPLING | more), model.settings)
     parallel = plan(team, Layout.parse(words), sampling.predictions, model)
     pipeline = WanS2VPipeline(model, parallel)
