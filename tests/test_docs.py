@@ -14,7 +14,7 @@ from functools import cache
 import pytest
 from markdown import ROOT, Page, read_page
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MOST_WORDS = 1200  # of the README
 FOLDERS = ("bench", "csrc", "cuda", "docs", "examples", "talkingdit", "tests", "tools", "training", ".ci")
 FILE = re.compile(r"\.(py|toml|json|jsonl)$")
@@ -26,7 +26,7 @@ ROOMS = ("autoencoders", "checkpoints", "distributed", "encoders", "families", "
 ROOMS += ("pipelines", "puppets")
 
 
-@pytest.fixture(scope="module", params=PAGES, ids=lambda path: path.name)
+@pytest.fixture(scope="module", params=PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def page(request: pytest.FixtureRequest) -> Page:
     return read_page(request.param)
 
@@ -76,6 +76,13 @@ def test_modules_and_what_is_in_them_are_there(page: Page) -> None:
     names |= {f"talkingdit.{span}" for span in page.spans if short.fullmatch(span) and not FILE.search(span)}
     missing = sorted(name for name in names if not found(name))
     assert missing == []
+
+
+def test_modules_of_the_changelog_have_moved_where_it_says() -> None:
+    rows = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("| `")]
+    moved = [name for row in rows for name in re.findall(r"`(talkingdit[\w.]*)`", row.split("|")[2])]
+    assert moved
+    assert [name for name in moved if not found(name)] == []
 
 
 def test_imports_of_examples_work(page: Page) -> None:
