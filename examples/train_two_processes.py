@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training on two processes, without a GPU: some steps of the drawn world, each with half of the weights and the samples.
+"""Training on two processes, without a GPU: some steps of the drawn world, weights and samples shared in halves.
 
     python examples/train_two_processes.py --out runs/two
 
-Prints the command, which torchrun starts; the same command with another number of processes goes on with the run. The
-voice and the autoencoder are those that ship with the package. A model that speaks takes more voices and more steps: see
+Prints the command that it starts torchrun with; the same command with another number of processes goes on with the run.
+Voice and autoencoder are those that ship with the package. A model that speaks takes more voices and more steps, see
 docs/training.md.
 """
 
@@ -43,15 +43,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", args.processes]
     command += ["-m", "training.train", "--config", "training/configs/puppets_tiny.toml", "--run.out", out / "run"]
     command += ["--run.device", "cpu", "--run.threads", 1, "--parallel.precision", "fp32"]
-    command += [
-        "--data.voices",
-        write_voices(out / "voices"),
-        "--data.vae",
-        MODEL / "vae",
-        "--data.cache",
-        out / "data",
-    ]
-    command += ["--data.long-videos", 1, "--data.short-videos", 3, "--batch.size", 1, "--batch.count", args.processes]
+    command += ["--data.voices", write_voices(out / "voices"), "--data.vae", MODEL / "vae"]
+    command += ["--data.cache", out / "data"]
+    command += ["--data.long-videos", 1, "--data.short-videos", 1, "--batch.size", 1, "--batch.count", args.processes]
     command += ["--stages.listen.steps", args.steps, "--stages.speak.steps", args.steps]
     words = [str(word) for word in command]
     print(shlex.join(words), flush=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import math
 import sys
@@ -32,10 +33,10 @@ def example(name: str) -> ModuleType:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_says_what_it_shows_and_how_to_run_it(name: str) -> None:
-    words = example(name).__doc__
+    words = ast.get_docstring(ast.parse((EXAMPLES / f"{name}.py").read_text()))
     assert words is not None
     assert f"\n    python examples/{name}.py" in words
-    assert (Path(__file__).parent / "test_examples.py").read_text().count(f'example("{name}")') == 1, "is not run"
+    assert f'example("{name}")' in Path(__file__).read_text(), "no test runs it"
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-5), ("bfloat16", 2e-2)])
