@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import json
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -33,6 +34,19 @@ def page(request: pytest.FixtureRequest) -> Page:
 
 def test_the_readme_is_read_in_five_minutes() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= MOST_WORDS
+
+
+def test_the_readme_gives_the_figures_that_were_measured() -> None:
+    result = json.loads((ROOT / "bench" / "results" / "puppets.json").read_text())
+    total, text = result["total"], " ".join((ROOT / "README.md").read_text().split())
+    shuffled = abs(total["shuffled"])
+    assert f"r = {total['r']:.3f} and slope {total['slope']:.2f}" in text
+    assert f"against another voice r is {shuffled:.2f}" in text
+    assert f"right in {100 * total['identity']:.1f} % of the frames" in text
+    assert f"right in {100 * total['expression']:.1f} %" in text
+    assert result["long"]["identity"] == 1.0
+    assert f"over {len(result['rows'])} clips of 12 seconds" in text
+    assert total["lags"] == [0]
 
 
 def test_every_page_is_linked_from_the_index() -> None:
