@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from talkingdit import families
 from talkingdit.data import Source
-from talkingdit.data.encoders import CheckpointEncoders
+from talkingdit.data.cutting import Cutting
 from talkingdit.data.on_the_fly import OnTheFly
 from talkingdit.data.shards import PrecomputedShards
-from talkingdit.families.wan_s2v.clips import Cutting
 from training.config import Config, SourceConfig
 from training.puppets import Puppets, precompute
 
@@ -48,9 +48,12 @@ def _open(name: str, source: SourceConfig, config: Config) -> Source:
     if "encoders" not in source.options:
         raise ValueError(f"{where}.encoders must name the checkpoint folder whose encoders read the manifest")
     device = source.options.get("device", "cpu")
+    folder = Path(source.options["encoders"])
+    clips = families.of_folder(folder).clips
     return OnTheFly(
         source.path,
-        CheckpointEncoders(Path(source.options["encoders"]), dtype=torch.float32, device=device),
+        clips.encoders(folder, dtype=torch.float32, device=device),
+        clips.encode_clip,
         Cutting(**{key: value for key, value in source.options.items() if key in cutting}),
         name,
     )

@@ -34,6 +34,7 @@ from talkingdit.data.encoders import CheckpointEncoders
 from talkingdit.distributed.layout import Parallel
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.checkpoint import WanS2VCheckpoint, find_parts
+from talkingdit.families.wan_s2v.clips import encoders as clip_encoders
 from talkingdit.families.wan_s2v.pipeline import ResolvedSampling, S2VSampling, VideoConditions, WanS2VPipeline
 from talkingdit.media.files import SPEECH_RATE, VideoWriter, read_audio, read_image
 from talkingdit.media.framing import fit_picture, output_size
@@ -133,7 +134,7 @@ class WanS2VValidator:
         self.folder = config.run.out / "validation"
         device = layout.device.type
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        encoders = CheckpointEncoders(config.sample.encoders, dtype=dtype, device=str(layout.device))
+        encoders = clip_encoders(config.sample.encoders, dtype=dtype, device=str(layout.device))
         self.settings = encoders.settings
         self.sampling = self._sampling()
         self.cases: list[Case] = _from_rank_0(lambda: self._encode(encoders))

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Wan autoencoder on several processes, each with some rows of the picture; together exactly the whole.
+"""The Wan autoencoder on several processes, each with some rows of every frame; together exactly the whole.
 
 A process keeps a strip of whole latent rows through all layers. Most layers look at one pixel at a time, or double or
 halve rows in place: they run on the strip as they are. What is left:
 
     convolutions over 3 x 3       get one row of either neighbour, and the two rows too many are cut off the result
     halving convolutions          pad a row below, which is the first one of the next strip
-    attention over a picture      runs on the whole picture, at latent resolution, and keeps the own rows
+    attention over a frame        runs on the whole frame, at latent resolution, and keeps the own rows
 
 These layers are changed for the time of a call and then put back. The loops over time, in `streaming.py`
-and `tail.py`, are the same for strips as for pictures: their caches just hold the rows of the strip.
+and `tail.py`, are the same for strips as for whole frames: their caches just hold the rows of the strip.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
 
 from talkingdit.autoencoders.streaming import StreamingDecoder, encode
 from talkingdit.autoencoders.tail import decode_after
 from talkingdit.distributed.team import ALONE, Team, gather
 from talkingdit.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 # Layers whose every row depends on the same row before it (or on half or twice its number), or that only hold others.
 LOCAL = {
@@ -39,7 +41,7 @@ LOCAL = {
 
 @dataclass(frozen=True)
 class Strips:
-    """Which rows of a picture each process has.
+    """Which rows of a frame each process has.
 
     Args:
         group: the processes.
@@ -51,7 +53,7 @@ class Strips:
 
     @staticmethod
     def of(rows: int, group: dist.ProcessGroup) -> Strips:
-        """Strips of a picture of so many latent rows, as equal as can be."""
+        """Strips of a frame of so many latent rows, as equal as can be."""
         size = dist.get_world_size(group)
         return Strips(group, tuple(rows * (rank + 1) // size for rank in range(size)))
 
@@ -64,13 +66,13 @@ class Strips:
         return [end - begin for begin, end in zip((0, *self.ends), self.ends, strict=False)]
 
     def own(self, x: Tensor) -> Tensor:
-        """The rows of this process of whole pictures [..., H, W], H a multiple of the latent rows."""
+        """The rows of this process of whole frames [..., H, W], H a multiple of the latent rows."""
         scale = x.shape[-2] // self.ends[-1]
         begin = (0, *self.ends)[self.rank]
         return x[..., begin * scale : self.ends[self.rank] * scale, :]
 
     def whole(self, x: Tensor) -> Tensor:
-        """Whole pictures [..., H, W] on every process, from the rows of each."""
+        """Whole frames [..., H, W] on every process, from the rows of each."""
         sizes = self.sizes()
         scale, longest = x.shape[-2] // sizes[self.rank], max(sizes)
         # Rows first, so that the strips lie behind each other; short ones are padded, as gloo wants equal sizes.
@@ -86,7 +88,7 @@ class Strips:
             above, below: whether a row above and one below is wanted.
 
         Returns:
-            [..., n to n + 2, W], and whether there is a row above and below now: not at the edges of the picture.
+            [..., n to n + 2, W], and whether there is a row above and below now: not at the edges of the frame.
         """
         last = len(self.ends) - 1
         has_above, has_below = above and self.rank > 0, below and self.rank < last
@@ -129,7 +131,7 @@ def _with_neighbours(strips: Strips, forward: Forward, above: bool, below: bool)
     return on_strip
 
 
-def _of_whole_pictures(strips: Strips, forward: Forward) -> Forward:
+def _of_whole_frames(strips: Strips, forward: Forward) -> Forward:
     def on_strip(x: Tensor) -> Tensor:
         return strips.own(forward(strips.whole(x)))
 
@@ -151,7 +153,7 @@ def _on_strips(part: nn.Module) -> list[tuple[nn.Module, Callable[[Strips, Forwa
     for name, module in part.named_modules():
         kind = type(module).__name__
         if kind == "WanAttentionBlock":
-            found.append((module, _of_whole_pictures))
+            found.append((module, _of_whole_frames))
         elif kind == "ZeroPad2d" and tuple(module.padding) == (0, 1, 0, 1):
             found.append((module, neighbours(above=False, below=True)))
         elif kind == "Sequential" and [type(child).__name__ for child in module.children()] == ["ZeroPad2d", "Conv2d"]:
@@ -217,7 +219,7 @@ class Autoencoder:
         vae: the autoencoder, which every process has; it is only read.
         team: the processes.
         group: of all processes, on the autoencoder's device; None for a team of one.
-        split: strips of rows; else the first process computes and tells the others. So it does, too, for pictures of
+        split: strips of rows; else the first process computes and tells the others. So it does, too, for frames of
             fewer latent rows than processes, and where `vae.enable_tiling()` was called.
     """
 
@@ -228,38 +230,79 @@ class Autoencoder:
         group: dist.ProcessGroup | None = None,
         split: bool = True,
     ):
-        self.vae, self._team, self._group, self._split = vae, team, group, split
+        self.vae, self.team, self.group, self._split = vae, team, group, split
 
     @property
     def device(self) -> torch.device:
-        """Where pictures and latents are taken and given."""
+        """Where frames and latents are taken and given."""
         return self.vae.device
 
     def encode(self, video: Tensor) -> Tensor:
         """`talkingdit.autoencoders.streaming.encode`."""
-        return self._run(self.vae.encoder, video.shape[-2] / self._scale, lambda x: encode(self.vae, x), video)
+        return self.run(self.vae.encoder, video.shape[-2] / self._scale, lambda x: encode(self.vae, x), video)
 
     def decode_after(self, past: Tensor, latents: Tensor) -> Tensor:
         """`talkingdit.autoencoders.tail.decode_after`."""
         rows = latents.shape[-2]
-        return self._run(self.vae.decoder, rows, lambda p, x: decode_after(self.vae, p, x), past, latents)
+        return self.run(self.vae.decoder, rows, lambda p, x: decode_after(self.vae, p, x), past, latents)
 
-    def stream(self) -> Callable[[Tensor], Tensor]:
+    def stream(self) -> SharedStream:
         """A `StreamingDecoder`."""
-        decoder = StreamingDecoder(self.vae)
-        return lambda latents: self._run(self.vae.decoder, latents.shape[-2], decoder, latents)
+        return SharedStream(self)
 
     @property
     def _scale(self) -> int:
-        """Rows of a picture per latent row."""
+        """Rows of a frame per latent row."""
         return 2 ** (len(self.vae.config["dim_mult"]) - 1) * (self.vae.config["patch_size"] or 1)
 
-    def _run(self, part: nn.Module, rows: float, work: Callable[..., Tensor], *given: Tensor) -> Tensor:
-        if self._group is None:
+    def strips(self, rows: float) -> Strips | None:
+        """How frames of so many latent rows are split; None where one process computes alone."""
+        if self.group is None or not self._split or self.vae.use_tiling:
+            return None
+        if rows < dist.get_world_size(self.group) or rows % 1:
+            return None
+        return Strips.of(int(rows), self.group)
+
+    def run(self, part: nn.Module, rows: float, work: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        """What `work` makes of whole frames or latents, on every process.
+
+        Args:
+            part: the encoder or the decoder, which `work` calls.
+            rows: latent rows.
+            given: whole frames or latents; `work` gets the rows of its process.
+        """
+        if self.group is None:
             return work(*given)
-        if not self._split or self.vae.use_tiling or rows < dist.get_world_size(self._group) or rows % 1:
-            return self._team.share(lambda: work(*given), self.device)
-        strips = Strips.of(int(rows), self._group)
+        strips = self.strips(rows)
+        if strips is None:
+            return self.team.share(lambda: work(*given), self.device)
         with on_strips(part, strips):
             mine = work(*(strips.own(x) for x in given))
         return strips.whole(mine)
+
+
+class SharedStream:
+    """A `talkingdit.autoencoders.streaming.StreamingDecoder` on the processes of a team, each with its own caches.
+
+    Both methods are called by all processes with the same arguments.
+    """
+
+    def __init__(self, autoencoder: Autoencoder):
+        self._autoencoder = autoencoder
+        self._decoder = StreamingDecoder(autoencoder.vae)
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """The next frames: see `StreamingDecoder.__call__`."""
+        return self._autoencoder.run(self._autoencoder.vae.decoder, latents.shape[-2], self._decoder, latents)
+
+    def resume(self, past: Tensor) -> None:
+        """Go on behind latents that were decoded before: see `StreamingDecoder.resume`."""
+        shared = self._autoencoder
+        strips = shared.strips(past.shape[-2])
+        if strips is not None:
+            with on_strips(shared.vae.decoder, strips):
+                self._decoder.resume(strips.own(past))
+        elif shared.group is None:
+            self._decoder.resume(past)
+        else:
+            shared.team.first(lambda: self._decoder.resume(past))

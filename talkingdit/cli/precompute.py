@@ -102,15 +102,16 @@ def _precompute(args: argparse.Namespace) -> None:
 def _job(args: argparse.Namespace, manifest: Manifest) -> Job:
     import torch
 
-    from talkingdit.data.encoders import CheckpointEncoders
+    from talkingdit import families
+    from talkingdit.data.cutting import Cutting
     from talkingdit.data.precompute import Job
     from talkingdit.errors import UserError
-    from talkingdit.families.wan_s2v.clips import Cutting
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # The text encoder is large; on the host half precision is slow.
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    encoders = CheckpointEncoders(args.checkpoint, tuple(args.what.split(",")), dtype, device, args.fps)
+    clips = families.of_folder(args.checkpoint).clips
+    encoders = clips.encoders(args.checkpoint, tuple(args.what.split(",")), dtype, device, args.fps)
     multiple = args.multiple or encoders.settings.size_multiple
     if args.tokens is not None:
         # A token is a patch of 2 x 2 latents of 8 x 8 pixels, and a latent is four pictures.
@@ -129,4 +130,4 @@ def _job(args: argparse.Namespace, manifest: Manifest) -> Job:
         )
     except ValueError as error:
         raise UserError(f"precompute: --{str(error).replace('_', '-')}.") from error
-    return Job(manifest, encoders, args.out, cutting, args.dtype, args.shard_size << 20)
+    return Job(manifest, encoders, clips.encode_clip, args.out, cutting, args.dtype, args.shard_size << 20)

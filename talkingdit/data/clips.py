@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures and sound of a part of a file, at the rate and size that training asks for.
+"""Frames and masks of a part of a file, at the rate and size that training asks for.
 
-Picture p is the frame nearest in time to `start` + p / fps seconds (the later one of two that are as near), whatever
+Frame p is the frame nearest in time to `start` + p / fps seconds (the later one of two that are as near), whatever
 the rate of the file is and whether it is constant. Everything that a file can do wrong is a `UserError` of one
 sentence.
 """
@@ -20,18 +20,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from talkingdit.autoencoders.streaming import FRAMES_PER_LATENT
-from talkingdit.data.manifest import PICTURES, Box
+from talkingdit.autoencoders.latents import FRAMES_PER_LATENT, PIXELS_PER_LATENT
+from talkingdit.data.manifest import IMAGES, Box
 from talkingdit.errors import UserError
 from talkingdit.media.files import read_image
-from talkingdit.media.framing import fit_picture
+from talkingdit.media.framing import fit_image
 
 Frames = NDArray[np.uint8]
-CELL = 8  # pixels of a latent row or column
 
 
 def times(start: float, first: int, count: int, fps: int) -> list[Fraction]:
-    """When pictures `first` .. `first + count - 1` are shown, in seconds of the file."""
+    """When frames `first` .. `first + count - 1` are shown, in seconds of the file."""
     origin = Fraction(start).limit_denominator(1_000_000)
     return [origin + Fraction(p, fps) for p in range(first, first + count)]
 
@@ -43,7 +42,7 @@ def read_frames(path: Path, wanted: Sequence[Fraction]) -> Iterator[Frames]:
 
     Args:
         path: a video.
-        wanted: ascending seconds after its first picture.
+        wanted: ascending seconds after its first frame.
 
     Yields:
         One uint8 [H, W, 3] RGB per time; the same array again where a frame is the nearest to several.
@@ -59,14 +58,14 @@ def read_frames(path: Path, wanted: Sequence[Fraction]) -> Iterator[Frames]:
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise UserError(f"{path} has no pictures.")
+                raise UserError(f"{path} has no frames.")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             rate = stream.average_rate or stream.base_rate
             slack = Fraction(1, 2) / rate if rate else Fraction(1, 50)
-            for picture in _nearest(_shown(container, stream, wanted[0]), wanted, slack):
+            for frame in _nearest(_timed(container, stream, wanted[0]), wanted, slack):
                 found += 1
-                yield picture
+                yield frame
     except (av.FFmpegError, OSError) as error:
         if isinstance(error, UserError):
             raise
@@ -77,7 +76,7 @@ def read_frames(path: Path, wanted: Sequence[Fraction]) -> Iterator[Frames]:
         raise UserError(f"{path} ends before {float(wanted[found]):.2f} s.")
 
 
-def _shown(container: Any, stream: Any, start: Fraction) -> Iterator[tuple[Fraction, Any]]:
+def _timed(container: Any, stream: Any, start: Fraction) -> Iterator[tuple[Fraction, Any]]:
     """Frames with their seconds after the first one, from at or before `start` on."""
     base = stream.time_base
     origin = Fraction((stream.start_time or 0) * base)
@@ -98,73 +97,73 @@ def _shown(container: Any, stream: Any, start: Fraction) -> Iterator[tuple[Fract
 
 
 def _nearest(frames: Iterator[tuple[Fraction, Any]], wanted: Sequence[Fraction], slack: Fraction) -> Iterator[Frames]:
-    """The picture nearest to each time; the last frame serves times up to `slack` behind it."""
+    """The frame nearest to each time; the last frame serves times up to `slack` behind it."""
     chosen = 0
     before: tuple[Fraction, Any] | None = None
     for at, frame in frames:
-        picture: Frames | None = None  # of `before`, converted at most once
+        pixels: Frames | None = None  # of `before`, converted at most once
         while chosen < len(wanted) and at > wanted[chosen]:
             if before is None or at - wanted[chosen] <= wanted[chosen] - before[0]:
                 break
-            picture = _upright(before[1]) if picture is None else picture
-            yield picture
+            pixels = _upright(before[1]) if pixels is None else pixels
+            yield pixels
             chosen += 1
         if chosen == len(wanted):
             return
         before = (at, frame)
     if before is not None:
-        picture = None
+        pixels = None
         while chosen < len(wanted) and wanted[chosen] <= before[0] + slack:
-            picture = _upright(before[1]) if picture is None else picture
-            yield picture
+            pixels = _upright(before[1]) if pixels is None else pixels
+            yield pixels
             chosen += 1
 
 
 def _upright(frame: Any) -> Frames:
-    picture = frame.to_ndarray(format="rgb24")
+    pixels = frame.to_ndarray(format="rgb24")
     turns = round(getattr(frame, "rotation", 0) / 90) % 4  # counter-clockwise, as numpy turns
-    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
+    return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
 
 
-def read_pictures(path: Path, wanted: Sequence[Fraction], size: tuple[int, int]) -> Frames:
-    """Pictures [n, *size, 3] of a video, or of a picture file, which is the same at all times.
+def read_clip(path: Path, wanted: Sequence[Fraction], size: tuple[int, int]) -> Frames:
+    """Frames [n, *size, 3] of a video, or of an image file, which is the same at all times.
 
     They are resized until they cover the size, and the middle is cut out.
 
     Raises:
         UserError: as `read_frames`.
     """
-    if path.suffix.lower() in PICTURES:
-        return np.repeat(fit_picture(read_image(path), size, cover=True)[0][None], len(wanted), axis=0)
-    pictures = np.empty((len(wanted), *size, 3), np.uint8)
+    if path.suffix.lower() in IMAGES:
+        return np.repeat(fit_image(read_image(path), size, cover=True)[0][None], len(wanted), axis=0)
+    clip = np.empty((len(wanted), *size, 3), np.uint8)
     last: Frames | None = None
     for i, frame in enumerate(read_frames(path, wanted)):
-        pictures[i] = pictures[i - 1] if frame is last else fit_picture(frame, size, cover=True)[0]
+        clip[i] = clip[i - 1] if frame is last else fit_image(frame, size, cover=True)[0]
         last = frame
-    return pictures
+    return clip
 
 
 def read_mask(region: Path | Box, wanted: Sequence[Fraction], size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
-    """How much of every latent cell a region covers, framed as the pictures are.
+    """How much of every latent cell a region covers, framed as the frames of a clip are.
 
     Args:
-        region: a mask, white inside, or a box (x0, y0, x1, y1) in parts of the picture.
-        wanted: when the pictures of a clip are shown, a multiple of 4 or 1.
-        size: height and width of the pictures, multiples of 8.
+        region: a mask, white inside, or a box (x0, y0, x1, y1) in parts of the frame.
+        wanted: when the frames of a clip are shown, a multiple of 4 or 1.
+        size: height and width of the frames, multiples of 8.
         shape: height and width of the video that a box belongs to.
 
     Returns:
-        [T, H, W] float32 in 0..1, the largest of the pictures of a latent frame.
+        [T, H, W] float32 in 0..1, the largest of the frames of a latent.
 
     Raises:
         UserError: as `read_frames`.
     """
     if isinstance(region, Path):
-        pictures = read_pictures(region, wanted, size)
+        masks = read_clip(region, wanted, size)
     else:
         mask = np.zeros((*shape, 3), np.uint8)
         x0, y0, x1, y1 = (side * length for side, length in zip(region, (*shape[::-1], *shape[::-1]), strict=True))
         mask[round(y0) : max(round(y1), round(y0) + 1), round(x0) : max(round(x1), round(x0) + 1)] = 255
-        pictures = np.repeat(fit_picture(mask, size, cover=True)[0][None], len(wanted), axis=0)
-    cells = F.avg_pool2d(torch.from_numpy(pictures[..., 0].copy()).float()[:, None] / 255.0, CELL)[:, 0]
+        masks = np.repeat(fit_image(mask, size, cover=True)[0][None], len(wanted), axis=0)
+    cells = F.avg_pool2d(torch.from_numpy(masks[..., 0].copy()).float()[:, None] / 255.0, PIXELS_PER_LATENT)[:, 0]
     return cells.view(-1, min(FRAMES_PER_LATENT, len(cells)), *cells.shape[1:]).amax(1)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Manifests: what videos there are to train on, one row each, as jsonl, csv or json (a list of objects).
 
-    video      the file; paths are relative to the folder of the manifest. A picture is a video of one frame.
+    video      the file; paths are relative to the folder of the manifest. An image is a video of one frame.
     audio      the voice, if not the video's own track; "none": there is no sound, and none is expected
     caption    what is to be seen
-    reference  a picture of the person; without it a picture of the video is drawn
+    reference  an image of the person; without it a frame of the video is drawn
     pose       a video of the same timing that shows how the person moves
-    kind       which samples may share a batch, and what they are counted as ("video", of pictures "image")
+    kind       which samples may share a batch, and what they are counted as ("video", of images "image")
     start, end seconds of the video that are used
-    regions    parts of the picture by name: a mask (video or picture, white inside), or a box [x0, y0, x1, y1] in 0..1
-    outside    frames that are not of the clip, by kind: times in seconds, and picture files
+    regions    parts of the frame by name: a mask (video or image, white inside), or a box [x0, y0, x1, y1] in 0..1
+    outside    frames that are not of the clip, by kind: times in seconds, and image files
     id         a name for the row; without it one is made of the path and the times
     fps, frames, width, height   of the file, where they are known: it is then not opened before it is used
 
@@ -48,7 +48,7 @@ COLUMNS = (
     *("video", "audio", "caption", "reference", "pose", "kind", "start", "end", "regions", "outside"),
     *("id", "fps", "frames", "width", "height"),
 )
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 IMAGE = "image"
 SILENT = "none"
 
@@ -76,8 +76,8 @@ class Entry:
     height: int | None = None
 
     @property
-    def is_picture(self) -> bool:
-        return self.video.suffix.lower() in PICTURES
+    def is_image(self) -> bool:
+        return self.video.suffix.lower() in IMAGES
 
 
 @dataclass(frozen=True)
@@ -223,8 +223,8 @@ def _entry(values: dict[str, Any], where: str, folder: Path) -> Entry:
     if end is not None and end <= start:
         raise UserError(f"{where}: end must be behind start ({start:g}), got {end:g}.")
     audio = values.get("audio")
-    picture = Path(values["video"]).suffix.lower() in PICTURES
-    silent = audio == SILENT or picture
+    image = Path(values["video"]).suffix.lower() in IMAGES
+    silent = audio == SILENT or image
     fps = _number(values, "fps", where)
     if fps == 0:
         raise UserError(f"{where}: fps must be above 0, got 0.")
@@ -237,7 +237,7 @@ def _entry(values: dict[str, Any], where: str, folder: Path) -> Entry:
         caption=values.get("caption", ""),
         reference=folder / values["reference"] if "reference" in values else None,
         pose=folder / values["pose"] if "pose" in values else None,
-        kind=values.get("kind", IMAGE if picture else VIDEO),
+        kind=values.get("kind", IMAGE if image else VIDEO),
         start=start,
         end=end,
         regions=_regions(values.get("regions", {}), where, folder),
@@ -300,7 +300,7 @@ def _regions(found: Any, where: str, folder: Path) -> dict[str, Path | Box]:
 
 def _outside(found: Any, where: str, folder: Path) -> dict[str, tuple[Path | float, ...]]:
     if not isinstance(found, dict):
-        raise UserError(f"{where}: outside must be an object of times and pictures by kind, got {found!r}.")
+        raise UserError(f"{where}: outside must be an object of times and images by kind, got {found!r}.")
     outside: dict[str, tuple[Path | float, ...]] = {}
     for kind, value in found.items():
         frames: list[Path | float] = []
@@ -310,6 +310,6 @@ def _outside(found: Any, where: str, folder: Path) -> dict[str, tuple[Path | flo
             elif isinstance(frame, int | float) and not isinstance(frame, bool) and 0 <= frame < math.inf:
                 frames.append(float(frame))
             else:
-                raise UserError(f"{where}: outside {kind!r} must be seconds or picture files, got {frame!r}.")
+                raise UserError(f"{where}: outside {kind!r} must be seconds or image files, got {frame!r}.")
         outside[kind] = tuple(frames)
     return outside

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from talkingdit.autoencoders.streaming import FRAMES_PER_LATENT
-from talkingdit.data.clips import CELL
+from talkingdit.autoencoders.latents import FRAMES_PER_LATENT, PIXELS_PER_LATENT, latent_size
+from talkingdit.data.cutting import Cut, Cutting, Item, open_item
 from talkingdit.data.encoders import CheckpointEncoders, Encoders
+from talkingdit.data.encoding import EncodeClip
 from talkingdit.data.manifest import Manifest, read_manifest
 from talkingdit.data.probe import Probes
 from talkingdit.data.sample import BrokenSample, ClipRequest, Sample, Shape
 from talkingdit.errors import UserError
-from talkingdit.families.wan_s2v.clips import Cut, Cutting, Item, cells, encode_clip, open_item
 
 
 class OnTheFly:
@@ -25,7 +25,9 @@ class OnTheFly:
 
     Args:
         manifest: path, or what `read_manifest` gave.
-        encoders: in memory, or of a checkpoint folder: these are loaded where they are needed, in every worker process.
+        encoders: in memory, or of a checkpoint folder (its family's `clips.encoders`): these are loaded where they are
+            needed, in every worker process.
+        encode: the same family's `clips.encode_clip`.
         cutting: length and size of the clips, where requests do not say; its stride means nothing here.
         name: of the source; default: that of the manifest.
         openings: share of clips without history where requests do not say and a video has room for both. With
@@ -40,6 +42,7 @@ class OnTheFly:
         self,
         manifest: str | Path | Manifest,
         encoders: Encoders | CheckpointEncoders,
+        encode: EncodeClip,
         cutting: Cutting | None = None,
         name: str | None = None,
         openings: float = 0.25,
@@ -48,7 +51,7 @@ class OnTheFly:
             raise ValueError(f"OnTheFly: openings must be within 0..1, got {openings}")
         self.manifest = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
         self.name = name or self.manifest.path.stem
-        self._encoders = encoders
+        self._encoders, self._encode = encoders, encode
         self.cutting = Cutting() if cutting is None else cutting
         self.openings = openings
         self.broken: list[BrokenSample] = []
@@ -73,11 +76,11 @@ class OnTheFly:
             try:
                 item = open_item(entry, probes, settings.fps)
                 size = self.cutting.size(item)
-                if not item.entry.is_picture and item.pictures < self.cutting.min_frames:
+                least = 1 if entry.is_image else self.cutting.min_frames
+                if item.frames < least:
                     raise BrokenSample(
-                        entry.key, f"{entry.video} has {item.pictures} pictures, at least {self.cutting.min_frames} "
-                        "are needed."
-                    )  # fmt: skip
+                        entry.key, f"{entry.video} has {item.frames} frames, at least {least} are needed."
+                    )
             except BrokenSample as error:
                 self.broken.append(error)
             except UserError as error:
@@ -94,12 +97,12 @@ class OnTheFly:
     def shape(self, index: int) -> Shape:
         """What video `index` offers."""
         item, motion = self.items[index], self._encoders.settings.motion_frames
-        height, width = cells(self.sizes[index])
+        height, width = latent_size(self.sizes[index])
         fps, kind, history = float(self._encoders.settings.fps), item.entry.kind, 0
-        frames = min(self.cutting.clip_frames, item.pictures) // FRAMES_PER_LATENT
-        if item.entry.is_picture:
+        frames = min(self.cutting.clip_frames, item.frames) // FRAMES_PER_LATENT
+        if item.entry.is_image:
             frames = 1
-        elif item.pictures - motion >= self.cutting.min_frames:
+        elif motion and item.frames - motion >= self.cutting.min_frames:
             history = -(-motion // FRAMES_PER_LATENT)
         return Shape(frames, height, width, fps, history, kind=kind, resizable=True)
 
@@ -114,16 +117,16 @@ class OnTheFly:
         frames = shape.frames if clip.frames is None else clip.frames
         if frames > shape.frames:
             raise ValueError(f"{self.name}: {item.entry.key} has {shape.frames} latent frames, asked for {frames}")
-        size = (CELL * (clip.height or shape.height), CELL * (clip.width or shape.width))
-        return encode_clip(item, self._cut(item, frames, clip.history, rng), size, self.encoders, rng, self.name)
+        size = (PIXELS_PER_LATENT * (clip.height or shape.height), PIXELS_PER_LATENT * (clip.width or shape.width))
+        return self._encode(item, self._cut(item, frames, clip.history, rng), size, self.encoders, rng, self.name)
 
-    def _cut(self, item: Item, frames: int, history: bool | None, rng: np.random.Generator) -> Cut:
-        if item.entry.is_picture:
+    def _cut(self, item: Item, latents: int, history: bool | None, rng: np.random.Generator) -> Cut:
+        if item.entry.is_image:
             return Cut(0, 1)
-        pictures, motion = frames * FRAMES_PER_LATENT, self._encoders.settings.motion_frames
+        frames, motion = latents * FRAMES_PER_LATENT, self._encoders.settings.motion_frames
         wanted = rng.random() >= self.openings if history is None else history
-        behind = wanted and item.pictures - motion >= pictures
+        behind = wanted and motion > 0 and item.frames - motion >= frames
         first = motion if behind else 0
-        start = int(rng.integers(first, item.pictures - pictures + 1))
+        start = int(rng.integers(first, item.frames - frames + 1))
         still = history is None and not behind and self.cutting.stills and rng.random() < 0.5
-        return Cut(start, pictures, behind, still)
+        return Cut(start, frames, behind, still)

@@ -26,13 +26,15 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from talkingdit.atomic import PART, write_whole
+from talkingdit.data.cutting import Cutting, open_item
 from talkingdit.data.encoders import CheckpointEncoders
+from talkingdit.data.encoding import EncodeClip
 from talkingdit.data.manifest import Entry, Manifest
 from talkingdit.data.probe import Probes
 from talkingdit.data.sample import BrokenSample
-from talkingdit.data.shards import EMPTY_TEXT, PART, PrecomputedShards, ShardWriter, write_whole
+from talkingdit.data.shards import EMPTY_TEXT, PrecomputedShards, ShardWriter, part_of
 from talkingdit.errors import UserError
-from talkingdit.families.wan_s2v.clips import Cutting, encode_clip, open_item
 
 FORMAT = 1
 STAMP, BROKEN = "precompute.json", "broken.jsonl"
@@ -45,7 +47,8 @@ class Job:
 
     Args:
         manifest: from `read_manifest`.
-        encoders: of a checkpoint folder.
+        encoders: of a checkpoint folder; its family's `clips.encoders`.
+        encode: the same family's `clips.encode_clip`.
         out: a folder, made if need be.
         cutting: which clips.
         dtype: of the tensors that are kept, of `DTYPES`.
@@ -54,6 +57,7 @@ class Job:
 
     manifest: Manifest
     encoders: CheckpointEncoders
+    encode: EncodeClip
     out: Path
     cutting: Cutting
     dtype: str = "bfloat16"
@@ -90,7 +94,7 @@ def prepare(job: Job, rank: int = 0) -> None:
             foreign = sorted(path.name for path in job.out.iterdir() if not path.name.startswith(PART))
             if foreign and not stamp.is_file():
                 raise UserError(f"{job.out}: expected an empty folder or earlier clips, got {foreign[0]!r} in it.")
-            write_whole(stamp, json.dumps(wanted, indent=1).encode(), rank)
+            write_whole(stamp, json.dumps(wanted, indent=1).encode(), part_of(rank))
         found = json.loads(stamp.read_text())
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
@@ -136,7 +140,7 @@ def precompute(job: Job, rank: int = 0, world: int = 1, report: Callable[[Step],
     except torch.OutOfMemoryError as error:
         writer.finish()  # what is encoded already is good
         raise UserError(
-            f"precompute: the device has not enough memory for clips of {job.cutting.clip_frames} pictures; "
+            f"precompute: the device has not enough memory for clips of {job.cutting.clip_frames} frames; "
             "try a smaller --max-area or fewer --clip-frames."
         ) from error
     except KeyboardInterrupt:
@@ -166,7 +170,7 @@ def _encode_entry(job: Job, entry: Entry, probes: Probes, done: set[str], log: _
         log.add(entry.key, entry, error.reason if isinstance(error, BrokenSample) else str(error))
         return Step(broken=1)
     if not cuts:
-        log.add(entry.key, entry, f"{entry.video} has {item.pictures} pictures, too few for a clip.")
+        log.add(entry.key, entry, f"{entry.video} has {item.frames} frames, too few for a clip.")
         return Step(broken=1)
     for cut in cuts:
         key = cut.key(entry)
@@ -175,7 +179,7 @@ def _encode_entry(job: Job, entry: Entry, probes: Probes, done: set[str], log: _
             continue
         _keep_empty_text(job, writer.worker)
         try:
-            sample = encode_clip(item, cut, size, job.encoders.loaded, _generator(key))
+            sample = job.encode(item, cut, size, job.encoders.loaded, _generator(key))
         except BrokenSample as error:
             log.add(key, entry, error.reason)
             broken += 1
@@ -197,7 +201,7 @@ def _keep_empty_text(job: Job, worker: int) -> None:
         return
     text = job.encoders.loaded.text("")
     assert text is not None
-    write_whole(target, safetensors.torch.save({"text": text.to(getattr(torch, job.dtype))}), worker)
+    write_whole(target, safetensors.torch.save({"text": text.to(getattr(torch, job.dtype))}), part_of(worker))
 
 
 class _BrokenLog:

@@ -13,18 +13,18 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from talkingdit.data.manifest import PICTURES, Entry
+from talkingdit.atomic import write_whole
+from talkingdit.data.manifest import IMAGES, Entry
 from talkingdit.errors import UserError
 
 THREADS = 8  # files that are opened at once: most of the time is waiting for a disk
-NEARLY = 1e-6  # pictures; times in files are rounded
+NEARLY = 1e-6  # frames; times in files are rounded
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Media:
     """What is known of a file.
 
     Args:
-        seconds: of the pictures, 0 without any.
-        fps: pictures per second of the file.
+        seconds: of the frames, 0 without any.
+        fps: frames per second of the file.
         height, width: upright.
         sound: seconds of its sound, 0 without any.
-        begins: time of the first picture, where clocks of files do not start at 0.
+        begins: time of the first frame, where clocks of files do not start at 0.
         error: why it cannot be used, one sentence; the rest means nothing then.
     """
 
@@ -50,13 +50,13 @@ class Media:
 
 
 def probe(path: Path) -> Media:
-    """Look into a video, picture or sound file; never raises for what is wrong with it."""
+    """Look into a video, image or sound file; never raises for what is wrong with it."""
     import av
 
     if not path.is_file():
         return Media(error=f"{path} does not exist")
-    if path.suffix.lower() in PICTURES:
-        return _picture(path)
+    if path.suffix.lower() in IMAGES:
+        return _image(path)
     try:
         with av.open(str(path)) as container:
             sound = 0.0
@@ -64,12 +64,12 @@ def probe(path: Path) -> Media:
                 track = container.streams.audio[0]
                 sound = _seconds(track.duration, track.time_base, container.duration)
             if not container.streams.video:
-                return Media(sound=sound) if sound else Media(error=f"{path} has neither pictures nor sound")
+                return Media(sound=sound) if sound else Media(error=f"{path} has neither frames nor sound")
             stream = container.streams.video[0]
             fps = float(stream.average_rate or stream.base_rate or 0)
             frame = next(container.decode(stream), None)
             if frame is None:
-                return Media(error=f"{path} has no pictures")
+                return Media(error=f"{path} has no frames")
             turned = getattr(frame, "rotation", 0) % 180 != 0
             height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
             seconds = _seconds(stream.duration, stream.time_base, container.duration)
@@ -83,15 +83,15 @@ def probe(path: Path) -> Media:
         return Media(error=f"{path} cannot be decoded ({reason})")
 
 
-def _picture(path: Path) -> Media:
+def _image(path: Path) -> Media:
     from PIL import ExifTags, Image
 
     try:
-        with Image.open(path) as picture:
-            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            width, height = reversed(picture.size) if turned else picture.size
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            width, height = reversed(image.size) if turned else image.size
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        return Media(error=f"{path} is not a picture ({error})")
+        return Media(error=f"{path} is not an image ({error})")
     return Media(seconds=1.0, fps=1.0, height=height, width=width)
 
 
@@ -102,19 +102,19 @@ def _seconds(duration: int | None, time_base: Any, whole: int | None) -> float:
     return 0.0 if whole is None else whole / 1e6
 
 
-def pictures_of(entry: Entry, video: Media, sound: Media, fps: int) -> int:
-    """How many pictures of an entry there are at `fps` per second, of those that have a sound where one is expected.
+def frames_of(entry: Entry, video: Media, sound: Media, fps: int) -> int:
+    """How many frames of an entry there are at `fps` per second, of those that have a sound where one is expected.
 
-    Picture p is the frame nearest to `start` + p / fps seconds.
+    Frame p is the one nearest to `start` + p / fps seconds.
     """
-    if entry.is_picture:
+    if entry.is_image:
         return 1
     last = video.seconds - 0.5 / video.fps  # nearer to nothing than to the last frame
     count = math.ceil((last - entry.start) * fps - NEARLY)
     if entry.end is not None:
         count = min(count, math.ceil((entry.end - entry.start) * fps - NEARLY))
     if not entry.silent and sound.sound:
-        # A track that ends half a picture early is as good as whole: encoders cut and fill.
+        # A track that ends half a frame early is as good as whole: encoders cut and fill.
         begins = video.begins if entry.audio is None else 0.0
         count = min(count, math.floor((sound.sound - begins - entry.start) * fps + 0.5))
     return max(count, 0)
@@ -175,11 +175,8 @@ class Probes:
         if not self._new:
             return
         with contextlib.suppress(OSError):
-            handle, name = tempfile.mkstemp(prefix=".part-", dir=self.file.parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                for path, row in sorted(self._known.items()):
-                    file.write(json.dumps({"path": path} | row) + "\n")
-            os.replace(name, self.file)
+            lines = [json.dumps({"path": path} | row) + "\n" for path, row in sorted(self._known.items())]
+            write_whole(self.file, "".join(lines).encode())
         self._new = False
 
 
@@ -194,7 +191,7 @@ def media_of(entry: Entry, probes: Probes) -> tuple[Media, Media]:
         if media.error:
             raise UserError(f"{media.error}.")
     if not video.seconds:
-        raise UserError(f"{entry.video} has no pictures.")
+        raise UserError(f"{entry.video} has no frames.")
     if not entry.silent and not sound.sound:
         file = entry.video if entry.audio is None else entry.audio
         raise UserError(f'{file} has no sound; say so with audio "none" if none is expected.')

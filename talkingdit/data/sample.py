@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What training data is: one clip (`Sample`), where clips come from (`Source`), and what may be asked of it.
 
-T, H, W are latent frames, rows and columns; one latent frame is four pictures, one row or column eight pixels. C is the
-number of latent channels. Latents are normalised as the model sees them.
+T, H, W are latent frames, rows and columns; one latent frame is four frames of the video, one row or column eight
+pixels. C is the number of latent channels. Latents are normalised as the model sees them.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class BrokenSample(Exception):
 class Sample:
     """A clip with everything known about it. Floating point tensors are float32 on the CPU.
 
-    The latents of a clip are encoded behind its past, as generation decodes them: behind the pictures of `history`, or,
-    where a video begins (no history), behind the reference picture.
+    The latents of a clip are encoded behind its past, as generation decodes them: behind the frames of `history`, or,
+    where a video begins (no history), behind the reference image.
     """
 
     key: str  # unique within the source
     source: str  # name of the source
     latents: Tensor  # [C, T, H, W]
-    audio: Tensor | None = None  # [layers, dim, 4 T] features of the speech encoder, one column per picture
+    audio: Tensor | None = None  # [layers, dim, 4 T] features of the speech encoder, one column per frame
     caption: str = ""
     text: Tensor | None = None  # [L, text_dim] features of the caption, without padding
     reference: Tensor | None = None  # [C, 1, H, W]
@@ -65,7 +65,7 @@ class Shape:
     frames: int  # latent frames, the most that can be asked for
     height: int  # latent rows
     width: int  # latent columns
-    fps: float = 16.0  # pictures per second; four per latent frame
+    fps: float = 16.0  # frames per second; four per latent frame
     history: int = 0  # latent frames of history; 0: none
     reference: bool = True
     kind: str = VIDEO

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import tarfile
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from talkingdit.atomic import PART, WholeFile, write_whole
 from talkingdit.data.sample import BrokenSample, ClipRequest, Sample, Shape
 from talkingdit.errors import UserError
 
-PART = ".part-"
 EMPTY_TEXT = "empty_text.safetensors"
 GROUPS = ("regions", "outside")
 
@@ -52,7 +50,7 @@ class ShardWriter:
         taken = [int(path.stem.split("-")[2]) for path in folder.glob(f"clips-{worker:04d}-*.tar")]
         self.number = max(taken, default=-1) + 1
         self.bytes = 0  # in the shard that is open
-        self._part: Path | None = None
+        self._part: WholeFile | None = None
         self._torn = False  # an interrupt came while a clip was written
 
     def add(self, sample: Sample, about: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -78,9 +76,9 @@ class ShardWriter:
     def _open(self) -> None:
         import webdataset
 
-        handle, name = tempfile.mkstemp(prefix=f"{PART}{self.worker:04d}-", suffix=".tar", dir=self.folder)
-        self._part = Path(name)
-        self._stream = os.fdopen(handle, "wb")
+        target = self.folder / f"clips-{self.worker:04d}-{self.number:06d}.tar"
+        self._part = WholeFile(target, part_of(self.worker))
+        self._stream = self._part.path.open("wb")
         self._tar = webdataset.TarWriter(self._stream, encoder=False, mtime=0)
 
     def finish(self) -> None:
@@ -90,15 +88,12 @@ class ShardWriter:
             return
         try:
             self._tar.close()
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
             self._stream.close()
-            target = self.folder / f"clips-{self.worker:04d}-{self.number:06d}.tar"
-            with self._part.open("rb") as stream:
-                index = {"bytes": self._part.stat().st_size, "clips": read_index(stream)}
-            write_whole(target.with_suffix(".json"), json.dumps(index, ensure_ascii=False).encode(), self.worker)
-            os.chmod(self._part, 0o644)
-            os.replace(self._part, target)
+            with self._part.path.open("rb") as stream:
+                index = {"bytes": self._part.path.stat().st_size, "clips": read_index(stream)}
+            about = json.dumps(index, ensure_ascii=False).encode()
+            write_whole(self._part.target.with_suffix(".json"), about, part_of(self.worker))
+            self._part.finish(sync=True)
         except OSError as error:
             self.abort()
             raise UserError(f"{self.folder}: a shard cannot be written ({error.strerror or error}).") from error
@@ -112,19 +107,15 @@ class ShardWriter:
             for file in (self._tar, self._stream):
                 with contextlib.suppress(OSError):
                     file.close()
-            self._part.unlink(missing_ok=True)
+            self._part.abort()
             self._part = None
             self._torn = False
             self.bytes = 0
 
 
-def write_whole(path: Path, data: bytes, worker: int) -> None:
-    """Write a file that is there as a whole or not at all."""
-    handle, name = tempfile.mkstemp(prefix=f"{PART}{worker:04d}-", dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+def part_of(worker: int) -> str:
+    """How names of what a worker has not finished begin."""
+    return f"{PART}{worker:04d}-"
 
 
 def read_index(stream: Any) -> list[dict[str, Any]]:

@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from talkingdit.autoencoders.strips import Autoencoder, check_split
 from talkingdit.distributed.team import ALONE, Team, gather
 from talkingdit.errors import UserError
 
 if TYPE_CHECKING:
+    from talkingdit.autoencoders.strips import Autoencoder
     from talkingdit.nn.context_parallel import ContextParallel
 
 T = TypeVar("T")
@@ -147,6 +147,8 @@ class Parallel:
 
     def autoencoder(self, vae: Any) -> Autoencoder:
         """The autoencoder as all processes share it."""
+        from talkingdit.autoencoders.strips import Autoencoder
+
         if self.team.size == 1:
             return Autoencoder(vae)
         return Autoencoder(vae, self.team, dist.group.WORLD, self.layout.vae == "split")
@@ -201,6 +203,8 @@ def plan(
     model = checkpoint.transformer
 
     def fit() -> Layout:
+        from talkingdit.autoencoders.strips import check_split
+
         filled = layout.filled(team.size, branches, model.config.num_heads)
         if team.size > 1 and filled.vae == "split":
             try:

@@ -3,8 +3,12 @@
 
 Audio encoders turn a 16 kHz mono waveform into a tensor [layers, audio_dim, frames], one column per video frame; the
 model then learns a weighted average over the layers. `SpeechFeatures` is the encoder of the tiny model: a log-mel
-spectrogram and its time derivative, with no weights to load. Bring the waveform to a fixed loudness first, once per
-file and not once per chunk:
+spectrogram and its time derivative, with no weights to load. The waveform is brought to a fixed loudness first, once
+per file and not once per chunk:
+
+    features = SpeechFeatures(fps=16).features(waveform, frames)
+
+is the same as
 
     features = SpeechFeatures(fps=16)(normalise_loudness(waveform), frames)
 """
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from talkingdit.errors import UserError
-from talkingdit.media.files import SPEECH_RATE
+from talkingdit.media.sound import SPEECH_RATE
 
 LOUDNESS_DBFS = -23.0  # RMS of the active parts after normalise_loudness
 ACTIVE_RANGE_DB = 30.0  # a 20 ms frame is active when it is at most this far below the 95th percentile
@@ -110,8 +114,8 @@ def normalise_loudness(waveform: np.ndarray) -> np.ndarray:
             f"normalise_loudness: waveform must hold sound, got silence (loudest 20 ms at "
             f"{20 * math.log10(max(float(level.max()), 1e-15)):.0f} dBFS)"
         )
-    heard = level[level > level.max() * 1e-3]
-    active = level[level >= np.percentile(heard, 95) * 10 ** (-ACTIVE_RANGE_DB / 20)]
+    sounding = level[level > level.max() * 1e-3]
+    active = level[level >= np.percentile(sounding, 95) * 10 ** (-ACTIVE_RANGE_DB / 20)]
     gain = 10 ** (LOUDNESS_DBFS / 20) / math.sqrt(float(np.mean(active**2)))
     return (samples * gain).astype(np.float32)
 
@@ -181,6 +185,16 @@ class SpeechFeatures(nn.Module):
         taper, filters = self.get_buffer("taper"), self.get_buffer("filters")
         spectrum = torch.fft.rfft(hop_windows(waveform, self.fps, first, count) * taper, n=FFT)
         return torch.log(POWER_FLOOR + (spectrum.real.square() + spectrum.imag.square()) @ filters)
+
+    def features(self, waveform: np.ndarray | Tensor, frames: int | None = None) -> Tensor:
+        """Features of a whole recording of any loudness: see `talkingdit.encoders.speech.SpeechEncoder`.
+
+        Raises:
+            UserError: the waveform is empty, silent or not finite.
+            ValueError: frames < 1.
+        """
+        samples = waveform.cpu().numpy() if isinstance(waveform, Tensor) else waveform
+        return self.forward(normalise_loudness(samples), frames)
 
     @torch.no_grad()
     def forward(self, waveform: np.ndarray | Tensor, frames: int | None = None) -> Tensor:

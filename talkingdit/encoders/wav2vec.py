@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from talkingdit.checkpoints.weights import some
 from talkingdit.errors import UserError
-from talkingdit.media.files import SPEECH_RATE
+from talkingdit.media.sound import SPEECH_RATE
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Model
@@ -30,7 +30,7 @@ def frame_indices(frames: int, fps: float, audio_fps: int = AUDIO_FPS) -> np.nda
     return np.round(np.arange(frames) / fps * audio_fps).astype(np.int64)
 
 
-class SpeechEncoder(nn.Module):
+class Wav2VecEncoder(nn.Module):
     """Waveforms to the features that Wan-S2V was trained on.
 
     All hidden states of the model (the input of the first layer and the output of each), linearly interpolated from
@@ -45,7 +45,7 @@ class SpeechEncoder(nn.Module):
     def __init__(self, model: Wav2Vec2Model, extractor: Wav2Vec2FeatureExtractor, fps: float = 16.0):
         super().__init__()
         if not fps > 0:
-            raise ValueError(f"SpeechEncoder: fps must be positive, got {fps}")
+            raise ValueError(f"Wav2VecEncoder: fps must be positive, got {fps}")
         self.model = model
         self.extractor = extractor
         self.fps = float(fps)
@@ -56,11 +56,11 @@ class SpeechEncoder(nn.Module):
         """Hidden states [1, T, audio_dim] of every layer, about 50 per second."""
         samples = torch.as_tensor(waveform, dtype=torch.float32).cpu()
         if samples.ndim != 1:
-            raise ValueError(f"SpeechEncoder: waveform must be [samples], got shape {tuple(samples.shape)}")
+            raise ValueError(f"Wav2VecEncoder: waveform must be [samples], got shape {tuple(samples.shape)}")
         if not torch.isfinite(samples).all():
-            raise ValueError("SpeechEncoder: waveform must be finite, got NaN or infinity")
+            raise ValueError("Wav2VecEncoder: waveform must be finite, got NaN or infinity")
         if samples.shape[0] < SPEECH_RATE // 10:
-            raise ValueError(f"SpeechEncoder: waveform must last 0.1 s at least, got {samples.shape[0]} samples")
+            raise ValueError(f"Wav2VecEncoder: waveform must last 0.1 s at least, got {samples.shape[0]} samples")
         values = self.extractor(samples.numpy(), sampling_rate=SPEECH_RATE, return_tensors="pt").input_values
         weight = next(self.model.parameters())
         return self.model(values.to(weight.device, weight.dtype), output_hidden_states=True).hidden_states
@@ -80,7 +80,7 @@ class SpeechEncoder(nn.Module):
             ValueError: the waveform is not [samples], not finite or shorter than 0.1 s, or frames < 1.
         """
         if frames is not None and frames < 1:
-            raise ValueError(f"SpeechEncoder: frames must be at least 1, got {frames}")
+            raise ValueError(f"Wav2VecEncoder: frames must be at least 1, got {frames}")
         states = self.hidden_states(waveform)
         resampled = int(states[0].shape[1] / float(HIDDEN_RATE) * AUDIO_FPS)
         if frames is None:
@@ -118,7 +118,7 @@ def _quiet() -> Iterator[None]:
 
 def load_speech_encoder(
     folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, fps: float = 16.0
-) -> SpeechEncoder:
+) -> Wav2VecEncoder:
     """The encoder in a folder of transformers: config.json, weights, preprocessor_config.json.
 
     The last may also lie beside it in audio_processor/, as diffusers saves it. The output layer that speech recognition
@@ -147,4 +147,4 @@ def load_speech_encoder(
     lost = sorted(set(report["missing_keys"]) - {"masked_spec_embed"})
     if lost:
         raise UserError(f"{folder}: the speech encoder lacks {len(lost)} weights: {some(lost)}.")
-    return SpeechEncoder(model.to(device).requires_grad_(False), extractor, fps).eval()
+    return Wav2VecEncoder(model.to(device).requires_grad_(False), extractor, fps).eval()

@@ -22,10 +22,13 @@ from talkingdit.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from talkingdit.data.encoders import CheckpointEncoders
+    from talkingdit.data.encoding import EncodeClip
     from talkingdit.distributed.layout import Parallel
     from talkingdit.nn.units import Unit
-    from talkingdit.pipelines.job import Inputs, Outline
+    from talkingdit.pipelines.inputs import Inputs, Outline
     from talkingdit.pipelines.long_video import ClipPipeline
+    from talkingdit.pipelines.write import PreviewCurves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +101,42 @@ class Units(Protocol):
         """Paths of the large units in the order in which the forward calls them."""
 
 
+class OutlinePart(Protocol):
+    """outline.py: what is known of a video without any model; imports no diffusers."""
+
+    def outline(self, inputs: Inputs, settings: Any, options: Any) -> Outline:
+        """What video will be made; UserError for what is impossible."""
+
+
 class Pipeline(Protocol):
     """pipeline.py: see `talkingdit.pipelines.job` for the road that a video takes."""
 
-    def outline(self, inputs: Inputs, settings: Any, options: Any) -> Outline:
-        """What video will be made, without any model; UserError for what is impossible."""
+    def open_pipeline(self, checkpoint: Any, parallel: Parallel | None = None) -> ClipPipeline:
+        """What makes the clips of videos with a checkpoint."""
 
-    def open_pipeline(self, checkpoint: Any, parallel: Parallel) -> ClipPipeline:
-        """What makes its clips."""
+
+class Preview(Protocol):
+    """preview.py, where a family has one: what its preview shows besides frames and sound."""
+
+    Curves: type[PreviewCurves]
+
+
+class Clips(Protocol):
+    """clips.py: how the frozen networks of a checkpoint make a part of a video into a training clip."""
+
+    def encoders(
+        self,
+        folder: Path,
+        what: tuple[str, ...] = (),
+        dtype: torch.dtype = ...,
+        device: str = "cpu",
+        fps: int | None = None,
+    ) -> CheckpointEncoders:
+        """The encoders of a checkpoint, not loaded yet; arguments as `CheckpointEncoders` has them."""
+
+    @property
+    def encode_clip(self) -> EncodeClip:
+        """Reads and encodes a clip; `talkingdit.data.encoding.encode_clip` does for models without history."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +172,10 @@ class Family:
             return families.get(self.base).part(name)
         raise UserError(f"{self.title}: there is no {name} for this family.")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What is loaded already does not go to other processes."""
+        return Family, (self.name, self.title, self.package, self.base)
+
     @cached_property
     def presets(self) -> Mapping[str, dict[str, Any]]:
         return cast(Presets, self.part("presets")).PRESETS
@@ -162,5 +197,20 @@ class Family:
         return cast(Units, self.part("units"))
 
     @cached_property
+    def outline(self) -> OutlinePart:
+        return cast(OutlinePart, self.part("outline"))
+
+    @cached_property
     def pipeline(self) -> Pipeline:
         return cast(Pipeline, self.part("pipeline"))
+
+    @cached_property
+    def preview(self) -> Preview | None:
+        """None where the family has none."""
+        home = importlib.import_module(self.package)
+        own = hasattr(home, "__path__") and importlib.util.find_spec(f"{self.package}.preview") is not None
+        return cast(Preview, self.part("preview")) if own else None
+
+    @cached_property
+    def clips(self) -> Clips:
+        return cast(Clips, self.part("clips"))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Colours of later clips brought back to those of the first one.
 
-Every clip goes on from pictures that were generated, decoded and encoded again, and a small shift of colour on each of
+Every clip goes on from frames that were generated, decoded and encoded again, and a small shift of colour on each of
 these ways adds up over a long video. Matching mean and spread per channel in Lab (Reinhard et al., "Color Transfer
 between Images", 2001) to the first clip removes what adds up and leaves the motion alone.
 """
@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEAST_SPREAD = 0.5  # in Lab units (L is 0..100); a channel with less, as in grey pictures, is shifted only
+LEAST_SPREAD = 0.5  # in Lab units (L is 0..100); a channel with less, as in grey frames, is shifted only
 MOST_GAIN = 1.25  # a clip may differ in content: its contrast is changed by no more
-CHUNK = 8  # pictures converted at once
+CHUNK = 8  # frames converted at once
 
 # Linear sRGB to XYZ in parts of the white point D65 (IEC 61966-2-1); rows sum to one.
 RGB_TO_XYZ = (
@@ -57,7 +57,7 @@ def _from_lab(lab: Tensor) -> Tensor:
 
 
 def colours(video: Tensor) -> Tensor:
-    """Mean and standard deviation per Lab channel over all pictures.
+    """Mean and standard deviation per Lab channel over all frames.
 
     Args:
         video: [1, 3, F, H, W] in -1..1.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The size of a Wan-S2V video, and pictures and pose videos brought to it, as the official program does it.
+"""The size of a video, and images and pose videos brought to it, as the official program of Wan-S2V does it.
 
-A picture keeps its shape as well as sides that are multiples of 64 allow: its shorter side is resized to that of the
-video and the middle is cut out. Where the video is longer than the resized picture, the official program fills up with
+An image keeps its shape as well as sides that are multiples of 64 allow: its shorter side is resized to that of the
+video and the middle is cut out. Where the video is longer than the resized image, the official program fills up with
 black on both sides; `cover` resizes a little more instead, so that nothing is black.
 """
 
@@ -12,27 +12,28 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
 from talkingdit.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Frames = NDArray[np.uint8]
 TRIES = 100  # scales that the official search looks at
 
 
 def output_size(height: int, width: int, max_area: int, multiple: int = 64) -> tuple[int, int]:
-    """Height and width of the video for a picture: multiples of `multiple` with at most `max_area` pixels.
+    """Height and width of the video for an image: multiples of `multiple` with at most `max_area` pixels.
 
-    The scale is the largest of 100, from the one that fills the area to one that surely fits (a picture that is small
+    The scale is the largest of 100, from the one that fills the area to one that surely fits (an image that is small
     enough already: from 1 to 0.1), whose sides, filled up to multiples, fit.
 
     Args:
-        height, width: of the picture.
+        height, width: of the image.
         max_area: pixels.
 
     Raises:
@@ -60,7 +61,7 @@ def output_size(height: int, width: int, max_area: int, multiple: int = 64) -> t
         sides = [side // multiple * multiple for side in (height, width)]
     if min(sides) < multiple:
         raise UserError(
-            f"size: a picture of {width} x {height} pixels does not fit into {max_area} pixels with sides that are "
+            f"size: an image of {width} x {height} pixels does not fit into {max_area} pixels with sides that are "
             f"multiples of {multiple}; allow a larger area, or give the size."
         )
     return sides[0], sides[1]
@@ -86,8 +87,8 @@ def _middle(length: int, wanted: int) -> tuple[int, int, int]:
     return round((length + missing - wanted) / 2), missing // 2, (missing + 1) // 2
 
 
-def fit_picture(image: Frames, size: tuple[int, int], cover: bool = False) -> tuple[Frames, int]:
-    """Resize a picture (bilinear, with antialiasing) and cut out its middle.
+def fit_image(image: Frames, size: tuple[int, int], cover: bool = False) -> tuple[Frames, int]:
+    """Resize an image (bilinear, with antialiasing) and cut out its middle.
 
     Args:
         image: [H, W, 3] uint8 RGB.
@@ -100,17 +101,45 @@ def fit_picture(image: Frames, size: tuple[int, int], cover: bool = False) -> tu
     from PIL import Image
 
     height, width = _resized(image.shape, size, cover)
-    picture = Image.fromarray(image)
+    resized = Image.fromarray(image)
     if (height, width) != image.shape[:2]:
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+        resized = resized.resize((width, height), Image.Resampling.BILINEAR)
     (top, above, below), (left, before, behind) = _middle(height, size[0]), _middle(width, size[1])
-    padded = np.pad(np.asarray(picture), ((above, below), (before, behind), (0, 0)))
+    padded = np.pad(np.asarray(resized), ((above, below), (before, behind), (0, 0)))
     cut = padded[top : top + size[0], left : left + size[1]]
     return np.ascontiguousarray(cut), above + below + before + behind
 
 
+fit_picture = fit_image  # its name until all callers have moved
+
+
+def fit_portrait(image: Frames, size: int) -> tuple[Frames, bool]:
+    """Cut the middle square out of an image and resize it.
+
+    Args:
+        image: [H, W, 3] uint8 RGB.
+        size: side of the result in pixels.
+
+    Returns:
+        [size, size, 3] uint8, and whether something was cut off.
+    """
+    import cv2
+
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = np.ascontiguousarray(image[top : top + side, left : left + side])
+    if side != size:
+        how = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
+        square = cv2.resize(square, (size, size), interpolation=how).astype(np.uint8, copy=False)
+    return square, height != width
+
+
 def fit_pose(frame: Frames, size: tuple[int, int]) -> Tensor:
-    """One picture of a pose video, [H, W, 3] uint8, to [3, *size] float32 in -1..1, filled up with zeros (grey)."""
+    """One frame of a pose video, [H, W, 3] uint8, to [3, *size] float32 in -1..1, filled up with zeros (grey)."""
+    import torch
+    import torch.nn.functional as F
+
     video = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None] / 255.0 * 2.0 - 1.0
     height, width = _resized(frame.shape, size)
     if (height, width) != frame.shape[:2]:
@@ -125,9 +154,9 @@ class PoseVideo:
 
     Args:
         path: any video file.
-        fps: pictures per second of the video to make.
-        official: take every n-th picture, n the nearest to the quotient of both rates, as the official program does;
-            a video of 24, 25 or 30 pictures per second then runs too fast. Otherwise the picture nearest in time.
+        fps: frames per second of the video to make.
+        official: take every n-th frame, n the nearest to the quotient of both rates, as the official program does;
+            a video of 24, 25 or 30 frames per second then runs too fast. Otherwise the frame nearest in time.
 
     Raises:
         UserError: no such file, or not a video.
@@ -149,39 +178,46 @@ class PoseVideo:
         except (av.FFmpegError, OSError) as error:
             raise UserError(f"pose {str(self.path)!r}: expected a video, got a file that is none.") from error
         if first is None:
-            raise UserError(f"pose {str(self.path)!r}: expected a video, got a file without pictures.")
+            raise UserError(f"pose {str(self.path)!r}: expected a video, got a file without frames.")
         self._ratio = rate / fps
         self._step = max(1, round(self._ratio)) if official else None
-        self.pictures = 0  # read so far
+        self.frames = 0  # read so far
 
-    def _index(self, picture: int) -> int:
-        """Which picture of the file is the given one of the video to make."""
-        return picture * self._step if self._step is not None else math.floor(picture * self._ratio + 0.5)
+    @property
+    def pictures(self) -> int:
+        """Its name until all callers have moved to `frames`."""
+        return self.frames
+
+    def _index(self, frame: int) -> int:
+        """Which frame of the file is the given one of the video to make."""
+        return frame * self._step if self._step is not None else math.floor(frame * self._ratio + 0.5)
 
     def _read(self, first: int) -> Iterator[Frames]:
         import av
 
-        picture = first
+        wanted = first
         try:
             with av.open(str(self.path)) as container:
                 for number, frame in enumerate(container.decode(container.streams.video[0])):
-                    while self._index(picture) == number:
-                        self.pictures = picture = picture + 1
+                    while self._index(wanted) == number:
+                        self.frames = wanted = wanted + 1
                         yield np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
         except av.FFmpegError as error:
-            raise UserError(f"pose {str(self.path)!r}: cannot be decoded after {picture} pictures.") from error
+            raise UserError(f"pose {str(self.path)!r}: cannot be decoded after {wanted} frames.") from error
 
     def clips(self, frames: int, size: tuple[int, int], first: int = 0) -> Iterator[Tensor]:
-        """Clips of `frames` pictures without end, beginning with clip `first`: [1, 3, frames, *size] in -1..1.
+        """Clips of `frames` frames without end, beginning with clip `first`: [1, 3, frames, *size] in -1..1.
 
-        After the end of the file pictures are black.
+        After the end of the file frames are black.
         """
-        pictures = self._read(first * frames)
+        import torch
+
+        source = self._read(first * frames)
         while True:
             clip = torch.full((1, 3, frames, *size), -1.0)
             for i in range(frames):
-                picture = next(pictures, None)
-                if picture is None:
+                frame = next(source, None)
+                if frame is None:
                     break
-                clip[0, :, i] = fit_pose(picture, size)
+                clip[0, :, i] = fit_pose(frame, size)
             yield clip

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A still picture that shows at a glance what came out: frames, the waveform and measured curves on one time axis."""
+"""An image that shows at a glance what came out: frames, the waveform and measured curves on one time axis."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from talkingdit.atomic import whole_file
 from talkingdit.errors import UserError
-from talkingdit.media.files import check_writable
+from talkingdit.media.checks import check_writable, reason_of
 
 PAPER, INK, FAINT, GRID = (252, 252, 250), (45, 48, 54), (140, 145, 152), (228, 230, 232)
 WAVE = (124, 142, 168)
@@ -40,20 +40,20 @@ def preview_sheet(
 ) -> None:
     """Draw the sheet and write it as PNG (under a temporary name first).
 
-    Pictures are taken from the middle of equal parts of the video, so that each one stands for its share of the time;
+    Frames are taken from the middle of equal parts of the video, so that each one stands for its share of the time;
     marks on the curves show where. Waveform and curves lie below on one time axis.
 
     Args:
-        frames: uint8 [F, H, W, 3] RGB: the whole video, or, with `times`, the pictures to show.
+        frames: uint8 [F, H, W, 3] RGB: the whole video, or, with `times`, the frames to show.
         waveform: float [samples] mono; shown from 0 to the end of the video.
         rate: of the waveform, in Hz.
         fps: frames per second of the video and of the curves.
         curves: name -> [frames] values per video frame, usually 0..1 (the axis grows if they exceed it; NaN leaves a
             gap). The first is drawn filled, the others as lines.
         path: target PNG.
-        title: a line above the pictures.
-        times: seconds of the given pictures, when `frames` holds a selection only (long videos need not be kept).
-        columns, rows: at most so many pictures.
+        title: a line above the frames.
+        times: seconds of the given frames, when `frames` holds a selection only (long videos need not be kept).
+        columns, rows: at most so many frames.
 
     Raises:
         UserError: the target cannot be written.
@@ -73,13 +73,13 @@ def preview_sheet(
             raise ValueError(f"preview_sheet: curve {name!r} must be [frames], got shape {values.shape}")
     if times is None:
         shown = sample_frames(len(frames), columns * rows)
-        pictures, moments, length = frames[shown], [(int(i) + 0.5) / fps for i in shown], len(frames) / fps
+        chosen, moments, length = frames[shown], [(int(i) + 0.5) / fps for i in shown], len(frames) / fps
     else:
         if len(times) != len(frames):
-            raise ValueError(f"preview_sheet: times must be one per picture ({len(frames)}), got {len(times)}")
-        pictures, moments = frames[: columns * rows], [float(t) for t in times][: columns * rows]
+            raise ValueError(f"preview_sheet: times must be one per frame ({len(frames)}), got {len(times)}")
+        chosen, moments = frames[: columns * rows], [float(t) for t in times][: columns * rows]
         length = max([len(waveform) / rate, *(len(v) / fps for v in lines.values()), max(moments)])
-    sheet = _Sheet(pictures, moments, columns, length, title, bool(lines))
+    sheet = _Sheet(chosen, moments, columns, length, title, bool(lines))
     sheet.draw_waveform(waveform, rate)
     if lines:
         sheet.draw_curves(lines, fps)
@@ -94,23 +94,23 @@ def sample_frames(count: int, most: int) -> np.ndarray:
 
 
 class _Sheet:
-    """The canvas: pictures on top, then one plot below the other, all plots on the same time axis."""
+    """The canvas: frames on top, then one plot below the other, all plots on the same time axis."""
 
     def __init__(
-        self, pictures: np.ndarray, moments: list[float], columns: int, length: float, title: str, curves: bool
+        self, frames: np.ndarray, moments: list[float], columns: int, length: float, title: str, curves: bool
     ) -> None:
         self.length, self.moments = length, moments
-        columns = min(columns, len(pictures))
-        rows = math.ceil(len(pictures) / columns)
+        columns = min(columns, len(frames))
+        rows = math.ceil(len(frames) / columns)
         cell = (WIDTH - 2 * MARGIN - GAP * (columns - 1)) // columns
-        height, width = pictures.shape[1:3]
-        # Few pictures must not fill the sheet.
+        height, width = frames.shape[1:3]
+        # Few frames must not fill the sheet.
         scale = min(cell / width, 260 / height)
         cell_width, cell_height = max(1, round(width * scale)), max(1, round(height * scale))
         top = MARGIN + (38 if title else 0)
         self.small, self.normal = ImageFont.load_default(13), ImageFont.load_default(15)
-        pictures_bottom = top + rows * (cell_height + 24)
-        self.wave_top = pictures_bottom + 30
+        frames_bottom = top + rows * (cell_height + 24)
+        self.wave_top = frames_bottom + 30
         self.curve_top = self.wave_top + WAVE_HEIGHT + 40
         self.bottom = self.curve_top + CURVE_HEIGHT if curves else self.wave_top + WAVE_HEIGHT
         self.left, self.right = MARGIN + LABELS, WIDTH - MARGIN
@@ -120,10 +120,10 @@ class _Sheet:
             self.draw.text((MARGIN, MARGIN - 6), title, INK, ImageFont.load_default(20))
         whole = columns * cell_width + (columns - 1) * GAP
         method = Image.Resampling.NEAREST if scale >= 3 else Image.Resampling.LANCZOS
-        for number, (picture, moment) in enumerate(zip(pictures, moments, strict=True)):
+        for number, (frame, moment) in enumerate(zip(frames, moments, strict=True)):
             x = (WIDTH - whole) // 2 + number % columns * (cell_width + GAP)
             y = top + number // columns * (cell_height + 24)
-            self.image.paste(Image.fromarray(picture).resize((cell_width, cell_height), method), (x, y))
+            self.image.paste(Image.fromarray(frame).resize((cell_width, cell_height), method), (x, y))
             self._text((x + cell_width / 2, y + cell_height + 3), f"{moment:.2f} s", FAINT, "ma")
 
     def x(self, seconds: np.ndarray | float) -> np.ndarray:
@@ -133,7 +133,7 @@ class _Sheet:
         self.draw.text(at, text, colour, self.small, anchor=anchor)
 
     def _frame(self, top: int, height: int, name: str) -> None:
-        """Background of a plot: vertical lines at the time steps, marks where the pictures were taken."""
+        """Background of a plot: vertical lines at the time steps, marks where the frames were taken."""
         self.draw.rectangle((self.left, top, self.right, top + height), fill=(255, 255, 255), outline=GRID)
         for second in self._steps():
             x = float(self.x(second))
@@ -209,16 +209,8 @@ def _runs(good: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _save(image: Image.Image, target: Path) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem[:40]}.", suffix=".part", dir=target.parent)
     try:
-        with os.fdopen(handle, "wb") as stream:
-            image.save(stream, "PNG", optimize=True)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, target)
-    except BaseException as error:
-        Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"sheet {str(target)!r}: could not be written ({error.strerror or error})") from None
-        raise
+        with whole_file(target, prefix=f".{target.stem[:40]}.", suffix=".part") as temporary:
+            image.save(temporary, "PNG", optimize=True)
+    except OSError as error:
+        raise UserError(f"sheet {str(target)!r}: could not be written ({reason_of(error)})") from None

@@ -1,75 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole job, files in and files out: portrait and voice to an .mp4 with sound, and a preview sheet if wanted.
+"""The road of a video job, from files to a file, the same for every family.
 
-Everything that can be wrong with the files is found by `prepare`, before a model is loaded. Pictures go from the
-decoder straight to the writer, which gives the file its name only when it is complete.
+    read inputs -> outline -> encode -> denoise and decode, clip by clip -> write
+    inputs.py      family     family    long_video.py, family               write.py
+
+Each stage takes and gives one small frozen object. Around the road, not in it: finished clips are kept beside the
+output and an interrupted job goes on after them (`resume.py`), and the processes of torchrun share the work, of which
+rank 0 alone reads and writes files and tells (`distributed`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from talkingdit.distributed.layout import Parallel
-from talkingdit.encoders.log_mel import normalise_loudness
+from talkingdit.autoencoders.streaming import to_frames
 from talkingdit.errors import UserError
-from talkingdit.families.puppet.checkpoint import PuppetCheckpoint
-from talkingdit.families.puppet.pipeline import Frames, PuppetPipeline, Sampling, fit_portrait
-from talkingdit.media.files import SPEECH_RATE, VideoWriter, check_writable, read_audio, read_image
-from talkingdit.media.sheet import preview_sheet, sample_frames
+from talkingdit.pipelines.inputs import Inputs, Outline
+from talkingdit.pipelines.long_video import ClipPipeline, GeneratedClip, generate_clips
+from talkingdit.pipelines.resume import ClipStore, SharedClipStore
+from talkingdit.pipelines.write import PreviewCurves, write_video
 
-SHEET_PICTURES = 20  # at most, on a preview sheet
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Files that were found to be good."""
-
-    image: Frames  # [H, W, 3]
-    waveform: NDArray[np.float32]  # [n] at 16 kHz, loudness normalised
-    sound: NDArray[np.float32]  # the same as it is in the file
-    image_file: Path
-    audio_file: Path
-    output: Path
-    sheet: Path | None
-
-
-@dataclass(frozen=True)
-class Outline:
-    """What video will be made, known before any model is loaded. A family's `outline` makes it.
-
-    Args:
-        size: height and width in pixels.
-        fps: frames per second.
-        clips: how many are generated.
-        steps: denoising steps per clip.
-        predictions: of the model per step, with and without conditions.
-        frames: that the video shows.
-        lead: frames at its beginning that repeat the first one.
-        skip: frames' worth of sound that is left out at the beginning.
-        settings: what finished clips depend on, by names that a person knows, of plain JSON types.
-        warnings: sentences about what is done differently from what may be expected.
-        details: the family's own.
-    """
-
-    size: tuple[int, int]
-    fps: int
-    clips: int
-    steps: int
-    predictions: int
-    frames: int
-    lead: int = 0
-    skip: int = 0
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    details: Any = None
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True)
@@ -86,131 +48,139 @@ class Result:
         return self.frames / self.fps
 
 
-def prepare(image: Path, audio: Path, output: Path, sheet: Path | None = None) -> Inputs:
-    """Read the portrait and the voice, and check that the results can be written.
+@dataclass(frozen=True, kw_only=True)
+class Talk:
+    """How a job tells how it goes. Only rank 0 does.
 
     Args:
-        image: the portrait, any size; its middle square is used.
-        audio: the voice, any format, rate and number of channels.
-        output: the .mp4 to write.
-        sheet: a picture with the preview to write.
-
-    Raises:
-        UserError: a file is missing, unreadable, empty or silent, or a target cannot be written.
+        progress: called with the number of denoising steps done and of all of them.
+        warn: called with a sentence about what was done differently from what may be expected.
     """
-    if output.suffix.lower() != ".mp4":
-        raise UserError(f"output {str(output)!r}: expected a name that ends in .mp4, got {output.suffix!r}")
-    for target in (output, *([] if sheet is None else [sheet])):
-        check_writable(target)
-    picture, sound = read_image(image), read_audio(audio, SPEECH_RATE)
-    return Inputs(picture, normalise_loudness(sound), sound, image, audio, output, sheet)
+
+    progress: Callable[[int, int], None] | None = None
+    warn: Callable[[str], None] | None = None
+
+    def say(self, sentences: tuple[str, ...]) -> None:
+        for sentence in sentences:
+            if self.warn is not None:
+                self.warn(sentence)
 
 
 def make_video(
     inputs: Inputs,
-    checkpoint: PuppetCheckpoint,
-    prompt: str = "",
-    sampling: Sampling | None = None,
-    upscale: int = 1,
-    progress: Callable[[int], None] | None = None,
-    warn: Callable[[str], None] | None = None,
-    parallel: Parallel | None = None,
+    outline: Outline,
+    pipeline: ClipPipeline,
+    *,
+    curves: PreviewCurves | None = None,
+    talk: Talk | None = None,
+    variant: str = "",
 ) -> Result:
-    """Generate the video and write it.
+    """Generate the video and write it. Finished clips are kept beside it until it is complete.
+
+    Where several processes share the work (`pipeline.parallel`), each calls this with the same arguments.
 
     Args:
-        inputs: from `prepare`.
-        checkpoint: from `load_checkpoint`.
-        prompt: what to show.
-        sampling: guidance, steps and seed.
-        upscale: enlarge the pictures so many times.
-        progress: called after every denoising step with the number of all steps.
-        warn: called with a sentence about what was done differently from what may be expected.
-        parallel: how several processes share the work. Each calls this with the same inputs; the first alone reads
-            and writes files, and only there `progress` and `warn` are called.
+        inputs: from `read_inputs`.
+        outline: from the family's `outline`.
+        pipeline: of the family.
+        curves: what the preview shows besides frames and sound.
+        talk: progress and warnings.
+        variant: how the models were changed after loading; clips made with another one are not gone on from.
 
     Raises:
-        UserError: the video cannot be written.
-        OtherRankError: where something went wrong in another process.
+        UserError: a file is not good, memory runs out, or the video cannot be written.
+        KeyboardInterrupt: with a sentence about what is kept.
+        OtherRankError: where something went wrong on another rank.
     """
     started = time.monotonic()
-    parallel = Parallel() if parallel is None else parallel
-    team = parallel.team
-    if team.rank:
-        progress = warn = None
-    pipeline = PuppetPipeline(checkpoint, parallel)
-    settings = pipeline.settings
-    sampling = Sampling() if sampling is None else sampling
-    portrait, cropped = fit_portrait(inputs.image, settings.size)
-    unknown = checkpoint.text_encoder.unknown_words(prompt)
-    if warn is not None:
-        if cropped:
-            height, width = inputs.image.shape[:2]
-            warn(f"{inputs.image_file} is {width} x {height} pixels; only its middle square is used.")
-        if unknown:
-            warn(f"the prompt has words that this model does not know: {', '.join(unknown)}.")
-    features, frames = team.first(lambda: pipeline.features(inputs.waveform))
-    steps = pipeline.clips(frames) * (sampling.steps or settings.steps)
-    advance = None if progress is None else (lambda: progress(steps))
-    preview = _Preview(frames)
-    size = (settings.size, settings.size)
-    with ExitStack() as open_files:
-        writer: VideoWriter | None = None
-
-        def begin() -> None:
-            nonlocal writer
-            writer = VideoWriter(inputs.output, settings.fps, size, audio=inputs.audio_file, upscale=upscale)
-            open_files.enter_context(writer)
-
-        def keep(pictures: Frames) -> None:
-            assert writer is not None
-            writer.write(pictures)
-            if inputs.sheet is not None:
-                preview.add(pictures)
-
-        def finish() -> None:
-            open_files.close()
-            if inputs.sheet is not None:
-                preview.save(inputs, settings.fps)
-
-        team.first(begin)
-        for pictures in pipeline.generate(portrait, features, prompt, sampling, advance, frames):
-            team.first(lambda pictures=pictures: keep(pictures))  # type: ignore[misc]
-        team.first(finish)
-    return Result(inputs.output, frames, settings.fps, time.monotonic() - started)
+    team = pipeline.parallel.team
+    talk = Talk() if talk is None or team.rank else talk
+    talk.say((*outline.warnings, *pipeline.warnings(inputs, outline)))
+    store = _open_store(inputs, outline, pipeline, talk, variant)
+    with _kept(store, outline):
+        if store.finished < outline.clips:
+            conditions = pipeline.encode(inputs, outline)
+            for clip in _clips(pipeline, conditions, outline, store, talk):
+                store.add(lambda clip=clip: to_frames(clip.frames), clip.carry)  # type: ignore[misc]
+            talk.say(pipeline.remarks(conditions, outline))
+        team.first(lambda: write_video(inputs, outline, store.local, curves))
+    store.remove()
+    return Result(inputs.job.output, outline.frames, outline.fps, time.monotonic() - started)
 
 
-class _Preview:
-    """What the sheet shows of a video that streams by: a few pictures and the mouth measured in all of them."""
+def _clips(
+    pipeline: ClipPipeline, conditions: Any, outline: Outline, store: SharedClipStore, talk: Talk
+) -> Iterator[GeneratedClip]:
+    """The clips that are not finished yet, with progress."""
+    done, total = store.finished * outline.steps, outline.clips * outline.steps
 
-    def __init__(self, frames: int):
-        self._wanted = sample_frames(frames, SHEET_PICTURES)
-        self._pictures: list[Frames] = []
-        self._mouth: list[NDArray[np.float32]] = []
-        self._seen = 0
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if talk.progress is not None:
+            talk.progress(done, total)
 
-    def add(self, frames: Frames) -> None:
-        from talkingdit.puppets.probe import CLOSED_HEIGHT, OPENING_HEIGHT, measure_height
+    return generate_clips(pipeline, conditions, outline.clips, store.finished, store.carry, advance)
 
-        here = self._wanted[(self._wanted >= self._seen) & (self._wanted < self._seen + len(frames))]
-        self._pictures.append(frames[here - self._seen])
-        self._mouth.append(((measure_height(frames) - CLOSED_HEIGHT) / OPENING_HEIGHT).astype(np.float32))
-        self._seen += len(frames)
 
-    def save(self, inputs: Inputs, fps: int) -> None:
-        from talkingdit.puppets.visemes import visemes_from_audio
+# ---- Resume, around the road -----------------------------------------------------------------------------------------
 
-        assert inputs.sheet is not None
-        preview_sheet(
-            np.concatenate(self._pictures),
-            inputs.waveform,
-            SPEECH_RATE,
-            fps,
-            {
-                "mouth in the video": np.concatenate(self._mouth),
-                "mouth of the voice": visemes_from_audio(inputs.waveform, fps, self._seen).opening,
-            },
-            inputs.sheet,
-            title=inputs.output.name,
-            times=[(int(i) + 0.5) / fps for i in self._wanted],
-        )
+
+def _open_store(inputs: Inputs, outline: Outline, pipeline: ClipPipeline, talk: Talk, variant: str) -> SharedClipStore:
+    """The finished clips of an earlier run of this job, or an empty store."""
+
+    def opened() -> ClipStore:
+        store = ClipStore(inputs.job.output, _fingerprint(inputs, outline, pipeline, variant), talk.warn)
+        if store.finished:
+            talk.say(
+                (f"going on after {store.finished} of {outline.clips} clips that are finished in {store.folder}.",)
+            )
+        return store
+
+    return SharedClipStore(opened, pipeline.parallel.team)
+
+
+@contextmanager
+def _kept(store: SharedClipStore, outline: Outline) -> Iterator[None]:
+    """What is left behind where a job does not come to its end: finished clips, or nothing."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        store.remove_if_empty()
+        if not store.finished or store.folder is None:
+            raise
+        raise KeyboardInterrupt(
+            f"interrupted; {store.finished} of {outline.clips} clips are kept in {store.folder}; the same command goes "
+            "on there."
+        ) from None
+    except torch.OutOfMemoryError as error:
+        store.remove_if_empty()
+        raise UserError(f"generate: the device has not enough memory for {outline.when_too_large}.") from error
+    except BaseException:
+        store.remove_if_empty()
+        raise
+
+
+def _fingerprint(inputs: Inputs, outline: Outline, pipeline: ClipPipeline, variant: str) -> dict[str, Any]:
+    """What finished clips depend on, by names that a person knows. What saves memory or time is left out."""
+    checkpoint = pipeline.checkpoint
+    model, folder = checkpoint.transformer, checkpoint.folder
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listing = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return {
+        "format": 1,
+        "image": _digest(inputs.image),
+        "audio": _digest(inputs.sound),
+        "checkpoint": hashlib.sha256(repr(listing).encode()).hexdigest()[:32],
+        "prompt": inputs.job.prompt,
+        "size": list(outline.size),
+        **outline.settings,
+        "precision": f"{model.dtype} {variant}".strip(),
+        "device": model.device.type,
+    }
+
+
+def _digest(array: NDArray[Any]) -> str:
+    found = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
+    found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:32]

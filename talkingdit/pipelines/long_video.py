@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from talkingdit.pipelines.job import Inputs, Outline
+    from talkingdit.distributed.layout import Parallel
+    from talkingdit.pipelines.inputs import Inputs, Outline
 
 Carry = Mapping[str, Tensor]  # what a clip hands on to the next
 
@@ -29,7 +30,16 @@ class GeneratedClip:
 
 
 class ClipPipeline(Protocol):
-    """What makes the clips of a video; a family's pipeline."""
+    """What makes the clips of a video; a family's pipeline. It keeps no state: several videos may be made at once."""
+
+    checkpoint: Any
+    parallel: Parallel
+
+    def warnings(self, inputs: Inputs, outline: Outline) -> tuple[str, ...]:
+        """What is done differently from what may be expected, as the models tell: sentences."""
+
+    def remarks(self, conditions: Any, outline: Outline) -> tuple[str, ...]:
+        """The same, as is known after the last clip."""
 
     def encode(self, inputs: Inputs, outline: Outline) -> Any:
         """The conditions that all clips share."""

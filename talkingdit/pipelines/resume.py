@@ -2,23 +2,20 @@
 """Finished clips of a video that is not finished, kept beside it in `<name>.parts/` so that a later run goes on.
 
     settings.json       what the video is made from and how
-    clip-0000.mkv       pictures of each finished clip, without loss (FFV1)
+    clip-0000.mkv       frames of each finished clip, without loss (FFV1)
     carry-0000.safetensors   what the last finished clip hands on to the next
 
-Files appear under their names only when they are complete, the carry of a clip after its pictures. A clip counts as
+Files appear under their names only when they are complete, the carry of a clip after its frames. A clip counts as
 finished when its carry, or that of a later clip, is there.
 
-Where several processes make a video, the first one has the folder, and any other number of them can go on from it.
+Where several processes make a video, rank 0 has the folder, and any other number of them can go on from it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +25,18 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from talkingdit.atomic import PART, whole_file
 from talkingdit.distributed.team import ALONE, Team
 from talkingdit.errors import UserError
-from talkingdit.families.wan_s2v.pipeline import Carry
+from talkingdit.pipelines.long_video import Carry
 
 Frames = NDArray[np.uint8]
-OURS = re.compile(r"(settings\.json|clip-\d{4,}\.mkv|carry-\d{4,}\.safetensors|\.part-.*)$")
+# What a killed run leaves has a temporary name of ours, or of safetensors'.
+OURS = re.compile(r"(settings\.json|clip-\d{4,}\.mkv|carry-\d{4,}\.safetensors|\.part-.*|\.tmp\w+)$")
 
 
 class ClipStore:
-    """The folder of parts of one video.
+    """The folder of finished clips of one video.
 
     Args:
         output: the video that is being made.
@@ -61,7 +60,7 @@ class ClipStore:
         foreign = sorted(path.name for path in self.folder.iterdir() if not OURS.match(path.name))
         if foreign:
             raise UserError(f"{self.folder}: expected clips of an unfinished video, got {foreign[0]!r}; move it away.")
-        for left in self.folder.glob(".part-*"):
+        for left in (*self.folder.glob(f"{PART}*"), *self.folder.glob(".tmp*")):
             left.unlink()
         file = self.folder / "settings.json"
         try:
@@ -74,7 +73,7 @@ class ClipStore:
             changed = [name for name in settings if not isinstance(found, dict) or found.get(name) != settings[name]]
             warn(f"{self.folder} was made with another {changed[0] if changed else 'program'}; starting over.")
         self._clear()
-        with self._complete(file) as path:
+        with whole_file(file) as path:
             path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
 
     def _count(self) -> int:
@@ -90,19 +89,19 @@ class ClipStore:
     def _carry(self, index: int) -> Path:
         return self.folder / f"carry-{index:04d}.safetensors"
 
-    def add(self, pictures: Frames, carry: Carry | None) -> None:
-        """Keep the next finished clip: pictures [n, H, W, 3], and what it hands on (None after the last clip).
+    def add(self, frames: Frames, carry: Carry | None) -> None:
+        """Keep the next finished clip: frames [n, H, W, 3], and what it hands on (None after the last clip).
 
         Raises:
             UserError: the disk is full or cannot be written; the clips before are kept.
         """
         index = self.finished
-        tensors = {} if carry is None else {"history": carry.history, "window": carry.window, "colours": carry.colours}
+        tensors = {} if carry is None else carry
         try:
-            with self._complete(self._clip(index)) as path:
-                _write_lossless(path, pictures)
-            with self._complete(self._carry(index)) as path:
-                save_file({name: t.cpu().contiguous() for name, t in tensors.items() if t is not None}, path)
+            with whole_file(self._clip(index)) as path:
+                _write_lossless(path, frames)
+            with whole_file(self._carry(index)) as path:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
             self.finished = index + 1
             if index:
                 self._carry(index - 1).unlink(missing_ok=True)
@@ -119,15 +118,12 @@ class ClipStore:
             return None
         path = self._carry(self.finished - 1)
         try:
-            tensors = load_file(path)
+            return load_file(path) or None
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: damaged; delete {self.folder} to start over.") from error
-        if "history" not in tensors:
-            return None
-        return Carry(tensors["history"], tensors.get("window"), tensors.get("colours"))
 
-    def pictures(self) -> Iterator[Frames]:
-        """Pictures of every finished clip, [n, H, W, 3] each.
+    def frames(self) -> Iterator[Frames]:
+        """Frames of every finished clip, [n, H, W, 3] each.
 
         Raises:
             UserError: a file is damaged.
@@ -142,7 +138,7 @@ class ClipStore:
             yield np.stack(frames)
 
     def remove(self) -> None:
-        """Throw all parts away: the video is finished."""
+        """Throw all clips away: the video is finished."""
         self._clear()
         self.folder.rmdir()
 
@@ -157,65 +153,64 @@ class ClipStore:
             if OURS.match(path.name):
                 path.unlink()
 
-    @contextmanager
-    def _complete(self, path: Path) -> Iterator[Path]:
-        """A temporary file that gets its name when it is complete."""
-        handle, name = tempfile.mkstemp(prefix=".part-", suffix=path.suffix, dir=self.folder)
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            yield temporary
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
 
 class SharedClipStore:
-    """ClipStore for every process of a team; the first one alone touches the disk.
+    """The finished clips for every process of a team; rank 0 alone touches the disk.
 
     Args:
-        opened: gives the parts; called by the first process.
+        opened: gives the store; called on rank 0.
         team: the processes.
+
+    Attributes:
+        finished: clips.
+        carry: what the last of them hands on; None where there is none.
+        folder: where they are; None on other ranks.
 
     Raises:
         UserError: from `opened`.
     """
 
     def __init__(self, opened: Callable[[], ClipStore], team: Team = ALONE):
-        self._team, self._parts = team, None
+        self._team = team
+        self._store: ClipStore | None = None
 
         def found() -> tuple[int, Carry | None]:
-            self._parts = opened()
-            return self._parts.finished, self._parts.carry()
+            self._store = opened()
+            return self._store.finished, self._store.carry()
 
-        self.finished, self._carry = team.first(found)
+        self.finished, self.carry = team.first(found)
 
     @property
-    def here(self) -> ClipStore | None:
-        """The parts in the first process, None in the others."""
-        return self._parts
+    def folder(self) -> Path | None:
+        return None if self._store is None else self._store.folder
 
-    def carry(self) -> Carry | None:
-        """What the last clip that was found hands on; None where there was none."""
-        return self._carry
+    @property
+    def local(self) -> ClipStore:
+        """The store, on rank 0."""
+        assert self._store is not None
+        return self._store
 
-    def add(self, pictures: Callable[[], Frames], carry: Carry | None) -> None:
-        """Keep the next finished clip. See `ClipStore.add`."""
-
-        def add() -> None:
-            assert self._parts is not None
-            self._parts.add(pictures(), carry)
-
-        self._team.first(add)
+    def add(self, frames: Callable[[], Frames], carry: Carry | None) -> None:
+        """Keep the next finished clip, of which rank 0 makes the frames. See `ClipStore.add`."""
+        self._team.first(lambda: self.local.add(frames(), carry))
         self.finished += 1
 
+    def remove(self) -> None:
+        """See `ClipStore.remove`."""
+        if self._store is not None:
+            self._store.remove()
 
-def _write_lossless(path: Path, pictures: Frames) -> None:
+    def remove_if_empty(self) -> None:
+        """See `ClipStore.remove_if_empty`."""
+        if self._store is not None:
+            self._store.remove_if_empty()
+
+
+def _write_lossless(path: Path, frames: Frames) -> None:
     with av.open(str(path), "w", format="matroska") as container:
         stream = container.add_stream("ffv1", rate=25)
-        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "bgr0"
-        for number, picture in enumerate(pictures):
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
+        for number, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             frame.pts = number
             container.mux(stream.encode(frame))

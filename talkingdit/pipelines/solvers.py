@@ -23,6 +23,20 @@ SOLVERS = ("unipc", "dpm++")
 TRAIN_TIMESTEPS = 1000
 
 
+def check_solver(name: str, steps: int, shift: float) -> None:
+    """Are these arguments of `flow_solver`?
+
+    Raises:
+        ValueError: another name, no steps, or a shift that is not positive.
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"flow_solver: name must be one of {', '.join(SOLVERS)}, got {name!r}")
+    if steps < 1:
+        raise ValueError(f"flow_solver: steps must be at least 1, got {steps}")
+    if not 0 < shift < float("inf"):
+        raise ValueError(f"flow_solver: shift must be a positive number, got {shift}")
+
+
 def flow_solver(name: str, steps: int, shift: float, device: torch.device | str = "cpu") -> Any:
     """A diffusers scheduler that is set to solve one clip. It keeps state: make a new one for every clip.
 
@@ -36,17 +50,12 @@ def flow_solver(name: str, steps: int, shift: float, device: torch.device | str 
         The scheduler: `solver.step(velocity, timestep, x, return_dict=False)[0]` is the next x.
 
     Raises:
-        ValueError: another name, no steps, or a shift that is not positive.
+        ValueError: see `check_solver`.
     """
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
     from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
-    if name not in SOLVERS:
-        raise ValueError(f"flow_solver: name must be one of {', '.join(SOLVERS)}, got {name!r}")
-    if steps < 1:
-        raise ValueError(f"flow_solver: steps must be at least 1, got {steps}")
-    if not 0 < shift < float("inf"):
-        raise ValueError(f"flow_solver: shift must be a positive number, got {shift}")
+    check_solver(name, steps, shift)
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
     solver: Any
     if name == "unipc":

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKLWan
 from tiny_checkpoint import make_vae
 
 from talkingdit.autoencoders.streaming import StreamingDecoder, encode, to_frames, to_video
+from talkingdit.autoencoders.tail import lookback
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +71,64 @@ def test_a_stream_keeps_no_more_the_longer_it_runs(vae: AutoencoderKLWan) -> Non
     assert held() == before > 0
 
 
+def shallow(kind: str) -> AutoencoderKLWan:
+    """An autoencoder whose every weight matters: random ones of the usual size hide what is far away."""
+    torch.manual_seed(5)
+    small = {"dim_mult": [1, 2, 2, 2], "temperal_downsample": [False, True, True], "num_res_blocks": 1, "base_dim": 4}
+    patched = {"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16, "is_residual": True}
+    if kind == "puppets":
+        vae = make_vae()
+    else:
+        vae = AutoencoderKLWan(**small, **(patched if kind == "wan 2.2" else {}), z_dim=16, attn_scales=[]).eval()
+    for parameter in vae.parameters():
+        torch.nn.init.normal_(parameter, mean=0.05, std=0.15)
+    return vae
+
+
+@pytest.mark.parametrize("kind", ["puppets", "wan 2.1", "wan 2.2"])
+def test_a_stream_resumes_from_the_latents_that_the_decoder_sees(kind: str) -> None:
+    """Bit for bit, behind no more latents than `lookback`, and in pieces of another size."""
+    vae = shallow(kind)
+    latents = torch.randn(1, 16, 60, 2, 2, generator=torch.Generator().manual_seed(1))
+    wanted = StreamingDecoder(vae)(latents)
+    assert wanted.std() > 0.02
+    seen = lookback(vae)
+    assert seen < 45
+    decoder = StreamingDecoder(vae)
+    decoder.resume(latents[:, :, 45 - seen : 45])
+    end = torch.cat([decoder(piece) for piece in latents[:, :, 45:].split([1, 8, 6], dim=2)], dim=2)
+    assert torch.equal(end, wanted[:, :, 1 + 4 * 44 :])
+
+
+@pytest.mark.parametrize("past", [0, 1, 3])
+def test_a_stream_resumes_near_the_beginning_from_all_latents(vae: AutoencoderKLWan, past: int) -> None:
+    latents = torch.randn(1, 16, 6, 4, 4)
+    wanted = StreamingDecoder(vae)(latents)
+    decoder = StreamingDecoder(vae)
+    decoder(torch.randn(1, 16, 2, 4, 4))  # what it did before is forgotten
+    decoder.resume(latents[:, :, :past])
+    made = decoder(latents[:, :, past:])
+    assert torch.equal(made, wanted[:, :, wanted.shape[2] - made.shape[2] :])
+    assert made.shape[2] == 4 * (6 - past) - (3 if past == 0 else 0)
+
+
+def test_the_number_of_latents_that_the_decoder_sees() -> None:
+    """Of the released autoencoder; and the tiny one would not be right behind far fewer."""
+    with torch.device("meta"):
+        assert lookback(AutoencoderKLWan()) == 38
+    vae = shallow("puppets")
+    latents = torch.randn(1, 16, 40, 2, 2, generator=torch.Generator().manual_seed(1))
+    wanted = StreamingDecoder(vae)(latents)[:, :, -4:]
+    decoder = StreamingDecoder(vae)
+    decoder.resume(latents[:, :, 39 - lookback(vae) // 2 : 39])
+    assert not torch.equal(decoder(latents[:, :, 39:]), wanted)
+
+
 def test_frames_and_video_are_inverse() -> None:
     frames = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3) * 2
     np.testing.assert_array_equal(to_frames(to_video(frames)), frames)
 
 
-def test_a_wrong_number_of_pictures_is_named(vae: AutoencoderKLWan) -> None:
+def test_a_wrong_number_of_frames_is_named(vae: AutoencoderKLWan) -> None:
     with pytest.raises(ValueError, match=r"video must have shape \[B, 3, 1 \+ 4 n, H, W\], got \[1, 3, 4, 32, 32\]"):
         encode(vae, torch.zeros(1, 3, 4, 32, 32))

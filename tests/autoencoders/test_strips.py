@@ -50,8 +50,10 @@ def shared(vae: AutoencoderKLWan, split: bool = True) -> Autoencoder:
 def decode_all(name: str, rows: int, columns: int) -> dict[str, Tensor]:
     vae = build(name)
     latents = draw(1, 16, 5, rows, columns)
-    stream = shared(vae).stream()
+    stream, late = shared(vae).stream(), shared(vae).stream()
+    late.resume(latents[:, :, :3])
     return {
+        "resumed": late(latents[:, :, 3:]),
         "stream": torch.cat([stream(latents[:, :, :1]), stream(latents[:, :, 1:3]), stream(latents[:, :, 3:])], dim=2),
         "tail": shared(vae).decode_after(latents[:, :, :3], latents[:, :, 3:]),
     }
@@ -61,19 +63,41 @@ def decode_all(name: str, rows: int, columns: int) -> dict[str, Tensor]:
     ("name", "size", "rows"),
     [("wan 2.1", 2, 5), ("wan 2.1", 4, 6), ("wan 2.2", 3, 4), ("puppets", 2, 3)],
 )
-def test_strips_decode_to_the_whole_picture(processes: Any, name: str, size: int, rows: int) -> None:
+def test_strips_decode_to_whole_frames(processes: Any, name: str, size: int, rows: int) -> None:
     vae, latents = build(name), draw(1, 16, 5, rows, 2)
     wanted = {
         "stream": StreamingDecoder(vae)(latents),
+        "resumed": StreamingDecoder(vae)(latents)[:, :, 9:],
         "tail": decode_after(vae, latents[:, :, :3], latents[:, :, 3:]),
     }
     assert wanted["stream"].std() > 0.02
     results = processes(size, decode_all, name, rows, 2, timeout=PATIENCE)
     for rank, made in enumerate(results):
-        for path, pictures in wanted.items():
-            assert pictures.shape == made[path].shape
-            torch.testing.assert_close(made[path], pictures, rtol=0, atol=1e-5)
+        for path, frames in wanted.items():
+            assert frames.shape == made[path].shape
+            torch.testing.assert_close(made[path], frames, rtol=0, atol=1e-5)
             assert torch.equal(made[path], results[0][path]), rank  # the same on every process, to the last bit
+        assert torch.equal(made["resumed"], made["stream"][:, :, 9:])
+
+
+def resume_alone() -> tuple[bool, int]:
+    """The first process decodes for all: whether a stream that resumes goes on as one that has seen it all."""
+    vae, latents, runs = build("wan 2.1"), draw(1, 16, 5, 4, 3), []
+    vae.decoder.conv_out.register_forward_hook(lambda *_: runs.append(1))
+    stream, late = shared(vae, split=False).stream(), shared(vae, split=False).stream()
+    late.resume(latents[:, :, :3])
+    return torch.equal(late(latents[:, :, 3:]), stream(latents)[:, :, 9:]), len(runs)
+
+
+def test_a_stream_of_the_first_process_resumes(processes: Any) -> None:
+    assert processes(2, resume_alone, timeout=PATIENCE) == [(True, 10), (True, 0)]
+
+
+def test_a_stream_of_one_process_resumes() -> None:
+    vae, latents = build("wan 2.1"), draw(1, 16, 5, 4, 3)
+    stream = Autoencoder(vae).stream()
+    stream.resume(latents[:, :, :3])
+    assert torch.equal(stream(latents[:, :, 3:]), StreamingDecoder(vae)(latents)[:, :, 9:])
 
 
 def encode_all(name: str, height: int, width: int) -> Tensor:
@@ -94,7 +118,7 @@ def attend(name: str) -> Tensor:
     return shared(vae).decode_after(draw(1, 16, 1, 4, 4), draw(1, 16, 2, 4, 4, seed=1))
 
 
-def test_attention_in_later_blocks_sees_the_whole_picture(processes: Any) -> None:
+def test_attention_in_later_blocks_sees_the_whole_frame(processes: Any) -> None:
     name = "attention at a large scale"
     wanted = decode_after(build(name), draw(1, 16, 1, 4, 4), draw(1, 16, 2, 4, 4, seed=1))
     torch.testing.assert_close(processes(2, attend, name, timeout=PATIENCE)[1], wanted, rtol=0, atol=1e-5)

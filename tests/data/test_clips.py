@@ -13,7 +13,7 @@ import pytest
 import torch
 from clip_files import draw, number_of, truncate, write_video, write_voice
 
-from talkingdit.data.clips import read_frames, read_mask, read_pictures, times
+from talkingdit.data.clips import read_clip, read_frames, read_mask, times
 from talkingdit.data.probe import probe
 from talkingdit.errors import UserError
 
@@ -79,7 +79,7 @@ def test_a_phone_video_stands_upright(tmp_path: Path) -> None:
 def test_pictures_cover_the_size(tmp_path: Path) -> None:
     path = write_video(tmp_path / "v.mp4", np.full((3, 30, 60, 3), 200, np.uint8), 16)
     for size in ((16, 64), (64, 16), (48, 48)):
-        pictures = read_pictures(path, times(0, 0, 3, 16), size)
+        pictures = read_clip(path, times(0, 0, 3, 16), size)
         assert pictures.shape == (3, *size, 3)
         assert pictures.min() > 190
 
@@ -120,7 +120,7 @@ def broken(tmp_path: Path, kind: str) -> Path:
     [
         ("missing", "v.mp4 does not exist"),
         ("text", "v.mp4 cannot be decoded"),
-        ("sound", "v.wav has no pictures"),
+        ("sound", "v.wav has no frames"),
         ("truncated", "v.mp4 (ends before|cannot be decoded at) .* s"),
         ("headless", "v.mp4 cannot be decoded"),
     ],

@@ -14,7 +14,7 @@ from clip_files import draw, voice, write_video, write_voice
 from PIL import Image
 
 from talkingdit.data.manifest import Entry, read_manifest
-from talkingdit.data.probe import Media, Probes, media_of, pictures_of, probe
+from talkingdit.data.probe import Media, Probes, frames_of, media_of, probe
 from talkingdit.errors import UserError
 
 
@@ -181,7 +181,7 @@ def test_how_many_pictures_there_are(
     fps: float, frames: int, start: float, end: float | None, sound: float, wanted: int
 ) -> None:
     entry = Entry("k", "m:1", Path("v.mp4"), Path("a.wav"), start=start, end=end)
-    assert pictures_of(entry, Media(frames / fps, fps, 32, 32), Media(sound=sound), 16) == wanted
+    assert frames_of(entry, Media(frames / fps, fps, 32, 32), Media(sound=sound), 16) == wanted
 
 
 def test_pictures_are_looked_into_as_a_viewer_shows_them(tmp_path: Path) -> None:

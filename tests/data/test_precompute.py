@@ -25,16 +25,17 @@ from PIL import Image
 from safetensors.torch import load as load_tensors
 
 from talkingdit.cli.main import main
-from talkingdit.data import BrokenSample, ClipRequest, Sample, workers
+from talkingdit.data import BrokenSample, ClipRequest, Sample, encoding, workers
+from talkingdit.data.cutting import Cutting
 from talkingdit.data.encoders import CheckpointEncoders
 from talkingdit.data.manifest import read_manifest
 from talkingdit.data.on_the_fly import OnTheFly
 from talkingdit.data.precompute import Job, Step, precompute, prepare
 from talkingdit.data.shards import PrecomputedShards
 from talkingdit.errors import UserError
-from talkingdit.families.wan_s2v import clips as encode
 from talkingdit.families.wan_s2v.checkpoint import WanS2VCheckpoint
-from talkingdit.families.wan_s2v.clips import Cutting
+from talkingdit.families.wan_s2v.clips import encode_clip
+from talkingdit.families.wan_s2v.clips import encoders as encoders_of
 from talkingdit.media.files import read_audio
 from talkingdit.models import load_checkpoint
 
@@ -53,7 +54,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoders(checkpoint: Path) -> CheckpointEncoders:
-    return CheckpointEncoders(checkpoint)
+    return encoders_of(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_job(videos: Path, encoders: CheckpointEncoders, out: Path, **changes: Any) -> Job:
-    job = Job(read_manifest(videos / "m.jsonl"), encoders, out, CUTTING, shard_bytes=1 << 20)
+    job = Job(read_manifest(videos / "m.jsonl"), encoders, encode_clip, out, CUTTING, shard_bytes=1 << 20)
     return dataclasses.replace(job, **changes)
 
 
@@ -110,7 +111,7 @@ def assert_same(found: dict[str, Sample], wanted: dict[str, Sample]) -> None:
 
 def test_precomputed_equals_on_the_fly(videos: Path, whole: Path, encoders: CheckpointEncoders) -> None:
     """But for the precision of the storage; the first video is as long as a clip, so that nothing is drawn."""
-    source = OnTheFly(videos / "m.jsonl", encoders, CUTTING, name="fly")
+    source = OnTheFly(videos / "m.jsonl", encoders, encode_clip, CUTTING, name="fly")
     fresh = source.sample(0, np.random.default_rng(0), ClipRequest(history=False))
     kept = samples(whole)[fresh.key]
     for name in TENSORS:
@@ -446,7 +447,7 @@ def test_another_checkpoint_is_not_mixed_in(videos: Path, whole: Path, tmp_path:
     other = make_official(tmp_path / "other", num_layers=1, audio_inject_layers=(0,), audio_encoder_layers=2, vae_dim=4,
                           settings=SETTINGS, seed=1)  # fmt: skip
     with pytest.raises(UserError, match="holds clips made with another checkpoint"):
-        prepare(make_job(videos, CheckpointEncoders(other), whole))
+        prepare(make_job(videos, encoders_of(other), whole))
 
 
 def test_a_folder_of_somebody_else_is_not_written_to(
@@ -509,9 +510,9 @@ def test_memory_does_not_grow_with_the_video(
     write_video(tmp_path / "long.mp4", np.tile(draw(27), (6, 1, 1, 1)), 16, voice(162 / 16))
     (tmp_path / "m.jsonl").write_text('{"video": "long.mp4"}\n')
     held: list[int] = []
-    read = encode.read_pictures
+    read = encoding.read_clip
     monkeypatch.setattr(
-        encode, "read_pictures", lambda path, wanted, size: held.append(len(wanted)) or read(path, wanted, size)
+        encoding, "read_clip", lambda path, wanted, size: held.append(len(wanted)) or read(path, wanted, size)
     )
     job = make_job(tmp_path, dataclasses.replace(encoders, what=("latents",)), tmp_path / "out")
     assert sum(step.clips for step in run(job)) == 11

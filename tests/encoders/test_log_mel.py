@@ -155,3 +155,10 @@ def test_bad_input_to_loudness(waveform: np.ndarray, said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
         normalise_loudness(waveform)
     assert str(caught.value).count("\n") == 0
+
+
+def test_features_of_a_recording_do_not_depend_on_its_level(speech: np.ndarray) -> None:
+    encoder = SpeechFeatures(16)
+    wanted = encoder(normalise_loudness(speech), 16)
+    assert torch.equal(encoder.features(speech, 16), wanted)
+    torch.testing.assert_close(encoder.features(torch.from_numpy(0.1 * speech), 16), wanted, rtol=1e-3, atol=1e-3)

@@ -15,7 +15,7 @@ from official import write_wav2vec
 from safetensors.torch import load_file
 from transformers import Wav2Vec2ForCTC
 
-from talkingdit.encoders.wav2vec import SpeechEncoder, frame_indices, load_speech_encoder
+from talkingdit.encoders.wav2vec import Wav2VecEncoder, frame_indices, load_speech_encoder
 from talkingdit.errors import UserError
 
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def encoder(folder: Path) -> SpeechEncoder:
+def encoder(folder: Path) -> Wav2VecEncoder:
     return load_speech_encoder(folder)
 
 
@@ -56,7 +56,7 @@ def direct(folder: Path, sound: np.ndarray, frames: int) -> np.ndarray:
     return result
 
 
-def test_features_are_those_of_the_official_procedure(folder: Path, encoder: SpeechEncoder, sound: np.ndarray) -> None:
+def test_features_are_those_of_the_official_procedure(folder: Path, encoder: Wav2VecEncoder, sound: np.ndarray) -> None:
     wanted = direct(folder, sound, 48)
     found = encoder.features(sound, 48).double().numpy()
     assert found.shape == (5, 16, 48) == (encoder.layers, encoder.audio_dim, 48)
@@ -71,14 +71,14 @@ def test_frames_take_the_nearest_feature_halves_to_even() -> None:
     assert frame_indices(5, 30).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_more_frames_do_not_change_the_first_ones(encoder: SpeechEncoder, sound: np.ndarray) -> None:
+def test_more_frames_do_not_change_the_first_ones(encoder: Wav2VecEncoder, sound: np.ndarray) -> None:
     whole = encoder(sound)
     assert whole.shape[2] == 37
     torch.testing.assert_close(encoder(sound, 20), whole[:, :, :20], rtol=0, atol=0)
 
 
 def test_files_of_older_libraries_give_the_same(
-    folder: Path, encoder: SpeechEncoder, sound: Any, tmp_path: Path
+    folder: Path, encoder: Wav2VecEncoder, sound: Any, tmp_path: Path
 ) -> None:
     """The released encoder is a pickle, from before parametrisations, with its processor elsewhere in diffusers."""
     state = load_file(folder / "model.safetensors")
@@ -95,13 +95,13 @@ def test_files_of_older_libraries_give_the_same(
     torch.testing.assert_close(found, encoder(sound), rtol=0, atol=0)
 
 
-def test_half_precision_files_and_models(folder: Path, encoder: SpeechEncoder, sound: np.ndarray) -> None:
+def test_half_precision_files_and_models(folder: Path, encoder: Wav2VecEncoder, sound: np.ndarray) -> None:
     half = load_speech_encoder(folder, dtype=torch.bfloat16)(sound)
     assert half.dtype == torch.bfloat16
     assert (half.float() - encoder(sound)).abs().mean() < 0.1
 
 
-def test_sounds_that_cannot_be_used(encoder: SpeechEncoder) -> None:
+def test_sounds_that_cannot_be_used(encoder: Wav2VecEncoder) -> None:
     with pytest.raises(ValueError, match=r"waveform must be \[samples\], got shape \(2, 5000\)"):
         encoder(np.zeros((2, 5000), np.float32))
     with pytest.raises(ValueError, match=r"must last 0\.1 s at least, got 100 samples"):

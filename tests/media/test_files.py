@@ -190,11 +190,11 @@ def make_sound(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (make_sound, "expected a picture (PNG, JPEG, WebP), got a sound file"),
-        (make_silent_video, "expected a picture (PNG, JPEG, WebP), got a video"),
-        (make_text, "expected a picture (PNG, JPEG, WebP), got a file of another kind"),
-        (make_truncated, "expected a whole picture, got one that cannot be decoded"),
-        (make_truncated_jpeg, "expected a whole picture, got one that cannot be decoded"),
+        (make_sound, "expected an image (PNG, JPEG, WebP), got a sound file"),
+        (make_silent_video, "expected an image (PNG, JPEG, WebP), got a video"),
+        (make_text, "expected an image (PNG, JPEG, WebP), got a file of another kind"),
+        (make_truncated, "expected a whole image, got one that cannot be decoded"),
+        (make_truncated_jpeg, "expected a whole image, got one that cannot be decoded"),
         (make_empty, "expected image data, got an empty file"),
         (Path.mkdir, "expected a file, got a folder"),
         (lambda path: None, "expected an existing file, got none of this name"),

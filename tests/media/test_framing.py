@@ -12,7 +12,7 @@ from PIL import Image
 
 from talkingdit.errors import UserError
 from talkingdit.media.files import VideoWriter, read_video
-from talkingdit.media.framing import Frames, PoseVideo, fit_picture, fit_pose, output_size
+from talkingdit.media.framing import Frames, PoseVideo, fit_image, fit_portrait, fit_pose, output_size
 
 # Height and width of a picture, and of its video within 704*1024, 480*832 and 720*1280 pixels: numbers that
 # get_size_less_than_area of the official program gives.
@@ -48,7 +48,7 @@ def test_sizes_are_multiples_within_the_area_and_near_the_shape() -> None:
 
 
 def test_no_size_fits() -> None:
-    with pytest.raises(UserError, match=r"a picture of 200 x 100 pixels does not fit into 4000 pixels .* of 64"):
+    with pytest.raises(UserError, match=r"an image of 200 x 100 pixels does not fit into 4000 pixels .* of 64"):
         output_size(100, 200, 4000)
 
 
@@ -61,7 +61,7 @@ def ramp(height: int, width: int) -> Frames:
 
 def test_the_middle_of_the_resized_picture_is_kept() -> None:
     image = ramp(100, 300)
-    cut, black = fit_picture(image, (64, 128))
+    cut, black = fit_image(image, (64, 128))
     resized = np.asarray(Image.fromarray(image).resize((192, 64), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(cut, resized[:, 32:160])
     assert black == 0
@@ -69,17 +69,17 @@ def test_the_middle_of_the_resized_picture_is_kept() -> None:
 
 def test_a_picture_of_the_right_size_is_not_touched() -> None:
     image = np.random.default_rng(0).integers(0, 255, (64, 128, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(fit_picture(image, (64, 128))[0], image)
+    np.testing.assert_array_equal(fit_image(image, (64, 128))[0], image)
 
 
 def test_what_the_picture_lacks_is_black_or_covered() -> None:
     image = ramp(100, 150)  # 64 x 96 after resizing
-    cut, black = fit_picture(image, (64, 128))
+    cut, black = fit_image(image, (64, 128))
     assert black == 32
     assert not cut[:, :16].any()
     assert not cut[:, 112:].any()
     assert cut[:, 16:112].min() > 30
-    covered, black = fit_picture(image, (64, 128), cover=True)
+    covered, black = fit_image(image, (64, 128), cover=True)
     assert black == 0
     assert covered.shape == (64, 128, 3)
     assert covered.min() > 30
@@ -91,7 +91,7 @@ def test_a_pose_picture_lies_where_the_portrait_lies() -> None:
     """Both are resized by the same rule: a face and its pose stay on each other."""
     for shape in ((100, 300), (300, 100), (64, 128), (100, 150)):
         image = ramp(*shape)
-        picture, _ = fit_picture(image, (64, 128))
+        picture, _ = fit_image(image, (64, 128))
         pose = ((fit_pose(image, (64, 128)) + 1) * 127.5).permute(1, 2, 0).numpy()
         inside = picture.any(axis=2)
         assert np.abs(pose - picture)[inside].max() < 1.5
@@ -135,7 +135,7 @@ def test_a_pose_video_that_ends_goes_on_black_and_can_begin_later(tmp_path: Path
     clips = video.clips(4, (64, 64))
     found = [numbers(next(clips)) for _ in range(4)]
     assert found == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, -1, -1], [-1] * 4]
-    assert video.pictures == 10
+    assert video.frames == 10
     later = PoseVideo(video.path, 16).clips(4, (64, 64), first=1)
     assert [numbers(next(later)) for _ in range(2)] == found[1:3]
 
@@ -146,3 +146,15 @@ def test_a_pose_that_is_no_video(tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("not a video")
     with pytest.raises(UserError, match="expected a video, got a file that is none"):
         PoseVideo(tmp_path / "text.mp4", 16)
+
+
+@pytest.mark.parametrize(("shape", "size"), [((40, 60, 3), 40), ((60, 40, 3), 16), ((8, 8, 3), 16)])
+def test_a_portrait_is_the_middle_square(shape: tuple[int, int, int], size: int) -> None:
+    image = np.zeros(shape, np.uint8)
+    side = min(shape[:2])
+    top, left = (shape[0] - side) // 2, (shape[1] - side) // 2
+    image[top : top + side, left : left + side] = 200
+    square, cropped = fit_portrait(image, size)
+    assert square.shape == (size, size, 3)
+    assert square.min() == square.max() == 200
+    assert cropped == (shape[0] != shape[1])

@@ -95,7 +95,7 @@ def test_it_looks_like_a_sheet_without_curves_or_title(tmp_path: Path) -> None:
         ({"frames": np.zeros((4, 8, 8, 3))}, "got float64"),
         ({"waveform": np.zeros((2, 8))}, r"waveform must be \[samples\]"),
         ({"curves": {"lips": np.zeros((2, 2))}}, r"curve 'lips' must be \[frames\], got shape \(2, 2\)"),
-        ({"times": [1.0]}, r"times must be one per picture \(64\), got 1"),
+        ({"times": [1.0]}, r"times must be one per frame \(64\), got 1"),
     ],
 )
 def test_bad_input(tmp_path: Path, changes: dict, said: str) -> None:

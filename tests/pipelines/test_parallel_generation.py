@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,22 @@ from torch import Tensor
 from talkingdit.distributed.layout import Layout, Parallel, plan
 from talkingdit.distributed.team import ALONE, OtherRankError, Team
 from talkingdit.errors import UserError
-from talkingdit.families.puppet.pipeline import PuppetPipeline, Sampling
+from talkingdit.families.puppet.options import Options as PuppetOptions
+from talkingdit.families.puppet.outline import Sampling as PuppetSampling
+from talkingdit.families.puppet.pipeline import PuppetPipeline
 from talkingdit.families.wan_s2v.checkpoint import WanS2VCheckpoint
-from talkingdit.families.wan_s2v.pipeline import S2VSampling, WanS2VPipeline
+from talkingdit.families.wan_s2v.options import Options
+from talkingdit.families.wan_s2v.outline import Sampling
+from talkingdit.families.wan_s2v.pipeline import WanS2VPipeline
 from talkingdit.models import load_checkpoint
+from talkingdit.pipelines.long_video import generate_clips
 from talkingdit.pipelines.memory import Memory, fit
 
 PATIENCE = 240.0  # seconds; the first job of a process imports everything
 HEIGHT, WIDTH = 80, 32  # 10 latent rows: uneven strips for four processes
 SETTINGS = {"motion_frames": 25}
 SAMPLING: dict[str, Any] = {"clip_frames": 8, "seed": 3, "negative_prompt": "ugly hands", "match_colour": True}
-PICTURE = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+IMAGE = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
 
 
 @functools.cache
@@ -43,10 +48,8 @@ def voice(frames: int) -> Tensor:
     return torch.randn(LAYERS, AUDIO_DIM, frames, generator=torch.Generator().manual_seed(7))
 
 
-def poses() -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(8)
-    while True:
-        yield torch.rand(1, 3, 8, HEIGHT, WIDTH, generator=generator) * 2 - 1
+def pose(index: int) -> Tensor:
+    return torch.rand(1, 3, 8, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(8 + index)) * 2 - 1
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Made:
     """What one process made of two clips."""
 
     latents: list[Tensor]
-    pictures: list[Tensor]
+    frames: list[Tensor]
     history: Tensor  # that the first clip hands on
 
 
@@ -63,8 +66,8 @@ def make_clips(words: str, more: dict[str, Any], memory: str = "", posed: bool =
     if memory:
         model = make_s2v(settings=SETTINGS)
         fit(model.transformer, Memory.parse(memory), "cpu")
-    sampling = S2VSampling(**SAMPLING | more)
-    parallel = plan(team, Layout.parse(words), sampling.filled(model.settings).predictions, model)
+    sampling = Sampling.of(Options(**SAMPLING | more), model.settings)
+    parallel = plan(team, Layout.parse(words), sampling.predictions, model)
     pipeline = WanS2VPipeline(model, parallel)
     denoise, latents = pipeline._denoise, []
 
@@ -73,10 +76,12 @@ def make_clips(words: str, more: dict[str, Any], memory: str = "", posed: bool =
         return latents[-1]
 
     pipeline._denoise = recorded  # type: ignore[method-assign]
-    scene = pipeline.scene(PICTURE, "a face", sampling)
-    clips = list(pipeline.clips(scene, voice(16), 15, pose=poses() if posed else None))
+    conditions = pipeline.conditions(
+        IMAGE, "a face", sampling, voice(16), audio_frames=15, pose=pose if posed else None
+    )
+    clips = list(generate_clips(pipeline, conditions, conditions.clips))
     assert clips[0].carry is not None
-    return Made(latents, [clip.pictures for clip in clips], clips[0].carry.history)
+    return Made(latents, [clip.frames for clip in clips], clips[0].carry["history"])
 
 
 @functools.cache
@@ -91,14 +96,14 @@ def difference(x: Tensor, wanted: Tensor) -> float:
 
 def check_same(results: list[Made], wanted: Made) -> None:
     """That every process made what one alone makes, and all the same to the last bit: they go on from it."""
-    assert min(clip.std() for clip in wanted.pictures) > 0.05
+    assert min(clip.std() for clip in wanted.frames) > 0.05
     for made in results:
         for latents, others, first in zip(made.latents, wanted.latents, results[0].latents, strict=True):
             torch.testing.assert_close(latents, others, rtol=1e-5, atol=1e-5)
             assert torch.equal(latents, first)
-        for pictures, others, first in zip(made.pictures, wanted.pictures, results[0].pictures, strict=True):
-            assert difference(pictures, others) < 1e-5
-            assert torch.equal(pictures, first)
+        for frames, others, first in zip(made.frames, wanted.frames, results[0].frames, strict=True):
+            assert difference(frames, others) < 1e-5
+            assert torch.equal(frames, first)
         torch.testing.assert_close(made.history, wanted.history, rtol=1e-5, atol=1e-5)
 
 
@@ -141,10 +146,11 @@ def draw_puppet(folder: Path, words: str, strengths: tuple[float, float], batche
         model.transformer.config.audio_layers, model.transformer.config.audio_dim, 14,
         generator=torch.Generator().manual_seed(2),
     )  # fmt: skip
-    sampling = Sampling(*strengths, seed=4, batched=batched)
-    branches = PuppetPipeline(model).branches(sampling)
-    parallel = plan(Team.start(), Layout.parse(words), len(branches), model)
-    return list(PuppetPipeline(model, parallel).generate(portrait, features, "a red fox", sampling))
+    text, audio = strengths
+    options = PuppetOptions(text_guidance=text, audio_guidance=audio, seed=4, sequential=not batched)
+    predictions = len(PuppetSampling.of(options, model.settings).branches)
+    parallel = plan(Team.start(), Layout.parse(words), predictions, model)
+    return list(PuppetPipeline(model, parallel).generate(portrait, features, "a red fox", options))
 
 
 @pytest.mark.parametrize(

@@ -10,40 +10,39 @@ import pytest
 import torch
 
 from talkingdit.errors import UserError
-from talkingdit.families.wan_s2v.pipeline import Carry
+from talkingdit.pipelines.long_video import Carry
 from talkingdit.pipelines.resume import ClipStore, Frames
 
 SETTINGS = {"seed": 1, "size": (64, 48), "prompt": "große Augen"}
 
 
-def pictures(seed: int, count: int = 5) -> Frames:
+def frames(seed: int, count: int = 5) -> Frames:
     return np.random.default_rng(seed).integers(0, 256, (count, 64, 48, 3), dtype=np.uint8)
 
 
 def carry(seed: int, window: bool = False) -> Carry:
     generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randn(1, 3, 5, 8, 8, generator=generator) if window else None
-    return Carry(torch.randn(1, 16, 2, 4, 4, generator=generator), pixels, torch.randn(2, 3, generator=generator))
+    tensors = {"history": torch.randn(1, 16, 2, 4, 4, generator=generator)}
+    if window:
+        tensors["window"] = torch.randn(1, 3, 5, 8, 8, generator=generator)
+    return {**tensors, "colours": torch.randn(2, 3, generator=generator)}
 
 
 def same(a: Carry | None, b: Carry) -> bool:
-    assert a is not None
-    if a.window is None or b.window is None:
-        return torch.equal(a.history, b.history) and a.window is b.window
-    return torch.equal(a.history, b.history) and torch.equal(a.window, b.window)
+    return a is not None and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
 
 
 def test_what_is_kept_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    parts = ClipStore(tmp_path / "a.mp4", SETTINGS)
-    assert (parts.finished, parts.carry()) == (0, None)
+    store = ClipStore(tmp_path / "a.mp4", SETTINGS)
+    assert (store.finished, store.carry()) == (0, None)
     for index in range(3):
-        parts.add(pictures(index, 4 + index), carry(index, window=index == 1))
+        store.add(frames(index, 4 + index), carry(index, window=index == 1))
         again = ClipStore(tmp_path / "a.mp4", SETTINGS)
         assert again.finished == index + 1
         assert same(again.carry(), carry(index, window=index == 1))
-    for index, found in enumerate(again.pictures()):
-        np.testing.assert_array_equal(found, pictures(index, 4 + index))
-    again.add(pictures(3), None)
+    for index, found in enumerate(again.frames()):
+        np.testing.assert_array_equal(found, frames(index, 4 + index))
+    again.add(frames(3), None)
     assert ClipStore(tmp_path / "a.mp4", SETTINGS).finished == 4
     assert ClipStore(tmp_path / "a.mp4", SETTINGS).carry() is None
     again.remove()
@@ -51,62 +50,62 @@ def test_what_is_kept_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_only_the_last_carry_takes_room(tmp_path: Path) -> None:
-    parts = ClipStore(tmp_path / "a.mp4", SETTINGS)
+    store = ClipStore(tmp_path / "a.mp4", SETTINGS)
     for index in range(3):
-        parts.add(pictures(index), carry(index))
-    assert [path.name for path in parts.folder.glob("carry-*")] == ["carry-0002.safetensors"]
+        store.add(frames(index), carry(index))
+    assert [path.name for path in store.folder.glob("carry-*")] == ["carry-0002.safetensors"]
 
 
 def test_a_clip_without_its_carry_is_not_finished(tmp_path: Path) -> None:
     """As a run leaves it that dies between the two files, and one that dies while it writes."""
-    parts = ClipStore(tmp_path / "a.mp4", SETTINGS)
+    store = ClipStore(tmp_path / "a.mp4", SETTINGS)
     for index in range(2):
-        parts.add(pictures(index), carry(index))
-    (parts.folder / "clip-0002.mkv").write_bytes(b"whole, but its carry was never written")
-    (parts.folder / ".part-x.mkv").write_bytes(b"half")
+        store.add(frames(index), carry(index))
+    (store.folder / "clip-0002.mkv").write_bytes(b"whole, but its carry was never written")
+    (store.folder / ".part-x.mkv").write_bytes(b"half")
     again = ClipStore(tmp_path / "a.mp4", SETTINGS)
     assert again.finished == 2
     assert same(again.carry(), carry(1))
-    again.add(pictures(2), carry(2))
-    found = list(again.pictures())
+    again.add(frames(2), carry(2))
+    found = list(again.frames())
     assert len(found) == 3
-    np.testing.assert_array_equal(found[2], pictures(2))
-    assert not list(parts.folder.glob(".part-*"))
+    np.testing.assert_array_equal(found[2], frames(2))
+    assert not list(store.folder.glob(".part-*"))
 
 
 @pytest.mark.parametrize(("name", "value"), [("seed", 2), ("size", (48, 64)), ("prompt", "")])
 def test_other_settings_start_over_and_say_which(tmp_path: Path, name: str, value: object) -> None:
-    parts = ClipStore(tmp_path / "a.mp4", SETTINGS)
-    parts.add(pictures(0), carry(0))
+    store = ClipStore(tmp_path / "a.mp4", SETTINGS)
+    store.add(frames(0), carry(0))
     said: list[str] = []
     other = ClipStore(tmp_path / "a.mp4", SETTINGS | {name: value}, said.append)
     assert other.finished == 0
-    assert said == [f"{parts.folder} was made with another {name}; starting over."]
-    assert {path.name for path in parts.folder.iterdir()} == {"settings.json"}
+    assert said == [f"{store.folder} was made with another {name}; starting over."]
+    assert {path.name for path in store.folder.iterdir()} == {"settings.json"}
 
 
 def test_a_write_that_fails_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = ClipStore(tmp_path / "a.mp4", SETTINGS)
-    parts.add(pictures(0), carry(0))
+    store = ClipStore(tmp_path / "a.mp4", SETTINGS)
+    store.add(frames(0), carry(0))
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("talkingdit.pipelines.resume.save_file", full)
     with pytest.raises(UserError, match=r"clip 1 cannot be written .*No space left"):
-        parts.add(pictures(1), carry(1))
+        store.add(frames(1), carry(1))
     assert ClipStore(tmp_path / "a.mp4", SETTINGS).finished == 1
 
 
 def test_damaged_and_foreign_files_are_told(tmp_path: Path) -> None:
-    parts = ClipStore(tmp_path / "a.mp4", SETTINGS)
-    parts.add(pictures(0), carry(0))
-    (parts.folder / "carry-0000.safetensors").write_bytes(b"broken")
+    store = ClipStore(tmp_path / "a.mp4", SETTINGS)
+    store.add(frames(0), carry(0))
+    (store.folder / "carry-0000.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"carry-0000.safetensors: damaged; delete .*a.mp4.parts to start over"):
         ClipStore(tmp_path / "a.mp4", SETTINGS).carry()
-    (parts.folder / "clip-0000.mkv").write_bytes(b"broken")
+    (store.folder / "clip-0000.mkv").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"clip-0000.mkv: damaged"):
-        list(parts.pictures())
-    (parts.folder / "notes.txt").write_text("mine")
+        list(store.frames())
+    (store.folder / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"got 'notes.txt'; move it away"):
         ClipStore(tmp_path / "a.mp4", SETTINGS)

@@ -123,12 +123,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def drawn_by(pipeline: Any, sampling: Any) -> Generator:
-    """A generator of pictures for `evaluate` from a `PuppetPipeline` and its `Sampling`; seeds come from the jobs."""
+def drawn_by(pipeline: Any, options: Any) -> Generator:
+    """A generator of pictures for `evaluate` from a `PuppetPipeline` and `Options`; seeds come from the jobs."""
 
     def generate(job: Job) -> Image:
         features, frames = pipeline.features(job.voice.samples)
-        chosen = dataclasses.replace(sampling, seed=job.seed)
+        chosen = dataclasses.replace(options, seed=job.seed)
         clips = pipeline.generate(job.portrait, features, job.scene.caption(), chosen, frames=min(frames, job.frames))
         return np.concatenate(list(clips))
 
@@ -142,22 +142,27 @@ def through_vae(vae: Any) -> RoundTrip:
     return lambda frames: to_frames(StreamingDecoder(vae)(encode(vae, to_video(frames))))
 
 
-def measure_mp4(job: Job, checkpoint: Any, sampling: Any) -> dict[str, Any]:
+def measure_mp4(job: Job, checkpoint: Any, options: Any) -> dict[str, Any]:
     """Run the whole job from files to an .mp4, read pictures and sound back from it, and measure them."""
     import cv2
     import soundfile
 
     from talkingdit.encoders.log_mel import normalise_loudness
+    from talkingdit.families.puppet.outline import outline
+    from talkingdit.families.puppet.pipeline import open_pipeline
     from talkingdit.media.files import read_audio, read_video
-    from talkingdit.pipelines.job import make_video, prepare
+    from talkingdit.pipelines.inputs import Job as VideoJob
+    from talkingdit.pipelines.inputs import read_inputs
+    from talkingdit.pipelines.job import make_video
 
     with tempfile.TemporaryDirectory() as folder:
         image, audio, video = (Path(folder) / name for name in ("portrait.png", "voice.wav", "out.mp4"))
         cv2.imwrite(str(image), cv2.cvtColor(job.portrait, cv2.COLOR_RGB2BGR))
         peak = float(np.abs(job.voice.samples).max())
         soundfile.write(audio, job.voice.samples / max(1.0, peak), SPEECH_RATE)
-        chosen = dataclasses.replace(sampling, seed=job.seed)
-        make_video(prepare(image, audio, video), checkpoint, job.scene.caption(), chosen)
+        chosen = dataclasses.replace(options, seed=job.seed)
+        inputs = read_inputs(VideoJob(image=image, audio=audio, output=video, prompt=job.scene.caption()))
+        make_video(inputs, outline(inputs, checkpoint.settings, chosen), open_pipeline(checkpoint))
         frames = read_video(video)[0]
         heard = Voice(job.voice.speaker, job.voice.language, normalise_loudness(read_audio(video, SPEECH_RATE)))
     return measure(dataclasses.replace(job, voice=heard), frames, fps=checkpoint.settings.fps)
@@ -199,7 +204,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from talkingdit import families
-    from talkingdit.families.puppet.pipeline import PuppetPipeline, Sampling
+    from talkingdit.families.puppet.options import Options
+    from talkingdit.families.puppet.pipeline import PuppetPipeline
     from talkingdit.puppets import MODEL
 
     if options.threads is not None:
@@ -213,7 +219,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{folder}: only models of drawn characters can be measured with them.")
     checkpoint = family.checkpoint.load_checkpoint(folder, torch.float32, "cpu")
     settings = checkpoint.settings
-    sampling = Sampling(options.text_guidance, options.audio_guidance, options.steps)
+    sampling = Options(text_guidance=options.text_guidance, audio_guidance=options.audio_guidance, steps=options.steps)
 
     def progress(what: str) -> None:
         print(what, file=sys.stderr, flush=True)

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Portrait, voice and words to a video of any length, clip by clip in constant memory.
+"""Portrait, voice and words to a video of a drawn character, clip by clip in constant memory.
 
-Time runs as in training. Picture 0 is the portrait itself and is not part of the output; latent 0 holds it. Latent
-k >= 1 holds pictures 4 k - 3 .. 4 k, so that output picture i is spoken by audio frame i and latent k hears audio
-frames 4 (k - 1) .. 4 (k - 1) + 3: sound and picture start together.
+Time runs as in training. Frame 0 is the portrait itself and is not part of the output; latent 0 holds it. Latent
+k >= 1 holds frames 4 k - 3 .. 4 k, so that output frame i is spoken by audio frame i and latent k hears audio
+frames 4 (k - 1) .. 4 (k - 1) + 3: sound and video start together.
 
 A clip is `clip_latents` latents, generated at once by flow matching: x_s = (1 - s) x_0 + s noise, the model predicts
 noise - x_0 at timestep 1000 s, Euler steps lead from s = 1 to 0. The portrait's latent is the reference of every clip.
 The first clip has no history; later ones get the latents just before them, which the model packs (Wan-S2V,
 arXiv:2508.18621; FramePack, arXiv:2504.12626). History stays latent: decoding and encoding it again would drift.
+
+A clip hands on to the next, as its carry, the last latents: as many as the model packs and the decoder looks back.
 """
 
 from __future__ import annotations
@@ -16,37 +18,27 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from talkingdit.autoencoders.streaming import FRAMES_PER_LATENT, to_frames, to_video
+from talkingdit.autoencoders.streaming import to_frames, to_video
+from talkingdit.autoencoders.tail import lookback
 from talkingdit.distributed.layout import Parallel
 from talkingdit.encoders.log_mel import SpeechFeatures
-from talkingdit.families.puppet.checkpoint import PuppetCheckpoint
+from talkingdit.families.puppet.options import Options
+from talkingdit.families.puppet.outline import Details, Sampling, clip_frames
 from talkingdit.media.files import SPEECH_RATE
-from talkingdit.pipelines.guidance import Branch, guidance_branches, guided_step
+from talkingdit.media.framing import fit_portrait
+from talkingdit.pipelines.guidance import Branch, guided_step
+from talkingdit.pipelines.inputs import Frames, Inputs, Outline
+from talkingdit.pipelines.long_video import Carry, GeneratedClip, generate_clips
 
-Frames = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to generate; None takes what the checkpoint suggests."""
-
-    text_guidance: float | None = None
-    audio_guidance: float | None = None
-    steps: int | None = None
-    seed: int = 0
-    batched: bool = True  # guidance branches in one forward pass; False takes less memory and more time
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"generate: steps must be at least 1, got {self.steps}")
-        if self.seed < 0:
-            raise ValueError(f"generate: seed must be at least 0, got {self.seed}")
+if TYPE_CHECKING:
+    from talkingdit.families.puppet.checkpoint import PuppetCheckpoint
 
 
 def schedule(steps: int, shift: float) -> list[float]:
@@ -67,53 +59,68 @@ def clip_noise(shape: tuple[int, ...], seed: int, clip: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(state & (2**63 - 1)))
 
 
-def fit_portrait(image: Frames, size: int) -> tuple[Frames, bool]:
-    """Cut the middle square out of an image and resize it.
+@dataclass(frozen=True)
+class VideoConditions:
+    """What all clips of a video have in common, made once."""
 
-    Args:
-        image: [H, W, 3] uint8 RGB.
-        size: side of the result in pixels.
+    sampling: Sampling
+    sigmas: list[float]  # noise levels, from 1 to 0
+    reference: Tensor  # [1, C, 1, H, W] latent of the portrait
+    features: Tensor  # [layers, audio_dim, F], one column per frame
+    groups: tuple[tuple[Branch, ...], ...]  # the predictions of this process, those of one forward pass together
+    texts: tuple[Tensor, ...]  # [branches, L, text_dim] of each group
+    frames: int  # that the video lasts
+    decoder: _Decoder
 
-    Returns:
-        [size, size, 3] uint8, and whether something was cut off.
-    """
-    import cv2
+    @property
+    def weights(self) -> list[float]:
+        """Of the predictions of all processes."""
+        return [branch.weight for branch in self.sampling.branches]
 
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = np.ascontiguousarray(image[top : top + side, left : left + side])
-    if side != size:
-        how = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
-        square = cv2.resize(square, (size, size), interpolation=how).astype(np.uint8, copy=False)
-    return square, height != width
+
+def open_pipeline(checkpoint: PuppetCheckpoint, parallel: Parallel | None = None) -> PuppetPipeline:
+    """What makes the clips of videos with a checkpoint."""
+    return PuppetPipeline(checkpoint, parallel)
 
 
 class PuppetPipeline:
-    """Generates pictures with a checkpoint. It keeps no state between or within videos; several may run at once.
+    """Generates clips with a checkpoint. It keeps no state between or within videos; several may be made at once.
 
     Args:
         checkpoint: from `load_checkpoint`.
         parallel: how several processes share the work. Each then has a pipeline and makes the same calls, and gets the
-            same pictures.
+            same clips.
     """
 
     def __init__(self, checkpoint: PuppetCheckpoint, parallel: Parallel | None = None):
         self.checkpoint = checkpoint
         self.settings = checkpoint.settings
-        self._parallel = Parallel() if parallel is None else parallel
+        self.parallel = Parallel() if parallel is None else parallel
+        self._vae = self.parallel.autoencoder(checkpoint.vae)
+
+    def warnings(self, inputs: Inputs, outline: Outline) -> tuple[str, ...]:
+        """Words of the prompt that the model does not know."""
+        unknown = self.checkpoint.text_encoder.unknown_words(inputs.job.prompt)
+        return (f"the prompt has words that this model does not know: {', '.join(unknown)}.",) if unknown else ()
+
+    def remarks(self, conditions: VideoConditions, outline: Outline) -> tuple[str, ...]:
+        """Nothing more is known after the last clip."""
+        return ()
+
+    def encode(self, inputs: Inputs, outline: Outline) -> VideoConditions:
+        """Encode what all clips share, from the files of a job."""
+        details: Details = outline.details
+        portrait, _ = fit_portrait(inputs.image, self.settings.size)
+        features = self.parallel.team.share(lambda: self.features(details.waveform)[0], "cpu")
+        return self.conditions(portrait, features, inputs.job.prompt, details.sampling, frames=outline.frames)
 
     @property
     def clip_frames(self) -> int:
-        """Pictures per clip."""
-        return self.settings.clip_latents * FRAMES_PER_LATENT
-
-    def clips(self, frames: int) -> int:
-        """Clips that a video of so many pictures takes."""
-        return -(-frames // self.clip_frames)
+        """Frames per clip."""
+        return clip_frames(self.settings)
 
     def features(self, waveform: NDArray[np.float32]) -> tuple[Tensor, int]:
-        """Audio features of a voice, and how many pictures it lasts.
+        """Audio features of a voice, and how many frames it lasts.
 
         Args:
             waveform: [n] samples at 16 kHz, mono, after `normalise_loudness`.
@@ -122,34 +129,31 @@ class PuppetPipeline:
             [layers, audio_dim, F] with silence to the end of the last clip, and ceil(seconds * fps) <= F.
         """
         frames = -(-len(waveform) * self.settings.fps // SPEECH_RATE)
-        speech = SpeechFeatures(fps=self.settings.fps)
-        return speech(waveform, self.clips(frames) * self.clip_frames), frames
+        whole = -(-frames // self.clip_frames) * self.clip_frames
+        return SpeechFeatures(fps=self.settings.fps)(waveform, whole), frames
 
-    def generate(
+    @torch.no_grad()
+    def conditions(
         self,
         portrait: Frames,
         features: Tensor,
         prompt: str = "",
         sampling: Sampling | None = None,
-        progress: Callable[[], None] | None = None,
+        *,
         frames: int | None = None,
-    ) -> Iterator[Frames]:
-        """Pictures of the portrait speaking, one array per clip.
+    ) -> VideoConditions:
+        """Encode what all clips share.
 
         Args:
             portrait: [size, size, 3] uint8 RGB, `size` of the checkpoint's settings.
-            features: [layers, audio_dim, F] audio features, one column per picture; what they lack to whole clips goes
+            features: [layers, audio_dim, F] audio features, one column per frame; what they lack to whole clips goes
                 on like the last one.
             prompt: what to show, in words.
             sampling: guidance, steps and seed.
-            progress: called after every denoising step of every clip.
-            frames: pictures to make, where that is fewer than F.
-
-        Yields:
-            [n, size, size, 3] uint8; `frames` or F pictures altogether. Clips are generated as they are asked for.
+            frames: that the video lasts, where that is fewer than F.
 
         Raises:
-            ValueError: portrait or features of another shape or type; raised at the call, before the first clip.
+            ValueError: portrait or features of another shape or type.
         """
         size, model = self.settings.size, self.checkpoint.transformer.config
         if portrait.shape != (size, size, 3) or portrait.dtype != np.uint8:
@@ -165,81 +169,141 @@ class PuppetPipeline:
         frames = features.shape[2] if frames is None else frames
         if not 1 <= frames <= features.shape[2]:
             raise ValueError(f"generate: frames must be 1 to {features.shape[2]}, as the features are, got {frames}")
-        sampling = Sampling() if sampling is None else sampling
-        sigmas = schedule(sampling.steps or self.settings.steps, self.settings.shift)
-        return self._generate(portrait, features, frames, prompt, sampling, sigmas, progress)
-
-    def branches(self, sampling: Sampling) -> tuple[Branch, ...]:
-        """The predictions that every denoising step takes."""
-        suggested = self.settings
-        return guidance_branches(
-            suggested.text_guidance if sampling.text_guidance is None else sampling.text_guidance,
-            suggested.audio_guidance if sampling.audio_guidance is None else sampling.audio_guidance,
+        sampling = Sampling.of(Options(), self.settings) if sampling is None else sampling
+        own = tuple(self.parallel.own(sampling.branches))
+        groups = (own,) if sampling.batched else tuple((branch,) for branch in own)
+        reference = self._vae.encode(to_video(portrait[None]).to(self._device))
+        return VideoConditions(
+            sampling=sampling,
+            sigmas=schedule(sampling.steps, sampling.shift),
+            reference=reference,
+            features=features,
+            groups=groups,
+            texts=tuple(self._text(prompt, branches) for branches in groups),
+            frames=frames,
+            decoder=_Decoder(self._vae.stream()),
         )
 
-    @torch.no_grad()
-    def _generate(
+    def generate(
         self,
         portrait: Frames,
         features: Tensor,
-        frames: int,
-        prompt: str,
-        sampling: Sampling,
-        sigmas: list[float],
-        progress: Callable[[], None] | None,
+        prompt: str = "",
+        options: Options | None = None,
+        progress: Callable[[], None] | None = None,
+        frames: int | None = None,
     ) -> Iterator[Frames]:
-        model, vae = self.checkpoint.transformer, self._parallel.autoencoder(self.checkpoint.vae)
-        device = next(model.parameters()).device
-        keep = model.config.motion_frames[1]
-        everything = self.branches(sampling)
-        weights = [branch.weight for branch in everything]
-        own = tuple(self._parallel.own(everything))
-        groups: list[tuple[Branch, ...]] = [own] if sampling.batched else [(branch,) for branch in own]
-        reference = vae.encode(to_video(portrait[None]).to(device))
-        decode = vae.stream()
-        decode(reference)  # picture 0 is the portrait itself: decoded for the caches, not shown
-        texts = [self._text(prompt, branches) for branches in groups]
-        history = reference
-        for clip in range(self.clips(frames)):
-            first, last = clip * self.clip_frames, (clip + 1) * self.clip_frames
-            heard = features[..., first:last].to(device)
-            heard = torch.cat([heard, heard[..., -1:].expand(-1, -1, last - first - heard.shape[2])], dim=2)
-            before = features[..., max(0, first - self.settings.audio_history) : first].to(device)
-            conditions = [
-                model.encode_conditions(
-                    text,
-                    reference=_repeat(reference, branches),
-                    history=_repeat(history, branches) if clip else None,
-                    audio=_given(heard, branches),
-                    audio_history=_given(before, branches) if clip else None,
-                    context=self._parallel.context,
+        """Frames of the portrait speaking, one array per clip.
+
+        Args:
+            portrait, features, prompt, frames: see `conditions`.
+            options: guidance, steps and seed.
+            progress: called after every denoising step of every clip.
+
+        Yields:
+            [n, size, size, 3] uint8; `frames` or F frames altogether. Clips are generated as they are asked for.
+
+        Raises:
+            ValueError: portrait or features of another shape or type; raised at the call, before the first clip.
+        """
+        sampling = Sampling.of(Options() if options is None else options, self.settings)
+        conditions = self.conditions(portrait, features, prompt, sampling, frames=frames)
+        count = -(-conditions.frames // self.clip_frames)
+        clips = generate_clips(self, conditions, count, progress=progress)
+        return (to_frames(clip.frames) for clip in clips)
+
+    @torch.no_grad()
+    def clip(
+        self,
+        conditions: VideoConditions,
+        index: int,
+        carry: Carry | None = None,
+        *,
+        last: bool = False,
+        progress: Callable[[], None] | None = None,
+    ) -> GeneratedClip:
+        """Clip `index`, see `ClipPipeline.clip`."""
+        past = conditions.reference if carry is None else carry["latents"].to(self._device)
+        encoded = self._encode(conditions, index, past)
+        x = self._denoise(conditions, index, encoded, progress)
+        video = conditions.decoder(index, past, x)[:, :, : conditions.frames - index * self.clip_frames]
+        kept = None if last else {"latents": torch.cat([past, x], dim=2)[:, :, -self._kept :]}
+        return GeneratedClip(index, video, kept)
+
+    def _encode(self, conditions: VideoConditions, index: int, past: Tensor) -> list[Any]:
+        """What the model needs to know for a clip, for each group of predictions."""
+        model, size, features = self.checkpoint.transformer, self.clip_frames, conditions.features
+        first, last = index * size, (index + 1) * size
+        audio = features[..., first:last].to(self._device)
+        audio = torch.cat([audio, audio[..., -1:].expand(-1, -1, size - audio.shape[2])], dim=2)
+        before = features[..., max(0, first - self.settings.audio_history) : first].to(self._device)
+        history = past[:, :, -model.config.motion_frames[1] :]
+        return [
+            model.encode_conditions(
+                text,
+                reference=_repeat(conditions.reference, branches),
+                history=_repeat(history, branches) if index else None,
+                audio=_given(audio, branches),
+                audio_history=_given(before, branches) if index else None,
+                context=self.parallel.context,
+            )
+            for text, branches in zip(conditions.texts, conditions.groups, strict=True)
+        ]
+
+    def _denoise(
+        self, conditions: VideoConditions, index: int, encoded: list[Any], progress: Callable[[], None] | None
+    ) -> Tensor:
+        """Latents [1, C, clip_latents, H, W] of a clip, float32."""
+        model, parallel, sigmas = self.checkpoint.transformer, self.parallel, conditions.sigmas
+        reference, weights = conditions.reference, conditions.weights
+        shape = (1, reference.shape[1], self.settings.clip_latents, *reference.shape[3:])
+        x = clip_noise(shape, conditions.sampling.seed, index).to(self._device)
+        for sigma, following in itertools.pairwise(sigmas):
+            velocities = [
+                model(
+                    _repeat(x, branches),
+                    torch.full((len(branches),), 1000.0 * sigma, device=self._device),
+                    conditions=condition,
+                    context=parallel.context,
                 )
-                for text, branches in zip(texts, groups, strict=True)
+                for condition, branches in zip(encoded, conditions.groups, strict=True)
             ]
-            shape = (1, reference.shape[1], self.settings.clip_latents, *reference.shape[3:])
-            x = clip_noise(shape, sampling.seed, clip).to(device)
-            for sigma, following in itertools.pairwise(sigmas):
-                velocities = [
-                    model(
-                        _repeat(x, branches),
-                        torch.full((len(branches),), 1000.0 * sigma, device=device),
-                        conditions=condition,
-                        context=self._parallel.context,
-                    )
-                    for condition, branches in zip(conditions, groups, strict=True)
-                ]
-                predictions = self._parallel.exchange(torch.cat(velocities), len(everything))
-                x = guided_step(x, predictions, weights, following - sigma)
-                self._parallel.team.pulse()
-                if progress is not None:
-                    progress()
-            history = torch.cat([history, x], dim=2)[:, :, -keep:]
-            yield to_frames(decode(x))[: frames - first]
+            predictions = parallel.exchange(torch.cat(velocities), len(weights))
+            x = guided_step(x, predictions, weights, following - sigma)
+            parallel.team.pulse()
+            if progress is not None:
+                progress()
+        return x
 
     def _text(self, prompt: str, branches: tuple[Branch, ...]) -> Tensor:
         """Text features [branches, L, text_dim]: the prompt, or the empty prompt where a branch is denied it."""
         encoder = self.checkpoint.text_encoder
         return encoder.encode([prompt if branch.text else "" for branch in branches]).features
+
+    @property
+    def _kept(self) -> int:
+        """Latents that a clip hands on."""
+        return max(self.checkpoint.transformer.config.motion_frames[1], lookback(self.checkpoint.vae))
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.checkpoint.transformer.parameters()).device
+
+
+class _Decoder:
+    """The decoder of a video, which remembers the clips it has decoded. Anywhere else it begins from the past."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self._next: int | None = None
+
+    def __call__(self, index: int, past: Tensor, latents: Tensor) -> Tensor:
+        """Frames [1, 3, 4 n, 8 H, 8 W] of clip `index`, behind the latents [1, C, k, H, W] before it."""
+        if self._next != index:
+            # At the beginning the past is the portrait itself: decoded, not shown.
+            self._stream.resume(past)
+        self._next = index + 1
+        return self._stream(latents)
 
 
 def _repeat(x: Tensor, branches: tuple[Branch, ...]) -> Tensor:
@@ -249,5 +313,5 @@ def _repeat(x: Tensor, branches: tuple[Branch, ...]) -> Tensor:
 
 def _given(features: Tensor, branches: tuple[Branch, ...]) -> Tensor:
     """Audio features [branches, layers, dim, n]: the voice, or zeros where a branch is denied it."""
-    heard = torch.tensor([float(branch.audio) for branch in branches], device=features.device)
-    return features[None].float() * heard.view(-1, 1, 1, 1)
+    present = torch.tensor([float(branch.audio) for branch in branches], device=features.device)
+    return features[None].float() * present.view(-1, 1, 1, 1)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     from talkingdit.encoders.umt5 import UMT5Encoder
-    from talkingdit.encoders.wav2vec import SpeechEncoder
+    from talkingdit.encoders.wav2vec import Wav2VecEncoder
     from talkingdit.families.wan_s2v.model import WanS2VModel
 
 SOLVERS = ("unipc", "dpm++")
@@ -112,7 +112,7 @@ class WanS2VCheckpoint:
     transformer: WanS2VModel
     vae: AutoencoderKLWan
     text_encoder: UMT5Encoder
-    audio_encoder: SpeechEncoder
+    audio_encoder: Wav2VecEncoder
     settings: WanS2VSettings
     folder: Path
 

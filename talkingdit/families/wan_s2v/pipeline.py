@@ -1,152 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wan-S2V (arXiv:2508.18621): a picture, a voice and words to a video, clip by clip, as the official program does it.
+"""Wan-S2V (arXiv:2508.18621): an image, a voice and words to a video, clip by clip, as the official program does it.
 
-A clip is n pictures (officially 80), n / 4 latents, generated at once. Latent i of a clip hears the audio frames
-4 i .. 4 i + 3, one per picture, and five before (the first repeated at the beginning of every clip). All clips see the
-latent of the reference picture. The first one has no history, and its latents are decoded behind that of the
-reference: pictures 1 .. n of the decoded n + 1, of which the first three, blurred, are dropped. Every later clip gets
-the last 73 pictures before it, encoded again from floating point numbers, as 19 latents of history, and is decoded
-behind these.
+A clip is n frames (officially 80), n / 4 latents, generated at once. Latent i of a clip hears the audio frames
+4 i .. 4 i + 3, one per frame, and five before (the first repeated at the beginning of every clip). All clips see the
+latent of the reference image. The first one has no history, and its latents are decoded behind that of the reference:
+frames 1 .. n of the decoded n + 1, of which the first three, blurred, are dropped. Every later clip gets the last 73
+frames before it, encoded again from floating point numbers, as 19 latents of history, and is decoded behind these.
 
-Picture p of the video belongs to audio frame p; the first clip has none for the frames 0, 1 and 2 (`DROPPED`).
+Frame p of the video belongs to audio frame p; the first clip has none for the frames 0, 1 and 2 (`DROPPED`).
 
-Clips depend on what comes before them through a `Carry` alone, and each has its own seed: with the carry of a clip the
-video can go on at any time.
+A clip hands on to the next, as its carry:
+
+    history    [1, C, 19, H, W] latents of the last 73 frames, float32
+    window     [1, 3, 73, 8 H, 8 W] these frames, where the next clip is too short to replace all
+    colours    [2, 3] of the first clip, where later ones are matched
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from talkingdit.autoencoders.streaming import FRAMES_PER_LATENT, to_video
 from talkingdit.distributed.layout import Parallel
+from talkingdit.families.wan_s2v.outline import DROPPED, Details, Sampling
 from talkingdit.media.colour import colours, match_colours
+from talkingdit.media.framing import PoseVideo, fit_picture
+from talkingdit.pipelines.long_video import Carry, GeneratedClip
 from talkingdit.pipelines.solvers import flow_solver
 
 if TYPE_CHECKING:
-    from talkingdit.families.wan_s2v.checkpoint import WanS2VCheckpoint, WanS2VSettings
+    from talkingdit.families.wan_s2v.checkpoint import WanS2VCheckpoint
+    from talkingdit.pipelines.inputs import Frames, Inputs, Outline
 
-Frames = NDArray[np.uint8]
+STARTING_FRAMES = 6  # frames of history that show the reference, where the video starts from it
 
-DROPPED = 3  # pictures at the beginning of the first clip
-STARTING_FRAMES = 6  # pictures of history that show the reference, where the video starts from it
-
-
-@dataclass(frozen=True)
-class S2VSampling:
-    """How to generate; None takes what the checkpoint suggests.
-
-    Args:
-        steps, shift, solver: of the denoising, see `flow_solver`.
-        guidance: strength g of prediction = u + g (c - u), where u has the negative prompt and no sound; 1 leaves u
-            out.
-        negative_prompt: what not to show.
-        clip_frames: pictures per clip, a multiple of 4.
-        seed: of the first clip; later ones count on.
-        start_from_reference: the first clip moves on from the reference picture itself.
-        match_colour: bring the colours of later clips back to those of the first.
-        batched: both predictions in one forward pass; False takes less memory and more time.
-    """
-
-    steps: int | None = None
-    guidance: float | None = None
-    shift: float | None = None
-    solver: str | None = None
-    negative_prompt: str | None = None
-    clip_frames: int | None = None
-    seed: int = 0
-    start_from_reference: bool = False
-    match_colour: bool = False
-    batched: bool = True
-
-    def filled(self, settings: WanS2VSettings) -> ResolvedSampling:
-        """These settings with those of the checkpoint where nothing is said.
-
-        Raises:
-            ValueError: a value is impossible.
-        """
-        names = {"clip_frames": "infer_frames"}
-        values = dataclasses.asdict(self)
-        for name, value in values.items():
-            if value is None:
-                values[name] = getattr(settings, names.get(name, name))
-        return ResolvedSampling(**values, drop_first=settings.drop_first_motion and not self.start_from_reference)
-
-
-@dataclass(frozen=True)
-class ResolvedSampling:
-    """`S2VSampling` without gaps."""
-
-    steps: int
-    guidance: float
-    shift: float
-    solver: str
-    negative_prompt: str
-    clip_frames: int
-    seed: int
-    start_from_reference: bool
-    match_colour: bool
-    batched: bool
-    drop_first: bool  # the first clip has no history and loses its first pictures
-
-    def __post_init__(self) -> None:
-        if self.clip_frames < FRAMES_PER_LATENT or self.clip_frames % FRAMES_PER_LATENT:
-            raise ValueError(f"generate: a clip must have a multiple of 4 pictures, got {self.clip_frames}")
-        if self.seed < 0:
-            raise ValueError(f"generate: seed must be at least 0, got {self.seed}")
-        if not 1 <= self.guidance < float("inf"):
-            raise ValueError(f"generate: guidance must be a number of at least 1, got {self.guidance}")
-        flow_solver(self.solver, self.steps, self.shift)
-
-    @property
-    def predictions(self) -> int:
-        """Predictions per denoising step."""
-        return 2 if self.guidance > 1 else 1
-
-    @property
-    def dropped(self) -> int:
-        """Pictures that the beginning of the video lacks."""
-        return DROPPED if self.drop_first else 0
+PoseClips = Callable[[int], Tensor]  # of a clip's number: [1, 3, n, 8 H, 8 W] in -1..1
 
 
 @dataclass(frozen=True)
 class VideoConditions:
     """What all clips of a video have in common, made once."""
 
-    sampling: ResolvedSampling
+    sampling: Sampling
     text: Tensor  # [2, L, text_dim]: prompt and negative prompt
     reference: Tensor  # [1, C, 1, H, W] latent
-    pixels: Tensor  # [1, 3, 1, 8 H, 8 W] the reference picture in -1..1
+    pixels: Tensor  # [1, 3, 1, 8 H, 8 W] the reference image in -1..1
+    features: Tensor  # [layers, audio_dim, F] of the speech encoder, one column per frame
+    audio_frames: int  # that the video lasts; F reaches to the end of its last clip
+    pose: PoseClips | None = None
+
+    @property
+    def clips(self) -> int:
+        return -(-self.audio_frames // self.sampling.clip_frames)
 
 
-@dataclass(frozen=True)
-class Carry:
-    """What a clip hands on to the next."""
-
-    history: Tensor  # [1, C, 19, H, W] latents of the last 73 pictures, float32
-    window: Tensor | None = None  # [1, 3, 73, 8 H, 8 W] these pictures, where the next clip is too short to replace all
-    colours: Tensor | None = None  # [2, 3] of the first clip, where later ones are matched
-
-
-@dataclass(frozen=True)
-class GeneratedClip:
-    """A finished clip."""
-
-    index: int
-    pictures: Tensor  # [1, 3, n, 8 H, 8 W] float32 in -1..1
-    carry: Carry | None  # None after the last clip
+def open_pipeline(checkpoint: WanS2VCheckpoint, parallel: Parallel | None = None) -> WanS2VPipeline:
+    """What makes the clips of videos with a checkpoint."""
+    return WanS2VPipeline(checkpoint, parallel)
 
 
 class WanS2VPipeline:
-    """Generates pictures with a Wan-S2V checkpoint. It keeps no state; several videos may run at once.
+    """Generates clips with a Wan-S2V checkpoint. It keeps no state; several videos may be made at once.
 
     Args:
         checkpoint: from `load_checkpoint`.
@@ -157,203 +77,174 @@ class WanS2VPipeline:
     def __init__(self, checkpoint: WanS2VCheckpoint, parallel: Parallel | None = None):
         self.checkpoint = checkpoint
         self.settings = checkpoint.settings
-        self._parallel = Parallel() if parallel is None else parallel
-        self._vae = self._parallel.autoencoder(checkpoint.vae)
+        self.parallel = Parallel() if parallel is None else parallel
+        self._vae = self.parallel.autoencoder(checkpoint.vae)
+
+    def warnings(self, inputs: Inputs, outline: Outline) -> tuple[str, ...]:
+        """Nothing is known of the prompt beforehand."""
+        return ()
+
+    def encode(self, inputs: Inputs, outline: Outline) -> VideoConditions:
+        """Encode what all clips share, from the files of a job."""
+        details: Details = outline.details
+        frames = outline.clips * details.sampling.clip_frames
+        image, _ = fit_picture(inputs.image, outline.size, details.options.cover)
+        features = self.parallel.team.share(lambda: self.checkpoint.audio_encoder.features(inputs.sound, frames), "cpu")
+        return self.conditions(
+            image,
+            inputs.job.prompt,
+            details.sampling,
+            features,
+            audio_frames=details.audio_frames,
+            pose=None if details.options.pose is None else _SharedPose(self, outline),
+        )
 
     @torch.no_grad()
-    def scene(self, picture: Frames, prompt: str = "", sampling: S2VSampling | None = None) -> VideoConditions:
+    def conditions(
+        self,
+        image: Frames,
+        prompt: str,
+        sampling: Sampling,
+        features: Tensor,
+        *,
+        audio_frames: int | None = None,
+        pose: PoseClips | None = None,
+    ) -> VideoConditions:
         """Encode what all clips share.
 
         Args:
-            picture: [H, W, 3] uint8 RGB, the reference in the size of the video, sides multiples of 16.
+            image: [H, W, 3] uint8 RGB, the reference in the size of the video, sides multiples of 16.
             prompt: what to show.
             sampling: how to generate.
+            features: [layers, audio_dim, F] of the speech encoder, one column per frame.
+            audio_frames: audio frames that the video lasts, at most F; default F. F must reach to the end of the last
+                clip.
+            pose: gives the pose of each clip; None is no pose.
 
         Raises:
-            ValueError: a picture of another type or size, or impossible settings.
+            ValueError: an image of another type or size, or features that do not reach far enough.
         """
         if (
-            picture.ndim != 3
-            or picture.shape[2] != 3
-            or picture.dtype != np.uint8
-            or any(side % 16 or not side for side in picture.shape[:2])
+            image.ndim != 3
+            or image.shape[2] != 3
+            or image.dtype != np.uint8
+            or any(side % 16 or not side for side in image.shape[:2])
         ):
             raise ValueError(
-                "generate: picture must be uint8 [H, W, 3] with sides that are multiples of 16, "
-                f"got {picture.dtype} of shape {list(picture.shape)}"
+                "generate: image must be uint8 [H, W, 3] with sides that are multiples of 16, "
+                f"got {image.dtype} of shape {list(image.shape)}"
             )
-        filled = (S2VSampling() if sampling is None else sampling).filled(self.settings)
-        # One process runs the text encoder: it is the largest part next to the transformer, and may be on the host.
-        words = [prompt, filled.negative_prompt]
-        text = self._parallel.team.share(lambda: self.checkpoint.text_encoder.encode(words).features, self._device)
-        pixels = to_video(picture[None]).to(self._vae.device)
-        return VideoConditions(filled, text, self._vae.encode(pixels), pixels)
-
-    def clips(
-        self,
-        scene: VideoConditions,
-        features: Tensor,
-        frames: int,
-        pose: Iterator[Tensor] | None = None,
-        first: int = 0,
-        carry: Carry | None = None,
-        progress: Callable[[], None] | None = None,
-    ) -> Iterator[GeneratedClip]:
-        """The clips of a video, generated as they are asked for.
-
-        Args:
-            scene: from `scene`.
-            features: [layers, audio_dim, F] of the speech encoder, one column per picture.
-            frames: audio frames that the video lasts, at most F; F must reach to the end of the last clip.
-            pose: one [1, 3, n, H, W] in -1..1 per clip, beginning with clip `first`; None is no pose.
-            first: clip to begin with.
-            carry: of the clip before `first`; None at the beginning.
-            progress: called after every denoising step.
-
-        Yields:
-            Clips; their pictures belong to the audio frames from `dropped` on and end with `frames`.
-
-        Raises:
-            ValueError: features do not reach far enough, or a carry is missing.
-        """
-        size = scene.sampling.clip_frames
-        count = -(-frames // size)
-        if frames <= scene.sampling.dropped or features.dim() != 3 or features.shape[2] < count * size:
+        frames = features.shape[-1] if audio_frames is None else audio_frames
+        whole = -(-frames // sampling.clip_frames) * sampling.clip_frames
+        if frames <= sampling.dropped or features.dim() != 3 or features.shape[2] < whole:
             raise ValueError(
-                f"generate: features must have shape [layers, dim, F] with F of at least {count * size} for "
-                f"{frames} > {scene.sampling.dropped} frames, got {list(features.shape)}"
+                f"generate: features must have shape [layers, dim, F] with F of at least {whole} for "
+                f"{frames} > {sampling.dropped} frames, got {list(features.shape)}"
             )
-        if (carry is None) != (first == 0):
-            raise ValueError(f"generate: clip {first} {'needs' if first else 'takes no'} carry")
-        return self._clips(scene, features, frames, count, pose, first, carry, progress)
-
-    def _clips(
-        self,
-        scene: VideoConditions,
-        features: Tensor,
-        frames: int,
-        count: int,
-        pose: Iterator[Tensor] | None,
-        first: int,
-        carry: Carry | None,
-        progress: Callable[[], None] | None,
-    ) -> Iterator[GeneratedClip]:
-        size = scene.sampling.clip_frames
-        for index in range(first, count):
-            clip = self.clip(
-                scene,
-                index,
-                features[..., index * size : (index + 1) * size],
-                carry,
-                None if pose is None else next(pose),
-                min(size, frames - index * size),
-                last=index == count - 1,
-                progress=progress,
-            )
-            carry = clip.carry
-            yield clip
+        # One process runs the text encoder: it is the largest part next to the transformer, and may be on the host.
+        words = [prompt, sampling.negative_prompt]
+        text = self.parallel.team.share(lambda: self.checkpoint.text_encoder.encode(words).features, self._device)
+        pixels = to_video(image[None]).to(self._vae.device)
+        return VideoConditions(sampling, text, self._vae.encode(pixels), pixels, features, frames, pose)
 
     @torch.no_grad()
     def clip(
         self,
-        scene: VideoConditions,
+        conditions: VideoConditions,
         index: int,
-        audio: Tensor,
         carry: Carry | None = None,
-        pose: Tensor | None = None,
-        frames: int | None = None,
+        *,
         last: bool = False,
         progress: Callable[[], None] | None = None,
     ) -> GeneratedClip:
-        """One clip.
-
-        Args:
-            scene: from `scene`.
-            index: its number in the video.
-            audio: [layers, audio_dim, n] features of its n pictures.
-            carry: of the clip before; None for the first.
-            pose: [1, 3, n, H, W] in -1..1 or None.
-            frames: audio frames of this clip that are wanted; no more than these are decoded.
-            last: no carry for another clip is made.
-            progress: called after every denoising step.
-        """
-        sampling, vae = scene.sampling, self._vae
-        frames = sampling.clip_frames if frames is None else frames
+        """Clip `index`, see `ClipPipeline.clip`. No more frames are decoded than the sound lasts."""
+        sampling, vae = conditions.sampling, self._vae
+        frames = min(sampling.clip_frames, conditions.audio_frames - index * sampling.clip_frames)
         if index == 0:
-            carry = self._beginning(scene)
+            carry = self._beginning(conditions)
         assert carry is not None
         without_history = index == 0 and sampling.drop_first
-        latents = self._denoise(scene, index, audio, None if without_history else carry.history, pose, progress)
+        history = None if without_history else carry["history"]
+        latents = self._denoise(conditions, index, history, progress)
 
-        past = scene.reference if without_history else carry.history
+        past = conditions.reference if history is None else history
         wanted = -(-frames // FRAMES_PER_LATENT)
-        pictures = vae.decode_after(past.to(vae.device), latents[:, :, :wanted].to(vae.device))[:, :, :frames]
-        pictures = pictures[:, :, DROPPED if without_history else 0 :]
-        anchor = carry.colours
+        video = vae.decode_after(past.to(vae.device), latents[:, :, :wanted].to(vae.device))[:, :, :frames]
+        video = video[:, :, DROPPED if without_history else 0 :]
+        anchor = carry.get("colours")
         if sampling.match_colour:
             if anchor is None:
-                anchor = colours(pictures)
+                anchor = colours(video)
             else:
-                pictures = match_colours(pictures, anchor)
-        return GeneratedClip(index, pictures, None if last else self._carry(carry, pictures, sampling, anchor))
+                video = match_colours(video, anchor)
+        return GeneratedClip(index, video, None if last else self._carry(carry, video, sampling, anchor))
 
-    def _beginning(self, scene: VideoConditions) -> Carry:
-        """The past of the first clip: grey pictures, and where it starts from the reference this at the end."""
+    def remarks(self, conditions: VideoConditions, outline: Outline) -> tuple[str, ...]:
+        """Whether the pose video was long enough."""
+        pose = conditions.pose
+        if not isinstance(pose, _SharedPose) or not 0 < pose.frames < conditions.audio_frames:
+            return ()
+        return (f"{pose.path}: ends after {pose.frames / outline.fps:.2f} s; the rest follows black frames.",)
+
+    def _beginning(self, conditions: VideoConditions) -> Carry:
+        """The past of the first clip: grey frames, and where it starts from the reference this at the end."""
         frames = self.settings.motion_frames
-        window = scene.pixels.new_zeros(1, 3, frames, *scene.pixels.shape[3:])
-        if scene.sampling.start_from_reference:
-            window[:, :, -STARTING_FRAMES:] = scene.pixels
-        if scene.sampling.drop_first:
-            return Carry(scene.reference.new_zeros(0), window)
-        return Carry(self._vae.encode(window), window)
+        window = conditions.pixels.new_zeros(1, 3, frames, *conditions.pixels.shape[3:])
+        if conditions.sampling.start_from_reference:
+            window[:, :, -STARTING_FRAMES:] = conditions.pixels
+        if conditions.sampling.drop_first:
+            return {"window": window}
+        return {"history": self._vae.encode(window), "window": window}
 
-    def _carry(self, before: Carry, pictures: Tensor, sampling: ResolvedSampling, anchor: Tensor | None) -> Carry:
-        """What the next clip needs: the last pictures, encoded again."""
+    def _carry(self, before: Carry, video: Tensor, sampling: Sampling, anchor: Tensor | None) -> Carry:
+        """What the next clip needs: the last frames, encoded again."""
         keep = self.settings.motion_frames
-        window = pictures[:, :, -keep:]
+        window = video[:, :, -keep:]
         if window.shape[2] < keep:
-            assert before.window is not None
-            window = torch.cat([before.window.to(window.device)[:, :, window.shape[2] :], window], dim=2)
-        history = self._vae.encode(window)
-        return Carry(history, window if sampling.clip_frames < keep else None, anchor)
+            window = torch.cat([before["window"].to(window.device)[:, :, window.shape[2] :], window], dim=2)
+        carry = {"history": self._vae.encode(window)}
+        if sampling.clip_frames < keep:
+            carry["window"] = window
+        if anchor is not None:
+            carry["colours"] = anchor
+        return carry
 
     def _denoise(
         self,
-        scene: VideoConditions,
+        conditions: VideoConditions,
         index: int,
-        audio: Tensor,
         history: Tensor | None,
-        pose: Tensor | None,
         progress: Callable[[], None] | None,
     ) -> Tensor:
         """Latents [1, C, n / 4, H, W] of a clip, float32."""
-        sampling, model, device = scene.sampling, self.checkpoint.transformer, self._device
-        frames = sampling.clip_frames // FRAMES_PER_LATENT
-        channels, _, height, width = scene.reference.shape[1:]
-        heard = audio[None].to(device)
-        posed = None if pose is None else self._encode_pose(pose).to(device)
+        sampling, model, device = conditions.sampling, self.checkpoint.transformer, self._device
+        parallel, size = self.parallel, sampling.clip_frames
+        frames = size // FRAMES_PER_LATENT
+        channels, _, height, width = conditions.reference.shape[1:]
+        audio = conditions.features[None, ..., index * size : (index + 1) * size].to(device)
+        pose = None if conditions.pose is None else self._encode_pose(conditions.pose(index)).to(device)
         # Given everything, and the negative prompt with silence.
-        branches = [(scene.text[:1], heard), (scene.text[1:], torch.zeros_like(heard))][: sampling.predictions]
-        branches = list(self._parallel.own(branches))
+        branches = [(conditions.text[:1], audio), (conditions.text[1:], torch.zeros_like(audio))]
+        branches = list(parallel.own(branches[: sampling.predictions]))
         if len(branches) > 1 and sampling.batched:
             texts, sounds = zip(*branches, strict=True)
             branches = [(torch.cat(texts), torch.cat(sounds))]
-        conditions = [
+        encoded = [
             model.encode_conditions(
                 text,
-                reference=_repeat(scene.reference.to(device), text),
+                reference=_repeat(conditions.reference.to(device), text),
                 history=None if history is None else _repeat(history.to(device), text),
-                pose=None if posed is None else _repeat(posed, text),
+                pose=None if pose is None else _repeat(pose, text),
                 audio=sound,
                 size=(frames, height, width),
-                context=self._parallel.context,
+                context=parallel.context,
             )
             for text, sound in branches
         ]
         solver = flow_solver(sampling.solver, sampling.steps, sampling.shift, device)
         # One process draws, for devices may differ in how they do.
         shape = (channels, frames, height, width)
-        x = self._parallel.team.share(lambda: self._noise(shape, sampling.seed + index), device)
+        x = parallel.team.share(lambda: self._noise(shape, sampling.seed + index), device)
         for timestep in solver.timesteps:
             predictions = torch.cat(
                 [
@@ -361,18 +252,18 @@ class WanS2VPipeline:
                         _repeat(x, text),
                         timestep.float().expand(len(text)),
                         conditions=condition,
-                        context=self._parallel.context,
+                        context=parallel.context,
                     )
-                    for (text, _), condition in zip(branches, conditions, strict=True)
+                    for (text, _), condition in zip(branches, encoded, strict=True)
                 ]
             )
-            predictions = self._parallel.exchange(predictions, sampling.predictions)
+            predictions = parallel.exchange(predictions, sampling.predictions)
             velocity = predictions[:1].float()
             if sampling.predictions > 1:
                 without = predictions[1:].float()
                 velocity = without + sampling.guidance * (velocity - without)
             x = solver.step(velocity, timestep, x, return_dict=False)[0]
-            self._parallel.team.pulse()
+            parallel.team.pulse()
             if progress is not None:
                 progress()
         return x
@@ -386,7 +277,7 @@ class WanS2VPipeline:
         return torch.randn(shape, generator=generator, device=self._device, dtype=dtype)[None].float()
 
     def _encode_pose(self, pose: Tensor) -> Tensor:
-        """[1, 3, n, H, W] to latents [1, C, n / 4, H / 8, W / 8]; the first picture stands alone in front."""
+        """[1, 3, n, H, W] to latents [1, C, n / 4, H / 8, W / 8]; the first frame stands alone in front."""
         video = torch.cat([pose[:, :, :1], pose], dim=2).to(self._vae.device)
         return self._vae.encode(video)[:, :, 1:]
 
@@ -394,6 +285,37 @@ class WanS2VPipeline:
     def _device(self) -> torch.device:
         """Where the transformer computes, also where its weights are loaded on demand."""
         return self.checkpoint.transformer.device
+
+
+class _SharedPose:
+    """The clips of a pose video, which rank 0 reads, on every process. It is read on where clips come in order."""
+
+    def __init__(self, pipeline: WanS2VPipeline, outline: Outline):
+        details: Details = outline.details
+        assert details.options.pose is not None
+        self.path = details.options.pose
+        self._team = pipeline.parallel.team
+        self._frames, self._size = details.sampling.clip_frames, outline.size
+        self._video = (
+            PoseVideo(self.path, outline.fps, details.options.official_timing) if self._team.rank == 0 else None
+        )
+        self._next = 0
+        self._clips: Iterator[Tensor] = iter(())
+
+    @property
+    def frames(self) -> int:
+        """Frames of the video to make that it has had a frame for, as rank 0 knows."""
+        return 0 if self._video is None else self._video.pictures
+
+    def __call__(self, index: int) -> Tensor:
+        return self._team.share(lambda: self._read(index), "cpu")
+
+    def _read(self, index: int) -> Tensor:
+        assert self._video is not None
+        if index == 0 or index != self._next:
+            self._clips = self._video.clips(self._frames, self._size, index)
+        self._next = index + 1
+        return next(self._clips)
 
 
 def _repeat(x: Tensor, like: Tensor) -> Tensor:

@@ -10,8 +10,11 @@ import pytest
 import torch
 from tiny_checkpoint import make_checkpoint
 
-from talkingdit.families.puppet.pipeline import Frames, PuppetPipeline, Sampling, clip_noise, fit_portrait, schedule
+from talkingdit.families.puppet.options import Options
+from talkingdit.families.puppet.pipeline import PuppetPipeline, clip_noise, schedule
+from talkingdit.media.framing import fit_portrait
 from talkingdit.models import load_checkpoint
+from talkingdit.pipelines.inputs import Frames
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def test_one_picture_per_audio_frame_in_clips_of_the_checkpoint(
 def test_a_seed_makes_the_same_video_and_another_seed_another(
     pipeline: PuppetPipeline, portrait: Frames, features: torch.Tensor
 ) -> None:
-    first, again, other = (make(pipeline, portrait, features, "a", Sampling(seed=seed)) for seed in (4, 4, 5))
+    first, again, other = (make(pipeline, portrait, features, "a", Options(seed=seed)) for seed in (4, 4, 5))
     np.testing.assert_array_equal(first, again)
     assert (first != other).mean() > 0.5
 
@@ -55,12 +58,12 @@ def test_a_seed_makes_the_same_video_and_another_seed_another(
 def test_portrait_words_and_voice_each_change_the_video(
     pipeline: PuppetPipeline, portrait: Frames, features: torch.Tensor
 ) -> None:
-    sampling = Sampling(text_guidance=3.0, audio_guidance=4.0)
-    plain = make(pipeline, portrait, features, "a person, happy", sampling)
+    options = Options(text_guidance=3.0, audio_guidance=4.0)
+    plain = make(pipeline, portrait, features, "a person, happy", options)
     for changed in (
-        make(pipeline, portrait[::-1].copy(), features, "a person, happy", sampling),
-        make(pipeline, portrait, -features, "a person, happy", sampling),
-        make(pipeline, portrait, features, "a person, sad", sampling),
+        make(pipeline, portrait[::-1].copy(), features, "a person, happy", options),
+        make(pipeline, portrait, -features, "a person, happy", options),
+        make(pipeline, portrait, features, "a person, sad", options),
     ):
         assert (plain != changed).any()
 
@@ -99,7 +102,7 @@ def test_branches_one_by_one_agree_with_branches_at_once(
     pipeline: PuppetPipeline, portrait: Frames, features: torch.Tensor
 ) -> None:
     together, apart = (
-        make(pipeline, portrait, features, "a person", Sampling(batched=batched)).astype(int)
+        make(pipeline, portrait, features, "a person", Options(sequential=not batched)).astype(int)
         for batched in (True, False)
     )
     assert np.abs(together - apart).max() <= 2
@@ -110,7 +113,7 @@ def test_videos_made_at_once_do_not_disturb_each_other(
 ) -> None:
     alone = make(pipeline, portrait, features)
     one = pipeline.generate(portrait, features)
-    other = pipeline.generate(portrait[::-1].copy(), -features, sampling=Sampling(seed=9))
+    other = pipeline.generate(portrait[::-1].copy(), -features, options=Options(seed=9))
     pieces = []
     for piece, _ in zip(one, other, strict=True):
         pieces.append(piece)
@@ -129,7 +132,7 @@ def test_later_clips_get_the_latents_before_them_as_history(
         return encode(text, **given)
 
     monkeypatch.setattr(model, "encode_conditions", record)
-    list(pipeline.generate(portrait, features, sampling=Sampling(text_guidance=1.0, audio_guidance=1.0)))
+    list(pipeline.generate(portrait, features, options=Options(text_guidance=1.0, audio_guidance=1.0)))
     reference = seen[0][3]
     assert seen[0][0] is None
     assert seen[0][2] is None
@@ -184,4 +187,4 @@ def test_wrong_input_is_named_at_the_call(pipeline: PuppetPipeline, portrait: Fr
         pipeline.generate(portrait, features, frames=22)
     for values, match in (({"steps": 0}, "steps must be at least 1, got 0"), ({"seed": -1}, "seed must be at least 0")):
         with pytest.raises(ValueError, match=match):
-            Sampling(**values)
+            Options(**values)

@@ -18,13 +18,14 @@ from tiny_s2v import Voice, make_s2v
 
 from talkingdit.autoencoders.streaming import to_video
 from talkingdit.autoencoders.tail import decode_after
+from talkingdit.data.cutting import Cut, Cutting, Item, open_item
 from talkingdit.data.encoders import Encoders
 from talkingdit.data.manifest import Entry, read_manifest
 from talkingdit.data.on_the_fly import OnTheFly
 from talkingdit.data.probe import Media, Probes
 from talkingdit.data.sample import BrokenSample, ClipRequest, Sample
 from talkingdit.families.wan_s2v.checkpoint import WanS2VCheckpoint, WanS2VSettings
-from talkingdit.families.wan_s2v.clips import Cut, Cutting, Item, encode_clip, open_item
+from talkingdit.families.wan_s2v.clips import encode_clip
 from talkingdit.families.wan_s2v.pipeline import Carry, S2VSampling, WanS2VPipeline
 from talkingdit.media.files import read_audio, read_video
 from talkingdit.media.framing import PoseVideo
@@ -122,7 +123,7 @@ def test_a_clip_is_what_generation_feeds_the_model(
 ) -> None:
     """The first clip, one that goes on, and one that starts from the reference picture."""
     item = item_of(folder, checkpoint.settings)
-    assert item.pictures == 2 * CLIP
+    assert item.frames == 2 * CLIP
     sample = encode_clip(item, Cut(index * CLIP, CLIP, history=index == 1, still=still), SIZE, encoders, rng())
     wanted, before = fed(checkpoint, folder, index, still, monkeypatch)
     assert close(sample.reference, wanted["reference"])
@@ -202,7 +203,7 @@ def test_a_long_voice_is_heard_in_parts_and_sounds_the_same(
 
     def speech(first: int, count: int) -> torch.Tensor:
         encoders = Encoders(checkpoint.vae, checkpoint.settings, audio=Ear())
-        return encoders.speech(item.entry, item.video, item.pictures, first, count)
+        return encoders.speech(item.entry, item.video, item.frames, first, count)
 
     whole = speech(0, 2 * CLIP)
     assert heard == [10.0]
@@ -221,7 +222,7 @@ def test_a_clip_begins_with_its_entry(tmp_path: Path, checkpoint: WanS2VCheckpoi
     write_video(tmp_path / "cut.mkv", read_video(tmp_path / "v.mp4")[0][32:], 16)
     (tmp_path / "m.jsonl").write_text('{"video": "v.mp4"}\n')
     inside = item_of(tmp_path, checkpoint.settings, start=2.0, end=4.5)
-    assert inside.pictures == 40
+    assert inside.frames == 40
     sample = encode_clip(inside, Cut(4, 16), SIZE, encoders, rng())
     whole = encode_clip(item_of(tmp_path, checkpoint.settings), Cut(36, 16), SIZE, encoders, rng())
     assert sample.audio is not None
@@ -264,7 +265,7 @@ def test_frames_from_outside_and_regions_come_with_the_clip(
 def test_a_picture_is_a_clip_of_one_latent(tmp_path: Path, checkpoint: WanS2VCheckpoint, encoders: Encoders) -> None:
     Image.fromarray(draw(3, SIZE)[2]).save(tmp_path / "a.png")
     (tmp_path / "m.jsonl").write_text('{"video": "a.png", "caption": "x"}\n')
-    source = OnTheFly(tmp_path / "m.jsonl", encoders, Cutting(max_area=32 * 48, multiple=16))
+    source = OnTheFly(tmp_path / "m.jsonl", encoders, encode_clip, Cutting(max_area=32 * 48, multiple=16))
     shape = source.shape(0)
     assert (shape.frames, shape.history, shape.kind) == (1, 0, "image")
     sample = source.sample(0, rng(), ClipRequest())
@@ -275,7 +276,7 @@ def test_a_picture_is_a_clip_of_one_latent(tmp_path: Path, checkpoint: WanS2VChe
 
 def cuts(pictures: int, **changes: Any) -> list[tuple[int, int, str]]:
     item = Item(Entry("k", "m:1", Path("v.mp4")), Media(pictures / 16, 16, 32, 32), pictures)
-    return [(cut.start, cut.pictures, cut.key(item.entry)[-1]) for cut in Cutting(**changes).cuts(item, MOTION)]
+    return [(cut.start, cut.frames, cut.key(item.entry)[-1]) for cut in Cutting(**changes).cuts(item, MOTION)]
 
 
 def test_which_clips_are_cut() -> None:
@@ -306,7 +307,9 @@ def test_impossible_cuts_are_refused(wrong: dict[str, Any], said: str) -> None:
 
 @pytest.fixture(scope="module")
 def source(folder: Path, encoders: Encoders) -> OnTheFly:
-    return OnTheFly(folder / "m.jsonl", encoders, Cutting(clip_frames=16, min_frames=8, max_area=32 * 48, multiple=16))
+    return OnTheFly(
+        folder / "m.jsonl", encoders, encode_clip, Cutting(clip_frames=16, min_frames=8, max_area=32 * 48, multiple=16)
+    )
 
 
 def same(a: Sample, b: Sample) -> bool:
@@ -349,7 +352,7 @@ def test_files_that_break_later_are_broken_samples(tmp_path: Path, encoders: Enc
     write_video(tmp_path / "short.mp4", draw(5), 16, voice(0.4))
     rows = [json.dumps({"video": f"{name}.mp4"}) for name in ("good", "bad", "short", "gone")]
     (tmp_path / "m.jsonl").write_text("\n".join(rows))
-    source = OnTheFly(tmp_path / "m.jsonl", encoders, Cutting(clip_frames=16, min_frames=8, multiple=16))
+    source = OnTheFly(tmp_path / "m.jsonl", encoders, encode_clip, Cutting(clip_frames=16, min_frames=8, multiple=16))
     assert len(source) == 2
     reasons = {error.key.split("-")[0]: error.reason for error in source.broken}
     assert "has 5 pictures, at least 8 are needed" in reasons["short"]

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a Wan-S2V video: which picture is seen while which sound is heard, and how long it is."""
+"""Files of a Wan-S2V video: which frame is seen while which sound is heard, and how long it is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +14,29 @@ import soundfile
 import torch
 from tiny_s2v import make_s2v
 
+from talkingdit import families
 from talkingdit.errors import UserError
-from talkingdit.families.wan_s2v import video as s2v_video
 from talkingdit.families.wan_s2v.checkpoint import WanS2VSettings
-from talkingdit.families.wan_s2v.pipeline import Carry, GeneratedClip, S2VSampling, VideoConditions, WanS2VPipeline
-from talkingdit.families.wan_s2v.video import Length, S2VOptions, make_s2v_video, video_length, video_size
+from talkingdit.families.wan_s2v.options import Options
+from talkingdit.families.wan_s2v.outline import VideoLength, video_length, video_size
+from talkingdit.families.wan_s2v.pipeline import VideoConditions, WanS2VPipeline
 from talkingdit.media.files import read_video
-from talkingdit.pipelines.job import prepare
+from talkingdit.pipelines.inputs import Job, read_inputs
+from talkingdit.pipelines.job import Talk, make_video
+from talkingdit.pipelines.long_video import GeneratedClip
 
 CLICKS = (9, 17, 25)  # audio frames, of 1000 samples at 16 kHz
 
 
 def numbered(
-    pipeline: WanS2VPipeline,
-    scene: VideoConditions,
-    features: Any,
-    frames: int,
-    pose: Any,
-    first: int,
-    carry: Any,
-    progress: Any,
-) -> Iterator[GeneratedClip]:
-    """Clips whose pictures show the number of their audio frame: grey 20 + 6 n."""
-    size = scene.sampling.clip_frames
-    for index in range(first, -(-frames // size)):
-        begin = scene.sampling.dropped if index == 0 else index * size
-        greys = (20 + 6 * torch.arange(begin, min(frames, (index + 1) * size)).float()) / 127.5 - 1
-        yield GeneratedClip(
-            index, greys.view(1, 1, -1, 1, 1).expand(1, 3, -1, *scene.pixels.shape[3:]), Carry(torch.zeros(1))
-        )
+    pipeline: WanS2VPipeline, conditions: VideoConditions, index: int, carry: Any, *, last: bool, progress: Any
+) -> GeneratedClip:
+    """A clip whose frames show the number of their audio frame: grey 20 + 6 n."""
+    sampling, size = conditions.sampling, conditions.sampling.clip_frames
+    begin = sampling.dropped if index == 0 else index * size
+    numbers = torch.arange(begin, min(conditions.audio_frames, (index + 1) * size)).float()
+    greys = ((20 + 6 * numbers) / 127.5 - 1).view(1, 1, -1, 1, 1)
+    return GeneratedClip(index, greys.expand(1, 3, -1, *conditions.pixels.shape[3:]), {"history": torch.zeros(1)})
 
 
 def shown(path: Path) -> list[int]:
@@ -65,7 +58,7 @@ def heard(path: Path) -> list[float]:
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(WanS2VPipeline, "clips", numbered)
+    monkeypatch.setattr(WanS2VPipeline, "clip", numbered)
     cv2.imwrite(str(tmp_path / "face.png"), np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     sound = 1e-3 * np.random.default_rng(1).normal(size=30500)
     for click in CLICKS:
@@ -74,10 +67,13 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def make(work: Path, sampling: S2VSampling | None = None, **options: Any) -> Path:
-    inputs = prepare(work / "face.png", work / "voice.wav", work / "out.mp4")
-    sampling = S2VSampling(clip_frames=16) if sampling is None else sampling
-    result = make_s2v_video(inputs, make_s2v(), "", sampling, S2VOptions(**options))
+def make(work: Path, said: list[str] | None = None, **options: Any) -> Path:
+    job = Job(image=work / "face.png", audio=work / "voice.wav", output=work / "out.mp4")
+    family, checkpoint = families.get("wan_s2v"), make_s2v()
+    inputs = read_inputs(job)
+    outline = family.outline.outline(inputs, checkpoint.settings, Options(**{"clip_frames": 16} | options))
+    talk = None if said is None else Talk(warn=said.append)
+    result = make_video(inputs, outline, family.pipeline.open_pipeline(checkpoint), talk=talk)
     assert result.frames == len(shown(result.path))
     return result.path
 
@@ -108,7 +104,7 @@ def test_officially_pictures_are_three_early(work: Path) -> None:
 
 
 def test_a_video_that_starts_from_the_portrait_lacks_nothing(work: Path) -> None:
-    path = make(work, S2VSampling(clip_frames=16, start_from_reference=True))
+    path = make(work, start_from_reference=True)
     assert shown(path) == list(range(31))
     assert seen_while_heard(path) == list(CLICKS)
 
@@ -119,54 +115,52 @@ def test_a_voice_can_be_cut_short_by_frames_or_clips(work: Path) -> None:
     assert shown(make(work, clips=1, frames=7, opening="cut")) == list(range(3, 7))
 
 
-LENGTHS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any], Length]] = {
+LENGTHS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any], VideoLength]] = {
     # samples, fps, clip frames, dropped
-    "ten seconds": ((160000, 16, 80, 3), {}, Length(160, 160, lead=3)),
-    "a sample more is a picture more": ((160001, 16, 80, 3), {}, Length(161, 161, lead=3)),
-    "cut": ((160000, 16, 80, 3), {"opening": "cut"}, Length(160, 157, skip=3)),
-    "nothing dropped": ((160000, 16, 80, 0), {"opening": "cut"}, Length(160, 160)),
-    "a tenth of a second": ((1600, 16, 80, 3), {}, Length(4, 4, lead=3)),
+    "ten seconds": ((160000, 16, 80, 3), {}, VideoLength(160, 160, lead=3)),
+    "a sample more is a picture more": ((160001, 16, 80, 3), {}, VideoLength(161, 161, lead=3)),
+    "cut": ((160000, 16, 80, 3), {"opening": "cut"}, VideoLength(160, 157, skip=3)),
+    "nothing dropped": ((160000, 16, 80, 0), {"opening": "cut"}, VideoLength(160, 160)),
+    "a tenth of a second": ((1600, 16, 80, 3), {}, VideoLength(4, 4, lead=3)),
     # The official program makes int(features / 150) + 1 clips: 499 hidden states are 299 features, so two.
-    "official, ten seconds": ((160000, 16, 80, 3), {"official_timing": True}, Length(160, 157)),
-    "official, seven seconds": ((112000, 16, 80, 3), {"official_timing": True}, Length(115, 112)),
-    "official, one clip": ((112000, 16, 80, 3), {"official_timing": True, "clips": 1}, Length(80, 77)),
+    "official, ten seconds": ((160000, 16, 80, 3), {"official_timing": True}, VideoLength(160, 157)),
+    "official, seven seconds": ((112000, 16, 80, 3), {"official_timing": True}, VideoLength(115, 112)),
+    "official, one clip": ((112000, 16, 80, 3), {"official_timing": True, "clips": 1}, VideoLength(80, 77)),
 }
 
 
 @pytest.mark.parametrize("name", LENGTHS)
 def test_lengths(name: str) -> None:
     voice, options, wanted = LENGTHS[name]
-    assert video_length(*voice, S2VOptions(**options)) == wanted
+    assert video_length(*voice, Options(**options)) == wanted
 
 
 def test_the_size_is_chosen_or_asked_for() -> None:
     image = np.zeros((720, 1280, 3), np.uint8)
-    assert video_size(image, WanS2VSettings(), S2VOptions()) == (640, 1088)
-    assert video_size(image, WanS2VSettings(), S2VOptions(max_area=480 * 832)) == (448, 832)
-    assert video_size(image, WanS2VSettings(), S2VOptions(size=(512, 512))) == (512, 512)
+    assert video_size(image, WanS2VSettings(), Options()) == (640, 1088)
+    assert video_size(image, WanS2VSettings(), Options(max_area=480 * 832)) == (448, 832)
+    assert video_size(image, WanS2VSettings(), Options(size=(512, 512))) == (512, 512)
     with pytest.raises(UserError, match="multiples of 64, got 840 x 480; the nearest is 832 x 512"):
-        video_size(image, WanS2VSettings(), S2VOptions(size=(480, 840)))
+        video_size(image, WanS2VSettings(), Options(size=(480, 840)))
 
 
 def test_a_device_without_enough_memory_is_told(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(WanS2VPipeline, "clips", full)
-    with pytest.raises(UserError, match="not enough memory for clips of 16 pictures of 64 x 64; try `--sequential`"):
+    monkeypatch.setattr(WanS2VPipeline, "clip", full)
+    with pytest.raises(UserError, match="not enough memory for clips of 16 frames of 64 x 64; try `--sequential`"):
         make(work)
     assert {path.name for path in work.iterdir()} == {"face.png", "voice.wav"}
 
 
 def test_a_portrait_that_does_not_fill_the_video_is_told(work: Path) -> None:
-    inputs = prepare(work / "face.png", work / "voice.wav", work / "out.mp4")
     said: list[str] = []
-    options = S2VOptions(size=(64, 128), frames=4)
-    make_s2v_video(inputs, make_s2v(), "", S2VSampling(clip_frames=16), options, warn=said.append)
-    assert said == [f"{inputs.image_file}: 64 of the video's rows or columns are black; `--cover` avoids that."]
+    make(work, said, size=(64, 128), frames=4)
+    assert said == [f"{work / 'face.png'}: 64 of the video's rows or columns are black; `--cover` avoids that."]
 
 
 @pytest.mark.parametrize(("options", "sentence"), [({"opening": "fade"}, "must be one of hold, cut, got 'fade'")])
 def test_impossible_options(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        s2v_video.S2VOptions(**options)
+        Options(**options)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package in one function, for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from talkingdit import families
+from talkingdit.errors import UserError
+from talkingdit.models import default_checkpoint, load_checkpoint
+from talkingdit.pipelines.inputs import Job, read_inputs
+
+if TYPE_CHECKING:
+    import torch
+
+    from talkingdit.pipelines.job import Result
+
+
+def generate(
+    image: str | PathLike[str],
+    audio: str | PathLike[str],
+    output: str | PathLike[str],
+    *,
+    prompt: str = "",
+    checkpoint: str | PathLike[str] | Any = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    sheet: str | PathLike[str] | None = None,
+    upscale: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    warn: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Result:
+    """Make a video of a portrait speaking a voice recording.
+
+    Args:
+        image: the portrait, a picture file.
+        audio: the voice, any format, rate and number of channels.
+        output: the .mp4 to write.
+        prompt: what to show.
+        checkpoint: a folder, or what `talkingdit.models.load_checkpoint` gave; None is the model that ships with the
+            package.
+        dtype, device: where a folder is loaded.
+        sheet: a PNG with a preview to write.
+        upscale: enlarge the frames so many times.
+        progress: called with the number of denoising steps done and of all of them.
+        warn: called with a sentence about what was done differently from what may be expected.
+        options: of the checkpoint's family, such as `seed`, `steps` or `guidance`: see its `Options`.
+
+    Returns:
+        Path, number of frames and rate of the video, and the seconds it took.
+
+    Raises:
+        UserError: a file or an option is not good, memory runs out, or the video cannot be written. Files are checked
+            before a model is loaded.
+        TypeError: the family has no such option.
+    """
+    folder = default_checkpoint() if checkpoint is None else getattr(checkpoint, "folder", checkpoint)
+    family = families.of_folder(folder)
+    try:
+        chosen = family.options(**options)
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+    job = Job(
+        image=Path(image),
+        audio=Path(audio),
+        output=Path(output),
+        sheet=None if sheet is None else Path(sheet),
+        prompt=prompt,
+        upscale=upscale,
+    )
+    inputs = read_inputs(job)
+    outline = family.outline.outline(inputs, family.checkpoint.read_settings(Path(folder)), chosen)
+    from talkingdit.pipelines.job import Talk, make_video
+
+    loaded = checkpoint if hasattr(checkpoint, "folder") else load_checkpoint(folder, dtype, device)
+    curves = None if family.preview is None else family.preview.Curves()
+    pipeline = family.pipeline.open_pipeline(loaded)
+    return make_video(inputs, outline, pipeline, curves=curves, talk=Talk(progress=progress, warn=warn))

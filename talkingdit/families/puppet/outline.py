@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a video of a drawn character will be: as long as its sound, a frame for every audio frame."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from talkingdit.errors import UserError
+from talkingdit.families.puppet.options import Options
+from talkingdit.media.files import SPEECH_RATE
+from talkingdit.pipelines.guidance import Branch, guidance_branches
+from talkingdit.pipelines.inputs import Inputs, Outline
+
+if TYPE_CHECKING:
+    from talkingdit.families.puppet.checkpoint import PuppetSettings
+
+FRAMES_PER_LATENT = 4
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How clips are sampled: what `Options` says, with the checkpoint's values where it says nothing.
+
+    Args:
+        steps, shift: of the denoising.
+        text_guidance, audio_guidance: see `talkingdit.pipelines.guidance`.
+        seed: each clip has noise of its own, which follows from the seed and its number.
+        batched: guidance branches in one forward pass; False takes less memory and more time.
+
+    Raises:
+        ValueError: a strength is negative or not finite.
+    """
+
+    steps: int
+    shift: float
+    text_guidance: float
+    audio_guidance: float
+    seed: int = 0
+    batched: bool = True
+
+    @staticmethod
+    def of(options: Options, settings: PuppetSettings) -> Sampling:
+        """The options, completed by the settings of the checkpoint."""
+
+        def chosen(name: str) -> Any:
+            value = getattr(options, name)
+            return getattr(settings, name) if value is None else value
+
+        return Sampling(
+            steps=chosen("steps"),
+            shift=settings.shift,
+            text_guidance=chosen("text_guidance"),
+            audio_guidance=chosen("audio_guidance"),
+            seed=options.seed,
+            batched=not options.sequential,
+        )
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The predictions that every denoising step takes."""
+        return guidance_branches(self.text_guidance, self.audio_guidance)
+
+
+@dataclass(frozen=True)
+class Details:
+    """What the pipeline knows of a video besides its outline."""
+
+    sampling: Sampling
+    waveform: NDArray[np.float32]  # [samples] at 16 kHz, of normal loudness
+
+
+def clip_frames(settings: PuppetSettings) -> int:
+    """Frames per clip."""
+    return settings.clip_latents * FRAMES_PER_LATENT
+
+
+def outline(inputs: Inputs, settings: PuppetSettings, options: Options) -> Outline:
+    """What video will be made of these inputs, without any model.
+
+    Raises:
+        UserError: an option is impossible, or there is no sound to speak of.
+    """
+    from talkingdit.encoders.log_mel import normalise_loudness
+
+    waveform = normalise_loudness(inputs.sound)
+    try:
+        sampling = Sampling.of(options, settings)
+        predictions = len(sampling.branches)
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+    frames = -(-len(waveform) * settings.fps // SPEECH_RATE)
+    height, width = inputs.image.shape[:2]
+    warnings = []
+    if height != width:
+        warnings.append(f"{inputs.job.image} is {width} x {height} pixels; only its middle square is used.")
+    values = asdict(sampling)
+    values.pop("batched")
+    return Outline(
+        size=(settings.size, settings.size),
+        fps=settings.fps,
+        clips=-(-frames // clip_frames(settings)),
+        steps=sampling.steps,
+        predictions=predictions,
+        frames=frames,
+        settings={name.replace("_", " "): value for name, value in values.items()},
+        warnings=tuple(warnings),
+        details=Details(sampling, waveform),
+    )

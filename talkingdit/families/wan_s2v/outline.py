@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Wan-S2V video will be: its size, its length, and which frame is seen while which sound is heard.
+
+Frame p of the video is shown while audio frame p sounds. The first clip has no frames for the first three audio frames
+(see `pipeline.py`). The official program shows its fourth frame while the first audio frame sounds, 3/16 s early, and
+so on to the end. Here its first frame stays for these three audio frames ("hold"), or the sound begins with it ("cut");
+`official_timing` is early on purpose, for comparisons.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from talkingdit.errors import UserError
+from talkingdit.families.wan_s2v.options import Options
+from talkingdit.media.files import SPEECH_RATE
+from talkingdit.media.framing import PoseVideo, fit_picture, output_size
+from talkingdit.pipelines.inputs import Inputs, Outline
+from talkingdit.pipelines.solvers import check_solver
+
+if TYPE_CHECKING:
+    from talkingdit.families.wan_s2v.checkpoint import WanS2VSettings
+    from talkingdit.media.framing import Frames
+
+FRAMES_PER_LATENT = 4
+DROPPED = 3  # frames at the beginning of the first clip
+WAV2VEC_WINDOW, WAV2VEC_HOP = 400, 320  # samples per feature of the speech encoder
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How clips are sampled: what `Options` says, with the checkpoint's values where it says nothing.
+
+    Args:
+        steps, shift, solver: of the denoising, see `flow_solver`.
+        guidance: strength g of prediction = u + g (c - u), where u has the negative prompt and no sound; 1 leaves u
+            out.
+        negative_prompt: what not to show.
+        clip_frames: frames per clip, a multiple of 4.
+        seed: of the first clip; later ones count on.
+        start_from_reference: the first clip moves on from the reference image itself.
+        match_colour: bring the colours of later clips back to those of the first.
+        batched: both predictions in one forward pass; False takes less memory and more time.
+        drop_first: the first clip has no history and loses its first frames.
+
+    Raises:
+        ValueError: a value is impossible.
+    """
+
+    steps: int
+    guidance: float
+    shift: float
+    solver: str
+    negative_prompt: str
+    clip_frames: int
+    seed: int = 0
+    start_from_reference: bool = False
+    match_colour: bool = False
+    batched: bool = True
+    drop_first: bool = True
+
+    def __post_init__(self) -> None:
+        if self.clip_frames < FRAMES_PER_LATENT or self.clip_frames % FRAMES_PER_LATENT:
+            raise ValueError(f"generate: a clip must have a multiple of 4 frames, got {self.clip_frames}")
+        if self.seed < 0:
+            raise ValueError(f"generate: seed must be at least 0, got {self.seed}")
+        if not 1 <= self.guidance < float("inf"):
+            raise ValueError(f"generate: guidance must be a number of at least 1, got {self.guidance}")
+        check_solver(self.solver, self.steps, self.shift)
+
+    @staticmethod
+    def of(options: Options, settings: WanS2VSettings) -> Sampling:
+        """The options, completed by the settings of the checkpoint.
+
+        Raises:
+            ValueError: a value is impossible.
+        """
+
+        def chosen(name: str, setting: str = "") -> Any:
+            value = getattr(options, name)
+            return getattr(settings, setting or name) if value is None else value
+
+        return Sampling(
+            steps=chosen("steps"),
+            guidance=chosen("guidance"),
+            shift=chosen("shift"),
+            solver=chosen("solver"),
+            negative_prompt=chosen("negative_prompt"),
+            clip_frames=chosen("clip_frames", "infer_frames"),
+            seed=options.seed,
+            start_from_reference=options.start_from_reference,
+            match_colour=options.match_colour,
+            batched=not options.sequential,
+            drop_first=settings.drop_first_motion and not options.start_from_reference,
+        )
+
+    @property
+    def predictions(self) -> int:
+        """Predictions per denoising step."""
+        return 2 if self.guidance > 1 else 1
+
+    @property
+    def dropped(self) -> int:
+        """Frames that the beginning of the video lacks."""
+        return DROPPED if self.drop_first else 0
+
+
+@dataclass(frozen=True)
+class VideoLength:
+    """How long a video is.
+
+    Args:
+        audio_frames: that clips are made for.
+        frames: of the video.
+        lead: frames at its beginning that repeat the first one.
+        skip: audio frames that its sound leaves out at the beginning.
+    """
+
+    audio_frames: int
+    frames: int
+    lead: int = 0
+    skip: int = 0
+
+
+def video_length(samples: int, fps: int, clip_frames: int, dropped: int, options: Options) -> VideoLength:
+    """How long the video of a voice is.
+
+    Args:
+        samples: of the voice at 16 kHz.
+        fps: frames per second.
+        clip_frames: frames per clip.
+        dropped: frames that the beginning lacks.
+    """
+    frames = max(-(-samples * fps // SPEECH_RATE), dropped + 1)
+    if options.frames is not None:
+        frames = min(frames, max(options.frames, dropped + 1))
+    if options.clips is not None:
+        frames = min(frames, options.clips * clip_frames)
+    if not options.official_timing:
+        if options.opening == "cut":
+            return VideoLength(frames, frames - dropped, skip=dropped)
+        return VideoLength(frames, frames, lead=dropped)
+    # Officially clips go to the end of the features, and the file ends with the shorter of frames and sound.
+    features = int(((samples - WAV2VEC_WINDOW) // WAV2VEC_HOP + 1) / 50 * 30)
+    made = int(features / (clip_frames * 30 / fps)) + 1
+    made = (made if options.clips is None else min(made, options.clips)) * clip_frames
+    shown = min(frames, made - dropped)
+    return VideoLength(shown + dropped, shown)
+
+
+def video_size(image: Frames, settings: WanS2VSettings, options: Options) -> tuple[int, int]:
+    """Height and width of the video.
+
+    Raises:
+        UserError: the size asked for has sides that are not multiples of those of the checkpoint, or no size fits.
+    """
+    multiple = settings.size_multiple
+    if options.size is None:
+        area = settings.max_area if options.max_area is None else options.max_area
+        return output_size(image.shape[0], image.shape[1], area, multiple)
+    height, width = options.size
+    if height % multiple or width % multiple or min(options.size) < multiple:
+        near = " x ".join(str(max(multiple, round(side / multiple) * multiple)) for side in (width, height))
+        raise UserError(f"size: sides must be multiples of {multiple}, got {width} x {height}; the nearest is {near}.")
+    return height, width
+
+
+@dataclass(frozen=True)
+class Details:
+    """What the pipeline knows of a video besides its outline."""
+
+    sampling: Sampling
+    audio_frames: int  # that clips are made for
+    options: Options
+
+
+def outline(inputs: Inputs, settings: WanS2VSettings, options: Options) -> Outline:
+    """What video will be made of these inputs, without any model.
+
+    Raises:
+        UserError: an option is impossible, no size fits, or the pose video is not one.
+    """
+    try:
+        sampling = Sampling.of(options, settings)
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+    height, width = size = video_size(inputs.image, settings, options)
+    if options.pose is not None:
+        PoseVideo(options.pose, settings.fps, options.official_timing)  # opens it
+    length = video_length(len(inputs.sound), settings.fps, sampling.clip_frames, sampling.dropped, options)
+    _, black = fit_picture(inputs.image, size, options.cover)
+    warnings = []
+    if black:
+        warnings.append(f"{inputs.job.image}: {black} of the video's rows or columns are black; `--cover` avoids that.")
+    return Outline(
+        size=size,
+        fps=settings.fps,
+        clips=-(-length.audio_frames // sampling.clip_frames),
+        steps=sampling.steps,
+        predictions=sampling.predictions,
+        frames=length.frames,
+        lead=length.lead,
+        skip=length.skip,
+        settings=_kept_settings(sampling, length, options),
+        warnings=tuple(warnings),
+        when_too_large=f"clips of {sampling.clip_frames} frames of {width} x {height}; try `--sequential`, a smaller "
+        "`--max-area` or fewer `--clip-frames`",
+        details=Details(sampling, length.audio_frames, options),
+    )
+
+
+def _kept_settings(sampling: Sampling, length: VideoLength, options: Options) -> dict[str, Any]:
+    """What finished clips depend on. What saves memory or time is left out."""
+    pose = None
+    if options.pose is not None:
+        pose = hashlib.sha256(options.pose.read_bytes()).hexdigest()[:32] + f" {options.official_timing}"
+    names = {
+        "negative_prompt": "negative prompt",
+        "clip_frames": "number of clip frames",
+        "steps": "number of steps",
+        "guidance": "guidance",
+        "shift": "shift",
+        "solver": "solver",
+        "seed": "seed",
+        "drop_first": "beginning",
+        "match_colour": "colour matching",
+    }
+    values = asdict(sampling)
+    return {
+        "pose": pose,
+        "framing": options.cover,
+        "length": length.audio_frames,
+        **{said: values[name] for name, said in names.items()},
+    }

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first stages of a video job: what is asked for, the files that were read for it, and the outline of the video.
+
+Nothing here needs a model, nor torch: everything that can be wrong with files is found before either is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from talkingdit.errors import UserError
+from talkingdit.media.files import SPEECH_RATE, check_writable, read_audio, read_image
+
+Frames = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A video that is asked for.
+
+    Args:
+        image: the portrait, a file.
+        audio: the voice, any format, rate and number of channels.
+        output: the .mp4 to write.
+        sheet: a PNG with a preview to write.
+        prompt: what to show.
+        upscale: enlarge the frames so many times.
+    """
+
+    image: Path
+    audio: Path
+    output: Path
+    sheet: Path | None = None
+    prompt: str = ""
+    upscale: int = 1
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A job whose files were found to be good."""
+
+    job: Job
+    image: Frames  # [H, W, 3]
+    sound: NDArray[np.float32]  # [samples] at 16 kHz
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What video will be made, known before any model is loaded. A family's `outline` makes it.
+
+    Args:
+        size: height and width in pixels.
+        fps: frames per second.
+        clips: how many are generated.
+        steps: denoising steps per clip.
+        predictions: of the model per step, with and without conditions.
+        frames: that the video shows.
+        lead: frames at its beginning that repeat the first one.
+        skip: frames' worth of sound that is left out at the beginning.
+        settings: what finished clips depend on, by names that a person knows, of plain JSON types.
+        warnings: sentences about what is done differently from what may be expected.
+        when_too_large: what does not fit where memory runs out, and what to try.
+        details: the family's own.
+    """
+
+    size: tuple[int, int]
+    fps: int
+    clips: int
+    steps: int
+    predictions: int
+    frames: int
+    lead: int = 0
+    skip: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    when_too_large: str = "its clips"
+    details: Any = None
+
+
+def read_inputs(job: Job) -> Inputs:
+    """Read the portrait and the voice, and check that the results can be written.
+
+    Raises:
+        UserError: a file is missing, unreadable, empty or silent, or a target cannot be written.
+    """
+    if job.output.suffix.lower() != ".mp4":
+        raise UserError(f"output {str(job.output)!r}: expected a name that ends in .mp4, got {job.output.suffix!r}")
+    for target in (job.output, *([] if job.sheet is None else [job.sheet])):
+        check_writable(target)
+    return Inputs(job, read_image(job.image), read_audio(job.audio, SPEECH_RATE))

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The last stage of a video job: the video from its finished clips, with its sound, and a preview."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from talkingdit.media.files import SPEECH_RATE, VideoWriter, read_track
+from talkingdit.media.sheet import preview_sheet, sample_frames
+from talkingdit.pipelines.inputs import Frames, Inputs, Outline
+from talkingdit.pipelines.resume import ClipStore
+
+SHEET_FRAMES = 20  # at most, on a preview sheet
+
+
+class PreviewCurves(Protocol):
+    """Curves below the frames of a preview, measured while the frames pass."""
+
+    def add(self, frames: Frames) -> None:
+        """The next frames [n, H, W, 3]."""
+
+    def curves(self, sound: NDArray[np.float32], fps: int) -> Mapping[str, NDArray[np.float32]]:
+        """Name to [frames] values, of all frames that were added and the sound [samples] at 16 kHz."""
+
+
+def write_video(inputs: Inputs, outline: Outline, store: ClipStore, curves: PreviewCurves | None = None) -> None:
+    """Write the video and, if the job asks for one, its preview.
+
+    Raises:
+        UserError: a target cannot be written, or a kept clip is damaged.
+    """
+    job, fps = inputs.job, outline.fps
+    wanted = sample_frames(outline.frames, SHEET_FRAMES)
+    chosen: list[Frames] = []
+    seen = 0
+    track, rate, sound = _sound(inputs, outline)
+    with VideoWriter(job.output, fps, outline.size, audio=track, rate=rate, upscale=job.upscale) as writer:
+        for number, frames in enumerate(store.frames()):
+            if number == 0 and outline.lead:
+                frames = np.concatenate([frames[:1].repeat(outline.lead, axis=0), frames])
+            writer.write(frames)
+            if job.sheet is not None:
+                here = wanted[(wanted >= seen) & (wanted < seen + len(frames))]
+                chosen.append(frames[here - seen])
+                if curves is not None:
+                    curves.add(frames)
+            seen += len(frames)
+    if job.sheet is not None:
+        preview_sheet(
+            np.concatenate(chosen),
+            sound,
+            SPEECH_RATE,
+            fps,
+            {} if curves is None else curves.curves(sound, fps),
+            job.sheet,
+            title=job.output.name,
+            times=[(int(i) + 0.5) / fps for i in wanted],
+        )
+
+
+def _sound(inputs: Inputs, outline: Outline) -> tuple[NDArray[np.float32] | Path, int, NDArray[np.float32]]:
+    """The track of the video, a file or samples at a rate, and the same at 16 kHz for the preview."""
+    if not outline.skip:
+        return inputs.job.audio, SPEECH_RATE, inputs.sound
+    track, rate = read_track(inputs.job.audio)
+    track = track[round(outline.skip * rate / outline.fps) :]
+    sound = inputs.sound[outline.skip * SPEECH_RATE // outline.fps :]
+    if not track.size:
+        return np.zeros(1, np.float32), rate, np.zeros(1, np.float32)
+    return track, rate, sound

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is written is there as a whole or not at all, also over links, and with the rights that any new file gets."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from talkingdit.atomic import PART, WholeFile, whole_file, whole_folder, write_whole
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "a.bin"
+    with whole_file(target) as temporary:
+        temporary.write_bytes(b"new")
+        assert temporary.parent == tmp_path
+        assert temporary.suffix == ".bin"
+        assert temporary.name.startswith(PART)
+        assert not target.exists()
+    assert target.read_bytes() == b"new"
+    assert names(tmp_path) == ["a.bin"]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    write_whole(target, b"old", sync=True)
+
+    def half() -> None:
+        with whole_file(target) as temporary:
+            temporary.write_bytes(b"half")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        half()
+    assert target.read_bytes() == b"old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_mode_is_that_of_any_new_file(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_whole(tmp_path / "a", b"x")
+        (tmp_path / "b").write_bytes(b"x")
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a", "b")]
+    assert modes[0] == modes[1] == 0o666 & ~umask
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to("far/real.txt")
+    write_whole(tmp_path / "link.txt", b"new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "far" / "real.txt").read_text() == "new"
+    assert names(tmp_path / "far") == ["real.txt"]
+
+
+def test_prefix_and_suffix_of_the_temporary_name(tmp_path: Path) -> None:
+    with whole_file(tmp_path / "a.mp4", prefix=".mine-", suffix=".part") as temporary:
+        assert temporary.name.startswith(".mine-")
+        assert temporary.name.endswith(".part")
+    assert names(tmp_path) == ["a.mp4"]
+
+
+def test_a_library_may_replace_the_temporary_file(tmp_path: Path) -> None:
+    with whole_file(tmp_path / "a") as temporary:
+        (tmp_path / "other").write_text("its own")
+        os.replace(tmp_path / "other", temporary)
+    assert (tmp_path / "a").read_text() == "its own"
+
+
+def test_a_file_that_is_open_for_long(tmp_path: Path) -> None:
+    file = WholeFile(tmp_path / "a")
+    file.path.write_text("x")
+    file.abort()
+    assert names(tmp_path) == []
+    file = WholeFile(tmp_path / "a")
+    file.path.write_text("y")
+    file.finish(sync=True)
+    file.abort()  # too late
+    assert (tmp_path / "a").read_text() == "y"
+
+
+def test_a_target_that_cannot_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OSError):
+        write_whole(tmp_path / "a", b"x")
+    assert names(tmp_path) == ["a"]
+    with pytest.raises(OSError):
+        write_whole(tmp_path / "none" / "a", b"x")
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    for text in ("one", "two"):
+        (tmp_path / "run.tmp").mkdir()  # of a process that was killed
+        (tmp_path / "run.tmp" / "left").touch()
+        with whole_folder(target) as temporary:
+            assert names(temporary) == []
+            (temporary / "a").write_text(text)
+        assert (target / "a").read_text() == text
+        assert names(tmp_path) == ["run"]
+
+    def half() -> None:
+        with whole_folder(target) as temporary:
+            (temporary / "a").write_text("three")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        half()
+    assert (target / "a").read_text() == "two"
+    assert names(tmp_path) == ["run"]
