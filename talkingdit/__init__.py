@@ -13,16 +13,18 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from talkingdit._native_loader import build_info
+    from talkingdit.api import generate
     from talkingdit.nn.accelerate import accelerate, restore
 
 _LAZY = {
     "accelerate": "talkingdit.nn.accelerate",
     "build_info": "talkingdit._native_loader",
+    "generate": "talkingdit.api",
     "restore": "talkingdit.nn.accelerate",
 }
 _SUBMODULES = ("data", "eval", "models", "nn", "ops", "pipelines", "puppets")
 
-__all__ = ["__version__", "accelerate", "build_info", "restore", *_SUBMODULES]
+__all__ = ["__version__", "accelerate", "build_info", "generate", "restore", *_SUBMODULES]
 
 
 def __getattr__(name: str) -> Any:

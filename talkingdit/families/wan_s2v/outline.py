@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.options import Options
 from talkingdit.media.files import SPEECH_RATE
-from talkingdit.media.framing import PoseVideo, fit_picture, output_size
+from talkingdit.media.framing import PoseVideo, fit_image, output_size
 from talkingdit.pipelines.inputs import Inputs, Outline
 from talkingdit.pipelines.solvers import check_solver
 
@@ -190,7 +190,7 @@ def outline(inputs: Inputs, settings: WanS2VSettings, options: Options) -> Outli
     if options.pose is not None:
         PoseVideo(options.pose, settings.fps, options.official_timing)  # opens it
     length = video_length(len(inputs.sound), settings.fps, sampling.clip_frames, sampling.dropped, options)
-    _, black = fit_picture(inputs.image, size, options.cover)
+    _, black = fit_image(inputs.image, size, options.cover)
     warnings = []
     if black:
         warnings.append(f"{inputs.job.image}: {black} of the video's rows or columns are black; `--cover` avoids that.")

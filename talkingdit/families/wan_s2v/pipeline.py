@@ -30,7 +30,7 @@ from talkingdit.autoencoders.streaming import FRAMES_PER_LATENT, to_video
 from talkingdit.distributed.layout import Parallel
 from talkingdit.families.wan_s2v.outline import DROPPED, Details, Sampling
 from talkingdit.media.colour import colours, match_colours
-from talkingdit.media.framing import PoseVideo, fit_picture
+from talkingdit.media.framing import PoseVideo, fit_image
 from talkingdit.pipelines.long_video import Carry, GeneratedClip
 from talkingdit.pipelines.solvers import flow_solver
 
@@ -88,7 +88,7 @@ class WanS2VPipeline:
         """Encode what all clips share, from the files of a job."""
         details: Details = outline.details
         frames = outline.clips * details.sampling.clip_frames
-        image, _ = fit_picture(inputs.image, outline.size, details.options.cover)
+        image, _ = fit_image(inputs.image, outline.size, details.options.cover)
         features = self.parallel.team.share(lambda: self.checkpoint.audio_encoder.features(inputs.sound, frames), "cpu")
         return self.conditions(
             image,
@@ -305,7 +305,7 @@ class _SharedPose:
     @property
     def frames(self) -> int:
         """Frames of the video to make that it has had a frame for, as rank 0 knows."""
-        return 0 if self._video is None else self._video.pictures
+        return 0 if self._video is None else self._video.frames
 
     def __call__(self, index: int) -> Tensor:
         return self._team.share(lambda: self._read(index), "cpu")
