@@ -6,6 +6,7 @@ TORCH := $(if $(GPU),torch>=2.10,torch==2.13.0)
 export TALKINGDIT_CUDA_ARCHS ?= $(if $(GPU),native,90a-real)
 
 NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/* cuda/*)
+NATIVE_CODE := $(wildcard $(foreach folder,csrc csrc/* cuda tests/simt tests/simt/*,$(addprefix $(folder)/,*.cpp *.h *.cu *.cuh)))
 PACKAGE := $(NATIVE) $(shell find talkingdit -type f -not -name '*.pyc' -not -name '*.so')
 ASSETS := talkingdit/puppets/assets
 PIP := -m pip install --quiet --disable-pip-version-check
@@ -20,11 +21,13 @@ demo: .venv/installed
 test: .venv-test/installed
 	.venv-test/bin/python -m pytest
 
+# The same commands as in .pre-commit-config.yaml.
 lint: .venv-test/installed
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy
-	.venv-test/bin/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h cuda/*.cu cuda/*.cuh tests/simt/*.cpp tests/simt/*.h tests/simt/include/*)
+	.venv-test/bin/lint-imports --no-logo
+	.venv-test/bin/clang-format --dry-run -Werror $(NATIVE_CODE)
 
 # The demo runs on the CPU where there is no GPU; it need not wait for the CUDA compiler then.
 .venv/installed: $(PACKAGE)

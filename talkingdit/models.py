@@ -106,4 +106,6 @@ def load_checkpoint(
 
 def default_checkpoint() -> Path:
     """Folder of the model that ships with the package."""
-    return Path(__file__).parent / "puppets" / "assets" / "model"
+    from talkingdit.puppets import MODEL
+
+    return MODEL

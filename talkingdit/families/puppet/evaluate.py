@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a checkpoint speak? `python -m talkingdit.puppets.evaluate --voices data/voices`
+"""Does a checkpoint speak? `python -m talkingdit.families.puppet.evaluate --voices data/voices`
 
 Held-out characters speak with held-out voices, and the probe reads their mouths back from the pictures (see
 `talkingdit.puppets.measure` for the figures). One clip also goes through the whole job to an .mp4 and back, with the
@@ -40,6 +40,7 @@ from talkingdit.puppets.probe import measure_probe_error
 from talkingdit.puppets.render import Image
 from talkingdit.puppets.world import FloatArray
 
+PAGE = Path("docs/puppets.md")
 MARKS = ("<!-- puppets:start -->", "<!-- puppets:end -->")
 
 
@@ -79,18 +80,21 @@ def read_voices(folder: Path, seconds: float, count: int, rng: np.random.Generat
     return voices
 
 
-def insert_report(readme: Path, text: str) -> None:
-    """Put the table between the marks of a README.
+def insert_report(page: Path, text: str) -> None:
+    """Put the table between the marks of a page.
 
     Raises:
-        UserError: the file has no such marks.
+        UserError: there is no such page, or it has no such marks.
     """
-    content = readme.read_text()
+    try:
+        content = page.read_text()
+    except OSError as error:
+        raise UserError(f"{page}: not a readable page to put the table into ({error}).") from error
     before, start, rest = content.partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not start or not end:
-        raise UserError(f"{readme}: has no lines {MARKS[0]} and {MARKS[1]} to put the table between.")
-    write_whole(readme, f"{before}{start}\n{text}\n{end}{after}".encode())
+        raise UserError(f"{page}: has no lines {MARKS[0]} and {MARKS[1]} to put the table between.")
+    write_whole(page, f"{before}{start}\n{text}\n{end}{after}".encode())
 
 
 def machine() -> dict[str, Any]:
@@ -143,17 +147,22 @@ def measure_mp4(job: Job, checkpoint: Any, options: Any) -> dict[str, Any]:
     import cv2
     import soundfile
 
-    from talkingdit import api
     from talkingdit.encoders.log_mel import normalise_loudness
+    from talkingdit.families.puppet.outline import outline
+    from talkingdit.families.puppet.pipeline import open_pipeline
     from talkingdit.media.files import read_audio, read_video
+    from talkingdit.pipelines.inputs import Job as VideoJob
+    from talkingdit.pipelines.inputs import read_inputs
+    from talkingdit.pipelines.job import make_video
 
     with tempfile.TemporaryDirectory() as folder:
         image, audio, video = (Path(folder) / name for name in ("portrait.png", "voice.wav", "out.mp4"))
         cv2.imwrite(str(image), cv2.cvtColor(job.portrait, cv2.COLOR_RGB2BGR))
         peak = float(np.abs(job.voice.samples).max())
         soundfile.write(audio, job.voice.samples / max(1.0, peak), SPEECH_RATE)
-        chosen = dataclasses.asdict(dataclasses.replace(options, seed=job.seed))
-        api.generate(image, audio, video, prompt=job.scene.caption(), checkpoint=checkpoint, **chosen)
+        chosen = dataclasses.replace(options, seed=job.seed)
+        inputs = read_inputs(VideoJob(image=image, audio=audio, output=video, prompt=job.scene.caption()))
+        make_video(inputs, outline(inputs, checkpoint.settings, chosen), open_pipeline(checkpoint))
         frames = read_video(video)[0]
         heard = Voice(job.voice.speaker, job.voice.language, normalise_loudness(read_audio(video, SPEECH_RATE)))
     return measure(dataclasses.replace(job, voice=heard), frames, fps=checkpoint.settings.fps)
@@ -161,7 +170,7 @@ def measure_mp4(job: Job, checkpoint: Any, options: Any) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: evaluate a checkpoint, write the JSON, print the table."""
-    parser = argparse.ArgumentParser(prog="python -m talkingdit.puppets.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m talkingdit.families.puppet.evaluate", description=__doc__)
     parser.add_argument("--voices", type=Path, required=True, help="folder of voices with an index.jsonl")
     parser.add_argument("--out", type=Path, default=Path("bench/results/puppets.json"), help="result (%(default)s)")
     parser.add_argument("--checkpoint", type=Path, help="model to evaluate (default: the one shipped)")
@@ -173,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="denoising steps (default: as the checkpoint suggests)")
     parser.add_argument("--seed", type=int, default=0, help="of scenes and videos (%(default)s)")
     parser.add_argument("--threads", type=int, help="processor threads (default: all)")
-    parser.add_argument("--report", action="store_true", help="put the table into README.md, between its marks")
+    parser.add_argument("--report", action="store_true", help="put the table into docs/puppets.md, between its marks")
     options = parser.parse_args(arguments)
     if options.clips < 2:
         parser.error("--clips must be at least 2, to compare with another voice")
@@ -183,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_whole(options.out, (json.dumps(result, indent=1) + "\n").encode())
         print(table(result))
         if options.report:
-            insert_report(Path("README.md"), table(result))
+            insert_report(PAGE, table(result))
     except UserError as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
@@ -194,19 +203,21 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that the command measures, as one JSON object."""
     import torch
 
-    from talkingdit.families.puppet.checkpoint import PuppetCheckpoint
+    from talkingdit import families
     from talkingdit.families.puppet.options import Options
     from talkingdit.families.puppet.pipeline import PuppetPipeline
-    from talkingdit.models import load_checkpoint
+    from talkingdit.puppets import MODEL
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     rng = np.random.default_rng(options.seed)
     voices = read_voices(options.voices, options.seconds, options.clips, rng)
     (long_voice,) = read_voices(options.voices, options.long_seconds, 1, rng)
-    checkpoint = load_checkpoint(options.checkpoint)
-    if not isinstance(checkpoint, PuppetCheckpoint):
-        raise UserError(f"{options.checkpoint}: only models of drawn characters can be measured with them.")
+    folder = MODEL if options.checkpoint is None else options.checkpoint
+    family = families.of_folder(folder)
+    if family.name != "puppet":
+        raise UserError(f"{folder}: only models of drawn characters can be measured with them.")
+    checkpoint = family.checkpoint.load_checkpoint(folder, torch.float32, "cpu")
     settings = checkpoint.settings
     sampling = Options(text_guidance=options.text_guidance, audio_guidance=options.audio_guidance, steps=options.steps)
 

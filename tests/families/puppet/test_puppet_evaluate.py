@@ -12,7 +12,7 @@ import soundfile
 
 from talkingdit.encoders.log_mel import normalise_loudness
 from talkingdit.errors import UserError
-from talkingdit.puppets.evaluate import insert_report, main, read_voices
+from talkingdit.families.puppet.evaluate import insert_report, main, read_voices
 from talkingdit.puppets.measure import Job, Voice, evaluate, measure_round_trip, sync, table, truth_of
 from talkingdit.puppets.render import Image, render
 from talkingdit.puppets.world import Character, FloatArray, Motion, Scene
@@ -133,20 +133,20 @@ def test_a_mouth_that_never_moves_has_no_correlation() -> None:
     assert sync(truth, np.full(50, 0.3, np.float32))["r"] == 0.0
 
 
-def test_the_table_goes_between_the_marks_of_the_readme(perfect: dict, tmp_path: Path) -> None:
+def test_the_table_goes_between_the_marks_of_the_page(perfect: dict, tmp_path: Path) -> None:
     result = {**perfect, "probe": {"r": 0.99, "slope": 1.0, "identity": 1.0, "expression": 0.99}}
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- puppets:start -->\nold\n<!-- puppets:end -->\nafter\n")
+    page = tmp_path / "puppets.md"
+    page.write_text("before\n<!-- puppets:start -->\nold\n<!-- puppets:end -->\nafter\n")
     for _ in range(2):
-        insert_report(readme, table(result))
-    text = readme.read_text()
+        insert_report(page, table(result))
+    text = page.read_text()
     assert text.startswith("before\n<!-- puppets:start -->\n| |")
     assert text.endswith("<!-- puppets:end -->\nafter\n")
     assert text.count("**all**") == 1
     assert "old" not in text
-    readme.write_text("no marks\n")
+    page.write_text("no marks\n")
     with pytest.raises(UserError, match="has no lines <!-- puppets:start -->"):
-        insert_report(readme, "table")
+        insert_report(page, "table")
 
 
 def test_only_held_out_voices_are_read_and_joined_to_the_length(tmp_path: Path) -> None:
