@@ -275,7 +275,7 @@ class Autoencoder:
             return work(*given)
         strips = self.strips(rows)
         if strips is None:
-            return self.team.share(lambda: work(*given), self.device)
+            return self.team.broadcast(lambda: work(*given), self.device)
         with on_strips(part, strips):
             mine = work(*(strips.own(x) for x in given))
         return strips.whole(mine)
@@ -305,4 +305,4 @@ class SharedStream:
         elif shared.group is None:
             self._decoder.resume(past)
         else:
-            shared.team.first(lambda: self._decoder.resume(past))
+            shared.team.on_rank_0(lambda: self._decoder.resume(past))

@@ -107,7 +107,7 @@ def generate(argv: Sequence[str]) -> None:
 
     team = Team.start()
     try:
-        _generate(team.first(lambda: prepare(argv)), team)
+        _generate(team.on_rank_0(lambda: prepare(argv)), team)
         team.end()
     except BaseException as error:
         team.exit(tell_of_one(error))
@@ -210,15 +210,15 @@ def _generate(request: Request, team: Team) -> None:
     """What every process does."""
     import torch
 
-    from talkingdit.distributed.layout import plan
     from talkingdit.pipelines.job import Talk, make_video
+    from talkingdit.pipelines.parallel import share_work
 
     flags, options = request.flags, request.options
     family = families.get(request.family)
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
-    checkpoint = team.together(lambda: _load(request, family, team))
-    parallel = plan(team, request.layout, request.outline.predictions, checkpoint, warn)
+    checkpoint = team.on_all_ranks(lambda: _load(request, family, team))
+    parallel = share_work(team, request.layout, request.outline.predictions, checkpoint, warn)
     if getattr(options, "compile", False):
         # Messages between processes stay out of the compiled parts.
         checkpoint.transformer.compile_repeated_blocks(fullgraph=parallel.context is None)

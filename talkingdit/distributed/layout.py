@@ -17,8 +17,8 @@ pictures and noise come to all from one place. The result is that of one process
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -29,7 +29,6 @@ from talkingdit.distributed.team import ALONE, Team, gather
 from talkingdit.errors import UserError
 
 if TYPE_CHECKING:
-    from talkingdit.autoencoders.strips import Autoencoder
     from talkingdit.nn.context_parallel import ContextParallel
 
 T = TypeVar("T")
@@ -145,14 +144,6 @@ class Parallel:
             self._guidance = mesh["guidance"].get_group()
             self._share = mesh["guidance"].get_local_rank()
 
-    def autoencoder(self, vae: Any) -> Autoencoder:
-        """The autoencoder as all processes share it."""
-        from talkingdit.autoencoders.strips import Autoencoder
-
-        if self.team.size == 1:
-            return Autoencoder(vae)
-        return Autoencoder(vae, self.team, dist.group.WORLD, self.layout.vae == "split")
-
     def own(self, branches: Sequence[T]) -> Sequence[T]:
         """The predictions of a step that this process makes."""
         begin, end = self._part(len(branches), self._share)
@@ -182,39 +173,3 @@ class Parallel:
         """Begin and end of what a group makes of so many predictions."""
         groups = self.layout.shape[0]
         return count * group // groups, count * (group + 1) // groups
-
-
-def plan(
-    team: Team, layout: Layout, branches: int, checkpoint: Any, warn: Callable[[str], None] | None = None
-) -> Parallel:
-    """How a team makes a video with a checkpoint.
-
-    Args:
-        team: all processes; each calls this with the same arguments.
-        layout: what was asked for.
-        branches: predictions per step.
-        checkpoint: with `transformer` and `vae`.
-        warn: called with a sentence about what was done differently from what may be expected.
-
-    Raises:
-        UserError: the layout does not fit the number of processes, the model or the request, or the autoencoder was to
-            be split and cannot.
-    """
-    model = checkpoint.transformer
-
-    def fit() -> Layout:
-        from talkingdit.autoencoders.strips import check_split
-
-        filled = layout.filled(team.size, branches, model.config.num_heads)
-        if team.size > 1 and filled.vae == "split":
-            try:
-                check_split(checkpoint.vae)
-            except UserError as error:
-                if layout.vae == "split":
-                    raise
-                if warn is not None and team.rank == 0:
-                    warn(f"{str(error).removesuffix('; use vae=one.')}; the first process decodes for all.")
-                return replace(filled, vae="one")
-        return filled
-
-    return Parallel(team, team.together(fit), model.device)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes that do one job, started by torchrun: who speaks, and how they stop together.
 
-All run the same program. The first one alone reads and writes files, asks and tells; the others get from it what they
+All run the same program. Rank 0 alone reads and writes files, asks and tells; the others get from it what they
 need. What goes wrong in one place that all wait for ends all of them, with one sentence. What goes wrong in the midst
 of a computation ends one process, and torchrun then ends the others.
 """
@@ -26,7 +26,7 @@ T = TypeVar("T")
 STATUS = {UserError: 2, KeyboardInterrupt: 130}  # of the command line; anything else is 1
 PATIENCE = timedelta(minutes=30)  # with a step of a computation: a process that is gone is noticed at once, one that
 # hangs only by this
-CONTROL_PATIENCE = timedelta(days=1)  # with the first process, which may have a long video to write
+CONTROL_PATIENCE = timedelta(days=1)  # with rank 0, which may have a long video to write
 
 
 class OtherRankError(Exception):
@@ -136,11 +136,11 @@ class Team:
         finally:
             signal.signal(signal.SIGINT, self._interrupt)
 
-    def first(self, work: Callable[[], T]) -> T:
-        """What a function gives in the first process, which alone calls it. It must bear pickling.
+    def on_rank_0(self, work: Callable[[], T]) -> T:
+        """What a function gives in rank 0, which alone calls it. It must bear pickling.
 
         Raises:
-            OtherRankError: in the other processes, where it raised.
+            OtherRankError: on the other ranks, where it raised.
         """
         if self.size == 1:
             return work()
@@ -159,11 +159,11 @@ class Team:
             raise OtherRankError(status)
         return result
 
-    def together(self, work: Callable[[], T]) -> T:
+    def on_all_ranks(self, work: Callable[[], T]) -> T:
         """What a function gives, which all processes call, each for itself; it must not talk to the others.
 
         Raises:
-            OtherRankError: where it raised in another process.
+            OtherRankError: where it raised on another rank.
         """
         if self.size == 1:
             return work()
@@ -183,11 +183,11 @@ class Team:
             raise raised
         raise OtherRankError(int(states[failed[0]])) from raised
 
-    def share(self, make: Callable[[], Tensor], device: torch.device | str) -> Tensor:
-        """What a function gives in the first process, which alone calls it, on every process's device.
+    def broadcast(self, make: Callable[[], Tensor], device: torch.device | str) -> Tensor:
+        """What a function gives in rank 0, which alone calls it, on every process's device.
 
         Raises:
-            OtherRankError: in the other processes, where it raised.
+            OtherRankError: on the other ranks, where it raised.
         """
         if self.size == 1:
             return make().to(device)
@@ -198,18 +198,18 @@ class Team:
             result = make().to(device).contiguous()
             return result.shape, result.dtype
 
-        shape, dtype = self.first(describe)
+        shape, dtype = self.on_rank_0(describe)
         if result is None:
             result = torch.empty(shape, dtype=dtype, device=device)
         # Over the network of the device where it has one; the group of the control is the host's.
         dist.broadcast(result, src=0, group=self._control if result.is_cpu else None)
         return result
 
-    def pulse(self) -> None:
+    def raise_if_interrupted(self) -> None:
         """End all processes if one of them was interrupted. Called between steps.
 
         Raises:
-            KeyboardInterrupt: in the first process; OtherRankError in the others.
+            KeyboardInterrupt: on rank 0; OtherRankError on the others.
         """
         if self.size == 1:
             return

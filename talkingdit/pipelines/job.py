@@ -103,7 +103,7 @@ def make_video(
             for clip in _clips(pipeline, conditions, outline, store, talk):
                 store.add(lambda clip=clip: to_frames(clip.frames), clip.carry)  # type: ignore[misc]
             talk.say(pipeline.remarks(conditions, outline))
-        team.first(lambda: write_video(inputs, outline, store.local, curves))
+        team.on_rank_0(lambda: write_video(inputs, outline, store.local, curves))
     store.remove()
     return Result(inputs.job.output, outline.frames, outline.fps, time.monotonic() - started)
 

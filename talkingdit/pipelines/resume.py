@@ -178,7 +178,7 @@ class SharedClipStore:
             self._store = opened()
             return self._store.finished, self._store.carry()
 
-        self.finished, self.carry = team.first(found)
+        self.finished, self.carry = team.on_rank_0(found)
 
     @property
     def folder(self) -> Path | None:
@@ -192,7 +192,7 @@ class SharedClipStore:
 
     def add(self, frames: Callable[[], Frames], carry: Carry | None) -> None:
         """Keep the next finished clip, of which rank 0 makes the frames. See `ClipStore.add`."""
-        self._team.first(lambda: self.local.add(frames(), carry))
+        self._team.on_rank_0(lambda: self.local.add(frames(), carry))
         self.finished += 1
 
     def remove(self) -> None:

@@ -18,7 +18,7 @@ from tiny_s2v import AUDIO_DIM, LAYERS, make_s2v
 from torch import Tensor
 
 from talkingdit import families
-from talkingdit.distributed.layout import Layout, Parallel, plan
+from talkingdit.distributed.layout import Layout, Parallel
 from talkingdit.distributed.team import ALONE, OtherRankError, Team
 from talkingdit.errors import UserError
 from talkingdit.families.puppet.options import Options as PuppetOptions
@@ -31,6 +31,7 @@ from talkingdit.families.wan_s2v.pipeline import WanS2VPipeline
 from talkingdit.models import load_checkpoint
 from talkingdit.pipelines.long_video import generate_clips
 from talkingdit.pipelines.memory import Memory, fit
+from talkingdit.pipelines.parallel import share_work
 
 PATIENCE = 240.0  # seconds; the first job of a process imports everything
 HEIGHT, WIDTH = 80, 32  # 10 latent rows: uneven strips for four processes
@@ -68,7 +69,7 @@ def make_clips(words: str, more: dict[str, Any], memory: str = "", posed: bool =
         model = make_s2v(settings=SETTINGS)
         fit(model.transformer, Memory.parse(memory), "cpu", families.get("wan_s2v").units)
     sampling = Sampling.of(Options(**SAMPLING | more), model.settings)
-    parallel = plan(team, Layout.parse(words), sampling.predictions, model)
+    parallel = share_work(team, Layout.parse(words), sampling.predictions, model)
     pipeline = WanS2VPipeline(model, parallel)
     denoise, latents = pipeline._denoise, []
 
@@ -150,7 +151,7 @@ def draw_puppet(folder: Path, words: str, strengths: tuple[float, float], batche
     text, audio = strengths
     options = PuppetOptions(text_guidance=text, audio_guidance=audio, seed=4, sequential=not batched)
     predictions = len(PuppetSampling.of(options, model.settings).branches)
-    parallel = plan(Team.start(), Layout.parse(words), predictions, model)
+    parallel = share_work(Team.start(), Layout.parse(words), predictions, model)
     return list(PuppetPipeline(model, parallel).generate(portrait, features, "a red fox", options))
 
 
@@ -212,11 +213,11 @@ def test_impossible_layouts(words: str, world: int, sentence: str) -> None:
 def refused_layout() -> tuple[str, int]:
     team, model, warnings = Team.start(), make_s2v(), []
     model.vae.decoder.norm_out = torch.nn.GroupNorm(1, 4)
-    chosen = plan(team, Layout(), 2, model, warnings.append).layout
+    chosen = share_work(team, Layout(), 2, model, warnings.append).layout
     assert (len(warnings) == 1) == (team.rank == 0)
     assert not warnings or "norm_out of type GroupNorm; the first process decodes for all." in warnings[0]
     with pytest.raises(UserError if team.rank == 0 else OtherRankError, match=r"use vae=one|another process"):
-        plan(team, Layout.parse("guidance=2,vae=split"), 2, model, warnings.append)
+        share_work(team, Layout.parse("guidance=2,vae=split"), 2, model, warnings.append)
     return chosen.vae or "", len(warnings)
 
 
@@ -242,19 +243,19 @@ def stop_together() -> list[str]:
         return team.rank
 
     said = [
-        caught(lambda: team.first(lambda: 7)),
-        caught(lambda: team.first(lambda: fail(UserError("no such file"), 0))),
-        caught(lambda: team.together(lambda: fail(UserError("nothing"), -1))),
-        caught(lambda: team.together(lambda: fail(OSError("broken"), 1, 2))),
-        caught(lambda: team.share(lambda: torch.arange(3), "cpu").tolist()),
-        caught(lambda: team.share(lambda: torch.arange(fail(UserError("none"), 0)), "cpu")),
-        caught(team.pulse),
+        caught(lambda: team.on_rank_0(lambda: 7)),
+        caught(lambda: team.on_rank_0(lambda: fail(UserError("no such file"), 0))),
+        caught(lambda: team.on_all_ranks(lambda: fail(UserError("nothing"), -1))),
+        caught(lambda: team.on_all_ranks(lambda: fail(OSError("broken"), 1, 2))),
+        caught(lambda: team.broadcast(lambda: torch.arange(3), "cpu").tolist()),
+        caught(lambda: team.broadcast(lambda: torch.arange(fail(UserError("none"), 0)), "cpu")),
+        caught(team.raise_if_interrupted),
     ]
     if team.rank == 2:
         signal.signal(signal.SIGINT, team._interrupt)
         signal.raise_signal(signal.SIGINT)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    said.append(caught(team.pulse))
+    said.append(caught(team.raise_if_interrupted))
     team.end()
     return said
 
@@ -277,7 +278,7 @@ def test_one_process_needs_no_group() -> None:
     assert Team.start() is ALONE
     assert not torch.distributed.is_initialized()
     with pytest.raises(UserError, match="alone"):
-        ALONE.first(lambda: (_ for _ in ()).throw(UserError("alone")))
+        ALONE.on_rank_0(lambda: (_ for _ in ()).throw(UserError("alone")))
     assert Parallel().own([1, 2]) == [1, 2]
-    ALONE.pulse()
+    ALONE.raise_if_interrupted()
     ALONE.end()

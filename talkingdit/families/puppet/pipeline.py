@@ -37,6 +37,7 @@ from talkingdit.media.framing import fit_portrait
 from talkingdit.pipelines.guidance import Branch, guided_step
 from talkingdit.pipelines.inputs import Frames, Inputs, Outline
 from talkingdit.pipelines.long_video import Carry, GeneratedClip, generate_clips
+from talkingdit.pipelines.parallel import shared_autoencoder
 
 if TYPE_CHECKING:
     from talkingdit.families.puppet.checkpoint import PuppetCheckpoint
@@ -97,7 +98,7 @@ class PuppetPipeline:
         self.checkpoint = checkpoint
         self.settings = checkpoint.settings
         self.parallel = Parallel() if parallel is None else parallel
-        self._vae = self.parallel.autoencoder(checkpoint.vae)
+        self._vae = shared_autoencoder(checkpoint.vae, self.parallel)
 
     def warnings(self, inputs: Inputs, outline: Outline) -> tuple[str, ...]:
         """Words of the prompt that the model does not know."""
@@ -112,7 +113,7 @@ class PuppetPipeline:
         """Encode what all clips share, from the files of a job."""
         details: Details = outline.details
         portrait, _ = fit_portrait(inputs.image, self.settings.size)
-        features = self.parallel.team.share(lambda: self.features(details.waveform)[0], "cpu")
+        features = self.parallel.team.broadcast(lambda: self.features(details.waveform)[0], "cpu")
         return self.conditions(portrait, features, inputs.job.prompt, details.sampling, frames=outline.frames)
 
     @property
@@ -273,7 +274,7 @@ class PuppetPipeline:
             ]
             predictions = parallel.exchange(torch.cat(velocities), len(weights))
             x = guided_step(x, predictions, weights, following - sigma)
-            parallel.team.pulse()
+            parallel.team.raise_if_interrupted()
             if progress is not None:
                 progress()
         return x

@@ -33,6 +33,7 @@ from talkingdit.families.wan_s2v.outline import DROPPED, Details, Sampling
 from talkingdit.media.colour import colours, match_colours
 from talkingdit.media.framing import PoseVideo, fit_image
 from talkingdit.pipelines.long_video import Carry, GeneratedClip
+from talkingdit.pipelines.parallel import shared_autoencoder
 from talkingdit.pipelines.solvers import flow_solver
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class WanS2VPipeline:
         self.checkpoint = checkpoint
         self.settings = checkpoint.settings
         self.parallel = Parallel() if parallel is None else parallel
-        self._vae = self.parallel.autoencoder(checkpoint.vae)
+        self._vae = shared_autoencoder(checkpoint.vae, self.parallel)
 
     def warnings(self, inputs: Inputs, outline: Outline) -> tuple[str, ...]:
         """Nothing is known of the prompt beforehand."""
@@ -90,7 +91,9 @@ class WanS2VPipeline:
         details: Details = outline.details
         frames = outline.clips * details.sampling.clip_frames
         image, _ = fit_image(inputs.image, outline.size, details.options.cover)
-        features = self.parallel.team.share(lambda: self.checkpoint.audio_encoder.features(inputs.sound, frames), "cpu")
+        features = self.parallel.team.broadcast(
+            lambda: self.checkpoint.audio_encoder.features(inputs.sound, frames), "cpu"
+        )
         return self.conditions(
             image,
             inputs.job.prompt,
@@ -144,7 +147,7 @@ class WanS2VPipeline:
             )
         # One process runs the text encoder: it is the largest part next to the transformer, and may be on the host.
         words = [prompt, sampling.negative_prompt]
-        text = self.parallel.team.share(lambda: self.checkpoint.text_encoder.encode(words).features, self._device)
+        text = self.parallel.team.broadcast(lambda: self.checkpoint.text_encoder.encode(words).features, self._device)
         pixels = to_video(image[None]).to(self._vae.device)
         return VideoConditions(sampling, text, self._vae.encode(pixels), pixels, features, frames, pose)
 
@@ -247,7 +250,7 @@ class WanS2VPipeline:
         solver = flow_solver(sampling.solver, sampling.steps, sampling.shift, device)
         # One process draws, for devices may differ in how they do.
         shape = (channels, frames, height, width)
-        x = parallel.team.share(lambda: self._noise(shape, sampling.seed + index), device)
+        x = parallel.team.broadcast(lambda: self._noise(shape, sampling.seed + index), device)
         for timestep in solver.timesteps:
             predictions = torch.cat(
                 [
@@ -266,7 +269,7 @@ class WanS2VPipeline:
                 without = predictions[1:].float()
                 velocity = without + sampling.guidance * (velocity - without)
             x = solver.step(velocity, timestep, x, return_dict=False)[0]
-            parallel.team.pulse()
+            parallel.team.raise_if_interrupted()
             if progress is not None:
                 progress()
         return x
@@ -311,7 +314,7 @@ class _SharedPose:
         return 0 if self._video is None else self._video.frames
 
     def __call__(self, index: int) -> Tensor:
-        return self._team.share(lambda: self._read(index), "cpu")
+        return self._team.broadcast(lambda: self._read(index), "cpu")
 
     def _read(self, index: int) -> Tensor:
         assert self._video is not None
