@@ -36,10 +36,10 @@ from talkingdit.families.wan_s2v.model import WanS2VModel
 from talkingdit.nn.layers import RMSNorm
 from talkingdit.plan.generation import ClipShape
 from training import parallel
-from training.config import OptimConfig, ParallelConfig
 from training.ema import Ema
 from training.networks import Networks
 from training.optim import build_optimizers
+from training.sections import OptimConfig, ParallelConfig
 
 
 @dataclass

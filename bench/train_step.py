@@ -37,8 +37,8 @@ from talkingdit.families.wan_s2v.presets import PRESETS
 from talkingdit.plan import training as plan_train
 from talkingdit.plan.generation import CARDS, ClipShape, tokens
 from training import parallel
-from training.config import ParallelConfig
 from training.networks import Networks
+from training.sections import ParallelConfig
 
 _RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = {

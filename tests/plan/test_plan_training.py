@@ -14,8 +14,8 @@ from talkingdit.families.wan_s2v.presets import PRESETS
 from talkingdit.plan import training as planner
 from talkingdit.plan.generation import ClipShape
 from talkingdit.plan.training import Cluster, MeshSizes, Run
-from training.config import LoraConfig, OptimConfig, ParallelConfig
 from training.lora import add_adapters
+from training.sections import LoraConfig, OptimConfig, ParallelConfig
 
 WIDTH = dict(dim=512, ffn_dim=1408, num_heads=8, text_dim=64, text_len=16, audio_dim=32, audio_layers=3)
 SMALL = {**PRESETS["wan_s2v_14b"], **WIDTH, "num_layers": 3, "audio_inject_layers": (0, 2)}

@@ -6,9 +6,9 @@ import torch
 from tiny_networks import backward, make_networks, sample_losses
 from torch.distributed.tensor import DTensor
 
-from training.config import ParallelConfig
 from training.ema import Ema
 from training.parallel import shard, start
+from training.sections import ParallelConfig
 
 
 def change(networks, step):

@@ -19,10 +19,10 @@ from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.presets import PRESETS
 from talkingdit.plan.generation import ClipShape, flops, tokens
 from training.batching import MicroBatch
-from training.config import LogConfig
 from training.guard import ENOUGH, PATIENCE, WINDOW, Guard
 from training.metrics import Means, Writer, from_rank_0, sum_over_ranks, work_of
 from training.profiling import Profile
+from training.sections import LogConfig
 
 QUIET = LogConfig(tensorboard=False)
 

@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from talkingdit.errors import UserError
-from training.config import OptimConfig, ParallelConfig
 from training.optim import LearningRate, Muon, build_optimizers, learning_rate_factor, newton_schulz
 from training.parallel import shard, start
+from training.sections import OptimConfig, ParallelConfig
 
 SHAPES = [(12, 20), (7, 5), (3, 8), (16, 16), (1, 6)]  # rows that two and four processes share unevenly
 

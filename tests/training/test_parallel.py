@@ -15,7 +15,6 @@ from tiny_networks import backward, make_networks, sample_losses
 from torch.distributed.tensor import DTensor
 
 from talkingdit.errors import UserError
-from training.config import OptimConfig, ParallelConfig
 from training.optim import build_optimizers
 from training.parallel import (
     clip_gradients,
@@ -26,6 +25,7 @@ from training.parallel import (
     stop,
     trainable_changed,
 )
+from training.sections import OptimConfig, ParallelConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 

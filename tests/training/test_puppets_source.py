@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from talkingdit.data.sample import ClipRequest
 from training import puppets
-from training.config import BatchConfig, ConditionsConfig, DataConfig, StageConfig
 from training.loader import Loader
 from training.puppets import Puppets, encode_video, mouth_cells, precompute, read_voices
+from training.sections import BatchConfig, ConditionsConfig, DataConfig, StageConfig
 from training.vae import Config as VaeConfig
 from training.vae import make_vae
 

@@ -13,8 +13,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from talkingdit.checkpoints.lora import Loras
 from talkingdit.families import preset
 from talkingdit.families.wan_s2v.model import WanS2VModel
-from training.config import Config, LoraConfig, read_toml
+from training.config import Config, read_toml
 from training.lora import adapter_state_names, adapter_tensors, add_adapters
+from training.sections import LoraConfig
 from training.stages import Progress, check_stages, matches, select_parameters, zero_parameters
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"

@@ -24,8 +24,9 @@ from talkingdit.models import load_checkpoint
 from training import parallel
 from training.build import sharded_networks
 from training.checks import check_sample
-from training.config import Config, SampleConfig
+from training.config import Config
 from training.metrics import Writer
+from training.sections import SampleConfig
 from training.validate_s2v import WanS2VValidator, motion_loudness, read_cases
 
 
