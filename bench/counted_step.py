@@ -31,6 +31,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from talkingdit import families
 from talkingdit.families.wan_s2v import conditions as wan_conditions
 from talkingdit.families.wan_s2v.model import WanS2VModel
 from talkingdit.nn.layers import RMSNorm
@@ -327,7 +328,7 @@ def count(step: Step) -> Counted:
         stack.enter_context(_as_on_gpus())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.callback(wan_conditions._layout.cache_clear)
-        networks = Networks(model)
+        networks = Networks(families.get("wan_s2v"), model)
         parallel.shard(networks, layout, step.parallel)
         given = inputs(step.config, step.clip)
         optimizers = build_optimizers(networks, step.optim)

@@ -32,6 +32,7 @@ from bench import harness, official_style
 from bench.live_memory import LiveMemory
 from bench.wan_block import SHAPES as STEP_SHAPES
 from bench.wan_block import StepShape, build, inputs
+from talkingdit import families
 from talkingdit.families import preset
 from talkingdit.families.wan_s2v.presets import PRESETS
 from talkingdit.plan import training as plan_train
@@ -84,7 +85,7 @@ def ours(shape: StepShape, blocks: int, device: torch.device, mode: str) -> Step
     """A step as the training loop does it, in a world of one process, which must have been started."""
     config = ParallelConfig(precision="bf16" if device.type == "cuda" else "fp32", activation_checkpointing=mode)  # type: ignore[arg-type]
     layout = parallel.start(config, device.type)
-    networks = Networks(build(shape, blocks, device, torch.float32).requires_grad_(True))
+    networks = Networks(families.get("wan_s2v"), build(shape, blocks, device, torch.float32).requires_grad_(True))
     parallel.shard(networks, layout, config)
     given = inputs(shape, device)
 

@@ -104,7 +104,9 @@ def test_a_pattern_that_fits_nothing_lists_names_like_it():
     ):
         check_stages(config, networks)
     config = Config(stage_tables=[{}, {"name": "b", "conditions": {"tasks": {"edit": 1}}}])
-    with pytest.raises(ValueError, match=r"stages\.b\.conditions\.tasks: there is no model yet for the task 'edit'"):
+    with pytest.raises(
+        ValueError, match=r"stages\.b\.conditions\.tasks: models of drawn characters do not have the task 'edit'"
+    ):
         check_stages(config, networks)
     with pytest.raises(ValueError, match="nothing would train"):
         select_parameters(networks, stages({"train": ["head.*"], "freeze": ["head.*"]})[0])

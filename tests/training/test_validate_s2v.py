@@ -18,6 +18,7 @@ from s2v_run import PIPELINE, SHAPE, SIZES
 from talkingdit.autoencoders.streaming import to_frames
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.pipeline import S2VSampling, WanS2VPipeline
+from talkingdit.families.wan_s2v.validate import WanS2VValidator, motion_loudness, read_cases
 from talkingdit.media.files import read_audio, read_image, read_video
 from talkingdit.media.framing import fit_picture
 from talkingdit.models import load_checkpoint
@@ -25,9 +26,10 @@ from training import parallel
 from training.build import sharded_networks
 from training.checks import check_sample
 from training.config import Config
+from training.family import train_run
 from training.metrics import Writer
 from training.sections import SampleConfig
-from training.validate_s2v import WanS2VValidator, motion_loudness, read_cases
+from training.validate import validate as run_validation
 
 
 def test_a_mouth_that_moves_with_the_voice_is_told_from_one_that_does_not() -> None:
@@ -125,14 +127,15 @@ class Recorder(Writer):
         self.pictures[name] = frames.permute(0, 2, 3, 1)
 
 
-def validate(config: Config, out: Path, layout: dict[str, int]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+def validate(config: Config, out: Path, axes: dict[str, int]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     config.run.out = out
-    for axis, size in layout.items():
+    for axis, size in axes.items():
         setattr(config.parallel, axis, size)
     here = parallel.start(config.parallel, "cpu")
     networks = sharded_networks(config, here, resumes=False).eval()
     writer = Recorder()
-    found = WanS2VValidator(config, here).run(networks, writer if here.rank == 0 else None, 7)
+    validator = WanS2VValidator(train_run(config), here.device, here.context)
+    found = run_validation(validator, networks, writer if here.rank == 0 else None, 7)
     assert writer.values == {f"validation/{name}": value for name, value in found.items()}
     return found, writer.pictures
 

@@ -12,6 +12,15 @@ import torch
 
 from talkingdit.families.training import TrainRun, Validator
 from talkingdit.families.wan_s2v import train as wan_s2v
+from talkingdit.families.wan_s2v.train import (
+    EXTRAS,
+    MAX_GROUPS,
+    attention_tokens,
+    count_tokens,
+    lacks_layers,
+    open_weights,
+    velocities,
+)
 
 if TYPE_CHECKING:
     from talkingdit.data import Source
@@ -21,8 +30,18 @@ if TYPE_CHECKING:
     from talkingdit.nn.context_parallel import ContextParallel
 
 __all__ = [
-    *("EXTRAS", "MAX_GROUPS", "attention_tokens", "build_networks", "count_tokens", "lacks_layers", "open_source"),
-    *("open_validator", "open_weights", "save", "settings_of", "velocities"),
+    "EXTRAS",
+    "MAX_GROUPS",
+    "attention_tokens",
+    "build_networks",
+    "count_tokens",
+    "lacks_layers",
+    "open_source",
+    "open_validator",
+    "open_weights",
+    "save",
+    "settings_of",
+    "velocities",
 ]
 
 
