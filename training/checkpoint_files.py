@@ -34,7 +34,7 @@ class CheckpointWriter(dcp.FileSystemWriter):
         self, final: Path, plain: bytes, config: Callable[[Path], None] | None, completed: Callable[[], None]
     ) -> None:
         super().__init__(final.with_name(final.name + ".tmp"))
-        self._final, self._plain, self._config, self._completed = final, plain, config, completed
+        self.final, self._plain, self._config, self._completed = final, plain, config, completed
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The copy that is written asynchronously, taken before training goes on."""
@@ -66,8 +66,8 @@ class CheckpointWriter(dcp.FileSystemWriter):
                 files[path.name] = _entry(path)
         _write(folder / MANIFEST, json.dumps({"version": 1, "files": files}, indent=1).encode())
         _sync(folder)
-        folder.rename(self._final)
-        _sync(self._final.parent)
+        folder.rename(self.final)
+        _sync(self.final.parent)
         self._completed()
 
 

@@ -34,7 +34,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, debug
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -200,6 +207,8 @@ def shard(networks: Networks, mesh: ProcessMesh, config: ParallelConfig) -> None
     # The root keeps what is called more than once or not at all, as conditions come and go. It is small.
     policy = precise if config.precision == "fp32" else mixed
     fully_shard(model, mp_policy=policy, reshard_after_forward=False, **options)
+    for name in getattr(model, "forward_methods", ()):  # called instead of its forward
+        register_fsdp_forward_method(model, name)
     if networks.text_encoder is not None:
         fully_shard(networks.text_encoder, mp_policy=precise, reshard_after_forward=False, **options)
     in_order: list[Any] = [model.get_submodule(path) for path in units.walk(model.config)]

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from talkingdit.atomic import whole_file
-from talkingdit.families.puppet.clips import read_visemes
+from talkingdit.families.puppet.drawn import read_visemes
 from talkingdit.puppets.render import mouth_boxes, render
 from talkingdit.puppets.visemes import Visemes
 from talkingdit.puppets.world import Motion, Scene

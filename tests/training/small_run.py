@@ -15,7 +15,7 @@ import soundfile
 import torch
 
 import training.train
-from talkingdit.families.puppet.clips import DrawnVideos, precompute
+from talkingdit.families.puppet.drawn import DrawnVideos, precompute
 from training import parallel
 from training.checkpoint_files import CheckpointWriter
 from training.config import Config, write_json
@@ -83,7 +83,7 @@ def main(kill_at: int) -> int:
     finish = CheckpointWriter.finish
 
     def die(self: CheckpointWriter, *arguments: Any, **more: Any) -> None:
-        if self._final.name.endswith(f"{kill_at:08d}"):
+        if self.final.name.endswith(f"{kill_at:08d}"):
             os.kill(os.getpid(), signal.SIGKILL)
         finish(self, *arguments, **more)
 

@@ -91,7 +91,7 @@ def save(folder: Path, transformer: WanS2VModel, text_encoder: PromptEncoder | N
 def open_source(kind: str, name: str, run: TrainRun) -> Source:
     """Clips of drawn videos ("puppets"), which rank 0 draws if nobody has done so before."""
     from talkingdit.distributed.team import from_rank_0
-    from talkingdit.families.puppet.clips import DrawnVideos, Puppets, precompute
+    from talkingdit.families.puppet.drawn import DrawnVideos, Puppets, precompute
 
     videos = DrawnVideos.of(run)
     from_rank_0(lambda: precompute(videos, run.seed))

@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
 from talkingdit.families.puppet.checkpoint import PuppetCheckpoint
-from talkingdit.families.puppet.clips import read_voices
+from talkingdit.families.puppet.drawn import read_voices
 from talkingdit.families.puppet.pipeline import PuppetPipeline, Sampling
 from talkingdit.families.puppet.text import PromptEncoder
 from talkingdit.families.puppet.train import settings_of

@@ -120,9 +120,16 @@ def _stacked(transformer: Any, batch: TrainBatch) -> Tensor:
         timestep = timestep[:, 0]
     length = max(len(text) for text in batch.texts)
     text = torch.stack([F.pad(text, (0, 0, 0, length - len(text))) for text in batch.texts])
-    latents = stack([clip.latents for clip in clips])
-    velocity: Tensor = transformer(latents, timestep, text, context=batch.context, **inputs)
-    return velocity
+    latents = torch.stack([clip.latents for clip in clips]).to(batch.device, non_blocking=True)
+    return run_stacked(transformer, latents, timestep, {"text": text, **inputs}, batch.context)
+
+
+def run_stacked(
+    transformer: Any, latents: Tensor, timestep: Tensor, inputs: dict[str, Any], context: ContextParallel | None
+) -> Tensor:
+    """Velocities [n, C, T, H, W] of clips of equal shapes."""
+    velocities: Tensor = transformer(latents, timestep, context=context, **inputs)
+    return velocities
 
 
 def _with_zeros(values: Sequence[Tensor | None]) -> list[Tensor] | None:

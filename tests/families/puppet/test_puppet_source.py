@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from talkingdit.data.sample import ClipRequest
-from talkingdit.families.puppet import clips
-from talkingdit.families.puppet.clips import DrawnVideos, Puppets, encode_video, mouth_cells, precompute, read_voices
+from talkingdit.families.puppet import drawn
+from talkingdit.families.puppet.drawn import DrawnVideos, Puppets, encode_video, mouth_cells, precompute, read_voices
 from training.loader import Loader
 from training.sections import BatchConfig, ConditionsConfig, StageConfig
 from training.vae import Config as VaeConfig
@@ -171,7 +171,7 @@ def test_videos_are_drawn_anew_only_when_something_changed(world, monkeypatch):
     def refuse(*_):
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr(clips, "_draw", refuse)
+    monkeypatch.setattr(drawn, "_draw", refuse)
     stamp = world.cache / "stamp.json"
     written = stamp.read_text()
     assert set(json.loads(written)) == {"long", "short", "size", "fps", "seed", "vae"}  # caches that people have
