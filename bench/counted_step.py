@@ -28,16 +28,17 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from bench.ledger import Ledger, Sent, cluster
+from talkingdit import families
 from talkingdit.families.wan_s2v import conditions as wan_conditions
 from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.model import WanS2VModel
 from talkingdit.nn.layers import RMSNorm
 from talkingdit.plan.clip import ClipShape
 from training import parallel
-from training.config import OptimConfig, ParallelConfig
 from training.ema import Ema
 from training.networks import Networks
 from training.optim import build_optimizers
+from training.sections import OptimConfig, ParallelConfig
 
 
 @dataclass
@@ -159,7 +160,7 @@ def count(step: Step) -> Counted:
         stack.enter_context(_as_on_gpus())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.callback(wan_conditions._layout.cache_clear)
-        networks = Networks(model)
+        networks = Networks(families.get("wan_s2v"), model)
         parallel.shard(networks, layout, step.parallel)
         given = inputs(step.config, step.clip)
         optimizers = build_optimizers(networks, step.optim)

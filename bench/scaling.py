@@ -95,7 +95,7 @@ def transformer() -> Transformer:
 def row(case: Case) -> dict[str, Any]:
     """Count one case."""
     from bench.counted_step import Step, count  # torch's distributed parts, which the report does not need
-    from training.config import OptimConfig, ParallelConfig
+    from training.sections import OptimConfig, ParallelConfig
 
     sizes = {name: getattr(case, name) for name in ("replicate", "shard", "ring", "ulysses")}
     parallel = ParallelConfig(**sizes, activation_checkpointing=case.checkpointing)  # type: ignore[arg-type]

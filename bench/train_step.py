@@ -41,8 +41,8 @@ from talkingdit.plan.training import work
 from talkingdit.plan.transformer import Transformer
 from talkingdit.plan.units import unit_sizes
 from training import parallel
-from training.config import ParallelConfig
 from training.networks import Networks
+from training.sections import ParallelConfig
 
 _RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = {
@@ -88,7 +88,7 @@ def ours(shape: StepShape, blocks: int, device: torch.device, mode: str) -> Step
     """A step as the training loop does it, in a world of one process, which must have been started."""
     config = ParallelConfig(precision="bf16" if device.type == "cuda" else "fp32", activation_checkpointing=mode)  # type: ignore[arg-type]
     layout = parallel.start(config, device.type)
-    networks = Networks(build(shape, blocks, device, torch.float32).requires_grad_(True))
+    networks = Networks(families.get("wan_s2v"), build(shape, blocks, device, torch.float32).requires_grad_(True))
     parallel.shard(networks, layout, config)
     given = inputs(shape, device)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks small enough to train in tests for many steps and layouts, and clips that any layout can share."""
+"""Networks small enough to train in tests for many steps and meshs, and clips that any mesh can share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 from tiny_checkpoint import make_transformer
 from torch import Tensor, nn
 
+from talkingdit import families
 from talkingdit.families.puppet.text import PromptEncoder
 from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.packed import PackedClip
+from talkingdit.families.wan_s2v.train import run_packed
 from talkingdit.nn.context_parallel import ContextParallel
 from training.networks import Networks
 from training.parallel import ProcessMesh
@@ -24,7 +26,7 @@ def make_networks(seed: int = 0, text_encoder: bool = True, **changes: Any) -> N
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = make_transformer(**changes).train()
-        return Networks(transformer, PromptEncoder(64, 36) if text_encoder else None)
+        return Networks(families.get("puppet"), transformer, PromptEncoder(64, 36) if text_encoder else None)
 
 
 def sample_losses(
@@ -50,7 +52,7 @@ def sample_losses(
             PackedClip(z, t, words, reference=r, history=h, drop_history=d, audio=a)
             for z, t, words, r, h, d, a in tensors
         ]
-        velocity = torch.stack(networks.transformer.denoise_packed(clips, context=context))
+        velocity = torch.stack(list(run_packed(networks.transformer, clips, context)))
     else:
         inputs = WanInputs(text, reference=reference, history=history, drop_history=drop, audio=audio)
         velocity = networks.transformer(latents, timestep, inputs, context=context)
@@ -58,18 +60,18 @@ def sample_losses(
 
 
 def backward(
-    networks: nn.Module, step: int, layout: ProcessMesh | None = None, pieces: int = 1, packed: bool = False
+    networks: nn.Module, step: int, mesh: ProcessMesh | None = None, pieces: int = 1, packed: bool = False
 ) -> float:
     """Gradients of a step by the rule of `training.parallel`, in so many micro-batches; the loss of all samples."""
-    rank, size, world = (0, 1, 1) if layout is None else (layout.data_rank, layout.data_size, layout.world)
+    rank, size, world = (0, 1, 1) if mesh is None else (mesh.data_rank, mesh.data_size, mesh.world)
     mine = list(range(SAMPLES))[rank::size]
     total = torch.zeros(())
     for i in range(pieces):
         chosen = mine[i::pieces]
-        losses = sample_losses(networks, step, chosen, None if layout is None else layout.context, packed)
+        losses = sample_losses(networks, step, chosen, None if mesh is None else mesh.context, packed)
         (losses.sum() / SAMPLES * world).backward()
         total += losses.detach().sum()
-    if layout is not None:
+    if mesh is not None:
         torch.distributed.all_reduce(total)
         total /= world // size
     return total.item() / SAMPLES

@@ -8,12 +8,12 @@ samples of a step follow from the seed and the place in the run, not from the nu
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from talkingdit.data.sample import ClipRequest, Sample
-from talkingdit.families.wan_s2v.packed import MAX_GROUPS
 from training.buckets import Fit
 from training.sampler import Draw, Sampler
 
@@ -85,11 +85,16 @@ def cost(samples: Sequence[Planned], attention_tokens: float) -> float:
 
 
 def pack(
-    waiting: Sequence[Planned], count: int, budget: int, attention_tokens: float = ATTENTION_TOKENS
+    waiting: Sequence[Planned],
+    count: int,
+    budget: int,
+    attention_tokens: float = ATTENTION_TOKENS,
+    max_groups: int = sys.maxsize,
 ) -> tuple[list[Group], list[Planned]]:
     """Fill `count` micro-batches of at most `budget` tokens: (micro-batches, samples left over).
 
-    None gets more samples than the kernels can tell apart in one sequence, which matters for small pictures only.
+    None gets more groups of tokens with a timestep of their own than `max_groups`, which kernels can tell apart in one
+    sequence; that matters for small frames only.
 
     First fit decreasing, to 99 % of the budget; samples that wait longer come first, so none waits for ever. What was
     chosen is then spread anew over the micro-batches, so that their costs are as equal as the budget allows.
@@ -99,35 +104,39 @@ def pack(
     room = [int(FILL * budget)] * count
     left = []
     for planned in order:
-        at = next((i for i in range(count) if _takes(groups[i], planned, room[i])), None)
+        at = next((i for i in range(count) if _takes(groups[i], planned, room[i], max_groups)), None)
         if at is None:
             left.append(planned)
             continue
         groups[at].append(planned)
         room[at] -= planned.tokens
-    groups = _spread(groups, budget, attention_tokens)
+    groups = _spread(groups, budget, attention_tokens, max_groups)
     left.sort(key=lambda p: p.draw.number)
     return groups, left
 
 
-def _takes(group: Group, planned: Planned, room: int) -> bool:
-    return not group or (room >= planned.tokens and _steps(group, planned))
+def _takes(group: Group, planned: Planned, room: int, max_groups: int) -> bool:
+    return not group or (room >= planned.tokens and _steps(group, planned, max_groups))
 
 
-def _steps(group: Group, new: Planned, instead: Planned | None = None) -> bool:
+def _steps(group: Group, new: Planned, max_groups: int, instead: Planned | None = None) -> bool:
     """Whether a sample fits in, perhaps for another one, by the number of timesteps that the kernels tell apart."""
     taken = sum(p.groups for p in group) - (instead.groups if instead else 0)
-    return taken + new.groups <= MAX_GROUPS
+    return taken + new.groups <= max_groups
 
 
-def _spread(groups: list[Group], budget: int, attention_tokens: float) -> list[Group]:
+def _spread(groups: list[Group], budget: int, attention_tokens: float, max_groups: int) -> list[Group]:
     """The same samples, each to the micro-batch that has least so far; as before if that breaks the budget."""
     chosen = sorted((p for group in groups for p in group), key=lambda p: (-p.tokens, p.draw.number))
     spread: list[Group] = [[] for _ in groups]
     tokens = [0] * len(groups)
     work = [0.0] * len(groups)
     for planned in chosen:
-        fitting = [i for i in range(len(groups)) if tokens[i] + planned.tokens <= budget and _steps(spread[i], planned)]
+        fitting = [
+            i
+            for i in range(len(groups))
+            if tokens[i] + planned.tokens <= budget and _steps(spread[i], planned, max_groups)
+        ]
         if not fitting:
             spread = [list(group) for group in groups]
             break
@@ -135,10 +144,10 @@ def _spread(groups: list[Group], budget: int, attention_tokens: float) -> list[G
         spread[at].append(planned)
         tokens[at] += planned.tokens
         work[at] += cost([planned], attention_tokens)
-    return _exchanged(spread, budget, attention_tokens)
+    return _exchanged(spread, budget, attention_tokens, max_groups)
 
 
-def _exchanged(groups: list[Group], budget: int, attention_tokens: float) -> list[Group]:
+def _exchanged(groups: list[Group], budget: int, attention_tokens: float, max_groups: int) -> list[Group]:
     """Move or swap samples of the dearest micro-batch to and with the cheapest ones while that evens them out."""
     work = [cost(group, attention_tokens) for group in groups]
     tokens = [sum(p.tokens for p in group) for group in groups]
@@ -155,7 +164,9 @@ def _exchanged(groups: list[Group], budget: int, attention_tokens: float) -> lis
                     alone = other is None and len(groups[high]) == 1
                     if alone or less <= 0 or tokens[low] + mine.tokens - size > budget:
                         continue
-                    if not _steps(groups[low], mine, other) or (other and not _steps(groups[high], other, mine)):
+                    if not _steps(groups[low], mine, max_groups, other):
+                        continue
+                    if other and not _steps(groups[high], other, max_groups, mine):
                         continue
                     left = max(work[high] - less, work[low] + less)
                     if left < (best[0] if best else work[high] * (1 - 1e-4)):
@@ -208,7 +219,7 @@ class StepPlan:
         return [self.groups[slot[data_rank]] for slot in slots(costs, data_size)]
 
     def figures(self, data_size: int) -> dict[str, float]:
-        """Numbers for logs.
+        """What logs tell of it.
 
         samples, tokens: of the step. unused: share of the token budget, or of the places in stacks, that is not filled
         (there is no padding). imbalance: how much more tokens the busiest rank has than the mean one, as a share.
@@ -237,6 +248,7 @@ class Planner:
         shares: of streams, by step of the stage.
         count, mode, size, budget, single: as in BatchConfig (`tokens` and `kinds` = "single").
         attention_tokens: tokens of a sample at which its attention costs as much as all else.
+        max_groups: most groups of tokens with a timestep of their own in a packed micro-batch.
         prefixes: some samples are given latents that are clean, so each latent frame has a timestep of its own.
     """
 
@@ -252,12 +264,13 @@ class Planner:
         budget: int = 0,
         single: bool = False,
         attention_tokens: float = ATTENTION_TOKENS,
+        max_groups: int = sys.maxsize,
         prefixes: bool = False,
     ) -> None:
         self.prefixes = prefixes
         self.sampler, self.fits, self.shares = sampler, fits, shares
         self.count, self.packed, self.size, self.budget, self.single = count, mode == "pack", size, budget, single
-        self.attention_tokens = attention_tokens
+        self.attention_tokens, self.max_groups = attention_tokens, max_groups
         self.step = 0
         self.waiting: list[Planned] = []
 
@@ -294,7 +307,7 @@ class Planner:
         while tokens < LOOK_AHEAD * self.count * self.budget or len(mine) < self.count:
             mine.append(self._draw(shares, kind))
             tokens += mine[-1].tokens
-        return pack(mine, self.count, self.budget, self.attention_tokens)
+        return pack(mine, self.count, self.budget, self.attention_tokens, self.max_groups)
 
     def _stack(
         self, mine: list[Planned], shares: Mapping[str, float], kind: str | None

@@ -1,63 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a configuration asks for, made: networks with their weights, and what generation is told of them."""
+"""What a configuration asks for, made: networks with the weights that a run begins with."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from talkingdit.atomic import whole_folder
+from talkingdit.distributed.team import from_rank_0
 from talkingdit.errors import UserError
-from talkingdit.families import preset
-from talkingdit.families.puppet.checkpoint import PuppetSettings
-from talkingdit.families.puppet.text import PromptEncoder
-from talkingdit.families.wan_s2v.initialise import is_video_model
-from talkingdit.families.wan_s2v.load import load
-from talkingdit.families.wan_s2v.model import WanS2VModel
-from talkingdit.families.wan_s2v.save import save_official
 from training.config import Config
+from training.family import family_of, settings_of, train_run
 from training.lora import add_adapters
 from training.networks import Networks
 from training.parallel import ProcessMesh, load_weights, local_part, shard
 
 
-def pipeline_settings(config: Config) -> PuppetSettings:
-    """What a model of drawn characters trained with this configuration tells those who generate with it."""
-    return PuppetSettings(
-        fps=config.data.fps,
-        size=config.data.size,
-        clip_latents=config.model.clip_latents,
-        audio_history=config.model.audio_context,
-        shift=config.objective.shift,
-        steps=config.sample.steps,
-        text_guidance=config.sample.text_guidance,
-        audio_guidance=config.sample.audio_guidance,
-    )
-
-
-def settings_of(config: Config) -> dict[str, Any]:
-    """Arguments of the transformer."""
-    return {**preset(config.model.preset), **config.model.settings}
-
-
 def new_networks(config: Config, device: torch.device | str = "cpu") -> Networks:
     """Networks with random weights of the run's seed, adapters included; on "meta" without any weights."""
-    settings = settings_of(config)
+    family = family_of(config)
     torch.manual_seed(config.run.seed)
     with torch.device(device):
-        transformer = WanS2VModel(**settings)
-        prompts = config.model.text_encoder == "prompt"
-        text_encoder = PromptEncoder(settings["text_dim"], settings["text_len"]) if prompts else None
+        transformer, text_encoder = family.train.build_networks(settings_of(config), config.model.text_encoder)
         if config.lora.rank > 0:
             add_adapters(transformer, config.lora)
-    return Networks(transformer, text_encoder)
+    return Networks(family, transformer, text_encoder)
 
 
-def sharded_networks(config: Config, layout: ProcessMesh, resumes: bool) -> Networks:
+def sharded_networks(config: Config, mesh: ProcessMesh, resumes: bool) -> Networks:
     """Networks as training needs them: sharded, with the weights that the run begins with.
 
     With `model.start` they are never whole anywhere, every rank reads its own rows. Without it the weights are random
@@ -69,30 +42,32 @@ def sharded_networks(config: Config, layout: ProcessMesh, resumes: bool) -> Netw
     """
     start = config.model.start
     networks = new_networks(config, "cpu" if start is None else "meta")
-    shard(networks, layout, config.parallel)
+    shard(networks, mesh, config.parallel)
     if start is not None and not (resumes and config.lora.rank == 0):
-        load_weights(networks, _whole(start, config, layout))
+        load_weights(networks, _whole_start(start, config))
         _reset_adapters(networks, config)
     return networks
 
 
-def _whole(start: Path, config: Config, layout: ProcessMesh) -> Path:
-    """A folder that has every weight of the transformer: `start`, or what is made of the video model there.
+def _whole_start(start: Path, config: Config) -> Path:
+    """A folder that has every weight of the transformer: `start`, or what is made of a model that lacks layers.
 
-    A Wan video model (T2V, I2V) lacks audio layers, history packer and token kinds. Rank 0 adds those, new, once and
-    writes the result beside the run; that takes host memory for the model in bfloat16.
+    Rank 0 adds those, new, once and writes the result beside the run; that takes host memory for the model in bfloat16.
     """
-    if not is_video_model(start):
+    family = family_of(config)
+    if not family.train.lacks_layers(start):
         return start
     folder = config.run.out / "start"
-    if layout.rank == 0 and not folder.exists():
-        changes = config.model.settings
-        model = load(config.model.preset, dtype=torch.bfloat16, config=changes, init_from=start, seed=config.run.seed)
-        temporary = folder.with_name("start.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        save_official(temporary, model)
-        temporary.rename(folder)
-    dist.barrier()
+
+    def make() -> None:
+        if folder.exists():
+            return
+        settings, seed = config.model.settings, config.run.seed
+        model = family.load.load(config.model.preset, dtype=torch.bfloat16, seed=seed, config=settings, init_from=start)
+        with whole_folder(folder) as temporary:
+            family.train.save(temporary, model, None, train_run(config))
+
+    from_rank_0(make)
     if not folder.exists():
         raise UserError(f"training: {folder} must be on storage that all nodes see, got none on this one.")
     return folder
@@ -100,7 +75,7 @@ def _whole(start: Path, config: Config, layout: ProcessMesh) -> Path:
 
 @torch.no_grad()
 def _reset_adapters(networks: Networks, config: Config) -> None:
-    """Adapters of networks that began without memory: as PEFT begins them, the same on every layout."""
+    """Adapters of networks that began without memory: as PEFT begins them, the same on every mesh."""
     generator = torch.Generator().manual_seed(config.run.seed)
     named: Any = networks.named_parameters()  # sharded, which its type does not say
     for name, parameter in named:

@@ -16,13 +16,10 @@ kill at any moment, of any ranks, leaves either a `.tmp`, which the next start r
 from __future__ import annotations
 
 import io
-import json
-import os
 import random
 import re
 import shutil
 import warnings
-import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
@@ -34,16 +31,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from talkingdit.distributed.team import from_rank_0
 from talkingdit.errors import UserError
+from training.checkpoint_files import MANIFEST, PLAIN, CheckpointWriter, damage
 
 T = TypeVar("T")
-MANIFEST, PLAIN, CONFIG = "files.json", "state.pt", "config.json"
 # Without a process group DCP warns that it works in one process, which is what is wanted, also from its thread.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", module=r"torch\.distributed\.checkpoint")
 _NAME = re.compile(r"step-(\d{8,})")
@@ -112,7 +107,7 @@ class Checkpoints:
         plain = {key: _split(value, key, tensors) for key, value in state.items()}
         content = io.BytesIO()
         torch.save({"step": step, "state": plain, "random": self._random_states()}, content)
-        writer = _Writer(final, content.getvalue(), self._config, lambda: self._purge(final))
+        writer = CheckpointWriter(final, content.getvalue(), self._config, lambda: self._purge(final))
         distributed: dict[str, Any] = {"process_group": self._group, "no_dist": self._group is None}
         if self.asynchronous:
             pending = dcp.async_save(tensors, storage_writer=writer, **distributed)
@@ -240,27 +235,14 @@ class Checkpoints:
 
     def _check_files(self, path: Path, only: str | None = None) -> None:
         """Compares files with the list in the checkpoint, each rank some of them; all ranks raise alike."""
-        damage = None
-        try:
-            files = json.loads((path / MANIFEST).read_text())["files"]
-            names = sorted(files) if only is None else [only]
-            for name in names if only else names[self._rank :: self._world]:
-                expected, size = files[name], (path / name).stat().st_size
-                if size != expected["bytes"]:
-                    damage = f"{name} has {size} bytes, expected {expected['bytes']}"
-                elif self.verify and _checksum(path / name) != expected["crc32"]:
-                    damage = f"the checksum of {name} is not the one it was written with"
-        except FileNotFoundError as error:
-            damage = f"{Path(error.filename).name} is missing"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            damage = f"{MANIFEST} cannot be read ({error})"
-        everywhere = [damage]
+        found = damage(path, only, self._rank, self._world, self.verify)
+        everywhere = [found]
         if self._group is not None:
             everywhere = [None] * self._world
-            dist.all_gather_object(everywhere, damage, group=self._group)
-        if found := [text for text in everywhere if text is not None]:
+            dist.all_gather_object(everywhere, found, group=self._group)
+        if damages := [text for text in everywhere if text is not None]:
             raise CheckpointError(
-                f"checkpoint {path} is damaged: {found[0]}; remove it to continue from the one before"
+                f"checkpoint {path} is damaged: {damages[0]}; remove it to continue from the one before"
             )
 
     def _random_states(self) -> list[Any]:
@@ -276,18 +258,17 @@ class Checkpoints:
 
     def _from_rank_0(self, function: Callable[[], T]) -> T:
         """Runs the function in rank 0 and gives its result, or its error, to all."""
-        box: list[Any] = [None, None]
-        if self._rank == 0:
+
+        def told() -> T:
             try:
-                box[0] = function()
+                return function()
             except Exception as error:
-                box[1] = f"checkpoint folder {self.folder}: {error}"
-        if self._group is not None:
-            dist.broadcast_object_list(box, src=0, group=self._group)
-        if box[1] is not None:
-            raise CheckpointError(box[1])
-        result: T = box[0]
-        return result
+                raise CheckpointError(f"checkpoint folder {self.folder}: {error}") from error
+
+        try:
+            return from_rank_0(told, self._group)
+        except UserError as error:  # on the other ranks its sentence came alone
+            raise CheckpointError(str(error)) from error
 
 
 class PreparedState(Stateful):
@@ -296,56 +277,6 @@ class PreparedState(Stateful):
     def prepare(self, saved: set[str]) -> None:
         """Makes the tensors of these names exist."""
         raise NotImplementedError
-
-
-class _Written(list[WriteResult]):
-    """What a rank wrote; the sizes and checksums of its files travel to rank 0 with it."""
-
-    files: dict[str, dict[str, int]]
-
-
-class _Writer(dcp.FileSystemWriter):
-    """Writes beside the final name; when all ranks have written, rank 0 completes the folder and renames it."""
-
-    def __init__(
-        self, final: Path, plain: bytes, config: Callable[[Path], None] | None, completed: Callable[[], None]
-    ) -> None:
-        super().__init__(final.with_name(final.name + ".tmp"))
-        self._final, self._plain, self._config, self._completed = final, plain, config, completed
-
-    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The copy that is written asynchronously, taken before training goes on."""
-        return {name: _copied(tensor) for name, tensor in state_dict.items()}
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        try:
-            written = _Written(super().write_data(plan, planner).value())
-        except Exception as error:  # torch.save covers the error of a full disk with one about positions in its file
-            raise _first_os_error(error) from error
-        names = {result.storage_data.relative_path for result in written}
-        written.files = {name: _entry(Path(self.path) / name) for name in sorted(names)}
-        future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
-        future.set_result(written)
-        return future
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        folder = Path(self.path)
-        super().finish(metadata, results)
-        _write(folder / PLAIN, self._plain)
-        if self._config is not None:
-            self._config(folder / CONFIG)
-            _sync(folder / CONFIG)
-        files = {
-            name: entry for written in results if isinstance(written, _Written) for name, entry in written.files.items()
-        }
-        for path in sorted(folder.iterdir()):
-            if path.name in (".metadata", PLAIN, CONFIG):
-                files[path.name] = _entry(path)
-        _write(folder / MANIFEST, json.dumps({"version": 1, "files": files}, indent=1).encode())
-        _sync(folder)
-        folder.rename(self._final)
-        _sync(self._final.parent)
-        self._completed()
 
 
 def _distributed() -> bool:
@@ -408,59 +339,9 @@ def _cause(error: CheckpointException) -> tuple[int, str]:
     return rank, f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else 'no message'}"
 
 
-def _first_os_error(error: BaseException) -> BaseException:
-    """The error of the operating system behind this one, if there is one."""
-    earlier: BaseException | None = error
-    while earlier is not None:
-        if isinstance(earlier, OSError):
-            return earlier
-        earlier = earlier.__cause__ or earlier.__context__
-    return error
-
-
 def _set_random_state(state: dict[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-@torch.no_grad()
-def _copied(tensor: Any) -> Any:
-    """A copy on the host. Of tensors made of tensors, sharded or quantised, the inner ones are copied."""
-    if not isinstance(tensor, Tensor):
-        return tensor  # the mesh of a sharded one
-    if not is_traceable_wrapper_subclass(tensor):
-        return tensor.detach().to("cpu", copy=True)
-    names, kind = tensor.__tensor_flatten__()
-    inner = {name: _copied(getattr(tensor, name)) for name in names}
-    return type(tensor).__tensor_unflatten__(inner, kind, tensor.shape, tensor.stride())
-
-
-def _write(file: Path, content: bytes) -> None:
-    with file.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def _sync(path: Path) -> None:
-    """Makes a file, or the names in a folder, outlive a crash of the machine."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _entry(file: Path) -> dict[str, int]:
-    return {"bytes": file.stat().st_size, "crc32": _checksum(file)}
-
-
-def _checksum(file: Path) -> int:
-    value = 0
-    with file.open("rb") as handle:
-        while block := handle.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value

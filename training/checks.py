@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the values of a stage make sense, beyond their types."""
+"""Whether the values of a configuration make sense, beyond their types."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-if TYPE_CHECKING:
-    from training.config import Config, Ramp, SampleConfig, StageConfig
+from talkingdit import families
+from training.sections import Ramp, SampleConfig, SourceConfig, StageConfig
+
+KINDS = ("manifest", "shards", "precomputed")  # of sources that every family may train on
 
 
 def _between(where: str, value: Ramp, low: float, high: float = float("inf")) -> None:
@@ -37,7 +39,20 @@ def check_sample(sample: SampleConfig) -> None:
         )
 
 
-def check_stage(stage: StageConfig, config: Config, where: str) -> None:
+def check_sources(sources: Mapping[str, SourceConfig]) -> None:
+    """Whether there are sources of these kinds.
+
+    Raises:
+        ValueError: with the key.
+    """
+    known = [*(kind for name in families.names() for kind in families.get(name).sources), *KINDS]
+    for name, source in sources.items():
+        if source.kind not in known:
+            kinds = ", ".join(map(repr, known))
+            raise ValueError(f"data.sources.{name}.kind must be one of {kinds}, got {source.kind!r}")
+
+
+def check_stage(stage: StageConfig, sources: Mapping[str, SourceConfig], where: str) -> None:
     """Whether the values of a stage make sense, beyond their types.
 
     Raises:
@@ -48,8 +63,8 @@ def check_stage(stage: StageConfig, config: Config, where: str) -> None:
     if stage.steps <= 0 and stage.minutes <= 0:
         raise ValueError(f"{where}steps or {where}minutes must be over 0, got neither")
     for source, share in stage.mix.items():
-        if source not in config.data.sources:
-            known = ", ".join(config.data.sources)
+        if source not in sources:
+            known = ", ".join(sources)
             raise ValueError(f"{where}mix.{source} is no source; [data.sources] has: {known}")
         _between(f"{where}mix.{source}", share, 0)
     ends = [[share[i] if isinstance(share, tuple) else share for share in stage.mix.values()] for i in (0, 1)]

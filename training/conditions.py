@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from talkingdit.data.sample import Sample
-from training.config import AnchorsConfig, ConditionsConfig, Ramp, StageConfig, at
+from talkingdit.families.training import GENERATE
 from training.losses import sample_sigmas
-from training.stages import GENERATE
+from training.sections import AnchorsConfig, ConditionsConfig, Ramp, StageConfig, at
 
 CONDITIONS = ("text", "audio", "reference", "history", "pose")
 

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trained weights as folders that others read; `python -m training.export RUN --out DIR` makes one of a checkpoint.
 
-Puppets: the folder that `talkingdit generate --checkpoint` loads. Wan-S2V: the layout of the released checkpoints,
-config.json and safetensors. Adapters (LoRA): one safetensors file that PEFT, diffusers and ComfyUI read; where other
-weights were trained beside them, all is merged into the one or the other.
+The family decides on the layout. Drawn characters: the folder that `talkingdit generate --checkpoint` loads. Wan-S2V:
+that of the released checkpoints, config.json and safetensors. Adapters (LoRA): one safetensors file that PEFT,
+diffusers and ComfyUI read; where other weights were trained beside them, all is merged into the model.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,14 +20,15 @@ import tyro
 from safetensors.torch import save_file
 from torch import Tensor
 
+from talkingdit.atomic import whole_folder
 from talkingdit.errors import UserError
-from talkingdit.families.puppet.checkpoint import save_checkpoint
-from talkingdit.families.wan_s2v.save import save_official
 from training import parallel
-from training.build import new_networks, pipeline_settings, sharded_networks
-from training.checkpoint import CONFIG, Checkpoints
+from training.build import new_networks, sharded_networks
+from training.checkpoint import Checkpoints
+from training.checkpoint_files import CONFIG
 from training.config import Config, read_json
 from training.ema import Ema
+from training.family import train_run
 from training.lora import adapter_tensors
 from training.model_state import ModelState, gather_state
 from training.networks import Networks
@@ -43,12 +42,8 @@ def export(networks: Networks, config: Config, folder: Path) -> None:
     """Write the weights as they are now, in bfloat16, whole or not at all. Every rank calls it, rank 0 writes."""
     state = gather_state(networks, None if config.lora.rank > 0 else torch.bfloat16)
     if dist.get_rank() == 0:
-        temporary = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write(state, config, temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        with whole_folder(folder) as temporary:
+            write(state, config, temporary)
     dist.barrier()
 
 
@@ -68,18 +63,8 @@ def write(state: Mapping[str, Tensor], config: Config, folder: Path) -> None:
         networks.transformer.unload_lora()
     else:
         networks.load_state_dict(dict(state), assign=True)
-    transformer, text_encoder = networks.to(torch.bfloat16).transformer.eval(), networks.text_encoder
-    if text_encoder is None:
-        save_official(folder, transformer)
-        return
-    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-
-    vae = AutoencoderKLWan.from_pretrained(config.data.shipped_vae or config.data.vae).to(torch.bfloat16)
-    save_checkpoint(folder, transformer, vae, text_encoder, pipeline_settings(config))
-    for described in folder.glob("*/config.json"):
-        settings = json.loads(described.read_text())
-        settings.pop("_name_or_path", None)  # where it lay on the machine that trained it is nobody's business
-        described.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    networks.to(torch.bfloat16).eval()
+    networks.family.train.save(folder, networks.transformer, networks.text_encoder, train_run(config))
 
 
 @dataclass
@@ -103,8 +88,8 @@ def main(options: Options) -> None:
         raise UserError(f"{checkpoints}: holds no complete checkpoint.")
     config = read_json(complete[-1])
     config.parallel = type(config.parallel)(precision="fp32")  # all processes share the parameters
-    layout = parallel.start(config.parallel, "auto")
-    networks = sharded_networks(config, layout, resumes=True)
+    mesh = parallel.start(config.parallel, "auto")
+    networks = sharded_networks(config, mesh, resumes=True)
     trained = trained_names(config, networks)
     ema = Ema(networks, 0.0, trained)
     reader = Checkpoints(checkpoints, keep=0, read_only=True)
@@ -115,7 +100,7 @@ def main(options: Options) -> None:
             export(networks, config, options.out)
     else:
         export(networks, config, options.out)
-    if layout.rank == 0:
+    if mesh.rank == 0:
         print(f"{options.out}: {'averaged ' if options.averages else ''}weights after step {step}")
     reader.close()
     parallel.stop()

@@ -10,6 +10,7 @@ StatefulDataLoader: its state belongs to each worker, and it refuses another num
 from __future__ import annotations
 
 import logging
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,9 +25,9 @@ from talkingdit.data.sample import BrokenSample, Sample, Shape, Source
 from talkingdit.errors import UserError
 from training.batching import ATTENTION_TOKENS, Group, MicroBatch, Planned, Planner, StepPlan
 from training.buckets import Buckets, CountTokens, Fit, patches
-from training.config import StageConfig, at
 from training.reading import Parcel, Reader, sigterm_held, start_worker
 from training.sampler import Sampler, Stream, stream_shares
+from training.sections import StageConfig, at
 
 logger = logging.getLogger(__name__)
 
@@ -132,9 +133,9 @@ class Loader:
         workers: processes that read ahead; 0 reads in this one.
         prefetch: steps that each worker reads ahead.
         clip_latents: duration of clips if `stage.batch.frames` is empty.
-        count_tokens: tokens of a clip with its conditions in the model's sequence, for `stage.batch.tokens`; for Wan
-            partial(talkingdit.families.wan_s2v.sequence.tokens_of, config).
+        count_tokens: tokens of a clip with its conditions in the model's sequence, for `stage.batch.tokens`.
         attention_tokens: tokens of a sample at which its attention costs as much as all else.
+        max_groups: most groups of tokens with a timestep of their own in a packed micro-batch.
         pin_memory: put tensors into pinned memory, for fast copies to a GPU.
         peers: processes that read the same share, because they compute it together (context parallelism). They agree
             in every step on what could be read, with one small collective.
@@ -163,6 +164,7 @@ class Loader:
         clip_latents: int = 8,
         count_tokens: CountTokens | None = None,
         attention_tokens: float = ATTENTION_TOKENS,
+        max_groups: int = sys.maxsize,
         pin_memory: bool = False,
         peers: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
@@ -199,6 +201,7 @@ class Loader:
             budget=batch.tokens,
             single=batch.kinds == "single",
             attention_tokens=attention_tokens,
+            max_groups=max_groups,
             prefixes=stage.conditions.prefix not in (0, (0, 0)),
         )
         self._reader = Reader(used, seed, batch.mode == "pack")

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from talkingdit import families
-from talkingdit.families.wan_s2v.sequence import tokens_of
+from talkingdit.distributed.team import from_rank_0
 from talkingdit.plan.transformer import Transformer
 from training.build import sharded_networks
 from training.checkpoint import Checkpoints
@@ -25,7 +24,7 @@ from training.ema import Ema
 from training.export import export
 from training.guard import Guard
 from training.loader import Loader, check_share
-from training.metrics import Means, Meter, Writer, from_rank_0, stated_speed, sum_over_ranks, work_of
+from training.metrics import Means, Meter, Writer, stated_speed, sum_over_ranks, work_of
 from training.model_state import ModelState, OptimizerState
 from training.objective import losses
 from training.optim import LearningRate, build_optimizers
@@ -34,31 +33,31 @@ from training.profiling import Profile
 from training.signals import Stop
 from training.sources import open_sources
 from training.stages import Progress, select_parameters, trained_names, zero_parameters
-from training.validate import validator_for
+from training.validate import validate, validator_for
 
 
 class Trainer:
     """State of a run. `run()` trains until the stages are done, or until somebody asks to stop."""
 
-    def __init__(self, config: Config, layout: ProcessMesh) -> None:
-        self.config, self.layout = config, layout
+    def __init__(self, config: Config, mesh: ProcessMesh) -> None:
+        self.config, self.mesh = config, mesh
         # What is wrong with data or later stages shows before a large model is read.
         for stage in config.stages:
-            check_share(stage, layout.data_size)
+            check_share(stage, mesh.data_size)
         self.sources = open_sources(config)
         save = config.checkpoint
         self.checkpoints = Checkpoints(
             config.run.out / "checkpoints", save.keep, save.asynchronous, lambda file: write_json(config, file)
         )
         saved = self.checkpoints.peek()
-        self.networks = sharded_networks(config, layout, resumes=saved is not None)
+        self.networks = sharded_networks(config, mesh, resumes=saved is not None)
         self.trained = trained_names(config, self.networks)
         self.ema = Ema(self.networks, 0.0, self.trained)
-        self.validator = validator_for(config, layout)
+        self.validator = validator_for(config, mesh)
         self.guard = Guard()
         self.latest: dict[str, str] = {}  # of the last validation
         self.means = Means()
-        self.meter = Meter(layout.device, layout.world, stated_speed(layout.device))
+        self.meter = Meter(mesh.device, mesh.world, stated_speed(mesh.device))
         self.progress = Progress(config.stages)
         if saved is not None:
             self.progress.load_state_dict(saved["progress"])
@@ -83,42 +82,43 @@ class Trainer:
         self.learning_rate = LearningRate(self.optimizers, stage.optim)
         self.optimizer_state = OptimizerState(self.networks, self.optimizers)
         self.guard.factor, self.ema.decay = stage.optim.spike, stage.optim.ema
-        settings, context = self.networks.transformer.config, self.layout.context
+        settings, family, context = self.networks.transformer.config, self.networks.family.train, self.mesh.context
         self.loader = Loader(
             self.sources,
             stage,
             self.config.run.seed,
-            self.layout.data_rank,
-            self.layout.data_size,
+            self.mesh.data_rank,
+            self.mesh.data_size,
             peers=None if context is None else context.group,
-            device=self.layout.device,
+            device=self.mesh.device,
             workers=self.config.data.workers,
             prefetch=self.config.data.prefetch,
             clip_latents=self.config.model.clip_latents,
-            count_tokens=partial(tokens_of, settings),
-            attention_tokens=3 * settings.dim + settings.ffn_dim,
-            pin_memory=self.layout.device.type == "cuda",
+            count_tokens=partial(family.count_tokens, settings),
+            attention_tokens=family.attention_tokens(settings),
+            max_groups=family.MAX_GROUPS,
+            pin_memory=self.mesh.device.type == "cuda",
         )
         if data is not None:
             self.loader.load_state_dict(data)
 
     def train_step(self) -> None:
         """One step of the optimisers."""
-        config, stage, layout, progress = self.config, self.stage, self.layout, self.progress
+        config, stage, mesh, progress = self.config, self.stage, self.mesh, self.progress
         batches = next(self.loader)
-        transformer = Transformer.of(families.get("wan_s2v"), self.networks.transformer.config)
+        transformer = Transformer.of(self.networks.family, self.networks.transformer.config)
         work = [work_of(batch, transformer) for batch in batches]
         # Peers in context parallelism hold the same samples; the count is of each sample once.
         weight = sum(sum(batch.weights) for batch in batches)
         sums = {"weight": weight, **{name: sum(w[name] for w in work) for name in work[0]}}
-        sums = sum_over_ranks(sums, layout.world // layout.data_size)
-        total = torch.zeros((), device=layout.device)
+        sums = sum_over_ranks(sums, mesh.world // mesh.data_size)
+        total = torch.zeros((), device=mesh.device)
         for i, batch in enumerate(batches):
             last_micro_batch(self.networks, i + 1 == len(batches))
-            found = losses(self.networks, batch, stage, config.run.seed, progress.share, layout)
+            found = losses(self.networks, batch, stage, config.run.seed, progress.share, mesh)
             # Gradients are averaged over all ranks: see training/parallel.py.
             loss = found.total / max(1.0, sums["weight"])
-            (loss * layout.world).backward()
+            (loss * mesh.world).backward()
             total += loss.detach()
             self.means.add(found.parts)
         norm = clip_gradients(self.networks, stage.optim.clip_norm)
@@ -129,8 +129,8 @@ class Trainer:
             self.ema.update(progress.total)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        one = torch.ones((), device=layout.device)
-        self.means.add({"loss": (total * layout.data_size, 1.0), "gradient_norm": (one * norm, 1.0)})
+        one = torch.ones((), device=mesh.device)
+        self.means.add({"loss": (total * mesh.data_size, 1.0), "gradient_norm": (one * norm, 1.0)})
         self.means.add({"learning_rate_factor": (one * factor, 1.0)})
         self.meter.add(steps=1, samples=sums.pop("weight"), **sums)
 
@@ -138,7 +138,7 @@ class Trainer:
 
     def run(self, stop: Stop | None = None) -> None:
         """Train to the end of the last stage, or until a stop is asked for; both leave a checkpoint."""
-        config, progress, first = self.config, self.progress, self.layout.rank == 0
+        config, progress, first = self.config, self.progress, self.mesh.rank == 0
         writer = Writer(config.run.out, progress.total, config.log, asdict(config)) if first else None
         bar = tqdm(
             total=100, disable=None if first else True, bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}"
@@ -148,7 +148,8 @@ class Trainer:
                 started = time.perf_counter()
                 self.train_step()
                 profile.step()
-                stage_ended = progress.advance(from_rank_0(time.perf_counter() - started))
+                took = time.perf_counter() - started
+                stage_ended = progress.advance(from_rank_0(partial(float, took)))
                 if stage_ended or progress.total % config.log.every == 0:
                     self.report(writer, bar)
                 if config.sample.every and progress.total % config.sample.every == 0 and not progress.done:
@@ -172,7 +173,7 @@ class Trainer:
         self.checkpoints.close()
 
     def report(self, writer: Writer | None, bar: tqdm[Any]) -> None:
-        """Numbers since the last report; every rank takes part, rank 0 writes."""
+        """Means and rates since the last report; every rank takes part, rank 0 writes."""
         values = self.means.collect() | self.meter.report()
         progress = self.progress
         values |= {"skipped/spikes": self.guard.spikes, "skipped/not_finite": self.guard.not_finite}
@@ -189,7 +190,7 @@ class Trainer:
         paused = self.meter.pause()
         self.networks.eval()
         with self.ema.swapped():
-            results = self.validator.run(self.networks, writer, self.progress.total)
+            results = validate(self.validator, self.networks, writer, self.progress.total)
         self.networks.train()
         self.latest = {name: f"{value:.2f}" for name, value in results.items()}
         self.meter.go_on(paused)
@@ -214,5 +215,5 @@ class Trainer:
 
     def say(self, text: str) -> None:
         """Print a line, once and not through the progress bar."""
-        if self.layout.rank == 0:
+        if self.mesh.rank == 0:
             tqdm.write(f"training: {text}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.config import LoraConfig
+from training.sections import LoraConfig
 from training.stages import plain_name
 
 ADAPTER = "default"  # PEFT's name for an adapter; files leave it out

@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from talkingdit.atomic import write_whole
 from talkingdit.errors import UserError
 from talkingdit.plan.cards import CARDS
 from talkingdit.plan.clip import ClipShape
 from talkingdit.plan.transformer import Transformer
 from training.batching import MicroBatch
-from training.config import LogConfig
+from training.sections import LogConfig
 
 GIB = 2**30
 
@@ -50,15 +51,8 @@ def sum_over_ranks(values: dict[str, float], copies: int) -> dict[str, float]:
     return dict(zip(values, (sums / copies).tolist(), strict=True))
 
 
-def from_rank_0(value: float) -> float:
-    """Rank 0's number, so that all ranks decide alike."""
-    box = torch.tensor([value], dtype=torch.float64)
-    dist.broadcast(box, src=0)
-    return box.item()
-
-
 def work_of(batch: MicroBatch, transformer: Transformer) -> dict[str, float]:
-    """Tokens, pictures and floating point operations of a micro-batch.
+    """Tokens, frames and floating point operations of a micro-batch.
 
     Operations are those that the model needs, forward and backward, three times the forward's: what activation
     checkpointing does again does not count.
@@ -101,7 +95,7 @@ class Means:
 
 
 class Writer:
-    """Numbers and pictures of a run, on rank 0: TensorBoard files, a line of JSON per report, and W&B if asked."""
+    """Scalars and frames of a run, on rank 0: TensorBoard files, a line of JSON per report, and W&B if asked."""
 
     def __init__(self, folder: Path, step: int, config: LogConfig, run: dict[str, Any]) -> None:
         """Go on after `step` in a folder; `run` is the whole configuration."""
@@ -119,7 +113,7 @@ class Writer:
             self._wandb.log(values, step=step)
 
     def frames(self, name: str, frames: Tensor, step: int) -> None:
-        """Pictures [n, 3, H, W] uint8."""
+        """Frames [n, 3, H, W] uint8."""
         if self._board is not None:
             self._board.add_images(name, frames, step)
 
@@ -135,9 +129,7 @@ def _reopen(file: Path, step: int) -> TextIO:
     """Lines up to `step` stay; those that a lost end of an earlier run wrote go."""
     if file.exists():
         kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(file)
+        write_whole(file, "".join(line + "\n" for line in kept).encode())
     return file.open("a", buffering=1)
 
 

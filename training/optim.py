@@ -15,17 +15,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from talkingdit.errors import UserError
-from training.config import OptimConfig
-from training.stages import matches, plain_name
+from talkingdit.nn.units import large_prefixes
+from training.networks import Networks
+from training.sections import OptimConfig
+from training.stages import TRANSFORMER, matches, plain_name
 
 
-def build_optimizers(networks: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(networks: Networks, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """Optimisers of all parameters that require gradients, each parameter in one of them.
 
     Args:
-        config: `name` chooses "adamw"; "adamw8bit" (torchao: moments in 8 bits); "muon" for the matrices inside blocks
-            and audio injectors with AdamW for everything else (all, if `muon_lr` is 0; adapters always); or any
-            "module.Class", which is given lr and `options`, and betas, eps and weight_decay if it takes them.
+        config: `name` chooses "adamw"; "adamw8bit" (torchao: moments in 8 bits); "muon" for the matrices inside large
+            units (blocks, audio injectors) with AdamW for everything else (all, if `muon_lr` is 0; adapters always);
+            or any "module.Class", which is given lr and `options`, and betas, eps and weight_decay if it takes them.
 
     Raises:
         UserError: an optimiser that is not there or does not take its options, or nothing to train.
@@ -35,11 +37,9 @@ def build_optimizers(networks: nn.Module, config: OptimConfig) -> list[torch.opt
         raise UserError("optim: no parameter of the networks requires a gradient; check `train` and `freeze`.")
     matrices: dict[str, nn.Parameter] = {}
     if config.name == "muon" and config.muon_lr > 0:
-        inner = (".blocks.", ".injector.")
+        inner = tuple(TRANSFORMER + prefix for prefix in large_prefixes(networks.family.units.UNITS))
         matrices = {
-            name: p
-            for name, p in named.items()
-            if p.ndim == 2 and any(part in name for part in inner) and ".lora_" not in name
+            name: p for name, p in named.items() if p.ndim == 2 and name.startswith(inner) and ".lora_" not in name
         }
     others = {name: p for name, p in named.items() if name not in matrices}
     optimizers: list[torch.optim.Optimizer] = []

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parallel training, whole: processes, the mesh they form, and what of the model each of them holds.
 
-    layout = start(config)             # joins the processes that torchrun started; alone it is a world of one
-    shard(networks, layout, config)    # parameters become shards: FSDP2, over several nodes HSDP
+    mesh = start(config)               # joins the processes that torchrun started; alone it is a world of one
+    shard(networks, mesh, config)      # parameters become shards: FSDP2, over several nodes HSDP
     load_weights(networks, folder)
     ...                                # loss.backward(); clip_gradients(networks, 1.0); optimizer.step()
     stop()
@@ -45,14 +45,14 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, debug
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import talkingdit.ops.audio_attention  # noqa: F401  (registers an operation that is named below)
 from talkingdit.checkpoints.fill import check_names
 from talkingdit.checkpoints.weights import Weights, open_weights
 from talkingdit.errors import UserError
-from talkingdit.families.wan_s2v.load import open_transformer
-from talkingdit.families.wan_s2v.model import WanS2VModel
 from talkingdit.nn.context_parallel import ContextParallel
-from training.config import ParallelConfig
+from talkingdit.nn.units import modules_of
 from training.networks import Networks
+from training.sections import ParallelConfig
 
 # FSDP2 warns of units that return views, lest somebody writes into those. Models here do so in inference only.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -64,7 +64,7 @@ AXES = ("replicate", "shard", "ring", "ulysses")
 class ProcessMesh:
     """Where this process stands among all."""
 
-    mesh: DeviceMesh  # AXES
+    axes: DeviceMesh  # AXES
     fsdp: DeviceMesh  # ("shard",) or, for HSDP, ("replicate", "shard"), where shard is shard x ring x ulysses
     device: torch.device
     rank: int
@@ -96,16 +96,16 @@ def start(config: ParallelConfig, device: str = "auto") -> ProcessMesh:
         alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=patience, **({} if "WORLD_SIZE" in os.environ else alone))
     _forget_meshes()
-    mesh = init_device_mesh(place.type, tuple(sizes.values()), mesh_dim_names=AXES)
+    axes = init_device_mesh(place.type, tuple(sizes.values()), mesh_dim_names=AXES)
     copies, parts = sizes["replicate"], world // sizes["replicate"]
     shape, names = ((copies, parts), ("replicate", "shard")) if copies > 1 else ((parts,), ("shard",))
     fsdp = init_device_mesh(place.type, shape, mesh_dim_names=names)
-    together = sizes["ring"] * sizes["ulysses"]
-    context = ContextParallel.from_mesh(mesh["ring", "ulysses"], config.ring_mode) if together > 1 else None
-    for group in (*mesh.get_all_groups(), *fsdp.get_all_groups(), *([context.group] if context else [])):
+    peers = sizes["ring"] * sizes["ulysses"]
+    context = ContextParallel.from_mesh(axes["ring", "ulysses"], config.ring_mode) if peers > 1 else None
+    for group in (*axes.get_all_groups(), *fsdp.get_all_groups(), *([context.group] if context else [])):
         distributed_c10d._set_pg_timeout(patience, group)  # groups of a mesh do not inherit it
     rank = dist.get_rank()
-    return ProcessMesh(mesh, fsdp, place, rank, world, rank // together, world // together, context)
+    return ProcessMesh(axes, fsdp, place, rank, world, rank // peers, world // peers, context)
 
 
 def stop() -> None:
@@ -161,7 +161,7 @@ def _device(name: str) -> torch.device:
 # ---- The model in shards ---------------------------------------------------------------------------------------------
 
 
-def shard(networks: Networks, layout: ProcessMesh, config: ParallelConfig) -> None:
+def shard(networks: Networks, mesh: ProcessMesh, config: ParallelConfig) -> None:
     """Cut all parameters over the processes, and prepare the model for training: nothing large stays whole.
 
     Each block and each other large layer is a unit of its own, which is gathered for its forward and for its backward
@@ -174,64 +174,49 @@ def shard(networks: Networks, layout: ProcessMesh, config: ParallelConfig) -> No
         UserError: heads that ulysses does not divide.
     """
     model = networks.transformer
-    if model.config.num_heads % config.ulysses:
+    heads = model.config.get("num_heads", 1)
+    if heads % config.ulysses:
         raise UserError(
-            f"parallel.ulysses: must divide the {model.config.num_heads} heads of the model, got {config.ulysses}; "
-            "the ring axis takes the rest."
+            f"parallel.ulysses: must divide the {heads} heads of the model, got {config.ulysses}; the ring axis takes "
+            "the rest."
         )
-    # Nothing is done in place to what a unit returns, see WanS2VModel; the warning would come for every unit.
+    # Nothing is done in place to what a unit returns; the warning would come for every unit.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     _checkpoint_activations(model, config)
     if config.compile:
         # The forward alone: hooks that gather and free parameters run around it, outside of the compiled code.
-        for block in model.blocks:
+        for block in _repeated_blocks(model):
             block.forward = torch.compile(block.forward)
-    if layout.world > 1:
+    if mesh.world > 1:
         for tensor in (*networks.parameters(), *networks.buffers()):
             if not tensor.is_meta:
                 dist.broadcast(tensor.detach(), 0)
 
-    pinned = layout.device.type == "cuda"
+    pinned = mesh.device.type == "cuda"
     offload = CPUOffloadPolicy(pin_memory=pinned) if config.offload else OffloadPolicy()
     # Inputs are not cast at the border of a unit: the residual stream and timesteps are float32 and stay so.
     precise = MixedPrecisionPolicy(cast_forward_inputs=False)
     mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    options: dict[str, Any] = {"mesh": layout.fsdp, "offload_policy": offload}
-    for unit, float32 in _units(model):
-        policy = precise if float32 or config.precision == "fp32" else mixed
+    options: dict[str, Any] = {"mesh": mesh.fsdp, "offload_policy": offload}
+    units = networks.family.units
+    layers = [(layer, unit) for _, layer, unit in modules_of(model, units.UNITS)]
+    for layer, unit in layers:
+        policy = precise if unit.float32 or config.precision == "fp32" else mixed
         # What runs last in the forward runs first in the backward: the head stays gathered in between.
-        fully_shard(unit, mp_policy=policy, reshard_after_forward=unit is not model.head, **options)
+        fully_shard(layer, mp_policy=policy, reshard_after_forward=layer is not layers[-1][0], **options)
     # The root keeps what is called more than once or not at all, as conditions come and go. It is small.
     policy = precise if config.precision == "fp32" else mixed
     fully_shard(model, mp_policy=policy, reshard_after_forward=False, **options)
-    for name in model.forward_methods:
+    for name in getattr(model, "forward_methods", ()):  # called instead of its forward
         register_fsdp_forward_method(model, name)
     if networks.text_encoder is not None:
         fully_shard(networks.text_encoder, mp_policy=precise, reshard_after_forward=False, **options)
-    for unit, following in pairwise(_in_order(model)):
-        unit.set_modules_to_forward_prefetch([following])  # backward prefetch, in reverse, is what FSDP2 does by itself
+    in_order: list[Any] = [model.get_submodule(path) for path in units.walk(model.config)]
+    for layer, following in pairwise(in_order):  # backward prefetch, in reverse, is what FSDP2 does by itself
+        layer.set_modules_to_forward_prefetch([following])
 
-    home = torch.device("cpu") if config.offload else layout.device
+    home = torch.device("cpu") if config.offload else mesh.device
     networks._apply(lambda tensor: torch.full_like(tensor, torch.nan, device=home) if tensor.is_meta else tensor)
-
-
-def _units(model: WanS2VModel) -> Iterator[tuple[nn.Module, bool]]:
-    """Layers that are gathered on their own, each called once per forward, and whether they are float32 for good."""
-    yield model.text_embedding, False
-    for layer in (model.time_embedding, model.time_projection, model.casual_audio_encoder, model.head):
-        yield layer, True
-    injector = model.audio_injector
-    for repeated in (model.blocks, injector.injector, getattr(injector, "injector_adain_layers", ())):
-        yield from ((layer, False) for layer in repeated)
-
-
-def _in_order(model: WanS2VModel) -> Iterator[Any]:
-    """Blocks and what hears audio behind them, as the forward calls them."""
-    injector = model.audio_injector
-    for i, block in enumerate(model.blocks):
-        yield block
-        if i in injector.index:
-            yield injector.injector[injector.index[i]]
 
 
 def sharded_modules(networks: nn.Module) -> Iterator[FSDPModule]:
@@ -277,7 +262,13 @@ _KEPT = {
 }
 
 
-def _checkpoint_activations(model: WanS2VModel, config: ParallelConfig) -> None:
+def _repeated_blocks(model: nn.Module) -> list[Any]:
+    """The blocks of a diffusers model, by the names of their classes."""
+    names = getattr(model, "_repeated_blocks", None) or ()
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def _checkpoint_activations(model: Any, config: ParallelConfig) -> None:
     """What is kept of a block for its backward.
 
     "full" keeps its input and runs the block again, "selective" also the results of its matrix products and attentions.
@@ -286,7 +277,7 @@ def _checkpoint_activations(model: WanS2VModel, config: ParallelConfig) -> None:
     if config.activation_checkpointing == "off":
         return
     selective = config.activation_checkpointing == "selective"
-    compiled = set(model.blocks) if config.compile and selective else set()
+    compiled = set(_repeated_blocks(model)) if config.compile and selective else set()
     random = any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in model.modules())  # adapters may have it
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": random}
     if selective:
@@ -337,7 +328,7 @@ def load_weights(networks: Networks, folder: Path) -> None:
         UserError: weights that are missing, left over or of another shape, or a damaged file.
     """
     reshard(networks)
-    _fill(networks.transformer, open_transformer(folder)[0])
+    _fill(networks.transformer, networks.family.train.open_weights(folder))
     if networks.text_encoder is not None:
         _fill(networks.text_encoder, open_weights(folder / "text_encoder"))
     dist.barrier()

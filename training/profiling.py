@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from training.config import LogConfig
+from training.sections import LogConfig
 
 
 class Profile:

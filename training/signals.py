@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from talkingdit.distributed.team import OtherRankError
 from talkingdit.errors import UserError
 
 DONE, ERROR, USER_ERROR, PEER_LOST, INTERRUPTED = 0, 1, 2, 3, 130
@@ -124,6 +125,8 @@ def run_guarded(main: Callable[[], int | None]) -> int:
 
 def lost_peer(error: BaseException) -> str | None:
     """Why an error says that another process, not this one, failed or cannot be reached; None if it does not."""
+    if isinstance(error, OtherRankError):
+        return str(error)
     backend = isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("gloo", "nccl", "c10d"))
     )

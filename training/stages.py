@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.config import Config, StageConfig
+from talkingdit.families import Family
+from talkingdit.families.training import ANCHORS, GENERATE
+from training.config import Config
+from training.family import family_of
+from training.sections import StageConfig
 
 TRANSFORMER = "transformer."
-GENERATE = "generate"  # the task of a stage that names none: the whole clip, from its conditions
 # What wrappers (activation checkpointing, torch.compile, PEFT) put into the names of the parameters they wrap.
 WRAPPED = re.compile(r"(_checkpoint_wrapped_module|_orig_mod|base_layer)\.")
 
@@ -91,8 +94,8 @@ class Trained:
 
     train: tuple[str, ...]
     frozen: tuple[str, ...]
-    weights: int  # numbers in the trained parameters
-    of: int  # numbers in all
+    weights: int  # elements of the trained parameters
+    of: int  # elements of all
 
     def __str__(self) -> str:
         return (
@@ -148,18 +151,18 @@ def zero_parameters(networks: nn.Module, stage: StageConfig) -> list[str]:
     return [name for name in all_of if name in zero]
 
 
-def check_supported(stage: StageConfig) -> None:
-    """Refuse conditions that no model of this package takes yet.
+def check_supported(stage: StageConfig, family: Family) -> None:
+    """Refuse conditions that the models of a family do not take.
 
     Raises:
-        ValueError: the stage gives anchors, or asks for another task than the whole clip.
+        ValueError: the stage gives anchors, or asks for another task than the whole clip, and they do not.
     """
-    c = stage.conditions
-    if c.anchors.types:
-        raise ValueError(f"stages.{stage.name}.conditions.anchors: there is no model yet that takes anchors")
-    others = [task for task in c.tasks if task != GENERATE]
-    if others:
-        raise ValueError(f"stages.{stage.name}.conditions.tasks: there is no model yet for the task {others[0]!r}")
+    where, extras = f"stages.{stage.name}.conditions", family.train.EXTRAS
+    if stage.conditions.anchors.types and ANCHORS not in extras:
+        raise ValueError(f"{where}.anchors: models of {family.title} take no anchors")
+    for task in stage.conditions.tasks:
+        if task not in (GENERATE, *extras):
+            raise ValueError(f"{where}.tasks: models of {family.title} do not have the task {task!r}")
 
 
 def check_stages(config: Config, networks: nn.Module) -> list[Trained]:
@@ -171,9 +174,9 @@ def check_stages(config: Config, networks: nn.Module) -> list[Trained]:
         ValueError: see `check_supported`, `select_parameters` and `zero_parameters`; or a pattern of `optim.lr_scale`
             fits nothing.
     """
-    report = []
+    report, family = [], family_of(config)
     for stage in config.stages:
-        check_supported(stage)
+        check_supported(stage, family)
         trained = select_parameters(networks, stage)
         names = [*trained.train, *trained.frozen]
         _zero_names(names, trained.train, stage)

@@ -16,8 +16,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from talkingdit.errors import UserError
 from training import parallel
 from training.config import parse
+from training.family import family_of
 from training.loop import Trainer
 from training.signals import Stop, run_guarded
+from training.stages import check_supported
 
 
 def train() -> None:
@@ -28,10 +30,13 @@ def train() -> None:
     """
     try:
         config = parse()
+        family = family_of(config)
+        for stage in config.stages:
+            check_supported(stage, family)
         if config.run.device == "cpu" or not torch.cuda.is_available():
             torch.set_num_threads(config.run.threads)
-        layout = parallel.start(config.parallel, config.run.device)
-        trainer = Trainer(config, layout)
+        mesh = parallel.start(config.parallel, config.run.device)
+        trainer = Trainer(config, mesh)
     except ValueError as error:  # of a configuration that makes no sense; later ones are faults, with their traceback
         raise UserError(f"{error}") from error
     with Stop(config.parallel.timeout_seconds) as stop:

@@ -23,10 +23,11 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 from tqdm import tqdm
 
+from talkingdit.atomic import whole_file
+from talkingdit.families.puppet.drawn import read_visemes
 from talkingdit.puppets.render import mouth_boxes, render
 from talkingdit.puppets.visemes import Visemes
 from talkingdit.puppets.world import Motion, Scene
-from training.puppets import read_visemes
 
 # (clips, frames) of a batch, in turn: short ones for variety, long ones so that the causal caches see many chunks.
 CROPPED_SHAPES = ((4, 9), (2, 33))
@@ -215,18 +216,15 @@ def main(config: Config) -> None:
         step, elapsed = state["step"], state["elapsed"]
 
     def save() -> None:
-        temporary = state_file.with_suffix(".tmp")
-        torch.save(
-            {
-                "vae": vae.state_dict(),
-                "averaged": averaged.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step,
-                "elapsed": elapsed,
-            },
-            temporary,
-        )
-        temporary.replace(state_file)
+        state = {
+            "vae": vae.state_dict(),
+            "averaged": averaged.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "elapsed": elapsed,
+        }
+        with whole_file(state_file) as temporary:
+            torch.save(state, temporary)
 
     bar = tqdm(total=100, unit="%", initial=0, bar_format="{l_bar}{bar}| {elapsed} {postfix}")
 

@@ -76,14 +76,14 @@ class Stream:
         """The next window's output and target, [1, 3, f, S, S]; gradients reach back to the window's beginning."""
         self.caches = [cache.detach() if isinstance(cache, Tensor) else cache for cache in self.caches]
         end = min(self.place + WINDOW, self.latents.shape[2])
-        pictures = []
+        frames = []
         with torch.autocast("cpu", torch.bfloat16):
             hidden = vae.post_quant_conv(self.latents[:, :, self.place : end])
             for i in range(end - self.place):
                 part = hidden[:, :, i : i + 1]
                 first = self.place + i == 0
-                pictures.append(vae.decoder(part, feat_cache=self.caches, feat_idx=[0], first_chunk=first))
-        output = unpatchify(torch.cat(pictures, 2), patch_size=vae.config["patch_size"]).float()
+                frames.append(vae.decoder(part, feat_cache=self.caches, feat_idx=[0], first_chunk=first))
+        output = unpatchify(torch.cat(frames, 2), patch_size=vae.config["patch_size"]).float()
         start = 0 if self.place == 0 else FRAMES_PER_LATENT * (self.place - 1) + 1
         target = self.video[:, :, start : start + output.shape[2]]
         self.place = end

@@ -27,6 +27,7 @@ import random
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from talkingdit.atomic import whole_file, whole_folder, write_whole
 from talkingdit.media.files import SPEECH_RATE
 
 SHORTEST, LONGEST = 12.0, 20.0  # seconds of one utterance
@@ -81,17 +83,13 @@ def fetch_package(name: str, out: Path) -> Path:
         return target
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise RuntimeError("voices: fetching the recordings needs apt-get and dpkg-deb (Debian or Ubuntu)")
-    folder = out / "packages" / f".{name}.part"
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "root").mkdir(parents=True)
-    done = subprocess.run(["apt-get", "download", name], cwd=folder, capture_output=True, text=True)
-    archives = list(folder.glob("*.deb"))
-    if done.returncode or not archives:
-        reason = (done.stderr.strip().splitlines() or ["no archive came"])[-1]
-        raise RuntimeError(f"voices: package {name} could not be downloaded ({reason}); try `apt-get update` first")
-    subprocess.run(["dpkg-deb", "-x", str(archives[0]), str(folder / "root")], check=True)
-    os.replace(folder / "root", target)
-    shutil.rmtree(folder)
+    with whole_folder(target) as root, tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        done = subprocess.run(["apt-get", "download", name], cwd=folder, capture_output=True, text=True)
+        archives = list(Path(folder).glob("*.deb"))
+        if done.returncode or not archives:
+            reason = (done.stderr.strip().splitlines() or ["no archive came"])[-1]
+            raise RuntimeError(f"voices: package {name} could not be downloaded ({reason}); try `apt-get update` first")
+        subprocess.run(["dpkg-deb", "-x", str(archives[0]), str(root)], check=True)
     return target
 
 
@@ -266,9 +264,8 @@ def build(source: Source, out: Path, count: int) -> list[dict[str, object]]:
     records: list[dict[str, object]] = []
     for number, (names, text, samples) in enumerate(utterances(collected, f"{source.speaker}-{source.language}")):
         path = folder / f"{number:04d}.flac"
-        part = path.with_suffix(".part")
-        soundfile.write(part, np.clip(samples, -1, 1), SPEECH_RATE, format="FLAC", subtype="PCM_16")
-        os.replace(part, path)
+        with whole_file(path) as part:
+            soundfile.write(part, np.clip(samples, -1, 1), SPEECH_RATE, format="FLAC", subtype="PCM_16")
         records.append(
             {
                 "path": path.relative_to(out).as_posix(),
@@ -283,15 +280,8 @@ def build(source: Source, out: Path, count: int) -> list[dict[str, object]]:
                 "split": source.split,
             }
         )
-    write_text(listing, json.dumps(records))
+    write_whole(listing, json.dumps(records).encode())
     return records
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it, so that a reader never sees half of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -305,7 +295,8 @@ def main(arguments: list[str] | None = None) -> None:
     records: list[dict[str, object]] = []
     for source in (*RECORDED, *SYNTHETIC):
         records += build(source, options.out, options.sentences)
-    write_text(options.out / "index.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    index = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_whole(options.out / "index.jsonl", index.encode())
     if not options.keep_packages:
         shutil.rmtree(options.out / "packages", ignore_errors=True)
     for split in ("train", "held_out"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +22,15 @@ from talkingdit.families.flag import Flag
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
+    from talkingdit.checkpoints.weights import Weights
+    from talkingdit.data import Source
     from talkingdit.data.encoders import CheckpointEncoders
     from talkingdit.data.encoding import EncodeClip
     from talkingdit.distributed.layout import Parallel
+    from talkingdit.families.training import TrainBatch, TrainRun, Validator
+    from talkingdit.nn.context_parallel import ContextParallel
     from talkingdit.nn.units import Units
     from talkingdit.pipelines.inputs import Inputs, Outline
     from talkingdit.pipelines.long_video import ClipPipeline
@@ -135,6 +140,43 @@ class Clips(Protocol):
         """Reads and encodes a clip; `talkingdit.data.encoding.encode_clip` does for models without history."""
 
 
+class Train(Protocol):
+    """train.py: `talkingdit.families.training` has what is handed over. Importing it loads no diffusers."""
+
+    EXTRAS: frozenset[str]  # what stages may ask for beside the usual conditions: "anchors", tasks by name
+    MAX_GROUPS: int  # most timesteps in a packed sequence: two per clip, or one per latent frame and one
+
+    def build_networks(self, arguments: Mapping[str, Any], text_encoder: str) -> tuple[Any, Any]:
+        """On the default device, with random weights: a transformer, a diffusers model with `text_dim` in its config,
+        and the text encoder that trains along ("prompt") or None; UserError for a text encoder that it cannot have."""
+
+    def open_weights(self, folder: Path) -> Weights:
+        """Weights of a transformer to start from, by the names of its parameters."""
+
+    def lacks_layers(self, folder: Path) -> bool:
+        """Is there a model of another kind, from which `Load.load` with `init_from` makes one of the family?"""
+
+    def velocities(self, transformer: Any, batch: TrainBatch) -> Tensor | Sequence[Tensor]:
+        """The velocity of every clip: a tensor [n, C, T, H, W], or [C, T, H, W] of each."""
+
+    def count_tokens(
+        self, config: Mapping[str, Any], frames: int, height: int, width: int, reference: bool, history: int
+    ) -> int:
+        """Tokens of a clip of latents [frames, height, width] with its conditions in the model's sequence."""
+
+    def attention_tokens(self, config: Mapping[str, Any]) -> float:
+        """Tokens of a clip at which its attention costs as much as all else in a block."""
+
+    def save(self, folder: Path, transformer: Any, text_encoder: Any, run: TrainRun) -> None:
+        """Write trained models, in the dtypes that they have, as a folder that generation reads."""
+
+    def open_source(self, kind: str, name: str, run: TrainRun) -> Source:
+        """A source of one of the kinds in `Family.sources`; every rank calls it."""
+
+    def open_validator(self, run: TrainRun, device: torch.device, context: ContextParallel | None) -> Validator | None:
+        """What generates and measures on the way, None where the run says nothing to do; every rank calls it."""
+
+
 @dataclass(frozen=True)
 class Family:
     """A family by its folder.
@@ -144,12 +186,14 @@ class Family:
         title: what messages call its models.
         package: of its modules, "talkingdit.families.wan_s2v"; or one module that holds all.
         base: name of the family whose files it uses where it has none of its own.
+        sources: kinds of training data that are its own, see `Train.open_source`.
     """
 
     name: str
     title: str
     package: str
     base: str = ""
+    sources: tuple[str, ...] = ()
 
     def part(self, name: str) -> Any:
         """One of its files.
@@ -214,3 +258,7 @@ class Family:
     @cached_property
     def clips(self) -> Clips:
         return cast(Clips, self.part("clips"))
+
+    @cached_property
+    def train(self) -> Train:
+        return cast(Train, self.part("train"))

@@ -18,8 +18,8 @@ from talkingdit.plan.run import Cluster, MeshSizes, Run
 from talkingdit.plan.training_memory import memory, states
 from talkingdit.plan.transformer import Transformer
 from talkingdit.plan.units import unit_sizes
-from training.config import LoraConfig, OptimConfig, ParallelConfig
 from training.lora import add_adapters
+from training.sections import LoraConfig, OptimConfig, ParallelConfig
 
 WIDTH = dict(dim=512, ffn_dim=1408, num_heads=8, text_dim=64, text_len=16, audio_dim=32, audio_layers=3)
 SMALL = Transformer.of(families.get("wan_s2v"), {**WIDTH, "num_layers": 3, "audio_inject_layers": (0, 2)})

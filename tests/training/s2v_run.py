@@ -82,10 +82,10 @@ def _value(value: Any) -> str:
     return json.dumps(value)
 
 
-def train(file: Path, layout: dict[str, int] | None = None) -> tuple[list[dict[str, float]], Config]:
+def train(file: Path, axes: dict[str, int] | None = None) -> tuple[list[dict[str, float]], Config]:
     """Train to the end in the processes that call it; the reported numbers and the configuration."""
     config = read_toml(file)
-    for axis, size in (layout or {}).items():
+    for axis, size in (axes or {}).items():
         setattr(config.parallel, axis, size)
     Trainer(config, parallel.start(config.parallel, "cpu")).run()
     return read_log(config.run.out), config

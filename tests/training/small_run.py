@@ -15,9 +15,11 @@ import soundfile
 import torch
 
 import training.train
-from training import parallel, puppets
-from training.checkpoint import _Writer
+from talkingdit.families.puppet.drawn import DrawnVideos, precompute
+from training import parallel
+from training.checkpoint_files import CheckpointWriter
 from training.config import Config, write_json
+from training.family import train_run
 from training.loop import Trainer
 from training.vae import Config as VaeConfig
 from training.vae import make_vae
@@ -59,14 +61,14 @@ def make_world(root: Path) -> Config:
         {"name": "speak", "steps": 3},
         {"name": "listen", "steps": 3, "train": ["casual_audio_encoder.*", "audio_injector.*"]},
     ]
-    puppets.precompute(config.data, config.run.seed)
+    precompute(DrawnVideos.of(train_run(config)), config.run.seed)
     return config
 
 
-def train(config: Config, out: Path, layout: dict[str, int] | None = None) -> list[dict[str, float]]:
+def train(config: Config, out: Path, axes: dict[str, int] | None = None) -> list[dict[str, float]]:
     """Run to the end in the processes that call it; the reported numbers of every step, on every rank."""
     config.run.out = out
-    for axis, size in (layout or {}).items():
+    for axis, size in (axes or {}).items():
         setattr(config.parallel, axis, size)
     Trainer(config, parallel.start(config.parallel, "cpu")).run()
     return read_log(out)
@@ -78,14 +80,14 @@ def read_log(out: Path) -> list[dict[str, float]]:
 
 def main(kill_at: int) -> int:
     """`training.train` with the options that are left; SIGKILL cuts the checkpoint of step `kill_at` off."""
-    finish = _Writer.finish
+    finish = CheckpointWriter.finish
 
-    def die(self: _Writer, *arguments: Any, **more: Any) -> None:
-        if self._final.name.endswith(f"{kill_at:08d}"):
+    def die(self: CheckpointWriter, *arguments: Any, **more: Any) -> None:
+        if self.final.name.endswith(f"{kill_at:08d}"):
             os.kill(os.getpid(), signal.SIGKILL)
         finish(self, *arguments, **more)
 
-    _Writer.finish = die  # type: ignore[method-assign]
+    CheckpointWriter.finish = die  # type: ignore[method-assign]
     return training.train.main()
 
 

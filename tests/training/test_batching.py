@@ -150,9 +150,9 @@ def test_the_sample_that_waits_longest_is_packed_first():
     groups=st.sampled_from([2, 21]),
 )
 def test_a_packed_sequence_has_no_more_timesteps_than_the_kernels_tell_apart(sizes, count, groups):
-    """Small pictures: hundreds fit into the tokens."""
+    """Small frames: hundreds fit into the tokens."""
     small = [replace(p, groups=groups) for p in waiting(sizes)]
-    packed, left = pack(small, count, 1000)
+    packed, left = pack(small, count, 1000, max_groups=128)
     assert all(sum(p.groups for p in group) <= 128 for group in packed)
     assert sorted(p.draw.number for p in [*left, *(p for group in packed for p in group)]) == list(range(len(sizes)))
     if len(left) > 0:
@@ -162,7 +162,7 @@ def test_a_packed_sequence_has_no_more_timesteps_than_the_kernels_tell_apart(siz
 @pytest.mark.parametrize(("prefixes", "most"), [(False, 64), (True, 25)])
 def test_planned_steps_keep_to_the_number_of_timesteps(prefixes, most):
     shapes = [Shape(4, 2, 2) for _ in range(50)]
-    plan = planner(shapes, Buckets(), count=2, mode="pack", budget=400, prefixes=prefixes).plan()
+    plan = planner(shapes, Buckets(), count=2, mode="pack", budget=400, max_groups=128, prefixes=prefixes).plan()
     assert [len(group) for group in plan.groups] == [most] * 2
 
 

@@ -11,9 +11,10 @@ import torch
 
 from talkingdit.data.sample import Sample, Shape
 from training.conditions import CONDITIONS, Anchor, cell_weights, draw, noisy_history, normal
-from training.config import Config, at, read_toml
+from training.config import Config, read_toml
 from training.loader import Loader
 from training.losses import sample_sigmas
+from training.sections import at
 
 CONFIGS = {file.stem: file for file in sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.toml"))}
 STAGES = [(name, i) for name, file in CONFIGS.items() for i in range(len(read_toml(file).stages))]

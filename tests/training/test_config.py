@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from training.config import Config, at, parse, read_toml, write_json
+from training.config import Config, parse, read_toml, write_json
+from training.sections import at
 
 CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.toml"))
 

@@ -6,9 +6,9 @@ import torch
 from tiny_networks import backward, make_networks, sample_losses
 from torch.distributed.tensor import DTensor
 
-from training.config import ParallelConfig
 from training.ema import Ema
 from training.parallel import shard, start
+from training.sections import ParallelConfig
 
 
 def change(networks, step):
@@ -69,11 +69,11 @@ def swap():
     """Losses before, with the averages, and after; where a forward before has left parameters gathered."""
     config = ParallelConfig(precision="fp32")
     networks = make_networks()
-    layout = start(config, "cpu")
-    shard(networks, layout, config)
+    mesh = start(config, "cpu")
+    shard(networks, mesh, config)
     parameters = list(networks.parameters())
     ema = Ema(networks, 0.5)
-    backward(networks, 0, layout)
+    backward(networks, 0, mesh)
     change(networks, 3)
     kept = [p.to_local().clone() for p in parameters]
 

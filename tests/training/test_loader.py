@@ -20,9 +20,10 @@ from talkingdit.families.wan_s2v.presets import PRESETS
 from talkingdit.families.wan_s2v.sequence import tokens_of
 from training.batching import MicroBatch
 from training.buckets import patches
-from training.config import BatchConfig, ConditionsConfig, StageConfig, at, read_toml
+from training.config import read_toml
 from training.loader import Loader
 from training.reading import Parcel
+from training.sections import BatchConfig, ConditionsConfig, StageConfig, at
 
 
 class Numbered:

@@ -16,14 +16,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from talkingdit import families
 from talkingdit.data.sample import Sample
+from talkingdit.distributed.team import from_rank_0
 from talkingdit.errors import UserError
 from talkingdit.plan.clip import ClipShape
 from talkingdit.plan.transformer import Transformer
 from training.batching import MicroBatch
-from training.config import LogConfig
 from training.guard import ENOUGH, PATIENCE, WINDOW, Guard
-from training.metrics import Means, Writer, from_rank_0, sum_over_ranks, work_of
+from training.metrics import Means, Writer, sum_over_ranks, work_of
 from training.profiling import Profile
+from training.sections import LogConfig
 
 QUIET = LogConfig(tensorboard=False)
 
@@ -35,7 +36,7 @@ def means(rank_sums: list[dict[str, tuple[float, float]]]) -> list[Any]:
         for _ in range(2):
             mean.add({name: (torch.tensor(total / 2), count / 2)})
     found = mean.collect()
-    return [found, mean.collect(), sum_over_ranks({"a": 1.0 + rank}, 2), from_rank_0(7.0 + rank)]
+    return [found, mean.collect(), sum_over_ranks({"a": 1.0 + rank}, 2), from_rank_0(lambda: 7.0 + rank)]
 
 
 def test_means_are_over_the_samples_of_all_ranks(processes: Any) -> None:

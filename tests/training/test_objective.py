@@ -9,6 +9,7 @@ import torch
 from official import random_transformer
 from safetensors.torch import save_file
 
+from talkingdit import families
 from talkingdit.data.sample import Sample
 from talkingdit.families.puppet.text import PromptEncoder
 from talkingdit.families.wan_s2v.conditions import WanInputs
@@ -24,13 +25,14 @@ SIZE = {
 }
 FRAMES, SIDE = 3, 4
 HERE = SimpleNamespace(device=torch.device("cpu"), context=None)
+FAMILY = families.get("puppet")
 NEVER = {**{f"drop_{name}": 0.0 for name in CONDITIONS}, "history_noise": 0.0}
 
 
 @pytest.fixture(scope="module")
 def networks():
     torch.manual_seed(0)
-    return Networks(random_transformer(**SIZE), PromptEncoder(24, 36))
+    return Networks(FAMILY, random_transformer(**SIZE), PromptEncoder(24, 36))
 
 
 def stage_of(**sections):
@@ -61,7 +63,7 @@ def test_the_loss_is_the_mean_square_of_the_velocity_error(networks):
     item = prepare(sample, 0, stage, 5)
     sigma = item.draws.sigma
     noisy = (1 - sigma) * sample.latents.double() + sigma * item.noise.double()
-    torch.testing.assert_close(item.noisy.double(), noisy, atol=1e-6, rtol=0)
+    torch.testing.assert_close(item.clip.latents.double(), noisy, atol=1e-6, rtol=0)
     conditions = {
         name: getattr(sample, name)[None] for name in ("reference", "history", "pose", "audio", "audio_history")
     }
@@ -107,14 +109,12 @@ def test_clean_prefix_latents_are_at_timestep_zero_and_out_of_the_loss(networks)
     seen = {}
 
     class Recorder(torch.nn.Module):
-        config = networks.transformer.config
-
         def forward(self, latents, timestep, text, **_):
             seen.update(latents=latents, timestep=timestep)
             target = prepare(sample, 0, stage, 5).noise - sample.latents
             return target[None] + torch.tensor([9.0, 9.0, 2.0]).view(1, 1, 3, 1, 1)  # wrong where nothing counts, too
 
-    found = run(SimpleNamespace(transformer=Recorder(), text_encoder=networks.text_encoder), [sample], stage)
+    found = run(Networks(FAMILY, Recorder(), networks.text_encoder), [sample], stage)
     torch.testing.assert_close(found.each, torch.tensor([4.0]))
     assert torch.equal(seen["latents"][0, :, :2], sample.latents[:, :2])
     assert not torch.equal(seen["latents"][0, :, 2], sample.latents[:, 2])
@@ -152,7 +152,7 @@ def test_an_image_is_a_video_of_one_latent_without_audio(networks):
 
 def test_text_features_stand_for_captions_and_the_empty_prompt_has_a_file(networks, tmp_path):
     features = torch.randn(5, 24)
-    precomputed = Networks(networks.transformer)
+    precomputed = Networks(FAMILY, networks.transformer)
     sample = sample_of(0, text=features)
     keeps = stage_of(conditions=NEVER)
     with torch.no_grad():
@@ -198,10 +198,10 @@ def test_what_cannot_be_trained_is_said(networks):
     with pytest.raises(ValueError, match=r"samples of different shapes cannot be stacked, got .*3, 4, 4.*3, 6, 6"):
         run(networks, [sample_of(0), sample_of(1, side=6)], stage_of())
     with pytest.raises(
-        ValueError, match=r"stages\.train\.conditions\.anchors: there is no model yet that takes anchors"
+        ValueError, match=r"stages\.train\.conditions\.anchors: models of drawn characters take no anchors"
     ):
         run(networks, [sample_of(0)], stage_of(conditions={"anchors": {"types": {"view": ["front"]}}}))
-    with pytest.raises(ValueError, match="there is no model yet for the task 'edit'"):
+    with pytest.raises(ValueError, match="models of drawn characters do not have the task 'edit'"):
         run(networks, [sample_of(0)], stage_of(conditions={"tasks": {"generate": 1, "edit": 1}}))
 
 

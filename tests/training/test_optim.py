@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from talkingdit.errors import UserError
-from training.config import OptimConfig, ParallelConfig
 from training.optim import LearningRate, Muon, build_optimizers, learning_rate_factor, newton_schulz
 from training.parallel import shard, start
+from training.sections import OptimConfig, ParallelConfig
 
 SHAPES = [(12, 20), (7, 5), (3, 8), (16, 16), (1, 6)]  # rows that two and four processes share unevenly
 
@@ -166,9 +166,9 @@ def resume(name):
     found = []
     for broken in (False, True):
         config = ParallelConfig(precision="fp32")
-        layout = start(config, "cpu")
+        mesh = start(config, "cpu")
         networks = make_networks()
-        shard(networks, layout, config)
+        shard(networks, mesh, config)
         optim = OptimConfig(name=name, lr=1e-3, muon_lr=1e-3)
         optimizers = build_optimizers(networks, optim)
         rate = LearningRate(optimizers, optim)
@@ -179,7 +179,7 @@ def resume(name):
                 optimizers = build_optimizers(networks, optim)
                 rate = LearningRate(optimizers, optim)
                 set_optimizer_state_dict(networks, optimizers, state)
-            backward(networks, step, layout)
+            backward(networks, step, mesh)
             rate.set(step, step / 4)
             for optimizer in optimizers:
                 optimizer.step()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sharded training is the training of one process: losses, gradients and weights agree, whatever the layout."""
+"""Sharded training is the training of one process: losses, gradients and weights agree, whatever the mesh."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.conditions import WanInputs
-from training.config import OptimConfig, ParallelConfig
 from training.optim import build_optimizers
 from training.parallel import (
     clip_gradients,
@@ -27,6 +26,7 @@ from training.parallel import (
     stop,
     trainable_changed,
 )
+from training.sections import OptimConfig, ParallelConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 
@@ -37,9 +37,9 @@ MUON = {"name": "muon", "lr": 1e-3, "muon_lr": 1e-3}
 
 def sharded(networks, precision="fp32", **parallel):
     config = ParallelConfig(precision=precision, **parallel)
-    layout = start(config, "cpu")
-    shard(networks, layout, config)
-    return layout
+    mesh = start(config, "cpu")
+    shard(networks, mesh, config)
+    return mesh
 
 
 def whole(tensor):
@@ -56,12 +56,12 @@ class Case:
     frozen: tuple[str, ...] = ()  # parts of names
 
 
-def train(networks, case, layout=None, steps=STEPS):
+def train(networks, case, mesh=None, steps=STEPS):
     """Loss and gradient norm of every step, gradients of the first, parameters after the last."""
     optimizers = build_optimizers(networks, OptimConfig(**case.optim))
     losses, norms, gradients = [], [], {}
     for step in range(steps):
-        losses.append(backward(networks, step, layout, *(() if layout is None else (case.pieces, case.packed))))
+        losses.append(backward(networks, step, mesh, *(() if mesh is None else (case.pieces, case.packed))))
         if step == 0:
             gradients = {n: whole(p.grad) for n, p in networks.named_parameters() if p.grad is not None}
         norms.append(clip_gradients(networks, 0.5))
@@ -133,11 +133,11 @@ def two_micro_batches():
     found = []
     for say in (False, True):
         networks = make_networks()
-        layout = sharded(networks, replicate=2)
+        mesh = sharded(networks, replicate=2)
         for step in range(2):
             if say:
                 last_micro_batch(networks, step == 1)
-            sample_losses(networks, step, [layout.data_rank, layout.data_rank + 2]).sum().backward()
+            sample_losses(networks, step, [mesh.data_rank, mesh.data_rank + 2]).sum().backward()
         found.append({n: whole(p.grad) for n, p in networks.named_parameters()})
     return found
 
@@ -227,8 +227,8 @@ def adapted():
 
 def train_adapters():
     networks = adapted()
-    layout = sharded(networks, activation_checkpointing="full")
-    return train(networks, Case({}, ADAMW), layout, steps=3)
+    mesh = sharded(networks, activation_checkpointing="full")
+    return train(networks, Case({}, ADAMW), mesh, steps=3)
 
 
 def test_adapters_train_as_in_one_process(processes):
@@ -244,12 +244,12 @@ def test_adapters_train_as_in_one_process(processes):
 def change_what_trains():
     networks = make_networks()
     freeze(networks, [".blocks."])
-    layout = sharded(networks, "bf16")
-    backward(networks, 0, layout)
+    mesh = sharded(networks, "bf16")
+    backward(networks, 0, mesh)
     frozen = {n for n, p in networks.named_parameters() if p.grad is None}
     networks.requires_grad_(True)
     trainable_changed(networks)
-    backward(networks, 1, layout)
+    backward(networks, 1, mesh)
     return frozen, {n: p.grad.dtype for n, p in networks.named_parameters() if p.grad is not None}
 
 
@@ -305,9 +305,9 @@ def alone():
 
 def test_a_process_on_its_own_needs_no_torchrun(alone):
     networks = make_networks()
-    layout = sharded(networks)
-    assert (layout.world, layout.data_rank, layout.data_size, layout.context) == (1, 0, 1, None)
-    got, want = backward(networks, 0, layout), backward(make_networks(), 0)
+    mesh = sharded(networks)
+    assert (mesh.world, mesh.data_rank, mesh.data_size, mesh.context) == (1, 0, 1, None)
+    got, want = backward(networks, 0, mesh), backward(make_networks(), 0)
     assert got == pytest.approx(want, rel=1e-6)
 
 
@@ -317,8 +317,8 @@ def test_compiled_blocks_give_the_same_gradients(alone):
         make_networks(num_layers=1, audio_inject_layers=(0,)),
         make_networks(num_layers=1, audio_inject_layers=(0,)),
     )
-    layout = sharded(networks, compile=True, activation_checkpointing="full")
-    assert backward(networks, 0, layout) == pytest.approx(backward(plain, 0), rel=1e-5)
+    mesh = sharded(networks, compile=True, activation_checkpointing="full")
+    assert backward(networks, 0, mesh) == pytest.approx(backward(plain, 0), rel=1e-5)
     want = {n: p.grad for n, p in plain.named_parameters()}
     largest = max(gradient.abs().max() for gradient in want.values())
     assert max((whole(p.grad) - want[n]).abs().max() for n, p in networks.named_parameters()) < 1e-5 * largest

@@ -122,10 +122,10 @@ def lora_velocities(file: Path, inputs: dict[str, Any]) -> tuple[torch.Tensor, l
     from torch.distributed.checkpoint import FileSystemReader
 
     config = read_toml(file)
-    layout = parallel.start(config.parallel, "cpu")
+    mesh = parallel.start(config.parallel, "cpu")
     from training.loop import Trainer
 
-    trainer = Trainer(config, layout)
+    trainer = Trainer(config, mesh)
     newest = sorted((config.run.out / "checkpoints").iterdir())[-1]
     names = list(FileSystemReader(newest).read_metadata().state_dict_metadata)
     with torch.no_grad(), trainer.ema.swapped():

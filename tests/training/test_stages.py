@@ -14,8 +14,9 @@ from talkingdit.checkpoints.lora import Loras
 from talkingdit.families import preset
 from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.model import WanS2VModel
-from training.config import Config, LoraConfig, read_toml
+from training.config import Config, read_toml
 from training.lora import adapter_state_names, adapter_tensors, add_adapters
+from training.sections import LoraConfig
 from training.stages import Progress, check_stages, matches, select_parameters, zero_parameters
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -104,7 +105,9 @@ def test_a_pattern_that_fits_nothing_lists_names_like_it():
     ):
         check_stages(config, networks)
     config = Config(stage_tables=[{}, {"name": "b", "conditions": {"tasks": {"edit": 1}}}])
-    with pytest.raises(ValueError, match=r"stages\.b\.conditions\.tasks: there is no model yet for the task 'edit'"):
+    with pytest.raises(
+        ValueError, match=r"stages\.b\.conditions\.tasks: models of drawn characters do not have the task 'edit'"
+    ):
         check_stages(config, networks)
     with pytest.raises(ValueError, match="nothing would train"):
         select_parameters(networks, stages({"train": ["head.*"], "freeze": ["head.*"]})[0])

@@ -17,16 +17,22 @@ from s2v_run import PIPELINE, SHAPE, SIZES
 
 from talkingdit.autoencoders.streaming import to_frames
 from talkingdit.errors import UserError
-from talkingdit.families.wan_s2v.pipeline import S2VSampling, WanS2VPipeline
+from talkingdit.families.wan_s2v.options import Options
+from talkingdit.families.wan_s2v.outline import Sampling
+from talkingdit.families.wan_s2v.pipeline import WanS2VPipeline
+from talkingdit.families.wan_s2v.validate import WanS2VValidator, motion_loudness, read_cases
 from talkingdit.media.files import read_audio, read_image, read_video
-from talkingdit.media.framing import fit_picture
+from talkingdit.media.framing import fit_image
 from talkingdit.models import load_checkpoint
+from talkingdit.pipelines.long_video import generate_clips
 from training import parallel
 from training.build import sharded_networks
 from training.checks import check_sample
-from training.config import Config, SampleConfig
+from training.config import Config
+from training.family import train_run
 from training.metrics import Writer
-from training.validate_s2v import WanS2VValidator, motion_loudness, read_cases
+from training.sections import SampleConfig
+from training.validate import validate as run_validation
 
 
 def test_a_mouth_that_moves_with_the_voice_is_told_from_one_that_does_not() -> None:
@@ -124,14 +130,15 @@ class Recorder(Writer):
         self.pictures[name] = frames.permute(0, 2, 3, 1)
 
 
-def validate(config: Config, out: Path, layout: dict[str, int]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+def validate(config: Config, out: Path, axes: dict[str, int]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     config.run.out = out
-    for axis, size in layout.items():
+    for axis, size in axes.items():
         setattr(config.parallel, axis, size)
     here = parallel.start(config.parallel, "cpu")
     networks = sharded_networks(config, here, resumes=False).eval()
     writer = Recorder()
-    found = WanS2VValidator(config, here).run(networks, writer if here.rank == 0 else None, 7)
+    validator = WanS2VValidator(train_run(config), here.device, here.context)
+    found = run_validation(validator, networks, writer if here.rank == 0 else None, 7)
     assert writer.values == {f"validation/{name}": value for name, value in found.items()}
     return found, writer.pictures
 
@@ -153,13 +160,15 @@ def test_the_videos_are_those_of_the_pipeline_on_any_layout(tmp_path: Path, proc
     assert heard is not None
 
     checkpoint = load_checkpoint(tmp_path / "start", torch.float32, "cpu")
-    pipeline = WanS2VPipeline(checkpoint)  # type: ignore[arg-type]
+    pipeline = WanS2VPipeline(checkpoint)
     size = (video.shape[1], video.shape[2])
-    picture, _ = fit_picture(read_image(tmp_path / "anna.png"), size)
+    image, _ = fit_image(read_image(tmp_path / "anna.png"), size)
     sound = read_audio(tmp_path / "anna.wav")[:24_000]
-    scene = pipeline.scene(picture, "a woman talks", S2VSampling(steps=1, guidance=3.0, shift=3.0, clip_frames=16))
-    features = checkpoint.audio_encoder.features(sound, 32)  # type: ignore[union-attr]
-    expected = np.concatenate([to_frames(clip.pictures) for clip in pipeline.clips(scene, features, 24)])
+    features = checkpoint.audio_encoder.features(sound, 32)
+    sampling = Sampling.of(Options(steps=1, guidance=3.0, shift=3.0, clip_frames=16), checkpoint.settings)
+    conditions = pipeline.conditions(image, "a woman talks", sampling, features, audio_frames=24)
+    clips = generate_clips(pipeline, conditions, conditions.clips)
+    expected = np.concatenate([to_frames(clip.frames) for clip in clips])
     expected = np.concatenate([expected[:1]] * 3 + [expected])[::3]
     assert np.abs(pictures["validation/case0"].numpy().astype(int) - expected).max() <= 1
 

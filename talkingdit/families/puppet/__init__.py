@@ -3,4 +3,4 @@
 
 from talkingdit.families.family import Family
 
-FAMILY = Family("puppet", "drawn characters", __name__, base="wan_s2v")
+FAMILY = Family("puppet", "drawn characters", __name__, base="wan_s2v", sources=("puppets",))

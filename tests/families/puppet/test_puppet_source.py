@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from talkingdit.data.sample import ClipRequest
-from training import puppets
-from training.config import BatchConfig, ConditionsConfig, DataConfig, StageConfig
+from talkingdit.families.puppet import drawn
+from talkingdit.families.puppet.drawn import DrawnVideos, Puppets, encode_video, mouth_cells, precompute, read_voices
 from training.loader import Loader
-from training.puppets import Puppets, encode_video, mouth_cells, precompute, read_voices
+from training.sections import BatchConfig, ConditionsConfig, StageConfig
 from training.vae import Config as VaeConfig
 from training.vae import make_vae
 
@@ -147,9 +147,11 @@ def world(tmp_path_factory):
     (root / "index.jsonl").write_text(json.dumps({"path": "0.flac", "speaker": "s0", "split": "train"}))
     torch.manual_seed(0)
     make_vae(VaeConfig(base_dim=4, dim_mult=(1, 1, 1))).save_pretrained(root / "vae")
-    config = DataConfig(voices=root, vae=root / "vae", cache=root / "cache", long_videos=1, short_videos=1)
-    precompute(config, 0)
-    return config
+    videos = DrawnVideos(
+        voices=root, vae=root / "vae", cache=root / "cache", long_videos=1, short_videos=1, size=96, fps=16
+    )
+    precompute(videos, 0)
+    return videos
 
 
 def test_drawn_videos_are_read_back_with_the_voice_they_were_drawn_to(world):
@@ -169,7 +171,7 @@ def test_videos_are_drawn_anew_only_when_something_changed(world, monkeypatch):
     def refuse(*_):
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr(puppets, "_draw", refuse)
+    monkeypatch.setattr(drawn, "_draw", refuse)
     stamp = world.cache / "stamp.json"
     written = stamp.read_text()
     assert set(json.loads(written)) == {"long", "short", "size", "fps", "seed", "vae"}  # caches that people have

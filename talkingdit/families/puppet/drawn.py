@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The puppet world as a source of clips: videos drawn once to recorded voices, kept as latents and speech features.
+"""The drawn world as a source of clips: videos drawn once to recorded voices, kept as latents and speech features.
 
 Video frame 0 is the portrait; frame i >= 1 shows audio frame i - 1. The autoencoder is causal: latent 0 is frame 0,
 latent k >= 1 is frames 4k-3 .. 4k, so latent k belongs to audio frames 4(k-1) .. 4(k-1)+3.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +22,35 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from talkingdit.atomic import whole_file, write_whole
 from talkingdit.data.sample import ClipRequest, Sample, Shape
 from talkingdit.encoders.log_mel import SpeechFeatures, normalise_loudness
+from talkingdit.errors import UserError
+from talkingdit.families.training import TrainRun
 from talkingdit.puppets.render import mouth_boxes, render
 from talkingdit.puppets.visemes import Visemes, visemes_from_audio
 from talkingdit.puppets.world import Motion, Scene
-from training.config import DataConfig
 
 FRAMES = {"long": 169, "short": 49}  # of a video, by file
 HISTORY = 19  # latents of history the model packs
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnVideos:
+    """What videos are drawn, and where they and what they are made of lie."""
+
+    voices: Path  # made by `python -m training.voices`
+    vae: Path
+    cache: Path  # latents and features of the videos
+    long_videos: int
+    short_videos: int
+    size: int  # side of a frame, pixels
+    fps: int
+
+    @staticmethod
+    def of(run: TrainRun) -> DrawnVideos:
+        """Those of a run."""
+        return DrawnVideos(**{field.name: run.data[field.name] for field in fields(DrawnVideos)})
 
 
 @dataclass
@@ -48,14 +68,14 @@ def _recordings(folder: Path, split: Literal["train", "held_out"]) -> Iterator[t
     """Entry and waveform [n] (16 kHz, loudness normalised) of every voice of a split, as `index.jsonl` lists them.
 
     Raises:
-        ValueError: there is no index, or no voice of this split.
+        UserError: there is no index, or no voice of this split.
     """
     index = folder / "index.jsonl"
     if not index.exists():
-        raise ValueError(f"voices: {index} does not exist: make it with `python -m training.voices --out {folder}`")
+        raise UserError(f"voices: {index} does not exist: make it with `python -m training.voices --out {folder}`")
     rows = [row for row in map(json.loads, index.read_text().splitlines()) if row["split"] == split]
     if not rows:
-        raise ValueError(f"voices: {index} lists no voice of split {split!r}")
+        raise UserError(f"voices: {index} lists no voice of split {split!r}")
     for row in tqdm(rows, desc=f"voices ({split})", leave=False):
         yield row, normalise_loudness(soundfile.read(folder / row["path"], dtype="float32")[0])
 
@@ -69,7 +89,7 @@ def read_voices(folder: Path, split: Literal["train", "held_out"], fps: int) -> 
     """The voices of a split, as listed in `index.jsonl`.
 
     Raises:
-        ValueError: there is no index, or no voice of this split.
+        UserError: there is no index, or no voice of this split.
     """
     voices = []
     for row, waveform in _recordings(folder, split):
@@ -121,36 +141,37 @@ def _draw(rng: np.random.Generator, voices: list[Voice], frames: int, size: int)
 
 
 @torch.no_grad()
-def precompute(config: DataConfig, seed: int = 0) -> None:
-    """Draw and encode all training videos into `config.cache`, unless they are there already for these settings."""
+def precompute(videos: DrawnVideos, seed: int = 0) -> None:
+    """Draw and encode all training videos into the cache, unless they are there already for these settings."""
     wanted = {
-        "long": config.long_videos,
-        "short": config.short_videos,
-        "size": config.size,
-        "fps": config.fps,
+        "long": videos.long_videos,
+        "short": videos.short_videos,
+        "size": videos.size,
+        "fps": videos.fps,
         "seed": seed,
-        "vae": (config.vae / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns,
+        "vae": (videos.vae / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns,
     }
-    stamp = config.cache / "stamp.json"
+    stamp = videos.cache / "stamp.json"
     if stamp.exists() and json.loads(stamp.read_text()) == wanted:
         return
     stamp.unlink(missing_ok=True)
-    config.cache.mkdir(parents=True, exist_ok=True)
-    vae = AutoencoderKLWan.from_pretrained(config.vae).eval()
-    voices = read_voices(config.voices, "train", config.fps)
-    for kind, count in (("long", config.long_videos), ("short", config.short_videos)):
+    videos.cache.mkdir(parents=True, exist_ok=True)
+    vae = AutoencoderKLWan.from_pretrained(videos.vae).eval()
+    voices = read_voices(videos.voices, "train", videos.fps)
+    for kind, count in (("long", videos.long_videos), ("short", videos.short_videos)):
         frames = FRAMES[kind]
         latents, cells, audio, captions = [], [], [], []
         for index in tqdm(range(count), desc=f"drawing {kind} videos"):
-            drawn = _draw(np.random.default_rng((seed, frames, index)), voices, frames, config.size)
+            drawn = _draw(np.random.default_rng((seed, frames, index)), voices, frames, videos.size)
             with torch.autocast("cpu", torch.bfloat16):
                 latents.append(encode_video(vae, drawn["frames"]).to(torch.bfloat16))
             cells.append(drawn["cells"])
             audio.append(drawn["audio"].to(torch.float16))
             captions.append(drawn["caption"])
         tensors = {"latents": torch.stack(latents), "cells": torch.stack(cells), "audio": torch.stack(audio)}
-        save_file(tensors, config.cache / f"{kind}.safetensors", metadata={"captions": json.dumps(captions)})
-    stamp.write_text(json.dumps(wanted))
+        with whole_file(videos.cache / f"{kind}.safetensors") as file:
+            save_file(tensors, file, metadata={"captions": json.dumps(captions)})
+    write_whole(stamp, json.dumps(wanted).encode())
 
 
 class Puppets:

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training hands to a family and gets from it, see `talkingdit.families.family.Train`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from talkingdit.nn.context_parallel import ContextParallel
+
+GENERATE = "generate"  # the task that every model has: the whole clip, from its conditions
+ANCHORS = "anchors"  # frames from outside of the clip, which some models take
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainClip:
+    """A sample as a model gets it: float32 tensors on the CPU without a batch axis, None for what it is not given."""
+
+    latents: Tensor  # [C, T, H, W], noisy behind the first `prefix`
+    timestep: Tensor  # [T] in 0..1000; 0 for the first `prefix`
+    prefix: int = 0  # latent frames that are given clean
+    audio: Tensor | None = None  # [layers, dim, 4 T]
+    audio_history: Tensor | None = None  # [layers, dim, n], the newest last
+    reference: Tensor | None = None  # [C, 1, H, W]
+    history: Tensor | None = None  # [C, n, H, W], the newest last
+    pose: Tensor | None = None  # [C, T, H, W]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBatch:
+    """Samples that go through a model together.
+
+    Args:
+        clips: of equal shapes, or with `packed` of any.
+        texts: features [L, text_dim] of each, on the device.
+        packed: one sequence of all clips, or a batch axis.
+        device: of the model.
+        context: the processes that share the sequence, if any. Each gets the whole velocity; gradients of a parameter
+            must add up over them.
+    """
+
+    clips: Sequence[TrainClip]
+    texts: Sequence[Tensor]
+    packed: bool
+    device: torch.device
+    context: ContextParallel | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSettings:
+    """How videos are generated while a model trains: [sample] of a configuration."""
+
+    steps: int
+    text_guidance: float
+    audio_guidance: float
+    clips: int  # videos, where the family chooses what to generate
+    seconds: float  # of each
+    cases: Path | None  # manifest of images and voices, where the user does
+    encoders: Path | None  # checkpoint with the parts that do not train
+    max_area: int  # most pixels of a frame
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRun:
+    """What a family may know of a run.
+
+    Args:
+        out: folder of the run.
+        seed: of the run.
+        clip_latents: latent frames of a clip of generation.
+        audio_context: feature frames before a clip that the audio encoder sees.
+        shift: of the noise levels of its last stage, and so of generation.
+        validation: how videos are generated on the way.
+        data: [data] of the configuration: where a source that is the family's own has its files.
+    """
+
+    out: Path
+    seed: int
+    clip_latents: int
+    audio_context: int
+    shift: float
+    validation: ValidationSettings
+    data: Mapping[str, Any]
+
+
+class Validator(Protocol):
+    """Generates with a model while it trains, and measures what came out."""
+
+    def run(
+        self, transformer: Any, text_encoder: Any, step: int, show: Callable[[str, Tensor], None]
+    ) -> dict[str, float]:
+        """Every rank calls it at the same step, with weights as they are: parameters are gathered from all.
+
+        Args:
+            transformer, text_encoder: as `Train.build_networks` made them, in evaluation mode.
+            step: of the run, for names of files.
+            show: logs frames [n, 3, H, W] uint8 under a name; called on rank 0 alone.
+
+        Returns:
+            what was measured, by name; nothing on other ranks than 0.
+        """

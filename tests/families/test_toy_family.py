@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A family that lives in one file of the tests, registered by name, goes all the way without an edit elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import toy_train
+from tiny_checkpoint import make_vae
+
+from talkingdit import families
+from talkingdit.data.sample import Sample
+from talkingdit.data.shards import ShardWriter
+from talkingdit.models import load_checkpoint
+from training import export
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = """
+[run]
+device = "cpu"
+threads = 1
+steps = 4
+[model]
+preset = "toy_tiny"
+text_encoder = "none"
+clip_latents = 2
+[parallel]
+precision = "fp32"
+[checkpoint]
+every = 2
+[batch]
+count = 2
+size = 2
+[optim]
+warmup_steps = 1
+eps = 1e-5
+ema = 0.5
+[conditions]
+drop_history = 0.0
+[sample]
+every = 0
+[log]
+tensorboard = false
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registered() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(families, "_MODULES", dict(families._MODULES))
+        families.register("toy", "toy_family")
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips in a shard, an autoencoder and a configuration."""
+    root = tmp_path_factory.mktemp("toy")
+    (root / "data").mkdir()
+    writer = ShardWriter(root / "data", 0, 10**8)
+    for number in range(6):
+        generator = torch.Generator().manual_seed(number)
+        shapes = {"latents": (16, 2, 4, 6), "audio": (3, 6, 8), "text": (4, 8)}
+        tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        if number == 0:
+            del tensors["audio"]
+        writer.add(Sample(f"clip{number}", "toy", caption="a toy", **tensors), {}, torch.float32)
+    writer.finish()
+    make_vae().save_pretrained(root / "vae")
+    paths = f'[data]\nvae = "{root}/vae"\nsources = {{ toys = {{ kind = "precomputed", path = "{root}/data" }} }}\n'
+    (root / "toy.toml").write_text(SETTINGS + paths)
+    return root
+
+
+def run(world: Path, out: Path, processes: int, kill: str = "") -> int:
+    """`training.train` over torchrun, as a user starts it; its exit status."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += [toy_train.__file__, "--config", str(world / "toy.toml"), "--run.out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOY_KILL": kill}
+    return subprocess.run(command, env=environment, timeout=300).returncode
+
+
+def log_of(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_it_trains_on_two_processes_and_goes_on_after_a_kill(world: Path, tmp_path: Path) -> None:
+    assert run(world, tmp_path / "straight", 2) == 0
+    assert run(world, tmp_path / "killed", 2, kill="4") != 0
+    names = [path.name for path in sorted((tmp_path / "killed" / "checkpoints").iterdir())]
+    assert names == ["step-00000002", "step-00000004.tmp"]
+    assert run(world, tmp_path / "killed", 1) == 0
+    straight, killed = (log_of(tmp_path / name) for name in ("straight", "killed"))
+    assert [line["step"] for line in straight] == [line["step"] for line in killed] == [1, 2, 3, 4]
+    for one, other in zip(straight, killed, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+    export.main(export.Options(tmp_path / "straight", tmp_path / "exported"))
+    shutil.rmtree(tmp_path / "straight" / "checkpoints")
+    for folder in (tmp_path / "exported", tmp_path / "straight" / "model", tmp_path / "killed" / "model"):
+        assert families.of_folder(folder).name == "toy"
+    first, second = (
+        load_checkpoint(tmp_path / name, torch.float32, "cpu").transformer.state_dict()
+        for name in ("exported", "killed/model")
+    )
+    for name, weight in first.items():  # exported in bfloat16: a last bit may fall the other way
+        torch.testing.assert_close(weight, second[name], rtol=1e-2, atol=1e-4)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A family of models in one file, as another package may have it: what is asked of a family, and no more.
+
+A latent pixel goes through a small network alone, with the mean of the words and of its frame's speech features.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from talkingdit.autoencoders.wan import load_vae
+from talkingdit.checkpoints import weights
+from talkingdit.checkpoints.folder import load_part
+from talkingdit.errors import UserError
+from talkingdit.families.family import Family
+from talkingdit.families.training import TrainBatch, TrainRun
+from talkingdit.nn.units import Unit
+
+FAMILY = Family("toy", "the toy family", __name__)
+PRESETS = {"toy_tiny": {"channels": 16, "dim": 32, "num_layers": 2, "text_dim": 8, "audio_dim": 6}}
+
+# ---- The transformer -------------------------------------------------------------------------------------------------
+
+UNITS = (Unit("blocks.*", large=True), Unit("head"))
+
+
+def walk(config: Mapping[str, Any]) -> list[str]:
+    return [f"blocks.{i}" for i in range(config["num_layers"])]
+
+
+class ToyModel(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, channels: int, dim: int, num_layers: int, text_dim: int, audio_dim: int) -> None:
+        super().__init__()
+        self.patch, self.time = nn.Linear(channels, dim), nn.Linear(1, dim)
+        self.text, self.audio = nn.Linear(text_dim, dim), nn.Linear(audio_dim, dim)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(dim, dim), nn.SiLU()) for _ in range(num_layers))
+        self.head = nn.Linear(dim, channels)
+
+    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, audio: Tensor | None = None) -> Tensor:
+        """Velocity of latents [B, C, T, H, W] at timestep [B, T]; text [B, L, text_dim], audio [B, audio_dim, 4 T]."""
+        if audio is None:  # silence
+            audio = latents.new_zeros(len(latents), self.config["audio_dim"], 4 * latents.shape[2])
+        heard = self.audio(audio.unflatten(-1, (-1, 4)).mean(-1).transpose(1, 2))
+        x = heard + self.time(timestep[..., None] / 1000) + self.text(text.mean(1, keepdim=True))
+        x = self.patch(latents.movedim(1, -1)) + x[:, :, None, None]
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x).movedim(-1, 1)
+
+
+# ---- Folders: transformer/ and vae/ ----------------------------------------------------------------------------------
+
+
+def loads(source: Path) -> bool:
+    file = source / "transformer" / "config.json"
+    return file.is_file() and weights.read_json(file).get("_class_name") == "ToyModel"
+
+
+owns = loads
+
+
+def read_settings(folder: Path) -> None:
+    return None
+
+
+def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device | str) -> SimpleNamespace:
+    transformer, vae = load(folder, dtype, device), load_vae(folder / "vae", dtype, device)
+    return SimpleNamespace(transformer=transformer, vae=vae, settings=None, folder=folder)
+
+
+def load(source: str | Path, dtype: Any = None, device: Any = "cpu", seed: int = 0, **options: Any) -> ToyModel:
+    if source not in PRESETS:
+        return load_part(ToyModel, Path(source) / "transformer", dtype or torch.float32, device)
+    torch.manual_seed(seed)
+    return ToyModel(**PRESETS[str(source)]).to(device, dtype).eval()
+
+
+def read_config(source: str | Path, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    stored = PRESETS.get(str(source)) or weights.read_json(Path(source) / "transformer" / "config.json")
+    return {name: stored[name] for name in PRESETS["toy_tiny"]} | dict(config or {})
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+EXTRAS: frozenset[str] = frozenset()
+MAX_GROUPS = sys.maxsize
+
+
+def build_networks(arguments: Mapping[str, Any], text_encoder: str) -> tuple[ToyModel, None]:
+    return ToyModel(**arguments), None
+
+
+def velocities(transformer: ToyModel, batch: TrainBatch) -> Tensor:
+    if batch.packed or batch.context is not None:
+        raise UserError("the toy family trains on stacked clips, each on one process.")
+    latents, timestep = (torch.stack([getattr(clip, name) for clip in batch.clips]) for name in ("latents", "timestep"))
+    silence = torch.zeros(1, transformer.config["audio_dim"], 4 * latents.shape[2])
+    audio = torch.stack([(silence if clip.audio is None else clip.audio).mean(0) for clip in batch.clips])
+    return transformer(latents, timestep, torch.stack([text.mean(0, keepdim=True) for text in batch.texts]), audio)
+
+
+def count_tokens(config: Any, frames: int, height: int, width: int, reference: bool, history: int) -> int:
+    return frames * height * width
+
+
+def attention_tokens(config: Mapping[str, Any]) -> float:
+    return float("inf")
+
+
+def save(folder: Path, transformer: ToyModel, text_encoder: None, run: TrainRun) -> None:
+    transformer.save_pretrained(folder / "transformer")
+    shutil.copytree(run.data["vae"], folder / "vae")
