@@ -31,15 +31,19 @@ if TYPE_CHECKING:
 
     from talkingdit.pipelines.memory import Memory
 
-__all__ = [  # of Wan-S2V
+__all__ = [
     "CAST",
     "LORA_TARGETS",
     "SUBSETS",
+    "SWITCHES",
     "activations",
     "attention_flops",
+    "autoencoder",
     "complete",
     "conditions",
+    "default_clip",
     "flops",
+    "frozen_parts",
     "heads",
     "parameters",
     "read_config",

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     import torch
 
 SUBSETS: Mapping[str, tuple[str, ...]] = {"audio": ("casual_audio_encoder.", "audio_injector.")}
-LORA_TARGETS = (".q", ".k", ".v", ".o", ".ffn.0", ".ffn.2")
+LORA_TARGETS: tuple[str, ...] = (".q", ".k", ".v", ".o", ".ffn.0", ".ffn.2")
 SWITCHES = ALL_SWITCHES
-CAST = ("text_embedding.", "audio_injector.injector_adain")
+CAST: tuple[str, ...] = ("text_embedding.", "audio_injector.injector_adain")
 
 # The Wan 2.1 autoencoder, counted while it runs: elements alive per pixel of a frame at the worst moment, by width of
 # an element (norms of narrow dtypes hold wide copies). It works frame by frame, so they do not grow with the length.
