@@ -35,7 +35,7 @@ from talkingdit import families
 from talkingdit.families.wan_s2v import conditions as wan_conditions
 from talkingdit.families.wan_s2v.model import WanS2VModel
 from talkingdit.nn.layers import RMSNorm
-from talkingdit.plan.generation import ClipShape
+from talkingdit.plan.clip import ClipShape
 from training import parallel
 from training.ema import Ema
 from training.networks import Networks

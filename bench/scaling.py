@@ -21,19 +21,21 @@ from typing import Any
 import torch
 
 from bench import harness, report
-from talkingdit.families import preset
-from talkingdit.families.wan_s2v.presets import PRESETS
-from talkingdit.plan import training as plan_train
-from talkingdit.plan.generation import ClipShape, tokens
+from talkingdit import families
+from talkingdit.plan import training as planner
+from talkingdit.plan.clip import ClipShape
+from talkingdit.plan.run import Cluster, MeshSizes, Run
+from talkingdit.plan.transformer import Transformer
+from talkingdit.plan.units import UnitSizes, unit_sizes
 
 _RESULTS = Path(__file__).resolve().parent / "results" / "scaling.json"
 GPUS = 8  # per node
-NODES = plan_train.Cluster()  # an H100 node of 8, with 400 Gb/s of network per GPU
+NODES = Cluster()  # an H100 node of 8, with 400 Gb/s of network per GPU
 
 
 @dataclass(frozen=True)
 class Case:
-    """A row: sizes of the mesh, pictures of a clip of 1024 x 704, and switches.
+    """A row: sizes of the mesh, frames of a clip of 1024 x 704, and switches.
 
     Every rank, or group of ranks that share a sequence, has one micro-batch of one clip.
     """
@@ -48,21 +50,21 @@ class Case:
     averages: bool = True
 
     @property
-    def layout(self) -> plan_train.Layout:
-        return plan_train.Layout(self.replicate, self.shard, self.ring, self.ulysses)
+    def mesh(self) -> MeshSizes:
+        return MeshSizes(self.replicate, self.shard, self.ring, self.ulysses)
 
     @property
     def world(self) -> int:
-        return self.layout.data * self.layout.context
+        return self.mesh.data * self.mesh.context
 
     @property
     def clip(self) -> ClipShape:
-        return ClipShape(704, 1024, self.frames // 4, pose=True)
+        return ClipShape(704, 1024, self.frames // 4, history=19, pose=True)
 
     @property
-    def run(self) -> plan_train.Run:
-        data = self.layout.data
-        return plan_train.Run(self.clip, data, self.optimizer, self.checkpointing, self.averages)
+    def run(self) -> Run:
+        data = self.mesh.data
+        return Run(self.clip, data, self.optimizer, self.checkpointing, self.averages)
 
 
 def cases() -> Iterator[Case]:
@@ -85,8 +87,9 @@ def cases() -> Iterator[Case]:
     yield Case(shard=512)
 
 
-def config() -> dict[str, Any]:
-    return {**PRESETS["wan_s2v_14b"], **preset("wan_s2v_14b")}
+def transformer() -> Transformer:
+    """The released one."""
+    return Transformer.of(families.get("wan_s2v"), families.preset("wan_s2v_14b"))
 
 
 def row(case: Case) -> dict[str, Any]:
@@ -97,13 +100,15 @@ def row(case: Case) -> dict[str, Any]:
     sizes = {name: getattr(case, name) for name in ("replicate", "shard", "ring", "ulysses")}
     parallel = ParallelConfig(**sizes, activation_checkpointing=case.checkpointing)  # type: ignore[arg-type]
     step = Step(
-        config(), case.clip, parallel, case.world, GPUS, OptimConfig(name=case.optimizer), averages=case.averages
+        *(transformer().config, case.clip, parallel, case.world, GPUS),
+        OptimConfig(name=case.optimizer),
+        averages=case.averages,
     )
     counted = count(step)
     return {
         **asdict(case),
         "world": case.world,
-        "tokens": tokens(config(), case.clip)[1],
+        "tokens": transformer().tokens(case.clip)[1],
         "sent": [asdict(sent) for sent in counted.sent],
         "peak": counted.peak,
         "moment": counted.moment,
@@ -134,11 +139,11 @@ def case_of(row: Mapping[str, Any]) -> Case:
     return Case(**{name: row[name] for name in asdict(Case())})
 
 
-def _predicted(case: Case, models: dict[str, plan_train.Model]) -> plan_train.TrainPlan:
-    if case.optimizer not in models:
-        models[case.optimizer] = plan_train.model_of(config(), case.run)
+def _predicted(case: Case, sizes: dict[str, UnitSizes]) -> planner.TrainPlan:
+    if case.optimizer not in sizes:
+        sizes[case.optimizer] = unit_sizes(transformer(), case.run)
     cluster = replace(NODES, nodes=-(-case.world // GPUS))
-    return plan_train.predict(config(), case.run, cluster, case.layout, models[case.optimizer])
+    return planner.predict(transformer(), sizes[case.optimizer], case.run, cluster, case.mesh)
 
 
 _HEAD = (
@@ -149,12 +154,12 @@ _HEAD = (
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: what was counted, in GB, and beside it what `plan_train` predicts of memory and time."""
+    """Markdown: what was counted, in GB, and beside it what `talkingdit plan` predicts of memory and time."""
     lines = ["| " + " | ".join(_HEAD) + " |", "|" + "|".join(["---:", *["---"] * 4, *["---:"] * 10]) + "|"]
-    models: dict[str, plan_train.Model] = {}
+    sizes: dict[str, UnitSizes] = {}
     for entry in rows:
         case = case_of(entry)
-        plan = _predicted(case, models)
+        plan = _predicted(case, sizes)
         kinds = {kind: sum(sent["bytes"] for sent in entry["sent"] if sent["kind"] == kind) for kind in _HEAD[5:9]}
         computing = plan.seconds["computing"]
         cells = (

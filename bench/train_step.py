@@ -34,9 +34,12 @@ from bench.wan_block import SHAPES as STEP_SHAPES
 from bench.wan_block import StepShape, build, inputs
 from talkingdit import families
 from talkingdit.families import preset
-from talkingdit.families.wan_s2v.presets import PRESETS
-from talkingdit.plan import training as plan_train
-from talkingdit.plan.generation import CARDS, ClipShape, tokens
+from talkingdit.plan.cards import CARDS
+from talkingdit.plan.clip import ClipShape
+from talkingdit.plan.run import Run
+from talkingdit.plan.training import work
+from talkingdit.plan.transformer import Transformer
+from talkingdit.plan.units import unit_sizes
 from training import parallel
 from training.networks import Networks
 from training.sections import ParallelConfig
@@ -166,10 +169,11 @@ def run(
         blocks, theirs = fitting(shape, device, repeats)
     else:
         theirs = measure(partial(official, shape, blocks, device), device, repeats)
-    config = PRESETS["wan_s2v_14b"] | shape.config | {"num_layers": blocks}
-    config["audio_inject_layers"] = [i for i in config["audio_inject_layers"] if i < blocks]
-    clip = ClipShape(8 * shape.height, 8 * shape.width, shape.frames, pose=True)
-    total, tflops = tokens(config, clip)[1], stated_tflops(device)
+    fewer = {"num_layers": blocks}
+    fewer["audio_inject_layers"] = [i for i in shape.config["audio_inject_layers"] if i < blocks]
+    transformer = Transformer.of(families.get("wan_s2v"), shape.config | fewer)
+    clip = ClipShape(8 * shape.height, 8 * shape.width, shape.frames, history=19, pose=True)
+    total, tflops = transformer.tokens(clip)[1], stated_tflops(device)
     limit = 1e-4 if device.type == "cpu" else 3e-2
     result: dict[str, Any] = {**harness.header("train_step", device, quick=shape.name == "tiny"), "steps": []}
     for mode in modes:
@@ -182,8 +186,8 @@ def run(
                     f"bench: {what} of both steps must agree within {limit}, "
                     f"got {taken[what]:.6g} and {theirs[what]:.6g}"
                 )
-        planned = plan_train.Run(clip, checkpointing=mode)
-        needed, executed = plan_train.work(config, plan_train.model_of(config, planned), planned)
+        planned = Run(clip, checkpointing=mode)
+        needed, executed = work(transformer, unit_sizes(transformer, planned), planned)
         row = {
             "shape": f"{shape.name}, checkpointing {mode}",
             "blocks": blocks,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from talkingdit.plan.transformer import Transformer
 from training.build import sharded_networks
 from training.checkpoint import Checkpoints
 from training.config import Config, write_json
@@ -104,7 +105,8 @@ class Trainer:
         """One step of the optimisers."""
         config, stage, mesh, progress = self.config, self.stage, self.mesh, self.progress
         batches = next(self.loader)
-        work = [work_of(batch, self.networks.transformer.config) for batch in batches]
+        transformer = Transformer.of(self.networks.family, self.networks.transformer.config)
+        work = [work_of(batch, transformer) for batch in batches]
         # Peers in context parallelism hold the same samples; the count is of each sample once.
         weight = sum(sum(batch.weights) for batch in batches)
         sums = {"weight": weight, **{name: sum(w[name] for w in work) for name in work[0]}}

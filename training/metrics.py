@@ -9,7 +9,6 @@ import secrets
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +18,9 @@ from torch import Tensor
 
 from talkingdit.atomic import write_whole
 from talkingdit.errors import UserError
-from talkingdit.plan.generation import CARDS, ClipShape, flops, tokens
+from talkingdit.plan.cards import CARDS
+from talkingdit.plan.clip import ClipShape
+from talkingdit.plan.transformer import Transformer
 from training.batching import MicroBatch
 from training.sections import LogConfig
 
@@ -57,7 +58,7 @@ def from_rank_0(value: float) -> float:
     return box.item()
 
 
-def work_of(batch: MicroBatch, config: Mapping[str, Any]) -> dict[str, float]:
+def work_of(batch: MicroBatch, transformer: Transformer) -> dict[str, float]:
     """Tokens, frames and floating point operations of a micro-batch.
 
     Operations are those that the model needs, forward and backward, three times the forward's: what activation
@@ -68,9 +69,9 @@ def work_of(batch: MicroBatch, config: Mapping[str, Any]) -> dict[str, float]:
         frames, height, width = sample.latents.shape[1:]
         history = 0 if sample.history is None else sample.history.shape[1]
         clip = ClipShape(height=8 * height, width=8 * width, latents=frames, history=history)
-        found["tokens"] += weight * tokens(config, clip)[1]
-        found["frames"] += weight * 4 * frames
-        found["flops"] += weight * 3 * flops(config, clip)
+        found["tokens"] += weight * transformer.tokens(clip)[1]
+        found["frames"] += weight * clip.frames
+        found["flops"] += weight * 3 * transformer.flops(clip)
     return found
 
 

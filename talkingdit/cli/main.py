@@ -223,6 +223,7 @@ def _load(
     """The checkpoint on the device of this process; with `memory` by way of the host."""
     import torch
 
+    from talkingdit import families
     from talkingdit.errors import UserError
     from talkingdit.models import load_checkpoint
     from talkingdit.pipelines.memory import fit
@@ -238,7 +239,7 @@ def _load(
     if memory is None:
         return load_checkpoint(args.checkpoint, getattr(torch, name), chosen)
     checkpoint = load_checkpoint(args.checkpoint, getattr(torch, name), "cpu")
-    fit(checkpoint, memory, chosen)
+    fit(checkpoint, memory, chosen, families.of_folder(checkpoint.folder).units)
     return checkpoint
 
 

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from talkingdit.distributed.layout import Parallel
     from talkingdit.families.training import TrainBatch, TrainRun, Validator
     from talkingdit.nn.context_parallel import ContextParallel
-    from talkingdit.nn.units import Unit
+    from talkingdit.nn.units import Units
     from talkingdit.pipelines.job import Inputs, Outline
     from talkingdit.pipelines.long_video import ClipPipeline
+    from talkingdit.plan.cost import Cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,15 +93,6 @@ class Load(Protocol):
 
     def read_config(self, source: str | Path, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Arguments of the transformer that `load` would load from there; no tensor is read."""
-
-
-class Units(Protocol):
-    """units.py: the structure of the transformer."""
-
-    UNITS: tuple[Unit, ...]  # in the order in which the forward calls them
-
-    def walk(self, config: Mapping[str, Any]) -> list[str]:
-        """Paths of the large units in the order in which the forward calls them."""
 
 
 class Pipeline(Protocol):
@@ -203,7 +195,11 @@ class Family:
 
     @cached_property
     def units(self) -> Units:
-        return cast(Units, self.part("units"))
+        return cast("Units", self.part("units"))
+
+    @cached_property
+    def cost(self) -> Cost:
+        return cast("Cost", self.part("cost"))
 
     @cached_property
     def pipeline(self) -> Pipeline:

@@ -8,10 +8,11 @@ fits is the root's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 
@@ -35,6 +36,18 @@ class Unit:
         return len(parts) == len(wanted) and all(
             part.isdigit() if want == "*" else part == want for part, want in zip(parts, wanted, strict=True)
         )
+
+
+class Units(Protocol):
+    """A family's units.py: the structure of its transformer."""
+
+    UNITS: tuple[Unit, ...]  # in the order in which the forward calls them
+
+    def walk(self, config: Mapping[str, Any]) -> list[str]:
+        """Paths of the large units in the order in which the forward calls them."""
+
+    def example_inputs(self, config: Any, device: torch.device | str) -> dict[str, Any]:
+        """Arguments of the transformer's forward for the smallest clip that goes through every layer."""
 
 
 def unit_of(name: str, units: Sequence[Unit]) -> tuple[str, Unit | None]:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from talkingdit.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from talkingdit.nn.units import Units
+
 WEIGHTS = ("native", "cast_fp8", "fp8", "int8")
 OFFLOAD = ("none", "block", "leaf")
-LARGE = ("blocks.", "audio_injector.injector.")  # layers that are quantised: 98 % of the weights of Wan-S2V-14B
 
 
 @dataclass(frozen=True)
@@ -77,23 +79,27 @@ class Memory:
         return ",".join(f.name if f.type == "bool" else f"{f.name}={getattr(self, f.name)}" for f in changed)
 
 
-def fit(target: Any, memory: Memory, device: torch.device | str) -> None:
+def fit(target: Any, memory: Memory, device: torch.device | str, units: Units) -> None:
     """Move a model or a whole checkpoint to a device, in less memory. Changes it in place, once.
 
     Args:
-        target: a `WanS2VModel` on the host, or a checkpoint with `transformer`, `vae` and `text_encoder`.
+        target: a transformer on the host, or a checkpoint with `transformer`, `vae` and `text_encoder`.
         memory: what to trade.
         device: where to compute.
+        units: of the model's family.
 
     Raises:
-        UserError: quantised weights were asked for and torchao is not installed.
+        UserError: quantised weights were asked for and torchao is not installed, or the model has no such switch.
         ValueError: the model is quantised, cast or offloaded already.
     """
+    import torch
+    from torch import nn
+
     device = torch.device(device)
     transformer = getattr(target, "transformer", target)
     if any(hasattr(module, "_diffusers_hook") for module in transformer.modules()):
         raise ValueError("fit: the model must be as it was loaded, got one with hooks of casting or offloading")
-    _fit_transformer(transformer, memory, device)
+    _fit_transformer(transformer, memory, device, units)
     if transformer is target:
         return
     target.vae.to(device)
@@ -105,16 +111,15 @@ def fit(target: Any, memory: Memory, device: torch.device | str) -> None:
         audio_encoder.to(device)
 
 
-def _fit_transformer(model: Any, memory: Memory, device: torch.device) -> None:
-    model.register_to_config(
-        residual_dtype=memory.residual, audio_absorb="value" if memory.absorb_audio else model.config.audio_absorb
-    )
+def _fit_transformer(model: Any, memory: Memory, device: torch.device, units: Units) -> None:
+    import torch
+
+    _set_switches(model, memory)
     if memory.weights in ("int8", "fp8"):
-        _quantise(model, memory.weights)
+        _quantise(model, memory.weights, units)
     elif memory.weights == "cast_fp8":
-        model.enable_layerwise_casting(
-            storage_dtype=torch.float8_e4m3fn, compute_dtype=model.patch_embedding.weight.dtype
-        )
+        narrowest = min((parameter.dtype for parameter in model.parameters()), key=lambda dtype: dtype.itemsize)
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=narrowest)
     if memory.offload == "none":
         model.to(device)
         return
@@ -127,10 +132,28 @@ def _fit_transformer(model: Any, memory: Memory, device: torch.device) -> None:
         low_cpu_mem_usage=streams,
     )
     if streams:
-        _trace(model, device)
+        with torch.no_grad():  # from the first forward offloading learns the order to fetch layers in
+            model(**units.example_inputs(model.config, device))
 
 
-def _quantise(model: Any, kind: str) -> None:
+def _set_switches(model: Any, memory: Memory) -> None:
+    """Switches of the model's own: of how it computes, not of how it is kept."""
+    wanted: dict[str, str] = {}
+    if memory.absorb_audio:
+        wanted["audio_absorb"] = "value"
+    if memory.residual != "float32" or "residual_dtype" in model.config:
+        wanted["residual_dtype"] = memory.residual
+    for name in wanted:
+        if name not in model.config:
+            raise UserError(f"fit: {type(model).__name__} has no switch {name}.")
+    model.register_to_config(**wanted)
+
+
+def _quantise(model: Any, kind: str, units: Units) -> None:
+    from torch import nn
+
+    from talkingdit.nn.units import large_prefixes
+
     try:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError as error:
@@ -138,26 +161,9 @@ def _quantise(model: Any, kind: str) -> None:
             f"fit: weights={kind} needs torchao, which is not installed: pip install 'talkingdit[quant]'."
         ) from error
 
+    prefixes = large_prefixes(units.UNITS)
+
     def large(module: nn.Module, name: str) -> bool:
-        return type(module) is nn.Linear and name.startswith(LARGE)
+        return type(module) is nn.Linear and name.startswith(prefixes)
 
     quantize_(model, Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig(), filter_fn=large)
-
-
-@torch.no_grad()
-def _trace(model: Any, device: torch.device) -> None:
-    """One small forward through every layer, from which offloading learns the order to fetch them in."""
-    c, size = model.config, (1, 16, 16)
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(1, *shape, device=device)
-
-    model(
-        zeros(c.in_dim, *size),
-        zeros(),
-        zeros(1, c.text_dim),
-        reference=zeros(c.in_dim, 1, 16, 16),
-        history=zeros(c.in_dim, *size),
-        pose=zeros(c.cond_dim, *size) if c.cond_dim else None,
-        audio=zeros(c.audio_layers, c.audio_dim, 4),
-    )

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from bench import train_step
-from talkingdit.cli.plan import measured
-from talkingdit.plan.training import Cluster
+from talkingdit.plan.run import Cluster, measured
 from training import parallel
 
 

@@ -8,7 +8,9 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from talkingdit.errors import UserError
+from talkingdit.families.wan_s2v import units
 from talkingdit.models import WanS2VModel, preset
+from talkingdit.nn.units import modules_of
 from talkingdit.pipelines.memory import Memory, fit
 
 
@@ -90,7 +92,7 @@ def test_every_weight_is_fetched_before_it_is_used(level, absorb, pose, tmp_path
 def test_offloading_changes_nothing(offload):
     model = tiny()
     want = both_ways(model)[0]
-    fit(model, Memory(offload=offload), "cpu")
+    fit(model, Memory(offload=offload), "cpu", units)
     hooked = model.blocks[0] if offload == "block" else model.blocks[0].ffn[0]
     assert hooked._diffusers_hook.get_hook("group_offloading") is not None
     for out in both_ways(model):
@@ -100,7 +102,7 @@ def test_offloading_changes_nothing(offload):
 def test_casting_to_fp8_leaves_precise_layers_alone_and_computes_in_the_weights_dtype():
     want = both_ways(tiny(torch.bfloat16))[0]
     model = tiny(torch.bfloat16)
-    fit(model, Memory(weights="cast_fp8"), "cpu")
+    fit(model, Memory(weights="cast_fp8"), "cpu", units)
     kept = {name: p.dtype for name, p in model.named_parameters()}
     assert kept["blocks.1.ffn.0.weight"] == kept["audio_injector.injector.0.q.weight"] == torch.float8_e4m3fn
     assert kept["text_embedding.0.weight"] == torch.float8_e4m3fn
@@ -120,10 +122,10 @@ def test_casting_to_fp8_leaves_precise_layers_alone_and_computes_in_the_weights_
 
 def test_casting_and_offloading_together():
     model = tiny(torch.bfloat16)
-    fit(model, Memory(weights="cast_fp8"), "cpu")
+    fit(model, Memory(weights="cast_fp8"), "cpu", units)
     want = both_ways(model)[0]
     model = tiny(torch.bfloat16)
-    fit(model, Memory(weights="cast_fp8", offload="leaf"), "cpu")
+    fit(model, Memory(weights="cast_fp8", offload="leaf"), "cpu", units)
     for out in both_ways(model):
         assert relative(out, want) < 1e-2
 
@@ -133,7 +135,7 @@ def test_quantised_weights(kind):
     pytest.importorskip("torchao", reason="torchao is an optional extra")
     want = both_ways(tiny(torch.bfloat16))[0]
     model = tiny(torch.bfloat16)
-    fit(model, Memory(weights=kind, absorb_audio=True), "cpu")
+    fit(model, Memory(weights=kind, absorb_audio=True), "cpu", units)
     assert type(model.blocks[0].ffn[0].weight.data) is not torch.Tensor
     assert type(model.head.head.weight.data) is torch.Tensor
     for out in both_ways(model):
@@ -143,13 +145,13 @@ def test_quantised_weights(kind):
 def test_quantisation_without_torchao_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
     with pytest.raises(UserError, match="weights=int8 needs torchao, which is not installed"):
-        fit(tiny(), Memory(weights="int8"), "cpu")
+        fit(tiny(), Memory(weights="int8"), "cpu", units)
 
 
 def test_a_narrow_residual_stream_and_absorbed_audio_stay_near():
     want = both_ways(tiny(torch.bfloat16))[0]
     model = tiny(torch.bfloat16)
-    fit(model, Memory(residual="compute", absorb_audio=True), "cpu")
+    fit(model, Memory(residual="compute", absorb_audio=True), "cpu", units)
     assert (model.config.residual_dtype, model.config.audio_absorb) == ("compute", "value")
     for out in both_ways(model):
         assert 0 < relative(out, want) < 5e-2
@@ -164,11 +166,20 @@ def test_a_whole_checkpoint():
 
     vae = AutoencoderKLWan(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     checkpoint = PuppetCheckpoint(tiny(), vae, torch.nn.Linear(2, 2))
-    fit(checkpoint, Memory(vae="tiled", text_encoder="cpu"), "cpu")
+    fit(checkpoint, Memory(vae="tiled", text_encoder="cpu"), "cpu", units)
     assert vae.use_tiling
-    fit(checkpoint, Memory(offload="block"), "cpu")
+    fit(checkpoint, Memory(offload="block"), "cpu", units)
     with pytest.raises(ValueError, match="must be as it was loaded, got one with hooks"):
-        fit(checkpoint, Memory(), "cpu")
+        fit(checkpoint, Memory(), "cpu", units)
+
+
+@torch.no_grad()
+def test_the_example_of_a_family_goes_through_every_unit():
+    model, seen = tiny(), []
+    for path, module, _ in modules_of(model, units.UNITS):
+        module.register_forward_pre_hook(lambda module, given, path=path: seen.append(path))
+    model(**units.example_inputs(model.config, "cpu"))
+    assert set(seen) == {path for path, _, _ in modules_of(model, units.UNITS)}
 
 
 def test_words_of_switches():

@@ -21,6 +21,7 @@ from talkingdit.distributed.layout import Layout, Parallel, plan
 from talkingdit.distributed.team import ALONE, OtherRankError, Team
 from talkingdit.errors import UserError
 from talkingdit.families.puppet.pipeline import PuppetPipeline, Sampling
+from talkingdit.families.wan_s2v import units
 from talkingdit.families.wan_s2v.checkpoint import WanS2VCheckpoint
 from talkingdit.families.wan_s2v.pipeline import S2VSampling, WanS2VPipeline
 from talkingdit.models import load_checkpoint
@@ -62,7 +63,7 @@ def make_clips(words: str, more: dict[str, Any], memory: str = "", posed: bool =
     team, model = Team.start(), checkpoint()
     if memory:
         model = make_s2v(settings=SETTINGS)
-        fit(model.transformer, Memory.parse(memory), "cpu")
+        fit(model.transformer, Memory.parse(memory), "cpu", units)
     sampling = S2VSampling(**SAMPLING | more)
     parallel = plan(team, Layout.parse(words), sampling.filled(model.settings).predictions, model)
     pipeline = WanS2VPipeline(model, parallel)

@@ -3,7 +3,6 @@
 
 import functools
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,14 +11,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.live_memory import LiveMemory
+from talkingdit import families
 from talkingdit.autoencoders.streaming import StreamingDecoder, encode
 from talkingdit.cli import main as cli
 from talkingdit.errors import UserError
+from talkingdit.families.puppet import cost as puppet_cost
 from talkingdit.families.wan_s2v import conditions as wan_conditions
-from talkingdit.models import WanS2VModel, preset
+from talkingdit.families.wan_s2v import cost as wan_cost
+from talkingdit.models import WanS2VModel, default_checkpoint, preset
 from talkingdit.pipelines.memory import Memory
 from talkingdit.plan import generation as planner
-from talkingdit.plan.generation import ClipShape, WeightBytes
+from talkingdit.plan.cards import EFFICIENCY, GIB, HOST_TO_DEVICE, card_of
+from talkingdit.plan.clip import ClipShape
+from talkingdit.plan.cost import ALL_SWITCHES, AUTOENCODER, Cost
+from talkingdit.plan.transformer import Transformer
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +47,15 @@ def fake_model(config, dtype):
             if any(word in f"{name}.{key}" for word in WanS2VModel._keep_in_fp32_modules):
                 setattr(module, key, torch.nn.Parameter(torch.empty(parameter.shape), requires_grad=False))
     return model
+
+
+def clip_of(height=448, width=832, latents=20, history=19, steps=40, branches=2, **more):
+    """A clip of the released model, but for what is said."""
+    return ClipShape(height, width, latents, history, steps, branches, **more)
+
+
+def wan(config):
+    return Transformer.of(families.get("wan_s2v"), config)
 
 
 def measured(config, clip, memory, dtype):
@@ -82,43 +96,44 @@ SMALL = preset(
 CASES = {
     "14B of 4 blocks, 448x832": (
         preset("wan_s2v_14b", num_layers=4, audio_inject_layers=(0, 2)),
-        ClipShape(),
+        clip_of(),
         Memory(),
         torch.bfloat16,
     ),
     "14B of 2 blocks, 704x1024, first clip": (
         preset("wan_s2v_14b", num_layers=2, audio_inject_layers=(0,)),
-        ClipShape(704, 1024, history=0, pose=True),
+        clip_of(704, 1024, history=0, pose=True),
         Memory(residual="compute"),
         torch.bfloat16,
     ),
     "14B of 2 blocks, guided at once, absorbed": (
         preset("wan_s2v_14b", num_layers=2, audio_inject_layers=(0, 1)),
-        ClipShape(480, 832, latents=12, batched=True),
+        clip_of(480, 832, latents=12, batched=True),
         Memory(absorb_audio=True),
         torch.bfloat16,
     ),
-    "1024 wide, float32": (SMALL, ClipShape(256, 256), Memory(), torch.float32),
+    "1024 wide, float32": (SMALL, clip_of(256, 256), Memory(), torch.float32),
     "1024 wide, history as it is": (
         dict(SMALL, enable_framepack=False, enable_adain=False),
-        ClipShape(256, 384, latents=8, branches=1),
+        clip_of(256, 384, latents=8, branches=1),
         Memory(),
         torch.bfloat16,
     ),
-    "the drawn characters": (preset("puppet_tiny"), ClipShape(96, 96, 8, 19), Memory(), torch.float32),
+    "the drawn characters": (preset("puppet_tiny"), clip_of(96, 96, 8), Memory(), torch.float32),
 }
 
 
 @pytest.mark.slow
 def test_memory_of_the_whole_released_model_is_predicted():
-    test_memory_of_denoising_is_predicted((preset("wan_s2v_14b"), ClipShape(), Memory(), torch.bfloat16))
+    test_memory_of_denoising_is_predicted((preset("wan_s2v_14b"), clip_of(), Memory(), torch.bfloat16))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_memory_of_denoising_is_predicted(case):
     config, clip, memory, dtype = case
     weights, kept, peak = measured(config, clip, memory, dtype)
-    plan = planner.predict(config, WeightBytes(planner.parameters(config, dtype), 0, 0, 0), clip, memory, dtype)
+    transformer = wan(config)
+    plan = planner.predict(transformer, planner.weigh(transformer, dtype), clip, memory)
     assert plan.weights["transformer"] == weights
     assert plan.conditions == pytest.approx(kept, rel=0.1)
     # Not only the whole, which weights dominate, but what comes on top of them.
@@ -128,31 +143,74 @@ def test_memory_of_denoising_is_predicted(case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_of_the_autoencoder_is_predicted(dtype):
-    clip = ClipShape(256, 320, latents=4, history=5)
+    clip = clip_of(256, 320, latents=4, history=5)
     with FakeTensorMode(), torch.no_grad():
         torch.set_default_dtype(dtype)
         vae = AutoencoderKLWan().eval().requires_grad_(False)
         torch.set_default_dtype(torch.float32)
         weights = list(vae.parameters())
-        assert sum(p.numel() for p in weights) == planner.VAE_PARAMETERS
+        assert sum(p.numel() for p in weights) == wan_cost.VAE_PARAMETERS
         with LiveMemory(weights) as count:
             base = count.live
             decoder = StreamingDecoder(vae)
-            pictures = [decoder(torch.empty(1, 16, 1, 32, 40)) for _ in range(4)]
+            frames = [decoder(torch.empty(1, 16, 1, 32, 40)) for _ in range(4)]
             decode = count.peak - base
             del decoder
             count.reset()
             encode(vae, torch.empty(1, 3, 17, 256, 320))
             encoding = count.peak - base
-            assert len(pictures) == 4
-    phases = planner.predict(SMALL, WeightBytes({"blocks.0": 0}, 0, 0, 0, dtype.itemsize), clip).phases
+            assert len(frames) == 4
+    phases = wan_cost.autoencoder(clip, Memory(), dtype.itemsize)
     assert phases["decode"] == pytest.approx(decode, rel=0.1)
     assert phases["encode"] == pytest.approx(encoding, rel=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clip", [clip_of(96, 96, 8), clip_of(192, 128, 3), clip_of(96, 96, 16)], ids=str)
+def test_memory_of_the_tiny_autoencoder_is_predicted(clip, dtype):
+    """As the pipeline uses it: the portrait is encoded, and decoded for the caches before the clip."""
+    config = json.loads((default_checkpoint() / "vae" / "config.json").read_text())
+    with FakeTensorMode(), torch.no_grad():
+        torch.set_default_dtype(dtype)
+        vae = AutoencoderKLWan(**{k: v for k, v in config.items() if not k.startswith("_")}).eval()
+        torch.set_default_dtype(torch.float32)
+        weights = list(vae.parameters())
+        assert sum(p.numel() for p in weights) == puppet_cost.VAE_PARAMETERS
+        with LiveMemory(weights) as count:
+            base = count.live
+            portrait = encode(vae, torch.empty(1, 3, 1, clip.height, clip.width))
+            encoding = count.peak - base
+            decoder = StreamingDecoder(vae)
+            decoder(portrait)
+            count.reset()
+            frames = decoder(torch.empty(1, 16, clip.latents, clip.height // 8, clip.width // 8))
+            assert frames.shape[2] == clip.frames
+            decode = count.peak - base
+    phases = puppet_cost.autoencoder(clip, Memory(), dtype.itemsize)
+    assert phases["decode"] == pytest.approx(decode, rel=0.1)
+    assert phases["encode"] == pytest.approx(encoding, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_shipped_model_takes_what_its_preset_says(dtype):
+    folder, cost = default_checkpoint(), families.get("puppet").cost
+    read, named = (cost.complete(config) for config in (cost.read_config(folder), preset("puppet_tiny")))
+    assert cost.parameters(read) == cost.parameters(named)
+    assert cost.frozen_parts(dtype, folder) == cost.frozen_parts(dtype)
+    assert cost.default_clip(read, folder) == cost.default_clip(named)
+    assert cost.default_clip(named) == clip_of(96, 96, 8, steps=8, batched=True)
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_every_family_has_its_costs(name):
+    wanted = [key for key in (*Cost.__annotations__, *vars(Cost)) if not key.startswith("_")]
+    assert len(wanted) > 12
+    assert not [key for key in wanted if not hasattr(families.get(name).cost, key)]
+
+
 @pytest.mark.parametrize("absorb", [False, True])
 def test_operations_are_counted(absorb):
-    clip = ClipShape(256, 256, latents=6, branches=1)
+    clip = clip_of(256, 256, latents=6, branches=1)
     memory = Memory(absorb_audio=absorb)
     # The counter knows attention by its products only.
     config = dict(SMALL, audio_absorb="value" if absorb else "none", attention_backend="math")
@@ -167,52 +225,51 @@ def test_operations_are_counted(absorb):
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, 16, 6, 32, 32), torch.empty(1), conditions=conditions)
     # Our audio attention is not known to the counter, nor is it much: 5 keys per query.
-    assert planner.flops(config, clip, memory) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert wan(config).flops(clip, memory) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @functools.cache
 def released_parts():
-    return planner.source("wan_s2v_14b", torch.bfloat16)
+    transformer = wan(preset("wan_s2v_14b"))
+    return transformer, planner.weigh(transformer, torch.bfloat16)
 
 
 def released(clip=None, memory=None, tflops=None):
-    return planner.predict(*released_parts(), clip or ClipShape(), memory, tflops=tflops)
+    return planner.predict(*released_parts(), clip or clip_of(), memory, tflops=tflops)
 
 
 def test_advice_fits_and_changes_no_more_than_it_must():
     def again(memory, clip):
         return released(clip, memory)
 
-    plan = released(ClipShape(batched=True))
+    plan = released(clip_of(batched=True))
     previous = 0
     for card in (24, 32, 40, 48, 80):
-        found = planner.advice(plan, again, card * planner.GIB)
+        found = planner.advice(plan, again, card * GIB, ALL_SWITCHES)
         if found is None:
             assert card == 24
             continue
-        assert found.needed <= card * planner.GIB
+        assert found.needed <= card * GIB
         switches = len(str(found.memory).split(","))
         assert previous == 0 or switches <= previous
         previous = switches
-    assert str(planner.advice(plan, again, 80 * planner.GIB).memory) == ""
-    assert planner.advice(plan, again, planner.GIB) is None
+    assert str(planner.advice(plan, again, 80 * GIB, ALL_SWITCHES).memory) == ""
+    assert planner.advice(plan, again, GIB, ALL_SWITCHES) is None
 
 
 def test_time_is_work_by_speed_or_the_way_of_the_weights():
     plan = released(tflops=100)
-    assert plan.seconds_per_clip == pytest.approx(40 * plan.flops_per_step / (100e12 * planner.EFFICIENCY))
+    assert plan.seconds_per_clip == pytest.approx(40 * plan.flops_per_step / (100e12 * EFFICIENCY))
     offloaded = released(tflops=1e9, memory=Memory(offload="block"))
-    assert offloaded.seconds_per_clip == pytest.approx(
-        40 * 2 * released().weights["transformer"] / planner.HOST_TO_DEVICE
-    )
+    assert offloaded.seconds_per_clip == pytest.approx(40 * 2 * released().weights["transformer"] / HOST_TO_DEVICE)
     assert released().seconds_per_clip is None
 
 
 def test_cards():
-    assert planner.card_of("24GB") == planner.card_of("24") == (24 * 2**30, None)
-    assert planner.card_of("RTX4090") == (24 * 2**30, 165)
+    assert card_of("24GB") == card_of("24") == (24 * 2**30, None)
+    assert card_of("RTX4090") == (24 * 2**30, 165)
     with pytest.raises(UserError, match=r"must be a size like 24GB or one of rtx3090, .*, got 'big'"):
-        planner.card_of("big")
+        card_of("big")
 
 
 def test_switches_take_less():
@@ -228,13 +285,13 @@ def test_switches_take_less():
     assert released(memory=Memory(residual="compute")).phases["denoise"] < plain.phases["denoise"]
     tiled = released(memory=Memory(vae="tiled"))
     assert tiled.phases["decode"] < plain.phases["decode"]
-    assert released(replace(ClipShape(), batched=True)).phases["denoise"] > plain.phases["denoise"]
+    assert released(clip_of(batched=True)).phases["denoise"] > plain.phases["denoise"]
 
 
 def test_the_command_says_what_a_card_needs(capsys):
     assert cli.main(["plan", "--preset", "wan_s2v_14b", "--size", "832x448", "--card", "rtx4090"]) == 0
     said = capsys.readouterr().out
-    assert "832 x 448, 80 pictures, 40 steps, 2 predictions per step" in said
+    assert "832 x 448, 80 frames, 40 steps, 2 predictions per step" in said
     assert "does not fit; with --memory offload=block,text_encoder=cpu --sequential it needs" in said
     assert "an estimate from 165 TFLOP/s at 50%, not measured" in said
     switches = said.split("--memory ")[1].split()[0]
@@ -244,13 +301,28 @@ def test_the_command_says_what_a_card_needs(capsys):
     assert "time        unknown" in said
 
 
+@pytest.mark.parametrize("source", [["--preset", "puppet_tiny"], ["--checkpoint", str(default_checkpoint())]])
+def test_drawn_characters_take_megabytes(source, capsys):
+    assert cli.main(["plan", *source, "--card", "h100"]) == 0
+    said = capsys.readouterr().out
+    assert "96 x 96, 32 frames, 8 steps, 2 predictions per step in one pass" in said
+    assert "speech encoder" not in said
+    sizes = {name: said.split(name)[1].split("\n")[0].split() for name in ("transformer", "text encoder", "peak")}
+    assert all(unit == "MB" for _, unit in sizes.values())
+    assert float(sizes["peak"][0]) < 50
+    assert "GFLOP per step" in said
+    assert said.endswith("fits\n")
+    assert cli.main(["plan", *source, "--card", "0.5GB"]) == 0
+    assert "does not fit, with any switch" in capsys.readouterr().out
+
+
 def test_a_checkpoint_folder_is_read_and_not_loaded(tmp_path, capsys):
     config = dict(_class_name="WanModel_S2V", dim=64, ffn_dim=96, num_heads=2, num_layers=2, audio_inject_layers=[0])
     (tmp_path / "config.json").write_text(json.dumps(config | dict(motion_frames=73, text_dim=24)))
     (tmp_path / "Wan2.1_VAE.pth").write_bytes(b"0" * 3_000_000)
     assert cli.main(["plan", "--checkpoint", str(tmp_path), "--size", "128x128"]) == 0
-    assert "autoencoder         0.00 GB" in capsys.readouterr().out
-    assert planner.source(str(tmp_path), torch.bfloat16)[1].vae == 3_000_000
+    assert "autoencoder         3.00 MB" in capsys.readouterr().out
+    assert wan_cost.frozen_parts(torch.bfloat16, tmp_path).sizes[AUTOENCODER] == 3_000_000
 
 
 @pytest.mark.parametrize(
@@ -259,8 +331,9 @@ def test_a_checkpoint_folder_is_read_and_not_loaded(tmp_path, capsys):
         (["--preset", "wan"], "wan: neither a folder nor a preset"),
         (["--preset", "wan_s2v_14b", "--card", "big"], "--card must be a size like 24GB or one of"),
         (["--preset", "wan_s2v_14b", "--size", "100x100"], "sides must be multiples of 16 pixels, got 100 x 100"),
-        (["--preset", "wan_s2v_14b", "--frames", "81"], "multiple of 4 pictures, got 81"),
+        (["--preset", "wan_s2v_14b", "--frames", "81"], "multiple of 4 frames, got 81"),
         (["--preset", "wan_s2v_14b", "--memory", "weights=fp4"], "weights must be one of native"),
+        (["--preset", "puppet_tiny", "--pose"], "this model takes no pose video"),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments, message, capsys):

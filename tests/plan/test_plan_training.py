@@ -9,17 +9,21 @@ import pytest
 
 from bench import scaling
 from bench.counted_step import Step, count
+from talkingdit import families
 from talkingdit.cli import main as cli
-from talkingdit.families.wan_s2v.presets import PRESETS
 from talkingdit.plan import training as planner
-from talkingdit.plan.generation import ClipShape
-from talkingdit.plan.training import Cluster, MeshSizes, Run
+from talkingdit.plan.clip import ClipShape
+from talkingdit.plan.communication import communication
+from talkingdit.plan.run import Cluster, MeshSizes, Run
+from talkingdit.plan.training_memory import memory, states
+from talkingdit.plan.transformer import Transformer
+from talkingdit.plan.units import unit_sizes
 from training.lora import add_adapters
 from training.sections import LoraConfig, OptimConfig, ParallelConfig
 
 WIDTH = dict(dim=512, ffn_dim=1408, num_heads=8, text_dim=64, text_len=16, audio_dim=32, audio_layers=3)
-SMALL = {**PRESETS["wan_s2v_14b"], **WIDTH, "num_layers": 3, "audio_inject_layers": (0, 2)}
-CLIP = ClipShape(704, 1024, 12, pose=True)
+SMALL = Transformer.of(families.get("wan_s2v"), {**WIDTH, "num_layers": 3, "audio_inject_layers": (0, 2)})
+CLIP = ClipShape(704, 1024, 12, history=19, pose=True)
 WHICH = {
     "all": lambda name: True,
     "lora": lambda name: ".lora_" in name,
@@ -31,7 +35,7 @@ def counted(run, layout, gpus):
     sizes = {name: getattr(layout, name) for name in ("replicate", "shard", "ring", "ulysses")}
     return count(
         Step(
-            SMALL,
+            SMALL.config,
             run.clip,
             ParallelConfig(**sizes, activation_checkpointing=run.checkpointing),
             layout.data * layout.context,
@@ -58,14 +62,13 @@ def counted(run, layout, gpus):
 )
 def test_memory_and_communication_are_those_of_the_real_step(run, layout, gpus):
     real = counted(run, layout, gpus)
-    model = planner.model_of(SMALL, run)
-    memory = planner.memory(SMALL, model, run, layout)
-    assert sum(memory.values()) == pytest.approx(real.peak_bytes, rel=0.07)
-    held = planner.states(model, run, layout.sharded)
+    sizes = unit_sizes(SMALL, run)
+    assert sum(memory(SMALL, sizes, run, layout).values()) == pytest.approx(real.peak_bytes, rel=0.07)
+    held = states(sizes, run, layout.sharded)
     assert held["weights"] == real.held["parameters"]
     assert held["optimiser"] == pytest.approx(real.held["optimiser"], rel=1e-3)
     assert held["averages"] == real.held.get("averages", 0)
-    sent = planner.communication(SMALL, model, run, layout, gpus)
+    sent = communication(SMALL, sizes, run, layout, gpus)
     assert sum(part.bytes for part in sent.values()) == pytest.approx(sum(s.bytes for s in real.sent), rel=1e-3)
     assert sum(part.outside for part in sent.values()) == pytest.approx(sum(s.outside for s in real.sent), rel=1e-3)
 
@@ -73,22 +76,30 @@ def test_memory_and_communication_are_those_of_the_real_step(run, layout, gpus):
 ROWS = json.loads((Path(__file__).parents[2] / "bench" / "results" / "scaling.json").read_text())["rows"]
 
 
+RELEASED = scaling.transformer()
+
+
 @pytest.fixture(scope="module")
-def models():
+def released_sizes():
     found = {}
 
     def get(run):
-        return found.setdefault((run.optimizer, run.trains), planner.model_of(scaling.config(), run))
+        key = (run.optimizer, run.trains)
+        if key not in found:
+            found[key] = unit_sizes(RELEASED, run)
+        return found[key]
 
     return get
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{r['world']}-{i}" for i, r in enumerate(ROWS)])
-def test_predictions_of_the_14b_model_are_what_was_counted(row, models):
+def test_predictions_of_the_14b_model_are_what_was_counted(row, released_sizes):
     case = scaling.case_of(row)
-    memory = planner.memory(scaling.config(), models(case.run), case.run, case.layout)
-    assert sum(memory.values()) == pytest.approx(sum(row["peak"].values()), rel=0.03)
-    sent = planner.communication(scaling.config(), models(case.run), case.run, case.layout, scaling.GPUS)
+    sizes = released_sizes(case.run)
+    assert sum(memory(RELEASED, sizes, case.run, case.mesh).values()) == pytest.approx(
+        sum(row["peak"].values()), rel=0.03
+    )
+    sent = communication(RELEASED, sizes, case.run, case.mesh, scaling.GPUS)
     for what in ("bytes", "outside"):
         predicted = sum(getattr(part, what) for part in sent.values())
         assert predicted == pytest.approx(sum(entry[what] for entry in row["sent"]), rel=1e-3)
@@ -98,14 +109,14 @@ def test_predictions_of_the_14b_model_are_what_was_counted(row, models):
 def test_full_training_of_the_14b_model_at_704x1024_fits_8_cards_of_80_gb(frames):
     row = next(r for r in ROWS if (r["world"], r["ulysses"], r["frames"], r["checkpointing"]) == (8, 8, frames, "full"))
     assert sum(row["peak"].values()) < 60e9
-    run = Run(ClipShape(704, 1024, frames // 4))
-    found, fits = planner.best(scaling.config(), run, Cluster())
+    run = Run(ClipShape(704, 1024, frames // 4, history=19))
+    found, fits = planner.best(RELEASED, run, Cluster())
     assert fits
     assert found.needed < 80 * 2**30
 
 
 def test_switches_are_taken_in_the_order_of_what_they_cost():
-    run = Run(ClipShape(704, 1024, 12))
+    run = Run(ClipShape(704, 1024, 12, history=19))
     roomy, _ = planner.best(SMALL, run, Cluster(memory=80e9))
     assert roomy.run.checkpointing == "off"
     needed = [roomy.needed]
@@ -122,15 +133,14 @@ def test_switches_are_taken_in_the_order_of_what_they_cost():
 
 
 def test_given_switches_are_kept():
-    run = Run(ClipShape(704, 1024, 12), optimizer="muon", checkpointing="selective")
+    run = Run(ClipShape(704, 1024, 12, history=19), optimizer="muon", checkpointing="selective")
     found, fits = planner.best(SMALL, run, Cluster(memory=1e9), frozenset({"optimizer", "checkpointing", "offload"}))
     assert not fits
     assert (found.run.optimizer, found.run.checkpointing, found.run.offload) == ("muon", "selective", False)
 
 
 def test_layouts_use_every_gpu_and_divide_heads_and_micro_batches():
-    config = dict(SMALL, num_heads=12)
-    found = list(planner.layouts(config, Run(CLIP, 4), Cluster(nodes=2)))
+    found = list(planner.layouts(12, Run(CLIP, 4), Cluster(nodes=2)))
     assert len(set(found)) == len(found) > 10
     for layout in found:
         assert layout.data * layout.context == 16
@@ -140,12 +150,11 @@ def test_layouts_use_every_gpu_and_divide_heads_and_micro_batches():
 
 
 def test_long_sequences_go_over_ulysses_within_a_node():
-    found, _ = planner.best(scaling.config(), Run(ClipShape(704, 1024, 20), 4), Cluster(nodes=4))
-    assert found.layout.ulysses * found.layout.ring <= 8
+    found, _ = planner.best(RELEASED, Run(ClipShape(704, 1024, 20, history=19), 4), Cluster(nodes=4))
+    assert found.mesh.ulysses * found.mesh.ring <= 8
     ring = planner.predict(
-        *(scaling.config(), found.run, Cluster(nodes=4)),
-        MeshSizes(ring=4, ulysses=8),
-        planner.model_of(SMALL, found.run),
+        *(RELEASED, unit_sizes(RELEASED, found.run), found.run),
+        *(Cluster(nodes=4), MeshSizes(ring=4, ulysses=8)),
     )
     assert ring.seconds["context parallelism"] > found.seconds["context parallelism"]
 
@@ -153,7 +162,7 @@ def test_long_sequences_go_over_ulysses_within_a_node():
 @pytest.mark.parametrize(("name", "value"), [("optimizer", "sgd"), ("checkpointing", "some"), ("trains", "head")])
 def test_unknown_names_are_refused(name, value):
     with pytest.raises(ValueError, match=f"plan: {name} must be one of .*, got '{value}'"):
-        replace(Run(CLIP), **{name: value})
+        unit_sizes(SMALL, replace(Run(CLIP), **{name: value}))
 
 
 TRAIN = ["plan", "--train", "--preset", "wan_s2v_14b", "--size", "1024x704", "--frames", "48"]

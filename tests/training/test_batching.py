@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from talkingdit.data.sample import ClipRequest, Shape
+from talkingdit.families.wan_s2v.cost import tokens
 from talkingdit.families.wan_s2v.presets import PRESETS
-from talkingdit.plan.generation import ClipShape, tokens
+from talkingdit.plan.clip import ClipShape
 from training.batching import PATIENCE, Planned, Planner, cost, pack, slots
 from training.buckets import Buckets, Fit, patches
 from training.sampler import Draw, Sampler, Stream, stream_shares

@@ -14,10 +14,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from talkingdit import families
 from talkingdit.data.sample import Sample
 from talkingdit.errors import UserError
-from talkingdit.families.wan_s2v.presets import PRESETS
-from talkingdit.plan.generation import ClipShape, flops, tokens
+from talkingdit.plan.clip import ClipShape
+from talkingdit.plan.transformer import Transformer
 from training.batching import MicroBatch
 from training.guard import ENOUGH, PATIENCE, WINDOW, Guard
 from training.metrics import Means, Writer, from_rank_0, sum_over_ranks, work_of
@@ -77,16 +78,16 @@ def test_lines_of_no_use_do_not_stop_a_run(tmp_path: Path, wreck: str) -> None:
 
 
 def test_the_work_of_a_micro_batch_is_that_of_its_clips_as_planned() -> None:
-    config = PRESETS["wan_s2v_14b"]
+    transformer = Transformer.of(families.get("wan_s2v"), {})
     first = Sample("a", "s", torch.zeros(16, 4, 6, 8), reference=torch.zeros(16, 1, 6, 8))
     later = Sample("b", "s", torch.zeros(16, 2, 8, 8), history=torch.zeros(16, 19, 8, 8))
     clips = [ClipShape(48, 64, latents=4, history=0), ClipShape(64, 64, latents=2, history=19)]
-    found = work_of(MicroBatch([first, later], [0, 1], True), config)
-    assert found["tokens"] == sum(tokens(config, clip)[1] for clip in clips)
+    found = work_of(MicroBatch([first, later], [0, 1], True), transformer)
+    assert found["tokens"] == sum(transformer.tokens(clip)[1] for clip in clips)
     assert found["frames"] == 24
-    assert found["flops"] == 3 * sum(flops(config, clip) for clip in clips)
-    stands_in = work_of(MicroBatch([first, later], [0, 1], True, [1.0, 0.0]), config)
-    assert stands_in["tokens"] == tokens(config, clips[0])[1]
+    assert found["flops"] == 3 * sum(transformer.flops(clip) for clip in clips)
+    stands_in = work_of(MicroBatch([first, later], [0, 1], True, [1.0, 0.0]), transformer)
+    assert stands_in["tokens"] == transformer.tokens(clips[0])[1]
 
 
 def test_spikes_and_numbers_that_are_none_are_left_out_and_counted() -> None:

@@ -6,8 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from talkingdit.nn.units import Unit
 
+FFN_TOKENS = 8192  # that go through a feed-forward layer at once in inference; enough to fill a large GPU
 UNITS = (
     Unit("text_embedding"),
     Unit("casual_audio_encoder", float32=True),
@@ -33,3 +36,26 @@ def walk(config: Mapping[str, Any]) -> list[str]:
         if i in index:
             paths.append(f"audio_injector.injector.{index.index(i)}")
     return paths
+
+
+def example_inputs(config: Any, device: torch.device | str) -> dict[str, Any]:
+    """Arguments of the forward for a small clip with every condition, so that it goes through every layer.
+
+    Args:
+        config: of the transformer.
+        device: of the tensors.
+    """
+    grid = (1, 16, 16)  # latent frames, rows, columns
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(1, *shape, device=device)
+
+    return {
+        "latents": zeros(config["in_dim"], *grid),
+        "timestep": zeros(),
+        "text": zeros(1, config["text_dim"]),
+        "reference": zeros(config["in_dim"], *grid),
+        "history": zeros(config["in_dim"], *grid),
+        "pose": zeros(config["cond_dim"], *grid) if config["cond_dim"] else None,
+        "audio": zeros(config["audio_layers"], config["audio_dim"], 4),
+    }

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory and work of drawn characters: the transformer's are those of Wan-S2V, what stands beside it is tiny."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from talkingdit.families.wan_s2v.cost import (
+    CAST,
+    LORA_TARGETS,
+    SUBSETS,
+    activations,
+    attention_flops,
+    complete,
+    conditions,
+    flops,
+    heads,
+    parameters,
+    read_config,
+    step,
+    tokens,
+)
+from talkingdit.plan.clip import ClipShape
+from talkingdit.plan.cost import AUTOENCODER, TEXT_ENCODER, FrozenParts
+
+if TYPE_CHECKING:
+    import torch
+
+    from talkingdit.pipelines.memory import Memory
+
+__all__ = [  # of Wan-S2V
+    "CAST",
+    "LORA_TARGETS",
+    "SUBSETS",
+    "activations",
+    "attention_flops",
+    "complete",
+    "conditions",
+    "flops",
+    "heads",
+    "parameters",
+    "read_config",
+    "step",
+    "tokens",
+]
+
+SWITCHES: tuple[dict[str, Any], ...] = ()  # no part is large enough that moving or narrowing it would help
+
+# The autoencoder and the prompt encoder that ship with the package.
+VAE_PARAMETERS = 3_016_636
+TEXT_PARAMETERS = 19_648
+# The autoencoder, counted while it runs: elements alive per pixel of a frame, by width of an element.
+VAE_DECODE = {4: 223, 2: 248}  # while a latent frame goes through it
+VAE_JOIN = {4: 99, 2: 102}  # while the decoded frames are joined: its caches and the last frames
+VAE_ENCODE = {4: 43, 2: 46}  # of one frame
+
+
+def default_clip(config: Mapping[str, Any], folder: Path | None = None) -> ClipShape:
+    """What a checkpoint's pipeline.json suggests: by default 96 x 96, 8 latents, 8 steps of 2 predictions."""
+    from talkingdit.families.puppet.checkpoint import PuppetSettings, read_settings
+    from talkingdit.pipelines.guidance import guidance_branches
+
+    known = folder is not None and (folder / "pipeline.json").is_file()
+    settings = read_settings(folder) if folder is not None and known else PuppetSettings()
+    return ClipShape(
+        height=settings.size,
+        width=settings.size,
+        latents=settings.clip_latents,
+        history=config["motion_frames"][1],
+        steps=settings.steps,
+        branches=len(guidance_branches(settings.text_guidance, settings.audio_guidance)),
+        batched=True,
+    )
+
+
+def frozen_parts(dtype: torch.dtype, folder: Path | None = None) -> FrozenParts:
+    """The autoencoder has the dtype of the transformer, the prompt encoder is float32; audio features need no model."""
+    text, vae = TEXT_PARAMETERS, VAE_PARAMETERS
+    if folder is not None:
+        text = _elements(folder / "text_encoder") or text
+        vae = _elements(folder / "vae") or vae
+    return FrozenParts({TEXT_ENCODER: 4 * text, AUTOENCODER: dtype.itemsize * vae}, dtype.itemsize)
+
+
+def _elements(folder: Path) -> int:
+    """Elements of the weights in a folder, 0 where there is none. No tensor is read.
+
+    Raises:
+        UserError: a folder without readable weights.
+    """
+    from talkingdit.checkpoints.weights import open_weights
+
+    return sum(math.prod(shape) for shape in open_weights(folder).shapes.values()) if folder.is_dir() else 0
+
+
+def autoencoder(clip: ClipShape, memory: Memory, width: int) -> dict[str, float]:
+    """Bytes of decoding the clip's frames and of encoding the portrait; history stays latent.
+
+    Decoded frames are there twice in the autoencoder's dtype before they are joined. Then there are three float32
+    copies of them, or two and two narrow ones, which take the same.
+    """
+    per_latent = 3 * clip.frames / clip.latents  # elements per pixel
+    through = VAE_DECODE[width] + 2 * per_latent * (clip.latents - 1)
+    join = VAE_JOIN[width] + 3 * per_latent * clip.latents * 4 / width
+    return {
+        "decode": clip.pixels * width * max(through, join),
+        "encode": clip.pixels * width * VAE_ENCODE[width],
+    }
