@@ -8,7 +8,7 @@ The official layout, and that of diffusers (also where only files moved and weig
     models_t5_umt5-xxl-enc-bf16.pth                          text_encoder/
     google/umt5-xxl/                                         tokenizer/
     wav2vec2-large-xlsr-53-english/                          audio_encoder/ (and audio_processor/)
-    pipeline.json, optional: `WanS2VSettings`                   the same
+    pipeline.json, optional: `WanS2VSettings`                the same
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from talkingdit.errors import UserError
+from talkingdit.families.wan_s2v.presets import CLASSES
 
 if TYPE_CHECKING:
     import torch
@@ -128,10 +129,14 @@ class CheckpointPaths:
 
 
 def owns(folder: Path) -> bool:
-    """Is this folder a whole Wan-S2V checkpoint?"""
-    if (folder / "config.json").is_file() or any(folder.glob("models_t5*.pth")):
-        return True
-    return any((folder / name).exists() for name in ("transformer", "audio_encoder", "tokenizer", "model_index.json"))
+    """Is this folder a whole Wan-S2V checkpoint? By the class that it names, or where it names none by its files."""
+    for file in (folder / "config.json", folder / "transformer" / "config.json"):
+        try:
+            return json.loads(file.read_text())["_class_name"] in CLASSES
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # what is wrong with it is told when it is loaded
+    names = ("config.json", "models_t5*.pth", "transformer", "audio_encoder", "tokenizer", "model_index.json")
+    return any(any(folder.glob(name)) for name in names)
 
 
 def read_settings(folder: Path) -> WanS2VSettings:
