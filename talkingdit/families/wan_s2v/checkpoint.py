@@ -47,14 +47,14 @@ class WanS2VSettings:
     """
 
     fps: int = 16
-    infer_frames: int = 80  # pictures generated at once, a multiple of 4
-    motion_frames: int = 73  # pictures of history, 4 n - 3
+    infer_frames: int = 80  # frames generated at once, a multiple of 4
+    motion_frames: int = 73  # frames of history, 4 n - 3
     drop_first_motion: bool = True  # the first clip has no history
     shift: float = 3.0  # of the noise schedule
     steps: int = 40
     guidance: float = 4.5  # classifier-free guidance; 1 is plain
     solver: str = "unipc"
-    max_area: int = 704 * 1024  # most pixels of a picture
+    max_area: int = 704 * 1024  # most pixels of a frame
     size_multiple: int = 64  # height and width are multiples of this many pixels
     negative_prompt: str = NEGATIVE_PROMPT
 
@@ -230,7 +230,7 @@ def _check_fit(checkpoint: WanS2VCheckpoint) -> None:
             raise UserError(f"{root}: the transformer has {name} {wanted} but {what} {got}.")
     if (vae.scale_factor_spatial, vae.scale_factor_temporal) != (8, 4):
         raise UserError(
-            f"{root}: the autoencoder must shrink pictures 8 times and time 4 times, "
+            f"{root}: the autoencoder must shrink frames 8 times and time 4 times, "
             f"got {vae.scale_factor_spatial} and {vae.scale_factor_temporal}."
         )
     words, known = len(text.tokenizer), text.model.config.vocab_size
