@@ -54,6 +54,24 @@ class EncodeClip(Protocol):
         """
 
 
+class Clips(Protocol):
+    """clips.py: how the frozen networks of a checkpoint make a part of a video into a training clip."""
+
+    def encoders(
+        self,
+        folder: Path,
+        what: tuple[str, ...] = (),
+        dtype: torch.dtype = ...,
+        device: str = "cpu",
+        fps: int | None = None,
+    ) -> CheckpointEncoders:
+        """The encoders of a checkpoint, not loaded yet; arguments as `CheckpointEncoders` has them."""
+
+    @property
+    def encode_clip(self) -> EncodeClip:
+        """Reads and encodes a clip; `encode_clip` of this file does for models without history."""
+
+
 @dataclass(frozen=True)
 class ClipReader:
     """Reads and encodes the files of a clip.

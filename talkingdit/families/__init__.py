@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from talkingdit.errors import UserError
-from talkingdit.families.family import Family, GenerationOptions
+from talkingdit.families.family import Family
+from talkingdit.families.flag import GenerationOptions
 
 __all__ = ["Family", "GenerationOptions", "get", "names", "of_folder", "of_preset", "preset", "presets", "register"]
 

@@ -28,7 +28,8 @@ from talkingdit.data.encoders import CheckpointEncoders, Encoders, PlainSettings
 from talkingdit.distributed.layout import Parallel
 from talkingdit.encoders.log_mel import SpeechFeatures
 from talkingdit.errors import UserError
-from talkingdit.families.family import Family, GenerationOptions
+from talkingdit.families.family import Family
+from talkingdit.families.flag import GenerationOptions
 from talkingdit.families.training import TrainBatch, TrainRun
 from talkingdit.media.framing import fit_portrait
 from talkingdit.nn.units import Unit
