@@ -174,7 +174,7 @@ def shard(networks: Networks, mesh: ProcessMesh, config: ParallelConfig) -> None
         UserError: heads that ulysses does not divide.
     """
     model = networks.transformer
-    heads = model.config.get("num_heads", 1)
+    heads = networks.family.cost.heads(model.config)
     if heads % config.ulysses:
         raise UserError(
             f"parallel.ulysses: must divide the {heads} heads of the model, got {config.ulysses}; the ring axis takes "

@@ -52,8 +52,8 @@ class Flags:
     """instead: most tokens of a clip after patchifying"""
     multiple: Annotated[int | None, Flag("N")] = None
     """of which sides are multiples (default: the checkpoint's, 64)"""
-    what: Annotated[str, Flag("LIST")] = "latents,text,audio"
-    """what is kept"""
+    what: Annotated[str | None, Flag("LIST")] = None
+    """what is kept (default: all that the checkpoint has encoders for: latents,text,audio)"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """of what is kept"""
     shard_size: Annotated[int, Flag("MB")] = 256
@@ -143,7 +143,8 @@ def _job(flags: Flags, manifest: Manifest) -> Job:
     # The text encoder is large; on the host half precision is slow.
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     clips = families.of_folder(flags.checkpoint).clips
-    encoders = clips.encoders(flags.checkpoint, tuple(flags.what.split(",")), dtype, device, flags.fps)
+    what = tuple(flags.what.split(",")) if flags.what else ()
+    encoders = clips.encoders(flags.checkpoint, what, dtype, device, flags.fps)
     multiple = flags.multiple or encoders.settings.size_multiple
     if flags.tokens is not None:
         # A token is a patch of 2 x 2 latents of 8 x 8 pixels, and a latent is four frames.

@@ -110,9 +110,6 @@ def fit_image(image: Frames, size: tuple[int, int], cover: bool = False) -> tupl
     return np.ascontiguousarray(cut), above + below + before + behind
 
 
-fit_picture = fit_image  # its name until all callers have moved
-
-
 def fit_portrait(image: Frames, size: int) -> tuple[Frames, bool]:
     """Cut the middle square out of an image and resize it.
 
@@ -182,11 +179,6 @@ class PoseVideo:
         self._ratio = rate / fps
         self._step = max(1, round(self._ratio)) if official else None
         self.frames = 0  # read so far
-
-    @property
-    def pictures(self) -> int:
-        """Its name until all callers have moved to `frames`."""
-        return self.frames
 
     def _index(self, frame: int) -> int:
         """Which frame of the file is the given one of the video to make."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A family that lives in one file of the tests, registered by name, goes all the way without an edit elsewhere."""
+"""A family in one file of the tests, registered by name, goes all the way without an edit elsewhere."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         if number == 0:
             del tensors["audio"]
-        writer.add(Sample(f"clip{number}", "toy", caption="a toy", **tensors), {}, torch.float32)
+        writer.add(Sample(f"clip{number}", "toy", caption="a toy", **tensors), {"fps": 16}, torch.float32)
     writer.finish()
     make_vae().save_pretrained(root / "vae")
     paths = f'[data]\nvae = "{root}/vae"\nsources = {{ toys = {{ kind = "precomputed", path = "{root}/data" }} }}\n'

@@ -25,6 +25,7 @@ from talkingdit.errors import UserError
 from talkingdit.families.family import Family
 from talkingdit.families.training import TrainBatch, TrainRun
 from talkingdit.nn.units import Unit
+from talkingdit.plan.clip import ClipShape
 
 FAMILY = Family("toy", "the toy family", __name__)
 PRESETS = {"toy_tiny": {"channels": 16, "dim": 32, "num_layers": 2, "text_dim": 8, "audio_dim": 6}}
@@ -89,6 +90,27 @@ def load(source: str | Path, dtype: Any = None, device: Any = "cpu", seed: int =
 def read_config(source: str | Path, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     stored = PRESETS.get(str(source)) or weights.read_json(Path(source) / "transformer" / "config.json")
     return {name: stored[name] for name in PRESETS["toy_tiny"]} | dict(config or {})
+
+
+# ---- Costs -----------------------------------------------------------------------------------------------------------
+
+
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(config)
+
+
+def heads(config: Mapping[str, Any]) -> int:
+    return 1
+
+
+def tokens(config: Mapping[str, Any], clip: ClipShape) -> tuple[int, int]:
+    cells = clip.latents * clip.pixels // 64
+    return cells, cells
+
+
+def flops(config: Mapping[str, Any], clip: ClipShape, memory: Any = None) -> float:
+    dim = config["dim"]
+    return 2.0 * tokens(config, clip)[1] * dim * (config["num_layers"] * dim + 2 * config["channels"])
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------

@@ -109,10 +109,18 @@ def save_checkpoint(
 
 
 def owns(folder: Path) -> bool:
-    """Is this folder a checkpoint of drawn characters?"""
-    names = ("transformer", "vae", "text_encoder", "pipeline.json")
-    foreign = ("config.json", "audio_encoder", "tokenizer", "model_index.json")
-    return any((folder / name).exists() for name in names) and not any((folder / name).exists() for name in foreign)
+    """Is this folder a checkpoint of drawn characters? By its text encoder, or how it says it is used."""
+    for file, mark in (
+        (folder / "text_encoder" / "config.json", "PromptEncoder"),
+        (folder / "pipeline.json", "clip_latents"),
+    ):
+        try:
+            values = json.loads(file.read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(values, dict) and (mark in values or values.get("_class_name") == mark):
+            return True
+    return False
 
 
 def read_settings(folder: Path) -> PuppetSettings:

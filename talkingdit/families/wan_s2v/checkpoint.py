@@ -131,7 +131,7 @@ def owns(folder: Path) -> bool:
     """Is this folder a whole Wan-S2V checkpoint?"""
     if (folder / "config.json").is_file() or any(folder.glob("models_t5*.pth")):
         return True
-    return any((folder / name).exists() for name in ("audio_encoder", "tokenizer", "model_index.json"))
+    return any((folder / name).exists() for name in ("transformer", "audio_encoder", "tokenizer", "model_index.json"))
 
 
 def read_settings(folder: Path) -> WanS2VSettings:
