@@ -6,7 +6,7 @@ TORCH := $(if $(GPU),torch>=2.10,torch==2.13.0)
 export TALKINGDIT_CUDA_ARCHS ?= $(if $(GPU),native,90a-real)
 
 NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/* cuda/*)
-NATIVE_CODE := $(wildcard $(foreach folder,csrc csrc/* cuda tests/simt tests/simt/*,$(addprefix $(folder)/,*.cpp *.h *.cu *.cuh)))
+NATIVE_CODE := $(shell find csrc cuda tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PACKAGE := $(NATIVE) $(shell find talkingdit -type f -not -name '*.pyc' -not -name '*.so')
 ASSETS := talkingdit/puppets/assets
 PIP := -m pip install --quiet --disable-pip-version-check

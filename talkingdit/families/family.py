@@ -105,7 +105,7 @@ class Family:
     Args:
         name: of the family, as `--family` and configurations say it.
         title: what messages call its models.
-        package: of its modules, "talkingdit.families.wan_s2v"; or one module that holds all.
+        package: of its modules, "talkingdit.families.<name>"; or one module that holds all.
         base: name of the family whose files it uses where it has none of its own.
         sources: kinds of training data that are its own, see `Train.open_source`.
     """
