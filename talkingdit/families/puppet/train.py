@@ -102,4 +102,4 @@ def open_validator(run: TrainRun, device: torch.device, context: ContextParallel
     """Held-out characters speak with held-out voices."""
     from talkingdit.families.puppet.validate import PuppetValidator
 
-    return PuppetValidator(run)
+    return PuppetValidator(run, settings_of(run))

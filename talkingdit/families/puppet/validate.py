@@ -16,12 +16,11 @@ import torch.distributed as dist
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
-from talkingdit.families.puppet.checkpoint import PuppetCheckpoint
+from talkingdit.families.puppet.checkpoint import PuppetCheckpoint, PuppetSettings
 from talkingdit.families.puppet.drawn import read_voices
 from talkingdit.families.puppet.options import Options
 from talkingdit.families.puppet.pipeline import PuppetPipeline
 from talkingdit.families.puppet.text import PromptEncoder
-from talkingdit.families.puppet.train import settings_of
 from talkingdit.families.training import TrainRun
 from talkingdit.families.wan_s2v.model import WanS2VModel
 from talkingdit.puppets.probe import probe
@@ -42,8 +41,8 @@ class Case:
 class PuppetValidator:
     """Generates the same few scenes each time: a fixed seed, held-out characters, one held-out voice each."""
 
-    def __init__(self, run: TrainRun) -> None:
-        self._run = run
+    def __init__(self, run: TrainRun, settings: PuppetSettings) -> None:
+        self._run, self._settings = run, settings
         self._vae = AutoencoderKLWan.from_pretrained(run.data["shipped_vae"] or run.data["vae"]).eval()
         rng = np.random.default_rng(run.seed + 77)
         folder, fps, seconds = run.data["voices"], run.data["fps"], run.validation.seconds
@@ -71,8 +70,7 @@ class PuppetValidator:
             sync_r (correlation of the mouth with the truth, mean over videos), sync_slope, identity (share of frames);
             nothing on other ranks than 0.
         """
-        settings = settings_of(self._run)
-        pipeline = PuppetPipeline(PuppetCheckpoint(transformer, self._vae, text_encoder, settings, self._run.out))
+        pipeline = PuppetPipeline(PuppetCheckpoint(transformer, self._vae, text_encoder, self._settings, self._run.out))
         truth, measured, identity = [], [], []
         video: Image = np.zeros((0, 1, 1, 3), np.uint8)
         for case in self.cases:
