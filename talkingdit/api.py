@@ -37,7 +37,7 @@ def generate(
     """Make a video of a portrait speaking a voice recording.
 
     Args:
-        image: the portrait, a picture file.
+        image: the portrait, an image file.
         audio: the voice, any format, rate and number of channels.
         output: the .mp4 to write.
         prompt: what to show.

@@ -3,7 +3,7 @@
 
 A video whose tokens after patchify are no more than the limit M is used as it is. A larger one is resized or cropped,
 sides in steps of 16 pixels (two latent cells), until it fits; where it would become too small, it is cut in time, as
-are stored latents, which cannot be resized. Buckets restrict durations and pictures to a few, so that clips of equal
+are stored latents, which cannot be resized. Buckets restrict durations and sizes to a few, so that clips of equal
 shape can be stacked.
 """
 
@@ -88,7 +88,7 @@ class Buckets:
 
     def _find(self, shape: Shape, begins: bool | None) -> Fit | None:
         # Longest first: a video is shrunk before it is shortened; if neither helps, its shortest clip is shrunk
-        # further. A picture has one duration.
+        # further. An image has one duration.
         durations = self.frames if shape.frames > 1 else [1]
         allowed = [n for n in durations or range(shape.frames, 0, -1) if n <= shape.frames]
         choices = [(frames, self.smallest) for frames in allowed] + [(frames, STEP) for frames in reversed(allowed)]
@@ -137,7 +137,7 @@ def _even(cells: int) -> int:
 
 
 def _resized(long: int, short: int) -> Iterator[tuple[int, int]]:
-    """Sides of a picture and of all smaller ones of its aspect, largest first; the shorter side follows the longer."""
+    """Sides of a frame and of all smaller ones of its aspect, largest first; the shorter side follows the longer."""
     yield _even(long), _even(short)
     for side in range(_even(long) - STEP, 0, -STEP):
         yield side, max(STEP, round(side * short / long / STEP) * STEP)

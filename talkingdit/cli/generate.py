@@ -143,7 +143,7 @@ def prepare(argv: Sequence[str]) -> Request:
     layout, memory = Layout.parse(flags.parallel), _memory(options)
     settings = family.checkpoint.read_settings(_folder(flags))
     outline = family.outline.outline(inputs, settings, options)
-    layout.filled(processes(), outline.predictions, _heads(_folder(flags)))
+    layout.resolved(processes(), outline.predictions, _heads(_folder(flags)))
     return Request(flags, family.name, options, layout, inputs, outline, memory)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from talkingdit.autoencoders.streaming import to_video
 from talkingdit.data.clips import Frames, read_clip, read_mask, times
 from talkingdit.data.cutting import Cut, Item
-from talkingdit.data.encoders import Encoders
+from talkingdit.data.encoders import CheckpointEncoders, Encoders
 from talkingdit.data.sample import BrokenSample, Sample
 from talkingdit.errors import UserError
 
@@ -52,6 +52,24 @@ class EncodeClip(Protocol):
         Raises:
             BrokenSample: a file cannot be read.
         """
+
+
+class Clips(Protocol):
+    """clips.py: how the frozen networks of a checkpoint make a part of a video into a training clip."""
+
+    def encoders(
+        self,
+        folder: Path,
+        what: tuple[str, ...] = (),
+        dtype: torch.dtype = ...,
+        device: str = "cpu",
+        fps: int | None = None,
+    ) -> CheckpointEncoders:
+        """The encoders of a checkpoint, not loaded yet; arguments as `CheckpointEncoders` has them."""
+
+    @property
+    def encode_clip(self) -> EncodeClip:
+        """Reads and encodes a clip; `encode_clip` of this file does for models without history."""
 
 
 @dataclass(frozen=True)

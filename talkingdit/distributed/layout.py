@@ -4,14 +4,14 @@
     guidance    the predictions with and without conditions on different processes; velocities are all they exchange
     ulysses     the heads of attention on different processes, the tokens of everything else (arXiv:2309.14509)
     ring        tokens on different processes, also in attention (arXiv:2310.01889)
-    vae         the autoencoder with some rows of the picture on every process
+    vae         the autoencoder with some rows of the frame on every process
 
 guidance x ring x ulysses is the number of processes. The autoencoder's work is split over all of them. This is the
 unified sequence parallelism (arXiv:2405.07719) of SkyReels-Audio (arXiv:2506.00830, table 4), with guidance and
 autoencoder besides.
 
 Every process holds the whole model and ends every step with the same latents to the last bit: velocities, decoded
-pictures and noise come to all from one place. The result is that of one process to the rounding of sums.
+frames and noise come to all from one place. The result is that of one process to the rounding of sums.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ VAE = ("split", "one")
 
 @dataclass(frozen=True)
 class Layout:
-    """How the work is shared; None is chosen by `filled`."""
+    """How the work is shared; None is chosen by `resolved`."""
 
     guidance: int | None = None
     ulysses: int | None = None
@@ -67,7 +67,7 @@ class Layout:
                 raise UserError(f"--parallel: the words are guidance, ulysses, ring and vae, got {name!r}.")
         return Layout(**values)
 
-    def filled(self, world: int, branches: int, heads: int | None) -> Layout:
+    def resolved(self, world: int, branches: int, heads: int | None) -> Layout:
         """The layout without gaps for a number of processes.
 
         Where nothing is said: guidance takes as many processes as make its shares equal, Ulysses as many as the heads
@@ -122,7 +122,7 @@ class Parallel:
 
     Args:
         team: all processes.
-        layout: from `Layout.filled`.
+        layout: from `Layout.resolved`.
         device: where tensors are exchanged, of the model.
     """
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from talkingdit.errors import UserError
-from talkingdit.families.family import Family, GenerationOptions
+from talkingdit.families.family import Family
+from talkingdit.families.flag import GenerationOptions
 
 __all__ = ["Family", "GenerationOptions", "get", "names", "of_folder", "of_preset", "preset", "presets", "register"]
 
@@ -53,7 +54,7 @@ def get(name: str) -> Family:
 
 
 def of_folder(folder: str | Path) -> Family:
-    """The family that a checkpoint folder belongs to.
+    """The family that a checkpoint folder belongs to. Those that were added last are asked first.
 
     Raises:
         UserError: no such folder, or one of no family.
@@ -61,7 +62,7 @@ def of_folder(folder: str | Path) -> Family:
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"{root}: the checkpoint must be a folder, and there is none of this name.")
-    for name in names():
+    for name in reversed(names()):  # families of other packages know their folders by more than names of files
         if get(name).checkpoint.owns(root):
             return get(name)
     known = ", ".join(get(name).title for name in names())

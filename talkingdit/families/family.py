@@ -2,59 +2,35 @@
 """What a family of models gives. Everything that is not of a family asks for it here and imports none.
 
 A family is a folder, and its files have the same names in every family. A file is loaded when it is first asked for, so
-naming families, reading options and checking arguments need neither torch nor diffusers. The protocols below say what
-the files hold; a module that has these names fulfils its protocol, which mypy checks. A family in one file, as a test
-or another package may have it, holds all of these names itself.
+naming families, reading options and checking arguments need neither torch nor diffusers. Protocols say what
+the files hold, below or where it is used (plan/cost.py, data/encoding.py, nn/units.py, training.py here); a module that
+has the names fulfils its protocol. A family in one file, as a test or another package may have it, holds them all.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from talkingdit.errors import UserError
-from talkingdit.families.flag import Flag
+from talkingdit.families.flag import GenerationOptions
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
-    from talkingdit.checkpoints.weights import Weights
-    from talkingdit.data import Source
-    from talkingdit.data.encoders import CheckpointEncoders
-    from talkingdit.data.encoding import EncodeClip
+    from talkingdit.data.encoding import Clips
     from talkingdit.distributed.layout import Parallel
-    from talkingdit.families.training import TrainBatch, TrainRun, Validator
-    from talkingdit.nn.context_parallel import ContextParallel
+    from talkingdit.families.training import Train
     from talkingdit.nn.units import Units
     from talkingdit.pipelines.inputs import Inputs, Outline
     from talkingdit.pipelines.long_video import ClipPipeline
     from talkingdit.pipelines.write import PreviewCurves
     from talkingdit.plan.cost import Cost
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """What may be said about a video of any family. A family's `Options` adds its own; the command line makes flags,
-    as `talkingdit.families.flag` tells."""
-
-    small: ClassVar[bool] = False  # models that are quick enough on the host: no GPU is taken where none is asked for
-
-    seed: Annotated[int, Flag("N")] = 0
-    """another number, another video"""
-    steps: Annotated[int | None, Flag("N")] = None
-    """denoising steps per clip (default: of the checkpoint)"""
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"generate: seed must be at least 0, got {self.seed}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"generate: steps must be at least 1, got {self.steps}")
 
 
 class Presets(Protocol):
@@ -122,61 +98,6 @@ class Preview(Protocol):
     Curves: type[PreviewCurves]
 
 
-class Clips(Protocol):
-    """clips.py: how the frozen networks of a checkpoint make a part of a video into a training clip."""
-
-    def encoders(
-        self,
-        folder: Path,
-        what: tuple[str, ...] = (),
-        dtype: torch.dtype = ...,
-        device: str = "cpu",
-        fps: int | None = None,
-    ) -> CheckpointEncoders:
-        """The encoders of a checkpoint, not loaded yet; arguments as `CheckpointEncoders` has them."""
-
-    @property
-    def encode_clip(self) -> EncodeClip:
-        """Reads and encodes a clip; `talkingdit.data.encoding.encode_clip` does for models without history."""
-
-
-class Train(Protocol):
-    """train.py: `talkingdit.families.training` has what is handed over. Importing it loads no diffusers."""
-
-    EXTRAS: frozenset[str]  # what stages may ask for beside the usual conditions: "anchors", tasks by name
-    MAX_GROUPS: int  # most timesteps in a packed sequence: two per clip, or one per latent frame and one
-
-    def build_networks(self, arguments: Mapping[str, Any], text_encoder: str) -> tuple[Any, Any]:
-        """On the default device, with random weights: a transformer, a diffusers model with `text_dim` in its config,
-        and the text encoder that trains along ("prompt") or None; UserError for a text encoder that it cannot have."""
-
-    def open_weights(self, folder: Path) -> Weights:
-        """Weights of a transformer to start from, by the names of its parameters."""
-
-    def lacks_layers(self, folder: Path) -> bool:
-        """Is there a model of another kind, from which `Load.load` with `init_from` makes one of the family?"""
-
-    def velocities(self, transformer: Any, batch: TrainBatch) -> Tensor | Sequence[Tensor]:
-        """The velocity of every clip: a tensor [n, C, T, H, W], or [C, T, H, W] of each."""
-
-    def count_tokens(
-        self, config: Mapping[str, Any], frames: int, height: int, width: int, reference: bool, history: int
-    ) -> int:
-        """Tokens of a clip of latents [frames, height, width] with its conditions in the model's sequence."""
-
-    def attention_tokens(self, config: Mapping[str, Any]) -> float:
-        """Tokens of a clip at which its attention costs as much as all else in a block."""
-
-    def save(self, folder: Path, transformer: Any, text_encoder: Any, run: TrainRun) -> None:
-        """Write trained models, in the dtypes that they have, as a folder that generation reads."""
-
-    def open_source(self, kind: str, name: str, run: TrainRun) -> Source:
-        """A source of one of the kinds in `Family.sources`; every rank calls it."""
-
-    def open_validator(self, run: TrainRun, device: torch.device, context: ContextParallel | None) -> Validator | None:
-        """What generates and measures on the way, None where the run says nothing to do; every rank calls it."""
-
-
 @dataclass(frozen=True)
 class Family:
     """A family by its folder.
@@ -214,7 +135,7 @@ class Family:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What is loaded already does not go to other processes."""
-        return Family, (self.name, self.title, self.package, self.base)
+        return Family, (self.name, self.title, self.package, self.base, self.sources)
 
     @cached_property
     def presets(self) -> Mapping[str, dict[str, Any]]:
@@ -257,8 +178,8 @@ class Family:
 
     @cached_property
     def clips(self) -> Clips:
-        return cast(Clips, self.part("clips"))
+        return cast("Clips", self.part("clips"))
 
     @cached_property
     def train(self) -> Train:
-        return cast(Train, self.part("train"))
+        return cast("Train", self.part("train"))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -59,3 +59,21 @@ def read_area(text: str) -> int:
 
 SIDES = Flag("WxH", read_sides, lambda sides: f"{sides[1]}x{sides[0]}")
 AREA = Flag("N", read_area)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """What may be said about a video of any family. A family's `Options` adds its own."""
+
+    small: ClassVar[bool] = False  # models that are quick enough on the host: no GPU is taken where none is asked for
+
+    seed: Annotated[int, Flag("N")] = 0
+    """another number, another video"""
+    steps: Annotated[int | None, Flag("N")] = None
+    """denoising steps per clip (default: of the checkpoint)"""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"generate: seed must be at least 0, got {self.seed}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"generate: steps must be at least 1, got {self.steps}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training hands to a family and gets from it, see `talkingdit.families.family.Train`."""
+"""What training hands to a family and gets from it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from talkingdit.checkpoints.weights import Weights
+    from talkingdit.data import Source
     from talkingdit.nn.context_parallel import ContextParallel
 
 GENERATE = "generate"  # the task that every model has: the whole clip, from its conditions
@@ -105,3 +107,40 @@ class Validator(Protocol):
         Returns:
             what was measured, by name; nothing on other ranks than 0.
         """
+
+
+class Train(Protocol):
+    """train.py: what is handed over stands above. Importing it loads no diffusers."""
+
+    EXTRAS: frozenset[str]  # what stages may ask for beside the usual conditions: "anchors", tasks by name
+    MAX_GROUPS: int  # most timesteps in a packed sequence: two per clip, or one per latent frame and one
+
+    def build_networks(self, arguments: Mapping[str, Any], text_encoder: str) -> tuple[Any, Any]:
+        """On the default device, with random weights: a transformer, a diffusers model with `text_dim` in its config,
+        and the text encoder that trains along ("prompt") or None; UserError for a text encoder that it cannot have."""
+
+    def open_weights(self, folder: Path) -> Weights:
+        """Weights of a transformer to start from, by the names of its parameters."""
+
+    def lacks_layers(self, folder: Path) -> bool:
+        """Is there a model of another kind, from which `Load.load` with `init_from` makes one of the family?"""
+
+    def velocities(self, transformer: Any, batch: TrainBatch) -> Tensor | Sequence[Tensor]:
+        """The velocity of every clip: a tensor [n, C, T, H, W], or [C, T, H, W] of each."""
+
+    def count_tokens(
+        self, config: Mapping[str, Any], frames: int, height: int, width: int, reference: bool, history: int
+    ) -> int:
+        """Tokens of a clip of latents [frames, height, width] with its conditions in the model's sequence."""
+
+    def attention_tokens(self, config: Mapping[str, Any]) -> float:
+        """Tokens of a clip at which its attention costs as much as all else in a block."""
+
+    def save(self, folder: Path, transformer: Any, text_encoder: Any, run: TrainRun) -> None:
+        """Write trained models, in the dtypes that they have, as a folder that generation reads."""
+
+    def open_source(self, kind: str, name: str, run: TrainRun) -> Source:
+        """A source of one of the kinds in `Family.sources`; every rank calls it."""
+
+    def open_validator(self, run: TrainRun, device: torch.device, context: ContextParallel | None) -> Validator | None:
+        """What generates and measures on the way, None where the run says nothing to do; every rank calls it."""

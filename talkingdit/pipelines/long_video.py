@@ -37,9 +37,11 @@ class ClipPipeline(Protocol):
 
     def warnings(self, inputs: Inputs, outline: Outline) -> tuple[str, ...]:
         """What is done differently from what may be expected, as the models tell: sentences."""
+        return ()
 
     def remarks(self, conditions: Any, outline: Outline) -> tuple[str, ...]:
         """The same, as is known after the last clip."""
+        return ()
 
     def encode(self, inputs: Inputs, outline: Outline) -> Any:
         """The conditions that all clips share."""

@@ -41,8 +41,8 @@ def share_work(
     model = checkpoint.transformer
 
     def fit() -> Layout:
-        filled = layout.filled(team.size, branches, model.config.num_heads)
-        if team.size > 1 and filled.vae == "split":
+        chosen = layout.resolved(team.size, branches, model.config.num_heads)
+        if team.size > 1 and chosen.vae == "split":
             try:
                 check_split(checkpoint.vae)
             except UserError as error:
@@ -50,7 +50,7 @@ def share_work(
                     raise
                 if warn is not None and team.rank == 0:
                     warn(f"{str(error).removesuffix('; use vae=one.')}; the first process decodes for all.")
-                return replace(filled, vae="one")
-        return filled
+                return replace(chosen, vae="one")
+        return chosen
 
     return Parallel(team, team.on_all_ranks(fit), model.device)

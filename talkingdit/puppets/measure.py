@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a video of a talking puppet is worth, measured against the known truth, for any generator of pictures.
+"""What a video of a talking puppet is worth, measured against the known truth, for any generator of frames.
 
-The truth of output picture i is viseme i of the voice:
+The truth of output frame i is viseme i of the voice:
 
 - r, slope, lag: correlation of measured with true opening, slope of measured against true, and the shift within +-4
-  pictures at which the correlation is best (with its value);
+  frames at which the correlation is best (with its value);
 - shuffled: correlation with the truth of other voices, which must be near zero;
-- identity, expression: share of pictures in which the probe finds the character and mood of the portrait;
+- identity, expression: share of frames in which the probe finds the character and mood of the portrait;
 - thirds: identity, correlation and colour of the thirds of a long video, which show drift.
 """
 
@@ -54,7 +54,7 @@ RoundTrip = Callable[[Image], Image]  # [1 + 4 n, S, S, 3] -> the same, through 
 
 
 def truth_of(voice: Voice, frames: int, fps: int = 16) -> Visemes:
-    """True mouth of a voice in each of so many pictures; closed beyond its end."""
+    """True mouth of a voice in each of so many frames; closed beyond its end."""
     return visemes_from_audio(voice.samples, fps, frames)
 
 
@@ -66,7 +66,7 @@ def correlation(a: FloatArray, b: FloatArray) -> float:
 
 
 def sync(truth: FloatArray, measured: FloatArray) -> dict[str, float]:
-    """How well a measured mouth follows the true one: r, slope, lag (positive: the picture is late) and r_at_lag."""
+    """How well a measured mouth follows the true one: r, slope, lag (positive: the video is late) and r_at_lag."""
     by_lag = {}
     for lag in LAGS:
         said = truth[max(0, -lag) : len(truth) - max(0, lag)]
@@ -85,7 +85,7 @@ def draw_job(voice: Voice, frames: int, size: int, seed: int) -> Job:
 
 
 def colour_shift(frames: Image, portrait: Image) -> float:
-    """How far the mean colour of pictures is from the portrait's: RMS over the channels, in levels of 255."""
+    """How far the mean colour of frames is from the portrait's: RMS over the channels, in levels of 255."""
     return float(np.sqrt(np.mean((frames.mean((0, 1, 2)) - portrait.mean((0, 1))) ** 2)))
 
 
@@ -157,11 +157,11 @@ def evaluate(
     """Generate one clip per voice and one long video, and measure them.
 
     Args:
-        generate: makes the pictures of a job.
+        generate: makes the frames of a job.
         voices: held-out speech, at least two stretches.
         long_voice: speech for the long video.
-        size: side of the pictures.
-        fps: pictures a second.
+        size: side of the frames.
+        fps: frames a second.
         seed: of scenes and videos.
         progress: called with a word on what is being done.
 

@@ -11,7 +11,8 @@ import pytest
 
 from talkingdit import families
 from talkingdit.cli.main import VERBS, main
-from talkingdit.families.family import Family, GenerationOptions
+from talkingdit.families.family import Family
+from talkingdit.families.flag import GenerationOptions
 
 FAMILY = Family("toy", "toys", __name__)  # in one file: this
 FILES = ["--image", "nowhere.png", "--audio", "nowhere.wav", "-o", "out.mp4"]

@@ -11,14 +11,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
+import soundfile
 import torch
 import toy_train
 from tiny_checkpoint import make_vae
 
 from talkingdit import families
-from talkingdit.data.sample import Sample
-from talkingdit.data.shards import ShardWriter
+from talkingdit.cli.main import main
+from talkingdit.data.sample import ClipRequest, Sample
+from talkingdit.data.shards import PrecomputedShards, ShardWriter
+from talkingdit.media.files import VideoWriter, read_video
 from talkingdit.models import load_checkpoint
 from training import export
 
@@ -114,3 +119,48 @@ def test_it_trains_on_two_processes_and_goes_on_after_a_kill(world: Path, tmp_pa
     )
     for name, weight in first.items():  # exported in bfloat16: a last bit may fall the other way
         torch.testing.assert_close(weight, second[name], rtol=1e-2, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    families.get("toy").load.load("toy_tiny").save_pretrained(folder / "transformer")
+    make_vae().save_pretrained(folder / "vae")
+    return folder
+
+
+def test_it_generates(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cv2.imwrite(str(tmp_path / "face.png"), np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+    soundfile.write(tmp_path / "voice.wav", 0.1 * np.random.default_rng(1).normal(size=16000), 16000)
+    arguments = ["generate", "--image", str(tmp_path / "face.png"), "--audio", str(tmp_path / "voice.wav")]
+    arguments += ["-o", str(tmp_path / "out.mp4"), "--checkpoint", str(checkpoint), "--steps", "1"]
+    assert main(arguments) == 0
+    assert read_video(tmp_path / "out.mp4")[0].shape == (16, 32, 32, 3)
+    assert main([*arguments, "--guidance", "2"]) == 2
+    assert "--guidance is for checkpoints of Wan-S2V only" in capsys.readouterr().err
+
+
+def test_it_is_planned(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--preset", "toy_tiny"]) == 0
+    preset = capsys.readouterr().out
+    assert "32 x 32, 8 frames, 2 steps, 1 prediction per step" in preset
+    assert main(["plan", "--checkpoint", str(checkpoint), "--frames", "16"]) == 0
+    assert "autoencoder" in capsys.readouterr().out
+    assert "autoencoder" not in preset
+
+
+def test_its_videos_are_encoded(checkpoint: Path, tmp_path: Path) -> None:
+    video = np.random.default_rng(0).integers(0, 255, (20, 32, 32, 3), dtype=np.uint8)
+    voice = 0.1 * np.random.default_rng(1).normal(size=20_000).astype(np.float32)
+    with VideoWriter(tmp_path / "v.mp4", 16, (32, 32), audio=voice) as writer:
+        writer.write(video)
+    (tmp_path / "videos.csv").write_text("video\nv.mp4\n")
+    arguments = ["precompute", "--manifest", str(tmp_path / "videos.csv"), "--checkpoint", str(checkpoint)]
+    arguments += ["-o", str(tmp_path / "shards"), "--clip-frames", "8", "--max-area", "1024", "--multiple", "16"]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    shards = PrecomputedShards(tmp_path / "shards")
+    assert len(shards) == 2
+    sample = shards.sample(1, np.random.default_rng(0), ClipRequest())
+    assert sample.latents.shape == (16, 2, 4, 4)
+    assert sample.audio is not None
+    assert sample.audio.shape == (2, 6, 8)

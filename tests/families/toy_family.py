@@ -18,15 +18,27 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from talkingdit.autoencoders.streaming import encode, to_video
+from talkingdit.autoencoders.tail import decode_after
 from talkingdit.autoencoders.wan import load_vae
 from talkingdit.checkpoints import weights
 from talkingdit.checkpoints.folder import load_part
+from talkingdit.data import encoding
+from talkingdit.data.encoders import CheckpointEncoders, Encoders, PlainSettings
+from talkingdit.distributed.layout import Parallel
+from talkingdit.encoders.log_mel import SpeechFeatures
 from talkingdit.errors import UserError
 from talkingdit.families.family import Family
+from talkingdit.families.flag import GenerationOptions
 from talkingdit.families.training import TrainBatch, TrainRun
+from talkingdit.media.framing import fit_portrait
 from talkingdit.nn.units import Unit
+from talkingdit.pipelines.inputs import Inputs, Outline
+from talkingdit.pipelines.long_video import ClipPipeline, GeneratedClip
 from talkingdit.plan.clip import ClipShape
+from talkingdit.plan.cost import AUTOENCODER, FrozenParts, Parameter
 
+FPS, CLIP_FRAMES = 16, 8
 FAMILY = Family("toy", "the toy family", __name__)
 PRESETS = {"toy_tiny": {"channels": 16, "dim": 32, "num_layers": 2, "text_dim": 8, "audio_dim": 6}}
 
@@ -92,11 +104,97 @@ def read_config(source: str | Path, config: Mapping[str, Any] | None = None) -> 
     return {name: stored[name] for name in PRESETS["toy_tiny"]} | dict(config or {})
 
 
+# ---- Videos: one clip after the other, each behind the portrait ------------------------------------------------------
+
+
+class Options(GenerationOptions):
+    small = True
+
+
+def outline(inputs: Inputs, settings: None, options: Options) -> Outline:
+    frames = -(-len(inputs.sound) * FPS // 16000)
+    clips = -(-frames // CLIP_FRAMES)
+    return Outline((32, 32), FPS, clips, options.steps or 2, 1, frames, settings={"seed": options.seed})
+
+
+class Features(SpeechFeatures):
+    def features(self, waveform: Any, frames: int) -> Tensor:
+        return super().features(waveform, frames)[:, :6]
+
+
+class ToyPipeline(ClipPipeline):
+    def __init__(self, checkpoint: Any, parallel: Parallel | None) -> None:
+        self.checkpoint, self.parallel = checkpoint, parallel or Parallel()
+
+    @torch.no_grad()
+    def encode(self, inputs: Inputs, outline: Outline) -> Any:
+        portrait = encode(self.checkpoint.vae, to_video(fit_portrait(inputs.image, 32)[0][None]))
+        return portrait, Features(FPS).features(inputs.sound, outline.clips * CLIP_FRAMES).mean(0), outline
+
+    @torch.no_grad()
+    def clip(
+        self, conditions: Any, index: int, carry: Any, *, last: bool = False, progress: Any = None
+    ) -> GeneratedClip:
+        portrait, audio, outline = conditions
+        x = torch.randn(portrait.expand(-1, -1, CLIP_FRAMES // 4, -1, -1).shape)
+        for step in range(outline.steps):
+            time = torch.full((1, x.shape[2]), 1000 * (1 - step / outline.steps))
+            heard = audio[None, :, index * CLIP_FRAMES : (index + 1) * CLIP_FRAMES]
+            x = x - self.checkpoint.transformer(x, time, torch.zeros(1, 1, 8), heard) / outline.steps
+            progress()
+        video = decode_after(self.checkpoint.vae, portrait, x)[:, :, : outline.frames - index * CLIP_FRAMES]
+        return GeneratedClip(index, video, None if last else {"index": torch.tensor(index)})
+
+
+open_pipeline = ToyPipeline
+
+# ---- Training clips --------------------------------------------------------------------------------------------------
+
+
+class ToyEncoders(CheckpointEncoders):
+    OFFERS = ("latents", "audio")
+
+    def read_settings(self) -> PlainSettings:
+        return PlainSettings(FPS)
+
+    def files(self) -> list[Path]:
+        return [self.folder / "vae"]
+
+    def load(self) -> Encoders:
+        return Encoders(load_vae(self.folder / "vae", torch.float32, self.device), self.settings, audio=Features(FPS))
+
+
+encoders, encode_clip = ToyEncoders, encoding.encode_clip
+
 # ---- Costs -----------------------------------------------------------------------------------------------------------
 
 
-def complete(config: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(config)
+SWITCHES, CAST, SUBSETS, LORA_TARGETS = (), (), {}, ()
+complete = dict
+
+
+def default_clip(config: Mapping[str, Any], folder: Path | None = None) -> ClipShape:
+    return ClipShape(32, 32, CLIP_FRAMES // 4, steps=2, branches=1)
+
+
+def frozen_parts(dtype: torch.dtype, folder: Path | None = None) -> FrozenParts:
+    return FrozenParts({} if folder is None else {AUTOENCODER: next(folder.glob("vae/*.safetensors")).stat().st_size})
+
+
+def parameters(config: Mapping[str, Any]) -> dict[str, Parameter]:
+    return {name: Parameter(tuple(p.shape), False) for name, p in ToyModel(**config).named_parameters()}
+
+
+def conditions(config: Mapping[str, Any], clip: ClipShape, memory: Any, size: int) -> float:
+    return float(size * config["dim"] * clip.latents)
+
+
+def step(config: Mapping[str, Any], clip: ClipShape, memory: Any, size: int) -> float:
+    return 3.0 * size * config["dim"] * tokens(config, clip)[1]
+
+
+def autoencoder(clip: ClipShape, memory: Any, width: int) -> dict[str, float]:
+    return {"decode": 100.0 * width * clip.pixels}
 
 
 def heads(config: Mapping[str, Any]) -> int:

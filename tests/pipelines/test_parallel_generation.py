@@ -177,7 +177,7 @@ def test_drawn_characters_too(
 
 def test_the_layout_follows_the_number_of_processes() -> None:
     def chosen(world: int, branches: int, heads: int = 40, words: str = "") -> str:
-        return str(Layout.parse(words).filled(world, branches, heads))
+        return str(Layout.parse(words).resolved(world, branches, heads))
 
     assert chosen(1, 2) == "guidance=1,ulysses=1,ring=1,vae=split"
     assert chosen(2, 2) == "guidance=2,ulysses=1,ring=1,vae=split"
@@ -206,7 +206,7 @@ def test_the_layout_follows_the_number_of_processes() -> None:
 )
 def test_impossible_layouts(words: str, world: int, sentence: str) -> None:
     with pytest.raises(UserError) as error:
-        Layout.parse(words).filled(world, 2, 40)
+        Layout.parse(words).resolved(world, 2, 40)
     assert sentence in str(error.value)
 
 

@@ -34,8 +34,8 @@ class PuppetSettings:
     """How a checkpoint was trained and is best used (pipeline.json)."""
 
     fps: int = 16
-    size: int = 96  # side of the square picture, pixels
-    clip_latents: int = 8  # latent frames generated at once, four pictures each
+    size: int = 96  # side of the square frame, pixels
+    clip_latents: int = 8  # latent frames generated at once, four frames each
     audio_history: int = 8  # audio frames before a clip that the model hears
     shift: float = 3.0  # of the noise schedule
     steps: int = 8
@@ -172,7 +172,7 @@ def _check_fit(checkpoint: PuppetCheckpoint) -> None:
     if len(vae.latents_mean) != vae.z_dim or len(vae.latents_std) != vae.z_dim:
         raise UserError(f"{root}: the vae needs latents_mean and latents_std of {vae.z_dim} channels each.")
     if vae.scale_factor_spatial != SPATIAL:
-        raise UserError(f"{root}: the vae must shrink pictures {SPATIAL} times, got {vae.scale_factor_spatial}.")
+        raise UserError(f"{root}: the vae must shrink frames {SPATIAL} times, got {vae.scale_factor_spatial}.")
     text = checkpoint.text_encoder.config
     for name, fits in (("text_dim", text.text_dim == model.text_dim), ("text_len", text.text_len <= model.text_len)):
         if not fits:

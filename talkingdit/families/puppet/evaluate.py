@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does a checkpoint speak? `python -m talkingdit.families.puppet.evaluate --voices data/voices`
 
-Held-out characters speak with held-out voices, and the probe reads their mouths back from the pictures (see
+Held-out characters speak with held-out voices, and the probe reads their mouths back from the frames (see
 `talkingdit.puppets.measure` for the figures). One clip also goes through the whole job to an .mp4 and back, with the
 sound taken from that file. What limits the figures is measured too: the round trip of drawn clips through the
 autoencoder, and the probe's own error.
@@ -124,7 +124,7 @@ def machine() -> dict[str, Any]:
 
 
 def drawn_by(pipeline: Any, options: Any) -> Generator:
-    """A generator of pictures for `evaluate` from a `PuppetPipeline` and `Options`; seeds come from the jobs."""
+    """A generator of frames for `evaluate` from a `PuppetPipeline` and `Options`; seeds come from the jobs."""
 
     def generate(job: Job) -> Image:
         features, frames = pipeline.features(job.voice.samples)
@@ -143,7 +143,7 @@ def through_vae(vae: Any) -> RoundTrip:
 
 
 def measure_mp4(job: Job, checkpoint: Any, options: Any) -> dict[str, Any]:
-    """Run the whole job from files to an .mp4, read pictures and sound back from it, and measure them."""
+    """Run the whole job from files to an .mp4, read frames and sound back from it, and measure them."""
     import cv2
     import soundfile
 

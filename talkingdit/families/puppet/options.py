@@ -6,8 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from talkingdit.families.family import GenerationOptions
-from talkingdit.families.flag import Flag
+from talkingdit.families.flag import Flag, GenerationOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ from talkingdit.media.files import SPEECH_RATE
 from talkingdit.media.framing import fit_portrait
 from talkingdit.pipelines.guidance import Branch, guided_step
 from talkingdit.pipelines.inputs import Frames, Inputs, Outline
-from talkingdit.pipelines.long_video import Carry, GeneratedClip, generate_clips
+from talkingdit.pipelines.long_video import Carry, ClipPipeline, GeneratedClip, generate_clips
 from talkingdit.pipelines.parallel import shared_autoencoder
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def open_pipeline(checkpoint: PuppetCheckpoint, parallel: Parallel | None = None
     return PuppetPipeline(checkpoint, parallel)
 
 
-class PuppetPipeline:
+class PuppetPipeline(ClipPipeline):
     """Generates clips with a checkpoint. It keeps no state between or within videos; several may be made at once.
 
     Args:
@@ -104,10 +104,6 @@ class PuppetPipeline:
         """Words of the prompt that the model does not know."""
         unknown = self.checkpoint.text_encoder.unknown_words(inputs.job.prompt)
         return (f"the prompt has words that this model does not know: {', '.join(unknown)}.",) if unknown else ()
-
-    def remarks(self, conditions: VideoConditions, outline: Outline) -> tuple[str, ...]:
-        """Nothing more is known after the last clip."""
-        return ()
 
     def encode(self, inputs: Inputs, outline: Outline) -> VideoConditions:
         """Encode what all clips share, from the files of a job."""

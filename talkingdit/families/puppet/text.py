@@ -42,7 +42,7 @@ WORDS = (
 )
 # fmt: on
 
-# Words that say nothing a picture shows. They take no token, so that a description fits into few.
+# Words that say nothing a frame shows. They take no token, so that a description fits into few.
 GLUE = frozenset(
     ("a", "an", "the", "of", "in", "on", "at", "to", "with", "from", "is", "are", "has", "have", "wears", "wearing")
     + ("his", "her", "their", "view", "facing", "seen")

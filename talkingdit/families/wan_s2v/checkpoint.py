@@ -8,7 +8,7 @@ The official layout, and that of diffusers (also where only files moved and weig
     models_t5_umt5-xxl-enc-bf16.pth                          text_encoder/
     google/umt5-xxl/                                         tokenizer/
     wav2vec2-large-xlsr-53-english/                          audio_encoder/ (and audio_processor/)
-    pipeline.json, optional: `WanS2VSettings`                   the same
+    pipeline.json, optional: `WanS2VSettings`                the same
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from talkingdit.errors import UserError
+from talkingdit.families.wan_s2v.presets import CLASSES
 
 if TYPE_CHECKING:
     import torch
@@ -46,14 +47,14 @@ class WanS2VSettings:
     """
 
     fps: int = 16
-    infer_frames: int = 80  # pictures generated at once, a multiple of 4
-    motion_frames: int = 73  # pictures of history, 4 n - 3
+    infer_frames: int = 80  # frames generated at once, a multiple of 4
+    motion_frames: int = 73  # frames of history, 4 n - 3
     drop_first_motion: bool = True  # the first clip has no history
     shift: float = 3.0  # of the noise schedule
     steps: int = 40
     guidance: float = 4.5  # classifier-free guidance; 1 is plain
     solver: str = "unipc"
-    max_area: int = 704 * 1024  # most pixels of a picture
+    max_area: int = 704 * 1024  # most pixels of a frame
     size_multiple: int = 64  # height and width are multiples of this many pixels
     negative_prompt: str = NEGATIVE_PROMPT
 
@@ -128,10 +129,14 @@ class CheckpointPaths:
 
 
 def owns(folder: Path) -> bool:
-    """Is this folder a whole Wan-S2V checkpoint?"""
-    if (folder / "config.json").is_file() or any(folder.glob("models_t5*.pth")):
-        return True
-    return any((folder / name).exists() for name in ("transformer", "audio_encoder", "tokenizer", "model_index.json"))
+    """Is this folder a whole Wan-S2V checkpoint? By the class that it names, or where it names none by its files."""
+    for file in (folder / "config.json", folder / "transformer" / "config.json"):
+        try:
+            return json.loads(file.read_text())["_class_name"] in CLASSES
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # what is wrong with it is told when it is loaded
+    names = ("config.json", "models_t5*.pth", "transformer", "audio_encoder", "tokenizer", "model_index.json")
+    return any(any(folder.glob(name)) for name in names)
 
 
 def read_settings(folder: Path) -> WanS2VSettings:
@@ -225,7 +230,7 @@ def _check_fit(checkpoint: WanS2VCheckpoint) -> None:
             raise UserError(f"{root}: the transformer has {name} {wanted} but {what} {got}.")
     if (vae.scale_factor_spatial, vae.scale_factor_temporal) != (8, 4):
         raise UserError(
-            f"{root}: the autoencoder must shrink pictures 8 times and time 4 times, "
+            f"{root}: the autoencoder must shrink frames 8 times and time 4 times, "
             f"got {vae.scale_factor_spatial} and {vae.scale_factor_temporal}."
         )
     words, known = len(text.tokenizer), text.model.config.vocab_size

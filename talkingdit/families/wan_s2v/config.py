@@ -15,10 +15,6 @@ from talkingdit.checkpoints.weights import Weights
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.presets import PRESETS
 
-# Class names in config.json: ours, that of the official program, that of diffusers.
-NATIVE = ("WanS2VModel", "WanModel_S2V")
-DIFFUSERS = "WanS2VTransformer3DModel"
-TRANSFORMERS = (*NATIVE, DIFFUSERS)
 HEAD_DIM = 128  # of every released Wan model
 # Arguments of `WanS2VModel`: what released checkpoints differ in, and how a model computes.
 ARGUMENTS = {*PRESETS["wan_s2v_14b"], "residual_dtype", "attention_backend", "audio_absorb"}

@@ -14,6 +14,7 @@ from talkingdit.checkpoints.folder import check_class
 from talkingdit.checkpoints.weights import Weights, open_weights, read_json
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v import config as configs
+from talkingdit.families.wan_s2v.presets import CLASSES
 
 if TYPE_CHECKING:
     from talkingdit.families.wan_s2v.model import WanS2VModel
@@ -130,7 +131,7 @@ def open_transformer(path: Path) -> tuple[Weights, dict[str, Any]]:
             path = files[0]
     if path.is_dir():
         values = read_json(path / "config.json")
-        check_class(path, configs.TRANSFORMERS)
+        check_class(path, CLASSES)
         weights = open_weights(path)
     else:
         weights = open_weights(path)
@@ -156,7 +157,7 @@ def loads(source: Path) -> bool:
     if source.is_dir():
         for file in (source / "config.json", source / "transformer" / "config.json"):
             if file.is_file():
-                return read_json(file).get("_class_name") in configs.TRANSFORMERS
+                return read_json(file).get("_class_name") in CLASSES
         return False
     try:
         return "casual_audio_encoder.weights" in configs.native(open_weights(source)).shapes

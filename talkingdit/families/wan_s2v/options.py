@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from talkingdit.families.family import GenerationOptions
-from talkingdit.families.flag import AREA, SIDES, Flag
+from talkingdit.families.flag import AREA, SIDES, Flag, GenerationOptions
 
 Solver = Literal["unipc", "dpm++"]
 Opening = Literal["hold", "cut"]

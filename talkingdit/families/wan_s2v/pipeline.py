@@ -32,7 +32,7 @@ from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.outline import DROPPED, Details, Sampling
 from talkingdit.media.colour import colours, match_colours
 from talkingdit.media.framing import PoseVideo, fit_image
-from talkingdit.pipelines.long_video import Carry, GeneratedClip
+from talkingdit.pipelines.long_video import Carry, ClipPipeline, GeneratedClip
 from talkingdit.pipelines.parallel import shared_autoencoder
 from talkingdit.pipelines.solvers import flow_solver
 
@@ -67,7 +67,7 @@ def open_pipeline(checkpoint: WanS2VCheckpoint, parallel: Parallel | None = None
     return WanS2VPipeline(checkpoint, parallel)
 
 
-class WanS2VPipeline:
+class WanS2VPipeline(ClipPipeline):
     """Generates clips with a Wan-S2V checkpoint. It keeps no state; several videos may be made at once.
 
     Args:
@@ -81,10 +81,6 @@ class WanS2VPipeline:
         self.settings = checkpoint.settings
         self.parallel = Parallel() if parallel is None else parallel
         self._vae = shared_autoencoder(checkpoint.vae, self.parallel)
-
-    def warnings(self, inputs: Inputs, outline: Outline) -> tuple[str, ...]:
-        """Nothing is known of the prompt beforehand."""
-        return ()
 
     def encode(self, inputs: Inputs, outline: Outline) -> VideoConditions:
         """Encode what all clips share, from the files of a job."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
+# Class names in config.json: ours, that of the official program, that of diffusers.
+CLASSES = ("WanS2VModel", "WanModel_S2V", "WanS2VTransformer3DModel")
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Wan2.2-S2V-14B as released (arXiv:2508.18621). Every value stands here, so that a default cannot move under it.
     "wan_s2v_14b": {
