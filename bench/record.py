@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 import talkingdit
+from talkingdit.atomic import write_whole
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,15 +65,7 @@ def header(name: str, device: torch.device, quick: bool) -> dict[str, Any]:
 def write(path: Path, text: str) -> None:
     """All of the file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    write_whole(path, text.encode())
 
 
 def save(result: Mapping[str, Any], folder: Path, device: str) -> Path:

@@ -23,8 +23,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 from tqdm import tqdm
 
+from talkingdit import families
 from talkingdit.atomic import whole_file
-from talkingdit.families.puppet.drawn import read_visemes
 from talkingdit.puppets.render import mouth_boxes, render
 from talkingdit.puppets.visemes import Visemes
 from talkingdit.puppets.world import Motion, Scene
@@ -101,7 +101,7 @@ class Mouths:
     @staticmethod
     def read(voices: Path, fps: int = 16) -> Mouths:
         """Those of the training voices in a folder that `training.voices` made."""
-        return Mouths(read_visemes(voices, "train", fps))
+        return Mouths(families.get("puppet").part("drawn").read_visemes(voices, "train", fps))
 
     def draw(self, rng: np.random.Generator, frames: int) -> np.ndarray:
         """Openings and widths [2, frames]."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from talkingdit.autoencoders.streaming import to_video
 from talkingdit.data.clips import Frames, read_clip, read_mask, times
 from talkingdit.data.cutting import Cut, Item
-from talkingdit.data.encoders import Encoders
+from talkingdit.data.encoders import CheckpointEncoders, Encoders
 from talkingdit.data.sample import BrokenSample, Sample
 from talkingdit.errors import UserError
 

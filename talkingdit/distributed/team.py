@@ -144,17 +144,7 @@ class Team:
         """
         if self.size == 1:
             return work()
-        box: list[Any] = [None]
-        raised: BaseException | None = None
-        if self.rank == 0:
-            try:
-                box = [(0, self._interruptible(work))]
-            except BaseException as error:
-                raised, box = error, [(status_of(error), None)]
-        dist.broadcast_object_list(box, src=0, group=self._control)
-        if raised is not None:
-            raise raised
-        status, result = box[0]
+        status, _, result = _broadcast_outcome(lambda: self._interruptible(work), self._control)
         if status:
             raise OtherRankError(status)
         return result
@@ -245,23 +235,31 @@ def from_rank_0(make: Callable[[], T], group: dist.ProcessGroup | None = None) -
     """
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return make()
-    box: list[Any] = [None]
-    raised: BaseException | None = None
-    if dist.get_rank() == 0:
-        try:
-            box = [(0, "", make())]
-        except BaseException as error:
-            raised = error
-            box = [(status_of(error), str(error) if isinstance(error, UserError) else "", None)]
-    dist.broadcast_object_list(box, src=0, group=group)
-    if raised is not None:
-        raise raised
-    status, sentence, result = box[0]
+    status, sentence, result = _broadcast_outcome(make, group)
     if sentence:
         raise UserError(sentence)
     if status:
         raise OtherRankError(status)
     return result
+
+
+def _broadcast_outcome(make: Callable[[], T], group: dist.ProcessGroup | None) -> tuple[int, str, T]:
+    """What came of a call on rank 0, on all ranks: exit status, the sentence of a `UserError`, and the result.
+
+    On rank 0 an error is raised after the others were told.
+    """
+    outcome: list[Any] = [None]
+    raised: BaseException | None = None
+    if dist.get_rank() == 0:
+        try:
+            outcome = [(0, "", make())]
+        except BaseException as error:
+            raised = error
+            outcome = [(status_of(error), str(error) if isinstance(error, UserError) else "", None)]
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    if raised is not None:
+        raise raised
+    return outcome[0]
 
 
 def lost(error: BaseException) -> bool:

@@ -54,7 +54,10 @@ def get(name: str) -> Family:
 
 
 def of_folder(folder: str | Path) -> Family:
-    """The family that a checkpoint folder belongs to. Those that were added last are asked first.
+    """The family that a checkpoint folder belongs to.
+
+    Those that were added last are asked first, and before all a family that shares files of another: it knows its
+    folders by more than the transformer in them.
 
     Raises:
         UserError: no such folder, or one of no family.
@@ -62,9 +65,9 @@ def of_folder(folder: str | Path) -> Family:
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"{root}: the checkpoint must be a folder, and there is none of this name.")
-    for name in reversed(names()):  # families of other packages know their folders by more than names of files
-        if get(name).checkpoint.owns(root):
-            return get(name)
+    for family in sorted(map(get, reversed(names())), key=lambda family: not family.base):
+        if family.checkpoint.owns(root):
+            return family
     known = ", ".join(get(name).title for name in names())
     raise UserError(f"{root}: expected the checkpoint of one of {known}, got a folder with none of their files.")
 

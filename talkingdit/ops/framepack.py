@@ -321,11 +321,14 @@ def framepack_reference(latents: Tensor, buckets: Sequence[Bucket], padding: str
             chosen = F.pad(chosen, (0, short[2], 0, short[1], 0, short[0]), mode=mode)
         if min(size // k for size, k in zip(chosen.shape[2:], bucket.kernel, strict=True)) == 0:
             continue
+        # In float32, rounded once: oneDNN's conv3d of bfloat16 (torch 2.13 on CPUs) gives garbage for some small sizes.
+        wide = chosen if chosen.dtype == torch.float64 else chosen.float()
         if bucket.weight is None:
-            wide = chosen if chosen.dtype == torch.float64 else chosen.float()
-            tokens = F.avg_pool3d(wide, bucket.kernel, stride=bucket.kernel).to(latents.dtype)
+            tokens = F.avg_pool3d(wide, bucket.kernel, stride=bucket.kernel)
         else:
-            tokens = F.conv3d(chosen, bucket.weight, bucket.bias, stride=bucket.kernel)
+            bias = None if bucket.bias is None else bucket.bias.to(wide.dtype)
+            tokens = F.conv3d(wide, bucket.weight.to(wide.dtype), bias, stride=bucket.kernel)
+        tokens = tokens.to(latents.dtype)
         parts.append(tokens.flatten(2).transpose(1, 2))
     return torch.cat(parts, dim=1)
 

@@ -73,7 +73,7 @@ def _backward(
 
 
 _backward_op = register(
-    f"norm_rope3d_backward(Tensor grad, Tensor x, Tensor weight, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"qk_norm_rope3d_backward(Tensor grad, Tensor x, Tensor weight, {_OPTIONS}) -> (Tensor, Tensor)",
     _backward,
     lambda grad, x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
 )
@@ -90,14 +90,14 @@ def _autograd(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
 
 
 _op = register(
-    f"norm_rope3d(Tensor x, Tensor weight, {_OPTIONS}) -> Tensor",
+    f"qk_norm_rope3d(Tensor x, Tensor weight, {_OPTIONS}) -> Tensor",
     _forward,
     lambda x, *_: x.new_empty(x.shape),
     _autograd,
     _setup,
 )
 _op_out = register(
-    f"norm_rope3d_out(Tensor x, Tensor weight, {_OPTIONS}, Tensor(a!) out) -> ()", _forward_out, lambda *_: None
+    f"qk_norm_rope3d_out(Tensor x, Tensor weight, {_OPTIONS}, Tensor(a!) out) -> ()", _forward_out, lambda *_: None
 )
 
 

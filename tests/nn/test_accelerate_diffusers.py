@@ -73,7 +73,7 @@ def test_same_output_and_restored_to_the_last_bit(name):
     assert list(model.state_dict()) == keys
     with Ops() as ops:
         actual = run(model, given)
-    assert ops.calls["norm_rope3d"] == 2 * blocks
+    assert ops.calls["qk_norm_rope3d"] == 2 * blocks
     assert ops.calls["gate_residual"] >= blocks
     assert difference(actual, expected) < 1e-5
 
@@ -188,7 +188,7 @@ def test_fused_projections():
     talkingdit.accelerate(model)
     with Ops() as ops:
         assert difference(run(model, given), expected) < 1e-5
-    assert ops.calls["norm_rope3d"] == 6
+    assert ops.calls["qk_norm_rope3d"] == 6
     model.unfuse_qkv_projections()
     assert difference(run(model, given), expected) < 1e-5
 
@@ -278,7 +278,7 @@ def test_fsdp(one_process, first):
         talkingdit.accelerate(model)
     with Ops() as ops:
         actual = gradients(model, given)
-    assert ops.calls["norm_rope3d_backward"] == 6
+    assert ops.calls["qk_norm_rope3d_backward"] == 6
     assert ops.calls["gate_residual_backward"] == 3
     check_gradients({k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in actual.items()}, expected)
 
@@ -376,7 +376,7 @@ def test_copies_are_models_of_their_own(how):
         model.blocks[0].scale_shift_table.zero_()
     with Ops() as ops:
         assert difference(run(other, given), expected) < 1e-5
-    assert ops.calls["norm_rope3d"] == 6
+    assert ops.calls["qk_norm_rope3d"] == 6
     talkingdit.restore(other)
     assert torch.equal(run(other, given), expected)
 

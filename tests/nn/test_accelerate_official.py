@@ -108,7 +108,7 @@ def test_wan_model(switches, per_token):
     assert not report.left
     with Ops() as ops:
         assert difference(run(model, given), expected) < 1e-5
-    assert ops.calls["norm_rope3d" if switches.get("qk_norm", True) else "rope3d"] == 4
+    assert ops.calls["qk_norm_rope3d" if switches.get("qk_norm", True) else "rope3d"] == 4
     assert ops.calls["gate_residual"] >= 2
     check_gradients(gradients(model, given), grads)
     assert talkingdit.accelerate(model).already == 5
@@ -256,7 +256,7 @@ def test_s2v_equals_the_official_numbers(golden, case):
     assert not report.left
     with Ops() as ops:
         assert difference(run(model, given), expected) < 1e-5
-    assert ops.calls["norm_rope3d"] == 6
+    assert ops.calls["qk_norm_rope3d"] == 6
     assert ops.calls["audio_attention"] == 2
     talkingdit.restore(model)
     assert torch.equal(run(model, given), before)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from toy_run import SAMPLES, STAGE_1, Toy, build, shard, train
 
 from talkingdit.errors import UserError
-from training import checkpoint
+from training import checkpoint_files
 from training.checkpoint import CheckpointError, Checkpoints
 from training.model_state import ModelState, OptimizerState, gather_state
 
@@ -64,7 +64,7 @@ def killed_run(folder: Path, asynchronous: bool, step: int, rank: int, moment: s
 
     name = f"step-{step:08d}.tmp"
     if moment == "after its first file":
-        write = checkpoint._Writer.write_data
+        write = checkpoint_files.CheckpointWriter.write_data
 
         def write_data(self, plan, planner):
             written = write(self, plan, planner)
@@ -72,7 +72,7 @@ def killed_run(folder: Path, asynchronous: bool, step: int, rank: int, moment: s
                 die()
             return written
 
-        checkpoint._Writer.write_data = write_data
+        checkpoint_files.CheckpointWriter.write_data = write_data
     else:
         rename = Path.rename
 
@@ -350,7 +350,7 @@ def test_a_disk_that_is_full_at_the_last_file_leaves_the_previous_checkpoint(tmp
     checkpoints.save(1, state)
     checkpoints.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write", _raise_full)
+        patch.setattr(checkpoint_files, "_write", _raise_full)
         with pytest.raises(CheckpointError, match=r"step-00000002 .*: No space left on device"):
             save_and_wait(checkpoints, 2, state)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
@@ -360,7 +360,7 @@ def failing_in_one_rank(folder: Path) -> str:
     checkpoints, state = one_process(folder, asynchronous=True)
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            patch.setattr(checkpoint._Writer, "write_data", _raise_full)
+            patch.setattr(checkpoint_files.CheckpointWriter, "write_data", _raise_full)
         with pytest.raises(CheckpointError) as error:
             save_and_wait(checkpoints, 2, state)
     return str(error.value)

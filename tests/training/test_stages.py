@@ -204,7 +204,7 @@ def test_adapters_train_alone_and_their_file_gives_the_same_model(tmp_path):
 
     def answer(m):
         with torch.no_grad():
-            return m(latents, torch.tensor([500.0]), text)
+            return m(latents, torch.tensor([500.0]), WanInputs(text))
 
     plain = answer(model)
     layers = add_adapters(model, config, seed=4)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     from talkingdit.families.puppet.text import PromptEncoder
+    from talkingdit.families.training import TrainRun
     from talkingdit.families.wan_s2v.model import WanS2VModel
 
 SPATIAL = 8  # pixels per latent pixel
@@ -77,6 +78,20 @@ class PuppetSettings:
             return PuppetSettings(**values)
         except ValueError as error:
             raise UserError(f"{path.parent}: {error}.") from error
+
+    @staticmethod
+    def of_run(run: TrainRun) -> PuppetSettings:
+        """What a model that is trained so tells those who generate with it."""
+        return PuppetSettings(
+            fps=run.data["fps"],
+            size=run.data["size"],
+            clip_latents=run.clip_latents,
+            audio_history=run.audio_context,
+            shift=run.shift,
+            steps=run.validation.steps,
+            text_guidance=run.validation.text_guidance,
+            audio_guidance=run.validation.audio_guidance,
+        )
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")

@@ -24,7 +24,6 @@ from talkingdit.families.wan_s2v.train import (
 
 if TYPE_CHECKING:
     from talkingdit.data import Source
-    from talkingdit.families.puppet.checkpoint import PuppetSettings
     from talkingdit.families.puppet.text import PromptEncoder
     from talkingdit.families.wan_s2v.model import WanS2VModel
     from talkingdit.nn.context_parallel import ContextParallel
@@ -40,25 +39,8 @@ __all__ = [
     "open_validator",
     "open_weights",
     "save",
-    "settings_of",
     "velocities",
 ]
-
-
-def settings_of(run: TrainRun) -> PuppetSettings:
-    """What a model trained so tells those who generate with it."""
-    from talkingdit.families.puppet.checkpoint import PuppetSettings
-
-    return PuppetSettings(
-        fps=run.data["fps"],
-        size=run.data["size"],
-        clip_latents=run.clip_latents,
-        audio_history=run.audio_context,
-        shift=run.shift,
-        steps=run.validation.steps,
-        text_guidance=run.validation.text_guidance,
-        audio_guidance=run.validation.audio_guidance,
-    )
 
 
 def build_networks(arguments: Mapping[str, Any], text_encoder: str) -> tuple[WanS2VModel, PromptEncoder | None]:
@@ -75,13 +57,13 @@ def save(folder: Path, transformer: WanS2VModel, text_encoder: PromptEncoder | N
     """A whole checkpoint; without a prompt encoder the transformer alone, as Wan-S2V writes it."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-    from talkingdit.families.puppet.checkpoint import save_checkpoint
+    from talkingdit.families.puppet.checkpoint import PuppetSettings, save_checkpoint
 
     if text_encoder is None:
         wan_s2v.save(folder, transformer, None, run)
         return
     vae = AutoencoderKLWan.from_pretrained(run.data["shipped_vae"] or run.data["vae"]).to(text_encoder.position.dtype)
-    save_checkpoint(folder, transformer, vae, text_encoder, settings_of(run))
+    save_checkpoint(folder, transformer, vae, text_encoder, PuppetSettings.of_run(run))
     for described in folder.glob("*/config.json"):
         settings = json.loads(described.read_text())
         settings.pop("_name_or_path", None)  # where it lay on the machine that trained it is nobody's business

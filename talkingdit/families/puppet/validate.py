@@ -16,12 +16,11 @@ import torch.distributed as dist
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
-from talkingdit.families.puppet.checkpoint import PuppetCheckpoint
+from talkingdit.families.puppet.checkpoint import PuppetCheckpoint, PuppetSettings
 from talkingdit.families.puppet.drawn import read_voices
 from talkingdit.families.puppet.options import Options
 from talkingdit.families.puppet.pipeline import PuppetPipeline
 from talkingdit.families.puppet.text import PromptEncoder
-from talkingdit.families.puppet.train import settings_of
 from talkingdit.families.training import TrainRun
 from talkingdit.families.wan_s2v.model import WanS2VModel
 from talkingdit.puppets.probe import probe
@@ -71,7 +70,7 @@ class PuppetValidator:
             sync_r (correlation of the mouth with the truth, mean over videos), sync_slope, identity (share of frames);
             nothing on other ranks than 0.
         """
-        settings = settings_of(self._run)
+        settings = PuppetSettings.of_run(self._run)
         pipeline = PuppetPipeline(PuppetCheckpoint(transformer, self._vae, text_encoder, settings, self._run.out))
         truth, measured, identity = [], [], []
         video: Image = np.zeros((0, 1, 1, 3), np.uint8)

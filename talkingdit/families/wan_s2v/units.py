@@ -8,7 +8,6 @@ from typing import Any
 
 from talkingdit.nn.units import Unit
 
-FFN_TOKENS = 8192  # that go through a feed-forward layer at once in inference; enough to fill a large GPU
 UNITS: tuple[Unit, ...] = (
     Unit("text_embedding"),
     Unit("casual_audio_encoder", float32=True),
