@@ -239,9 +239,10 @@ def test_drawn_characters_in_two_processes(
 
 def torchrun(*command: str) -> subprocess.Popen[str]:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    quiet = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    more = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    more["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # scripts lie elsewhere
     return subprocess.Popen(
-        [*start, *command], env=os.environ | quiet, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*start, *command], env=os.environ | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
