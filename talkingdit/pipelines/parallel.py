@@ -41,7 +41,7 @@ def share_work(
     model = checkpoint.transformer
 
     def fit() -> Layout:
-        chosen = layout.resolved(team.size, branches, model.config.num_heads)
+        chosen = layout.resolved(team.size, branches, getattr(model.config, "num_heads", None))
         if team.size > 1 and chosen.vae == "split":
             try:
                 check_split(checkpoint.vae)

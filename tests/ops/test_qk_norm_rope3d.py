@@ -88,7 +88,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     options = (table, segments, layout.pairs, True, 0, False, 1e-6)
     plain, plain_weight = x.detach(), weight.detach()
     torch.library.opcheck(torch.ops.talkingdit.qk_norm_rope3d.default, (x, weight, *options))
-    torch.library.opcheck(torch.ops.talkingdit.norm_rope3d_backward.default, (plain, plain, plain_weight, *options))
+    torch.library.opcheck(torch.ops.talkingdit.qk_norm_rope3d_backward.default, (plain, plain, plain_weight, *options))
 
 
 def test_compiles_into_one_graph_with_dynamic_shapes() -> None:
