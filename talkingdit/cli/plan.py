@@ -13,6 +13,7 @@ from talkingdit import families
 from talkingdit.cli.flags import Group, read
 from talkingdit.errors import UserError
 from talkingdit.families.flag import SIDES, Flag
+from talkingdit.plan.clip import latents_of
 
 if TYPE_CHECKING:
     from talkingdit.plan.clip import ClipShape
@@ -55,6 +56,8 @@ class ClipFlags:
 
     def __post_init__(self) -> None:
         _check(self, "frames", speeds=("tflops",))
+        if self.frames is not None:
+            latents_of(self.frames)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +166,6 @@ def _report(flags: ClipFlags, how: GenerationFlags, training: TrainingFlags) -> 
 
 def _clip(flags: ClipFlags, how: GenerationFlags, default: ClipShape) -> ClipShape:
     """The family's usual clip with what was said about it."""
-    from talkingdit.plan.clip import latents_of
-
     height, width = flags.size or (default.height, default.width)
     return replace(
         default,
