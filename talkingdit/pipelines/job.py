@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +29,6 @@ from talkingdit.pipelines.inputs import Inputs, Outline
 from talkingdit.pipelines.long_video import ClipPipeline, GeneratedClip, generate_clips
 from talkingdit.pipelines.resume import ClipStore, SharedClipStore
 from talkingdit.pipelines.write import PreviewCurves, write_video
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class ClipStore:
 
     Args:
         output: the video that is being made.
-        settings: what the parts depend on, of plain JSON types. ClipStore made with others are thrown away.
+        settings: what the parts depend on, of plain JSON types. Clips made with others are thrown away.
         warn: called with a sentence when that happens.
 
     Raises:
@@ -49,11 +49,14 @@ class ClipStore:
 
     def __init__(self, output: Path, settings: dict[str, Any], warn: Callable[[str], None] | None = None):
         self.folder = output.with_name(output.name + ".parts")
+        self.finished = 0
         try:
             self._open(json.loads(json.dumps(settings)), warn)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error.strerror or error}).") from error
-        self.finished = self._count()
+        except KeyboardInterrupt:
+            self.remove_if_empty()
+            raise
 
     def _open(self, settings: dict[str, Any], warn: Callable[[str], None] | None) -> None:
         self.folder.mkdir(exist_ok=True)
@@ -68,6 +71,7 @@ class ClipStore:
         except (OSError, ValueError):
             found = None
         if found == settings:
+            self.finished = self._count()
             return
         if found is not None and warn is not None and self._count():
             changed = [name for name in settings if not isinstance(found, dict) or found.get(name) != settings[name]]
@@ -144,7 +148,7 @@ class ClipStore:
 
     def remove_if_empty(self) -> None:
         """Leave nothing behind where nothing was finished."""
-        if not self.finished:
+        if not self._count() and self.folder.is_dir():
             self.remove()
 
     def _clear(self) -> None:
@@ -178,7 +182,11 @@ class SharedClipStore:
             self._store = opened()
             return self._store.finished, self._store.carry()
 
-        self.finished, self.carry = team.on_rank_0(found)
+        try:
+            self.finished, self.carry = team.on_rank_0(found)
+        except BaseException:
+            self.remove_if_empty()
+            raise
 
     @property
     def folder(self) -> Path | None:

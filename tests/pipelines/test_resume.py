@@ -109,3 +109,15 @@ def test_damaged_and_foreign_files_are_told(tmp_path: Path) -> None:
     (store.folder / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"got 'notes.txt'; move it away"):
         ClipStore(tmp_path / "a.mp4", SETTINGS)
+
+
+def test_an_interrupt_while_the_folder_is_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the command says that nothing was written, and a folder is there."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("talkingdit.pipelines.resume.whole_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ClipStore(tmp_path / "a.mp4", SETTINGS)
+    assert list(tmp_path.iterdir()) == []
