@@ -18,6 +18,7 @@ from talkingdit.errors import UserError
 from talkingdit.families.puppet import cost as puppet_cost
 from talkingdit.families.wan_s2v import conditions as wan_conditions
 from talkingdit.families.wan_s2v import cost as wan_cost
+from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.models import WanS2VModel, default_checkpoint, preset
 from talkingdit.pipelines.memory import Memory
 from talkingdit.plan import generation as planner
@@ -70,12 +71,14 @@ def measured(config, clip, memory, dtype):
             base = count.live
             conditions = [
                 model.encode_conditions(
-                    torch.empty(b, config["text_len"], config["text_dim"]),
-                    reference=torch.empty(b, config["in_dim"], 1, height, width),
-                    history=torch.empty(b, config["in_dim"], clip.history, height, width) if clip.history else None,
-                    pose=torch.empty(b, config["cond_dim"], *size) if clip.pose else None,
-                    audio=torch.empty(b, config["audio_layers"], config["audio_dim"], 4 * clip.latents),
-                    size=size,
+                    WanInputs(
+                        torch.empty(b, config["text_len"], config["text_dim"]),
+                        reference=torch.empty(b, config["in_dim"], 1, height, width),
+                        history=torch.empty(b, config["in_dim"], clip.history, height, width) if clip.history else None,
+                        pose=torch.empty(b, config["cond_dim"], *size) if clip.pose else None,
+                        audio=torch.empty(b, config["audio_layers"], config["audio_dim"], 4 * clip.latents),
+                        size=size,
+                    )
                 )
                 for _ in range(1 if clip.batched else clip.branches)
             ]
@@ -217,10 +220,12 @@ def test_operations_are_counted(absorb):
     with FakeTensorMode(), torch.no_grad():
         model = WanS2VModel(**config).eval()
         conditions = model.encode_conditions(
-            torch.empty(1, 512, 512),
-            reference=torch.empty(1, 16, 1, 32, 32),
-            history=torch.empty(1, 16, 19, 32, 32),
-            size=(6, 32, 32),
+            WanInputs(
+                torch.empty(1, 512, 512),
+                reference=torch.empty(1, 16, 1, 32, 32),
+                history=torch.empty(1, 16, 19, 32, 32),
+                size=(6, 32, 32),
+            )
         )
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, 16, 6, 32, 32), torch.empty(1), conditions=conditions)

@@ -57,8 +57,8 @@ SWITCHES: tuple[dict[str, Any], ...] = ()  # no part is large enough that moving
 VAE_PARAMETERS = 3_016_636
 TEXT_PARAMETERS = 19_648
 # The autoencoder, counted while it runs: elements alive per pixel of a frame, by width of an element.
-VAE_DECODE = {4: 223, 2: 248}  # while a latent frame goes through it
-VAE_JOIN = {4: 99, 2: 102}  # while the decoded frames are joined: its caches and the last frames
+VAE_DECODE = {4: 249, 2: 265}  # while a latent frame goes through it
+VAE_JOIN = {4: 100, 2: 101}  # its caches and the last frames, while the decoded frames are brought to -1..1
 VAE_ENCODE = {4: 43, 2: 46}  # of one frame
 
 
@@ -103,12 +103,12 @@ def _elements(folder: Path) -> int:
 def autoencoder(clip: ClipShape, memory: Memory, width: int) -> dict[str, float]:
     """Bytes of decoding the clip's frames and of encoding the portrait; history stays latent.
 
-    Decoded frames are there twice in the autoencoder's dtype before they are joined. Then there are three float32
-    copies of them, or two and two narrow ones, which take the same.
+    Decoded frames are kept in the autoencoder's dtype until the last is there. Then there are two float32 copies of them,
+    and a narrow one beside them where that is not their dtype.
     """
     per_latent = 3 * clip.frames / clip.latents  # elements per pixel
-    through = VAE_DECODE[width] + 2 * per_latent * (clip.latents - 1)
-    join = VAE_JOIN[width] + 3 * per_latent * clip.latents * 4 / width
+    through = VAE_DECODE[width] + per_latent * (clip.latents - 1)
+    join = VAE_JOIN[width] + {4: 2, 2: 5}[width] * per_latent * clip.latents
     return {
         "decode": clip.pixels * width * max(through, join),
         "encode": clip.pixels * width * VAE_ENCODE[width],
