@@ -96,7 +96,9 @@ def test_files_of_older_libraries_give_the_same(
 
 
 def test_half_precision_files_and_models(folder: Path, encoder: Wav2VecEncoder, sound: np.ndarray) -> None:
-    half = load_speech_encoder(folder, dtype=torch.bfloat16)(sound)
+    # oneDNN 3.12 rounds grouped convolutions of four bf16 channels to nonsense on CPUs with AMX; released ones have 64.
+    with torch.backends.mkldnn.flags(enabled=False):
+        half = load_speech_encoder(folder, dtype=torch.bfloat16)(sound)
     assert half.dtype == torch.bfloat16
     assert (half.float() - encoder(sound)).abs().mean() < 0.1
 

@@ -96,6 +96,12 @@ def cmake() -> str:
     return found
 
 
+# Python runs this as it starts. The finder of an editable install comes before PYTHONPATH, and finds the repository.
+NOT_EDITABLE = """import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", type(f).__module__)]
+"""
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """The repository with the op of the template, and without the kernels of its own ops."""
@@ -114,6 +120,7 @@ def tree(tmp_path: Path) -> Path:
     shutil.copytree(TEMPLATE, tmp_path, dirs_exist_ok=True)
     exports = tmp_path / EXPORTS
     exports.write_text(f"{exports.read_text()}from talkingdit.ops.{OP} import *\n")
+    (tmp_path / "sitecustomize.py").write_text(NOT_EDITABLE)
     return tmp_path
 
 

@@ -20,7 +20,7 @@ ASSETS = Path(talkingdit.__file__).parent / "puppets" / "assets"
 @pytest.fixture(scope="module")
 def spoken():
     """A held-out character speaks the shipped clip, a voice and a language that training never heard."""
-    from talkingdit.families.puppet.pipeline import PuppetPipeline, Sampling
+    from talkingdit.families.puppet.pipeline import PuppetPipeline
     from talkingdit.models import load_checkpoint
 
     checkpoint = load_checkpoint(ASSETS / "model")
@@ -30,7 +30,7 @@ def spoken():
     waveform = normalise_loudness(read_audio(ASSETS / "voice.flac", SPEECH_RATE))
     truth = visemes_from_audio(waveform, 16).opening
     features = SpeechFeatures(16)(waveform, len(truth))
-    frames = np.concatenate(list(PuppetPipeline(checkpoint).generate(portrait, features, scene.caption(), Sampling())))
+    frames = np.concatenate(list(PuppetPipeline(checkpoint).generate(portrait, features, scene.caption())))
     return scene, truth, frames
 
 
