@@ -103,8 +103,8 @@ def _elements(folder: Path) -> int:
 def autoencoder(clip: ClipShape, memory: Memory, width: int) -> dict[str, float]:
     """Bytes of decoding the clip's frames and of encoding the portrait; history stays latent.
 
-    Decoded frames are kept in the autoencoder's dtype until the last is there. Then there are two float32 copies of them,
-    and a narrow one beside them where that is not their dtype.
+    Decoded frames are kept in the autoencoder's dtype until the last is there. Then there are two float32 copies of
+    them, and a narrow one beside them where that is not their dtype.
     """
     per_latent = 3 * clip.frames / clip.latents  # elements per pixel
     through = VAE_DECODE[width] + per_latent * (clip.latents - 1)
