@@ -51,18 +51,23 @@ class ClipStore:
         self.folder = output.with_name(output.name + ".parts")
         self.finished = 0
         try:
-            self._open(json.loads(json.dumps(settings)), warn)
+            self._make()
+            try:
+                self._open(json.loads(json.dumps(settings)), warn)
+            except KeyboardInterrupt:
+                self.remove_if_empty()
+                raise
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error.strerror or error}).") from error
-        except KeyboardInterrupt:
-            self.remove_if_empty()
-            raise
 
-    def _open(self, settings: dict[str, Any], warn: Callable[[str], None] | None) -> None:
+    def _make(self) -> None:
+        """The folder, once it is known that nobody else's files are in it."""
         self.folder.mkdir(exist_ok=True)
         foreign = sorted(path.name for path in self.folder.iterdir() if not OURS.match(path.name))
         if foreign:
             raise UserError(f"{self.folder}: expected clips of an unfinished video, got {foreign[0]!r}; move it away.")
+
+    def _open(self, settings: dict[str, Any], warn: Callable[[str], None] | None) -> None:
         for left in (*self.folder.glob(f"{PART}*"), *self.folder.glob(".tmp*")):
             left.unlink()
         file = self.folder / "settings.json"

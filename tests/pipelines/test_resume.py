@@ -121,3 +121,20 @@ def test_an_interrupt_while_the_folder_is_made_leaves_nothing(tmp_path: Path, mo
     with pytest.raises(KeyboardInterrupt):
         ClipStore(tmp_path / "a.mp4", SETTINGS)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_leaves_a_folder_of_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may hold a settings.json too."""
+    folder = tmp_path / "a.mp4.parts"
+    folder.mkdir()
+    (folder / "settings.json").write_text("theirs")
+    (folder / "notes.txt").write_text("theirs")
+
+    def interrupted(_: Path) -> None:
+        monkeypatch.undo()  # once
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "iterdir", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ClipStore(tmp_path / "a.mp4", SETTINGS)
+    assert (folder / "settings.json").read_text() == (folder / "notes.txt").read_text() == "theirs"
