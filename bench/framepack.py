@@ -88,8 +88,10 @@ def cases(shape: HistoryShape, dtype: torch.dtype, device: torch.device) -> Iter
             bytes=size(tokens) + passes * size(*given),
             inputs=inputs,
             ours=_ours,
-            baselines={"eager": _linear, "official": _conv3d},
+            baselines={"eager": _linear},
             compiled=_linear,
+            # oneDNN gets such a convolution wrong in bfloat16 on CPUs with AMX (findings/conv3d_bf16_amx.sh).
+            optional={"official": _conv3d},
         )
 
 
