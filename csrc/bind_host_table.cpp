@@ -12,7 +12,9 @@ void host_table_run(const TensorView& out, const TensorView& values) {
     check_view(*view, 1, "host_table", "a table");
     check(view->dtype == DType::int64, "host_table: tables must be int64");
   }
+#if !defined(TD_EMULATE)  // there, every tensor passes for one of the device
   check(!values.is_cuda, "host_table: values must be on the host");
+#endif
   check(out.shape[0] == values.shape[0], "host_table: tables must have one length");
   const int64_t* from = static_cast<const int64_t*>(values.data);
   for (int64_t begin = 0; begin < out.shape[0]; begin += kTableWords) {

@@ -26,5 +26,6 @@ def on_device(values: Sequence[Any] | Tensor, dtype: torch.dtype, device: torch.
     out = torch.empty(table.shape, dtype=dtype, device=device)
     if type(out) is not Tensor:  # fake tensors have no memory
         return table.to(device)
-    native.host_table(out.view(torch.int64).flatten(), table.contiguous().view(torch.int64).flatten())
+    if table.numel():
+        native.host_table(out.view(torch.int64).flatten(), table.contiguous().view(torch.int64).flatten())
     return out
