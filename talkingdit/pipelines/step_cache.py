@@ -12,17 +12,24 @@ model whose m_t depends on the latents asks step by step: `compute`.
 from __future__ import annotations
 
 import math
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from talkingdit.atomic import write_whole
+from talkingdit.errors import UserError
+
+FILE = "step_cache.json"  # in a checkpoint's folder: its own coefficients, from `talkingdit calibrate`
+
 
 @dataclass(frozen=True)
-class Published:
-    """Coefficients that were published for a backbone.
+class Fitted:
+    """Coefficients of a backbone, published or fitted.
 
     Attributes:
         coefficients: of the polynomial, highest power first.
@@ -31,30 +38,30 @@ class Published:
     """
 
     coefficients: tuple[float, ...]
-    first: int
-    last: int
+    first: int = 1
+    last: int = 1
     projected: bool = False
 
 
 # From https://github.com/ali-vilab/TeaCache, by backbone; "-early" are the sets that compute the first five steps.
 PUBLISHED = {
-    "wan2.1-t2v-1.3b": Published((2.39676752e03, -1.31110545e03, 2.01331979e02, -8.29855975e00, 1.37887774e-01), 1, 1),
-    "wan2.1-t2v-14b": Published((-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404), 1, 1),
-    "wan2.1-i2v-480p": Published((-3.02331670e02, 2.23948934e02, -5.25463970e01, 5.87348440e00, -2.01973289e-01), 1, 1),
-    "wan2.1-i2v-720p": Published((-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683), 1, 1),
-    "wan2.1-t2v-1.3b-early": Published(
+    "wan2.1-t2v-1.3b": Fitted((2.39676752e03, -1.31110545e03, 2.01331979e02, -8.29855975e00, 1.37887774e-01), 1, 1),
+    "wan2.1-t2v-14b": Fitted((-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404), 1, 1),
+    "wan2.1-i2v-480p": Fitted((-3.02331670e02, 2.23948934e02, -5.25463970e01, 5.87348440e00, -2.01973289e-01), 1, 1),
+    "wan2.1-i2v-720p": Fitted((-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683), 1, 1),
+    "wan2.1-t2v-1.3b-early": Fitted(
         (-5.21862437e04, 9.23041404e03, -5.28275948e02, 1.36987616e01, -4.99875664e-02), 5, 0, True
     ),
-    "wan2.1-t2v-14b-early": Published(
+    "wan2.1-t2v-14b-early": Fitted(
         (-3.03318725e05, 4.90537029e04, -2.65530556e03, 5.87365115e01, -3.15583525e-01), 5, 0, True
     ),
-    "wan2.1-i2v-480p-early": Published(
+    "wan2.1-i2v-480p-early": Fitted(
         (2.57151496e05, -3.54229917e04, 1.40286849e03, -1.35890334e01, 1.32517977e-01), 5, 0, True
     ),
-    "wan2.1-i2v-720p-early": Published(
+    "wan2.1-i2v-720p-early": Fitted(
         (8.10705460e03, 2.13393892e03, -3.72934672e02, 1.66203073e01, -4.17769401e-02), 5, 0, True
     ),
-    "hunyuan-video": Published((7.33226126e02, -4.01131952e02, 6.75869174e01, -3.14987800e00, 9.61237896e-02), 1, 1),
+    "hunyuan-video": Fitted((7.33226126e02, -4.01131952e02, 6.75869174e01, -3.14987800e00, 9.61237896e-02), 1, 1),
 }
 
 
@@ -182,5 +189,84 @@ class BlockCache:
         """Whether the next step is taken from what was kept."""
         return not self.compute and self.kept is not None
 
-    def __getstate__(self) -> Any:
-        raise TypeError("a BlockCache belongs to one video in one process")
+
+# ---- A checkpoint's own coefficients ---------------------------------------------------------------------------------
+def read_fitted(folder: Path) -> Fitted | None:
+    """Those of a checkpoint's folder; None where it has none.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    file = folder / FILE
+    if not file.exists():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        numbers = tuple(float(value) for value in values["coefficients"])
+        fitted = Fitted(numbers, int(values["first"]), int(values["last"]), bool(values["projected"]))
+        TeaCache(fitted.coefficients, 0.0, steps=1, first=fitted.first, last=fitted.last)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{file}: expected coefficients of a step cache, as `talkingdit calibrate` writes them."
+        ) from error
+    return fitted
+
+
+def write_fitted(file: Path, fitted: Fitted, **origin: Any) -> None:
+    """Whole or not at all; ``origin`` says how the numbers were found."""
+    write_whole(file, (json.dumps(asdict(fitted) | origin, indent=1) + "\n").encode())
+
+
+# ---- The steps of a clip ---------------------------------------------------------------------------------------------
+@dataclass
+class Recorder:
+    """What calibration measures: pairs of changes, of the modulated input and of what the blocks added."""
+
+    changes_in: list[float] = field(default_factory=list)
+    changes_out: list[float] = field(default_factory=list)
+
+
+class CachedSteps:
+    """The steps of one clip: which are computed, and what is kept for every branch.
+
+    Args:
+        branches: forward passes per step.
+        computed: a decision per step; None computes all and keeps nothing.
+        changes: of the modulated input between steps, for a recorder, which has every step computed.
+    """
+
+    def __init__(
+        self,
+        branches: int,
+        computed: Sequence[bool] | None = None,
+        changes: Sequence[float] = (),
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.computed, self._changes, self._recorder = computed, changes, recorder
+        self._caches: list[BlockCache | None] = [None] * branches
+        if computed is not None or recorder is not None:
+            self._caches = [BlockCache(measure=recorder is not None) for _ in range(branches)]
+
+    def begin(self, step: int) -> list[BlockCache | None]:
+        """What the forward passes of a step are given."""
+        for cache in self._caches:
+            if cache is not None:
+                cache.compute = self.computed is None or self.computed[step]
+        return self._caches
+
+    def end(self) -> None:
+        """After the last step: what was measured goes to the recorder."""
+        for cache in self._caches:
+            if cache is not None and self._recorder is not None:
+                self._recorder.changes_in += self._changes
+                self._recorder.changes_out += cache.measured
+
+
+def decide(inputs: Tensor, threshold: float, fitted: Fitted) -> list[bool]:
+    """Which steps of a clip are computed.
+
+    Args:
+        inputs: [S, ...], the modulated input of every step, of a model where it depends on the timestep alone.
+    """
+    cache = TeaCache(fitted.coefficients, threshold, steps=len(inputs), first=fitted.first, last=fitted.last)
+    return cache.plan(list(inputs))
