@@ -10,6 +10,35 @@ constexpr int kWarps = 16;
 constexpr int64_t kForwardShare = 2;  // tokens of a block, at least
 constexpr int kScratch = 2 * kWarps * int(sizeof(float));
 
+// residual = x + gate y: nothing to wait for, so a block takes one token, and many blocks have their loads in flight.
+template <class X, class L>
+__global__ void __launch_bounds__(kVectorThreads) gate_kernel(const __grid_constant__ ModulateArgs args) {
+  const Columns<kVectors> columns(args.dim);
+  int64_t b, n;
+  locate(blockIdx.x, args.tokens, b, n);
+  const X* x = static_cast<const X*>(args.x.data) + at(args.x, b, n) + columns.first;
+  const L* y = static_cast<const L*>(args.y.data) + at(args.y, b, n) + columns.first;
+  Vector<X, kWidth> xs[kVectors];
+  Vector<L, kWidth> ys[kVectors];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    if (!columns.inside[i]) continue;
+    xs[i].load(x + columns.step(i));
+    ys[i].load(y + columns.step(i));
+  }
+  const float* gates = group_row<float>(args.gate, b, args.groups.group(args.token_offset + n)) + columns.first;
+  X* residual = static_cast<X*>(args.residual.data) + at(args.residual, b, n) + columns.first;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    if (!columns.inside[i]) continue;
+    const Vector<float, kWidth> gate = group_vector(gates, columns.step(i));
+    float row[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) row[j] = xs[i].get(j) + gate.get(j) * ys[i].get(j);
+    store_vector(residual + columns.step(i), row);
+  }
+}
+
 // A group's modulation of a thread's columns: kept in registers from token to token (Keep), or read for every token.
 template <bool Keep>
 struct Modulation {
@@ -43,7 +72,7 @@ struct Modulation {
 
 // A block takes an equal share of the tokens, in order, and holds one in registers, while the next one is on its way to
 // shared memory. X is the residual stream, L what layers take and give.
-template <class X, class L, bool Gate, bool Norm>
+template <class X, class L, bool Gate>
 __global__ void __launch_bounds__(kVectorThreads, 1)
     row_kernel(const __grid_constant__ ModulateArgs args, const __grid_constant__ Shares shares) {
   using StagedX = Staged<X, kVectors, 0>;
@@ -57,7 +86,7 @@ __global__ void __launch_bounds__(kVectorThreads, 1)
   Track<const L> y_row;
   Track<X> residual;
   Track<L> out;
-  Modulation<!Norm> gate;
+  Modulation<false> gate;
   Modulation<!Gate> scale, shift;
   const auto place_sources = [&] {
     x_row.place(args.x, at, columns.first);
@@ -68,11 +97,9 @@ __global__ void __launch_bounds__(kVectorThreads, 1)
       residual.place(args.residual, at, columns.first);
       gate.enter(args.gate, at.b, at.g, columns, 0.0f);
     }
-    if constexpr (Norm) {
-      out.place(args.out, at, columns.first);
-      scale.enter(args.scale, at.b, at.g, columns, 1.0f);
-      shift.enter(args.shift, at.b, at.g, columns, 0.0f);
-    }
+    out.place(args.out, at, columns.first);
+    scale.enter(args.scale, at.b, at.g, columns, 1.0f);
+    shift.enter(args.shift, at.b, at.g, columns, 0.0f);
   };
   place_sources();
   const StagedX xs(own);
@@ -120,35 +147,33 @@ __global__ void __launch_bounds__(kVectorThreads, 1)
       for (int j = 0; j < kWidth; ++j) total[0] += row[i][j];
     }
     commit_copies();
-    if constexpr (Norm) {
-      block_sums_apart<kWarps>(total, scratch);
-      const float mean = total[0] * shares.inverse_dim;
-      total[0] = 0.0f;
+    block_sums_apart<kWarps>(total, scratch);
+    const float mean = total[0] * shares.inverse_dim;
+    total[0] = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        if (!columns.inside[i]) continue;
+    for (int i = 0; i < kVectors; ++i) {
+      if (!columns.inside[i]) continue;
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-          row[i][j] -= mean;
-          total[0] += row[i][j] * row[i][j];
-        }
+      for (int j = 0; j < kWidth; ++j) {
+        row[i][j] -= mean;
+        total[0] += row[i][j] * row[i][j];
       }
-      block_sums_apart<kWarps>(total, scratch + kWarps);
-      const float factor = rsqrtf(total[0] * shares.inverse_dim + shares.eps);
+    }
+    block_sums_apart<kWarps>(total, scratch + kWarps);
+    const float factor = rsqrtf(total[0] * shares.inverse_dim + shares.eps);
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        if (!columns.inside[i]) continue;
-        float scales[kWidth], shifts[kWidth];
-        scale.get(i, 1.0f, scales);
-        shift.get(i, 0.0f, shifts);
+    for (int i = 0; i < kVectors; ++i) {
+      if (!columns.inside[i]) continue;
+      float scales[kWidth], shifts[kWidth];
+      scale.get(i, 1.0f, scales);
+      shift.get(i, 0.0f, shifts);
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) row[i][j] = row[i][j] * factor * scales[j] + shifts[j];
-        store_vector(out.row + columns.step(i), row[i]);
-      }
+      for (int j = 0; j < kWidth; ++j) row[i][j] = row[i][j] * factor * scales[j] + shifts[j];
+      store_vector(out.row + columns.step(i), row[i]);
     }
     if (!leaves) {
       if constexpr (Gate) residual.step(args.residual);
-      if constexpr (Norm) out.step(args.out);
+      out.step(args.out);
     } else if (more) {
       place_targets();
     }
@@ -217,8 +242,8 @@ bool launch_rows(const ModulateArgs& args, cudaStream_t stream) {
       const TokenShares shares(args.batch * args.tokens, most, kForwardShare);
       launch("modulate_forward", kernel, unsigned(shares.blocks), threads, bytes, stream, args, Shares(shares, args));
     };
-    if (args.y.data == nullptr) return run(row_kernel<X, L, false, true>);
-    return args.out.data ? run(row_kernel<X, L, true, true>) : run(row_kernel<X, L, true, false>);
+    if (args.out.data) return args.y.data ? run(row_kernel<X, L, true>) : run(row_kernel<X, L, false>);
+    launch("modulate_forward", gate_kernel<X, L>, unsigned(args.batch * args.tokens), threads, 0, stream, args);
   });
 }
 
