@@ -60,9 +60,11 @@ def test_absorption_is_exact(qk_norm, absorb):
     want = written_out(module, x, tokens)
     assert error(module(x, S, tokens, absorb=absorb), want) < 1e-13
     memory = module.memory(tokens, absorb)
-    plain = (B, F, A, HEADS, DIM // HEADS)
-    assert memory.v.shape == (plain if absorb == "none" else (B, F, HEADS * A, DIM))
-    assert memory.k.shape == ((B, F, DIM, HEADS * A) if absorb == "full" else plain)
+    plain, kept = (B, F, A, HEADS, DIM // HEADS), -(-HEADS * A // 8) * 8
+    assert memory.v.shape == (plain if absorb == "none" else (B, F, kept, DIM))
+    assert memory.k.shape == ((B, F, DIM, kept) if absorb == "full" else plain)
+    if absorb != "none":
+        assert not memory.v[:, :, HEADS * A :].any()
     assert error(module(x, S, memory=memory), want) < 1e-13
 
 

@@ -74,7 +74,7 @@ def test_no_tokens_are_no_problem(offset: int) -> None:
 def test_opcheck_and_compile() -> None:
     given = draw(torch.float32)
     arguments = [given[name] for name in ("x", "weight", "bias", "gate", "mask", "residual")]
-    torch.library.opcheck(torch.ops.talkingdit.frame_linear, (*arguments, S, 0))
+    torch.library.opcheck(torch.ops.talkingdit.frame_linear, (*arguments, S, 0, "auto"))
     compiled = torch.compile(ops.frame_linear, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(tokens_per_frame=S, **given), ops.frame_linear(tokens_per_frame=S, **given))
 

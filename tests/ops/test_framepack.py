@@ -176,7 +176,7 @@ def test_opcheck_and_compile() -> None:
     inputs = [x.requires_grad_() for x in tensors_of(latents, buckets)]
     weights = [b.weight for b in buckets]
     biases = [torch.empty(0) if b.bias is None else b.bias for b in buckets]
-    options = ([6, 0, 0, 1, 2, 3, 4, 5, 6], [3, 2, 4], [k for kernel in KERNELS for k in kernel], 2)
+    options = ([6, 0, 0, 1, 2, 3, 4, 5, 6], [3, 2, 4], [k for kernel in KERNELS for k in kernel], 2, "auto")
     torch.library.opcheck(torch.ops.talkingdit.framepack, (latents, weights, biases, *options))
 
     def function(latents: Tensor, *rest: Tensor) -> Tensor:
