@@ -184,6 +184,7 @@ struct Product {
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
   static_assert(std::is_void_v<typename Epilogue::Source> || !std::is_same_v<CollectiveEpilogue, BuiltEpilogue>);
+  static_assert(Kernel::SharedStorageSize <= 227 * 1024, "what a block of compute capability 9.0 has");
   static_assert(CollectiveMainloop::DispatchPolicy::Stages >= 4, "too few tiles on their way");
   static_assert(Kernel::MaxThreadsPerBlock == 384, "two groups of warps that multiply, and one that loads");
   static_assert(sizeof(typename Gemm::Params) <= 4096, "kernel arguments must fit the constant bank");

@@ -98,7 +98,7 @@ def check_kernel(op: str, kernel: str, device: torch.device) -> None:
 @lru_cache(maxsize=64)
 def ready(device: torch.device) -> bool:
     """Is this a GPU that "cutlass" was built for?"""
-    if not native.build_info().get("cutlass", False) or device.type != "cuda":
+    if device.type != "cuda" or not native.build_info().get("cutlass", False):
         return False
     return torch.cuda.get_device_capability(device) == (9, 0)
 
