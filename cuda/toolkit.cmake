@@ -47,12 +47,13 @@ function(td_choose_cuda choice archs)
 endfunction()
 
 # Are kernels with Hopper-only instructions (cuda/sm90a, which need CUTLASS) built? Yes if Hopper is among the
-# architectures. native: what "native" means on this machine, as CMAKE_CUDA_ARCHITECTURES_NATIVE. setup.py asks the same.
-function(td_builds_sm90a archs native out)
+# architectures. native_archs: what "native" means on this machine, as CMAKE_CUDA_ARCHITECTURES_NATIVE. setup.py asks
+# the same.
+function(td_builds_sm90a archs native_archs out)
   set(${out} OFF PARENT_SCOPE)
   foreach(arch IN LISTS archs)
-    if(arch STREQUAL "native")
-      td_builds_sm90a("${native}" "" found)
+    if(arch MATCHES "^native$")
+      td_builds_sm90a("${native_archs}" "" found)
       if(found)
         set(${out} ON PARENT_SCOPE)
       endif()
