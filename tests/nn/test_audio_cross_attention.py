@@ -68,6 +68,27 @@ def test_absorption_is_exact(qk_norm, absorb):
     assert error(module(x, S, memory=memory), want) < 1e-13
 
 
+def test_weights_of_heads_that_audio_attention_is_fast_for():
+    """They come out of `ops.audio_attention`: values, gradients, shards that cut frames, and bfloat16."""
+    torch.manual_seed(0)
+    module = AudioCrossAttention(DIM, 3, head_dim=32).double()
+    x, tokens = draw()
+    x.requires_grad_()
+    want = written_out(module, x, tokens)
+    found = module(x, S, tokens, absorb="value")
+    assert error(found, want) < 1e-13
+    parameters = [x, *(p for name, p in module.named_parameters() if not name.startswith("k.bias"))]
+    pairs = (torch.autograd.grad(value.sin().sum(), parameters) for value in (found, want))
+    for ours, theirs in zip(*pairs, strict=True):
+        assert error(ours, theirs) < 1e-11
+    memory = module.memory(tokens, "value")
+    shards = [module(x[:, a:b], S, memory=memory, token_offset=a) for a, b in ((0, 4), (4, 16), (16, 21))]
+    torch.testing.assert_close(torch.cat(shards, 1), found)
+    module.bfloat16()
+    with torch.no_grad():
+        assert error(module(x.bfloat16(), S, tokens.bfloat16(), absorb="value").double(), want) < 2e-2
+
+
 @pytest.mark.parametrize("absorb", ["value", "full"])
 def test_gradients_of_absorbed_projections_are_those_of_the_plain_ones(absorb):
     module = build(qk_norm=False)
