@@ -27,7 +27,8 @@ const void* channels(const std::optional<TensorView>& view, const TensorView& a,
                      const char* name) {
   if (!view) return nullptr;
   check_view(*view, 1, kOp, name);
-  check(view->dtype == dtype && view->shape[0] == columns, kOp, ": ", name, " must be [columns], float32, or like a where b is transposed");
+  check(view->dtype == dtype && view->shape[0] == columns, kOp, ": ", name,
+        " must be [columns], float32, or like a where b is transposed");
   check_same_device(a, *view, kOp, name);
   return view->data;
 }

@@ -82,6 +82,6 @@ namespace cuda {
 void framepack_product(const PackProductArgs& args, Stream stream);
 // Writes the patches of all buckets to the workspace, from element `part` on, in the dtype of the latents.
 void framepack_patches(const PackProductArgs& args, Stream stream);
-}
+}  // namespace cuda
 
 }  // namespace td

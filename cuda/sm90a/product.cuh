@@ -9,10 +9,10 @@
 
 #include <cuda_runtime.h>
 #include <cutlass/cutlass.h>
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
-#include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
 #include <stdexcept>
@@ -147,12 +147,12 @@ template <class Collective, int kStages>
 struct WithStages {
   using type = Collective;
 };
-template <int kC, int kD, int kFragment, bool kReuse, bool kDelay, class Tile, class EpilogueTile, class C, class... Rest,
-          int kStages>
-struct WithStages<cutlass::epilogue::collective::CollectiveEpilogue<
-                      cutlass::epilogue::Sm90TmaWarpSpecialized<kC, kD, kFragment, kReuse, kDelay>, Tile, EpilogueTile,
-                      C, Rest...>,
-                  kStages> {
+template <int kC, int kD, int kFragment, bool kReuse, bool kDelay, class Tile, class EpilogueTile, class C,
+          class... Rest, int kStages>
+struct WithStages<
+    cutlass::epilogue::collective::CollectiveEpilogue<
+        cutlass::epilogue::Sm90TmaWarpSpecialized<kC, kD, kFragment, kReuse, kDelay>, Tile, EpilogueTile, C, Rest...>,
+    kStages> {
   static constexpr int kStagesC = std::is_void_v<C> ? kC : kStages;
   using type = cutlass::epilogue::collective::CollectiveEpilogue<
       cutlass::epilogue::Sm90TmaWarpSpecialized<kStagesC, kD, kFragment, kReuse, kDelay>, Tile, EpilogueTile, C,

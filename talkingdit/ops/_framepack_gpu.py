@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """framepack on a GPU: a matrix product per bucket, all of them in one launch, and no patches in memory.
 
-Forward there is a second way, for Hopper: patches are written down in one launch and multiplied by CUTLASS, a launch per
-bucket and sample. They are a few megabytes, far less than the weights.
+Forward there is a second way, for Hopper: patches are written down in one launch and multiplied by CUTLASS, a launch
+per bucket and sample. They are a few megabytes, far less than the weights.
 """
 
 from __future__ import annotations

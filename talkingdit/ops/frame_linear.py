@@ -138,9 +138,7 @@ def _fake(  # type: ignore[no-untyped-def]
 
 
 _op = register(f"frame_linear({_ARGS}, str kernel) -> Tensor", _forward, _fake)
-_op_out = register(
-    f"frame_linear_out({_ARGS}, bool add, Tensor(a!) out, str kernel) -> ()", _run, lambda *_: None
-)
+_op_out = register(f"frame_linear_out({_ARGS}, bool add, Tensor(a!) out, str kernel) -> ()", _run, lambda *_: None)
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
@@ -269,8 +267,8 @@ def frame_linear(
         residual: [B, N, dim], in the dtype of x or float32.
         token_offset: place of ``x[:, 0]`` in the whole sequence, for a contiguous shard.
         out: preallocated result, may be ``residual``.
-        kernel: which one computes it on a GPU, "auto", "general" or "cutlass". The last one needs bfloat16 x and weight,
-            a GPU of compute capability 9.0, and a result and residual whose rows are aligned to 16 bytes.
+        kernel: which one computes it on a GPU, "auto", "general" or "cutlass". The last one needs bfloat16 x and
+            weight, a GPU of compute capability 9.0, and a result and residual whose rows are aligned to 16 bytes.
 
     Returns:
         [B, N, dim] in the dtype of the residual, or of x where there is none.

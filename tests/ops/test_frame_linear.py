@@ -174,7 +174,7 @@ def test_cuda_kernels_agree_with_float64(kernel: str, stream: torch.dtype, size:
 @pytest.mark.cuda
 @pytest.mark.parametrize("kernel", ["general", "cutlass"])
 def test_cuda_kernels_take_parts_of_larger_tensors_and_graphs_capture_them(kernel: str) -> None:
-    """Columns of wider operands and part of a longer stream, the rest of which stays as it is; replayed on new input."""
+    """Columns of wider operands and part of a longer stream, whose rest stays as it is; replayed on new input."""
     needs(kernel)
     given = sized(torch.bfloat16, 2, 384, 3, 72, 200)
     place = {"tokens_per_frame": 128}

@@ -42,7 +42,7 @@ class Hopper:
         result: Tensor,
         b_transposed: bool,
     ) -> None:
-        with pytest.raises(RuntimeError, match="sm90_product: this build has no kernels for compute capability 9.0"):
+        with pytest.raises(RuntimeError, match=r"sm90_product: this build has no kernels for compute capability 9\.0"):
             self.module.sm90_product(a, b, bias, gate, mask, residual, result, b_transposed)
         self.batches.append(a.shape[0])
         value = a.double() @ (b.double().mT if b_transposed else b.double())
@@ -185,14 +185,16 @@ def test_what_was_measured_decides(hopper: Hopper, device: Device, monkeypatch: 
 
 def test_what_cutlass_needs_is_said(hopper: Hopper, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {name: device.put(value) for name, value in draw(1, 8, 2, 16, 12).items()}
-    with pytest.raises(ValueError, match="frame_linear: kernel 'cutlass' needs results and residuals whose rows are al"):
+    with pytest.raises(
+        ValueError, match="frame_linear: kernel 'cutlass' needs results and residuals whose rows are al"
+    ):
         ops.frame_linear(**given, tokens_per_frame=4, kernel="cutlass")
     half = {name: value.half() for name, value in given.items()}
-    with pytest.raises(ValueError, match="kernel 'cutlass' needs bfloat16, got torch.float16, torch.float16"):
+    with pytest.raises(ValueError, match=r"kernel 'cutlass' needs bfloat16, got torch\.float16, torch\.float16"):
         ops.frame_linear(**half, tokens_per_frame=4, kernel="cutlass")
     latents = device.put(torch.randn(1, 8, 1, 4, 4).bfloat16())
     with pytest.raises(ValueError, match="framepack: kernel 'cutlass' needs a weight in every bucket"):
         ops.framepack(latents, [ops.Bucket([0], (1, 2, 2))], kernel="cutlass")
     monkeypatch.setattr(_matrix_kernels, "ready", lambda device: False)
-    with pytest.raises(ValueError, match="needs a GPU of compute capability 9.0 and a build with its kernels"):
+    with pytest.raises(ValueError, match=r"needs a GPU of compute capability 9\.0 and a build with its kernels"):
         ops.frame_linear(**given, tokens_per_frame=4, kernel="cutlass")
