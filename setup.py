@@ -2,8 +2,8 @@
 """The build backend: scikit-build-core, plus one build requirement that depends on the machine.
 
 ``pip install .`` calls the functions here (PEP 517; pyproject.toml names this file). CUTLASS headers come from the
-``nvidia-cutlass`` wheel, which is asked for only when CUDA kernels for Hopper are going to be built (cuda/sm90a): a build
-for the CPU or for other GPUs does not download it.
+``nvidia-cutlass`` wheel, which is asked for only when CUDA kernels for Hopper are going to be built (cuda/sm90a): a
+build for the CPU or for other GPUs does not download it.
 """
 
 from __future__ import annotations
