@@ -11,8 +11,8 @@ model whose m_t depends on the latents asks step by step: `compute`.
 
 from __future__ import annotations
 
-import math
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`generate --step-cache` and `calibrate`: fewer steps computed, nearly the same video, and the same at a threshold of 0."""
+"""`generate --step-cache` and `calibrate`: fewer steps computed, and nearly the same video."""
 
 from __future__ import annotations
 

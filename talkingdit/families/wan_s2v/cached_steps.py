@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,7 @@ def cached_steps(
     """
     if recorder is not None:
         inputs = model.step_inputs(timesteps)
-        changes = [float(relative_change(now, before)) for before, now in zip(inputs, inputs[1:], strict=False)]
+        changes = [float(relative_change(now, before)) for before, now in pairwise(inputs)]
         return CachedSteps(branches, changes=changes, recorder=recorder)
     if not threshold:
         return CachedSteps(branches)
