@@ -78,9 +78,10 @@ struct Terms {
   uint32_t slots;  // to look at
   uint32_t next;   // the first that has not been looked at
   int count;       // terms in shared memory
+  bool whole;      // these are all: no tile needs others
 
   __device__ __forceinline__ Terms(const WindowArgs& arguments, const Frame& f, bool wanted)
-      : args(arguments), frame(f), slots(wanted ? f.slots : 0), next(0), count(0) {
+      : args(arguments), frame(f), slots(wanted ? f.slots : 0), next(0), count(0), whole(false) {
     double values[2] = {};
     for (uint32_t t = threadIdx.x; t < frame.slots; t += kThreads) {
       const Slot slot(args, blockIdx.y, t, frame.rounds);
@@ -104,6 +105,7 @@ struct Terms {
   // Takes the terms that follow, as many as fit.
   __device__ __forceinline__ void fill() {
     __syncthreads();
+    const bool first = next == 0;
     count = 0;
     while (next < slots) {
       const uint32_t t = next + threadIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -133,11 +135,12 @@ struct Terms {
       count += found;
       next += kThreads;
     }
+    whole = first;
   }
 };
 
-// A block computes tiles of one frame: gridDim.x blocks take turns. With U = 1 there may be more terms than fit: every
-// tile goes through all of them in several turns.
+// A block computes tiles of one frame: gridDim.x blocks take turns. With U = 1 there may be more terms than fit: then
+// every tile goes through all of them in several turns.
 template <class X, class P, int V, int U>
 __global__ void __launch_bounds__(kThreads, 3)
     fuse_kernel(const __grid_constant__ WindowArgs args, const __grid_constant__ Frame frame) {
@@ -146,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int64_t l = blockIdx.y;
   if constexpr (U > 1) terms.fill();
   for (uint32_t tile = blockIdx.x; tile < frame.tiles; tile += gridDim.x) {
-    if constexpr (U == 1) terms.next = 0;
+    if (U == 1 && !terms.whole) terms.next = 0;
     C sum[U][V] = {};
     if (args.x) {
       const X* x = static_cast<const X*>(args.x) + l * args.x_strides[1];
@@ -167,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       }
     }
     do {
-      if constexpr (U == 1) terms.fill();
+      if (U == 1 && !terms.whole) terms.fill();
 #pragma unroll 1
       for (int k = 0; k < args.prediction_count; ++k) {
         const int64_t* strides = args.prediction_strides[k];
@@ -230,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int64_t l = blockIdx.y;
   if constexpr (U > 1) terms.fill();
   for (uint32_t tile = blockIdx.x; tile < frame.tiles; tile += gridDim.x) {
-    if constexpr (U == 1) terms.next = 0;
+    if (U == 1 && !terms.whole) terms.next = 0;
     Pack<X, V> grads[U];
     const X* source = static_cast<const X*>(args.out) + l * args.out_strides[1];
 #pragma unroll
@@ -251,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       }
     }
     do {
-      if constexpr (U == 1) terms.fill();
+      if (U == 1 && !terms.whole) terms.fill();
 #pragma unroll 1
       for (int k = 0; k < args.prediction_count; ++k) {
         const int64_t* strides = args.prediction_strides[k];
