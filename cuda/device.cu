@@ -10,8 +10,8 @@ using Context = struct CUctx_st*;
 
 // Functions of the driver, found at run time: the module loads without one.
 struct Driver {
-  int (*current)(Context*);    // cuCtxGetCurrent
-  int (*device)(int*);         // cuCtxGetDevice: that of the current context
+  int (*current)(Context*);      // cuCtxGetCurrent
+  int (*device)(int*);           // cuCtxGetDevice: that of the current context
   int (*make_current)(Context);  // cuCtxSetCurrent
 
   Driver() {

@@ -180,8 +180,8 @@ __global__ void __launch_bounds__(kVectorThreads, 1)
   }
 }
 
-// Any dtypes, sizes and alignment: one block per token, its row in shared memory where there is room for it (Keep), else
-// read again.
+// Any dtypes, sizes and alignment: one block per token, its row in shared memory where there is room for it (Keep),
+// else read again.
 template <class C, bool Keep>
 __global__ void __launch_bounds__(kScalarThreads) scalar_kernel(const __grid_constant__ ModulateArgs args) {
   C* scratch = reinterpret_cast<C*>(dynamic_shared());
@@ -228,8 +228,8 @@ bool launch_rows(const ModulateArgs& args, cudaStream_t stream) {
   const DType layers = args.out.data ? args.out.dtype : args.y.dtype;
   const bool fits = args.dim % kWidth == 0 && row_threads(args.dim, kVectors) <= kVectorThreads && whole(args.x) &&
                     whole(args.y) && whole(args.residual) && whole(args.out) && whole(args.gate) && whole(args.scale) &&
-                    whole(args.shift) && has(args.residual, args.x.dtype) && has(args.y, layers) && walks_in_int(args) &&
-                    (args.y.data == nullptr) == (args.residual.data == nullptr);
+                    whole(args.shift) && has(args.residual, args.x.dtype) && has(args.y, layers) &&
+                    walks_in_int(args) && (args.y.data == nullptr) == (args.residual.data == nullptr);
   if (!fits) return false;
   const int threads = row_threads(args.dim, kVectors);
   return dispatch_stream(args.x.dtype, layers, [&](auto x_tag, auto layer_tag) {

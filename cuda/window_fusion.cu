@@ -296,7 +296,8 @@ bool can_vectorise(const WindowArgs& args, int vector) {
 
 // A block has one tile of a frame, and more where blocks would come in many turns: its terms are worked out once.
 template <class C, class Kernel>
-void launch_frames(const char* op, Kernel kernel, const WindowArgs& args, int vector, int per_thread, cudaStream_t stream) {
+void launch_frames(const char* op, Kernel kernel, const WindowArgs& args, int vector, int per_thread,
+                   cudaStream_t stream) {
   const int64_t row = args.cols / vector, plane = args.rows * row, vectors = args.channels * plane;
   const int64_t tiles = (vectors + kThreads * per_thread - 1) / (kThreads * per_thread);
   if (tiles * kThreads * per_thread > INT32_MAX) {
@@ -307,8 +308,13 @@ void launch_frames(const char* op, Kernel kernel, const WindowArgs& args, int ve
   const size_t bytes = sizeof(Header) + size_t(terms * args.prediction_count) * (sizeof(int64_t) + sizeof(C));
   const int64_t turns = tiles * args.length / (4 * int64_t(resident_blocks(op, kernel, kThreads, bytes, INT32_MAX)));
   const int64_t each = turns < 1 ? 1 : (turns > 8 ? 8 : turns), share = (tiles + each - 1) / each;
-  const Frame frame{uint32_t(vectors), uint32_t(tiles),  FastDiv(uint32_t(plane)), FastDiv(uint32_t(row)),
-                    uint32_t(rounds),  uint32_t(slots), terms};
+  const Frame frame{uint32_t(vectors),
+                    uint32_t(tiles),
+                    FastDiv(uint32_t(plane)),
+                    FastDiv(uint32_t(row)),
+                    uint32_t(rounds),
+                    uint32_t(slots),
+                    terms};
   launch(op, kernel, dim3(unsigned(share), unsigned(args.length)), kThreads, bytes, stream, args, frame);
 }
 
@@ -321,7 +327,8 @@ void dispatch_vectors(const WindowArgs& args, F&& fn) {
     const std::integral_constant<int, V> whole;
     const std::integral_constant<int, 1> one;
     if (!can_vectorise(args, V)) return fn(x_tag, prediction_tag, one, one);
-    fits ? fn(x_tag, prediction_tag, whole, std::integral_constant<int, unroll(V)>()) : fn(x_tag, prediction_tag, whole, one);
+    fits ? fn(x_tag, prediction_tag, whole, std::integral_constant<int, unroll(V)>())
+         : fn(x_tag, prediction_tag, whole, one);
   });
 }
 
@@ -331,7 +338,8 @@ void window_fusion(const WindowArgs& args, cudaStream_t stream) {
   dispatch_vectors(args, [&](auto x_tag, auto prediction_tag, auto vector, auto per_thread) {
     using X = typename decltype(x_tag)::type;
     using P = typename decltype(prediction_tag)::type;
-    launch_frames<compute_t<X>>("window_fusion", fuse_kernel<X, P, vector(), per_thread()>, args, vector(), per_thread(), stream);
+    launch_frames<compute_t<X>>("window_fusion", fuse_kernel<X, P, vector(), per_thread()>, args, vector(),
+                                per_thread(), stream);
   });
 }
 
@@ -339,8 +347,8 @@ void window_fusion_backward(const WindowArgs& args, cudaStream_t stream) {
   dispatch_vectors(args, [&](auto x_tag, auto prediction_tag, auto vector, auto per_thread) {
     using X = typename decltype(x_tag)::type;
     using P = typename decltype(prediction_tag)::type;
-    launch_frames<compute_t<X>>("window_fusion_backward", spread_kernel<X, P, vector(), per_thread()>, args, vector(), per_thread(),
-                                stream);
+    launch_frames<compute_t<X>>("window_fusion_backward", spread_kernel<X, P, vector(), per_thread()>, args, vector(),
+                                per_thread(), stream);
   });
 }
 

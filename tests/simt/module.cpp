@@ -67,9 +67,8 @@ PYBIND11_MODULE(_simt, m) {
       .value("shuffled", simt::Schedule::shuffled);
   m.def("set_schedule", &simt::set_schedule);
   m.def("set_shared_limit", [](int bytes) { simt::shared_limit = bytes; });
-  m.def("set_contexts", [](bool first, bool second, int current) {
-    simt::contexts = simt::Contexts{{first, second}, current};
-  });
+  m.def("set_contexts",
+        [](bool first, bool second, int current) { simt::contexts = simt::Contexts{{first, second}, current}; });
   // Contexts that there are, and the device that is current: while a guard of `device` lives, and afterwards.
   m.def("guard", [](int device) {
     const auto state = [] {
