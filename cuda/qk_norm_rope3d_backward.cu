@@ -18,9 +18,11 @@ struct Tokens {
   }
 };
 
+constexpr int kBackwardLimit = 480;  // told to the compiler: 136 registers, three blocks of 160 threads
+
 // Norm over all heads: a block works on a token, while the next one is on its way to shared memory.
 template <class T, bool Interleaved>
-__global__ void __launch_bounds__(kRowLimit, 1)
+__global__ void __launch_bounds__(kBackwardLimit, 1)
     token_kernel(const __grid_constant__ QkNormRopeGradArgs grads, int64_t share) {
   using U = Unit<T, kFullVector<T>, Interleaved>;
   using C = compute_t<T>;
