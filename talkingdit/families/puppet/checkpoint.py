@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from talkingdit.checkpoints.saving import save_model
 from talkingdit.errors import UserError
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def save_checkpoint(
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     for name, model in (("transformer", transformer), ("vae", vae), ("text_encoder", text_encoder)):
-        model.save_pretrained(root / name)
+        save_model(model, root / name)
     settings.save(root / "pipeline.json")
 
 
