@@ -22,6 +22,7 @@ from typing import Any
 from talkingdit.atomic import write_whole
 from talkingdit.data.manifest import IMAGES, Entry
 from talkingdit.errors import UserError
+from talkingdit.media.opening import open_media
 
 THREADS = 8  # files that are opened at once: most of the time is waiting for a disk
 NEARLY = 1e-6  # frames; times in files are rounded
@@ -53,12 +54,12 @@ def probe(path: Path) -> Media:
     """Look into a video, image or sound file; never raises for what is wrong with it."""
     import av
 
-    if not path.is_file():
+    if not os.path.isfile(path):
         return Media(error=f"{path} does not exist")
     if path.suffix.lower() in IMAGES:
         return _image(path)
     try:
-        with av.open(str(path)) as container:
+        with open_media(path) as container:
             sound = 0.0
             if container.streams.audio:
                 track = container.streams.audio[0]
@@ -157,7 +158,7 @@ class Probes:
     def _media(self, path: Path) -> Media:
         try:
             status = path.stat()
-        except OSError:
+        except (OSError, ValueError):
             return Media(error=f"{path} does not exist")
         stamp = [status.st_size, status.st_mtime_ns]
         name = os.path.relpath(path, self.file.parent)

@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from talkingdit.errors import UserError
-from talkingdit.media.checks import check_writable, existing_file, reason_of
+from talkingdit.media.checks import existing_file, reason_of
+from talkingdit.media.opening import open_media
 from talkingdit.media.sound import SPEECH_RATE, decode_with_av, read_audio, read_track
+from talkingdit.media.targets import check_writable
 from talkingdit.media.writer import VideoWriter
 
 __all__ = ["SPEECH_RATE", "VideoWriter", "check_writable", "read_audio", "read_image", "read_track", "read_video"]
@@ -71,7 +73,7 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | N
 
     source = existing_file(path, "video")
     try:
-        with av.open(str(source)) as container:
+        with open_media(source) as container:
             if not container.streams.video:
                 raise UserError(f"video {str(source)!r}: expected a video, got a file without a video stream")
             stream = container.streams.video[0]
@@ -93,7 +95,7 @@ def _kind(source: Path) -> str:
     import av
 
     try:
-        with av.open(str(source)) as container:
+        with open_media(source) as container:
             # FFmpeg plays text as a terminal, and believes the name of a file that should be an image.
             guessed = container.format.name in ("tty", "image2") or container.format.name.endswith("_pipe")
             if container.streams.video and not guessed:

@@ -14,8 +14,10 @@ import numpy as np
 
 from talkingdit.atomic import WholeFile
 from talkingdit.errors import UserError
-from talkingdit.media.checks import check_writable, existing_file, reason_of
+from talkingdit.media.checks import existing_file, reason_of
+from talkingdit.media.opening import as_target
 from talkingdit.media.sound import SPEECH_RATE, decode_audio
+from talkingdit.media.targets import check_writable
 
 AAC_FRAME = 1024  # samples of one AAC packet, and the encoder's priming
 AAC_RATES = (SPEECH_RATE, 22050, 24000, 32000, 44100, 48000)
@@ -88,7 +90,9 @@ class VideoWriter:
         except OSError as error:
             raise UserError(f"video {str(self.path)!r}: could not be written ({reason_of(error)})") from None
         try:
-            self._container = av.open(str(self._whole.path), "w", format="mp4", options={"movflags": "+faststart"})
+            self._container = av.open(
+                as_target(self._whole.path), "w", format="mp4", options={"movflags": "+faststart"}
+            )
             video = self._container.add_stream("libx264", rate=self._fps)
             video.height, video.width, video.pix_fmt = height, width, "yuv420p"
             video.options = {"crf": str(crf), "preset": "medium"}
