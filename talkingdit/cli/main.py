@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from talkingdit.cli.messages import USER_ERROR, UsageError, interrupted_by_sigterm, tell
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and words[0] in ("-h", "--help"):
             sys.stdout.write(_help())
         else:
+            # What Pillow finds odd in an image that it reads all the same is no news for a person.
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
             with interrupted_by_sigterm():
                 _verb(words)(words[1:])
     except (Exception, KeyboardInterrupt) as error:

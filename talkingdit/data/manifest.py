@@ -49,7 +49,7 @@ COLUMNS = (
     *("video", "audio", "caption", "reference", "pose", "kind", "start", "end", "regions", "outside"),
     *("id", "fps", "frames", "width", "height"),
 )
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
 IMAGE = "image"
 SILENT = "none"
 

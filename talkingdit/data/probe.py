@@ -22,6 +22,7 @@ from typing import Any
 from talkingdit.atomic import write_whole
 from talkingdit.data.manifest import IMAGES, Entry
 from talkingdit.errors import UserError
+from talkingdit.media.image import image_size
 from talkingdit.media.opening import open_media
 
 THREADS = 8  # files that are opened at once: most of the time is waiting for a disk
@@ -85,13 +86,9 @@ def probe(path: Path) -> Media:
 
 
 def _image(path: Path) -> Media:
-    from PIL import ExifTags, Image
-
     try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            width, height = reversed(image.size) if turned else image.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        height, width = image_size(path)
+    except UserError as error:
         return Media(error=f"{path} is not an image ({error})")
     return Media(seconds=1.0, fps=1.0, height=height, width=width)
 
