@@ -256,7 +256,7 @@ def test_very_large_images_are_read_reduced_without_a_warning(
     assert found[20, 15].max() < 60  # a palette is coarse
     assert Image.MAX_IMAGE_PIXELS == 1000
     monkeypatch.setattr(media_image, "LARGEST_IMAGE", 120 * 160 - 1)
-    with pytest.raises(UserError, match="expected at most 0 million pixels, got (160 x 120|120 x 160)"):
+    with pytest.raises(UserError, match=r"expected at most 0 million pixels, got (160 x 120|120 x 160)"):
         read_image(path)
 
 
