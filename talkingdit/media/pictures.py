@@ -2,8 +2,8 @@
 """The pictures of a video: H.264 that every player shows in the same colours, and equal files for equal frames.
 
 Where a width is no multiple of 128, what x264's macroblock tree chooses in its code for AVX-512 depends on what memory
-held before. Its code for AVX2 does not depend on it, and gives what machines without AVX-512 give anyway: nothing is
-lost but a little time (docs/reliability.md).
+held before. Its code for AVX2 does not depend on it, and gives what machines without AVX-512 give anyway
+(docs/reliability.md).
 """
 
 from __future__ import annotations

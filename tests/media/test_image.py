@@ -158,6 +158,22 @@ def test_a_camera_that_says_adobe_in_its_exif(tmp_path: Path) -> None:
     assert off(read_image(tmp_path / "a.jpg"), wanted(flat, ADOBE, 563 / 256)) <= 3
 
 
+@pytest.mark.parametrize("kind", ["avif", "heic"])
+def test_colours_that_a_phone_names_without_a_profile(tmp_path: Path, kind: str) -> None:
+    if kind == "heic":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    path = tmp_path / f"a.{kind}"
+    flat = np.full((64, 64, 3), (90, 180, 60), np.uint8)
+    Image.fromarray(flat).save(path, quality=100, subsampling="4:4:4", chroma=444)
+    head, mark, rest = path.read_bytes().partition(b"colrnclx")
+    assert mark
+    path.write_bytes(head + mark + struct.pack(">HH", 12, 13) + rest[4:])
+    assert off(read_image(path), wanted(flat, P3, None)) <= 8  # compression; as it is, 49
+    path.write_bytes(head + mark + struct.pack(">HH", 9, 18) + rest[4:])
+    with pytest.raises(UserError, match=r"high-range image \(HLG\)"):
+        read_image(path)
+
+
 def test_high_range_is_named(tmp_path: Path) -> None:
     png(tmp_path / "a.png", chart(), cICP=bytes((9, 16, 0, 1)))
     with pytest.raises(UserError, match=r"a\.png.*expected colours of standard range, got a high-range image \(PQ\)"):
