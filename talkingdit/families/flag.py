@@ -82,3 +82,13 @@ class GenerationOptions:
     def files(self) -> dict[str, Path]:
         """The files and folders among the options, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Path)}
+
+
+def check_step_cache(threshold: float) -> None:
+    """Of the families that have one.
+
+    Raises:
+        ValueError: a threshold that is none.
+    """
+    if not 0 <= threshold < float("inf"):
+        raise ValueError(f"generate: step_cache must be a number of at least 0, got {threshold}")

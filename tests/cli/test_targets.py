@@ -160,6 +160,23 @@ def test_two_results_do_not_go_into_one_file(work: Path, checkpoint: Path, capsy
     assert left(work) == {"face.png", "voice.wav", "sheet.png"}
 
 
+def test_a_calibration_takes_no_file_of_others(
+    work: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (work / "voice.json").symlink_to("voice.wav")
+    config = checkpoint / "pipeline.json"
+    before = config.read_bytes(), (work / "voice.wav").read_bytes()
+    for target, said in (
+        ("voice.wav", "ends in .json"),
+        ("voice.json", "expected a file of its own, got the one given as audio"),
+        (str(config), "expected a file of its own, got the one given as checkpoint (pipeline.json)"),
+    ):
+        files = ["--image", "face.png", "--audio", "voice.wav", "-o", target, "--checkpoint", str(checkpoint)]
+        assert main(["calibrate", *files]) == 2
+        assert said in capsys.readouterr().err
+    assert before == (config.read_bytes(), (work / "voice.wav").read_bytes())
+
+
 def test_every_file_among_the_options_counts(tmp_path: Path) -> None:
     from talkingdit.families.wan_s2v.options import Options
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from talkingdit.atomic import write_whole
 from talkingdit.checkpoints.saving import save_model
 from talkingdit.errors import UserError
 
@@ -95,7 +96,7 @@ class PuppetSettings:
         )
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        write_whole(path, (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
 
 
 @dataclass(frozen=True)
