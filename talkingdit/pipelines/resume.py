@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from talkingdit.atomic import PART, whole_file
 from talkingdit.distributed.team import ALONE, Team
 from talkingdit.errors import UserError
+from talkingdit.media.opening import as_target, open_media
 from talkingdit.pipelines.long_video import Carry
 
 Frames = NDArray[np.uint8]
@@ -140,7 +141,7 @@ class ClipStore:
         for index in range(self.finished):
             path = self._clip(index)
             try:
-                with av.open(str(path)) as container:
+                with open_media(path) as container:
                     frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
             except av.FFmpegError as error:
                 raise UserError(f"{path}: damaged; delete {self.folder} to start over.") from error
@@ -220,7 +221,7 @@ class SharedClipStore:
 
 
 def _write_lossless(path: Path, frames: Frames) -> None:
-    with av.open(str(path), "w", format="matroska") as container:
+    with av.open(as_target(path), "w", format="matroska") as container:
         stream = container.add_stream("ffv1", rate=25)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
         for number, pixels in enumerate(frames):
