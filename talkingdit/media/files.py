@@ -14,10 +14,22 @@ import numpy as np
 
 from talkingdit.errors import UserError
 from talkingdit.media.checks import check_writable, existing_file, reason_of
-from talkingdit.media.sound import SPEECH_RATE, decode_with_av, read_audio, read_track
+from talkingdit.media.container import MediaError, NoStreamError, Source
+from talkingdit.media.reader import all_pictures
+from talkingdit.media.sound import SPEECH_RATE, read_audio, read_track, sound_blocks
+from talkingdit.media.timeline import timeline
 from talkingdit.media.writer import VideoWriter
 
-__all__ = ["SPEECH_RATE", "VideoWriter", "check_writable", "read_audio", "read_image", "read_track", "read_video"]
+__all__ = [
+    "SPEECH_RATE",
+    "VideoWriter",
+    "check_writable",
+    "read_audio",
+    "read_image",
+    "read_track",
+    "read_video",
+    "sound_blocks",
+]
 
 LARGEST_IMAGE = 100_000_000  # pixels
 
@@ -58,7 +70,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | None, float, int]:
-    """Read a whole video into memory.
+    """Read a whole video into memory: upright, with square pixels.
 
     Returns:
         frames uint8 [F, H, W, 3] RGB; sound float32 [samples] mono from the time of frame 0 on, or None; frames per
@@ -67,39 +79,36 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | N
     Raises:
         UserError: no such file, or not a video.
     """
-    import av
-
     source = existing_file(path, "video")
     try:
-        with av.open(str(source)) as container:
-            if not container.streams.video:
-                raise UserError(f"video {str(source)!r}: expected a video, got a file without a video stream")
-            stream = container.streams.video[0]
+        with Source(source) as opened:
+            stream = opened.need_pictures()
             fps = float(stream.average_rate or stream.base_rate or 0)
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-            has_sound = bool(container.streams.audio)
-    except av.FFmpegError as error:
+            has_sound = opened.sound is not None
+        frames = list(all_pictures(source))
+        begins = timeline(source).pictures
+    except NoStreamError as error:
+        raise UserError(f"video {str(source)!r}: expected a video, got {error}") from None
+    except MediaError as error:
         raise UserError(
-            f"video {str(source)!r}: expected a video, got a file that cannot be decoded ({reason_of(error)})"
+            f"video {str(source)!r}: expected a video, got a file that cannot be decoded ({error})"
         ) from None
     if not frames:
         raise UserError(f"video {str(source)!r}: expected a video, got a file without frames")
-    audio, rate = decode_with_av(source) if has_sound else (None, 0)
+    audio, rate = read_track(source, begins or 0) if has_sound else (None, 0)
     return np.stack(frames), audio, fps, rate
 
 
 def _kind(source: Path) -> str:
     """What a file that is no image is, as far as FFmpeg can tell."""
-    import av
-
     try:
-        with av.open(str(source)) as container:
+        with Source(source) as opened:
             # FFmpeg plays text as a terminal, and believes the name of a file that should be an image.
-            guessed = container.format.name in ("tty", "image2") or container.format.name.endswith("_pipe")
-            if container.streams.video and not guessed:
+            name = opened.container.format.name
+            if opened.pictures is not None and name not in ("tty", "image2") and not name.endswith("_pipe"):
                 return "a video"
-            if container.streams.audio:
+            if opened.sound is not None:
                 return "a sound file"
-    except (av.FFmpegError, ValueError):
+    except MediaError:
         pass
     return "a file of another kind"
