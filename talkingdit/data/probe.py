@@ -70,7 +70,7 @@ def probe(path: Path) -> Media:
             _, frame = next(timed_pictures(source))
             height, width = Upright(source.pictures).size(frame)
             seconds = held.pictures - line.pictures
-            fps = float(source.pictures.average_rate or source.pictures.base_rate or held.count / seconds)
+            fps = float(source.pictures.average_rate or source.pictures.base_rate or 25)
             return Media(float(seconds), fps, height, width, sound, float(line.pictures))
     except MediaError as error:
         return Media(error=f"{path} cannot be decoded ({error})")

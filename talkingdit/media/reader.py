@@ -136,7 +136,7 @@ def read_pictures(path: str | os.PathLike[str], wanted: Iterable[Fraction]) -> I
     """The pictures of a video that are nearest to some times, the later one of two that are as near.
 
     Decoding begins at the key frame before the first of them, or at the beginning of a file that cannot be searched.
-    Pictures end where the last one has been shown for half a picture's length: there are fewer than wanted then.
+    Pictures end half a picture's length before the last one is over: there are fewer than wanted then.
 
     Args:
         path: a video.
@@ -168,7 +168,7 @@ def read_pictures(path: str | os.PathLike[str], wanted: Iterable[Fraction]) -> I
 def _nearest(
     pictures: Iterator[tuple[Fraction, Any]], wanted: Fraction | None, times: Iterator[Fraction], slack: Fraction
 ) -> Iterator[Any]:
-    """The picture nearest to each time; the last one serves times up to `slack` behind it."""
+    """The picture nearest to each time; the last one serves times up to `slack` before it would end."""
     before: tuple[Fraction, Any] | None = None
     for at, frame in pictures:
         while wanted is not None and at > wanted:
@@ -179,7 +179,10 @@ def _nearest(
         if wanted is None:
             return
         before = (at, frame)
-    while before is not None and wanted is not None and wanted <= before[0] + slack:
+    if before is None:
+        return
+    lasts = (before[1].duration or 0) * before[1].time_base
+    while wanted is not None and wanted <= before[0] + max(slack, lasts - slack):
         yield before[1]
         wanted = next(times, None)
 

@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -85,33 +86,54 @@ def sound_blocks(
     Raises:
         UserError: no such file, empty, not a sound file, or not finite. `MediaWarning`s tell what is damaged.
     """
-    source_path = existing_file(path, "audio")
+    for block in _blocks(path, rate, start, seconds, _mix_of):
+        yield block[:, 0]
+
+
+def channel_blocks(
+    path: str | os.PathLike[str], rate: int | None = None, start: float | Fraction = 0
+) -> Iterator[Samples]:
+    """As `sound_blocks`, all channels of the file: blocks [n, channels]."""
+    return _blocks(path, rate, start, None, _keep_of)
+
+
+def _blocks(
+    path: str | os.PathLike[str],
+    rate: int | None,
+    start: float | Fraction,
+    seconds: float | Fraction | None,
+    mix_of: Callable[[Path, Piece], Mix],
+) -> Iterator[Samples]:
+    file, start = existing_file(path, "audio"), Fraction(start)
+    with _worded(file), Source(file) as source:
+        pieces = _pieces(source, start)
+        first = next(pieces, None)
+        if first is None:
+            return
+        mix, target = mix_of(file, first), first.rate if rate is None else rate
+        runs = _runs(_joined(itertools.chain([first], pieces), _begin(start)), mix)
+        total = 0
+        for block in _cut(_at_rate(runs, target), target, start, seconds):
+            if not np.isfinite(block).all():
+                raise UserError(f"audio {str(file)!r}: expected finite samples, got NaN or infinity")
+            total += len(block)
+            yield block
+        source.tell_broken("sound")
+        if not start and seconds is None:
+            heard = Fraction(total, target) - (timeline(file).sound or 0)
+            compare(source, source.need_sound(), heard, UNEQUAL, "sound")
+
+
+@contextmanager
+def _worded(file: Path) -> Iterator[None]:
+    """Makes what is wrong with a file one sentence for a person."""
     try:
-        with Source(source_path) as source:
-            pieces = _pieces(source, Fraction(start))
-            first = next(pieces, None)
-            if first is None:
-                return
-            mix = _mix_of(source_path, first)
-            runs = _runs(_joined(itertools.chain([first], pieces), _begin(Fraction(start))), mix)
-            target = first.rate if rate is None else rate
-            total = 0
-            for block in _cut(_at_rate(runs, target), target, Fraction(start), seconds):
-                if not np.isfinite(block).all():
-                    raise UserError(f"audio {str(source_path)!r}: expected finite samples, got NaN or infinity")
-                total += len(block)
-                yield block
-            source.tell_broken("sound")
-            if not start and seconds is None:
-                stream = source.need_sound()
-                heard = Fraction(total, target) - (timeline(source_path).sound or 0)
-                compare(source, stream, heard, UNEQUAL, "sound")
+        yield
     except NoStreamError as error:
-        raise UserError(f"audio {str(source_path)!r}: expected a sound file, got {error}") from None
+        raise UserError(f"audio {str(file)!r}: expected a sound file, got {error}") from None
     except MediaError as error:
         raise UserError(
-            f"audio {str(source_path)!r}: expected a WAV, FLAC, MP3 or OGG file, got one that cannot be decoded "
-            f"({error})"
+            f"audio {str(file)!r}: expected a WAV, FLAC, MP3 or OGG file, got one that cannot be decoded ({error})"
         ) from None
 
 
@@ -157,27 +179,72 @@ def read_track(path: str | os.PathLike[str], start: float | Fraction = 0) -> tup
     Raises:
         UserError: as `sound_blocks`.
     """
-    rate = sound_rate(path)
+    rate, _ = sound_form(path)
     return _whole(sound_blocks(path, rate, start)), rate
 
 
-def sound_rate(path: str | os.PathLike[str]) -> int:
-    """Samples per second of a sound file; raises as `sound_blocks`, and where there are none."""
-    source_path = existing_file(path, "audio")
-    try:
-        with Source(source_path) as source:
-            first = next(_pieces(source, Fraction(0)), None)
-    except NoStreamError as error:
-        raise UserError(f"audio {str(source_path)!r}: expected a sound file, got {error}") from None
-    except MediaError as error:
-        raise UserError(f"audio {str(source_path)!r}: expected a sound file, got one that is none ({error})") from None
+def sound_form(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Samples per second and channels of a sound file; raises as `sound_blocks`, and where there are no samples."""
+    file = existing_file(path, "audio")
+    with _worded(file), Source(file) as source:
+        first = next(_pieces(source, Fraction(0)), None)
     if first is None:
-        raise UserError(f"audio {str(source_path)!r}: expected sound, got a file without samples")
-    return first.rate
+        raise UserError(f"audio {str(file)!r}: expected sound, got a file without samples")
+    return first.rate, first.samples.shape[1]
 
 
 def _whole(blocks: Iterator[Samples]) -> Samples:
     return np.concatenate([np.zeros(0, np.float32), *blocks])
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the sound of a file is, after all of it was decoded.
+
+    Args:
+        rate, channels: of all of it, 0 where they change.
+        packet: samples of its packets, but of the first and the last; 0 where they differ.
+        whole: all of it could be decoded, and its clock has neither gaps nor jumps.
+    """
+
+    rate: int
+    channels: int
+    packet: int
+    whole: bool
+
+
+def survey(path: str | os.PathLike[str]) -> Survey:
+    """Decode the sound of a file to see what it is; raises as `sound_blocks`."""
+    file = existing_file(path, "audio")
+    status = file.stat()
+    with _worded(file):
+        return _survey(file, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _survey(path: Path, size: int, changed: int) -> Survey:
+    rates: set[int] = set()
+    channels: set[int] = set()
+    counts: set[int] = set()  # of packets that have one before and one behind them
+    before: int | None = None
+    whole, seen, end = True, False, None
+    with Source(path) as source:
+        times = SoundTimes(source)
+        for packet in source.packets(source.need_sound()):
+            for at, frame in times.decode(packet):
+                whole = whole and (end is None or abs(at - end) <= _slack(frame.samples, frame.sample_rate))
+                end = Fraction(frame.samples, frame.sample_rate) + (at if end is None else end)
+                rates.add(frame.sample_rate)
+                channels.add(frame.layout.nb_channels)
+                counts |= set() if before is None else {before}
+                before = frame.samples if seen else None
+                seen = True
+        whole = whole and not source.broken and not source.clock.jumps
+    return Survey(_only(rates), _only(channels), _only(counts), whole)
+
+
+def _only(values: set[int]) -> int:
+    return next(iter(values)) if len(values) == 1 else 0
 
 
 # ---- Decoding --------------------------------------------------------------------------------------------------------
@@ -263,8 +330,7 @@ def _joined(pieces: Iterator[Piece], begin: Fraction) -> Iterator[Piece]:
     for piece in pieces:
         samples, rate = piece.samples, piece.rate
         ahead = piece.at - end
-        slack = min(max(Fraction(3 * len(samples), 4 * rate), SMALLEST_GAP), LARGEST_JITTER)
-        if first or abs(ahead) > slack:
+        if first or abs(ahead) > _slack(len(samples), rate):
             missing = round(ahead * rate)
             for silence in _silence(missing, rate, samples.shape[1]):
                 yield Piece(end, rate, silence)
@@ -276,13 +342,18 @@ def _joined(pieces: Iterator[Piece], begin: Fraction) -> Iterator[Piece]:
             end += Fraction(len(samples), rate)
 
 
+def _slack(samples: int, rate: int) -> Fraction:
+    """Seconds by which the clock of a packet may jitter."""
+    return min(max(Fraction(3 * samples, 4 * rate), SMALLEST_GAP), LARGEST_JITTER)
+
+
 def _silence(count: int, rate: int, channels: int) -> Iterator[Samples]:
     for at in range(0, count, rate):
         yield np.zeros((min(rate, count - at), channels), np.float32)
 
 
 def _runs(pieces: Iterator[Piece], mix: Mix) -> Iterator[tuple[int, Samples]]:
-    """Mono blocks of about a second, and their rates."""
+    """Mixed blocks [n, channels] of about a second, and their rates."""
     parts: list[Samples] = []
     count, rate = 0, 0
     for piece in pieces:
@@ -304,10 +375,14 @@ def _at_rate(runs: Iterator[tuple[int, Samples]], target: int) -> Iterator[Sampl
             continue
         import soxr
 
-        stream = soxr.ResampleStream(rate, target, 1, dtype="float32")
+        stream = None
         for _, samples in group:
+            if stream is None:
+                channels = samples.shape[1]
+                stream = soxr.ResampleStream(rate, target, channels, dtype="float32")
             yield stream.resample_chunk(samples)
-        yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
+        if stream is not None:
+            yield stream.resample_chunk(np.zeros((0, channels), np.float32), last=True)
 
 
 def _cut(
@@ -336,14 +411,25 @@ def _mix_of(path: Path, first: Piece) -> Mix:
         chosen = _loudest(path, status.st_size, status.st_mtime_ns)
 
     def mix(samples: Samples) -> Samples:
-        channels = samples.shape[1]
-        return samples[:, 0] if channels == 1 else _mean(samples) if chosen is None else samples[:, chosen % channels]
+        if chosen is None or samples.shape[1] == 1:
+            return _mean(samples)
+        return samples[:, chosen % samples.shape[1], None]
+
+    return mix
+
+
+def _keep_of(path: Path, first: Piece) -> Mix:
+    """As many channels as the beginning of the file has."""
+    wanted = first.samples.shape[1]
+
+    def mix(samples: Samples) -> Samples:
+        return samples if samples.shape[1] == wanted else _mean(samples).repeat(wanted, axis=1)
 
     return mix
 
 
 def _mean(samples: Samples) -> Samples:
-    return samples.mean(axis=1, dtype=np.float32)
+    return samples if samples.shape[1] == 1 else samples.mean(axis=1, keepdims=True, dtype=np.float32)
 
 
 @lru_cache(maxsize=256)
