@@ -106,12 +106,13 @@ def _blocks(
 ) -> Iterator[Samples]:
     file, start = existing_file(path, "audio"), Fraction(start)
     with _worded(file), Source(file) as source:
-        pieces = _pieces(source, start)
+        begin, pieces = _pieces(source, start)
         first = next(pieces, None)
         if first is None:
             return
         mix, target = mix_of(file, first), first.rate if rate is None else rate
-        runs = _runs(_joined(itertools.chain([first], pieces), _begin(start)), mix)
+        joined = _joined(itertools.chain([first], pieces), begin)
+        runs = _runs(_behind(joined, _begin(start)), mix)
         total = 0
         for block in _cut(_at_rate(runs, target), target, start, seconds):
             if not np.isfinite(block).all():
@@ -187,7 +188,7 @@ def sound_form(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Samples per second and channels of a sound file; raises as `sound_blocks`, and where there are no samples."""
     file = existing_file(path, "audio")
     with _worded(file), Source(file) as source:
-        first = next(_pieces(source, Fraction(0)), None)
+        first = next(_pieces(source, Fraction(0))[1], None)
     if first is None:
         raise UserError(f"audio {str(file)!r}: expected sound, got a file without samples")
     return first.rate, first.samples.shape[1]
@@ -255,8 +256,8 @@ def _begin(start: Fraction) -> Fraction:
     return Fraction(max(0, math.floor(start - EDGE)))
 
 
-def _pieces(source: Source, start: Fraction) -> Iterator[Piece]:
-    """What is decoded, from a little before `start` on."""
+def _pieces(source: Source, start: Fraction) -> tuple[Fraction, Iterator[Piece]]:
+    """What is decoded, and where on the line it is to begin: at 0, or where conversion begins for `start`."""
     import av
 
     source.need_sound()
@@ -269,10 +270,9 @@ def _pieces(source: Source, start: Fraction) -> Iterator[Piece]:
         except av.FFmpegError:
             pieces = None
         if pieces is not None:
-            yield from pieces
-            return
+            return begin, pieces
         source.rewind()
-    yield from _decoded(source, line.origin)
+    return Fraction(0), _decoded(source, line.origin)
 
 
 def _decoded(source: Source, origin: Fraction) -> Iterator[Piece]:
@@ -340,6 +340,16 @@ def _joined(pieces: Iterator[Piece], begin: Fraction) -> Iterator[Piece]:
             first = False
             yield Piece(end, rate, samples)
             end += Fraction(len(samples), rate)
+
+
+def _behind(pieces: Iterator[Piece], begin: Fraction) -> Iterator[Piece]:
+    """What is left of pieces that follow on each other from a time on."""
+    for piece in pieces:
+        before = round((begin - piece.at) * piece.rate)
+        if before <= 0:
+            yield piece
+        elif before < len(piece.samples):
+            yield Piece(begin, piece.rate, piece.samples[before:])
 
 
 def _slack(samples: int, rate: int) -> Fraction:
@@ -441,7 +451,7 @@ def _loudest(path: Path, size: int, changed: int) -> int | None:
     power: Any = 0.0
     mean, heard = 0.0, Fraction(0)
     with Source(path) as source:
-        for piece in _pieces(source, Fraction(0)):
+        for piece in _pieces(source, Fraction(0))[1]:
             if np.abs(piece.samples).max() < SILENCE_PEAK or np.shape(power) not in ((), piece.samples.shape[1:]):
                 continue
             power = power + np.square(piece.samples, dtype=np.float64).sum(axis=0)

@@ -50,13 +50,13 @@ class Length:
         count: pictures.
         pictures: where the last one stops being shown on the line, 0 without any.
         sound: where the sound ends on the line, 0 without sound.
-        jumps: how often its clock starts anew.
+        steady: its clock never starts anew, and it is as long as it states where it states a length.
     """
 
     count: int = 0
     pictures: Fraction = Fraction(0)
     sound: Fraction = Fraction(0)
-    jumps: int = 0
+    steady: bool = True
 
 
 def timeline(path: str | os.PathLike[str]) -> Timeline:
@@ -71,7 +71,7 @@ def length(path: str | os.PathLike[str]) -> Length:
 
 def may_seek(source: Source) -> bool:
     """Can a file be searched by the times of its clock?"""
-    return not source.restarts or not length(source.path).jumps
+    return not source.restarts or length(source.path).steady
 
 
 def _known_by(path: str | os.PathLike[str]) -> tuple[Path, int, int]:
@@ -217,14 +217,14 @@ def _length(path: Path, size: int, changed: int) -> Length:
                     continue  # before the first key frame
                 lasts, count = lasts or step, count + 1
             ends[packet.stream.type] = max(ends[packet.stream.type], at + lasts)
-        found = Length(count, ends["video"], ends["audio"], source.clock.jumps)
+        steady = not source.clock.jumps
         if count:
             stream = source.need_pictures()
-            seconds = found.pictures + line.origin - (stream.start_time or 0) * stream.time_base
-            compare(source, stream, seconds, max(step, UNEQUAL), "pictures")
-        elif found.sound:
-            compare(source, source.sound, found.sound, UNEQUAL, "sound")
-        return found
+            seconds = ends["video"] + line.origin - (stream.start_time or 0) * stream.time_base
+            steady &= compare(source, stream, seconds, max(step, UNEQUAL), "pictures")
+        elif ends["audio"]:
+            steady &= compare(source, source.need_sound(), ends["audio"], UNEQUAL, "sound")
+        return Length(count, ends["video"], ends["audio"], steady)
 
 
 def _from_index(source: Source, line: Timeline, size: int) -> Length | None:
@@ -254,8 +254,8 @@ def _from_index(source: Source, line: Timeline, size: int) -> Length | None:
     return Length(count, ends["video"], ends["audio"])
 
 
-def compare(source: Source, stream: Any, seconds: Fraction, slack: Fraction, what: str) -> None:
-    """Say so where a file states another length than it has, by more than `slack` seconds.
+def compare(source: Source, stream: Any, seconds: Fraction, slack: Fraction, what: str) -> bool:
+    """Does a file have the length that it states, to `slack` seconds? Says so where it does not.
 
     Args:
         stream: whose length it is.
@@ -269,7 +269,9 @@ def compare(source: Source, stream: Any, seconds: Fraction, slack: Fraction, wha
     elif whole and alone:
         stated = Fraction(whole, 1_000_000)
     else:
-        return
+        return True
     begins = (stream.start_time or 0) * stream.time_base  # some count from 0, and not from where they begin
-    if min(abs(stated - seconds), abs(stated - begins - seconds)) > slack:
-        tell(f"{source.path}: states {float(stated):.2f} s, holds {float(seconds):.2f} s of {what}; all of it is used.")
+    if min(abs(stated - seconds), abs(stated - begins - seconds)) <= slack:
+        return True
+    tell(f"{source.path}: states {float(stated):.2f} s, holds {float(seconds):.2f} s of {what}; all of it is used.")
+    return False
