@@ -257,7 +257,7 @@ def _begin(start: Fraction) -> Fraction:
 
 
 def _pieces(source: Source, start: Fraction) -> tuple[Fraction, Iterator[Piece]]:
-    """What is decoded, and where on the line it is to begin: at 0, or where conversion begins for `start`."""
+    """Where on the line what is decoded is to begin, at 0 or a little before a part from `start` on, and what it is."""
     import av
 
     source.need_sound()
@@ -266,11 +266,11 @@ def _pieces(source: Source, start: Fraction) -> tuple[Fraction, Iterator[Piece]]
     if begin > SEEK_MARGIN and may_seek(source):
         try:
             source.seek(line.origin + begin - SEEK_MARGIN, source.need_sound())
-            pieces = _placed(_decoded(source, line.origin), line, begin)
+            placed = _placed(_decoded(source, line.origin), line, begin, source.need_sound().time_base)
         except av.FFmpegError:
-            pieces = None
-        if pieces is not None:
-            return begin, pieces
+            placed = None
+        if placed is not None:
+            return placed
         source.rewind()
     return Fraction(0), _decoded(source, line.origin)
 
@@ -283,28 +283,44 @@ def _decoded(source: Source, origin: Fraction) -> Iterator[Piece]:
                 yield Piece(at - origin, frame.sample_rate, as_floats(frame))
 
 
-def _placed(pieces: Iterator[Piece], line: Timeline, wanted: Fraction) -> Iterator[Piece] | None:
-    """Pieces behind a search, at the samples where they are in the whole; None where that is not known.
+def _placed(
+    pieces: Iterator[Piece], line: Timeline, wanted: Fraction, tick: Fraction
+) -> tuple[Fraction, Iterator[Piece]] | None:
+    """Pieces behind a search, and the place of the first one; None where it is behind `wanted`, or not known exactly.
 
     The clocks of some containers tick in milliseconds. Packets of most codecs are equally long, so that a place is that
-    of the first packet's end and a multiple of this length.
+    of the end of the file's first packet and a multiple of this length.
     """
     settled = list(itertools.islice(pieces, 4))[1:]
     if not settled or settled[0].at > wanted or line.sound is None:
         return None
-    rate = settled[0].rate
-    place = settled[0].at * rate
-    if place.denominator != 1:
-        count = len(settled[0].samples)
-        if any(len(piece.samples) != count for piece in settled[:-1]):
-            return None
-        grid = round(line.sound * rate) + line.first_samples
-        exact = grid + round((place - grid) / count) * count
-        if abs(exact - place) > GRID * rate:
-            return None
-        shift = (exact - place) / rate
-        return (Piece(p.at + shift, p.rate, p.samples) for p in itertools.chain(settled, pieces))
-    return itertools.chain(settled, pieces)
+    first, rate, count = settled[0].at, settled[0].rate, len(settled[0].samples)
+    equal = all(len(piece.samples) == count for piece in settled[:-1])
+    place = exact_place(first * rate, line, rate, count if equal else 0, tick)
+    if place is None:
+        return None
+    shift = Fraction(place, rate) - first
+    moved = (Piece(piece.at + shift, piece.rate, piece.samples) for piece in itertools.chain(settled, pieces))
+    return first + shift, moved
+
+
+def exact_place(near: Fraction, line: Timeline, rate: int, packet: int, tick: Fraction) -> int | None:
+    """The sample at which a packet begins, whose clock may be too coarse to say so; None where it is not known.
+
+    Args:
+        near: the sample by the clock.
+        line: of the file.
+        rate: samples per second.
+        packet: samples of all packets but the first and the last, 0 where they differ.
+        tick: seconds by which the clock goes on.
+    """
+    if tick * rate <= 1 and near.denominator == 1:
+        return int(near)
+    if not packet or line.sound is None:
+        return None
+    grid = round(line.sound * rate) + line.first_samples
+    exact = grid + round((near - grid) / packet) * packet
+    return exact if abs(exact - near) <= GRID * rate else None
 
 
 def as_floats(frame: Any) -> Samples:

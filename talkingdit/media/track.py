@@ -19,7 +19,7 @@ import numpy as np
 from talkingdit.errors import UserError
 from talkingdit.media.checks import existing_file
 from talkingdit.media.container import Source
-from talkingdit.media.sound import GRID, SPEECH_RATE, Samples, Survey, channel_blocks, sound_form, survey
+from talkingdit.media.sound import SPEECH_RATE, Samples, Survey, channel_blocks, exact_place, sound_form, survey
 from talkingdit.media.timeline import timeline
 
 AAC_FRAME = 1024  # samples of one AAC packet, and the encoder's priming
@@ -200,14 +200,10 @@ class CopiedTrack:
 
     def _place(self, packet: Any) -> int:
         """The first sample of a packet, counted from the beginning of the video."""
-        found, line = self._found, self._line
         stamp = packet.pts if packet.pts is not None else packet.dts
-        place = (stamp * packet.time_base - line.origin) * found.rate
-        if found.packet and place.denominator != 1:
-            grid = round((line.sound or 0) * found.rate) + line.first_samples
-            exact = grid + round((place - grid) / found.packet) * found.packet
-            place = Fraction(exact) if abs(exact - place) <= GRID * found.rate else place
-        return round(place) - round(self._skip * found.rate)
+        near = (stamp * packet.time_base - self._line.origin) * self._found.rate
+        exact = exact_place(near, self._line, self._found.rate, self._found.packet, packet.time_base)
+        return (round(near) if exact is None else exact) - round(self._skip * self._found.rate)
 
     def close(self) -> None:
         self._source.close()
