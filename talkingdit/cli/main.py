@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from talkingdit.cli.messages import USER_ERROR, UsageError, tell
+from talkingdit.cli.messages import USER_ERROR, UsageError, media_warnings, tell
 
 __all__ = ["USER_ERROR", "main"]
 
@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and words[0] in ("-h", "--help"):
             sys.stdout.write(_help())
         else:
-            _verb(words)(words[1:])
+            with media_warnings():
+                _verb(words)(words[1:])
     except (Exception, KeyboardInterrupt) as error:
         return tell(error)
     return 0

@@ -6,8 +6,13 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from talkingdit.errors import UserError
+from talkingdit.media.notices import MediaWarning
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -30,6 +35,23 @@ def processes() -> int:
 def warn(sentence: str) -> None:
     """Say what is done differently from what may be expected, or what went wrong."""
     sys.stderr.write(f"talkingdit: {sentence}\n")
+
+
+@contextmanager
+def media_warnings() -> Iterator[None]:
+    """What is told of files that are damaged, and used all the same, becomes sentences of the command."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, MediaWarning):
+            warn(str(message))
+        else:
+            usual(message, category, *place)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", MediaWarning)
+        warnings.showwarning = show
+        yield
 
 
 def tell(error: BaseException) -> int:

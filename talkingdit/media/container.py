@@ -143,7 +143,7 @@ class Source:
         return self._audio
 
     def seek(self, seconds: Fraction, stream: Any) -> None:
-        """Go to a packet at or before a time of the clock, or near it; raises av.FFmpegError where that is impossible."""
+        """Go to a packet at or before a time of the clock, or near it; raises av.FFmpegError where it cannot."""
         self.container.seek(int(seconds / stream.time_base), stream=stream)
         self.clock = Clock(self.restarts)
 

@@ -19,7 +19,8 @@ import numpy as np
 from talkingdit.errors import UserError
 from talkingdit.media.checks import existing_file
 from talkingdit.media.container import Source
-from talkingdit.media.sound import SPEECH_RATE, Samples, Survey, channel_blocks, exact_place, sound_form, survey
+from talkingdit.media.decoding import Samples, Survey, exact_place
+from talkingdit.media.sound import SPEECH_RATE, channel_blocks, sound_form, survey
 from talkingdit.media.timeline import timeline
 
 AAC_FRAME = 1024  # samples of one AAC packet, and the encoder's priming
@@ -66,7 +67,9 @@ def open_track(audio: np.ndarray | str | os.PathLike[str], rate: int, skip: Frac
         return EncodedTrack(channel_blocks(file, target, skip), target, channels)
     samples = np.asarray(audio, dtype=np.float32)
     if samples.ndim != 1 or not samples.size or not np.isfinite(samples).all():
-        raise UserError(f"video {str(video)!r}: audio must be finite [samples] and not empty, got shape {samples.shape}")
+        raise UserError(
+            f"video {str(video)!r}: audio must be finite [samples] and not empty, got shape {samples.shape}"
+        )
     if rate < 1:
         raise UserError(f"video {str(video)!r}: the rate of the audio must be positive, got {rate}")
     target = _aac_rate(rate)

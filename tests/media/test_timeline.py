@@ -119,7 +119,9 @@ def test_lost_sound_is_silence(tmp_path: Path, kind: str) -> None:
     ("name", "codec", "form"), [("v.m4a", "aac", "ipod"), ("v.mka", "aac", None), ("v.ts", "aac", None)]
 )
 @pytest.mark.parametrize("lost", [(1.5, 1.9), (1.5, 1.51)])
-def test_a_gap_of_any_length_moves_nothing(tmp_path: Path, name: str, codec: str, form: str | None, lost: tuple) -> None:
+def test_a_gap_of_any_length_moves_nothing(
+    tmp_path: Path, name: str, codec: str, form: str | None, lost: tuple
+) -> None:
     wave = speech(4, 44100)
     whole = write_sound(tmp_path / f"whole-{name}", wave, 44100, codec, form)
     path = write_sound(tmp_path / name, wave, 44100, codec, form, lost=lost)
@@ -318,7 +320,9 @@ def test_everyone_sees_pictures_upright(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
-@pytest.mark.parametrize(("pixel", "size"), [(Fraction(2), (48, 128)), (Fraction(1, 2), (96, 64)), (Fraction(4, 3), (48, 85))])
+@pytest.mark.parametrize(
+    ("pixel", "size"), [(Fraction(2), (48, 128)), (Fraction(1, 2), (96, 64)), (Fraction(4, 3), (48, 85))]
+)
 def test_pixels_become_square(tmp_path: Path, suffix: str, pixel: Fraction, size: tuple[int, int]) -> None:
     path = quadrants(tmp_path / f"v.{suffix}", pixel)
     for frame in (read_video(path)[0][0], next(read_frames(path, times(0, 0, 1, 25)))):
