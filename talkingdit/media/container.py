@@ -215,6 +215,10 @@ def _first(streams: Any) -> Any | None:
     return (marked or usable or [None])[0]
 
 
+def _is_name(chunk: bytes) -> bool:
+    return all(32 <= byte < 127 for byte in chunk)
+
+
 def wave_options(file: Any) -> dict[str, str]:
     """How a file is to be opened: of a WAV whose data goes on behind its stated end, all is read.
 
@@ -230,7 +234,7 @@ def wave_options(file: Any) -> dict[str, str]:
         while True:
             file.seek(at)
             chunk = file.read(8)
-            if len(chunk) < 8:
+            if len(chunk) < 8 or not _is_name(chunk[:4]):
                 return {}
             at += 8 + int.from_bytes(chunk[4:], "little")
             if chunk[:4] == b"data":
@@ -238,7 +242,7 @@ def wave_options(file: Any) -> dict[str, str]:
             at += at % 2
         file.seek(at + at % 2)
         follows = file.read(8)
-        known = len(follows) == 8 and all(32 <= byte < 127 for byte in follows[:4])
+        known = len(follows) == 8 and _is_name(follows[:4])
         fits = known and file.tell() + int.from_bytes(follows[4:], "little") <= end
         return {} if at + 8 >= end or fits else {"ignore_length": "1"}
     finally:

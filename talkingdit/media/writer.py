@@ -7,7 +7,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np

@@ -265,7 +265,7 @@ def test_a_pose_video_with_sound_is_on_the_line_of_its_voice(tmp_path: Path) -> 
     assert abs(bright / FPS - onset(read_audio(path), 16000)) <= 1 / FPS
 
 
-# ---- Upright, and square -----------------------------------------------------------------------------------------------
+# ---- Upright, and square ---------------------------------------------------------------------------------------------
 
 QUADRANTS = np.array([[30, 90], [150, 220]])
 MATRICES = {  # a, b, c, d of the display matrix, and what becomes of the quadrants
