@@ -19,6 +19,7 @@ from typing import Any
 from talkingdit.media.checks import reason_of
 from talkingdit.media.notices import tell
 
+RESTARTS = 0x0200  # among the flags of a container: AVFMT_TS_DISCONT
 JUMP = 10  # seconds: a clock that may start anew, and is ahead by more, has
 LONGEST_GAP = 3600  # seconds that any other clock is believed to have lost
 OVERLAP = Fraction(1, 20)  # seconds that sound may lie back without its clock having started anew
@@ -99,11 +100,11 @@ class Source:
         try:
             options = wave_options(self._file) if self._options is None else self._options
             options = {"protocol_whitelist": "data"} | options
-            self.container = av.open(self._file, options=options, metadata_errors="ignore")
+            self.container = av.open(self._file, "r", options=options, metadata_errors="ignore")
         except (av.FFmpegError, OSError, ValueError) as error:
             self._file.close()
             raise MediaError(reason_of(error)) from None
-        self.restarts = bool(self.container.format.flags & av.format.Flags.ts_discont.value)
+        self.restarts = bool(self.container.format.flags & RESTARTS)
         self.clock = Clock(self.restarts)
         self._video = _first(self.container.streams.video)
         self._audio = _first(self.container.streams.audio)

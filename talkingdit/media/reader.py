@@ -80,9 +80,9 @@ def _pixel_shape(stream: Any) -> Fraction:
 
 def _turns(frame: Any) -> tuple[bool, bool, bool]:
     """What the display matrix of a picture asks for: rows become columns, left becomes right, top becomes bottom."""
-    import av
+    from av.sidedata.sidedata import Type
 
-    found = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+    found = frame.side_data.get(Type.DISPLAYMATRIX)
     if found is None:
         return False, False, False
     a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(found), np.int32)[:5])
