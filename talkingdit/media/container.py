@@ -70,6 +70,16 @@ class Clock:
             packet.pts = None if packet.pts is None else packet.pts + shift
 
 
+@dataclass(frozen=True)
+class End:
+    """What comes after the last packet of a stream."""
+
+    stream: Any
+    size: int = 0
+    pts: int | None = None
+    dts: int | None = None
+
+
 class Source:
     """A media file, open for reading in a `with` block.
 
@@ -100,10 +110,10 @@ class Source:
         try:
             options = wave_options(self._file) if self._options is None else self._options
             options = {"protocol_whitelist": "data"} | options
-            self.container = av.open(self._file, "r", options=options, metadata_errors="ignore")
-        except (av.FFmpegError, OSError, ValueError) as error:
+            self.container = av.open(self._file, "r", container_options=options, metadata_errors="ignore")
+        except (av.FFmpegError, OSError, ValueError, MediaError) as error:
             self._file.close()
-            raise MediaError(reason_of(error)) from None
+            raise error if isinstance(error, MediaError) else MediaError(reason_of(error)) from None
         self.restarts = bool(self.container.format.flags & RESTARTS)
         self.clock = Clock(self.restarts)
         self._video = _first(self.container.streams.video)
@@ -156,7 +166,7 @@ class Source:
     def packets(self, *wanted: Any) -> Iterator[Any]:
         """The packets of streams in file order, up to the end of the data, their time stamps mended.
 
-        After the last one comes an empty packet for each stream, which makes its decoder give what it holds back.
+        After the last one comes an `End` for each stream, for which its decoder gives what it holds back.
         """
         import av
 
@@ -182,16 +192,14 @@ class Source:
             if packet.stream in wanted:
                 yield packet
         for stream in wanted:
-            last = av.Packet()
-            last.stream, last.time_base = stream, stream.time_base
-            yield last
+            yield End(stream)
 
     def decode(self, packet: Any) -> list[Any]:
         """What a packet's decoder gives for it; nothing, and one more in `broken`, where it cannot be decoded."""
         import av
 
         try:
-            return packet.decode()
+            return packet.decode() if packet.size else packet.stream.decode(None)
         except EOFError:
             return []
         except (av.FFmpegError, ValueError):
@@ -207,12 +215,12 @@ class Source:
 
 def _first(streams: Any) -> Any | None:
     """The stream that players show: the first that is marked as the one, no cover, and known to the library."""
-    import av
+    from av.stream import Disposition
 
-    cover = av.stream.Disposition.attached_pic
+    cover = Disposition.attached_pic
     usable = [s for s in streams if s.codec_context is not None and not s.disposition & cover]
     usable = [s for s in usable if s.type != "audio" or s.rate] or usable
-    marked = [s for s in usable if s.disposition & av.stream.Disposition.default]
+    marked = [s for s in usable if s.disposition & Disposition.default]
     return (marked or usable or [None])[0]
 
 
@@ -225,6 +233,9 @@ def wave_options(file: Any) -> dict[str, str]:
 
     Args:
         file: open for reading; it is left at its beginning.
+
+    Raises:
+        MediaError: there are zeros where its parts should be.
     """
     try:
         head = file.read(12)
@@ -235,6 +246,8 @@ def wave_options(file: Any) -> dict[str, str]:
         while True:
             file.seek(at)
             chunk = file.read(8)
+            if chunk == bytes(8):
+                raise MediaError("a WAV that is not filled in")  # FFmpeg would look at every eight zeros of gigabytes
             if len(chunk) < 8 or not _is_name(chunk[:4]):
                 return {}
             at += 8 + int.from_bytes(chunk[4:], "little")

@@ -158,7 +158,7 @@ def read_pictures(path: str | os.PathLike[str], wanted: Iterable[Fraction]) -> I
         rate = stream.average_rate or stream.base_rate
         slack = Fraction(1, 2) / rate if rate else Fraction(1, 50)
         shown: tuple[Any, Frames] | None = None
-        for frame in _nearest(timed_pictures(source, first), first, times, slack):
+        for frame in _nearest(timed_pictures(source, first), first, times, slack, stream.time_base):
             if shown is None or shown[0] is not frame:
                 shown = frame, upright(frame)
             yield shown[1]
@@ -166,9 +166,20 @@ def read_pictures(path: str | os.PathLike[str], wanted: Iterable[Fraction]) -> I
 
 
 def _nearest(
-    pictures: Iterator[tuple[Fraction, Any]], wanted: Fraction | None, times: Iterator[Fraction], slack: Fraction
+    pictures: Iterator[tuple[Fraction, Any]],
+    wanted: Fraction | None,
+    times: Iterator[Fraction],
+    slack: Fraction,
+    tick: Fraction,
 ) -> Iterator[Any]:
-    """The picture nearest to each time; the last one serves times up to `slack` before it would end."""
+    """The picture nearest to each time; the last one serves times up to `slack` before it would end.
+
+    Args:
+        pictures: with their seconds.
+        wanted, times: the first time, and those behind it.
+        slack: half a picture's length.
+        tick: the unit of pictures' durations, in seconds.
+    """
     before: tuple[Fraction, Any] | None = None
     for at, frame in pictures:
         while wanted is not None and at > wanted:
@@ -181,8 +192,8 @@ def _nearest(
         before = (at, frame)
     if before is None:
         return
-    lasts = (before[1].duration or 0) * before[1].time_base
-    while wanted is not None and wanted <= before[0] + max(slack, lasts - slack):
+    last = (before[1].duration or 0) * tick
+    while wanted is not None and wanted <= before[0] + max(slack, last - slack):
         yield before[1]
         wanted = next(times, None)
 

@@ -144,7 +144,7 @@ class SoundTimes:
         """The frames of sound that a packet brings, with the seconds of their first samples."""
         for frame in self._source.decode(packet):
             if frame.pts is not None:
-                at = Fraction(frame.pts * (frame.time_base or self._stream.time_base))
+                at = Fraction(frame.pts * self._stream.time_base)
             elif self._end is not None:
                 at = self._end
             else:
