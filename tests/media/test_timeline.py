@@ -329,3 +329,17 @@ def test_pixels_become_square(tmp_path: Path, suffix: str, pixel: Fraction, size
         assert frame.shape == (*size, 3)
         assert_seen(frame, QUADRANTS)
     assert (probe(path).height, probe(path).width) == size
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize("fps", [10, 16, 25])
+def test_as_many_frames_are_read_as_are_counted(tmp_path: Path, suffix: str, fps: int) -> None:
+    """Also where the rate changes, and nobody knows how long the last picture is shown."""
+    for number, shown in enumerate((SHOWN["10, then 50 per second"][:60], SHOWN["1.5 s missing"])):
+        greys(tmp_path / f"{number}.{suffix}", shown)
+        (tmp_path / "m.jsonl").write_text(f'{{"video": "{number}.{suffix}", "audio": "none"}}\n')
+        (entry,) = read_manifest(tmp_path / "m.jsonl").entries
+        video, sound = media_of(entry, Probes(tmp_path / "m.jsonl"))
+        count = frames_of(entry, video, sound, fps)
+        assert abs(count - (shown[-1] + 0.02) * fps) <= 1 + 0.1 * fps
+        assert len(list(read_frames(entry.video, times(0, 0, count, fps)))) == count
