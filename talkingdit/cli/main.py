@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from talkingdit.cli.messages import USER_ERROR, UsageError, interrupted_by_sigterm, tell
+from talkingdit.cli.messages import USER_ERROR, UsageError, interrupted_by_sigterm, media_warnings, tell
 
 __all__ = ["USER_ERROR", "main"]
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             # What Pillow finds odd in an image that it reads all the same is no news for a person.
             warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-            with interrupted_by_sigterm():
+            with interrupted_by_sigterm(), media_warnings():
                 _verb(words)(words[1:])
     except (Exception, KeyboardInterrupt) as error:
         return tell(error)

@@ -8,10 +8,13 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from talkingdit.errors import UserError
+from talkingdit.media.notices import MediaWarning
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -56,6 +59,30 @@ def interrupted_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def media_warnings() -> Iterator[None]:
+    """What is told of files that are damaged, and used all the same, becomes sentences of the command."""
+    usual = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, MediaWarning):
+            warn(str(message))
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", MediaWarning)
+        warnings.showwarning = show
+        yield
 
 
 def tell(error: BaseException) -> int:

@@ -8,12 +8,9 @@ sentence.
 
 from __future__ import annotations
 
-import itertools
-import os
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +21,11 @@ from torch import Tensor
 from talkingdit.autoencoders.latents import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from talkingdit.data.manifest import IMAGES, Box
 from talkingdit.errors import UserError
+from talkingdit.media.container import MediaError, NoStreamError
 from talkingdit.media.files import read_image
 from talkingdit.media.framing import fit_image
-from talkingdit.media.opening import open_media
+from talkingdit.media.reader import read_pictures
+from talkingdit.media.timeline import timeline
 
 Frames = NDArray[np.uint8]
 
@@ -38,9 +37,7 @@ def times(start: float, first: int, count: int, fps: int) -> list[Fraction]:
 
 
 def read_frames(path: Path, wanted: Sequence[Fraction]) -> Iterator[Frames]:
-    """The frames of a video that are nearest to some times, upright.
-
-    Decoding begins at the key frame before the first of them, or at the beginning of a file that cannot be searched.
+    """The frames of a video that are nearest to some times, upright and with square pixels.
 
     Args:
         path: a video.
@@ -52,79 +49,20 @@ def read_frames(path: Path, wanted: Sequence[Fraction]) -> Iterator[Frames]:
     Raises:
         UserError: the file does not exist, is no video, is damaged, or ends before the last time.
     """
-    import av
-
-    if not os.path.isfile(path):
+    if not path.is_file():
         raise UserError(f"{path} does not exist.")
     found = 0
     try:
-        with open_media(path) as container:
-            if not container.streams.video:
-                raise UserError(f"{path} has no frames.")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            rate = stream.average_rate or stream.base_rate
-            slack = Fraction(1, 2) / rate if rate else Fraction(1, 50)
-            for frame in _nearest(_timed(container, stream, wanted[0]), wanted, slack):
-                found += 1
-                yield frame
-    except (av.FFmpegError, OSError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = getattr(error, "strerror", None) or str(error)
-        at = float(wanted[min(found, len(wanted) - 1)])
-        raise UserError(f"{path} cannot be decoded at {at:.2f} s ({reason}).") from error
+        begins = timeline(path).pictures
+        for frame in read_pictures(path, (t + (begins or 0) for t in wanted)):
+            found += 1
+            yield frame
+    except NoStreamError:
+        raise UserError(f"{path} has no frames.") from None
+    except MediaError as error:
+        raise UserError(f"{path} cannot be decoded ({error}).") from error
     if found < len(wanted):
         raise UserError(f"{path} ends before {float(wanted[found]):.2f} s.")
-
-
-def _timed(container: Any, stream: Any, start: Fraction) -> Iterator[tuple[Fraction, Any]]:
-    """Frames with their seconds after the first one, from at or before `start` on."""
-    base = stream.time_base
-    origin = Fraction((stream.start_time or 0) * base)
-    if start > 0:
-        container.seek(int((origin + start) / base), stream=stream)
-    frames = container.decode(stream)
-    if start > 0:
-        frame = next(frames, None)
-        if frame is None or frame.pts is None or frame.pts * base - origin > start:
-            container.seek(0)
-            frames = container.decode(stream)
-        else:
-            frames = itertools.chain([frame], frames)
-    for number, frame in enumerate(frames):
-        # Some files carry no times at all; their rate must do.
-        at = Fraction(frame.pts * base) - origin if frame.pts is not None else number / Fraction(stream.average_rate)
-        yield at, frame
-
-
-def _nearest(frames: Iterator[tuple[Fraction, Any]], wanted: Sequence[Fraction], slack: Fraction) -> Iterator[Frames]:
-    """The frame nearest to each time; the last frame serves times up to `slack` behind it."""
-    chosen = 0
-    before: tuple[Fraction, Any] | None = None
-    for at, frame in frames:
-        pixels: Frames | None = None  # of `before`, converted at most once
-        while chosen < len(wanted) and at > wanted[chosen]:
-            if before is None or at - wanted[chosen] <= wanted[chosen] - before[0]:
-                break
-            pixels = _upright(before[1]) if pixels is None else pixels
-            yield pixels
-            chosen += 1
-        if chosen == len(wanted):
-            return
-        before = (at, frame)
-    if before is not None:
-        pixels = None
-        while chosen < len(wanted) and wanted[chosen] <= before[0] + slack:
-            pixels = _upright(before[1]) if pixels is None else pixels
-            yield pixels
-            chosen += 1
-
-
-def _upright(frame: Any) -> Frames:
-    pixels = frame.to_ndarray(format="rgb24")
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4  # counter-clockwise, as numpy turns
-    return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
 
 
 def read_clip(path: Path, wanted: Sequence[Fraction], size: tuple[int, int]) -> Frames:

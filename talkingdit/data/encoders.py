@@ -164,7 +164,7 @@ class Encoders:
     def _encode_speech(self, entry: Entry, video: Media, begin: int, end: int) -> Tensor:
         """Features of frames `begin` .. `end - 1`, from their sound alone."""
         assert self.audio_encoder is not None
-        # In a video file time 0 is that of its first frame.
+        # Times of an entry count from the first frame; its sound may begin earlier.
         source, origin = (entry.video, video.begins) if entry.audio is None else (entry.audio, 0.0)
         fps = self.settings.fps
         waveform = read_audio(source, SPEECH_RATE, origin + entry.start + begin / fps, (end - begin) / fps)

@@ -3,7 +3,7 @@
 
 So a sampler knows the shape of every clip without decoding any, and the second start of a run on a large data set takes
 no longer than reading one file. A line of that file is good as long as size and time of the file that it is about are
-the same; it can be deleted at any time.
+the same; it can be deleted at any time. Lengths are measured: a header is a hint.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from typing import Any
 from talkingdit.atomic import write_whole
 from talkingdit.data.manifest import IMAGES, Entry
 from talkingdit.errors import UserError
+from talkingdit.media.container import MediaError, Source
 from talkingdit.media.image import image_size
-from talkingdit.media.opening import open_media
+from talkingdit.media.reader import Upright, timed_pictures
+from talkingdit.media.timeline import length, timeline
 
 THREADS = 8  # files that are opened at once: most of the time is waiting for a disk
+FORM = 2  # of the rows that are kept; others are of an earlier version, where they meant something else
 NEARLY = 1e-6  # frames; times in files are rounded
 
 
@@ -37,8 +40,8 @@ class Media:
         seconds: of the frames, 0 without any.
         fps: frames per second of the file.
         height, width: upright.
-        sound: seconds of its sound, 0 without any.
-        begins: time of the first frame, where clocks of files do not start at 0.
+        sound: where its sound ends on the time line of the file, in seconds; 0 without any.
+        begins: where the first frame is on the time line, which begins earlier where the sound does.
         error: why it cannot be used, one sentence; the rest means nothing then.
     """
 
@@ -53,36 +56,25 @@ class Media:
 
 def probe(path: Path) -> Media:
     """Look into a video, image or sound file; never raises for what is wrong with it."""
-    import av
-
     if not os.path.isfile(path):
         return Media(error=f"{path} does not exist")
     if path.suffix.lower() in IMAGES:
         return _image(path)
     try:
-        with open_media(path) as container:
-            sound = 0.0
-            if container.streams.audio:
-                track = container.streams.audio[0]
-                sound = _seconds(track.duration, track.time_base, container.duration)
-            if not container.streams.video:
+        with Source(path) as source:
+            line, held = timeline(path), length(path)
+            sound = float(held.sound)
+            if source.pictures is None:
                 return Media(sound=sound) if sound else Media(error=f"{path} has neither frames nor sound")
-            stream = container.streams.video[0]
-            fps = float(stream.average_rate or stream.base_rate or 0)
-            frame = next(container.decode(stream), None)
-            if frame is None:
+            if line.pictures is None or not held.count:
                 return Media(error=f"{path} has no frames")
-            turned = getattr(frame, "rotation", 0) % 180 != 0
-            height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
-            seconds = _seconds(stream.duration, stream.time_base, container.duration)
-            if seconds <= 0 and fps:
-                seconds = stream.frames / fps
-            if not fps or seconds <= 0:
-                return Media(error=f"{path} does not say how long it is")
-            return Media(seconds, fps, height, width, sound, float(frame.time or 0.0))
-    except (av.FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        return Media(error=f"{path} cannot be decoded ({reason})")
+            _, frame = next(timed_pictures(source))
+            height, width = Upright(source.pictures).size(frame)
+            seconds = held.pictures - line.pictures
+            fps = float(source.pictures.average_rate or source.pictures.base_rate or 25)
+            return Media(float(seconds), fps, height, width, sound, float(line.pictures))
+    except MediaError as error:
+        return Media(error=f"{path} cannot be decoded ({error})")
 
 
 def _image(path: Path) -> Media:
@@ -91,13 +83,6 @@ def _image(path: Path) -> Media:
     except UserError as error:
         return Media(error=f"{path} is not an image ({error})")
     return Media(seconds=1.0, fps=1.0, height=height, width=width)
-
-
-def _seconds(duration: int | None, time_base: Any, whole: int | None) -> float:
-    """Of a stream; those that do not say (Matroska, WebM) last as long as the file."""
-    if duration is not None and time_base is not None:
-        return float(duration * time_base)
-    return 0.0 if whole is None else whole / 1e6
 
 
 def frames_of(entry: Entry, video: Media, sound: Media, fps: int) -> int:
@@ -157,7 +142,7 @@ class Probes:
             status = path.stat()
         except (OSError, ValueError):
             return Media(error=f"{path} does not exist")
-        stamp = [status.st_size, status.st_mtime_ns]
+        stamp = [FORM, status.st_size, status.st_mtime_ns]
         name = os.path.relpath(path, self.file.parent)
         row = self._known.get(name)
         if row is not None and row.get("stamp") == stamp:

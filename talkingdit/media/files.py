@@ -12,18 +12,29 @@ import os
 import numpy as np
 
 from talkingdit.errors import UserError
-from talkingdit.media.checks import existing_file, reason_of
+from talkingdit.media.checks import existing_file
+from talkingdit.media.container import MediaError, NoStreamError, Source
 from talkingdit.media.image import read_image
-from talkingdit.media.opening import open_media
-from talkingdit.media.sound import SPEECH_RATE, decode_with_av, read_audio, read_track
+from talkingdit.media.reader import all_pictures
+from talkingdit.media.sound import SPEECH_RATE, read_audio, read_track, sound_blocks
 from talkingdit.media.targets import check_writable
+from talkingdit.media.timeline import timeline
 from talkingdit.media.writer import VideoWriter
 
-__all__ = ["SPEECH_RATE", "VideoWriter", "check_writable", "read_audio", "read_image", "read_track", "read_video"]
+__all__ = [
+    "SPEECH_RATE",
+    "VideoWriter",
+    "check_writable",
+    "read_audio",
+    "read_image",
+    "read_track",
+    "read_video",
+    "sound_blocks",
+]
 
 
 def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | None, float, int]:
-    """Read a whole video into memory.
+    """Read a whole video into memory: upright, with square pixels.
 
     Returns:
         frames uint8 [F, H, W, 3] RGB; sound float32 [samples] mono from the time of frame 0 on, or None; frames per
@@ -32,22 +43,21 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | N
     Raises:
         UserError: no such file, or not a video.
     """
-    import av
-
     source = existing_file(path, "video")
     try:
-        with open_media(source) as container:
-            if not container.streams.video:
-                raise UserError(f"video {str(source)!r}: expected a video, got a file without a video stream")
-            stream = container.streams.video[0]
+        with Source(source) as opened:
+            stream = opened.need_pictures()
             fps = float(stream.average_rate or stream.base_rate or 0)
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-            has_sound = bool(container.streams.audio)
-    except av.FFmpegError as error:
+            has_sound = opened.sound is not None
+        frames = list(all_pictures(source))
+        begins = timeline(source).pictures
+    except NoStreamError as error:
+        raise UserError(f"video {str(source)!r}: expected a video, got {error}") from None
+    except MediaError as error:
         raise UserError(
-            f"video {str(source)!r}: expected a video, got a file that cannot be decoded ({reason_of(error)})"
+            f"video {str(source)!r}: expected a video, got a file that cannot be decoded ({error})"
         ) from None
     if not frames:
         raise UserError(f"video {str(source)!r}: expected a video, got a file without frames")
-    audio, rate = decode_with_av(source) if has_sound else (None, 0)
+    audio, rate = read_track(source, begins or 0) if has_sound else (None, 0)
     return np.stack(frames), audio, fps, rate

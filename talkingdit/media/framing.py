@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The size of a video, and images and pose videos brought to it, as the official program of Wan-S2V does it.
+"""The size of a video, and images and pictures of poses brought to it, as the official program of Wan-S2V does it.
 
 An image keeps its shape as well as sides that are multiples of 64 allow: its shorter side is resized to that of the
 video and the middle is cut out. Where the video is longer than the resized image, the official program fills up with
@@ -9,16 +9,12 @@ black on both sides; `cover` resizes a little more instead, so that nothing is b
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from talkingdit.errors import UserError
-from talkingdit.media.opening import open_media
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,72 +141,3 @@ def fit_pose(frame: Frames, size: tuple[int, int]) -> Tensor:
     (top, above, below), (left, before, behind) = _middle(height, size[0]), _middle(width, size[1])
     video = F.pad(video, (before, behind, above, below))
     return video[0, :, top : top + size[0], left : left + size[1]]
-
-
-class PoseVideo:
-    """A video that shows how the person moves, read as it is needed.
-
-    Args:
-        path: any video file.
-        fps: frames per second of the video to make.
-        official: take every n-th frame, n the nearest to the quotient of both rates, as the official program does;
-            a video of 24, 25 or 30 frames per second then runs too fast. Otherwise the frame nearest in time.
-
-    Raises:
-        UserError: no such file, or not a video.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], fps: float, official: bool = False):
-        import av
-
-        self.path = Path(path)
-        if not os.path.isfile(self.path):
-            raise UserError(f"pose {str(self.path)!r}: expected an existing file, got none of this name.")
-        try:
-            with open_media(self.path) as container:
-                if not container.streams.video:
-                    raise UserError(f"pose {str(self.path)!r}: expected a video, got a file without a video stream.")
-                stream = container.streams.video[0]
-                rate = float(stream.average_rate or stream.base_rate or fps)
-                first = next(container.decode(stream), None)
-        except (av.FFmpegError, OSError) as error:
-            raise UserError(f"pose {str(self.path)!r}: expected a video, got a file that is none.") from error
-        if first is None:
-            raise UserError(f"pose {str(self.path)!r}: expected a video, got a file without frames.")
-        self._ratio = rate / fps
-        self._step = max(1, round(self._ratio)) if official else None
-        self.frames = 0  # read so far
-
-    def _index(self, frame: int) -> int:
-        """Which frame of the file is the given one of the video to make."""
-        return frame * self._step if self._step is not None else math.floor(frame * self._ratio + 0.5)
-
-    def _read(self, first: int) -> Iterator[Frames]:
-        import av
-
-        wanted = first
-        try:
-            with open_media(self.path) as container:
-                for number, frame in enumerate(container.decode(container.streams.video[0])):
-                    while self._index(wanted) == number:
-                        self.frames = wanted = wanted + 1
-                        yield np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
-        except (av.FFmpegError, OSError) as error:
-            raise UserError(f"pose {str(self.path)!r}: cannot be decoded after {wanted} frames.") from error
-
-    def clips(self, frames: int, size: tuple[int, int], first: int = 0) -> Iterator[Tensor]:
-        """Clips of `frames` frames without end, beginning with clip `first`: [1, 3, frames, *size] in -1..1.
-
-        After the end of the file frames are black.
-        """
-        import torch
-
-        source = self._read(first * frames)
-        while True:
-            clip = torch.full((1, 3, frames, *size), -1.0)
-            for i in range(frames):
-                frame = next(source, None)
-                if frame is None:
-                    break
-                clip[0, :, i] = fit_pose(frame, size)
-            yield clip

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from talkingdit.media.files import SPEECH_RATE, VideoWriter, read_track
+from talkingdit.media.files import SPEECH_RATE, VideoWriter
 from talkingdit.media.sheet import preview_sheet, sample_frames
 from talkingdit.pipelines.inputs import Frames, Inputs, Outline
 from talkingdit.pipelines.resume import ClipStore
@@ -38,8 +38,8 @@ def write_video(inputs: Inputs, outline: Outline, store: ClipStore, curves: Prev
     wanted = sample_frames(outline.frames, SHEET_FRAMES)
     chosen: list[Frames] = []
     seen = 0
-    track, rate, sound = _sound(inputs, outline)
-    with VideoWriter(job.output, fps, outline.size, audio=track, rate=rate, upscale=job.upscale) as writer:
+    skip = Fraction(outline.skip, fps)
+    with VideoWriter(job.output, fps, outline.size, job.audio, upscale=job.upscale, skip=skip) as writer:
         for number, frames in enumerate(store.frames()):
             if number == 0 and outline.lead:
                 frames = np.concatenate([frames[:1].repeat(outline.lead, axis=0), frames])
@@ -51,6 +51,8 @@ def write_video(inputs: Inputs, outline: Outline, store: ClipStore, curves: Prev
                     curves.add(frames)
             seen += len(frames)
     if job.sheet is not None:
+        sound = inputs.sound[outline.skip * SPEECH_RATE // fps :]
+        sound = sound if sound.size else np.zeros(1, np.float32)
         preview_sheet(
             np.concatenate(chosen),
             sound,
@@ -61,15 +63,3 @@ def write_video(inputs: Inputs, outline: Outline, store: ClipStore, curves: Prev
             title=job.output.name,
             times=[(int(i) + 0.5) / fps for i in wanted],
         )
-
-
-def _sound(inputs: Inputs, outline: Outline) -> tuple[NDArray[np.float32] | Path, int, NDArray[np.float32]]:
-    """The track of the video, a file or samples at a rate, and the same at 16 kHz for the preview."""
-    if not outline.skip:
-        return inputs.job.audio, SPEECH_RATE, inputs.sound
-    track, rate = read_track(inputs.job.audio)
-    track = track[round(outline.skip * rate / outline.fps) :]
-    sound = inputs.sound[outline.skip * SPEECH_RATE // outline.fps :]
-    if not track.size:
-        return np.zeros(1, np.float32), rate, np.zeros(1, np.float32)
-    return track, rate, sound

@@ -12,7 +12,8 @@ from PIL import Image
 
 from talkingdit.errors import UserError
 from talkingdit.media.files import VideoWriter, read_video
-from talkingdit.media.framing import Frames, PoseVideo, fit_image, fit_portrait, fit_pose, output_size
+from talkingdit.media.framing import Frames, fit_image, fit_portrait, fit_pose, output_size
+from talkingdit.media.pose import PoseVideo
 
 # Height and width of a picture, and of its video within 704*1024, 480*832 and 720*1280 pixels: numbers that
 # get_size_less_than_area of the official program gives.

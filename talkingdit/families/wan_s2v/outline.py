@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.options import Options
 from talkingdit.media.files import SPEECH_RATE
-from talkingdit.media.framing import PoseVideo, fit_image, output_size
+from talkingdit.media.framing import fit_image, output_size
+from talkingdit.media.pose import PoseVideo
 from talkingdit.pipelines.inputs import Inputs, Outline
 from talkingdit.pipelines.solvers import check_solver
 

@@ -32,7 +32,8 @@ from talkingdit.families.wan_s2v import cached_steps
 from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.outline import DROPPED, Details, Sampling
 from talkingdit.media.colour import colours, match_colours
-from talkingdit.media.framing import PoseVideo, fit_image
+from talkingdit.media.framing import fit_image
+from talkingdit.media.pose import PoseVideo
 from talkingdit.pipelines.long_video import Carry, ClipPipeline, GeneratedClip
 from talkingdit.pipelines.parallel import shared_autoencoder
 from talkingdit.pipelines.solvers import flow_solver

@@ -31,7 +31,7 @@ from talkingdit.families.wan_s2v.options import Options
 from talkingdit.families.wan_s2v.outline import Sampling
 from talkingdit.families.wan_s2v.pipeline import WanS2VPipeline
 from talkingdit.media.files import read_audio, read_video
-from talkingdit.media.framing import PoseVideo
+from talkingdit.media.pose import PoseVideo
 from talkingdit.puppets.render import mouth_boxes, render
 from talkingdit.puppets.world import Motion, Scene
 
