@@ -37,11 +37,11 @@ class LoraReport:
 class Loras:
     """The LoRA files of one model.
 
-    Linear layers get adapters beside their weights, in the dtype that they compute in, so that weights may be quantised,
-    cast or offloaded, before or after, and strengths change at once. What has no adapter - norms, biases, convolutions,
-    whole-weight differences - is changed in place, and the original values are kept on the CPU. `merge` does the same
-    with every layer, which is faster to run and takes a copy of the changed weights in host memory, unless it is told
-    not to keep one. Whatever is unloaded leaves the weights bit for bit as they were.
+    Linear layers get adapters beside their weights, in the dtype that they compute in, so that weights may be
+    quantised, cast or offloaded, before or after, and strengths change at once. What has no adapter - norms, biases,
+    convolutions, whole-weight differences - is changed in place, and the original values are kept on the CPU. `merge`
+    does the same with every layer, which is faster to run and takes a copy of the changed weights in host memory,
+    unless it is told not to keep one. Whatever is unloaded leaves the weights bit for bit as they were.
 
     Args:
         model: a diffusers model with native names, `WanS2VModel`. There must be one `Loras` for a model at most.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the keys of LoRA files are spelt: a place in the model, and what of it. docs/lora.md says which trainer writes what.
+"""How the keys of LoRA files are spelt: a place in the model, and what of it. docs/lora.md lists them by trainer.
 
 A place is the name of a module, native or of diffusers, with dots, underscores or both between its parts, behind any
 number of prefixes.
@@ -48,10 +48,7 @@ _ADAPTER = re.compile(r"\.lora_(?:A|B|down|up)\.((?!weight$|bias$)[^.]+)\.(?:wei
 REFUSED = (
     (re.compile(r"\.(dora_scale|lora_magnitude_vector(\..+)?)$"), "DoRA"),
     (re.compile(r"\.(hada_t[12]|lokr_t2|lora_mid\.weight)$"), "a Tucker decomposition"),
-    (
-        re.compile(r"\.(oft_blocks|oft_diag|oft_R|boft_R|vera_lambda_[bd]|[ab][12]\.weight)(\..+)?$"),
-        "OFT, VeRA or GLoRA",
-    ),
+    (re.compile(r"\.(oft_(blocks|diag|R)|boft_R|vera_lambda_[bd]|[ab][12]\.weight)$"), "OFT, VeRA or GLoRA"),
 )
 # Layers of I2V models that Wan-S2V does not have.
 IMAGE = re.compile(r"img_emb|[._](k|v|norm_k)_img|add_[kv]_proj|norm_added_k|image_embedder")
