@@ -1,4 +1,5 @@
 # make demo: install into .venv and make a talking video.   make test: install into .venv-test and run every test.
+# make wheel PYTHON=python3.12: a wheel for another Python or machine (docs/gpu.md).
 PYTHON ?= python3
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 # Without a GPU a torch without CUDA does. Kernels are compiled for the GPU at hand, or for one, to see that they compile.
@@ -11,7 +12,7 @@ PACKAGE := $(NATIVE) $(shell find talkingdit -type f -not -name '*.pyc' -not -na
 ASSETS := talkingdit/puppets/assets
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint wheel clean
 
 demo: .venv/installed
 	.venv/bin/talkingdit generate --image $(ASSETS)/portrait.png --audio $(ASSETS)/voice.flac \
@@ -43,5 +44,8 @@ lint: .venv-test/installed
 	.venv-test/bin/python $(PIP) --editable ".[test,lint]"
 	touch $@
 
+wheel:
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
 clean:
-	rm -rf .venv .venv-test build demo.mp4 demo.png
+	rm -rf .venv .venv-test build dist demo.mp4 demo.png

@@ -29,7 +29,10 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Of the repository, with "-dirty" for uncommitted changes of anything but results; "unknown" without git."""
+    """Of the repository, with "-dirty" for uncommitted changes of anything but results.
+
+    A tree without git says what TALKINGDIT_COMMIT says, or "unknown".
+    """
     try:
         commit = subprocess.check_output(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=_ROOT, text=True, stderr=subprocess.DEVNULL
@@ -38,7 +41,7 @@ def _commit() -> str:
             ["git", "status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!README.md"], cwd=_ROOT, text=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("TALKINGDIT_COMMIT", "unknown")
     return commit + ("-dirty" if changed.strip() else "")
 
 

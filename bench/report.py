@@ -90,7 +90,7 @@ def _rows(group: Sequence[Result], block: bool) -> list[Row]:
         row
         for result in group
         for row in result.get("rows", ())
-        if (result["name"].removesuffix("-compiled") in blocks) == block
+        if (result["name"].removesuffix("-compiled").removesuffix("-more") in blocks) == block
     ]
 
 
