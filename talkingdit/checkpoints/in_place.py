@@ -41,12 +41,13 @@ class InPlace:
         self._originals: dict[str, Tensor] = {}  # kept copies, on the CPU
         self._redirected: dict[Any, str] = {}  # groups on disk that have a changed file, and the path of the first one
 
-    def change(self, names: Iterable[str], value: Value) -> None:
+    def change(self, names: Iterable[str], value: Value, keep: bool = True) -> None:
         """Give these parameters new values, and all others their original ones.
 
         Args:
             names: of parameters.
             value: called with a name and the original value, on the device that has it; any floating dtype.
+            keep: copies of original values that are not kept yet; without them, `forget` must follow.
 
         Raises:
             UserError: the weights wait where they cannot be changed, or the disk is full.
@@ -60,9 +61,10 @@ class InPlace:
                 if group is not None:
                     on_disk.setdefault(group, []).append(name)
                 elif name in wanted:
-                    if name not in self._originals:
-                        self._originals[name] = homes.read(name).detach().to("cpu", copy=True)
-                    homes.write(name, value(name, self._originals[name].to(homes.device(name))))
+                    original = self._originals.get(name, homes.read(name).detach())
+                    if keep and name not in self._originals:
+                        self._originals[name] = original.to("cpu", copy=True)
+                    homes.write(name, value(name, original.to(homes.device(name))))
                 else:
                     homes.write(name, self._originals.pop(name))
             for group in [group for group in self._redirected if group not in on_disk]:

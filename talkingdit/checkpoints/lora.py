@@ -128,7 +128,7 @@ class Loras:
             for file in self._files.values():
                 self._check_plain(file)
             self._merged = True
-            self._apply()
+            self._apply(keep_originals)
         if not keep_originals:
             self._in_place.forget()
             self._final = True
@@ -196,7 +196,7 @@ class Loras:
         whole = all(isinstance(change, Whole) for change in changes)
         return not whole or not _is_plain(self._model.get_parameter(parameter))
 
-    def _apply(self) -> None:
+    def _apply(self, keep_originals: bool = True) -> None:
         """Adapters on the layers that have them, and new values for other parameters."""
         layers: dict[str, list[Part]] = {}
         in_place: dict[str, None] = {}
@@ -215,7 +215,7 @@ class Loras:
                 attach(layer, layers[module], self._model.device)
             else:
                 detach(layer)
-        self._in_place.change(in_place, self._value)
+        self._in_place.change(in_place, self._value, keep_originals)
 
     def _value(self, parameter: str, original: Tensor) -> Tensor:
         value = original.to(torch.float32)

@@ -138,6 +138,7 @@ def read(command: str, about: str, groups: Iterable[Group], argv: Sequence[str])
             raise
         _refuse(command, _without_value(argv, flags.values()))
     given = {name: value for box in vars(found).values() for name, value in vars(box).items()}
+    given |= {name: tuple(given[name]) for name, one in flags.items() if one.flag.many}
     lacking = [one.spelt for name, one in flags.items() if one.required and given[name] is None]
     if lacking:
         _refuse(command, f"the following arguments are required: {', '.join(lacking)}")
@@ -192,11 +193,11 @@ class _Field:
 
     def for_tyro(self) -> tuple[str, Any, Any]:
         """Name, type and default of the field in tyro's dataclass."""
-        from tyro.conf import arg
+        from tyro.conf import UseAppendAction, arg
         from tyro.constructors import PrimitiveConstructorSpec
 
         hint = "(required)" if self.required else ""
-        if self.default not in (None, "") and not self.switch:
+        if self.default not in (None, "", ()) and not self.switch:
             hint = f"(default: {self.flag.write(self.default)})"
         about: Any = arg(help=self.help, help_behavior_hint=hint, aliases=self.flag.also or None)
         if self.switch:
@@ -209,6 +210,8 @@ class _Field:
             is_instance=lambda value: True,
             str_from_instance=lambda value: [str(value)],
         )
+        if self.flag.many:
+            return self.name, UseAppendAction[Annotated[list[Annotated[Any, spec]], about]], self.default
         return self.name, Annotated[Any, spec, about], self.default
 
 
@@ -238,9 +241,15 @@ def _box(group: Group, flags: list[_Field]) -> Any:
     """tyro's dataclass of a group."""
     import tyro
 
-    made = dataclasses.make_dataclass("Box", [one.for_tyro() for one in flags])
+    parts = [(name, kind, _default(default)) for name, kind, default in (one.for_tyro() for one in flags)]
+    made = dataclasses.make_dataclass("Box", parts)
     made.__doc__ = group.about
     return Annotated[made, tyro.conf.arg(name=group.title)]
+
+
+def _default(value: Any) -> Any:
+    """Of a field of tyro's dataclass; a list there is one of its own for each command line."""
+    return dataclasses.field(default_factory=lambda: list(value)) if isinstance(value, tuple) else value
 
 
 def _split(hint: Any) -> tuple[Any, Flag]:

@@ -29,6 +29,7 @@ from talkingdit.autoencoders.streaming import to_frames, to_video
 from talkingdit.autoencoders.tail import lookback
 from talkingdit.distributed.layout import Parallel
 from talkingdit.encoders.log_mel import SpeechFeatures
+from talkingdit.encoders.text import cut_warning
 from talkingdit.families.puppet.options import Options
 from talkingdit.families.puppet.outline import Details, Sampling, clip_frames
 from talkingdit.families.wan_s2v.conditions import WanInputs
@@ -101,9 +102,11 @@ class PuppetPipeline(ClipPipeline):
         self._vae = shared_autoencoder(checkpoint.vae, self.parallel)
 
     def warnings(self, inputs: Inputs, outline: Outline) -> tuple[str, ...]:
-        """Words of the prompt that the model does not know."""
-        unknown = self.checkpoint.text_encoder.unknown_words(inputs.job.prompt)
-        return (f"the prompt has words that this model does not know: {', '.join(unknown)}.",) if unknown else ()
+        """Words of the prompt that the model does not know, and those that it has no room for."""
+        encoder, prompt = self.checkpoint.text_encoder, inputs.job.prompt
+        unknown = encoder.unknown_words(prompt)
+        known = (f"the prompt has words that this model does not know: {', '.join(unknown)}.",) if unknown else ()
+        return (*known, *cut_warning(encoder, prompt))
 
     def encode(self, inputs: Inputs, outline: Outline) -> VideoConditions:
         """Encode what all clips share, from the files of a job."""

@@ -95,6 +95,18 @@ def read_config(source: str | Path, config: Mapping[str, Any] | None = None) -> 
     return configs.complete({**values, **(config or {})}, weights, weights.source)
 
 
+def empty(source: str | Path, config: Mapping[str, Any] | None = None) -> WanS2VModel:
+    """The model that `load` would load from there, without memory: its parameters are on meta.
+
+    Raises:
+        UserError: see `load`.
+    """
+    from talkingdit.families.wan_s2v.model import WanS2VModel
+
+    arguments = read_config(source, config)
+    return build_empty(lambda: WanS2VModel(**arguments), source)
+
+
 def _random(name: str, changes: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int) -> WanS2VModel:
     """Random weights, made on the device in the dtype that they have: a large preset does not fit host memory."""
     from talkingdit.families import preset

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from talkingdit.autoencoders.streaming import FRAMES_PER_LATENT, to_video
 from talkingdit.distributed.layout import Parallel
+from talkingdit.encoders.text import cut_warning
 from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.outline import DROPPED, Details, Sampling
 from talkingdit.media.colour import colours, match_colours
@@ -81,6 +82,17 @@ class WanS2VPipeline(ClipPipeline):
         self.settings = checkpoint.settings
         self.parallel = Parallel() if parallel is None else parallel
         self._vae = shared_autoencoder(checkpoint.vae, self.parallel)
+
+    def warnings(self, inputs: Inputs, outline: Outline) -> tuple[str, ...]:
+        """Words that the text encoder has no room for, and a pose that the model has no layers for."""
+        details: Details = outline.details
+        encoder, sampling = self.checkpoint.text_encoder, details.sampling
+        found = cut_warning(encoder, inputs.job.prompt)
+        if sampling.predictions > 1:
+            found += cut_warning(encoder, sampling.negative_prompt, "the negative prompt")
+        if details.options.pose is not None and self.checkpoint.transformer.cond_encoder is None:
+            found += ("`--pose` has no effect: this checkpoint has no layers for a pose.",)
+        return found
 
     def encode(self, inputs: Inputs, outline: Outline) -> VideoConditions:
         """Encode what all clips share, from the files of a job."""
