@@ -211,7 +211,8 @@ class _Field:
             str_from_instance=lambda value: [str(value)],
         )
         if self.flag.many:
-            return self.name, UseAppendAction[Annotated[list[Annotated[Any, spec]], about]], self.default
+            kind = UseAppendAction[Annotated[list[Annotated[Any, spec]], about]]
+            return self.name, kind, dataclasses.field(default_factory=lambda: list(self.default))
         return self.name, Annotated[Any, spec, about], self.default
 
 
@@ -241,15 +242,9 @@ def _box(group: Group, flags: list[_Field]) -> Any:
     """tyro's dataclass of a group."""
     import tyro
 
-    parts = [(name, kind, _default(default)) for name, kind, default in (one.for_tyro() for one in flags)]
-    made = dataclasses.make_dataclass("Box", parts)
+    made = dataclasses.make_dataclass("Box", [one.for_tyro() for one in flags])
     made.__doc__ = group.about
     return Annotated[made, tyro.conf.arg(name=group.title)]
-
-
-def _default(value: Any) -> Any:
-    """Of a field of tyro's dataclass; a list there is one of its own for each command line."""
-    return dataclasses.field(default_factory=lambda: list(value)) if isinstance(value, tuple) else value
 
 
 def _split(hint: Any) -> tuple[Any, Flag]:
