@@ -157,6 +157,50 @@ def test_the_effect_is_the_same_wherever_weights_wait(
 
 
 @pytest.mark.parametrize("level", ["block", "leaf"])
+def test_with_streams_the_copy_in_host_memory_counts(
+    level: str, changes: dict[str, Any], file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA a parameter is a copy on the card while its layer runs, and after that a copy that stays in host memory.
+
+    This is done here without a card: what is written into the parameter alone is gone after the next use.
+    """
+    from diffusers.hooks.group_offloading import ModuleGroup
+
+    def tensors(group: ModuleGroup) -> list[Tensor]:
+        return [*(p for module in group.modules for p in module.parameters()), *group.parameters]
+
+    def use(change: Callable[[Tensor], Tensor]) -> Callable[[ModuleGroup], None]:
+        def run(group: ModuleGroup) -> None:
+            for tensor in tensors(group):
+                tensor.data = change(group.cpu_param_dict[tensor])
+
+        return run
+
+    monkeypatch.setattr(ModuleGroup, "_init_cpu_param_dict", lambda group: {t: t.data.clone() for t in tensors(group)})
+    monkeypatch.setattr(ModuleGroup, "_onload_from_memory", use(Tensor.clone))
+    monkeypatch.setattr(ModuleGroup, "_offload_to_memory", use(lambda tensor: tensor))
+    plain, wanted = answer(build()), answer(truth(changes, STRENGTH))
+    model = build()
+    offload(level)(model, tmp_path)
+    assert torch.equal(answer(model), plain)
+
+    def fetch_in_advance() -> None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+
+    loras = Loras(model)
+    fetch_in_advance()
+    loras.load(file, strength=STRENGTH)
+    assert distance(answer(model), wanted) < 1e-5
+    fetch_in_advance()
+    loras.merge()
+    assert distance(answer(model), wanted) < 1e-5
+    fetch_in_advance()
+    loras.unload()
+    assert torch.equal(answer(model), plain)
+
+
+@pytest.mark.parametrize("level", ["block", "leaf"])
 def test_merged_for_good_on_disk_and_nothing_of_it_in_the_files_of_other_runs(
     level: str, changes: dict[str, Any], file: Path, tmp_path: Path
 ) -> None:
