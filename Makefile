@@ -6,7 +6,7 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH := $(if $(GPU),torch>=2.10,torch==2.13.0)
 export TALKINGDIT_CUDA_ARCHS ?= $(if $(GPU),native,90a-real)
 
-NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/* cuda/*)
+NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/* cuda/* cuda/*/*)
 NATIVE_CODE := $(shell find csrc cuda tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PACKAGE := $(NATIVE) $(shell find talkingdit -type f -not -name '*.pyc' -not -name '*.so')
 ASSETS := talkingdit/puppets/assets

@@ -187,7 +187,7 @@ def read_counters(job: Job) -> None:
     if tool is None:
         job.skipped = "ncu was not found"
         return
-    which = ["--kernel-name-base", "demangled", "--kernel-name", "regex:td::cuda", "--kernel-id", ":::1"]
+    which = ["--kernel-name-base", "mangled", "--kernel-id", "::regex:2td4cuda:1"]  # ours, the first launch of each
     shape = ["--csv", "--page", "raw", "--log-file", str(job.out / "counters.csv"), "--metrics", ",".join(COUNTERS)]
     command = [tool, "--clock-control", "none", *which, *shape, sys.executable, "-m", "bench.gpu", "--once", "first"]
     result = run_command(command, 0.95 * job.seconds)

@@ -31,8 +31,11 @@ def _cpu_name() -> str:
 def _commit() -> str:
     """Of the repository, with "-dirty" for uncommitted changes of anything but results.
 
-    A tree without git says what TALKINGDIT_COMMIT says, or "unknown".
+    What TALKINGDIT_COMMIT says, where it is set: a tree that was carried elsewhere may have lost its git, or gained
+    another one. "unknown" where neither says it.
     """
+    if stated := os.environ.get("TALKINGDIT_COMMIT"):
+        return stated
     try:
         commit = subprocess.check_output(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=_ROOT, text=True, stderr=subprocess.DEVNULL
@@ -41,7 +44,7 @@ def _commit() -> str:
             ["git", "status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!README.md"], cwd=_ROOT, text=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("TALKINGDIT_COMMIT", "unknown")
+        return "unknown"
     return commit + ("-dirty" if changed.strip() else "")
 
 

@@ -149,7 +149,8 @@ class Family:
         raise UserError(f"{self.title}: there is no {name} for this family.")
 
     checkpoint, load, outline, pipeline = Part[Checkpoint](), Part[Load](), Part[OutlinePart](), Part[Pipeline]()
-    units, cost, clips, train = Part["Units"](), Part["Cost"](), Part["Clips"](), Part["Train"]()
+    units, cost = cast("Part[Units]", Part()), cast("Part[Cost]", Part())
+    clips, train = cast("Part[Clips]", Part()), cast("Part[Train]", Part())
 
     @property
     def presets(self) -> Mapping[str, dict[str, Any]]:
