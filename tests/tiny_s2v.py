@@ -40,6 +40,9 @@ class Words:
     def unknown_words(self, prompt: str) -> list[str]:
         return []
 
+    def left_out_words(self, prompt: str) -> list[str]:
+        return []
+
 
 class Voice:
     """Speech features: loudness of each picture's sound, spread by fixed weights; zero behind the end."""

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from talkingdit.checkpoints.adapters import Part, attach, detach, has_adapters
+from talkingdit.checkpoints.in_place import InPlace
 from talkingdit.checkpoints.lora_files import LoraFile, read_lora
+from talkingdit.checkpoints.lora_parts import Change, Instead, Whole
 from talkingdit.errors import UserError
 
 
@@ -21,35 +23,37 @@ class LoraReport:
     """What a LoRA file did to a model."""
 
     name: str
-    adapted: int  # modules that got an adapter
-    changed: int  # parameters whose values change themselves (norms, biases, convolutions)
+    adapted: int  # layers that got an adapter
+    changed: int  # parameters whose values change themselves (norms, convolutions; after `merge` all)
     ignored: tuple[str, ...]  # keys for the image branch of I2V models
+    left: tuple[str, ...] = ()  # what fits nothing and was left out on demand: sentences
 
     def __str__(self) -> str:
         rest = f", {len(self.ignored)} parts for an image branch left aside" if self.ignored else ""
+        rest += "".join(f"; left out: {sentence}" for sentence in self.left)
         return f"{self.name}: {self.adapted} layers adapted, {self.changed} parameters changed{rest}"
 
 
 class Loras:
     """The LoRA files of one model.
 
-    Linear layers get adapters (PEFT), so that the weights may be quantised or sharded and strengths change at once.
-    What has no adapter - norms, biases, convolutions, whole-weight differences - is changed in place, and the original
-    values are kept on the CPU. `merge` does the same with every layer, which is faster to run and takes a copy of the
-    changed weights in host memory, unless it is told not to keep one. Whatever is unloaded leaves the weights bit for
-    bit as they were.
+    Linear layers get adapters beside their weights, in the dtype that they compute in, so that weights may be
+    quantised, cast or offloaded, before or after, and strengths change at once. What has no adapter - norms, biases,
+    convolutions, whole-weight differences - is changed in place, and the original values are kept on the CPU. `merge`
+    does the same with every layer, which is faster to run and takes a copy of the changed weights in host memory,
+    unless it is told not to keep one. Whatever is unloaded leaves the weights bit for bit as they were.
 
     Args:
         model: a diffusers model with native names, `WanS2VModel`. There must be one `Loras` for a model at most.
     """
 
     def __init__(self, model: Any):
-        if getattr(model, "peft_config", None):
-            raise ValueError("Loras: the model has adapters already; remove them first (unload_lora)")
+        if has_adapters(model):
+            raise ValueError("Loras: the model has adapters already; remove them first (unload, unload_lora)")
         self._model = model
         self._files: dict[str, LoraFile] = {}
         self._strengths: dict[str, float] = {}
-        self._originals: dict[str, Tensor] = {}
+        self._in_place = InPlace(model)
         self._merged = False
         self._final = False  # merged without originals to go back to
 
@@ -62,41 +66,51 @@ class Loras:
     def merged(self) -> bool:
         return self._merged
 
-    def load(self, source: str | Path, name: str | None = None, strength: float = 1.0) -> LoraReport:
+    def load(
+        self, source: str | Path, name: str | None = None, strength: float = 1.0, *, partial: bool = False
+    ) -> LoraReport:
         """Add a file.
 
         Args:
             source: see `read_lora`.
             name: for later calls; default: the file name without its ending.
             strength: factor of all its changes; 0 is none.
+            partial: leave out what fits nothing, instead of refusing the file.
 
         Raises:
             UserError: see `read_lora`; the model is then as it was.
-            ValueError: the name is taken.
+            ValueError: the name is taken, or the strength is not a number.
         """
         name = Path(source).stem.replace(".", "_") if name is None else name
         if not name or "." in name:
             raise ValueError(f"Loras: name must not be empty or have a dot, got {name!r}")
         if name in self._files:
             raise ValueError(f"Loras: there is a LoRA {name!r} already; unload it or choose another name")
+        strength = _number(strength)
         self._check_open()
-        file = read_lora(source, self._model)
-        self._files[name], self._strengths[name] = file, float(strength)
-        if not self._merged:
-            self._attach(name)
-        self._apply()
-        adapters = sum(self._has_adapter(module) for module in file.low_rank)
-        return LoraReport(name, adapters, len(file.low_rank) - adapters + len(file.diffs), file.ignored)
+        file = self._resolved(read_lora(source, self._model, partial))
+        if self._merged:
+            self._check_plain(file)
+        self._files[name], self._strengths[name] = file, strength
+        try:
+            self._apply()
+        except BaseException:
+            del self._files[name], self._strengths[name]
+            self._apply()
+            raise
+        adapted = {self._owner(parameter) for parameter in file.changes if self._has_adapter(parameter)}
+        changed = sum(not self._has_adapter(parameter) for parameter in file.changes)
+        return LoraReport(name, len(adapted), changed, file.ignored, file.left)
 
     def set_strength(self, name: str, strength: float) -> None:
         """Change the strength of one file.
 
         Raises:
-            ValueError: there is no file of this name.
+            ValueError: there is no file of this name, or the strength is not a number.
         """
         self._known(name)
         self._check_open()
-        self._strengths[name] = float(strength)
+        self._strengths[name] = _number(strength)
         self._apply()
 
     def merge(self, keep_originals: bool = True) -> None:
@@ -112,14 +126,11 @@ class Loras:
         self._check_open()
         if not self._merged:
             for file in self._files.values():
-                for module in file.low_rank:
-                    if not _is_plain(self._layer(module).weight):
-                        raise UserError(f"{module}: a LoRA cannot be merged into quantised weights; use it unmerged.")
-            self._detach()
+                self._check_plain(file)
             self._merged = True
-            self._apply()
+            self._apply(keep_originals)
         if not keep_originals:
-            self._originals.clear()
+            self._in_place.forget()
             self._final = True
 
     def unmerge(self) -> None:
@@ -127,9 +138,6 @@ class Loras:
         self._check_open()
         if self._merged:
             self._merged = False
-            self._apply()
-            for name in self._files:
-                self._attach(name)
             self._apply()
 
     def unload(self, name: str | None = None) -> None:
@@ -140,13 +148,8 @@ class Loras:
         """
         names = list(self._files) if name is None else [self._known(name)]
         self._check_open()
-        if not self._merged:
-            self._detach()
         for gone in names:
             del self._files[gone], self._strengths[gone]
-        if not self._merged:
-            for kept in self._files:
-                self._attach(kept)
         self._apply()
 
     def _known(self, name: str) -> str:
@@ -158,69 +161,74 @@ class Loras:
         if self._final:
             raise UserError("LoRAs were merged without keeping the original weights; load the model again.")
 
-    def _layer(self, module: str) -> Any:
-        layer = self._model.get_submodule(module)
-        base = getattr(layer, "base_layer", None)
-        return base if isinstance(base, nn.Module) else layer
+    def _check_plain(self, file: LoraFile) -> None:
+        """Raises: UserError: a layer that the file changes has weights that nothing can be added to."""
+        for name in file.changes:
+            if isinstance(self._layer(name), nn.Linear) and not _is_plain(self._model.get_parameter(name)):
+                module = self._owner(name)
+                raise UserError(f"{module}: a LoRA cannot be merged into quantised weights; use it unmerged.")
 
-    def _has_adapter(self, module: str) -> bool:
-        return not self._merged and isinstance(self._layer(module), nn.Linear)
+    def _resolved(self, file: LoraFile) -> LoraFile:
+        """The file with differences where it has new values."""
 
-    def _attach(self, name: str) -> None:
-        """Adapters for the linear layers of a file."""
-        state: dict[str, Tensor] = {}
-        for module, part in self._files[name].low_rank.items():
-            if self._has_adapter(module):
-                state[f"{module}.lora_A.weight"] = part.down
-                state[f"{module}.lora_B.weight"] = (part.up.float() * part.scale).to(part.up.dtype)
-        if state:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several files are fine
-                self._model.load_lora_adapter(state, prefix=None, adapter_name=name)
+        def difference(name: str, change: Change) -> Change:
+            if not isinstance(change, Instead):
+                return change
+            parameter = self._model.get_parameter(name)
+            if not (_is_plain(parameter) or parameter.dtype.is_floating_point):
+                raise UserError(f"{file.source}: has a new value for {name}, whose weights are quantised.")
+            return Whole(change.delta(self._in_place.original(name).cpu()))
 
-    def _detach(self) -> None:
-        """No adapters on any layer."""
-        if getattr(self._model, "peft_config", None):
-            self._model.unload_lora()
+        changes = {name: tuple(difference(name, change) for change in some) for name, some in file.changes.items()}
+        return LoraFile(file.source, changes, file.ignored, file.left)
 
-    def _apply(self) -> None:
-        """Strengths to adapters, and changed parameters from their originals."""
-        from diffusers.utils.peft_utils import set_weights_and_activate_adapters
+    def _owner(self, parameter: str) -> str:
+        return parameter.rpartition(".")[0]
 
-        attached = [name for name in self._files if name in (getattr(self._model, "peft_config", None) or {})]
-        if attached:
-            set_weights_and_activate_adapters(self._model, attached, [self._strengths[name] for name in attached])
-        changes = {parameter: self._parameter(parameter) for parameter in self._changed()}
-        with torch.no_grad():
-            for name in [name for name in self._originals if name not in changes]:
-                self._parameter(name).copy_(self._originals.pop(name))
-            for name, parameter in changes.items():
-                if name not in self._originals:
-                    self._originals[name] = parameter.detach().to("cpu", copy=True)
-                value = self._originals[name].to(parameter.device, torch.float32)
-                for delta in self._deltas(name, parameter):
-                    value = value + delta
-                parameter.copy_(value)
+    def _layer(self, parameter: str) -> nn.Module:
+        return self._model.get_submodule(self._owner(parameter))
 
-    def _parameter(self, name: str) -> nn.Parameter:
-        module, _, leaf = name.rpartition(".")
-        return getattr(self._layer(module), leaf)
+    def _has_adapter(self, parameter: str) -> bool:
+        """Is a parameter of a linear layer left as it is? Differences are added to it, where its dtype bears that."""
+        if self._merged or not isinstance(self._layer(parameter), nn.Linear):
+            return False
+        changes = [change for file in self._files.values() for change in file.changes.get(parameter, ())]
+        whole = all(isinstance(change, Whole) for change in changes)
+        return not whole or not _is_plain(self._model.get_parameter(parameter))
 
-    def _changed(self) -> list[str]:
-        """Parameters that do not have their original values."""
-        names: dict[str, None] = {}
-        for file in self._files.values():
-            names |= dict.fromkeys(f"{module}.weight" for module in file.low_rank if not self._has_adapter(module))
-            names |= dict.fromkeys(file.diffs)
-        return list(names)
+    def _apply(self, keep_originals: bool = True) -> None:
+        """Adapters on the layers that have them, and new values for other parameters."""
+        layers: dict[str, list[Part]] = {}
+        in_place: dict[str, None] = {}
+        for name, file in self._files.items():
+            of_layer: dict[str, dict[str, tuple[Any, ...]]] = {}
+            for parameter, changes in file.changes.items():
+                module, _, leaf = parameter.rpartition(".")
+                if self._has_adapter(parameter):
+                    of_layer.setdefault(module, {})[leaf] = changes
+                else:
+                    in_place[parameter] = None
+            for module, parts in of_layer.items():
+                layers.setdefault(module, []).append(Part(self._strengths[name], **parts))
+        for module, layer in self._model.named_modules():
+            if module in layers:
+                attach(layer, layers[module], self._model.device)
+            else:
+                detach(layer)
+        self._in_place.change(in_place, self._value, keep_originals)
 
-    def _deltas(self, name: str, parameter: Tensor) -> Iterator[Tensor]:
-        module, _, leaf = name.rpartition(".")
-        for key, file in self._files.items():
-            if leaf == "weight" and module in file.low_rank and not self._has_adapter(module):
-                yield self._strengths[key] * file.low_rank[module].delta(parameter)
-            if name in file.diffs:
-                yield self._strengths[key] * file.diffs[name].to(parameter.device, torch.float32)
+    def _value(self, parameter: str, original: Tensor) -> Tensor:
+        value = original.to(torch.float32)
+        for name, file in self._files.items():
+            for change in file.changes.get(parameter, ()):
+                value = value + self._strengths[name] * change.delta(original)
+        return value
+
+
+def _number(strength: float) -> float:
+    if not math.isfinite(strength):
+        raise ValueError(f"Loras: strength must be a number, got {strength}")
+    return float(strength)
 
 
 def _is_plain(weight: Any) -> bool:

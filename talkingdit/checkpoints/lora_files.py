@@ -1,201 +1,240 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA files in the formats that are passed around for Wan models, read into one form.
+"""LoRA files of every trainer, read into one form: the changes of each weight under its native name.
 
-    blocks.0.self_attn.q.lora_A.weight, .lora_B.weight      PEFT and diffusers, also with diffusers' module names
-    blocks.0.self_attn.q.lora_down.weight, .lora_up.weight, .alpha
-    lora_unet_blocks_0_self_attn_q.lora_down.weight, ...    kohya and musubi
-    blocks.0.norm3.diff, .diff_b                            full changes of a weight or bias, as lightx2v writes them
-
-each also behind a prefix such as diffusion_model. or transformer.
+`lora_names` knows how keys are spelt, `lora_parts` what a change is, `lora_config` what PEFT says beside the file.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from talkingdit.checkpoints.names import to_diffusers, to_native
-from talkingdit.checkpoints.weights import Weights, open_weights, read_json, some
+from talkingdit.checkpoints.lora_config import PeftConfig, read_config, weights_of
+from talkingdit.checkpoints.lora_names import IMAGE, NETWORK, REFUSED, Places, adapter_of, read_key
+from talkingdit.checkpoints.lora_parts import Change, Hadamard, Instead, Kronecker, LowRank, Whole
+from talkingdit.checkpoints.weights import Weights, open_weights, some
 from talkingdit.errors import UserError
-
-PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "lora_unet_", "model.")
-# What a file may say of a module, and what it means here.
-KINDS = {
-    "lora_A.weight": "down",
-    "lora_A.default.weight": "down",
-    "lora_down.weight": "down",
-    "lora_B.weight": "up",
-    "lora_B.default.weight": "up",
-    "lora_up.weight": "up",
-    "alpha": "alpha",
-    "diff": "diff",
-    "diff_b": "diff_b",
-    "lora_B.bias": "diff_b",
-    "diff_m": "diff_m",
-}
-ENDING = re.compile(r"(.+)\.(" + "|".join(re.escape(kind) for kind in sorted(KINDS, key=len, reverse=True)) + r")$")
-PARAMETERS = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
-# Layers of I2V models that Wan-S2V does not have.
-IMAGE = re.compile(r"img_emb|[._](k|v|norm_k)_img|add_[kv]_proj|norm_added_k|image_embedder")
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """A change of one module's weight: scale * up @ down (over the flattened inputs of a convolution)."""
-
-    down: Tensor  # [rank, in, ...]
-    up: Tensor  # [out, rank, ...]
-    scale: float
-
-    def delta(self, weight: Tensor) -> Tensor:
-        """The change of a weight: float32, its shape, on its device."""
-        up, down = (part.to(weight.device, torch.float32).flatten(1) for part in (self.up, self.down))
-        return (self.scale * (up @ down)).reshape(weight.shape)
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA file with its parts under the native names of the model's modules and parameters."""
+    """A LoRA file with its parts under the native names of the model's parameters."""
 
     source: Path
-    low_rank: Mapping[str, LowRank]  # by module
-    diffs: Mapping[str, Tensor]  # by parameter
-    ignored: tuple[str, ...]  # keys for layers of an image branch
+    changes: Mapping[str, tuple[Change, ...]]  # by parameter
+    ignored: tuple[str, ...] = ()  # keys for layers of an image branch
+    left: tuple[str, ...] = ()  # what fits nothing and was left out on demand: sentences
 
 
-def read_lora(source: str | Path, model: nn.Module) -> LoraFile:
+@dataclass
+class _Misfits:
+    """What fits nothing; told at once or at the end."""
+
+    path: Path
+    partial: bool
+    unknown: list[str] = field(default_factory=list)  # keys of layers that the model does not have
+    strange: list[str] = field(default_factory=list)  # keys of a kind that is not known
+    shapes: list[str] = field(default_factory=list)  # sentences
+
+    @property
+    def sentences(self) -> list[str]:
+        found = []
+        if self.strange:
+            found.append(f"has parts of a kind that is not supported: {some(self.strange)}")
+        if self.unknown:
+            found.append(f"has parts for layers that the model does not have: {some(self.unknown)}")
+        return found + self.shapes
+
+    def raise_if_any(self) -> None:
+        if self.sentences and not self.partial:
+            raise UserError(
+                f"{self.path}: {some(self.sentences)}. Nothing of it was applied; `--lora-partial` (partial=True in "
+                "Python) applies what fits."
+            )
+
+
+def read_lora(source: str | Path, model: nn.Module, partial: bool = False) -> LoraFile:
     """Read a LoRA file.
 
     Args:
-        source: a .safetensors file, or a PEFT folder (adapter_config.json, adapter_model.safetensors).
-        model: tells what the modules are called and which shapes they have. It is only read.
+        source: a .safetensors, .pt or .bin file, or a folder of PEFT or diffusers with one.
+        model: tells what parameters are called and which shapes they have. It is only read, and may be on meta.
+        partial: leave out what fits nothing, and say so in `LoraFile.left`.
 
     Raises:
-        UserError: not such a file, an unknown kind of adapter, or parts for modules that the model does not have or
-            of another shape.
+        UserError: not such a file, an adapter that is no sum of matrices (DoRA), matrices that do not belong together
+            or are not finite, or parts that fit nothing in the model.
     """
     path = Path(source)
     if not path.exists():
         raise UserError(f"{path}: there is no such LoRA file or folder.")
-    weights = open_weights(path)
-    scale = _configured_scale(path, weights)
-    modules = {name: module for name, module in model.named_modules() if name and not _is_adapter(name)}
-    modules = {name.replace(".base_layer", ""): _base(module) for name, module in modules.items()}
-    find = _finder(modules)
+    weights = open_weights(weights_of(path))
+    config = read_config(path, weights)
+    misfits = _Misfits(path, partial)
+    places = Places(model)
+    parts, ignored = _sorted_keys(weights, places, misfits)
+    kinds = {what for part in parts.values() for what in part}
+    if not parts and not ignored and not misfits.unknown:
+        said = f" ({some(misfits.strange)})" if misfits.strange else ""
+        raise UserError(f"{path}: not a LoRA file of a kind that is supported{said}.")
+    if parts and kinds <= {"new weight", "new bias"}:
+        raise UserError(f"{path}: holds whole weights and no LoRA; it may be a checkpoint.")
+    misfits.raise_if_any()
+    tensors = _tensors(path, weights, parts)
+    reader = _Reader(path, config, "lokr_factor" in weights.entries, misfits, places.shapes)
+    for owner, part in parts.items():
+        reader.read(owner, {what: tensors[key] for what, key in part.items()})
+    misfits.raise_if_any()
+    if not reader.changes:
+        left = f" ({some(misfits.sentences)})" if misfits.sentences else ""
+        raise UserError(f"{path}: holds nothing for this model{left}.")
+    return LoraFile(path, {name: tuple(c) for name, c in reader.changes.items()}, ignored, tuple(misfits.sentences))
+
+
+def _sorted_keys(
+    weights: Weights, places: Places, misfits: _Misfits
+) -> tuple[dict[str, dict[str, str]], tuple[str, ...]]:
+    """Keys by the module or parameter that they are for and by what they are; and those for an image branch."""
     parts: dict[str, dict[str, str]] = {}
-    ignored, strange, unknown = [], [], []
+    ignored: list[str] = []
+    adapters = {adapter_of(key) for key in weights.entries if ".lora_" in key}
+    if len(adapters) > 1:
+        names = ", ".join(sorted(name or "one without a name" for name in adapters))
+        raise UserError(f"{misfits.path}: holds {len(adapters)} adapters ({names}); keep one in a file.")
     for key in weights.entries:
-        match = ENDING.match(key)
-        if match is None:
-            strange.append(key)
-        elif (module := find(match[1])) is not None:
-            parts.setdefault(module, {})[KINDS[match[2]]] = key
-        elif IMAGE.search(key):
-            ignored.append(key)
-        else:
-            unknown.append(key)
-    if strange:
-        raise UserError(f"{path}: not a LoRA file of a kind that is supported ({some(strange)}).")
-    if unknown:
-        raise UserError(f"{path}: has parts for layers that the model does not have: {some(unknown)}.")
-    return _assemble(path, weights, parts, modules, scale, tuple(ignored))
+        for pattern, kind in REFUSED:
+            if pattern.search(key):
+                raise UserError(f"{misfits.path}: {key} is a part of {kind}, which is not supported.")
+        found = read_key(key)
+        if key in NETWORK:
+            continue
+        if found is None:
+            misfits.strange.append(key)
+            continue
+        owner = places.module(found.place)
+        what = found.what
+        if owner is None and what == "weight" and (owner := places.parameter(found.place)) is not None:
+            what = "parameter"
+        if owner is None:
+            (ignored if IMAGE.search(key) else misfits.unknown).append(key)
+        elif (other := parts.setdefault(owner, {}).setdefault(what, key)) != key:
+            raise UserError(f"{misfits.path}: {other} and {key} are the same part of {owner}.")
+    return parts, tuple(ignored)
 
 
-def _assemble(
-    path: Path,
-    weights: Weights,
-    parts: Mapping[str, Mapping[str, str]],
-    modules: Mapping[str, nn.Module],
-    scale: Callable[[str, int], float],
-    ignored: tuple[str, ...],
-) -> LoraFile:
-    low_rank: dict[str, LowRank] = {}
-    diffs: dict[str, Tensor] = {}
-    tensors = weights.read(key for keys in parts.values() for key in keys.values())
-    for module, keys in parts.items():
-        if ("down" in keys) != ("up" in keys):
-            raise UserError(f"{path}: has only one of the two matrices of {module}.")
-        if "down" in keys:
-            down, up = tensors[keys["down"]], tensors[keys["up"]]
-            rank = down.shape[0]
-            factor = tensors[keys["alpha"]].item() / rank if "alpha" in keys else scale(module, rank)
-            weight = getattr(modules[module], "weight", None)
-            wanted = None if weight is None else (weight.shape[0], math.prod(weight.shape[1:]))
-            if wanted != (up.shape[0], math.prod(down.shape[1:])) or math.prod(up.shape[1:]) != rank:
-                raise UserError(
-                    f"{path}: the matrices of {module} are {list(down.shape)} and {list(up.shape)}, "
-                    f"which does not fit its weight {None if weight is None else list(weight.shape)}."
-                )
-            low_rank[module] = LowRank(down, up, factor)
-        for kind, parameter in PARAMETERS.items():
-            if kind not in keys:
+def _tensors(path: Path, weights: Weights, parts: Mapping[str, Mapping[str, str]]) -> dict[str, Tensor]:
+    tensors = weights.read(key for part in parts.values() for key in part.values())
+    for key, value in tensors.items():
+        if not value.dtype.is_floating_point and not key.endswith(".alpha"):
+            raise UserError(f"{path}: {key} must hold floating point numbers, got {value.dtype}.")
+        if not torch.isfinite(value.float()).all():
+            raise UserError(f"{path}: {key} has values that are not finite; the training went wrong or it is damaged.")
+    return tensors
+
+
+class _Reader:
+    """Makes changes of a module's tensors.
+
+    Args:
+        path: what messages call the file.
+        config: beside it.
+        factor_scale: LoKr as musubi-tuner writes it, which scales a whole second factor by its larger side; LyCORIS
+            scales it by 1.
+        misfits: takes what fits nothing.
+        shapes: of the model's parameters.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: PeftConfig,
+        factor_scale: bool,
+        misfits: _Misfits,
+        shapes: Mapping[str, tuple[int, ...]],
+    ):
+        self.path, self.config, self.factor_scale, self.misfits = path, config, factor_scale, misfits
+        self.shapes = shapes
+        self.changes: dict[str, list[Change]] = {}
+
+    def read(self, owner: str, tensors: Mapping[str, Tensor]) -> None:
+        """All that a file says of a module, or of a parameter of its own."""
+        scale = 1.0
+        if "down" in tensors or "up" in tensors:
+            down, up = self._both(owner, tensors, "down", "up")
+            scale = self._scale(owner, tensors, len(down))
+            self._add_matrices(owner, LowRank(down, up, scale), (down, up))
+        if any(what.startswith("hada_") for what in tensors):
+            (a1, b1), (a2, b2) = (self._both(owner, tensors, f"hada_w{i}_a", f"hada_w{i}_b") for i in (1, 2))
+            self._add_matrices(owner, Hadamard(a1, b1, a2, b2, self._scale(owner, tensors, len(b1))), (a1, b1, a2, b2))
+        if any(what.startswith("lokr_") for what in tensors):
+            change = self._kronecker(owner, tensors)
+            self._add_matrices(owner, change, (change.w1, change.w2))
+        if "up_bias" in tensors:
+            self._add_value(f"{owner}.bias", Whole(tensors["up_bias"].float() * scale))
+        for what, leaf in (("weight", ".weight"), ("bias", ".bias"), ("modulation", ".modulation"), ("parameter", "")):
+            if what in tensors:
+                self._add_value(f"{owner}{leaf}", Whole(tensors[what]))
+        for what in ("weight", "bias"):
+            if (value := tensors.get(f"new {what}")) is not None:
+                self._add_value(f"{owner}.{what}", Instead(value))
+
+    def _add_matrices(self, owner: str, change: Change, matrices: tuple[Tensor, ...]) -> None:
+        shape = self.shapes.get(f"{owner}.weight")
+        if shape is not None and len(shape) > 1 and change.fits(shape):
+            self.changes.setdefault(f"{owner}.weight", []).append(change)
+            return
+        sizes = " and ".join(str(list(matrix.shape)) for matrix in matrices)
+        said = None if shape is None else list(shape)
+        self.misfits.shapes.append(f"has matrices of {owner} that are {sizes}, which does not fit its weight {said}")
+
+    def _add_value(self, name: str, change: Whole | Instead) -> None:
+        shape = self.shapes.get(name)
+        if shape is not None and change.fits(shape):
+            self.changes.setdefault(name, []).append(change)
+            return
+        got = "there is not" if shape is None else f"is {list(shape)}"
+        self.misfits.shapes.append(f"changes {name} by {list(change.value.shape)}, which {got}")
+
+    def _both(self, owner: str, tensors: Mapping[str, Tensor], one: str, other: str) -> tuple[Tensor, Tensor]:
+        if one not in tensors or other not in tensors:
+            raise UserError(f"{self.path}: has only one of the two matrices of {owner}.")
+        first, second = tensors[one], tensors[other]
+        inner = (len(first), second.shape[1]) if one == "down" else (first.shape[1], len(second))
+        if min(first.dim(), second.dim()) < 2 or inner[0] != inner[1] or not inner[0]:
+            raise UserError(
+                f"{self.path}: the matrices of {owner} do not belong together: {list(first.shape)} and "
+                f"{list(second.shape)}."
+            )
+        return first, second
+
+    def _scale(self, owner: str, tensors: Mapping[str, Tensor], rank: int) -> float:
+        if "alpha" not in tensors:
+            return self.config.scale(owner, rank)
+        if tensors["alpha"].numel() != 1:
+            raise UserError(f"{self.path}: alpha of {owner} must be one number, got {list(tensors['alpha'].shape)}.")
+        return tensors["alpha"].item() / rank
+
+    def _kronecker(self, owner: str, tensors: Mapping[str, Tensor]) -> Kronecker:
+        factors, rank = [], None
+        for name in ("lokr_w1", "lokr_w2"):
+            if name in tensors:
+                factors.append(tensors[name])
                 continue
-            value, target = tensors[keys[kind]], getattr(modules[module], parameter, None)
-            if not isinstance(target, Tensor) or target.numel() != value.numel():
-                got = "there is not" if target is None else f"is {list(target.shape)}"
-                raise UserError(f"{path}: changes {module}.{parameter} by {list(value.shape)}, which {got}.")
-            diffs[f"{module}.{parameter}"] = value.reshape(target.shape)
-    if not low_rank and not diffs:
-        raise UserError(f"{path}: holds nothing for this model.")
-    return LoraFile(path, low_rank, diffs, ignored)
-
-
-def _is_adapter(name: str) -> bool:
-    return ".lora_" in name
-
-
-def _base(module: nn.Module) -> nn.Module:
-    """The layer below adapters that it may have already."""
-    base = getattr(module, "base_layer", None)
-    return base if isinstance(base, nn.Module) else module
-
-
-def _finder(modules: Mapping[str, nn.Module]) -> Callable[[str], str | None]:
-    """A function from the name that a file has for a module to that of the model, None where it has none."""
-    spelled: dict[str, str] = {}
-    for name in modules:
-        for spelling in (name, to_diffusers(name)):
-            spelled[spelling] = spelled[spelling.replace(".", "_")] = name
-
-    def find(name: str) -> str | None:
-        while True:
-            if (found := spelled.get(name) or spelled.get(to_native(name))) is not None:
-                return found
-            prefix = next((p for p in PREFIXES if name.startswith(p)), None)
-            if prefix is None:
-                return None
-            name = name.removeprefix(prefix)
-
-    return find
-
-
-def _configured_scale(path: Path, weights: Weights) -> Callable[[str, int], float]:
-    """Scale of a module of a rank as a PEFT configuration says it; 1 where there is none."""
-    config: dict[str, Any] = {}
-    if path.is_dir() and (path / "adapter_config.json").is_file():
-        config = read_json(path / "adapter_config.json")
-    elif (text := weights.metadata.get("lora_adapter_metadata")) is not None:
-        try:
-            config = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
-        except (json.JSONDecodeError, AttributeError) as error:
-            raise UserError(f"{path}: its adapter configuration is not readable ({error}).") from error
-    if config.get("use_dora"):
-        raise UserError(f"{path}: a DoRA adapter, which is not supported.")
-    alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
-
-    def scale(module: str, rank: int) -> float:
-        names = (module, to_diffusers(module))
-        chosen = next((v for k, v in patterns.items() if any(re.fullmatch(rf"(.*\.)?({k})", n) for n in names)), alpha)
-        if chosen is None:
-            return 1.0
-        return float(chosen) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-    return scale
+            a, b = self._both(owner, tensors, f"{name}_a", f"{name}_b")
+            factors.append((a.float() @ b.float().flatten(1)).reshape(len(a), *b.shape[1:]))
+            rank = len(b)
+        if rank is None and self.factor_scale:
+            rank = max(factors[1].shape)
+        if rank is None:  # both whole
+            rank = self.config.rank
+            scale = 1.0 if rank is None else self.config.scale(owner, rank)
+        else:
+            scale = self._scale(owner, tensors, rank)
+        if factors[0].dim() != 2 or factors[1].dim() < 2 or not math.isfinite(scale):
+            raise UserError(f"{self.path}: the Kronecker factors of {owner} must be matrices.")
+        return Kronecker(factors[0], factors[1], scale)

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from talkingdit.checkpoints import gguf
 from talkingdit.errors import UserError
 
 SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors$")
@@ -125,6 +126,8 @@ def _scaled(tensor: Tensor, scale: Tensor) -> Tensor:
 
 
 def _reader(file: Path, device: str, stack: ExitStack) -> Callable[[str], Tensor]:
+    if file.suffix == gguf.SUFFIX:
+        return gguf.opener(file, device)
     if file.suffix != ".safetensors":
         state = load_pickled(file)
         return lambda key: state[key].to(device)
@@ -166,10 +169,11 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
 
 
 def open_weights(source: Path, stem: str = "diffusion_pytorch_model") -> Weights:
-    """The weights in a file (.safetensors, .pth, .pt, .bin) or in a folder.
+    """The weights in a file (.safetensors, .gguf, .pth, .pt, .bin) or in a folder.
 
     Args:
-        source: a folder is searched for `<stem>.safetensors.index.json` and its shards, then for any *.safetensors.
+        source: a folder is searched for `<stem>.safetensors.index.json` and its shards, then for any *.safetensors,
+            then for one *.gguf.
         stem: how weight files are called in folders of this kind.
 
     Raises:
@@ -181,6 +185,11 @@ def open_weights(source: Path, stem: str = "diffusion_pytorch_model") -> Weights
     if index.is_file():
         return _indexed(source, index)
     files = sorted(source.glob("*.safetensors"))
+    if not files and (quantised := sorted(source.glob(f"*{gguf.SUFFIX}"))):
+        if len(quantised) > 1:
+            names = some([file.name for file in quantised])
+            raise UserError(f"{source}: {names} could each be meant; leave one in the folder.")
+        files = quantised
     if not files:
         raise UserError(f"{source}: no *.safetensors in it; the checkpoint is not complete.")
     _check_all_shards(source, files)
@@ -221,6 +230,9 @@ def _table(source: Path, files: list[Path]) -> Weights:
     for file in files:
         if file.suffix == ".safetensors":
             found, text = _header(file)
+        elif file.suffix == gguf.SUFFIX:
+            tensors, text = gguf.table(file)
+            found = {name: Entry(file, name, shape, dtype) for name, (shape, dtype) in tensors.items()}
         else:
             state = load_pickled(file)
             found, text = {k: Entry(file, k, tuple(v.shape), v.dtype) for k, v in state.items()}, {}

@@ -140,6 +140,7 @@ def read(command: str, about: str, groups: Iterable[Group], argv: Sequence[str])
             raise
         _refuse(command, _without_value(argv, flags.values()))
     given = {name: value for box in vars(found).values() for name, value in vars(box).items()}
+    given |= {name: tuple(given[name]) for name, one in flags.items() if one.flag.many}
     lacking = [one.spelt for name, one in flags.items() if one.required and given[name] is None]
     if lacking:
         _refuse(command, f"the following arguments are required: {', '.join(lacking)}")
@@ -194,11 +195,11 @@ class _Field:
 
     def for_tyro(self) -> tuple[str, Any, Any]:
         """Name, type and default of the field in tyro's dataclass."""
-        from tyro.conf import arg
+        from tyro.conf import UseAppendAction, arg
         from tyro.constructors import PrimitiveConstructorSpec
 
         hint = "(required)" if self.required else ""
-        if self.default not in (None, "") and not self.switch:
+        if self.default not in (None, "", ()) and not self.switch:
             hint = f"(default: {self.flag.write(self.default)})"
         about: Any = arg(help=self.help, help_behavior_hint=hint, aliases=self.flag.also or None)
         if self.switch:
@@ -211,6 +212,9 @@ class _Field:
             is_instance=lambda value: True,
             str_from_instance=lambda value: [str(value)],
         )
+        if self.flag.many:
+            kind = UseAppendAction[Annotated[list[Annotated[Any, spec]], about]]
+            return self.name, kind, dataclasses.field(default_factory=lambda: list(self.default))
         return self.name, Annotated[Any, spec, about], self.default
 
 

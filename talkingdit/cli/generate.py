@@ -11,12 +11,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from talkingdit import families
 from talkingdit.cli.flags import Group, Values, fields_of, read, spellings_of
+from talkingdit.cli.loras import LoraChoice, apply, check_files, checked, read_choice
 from talkingdit.cli.messages import processes, rank, tell_of_one, warn
 from talkingdit.errors import UserError
 from talkingdit.families import Family, GenerationOptions
@@ -49,6 +50,10 @@ class Flags:
     """the video to write; a run that was interrupted goes on after its last clip"""
     checkpoint: Annotated[Path | None, Flag("DIR")] = None
     """folder of the model to use (default: the one shipped, of drawn characters)"""
+    lora: Annotated[tuple[LoraChoice, ...], Flag("FILE[:STRENGTH]", read_choice, many=True)] = ()
+    """a LoRA to apply, of any trainer; may be given again"""
+    lora_partial: bool = False
+    """apply what fits of a LoRA of which some parts fit nothing"""
     upscale: Annotated[int, Flag("N")] = 1
     """enlarge the frames N times"""
     sheet: Annotated[Path | None, Flag("PNG")] = None
@@ -124,6 +129,7 @@ def prepare(argv: Sequence[str]) -> Request:
     """
     family, values = _read(argv)
     flags, options = values.make(Flags), values.make(family.options)
+    check_files(flags.lora)
 
     from talkingdit.pipelines.inputs import Job, read_inputs
 
@@ -144,7 +150,10 @@ def prepare(argv: Sequence[str]) -> Request:
     layout, memory = Layout.parse(flags.parallel), _memory(options)
     settings = family.checkpoint.read_settings(_folder(flags))
     outline = family.outline.outline(inputs, settings, options)
+    outline = checked(flags.lora, flags.lora_partial, family, _folder(flags), outline)
     layout.resolved(processes(), outline.predictions, _heads(_folder(flags)))
+    if processes() == 1 and layout.vae is not None:
+        outline = replace(outline, warnings=(*outline.warnings, "`--parallel vae=` has no effect on one process."))
     return Request(flags, family.name, options, layout, inputs, outline, memory)
 
 
@@ -245,10 +254,16 @@ def _load(request: Request, family: Family, team: Team) -> Any:
     device = _device(request, team)
     name = request.flags.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     dtype = getattr(torch, name)
-    if request.memory is None:
-        return family.checkpoint.load_checkpoint(request.folder, dtype, device)
-    checkpoint = family.checkpoint.load_checkpoint(request.folder, dtype, "cpu")
-    fit(checkpoint, request.memory, device, family.units)
+    memory, loras = request.memory, (request.flags.lora, request.flags.lora_partial)
+    checkpoint = family.checkpoint.load_checkpoint(request.folder, dtype, device if memory is None else "cpu")
+    # Beside weights that are to be narrower: the change of a LoRA is often smaller than their steps.
+    merge = memory is None or memory.weights == "native"
+    if merge:
+        apply(*loras, checkpoint.transformer, merge=True)
+    if memory is not None:
+        fit(checkpoint, memory, device, family.units)
+    if not merge:
+        apply(*loras, checkpoint.transformer, merge=False)
     return checkpoint
 
 

@@ -24,3 +24,15 @@ class TextEncoder(Protocol):
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that the encoder does not know, in order, each once."""
+
+    def left_out_words(self, prompt: str) -> list[str]:
+        """Words at the end of a long prompt for which there is no room."""
+
+
+def cut_warning(encoder: TextEncoder, prompt: str, name: str = "the prompt") -> tuple[str, ...]:
+    """A sentence about what of a prompt is cut off, where something is."""
+    words = encoder.left_out_words(prompt)
+    if not words:
+        return ()
+    lost = f"its last {len(words)} words are" if len(words) > 1 else "its last word is"
+    return (f"{name} is too long for this model: {lost} cut off, from {words[0]!r} on.",)

@@ -125,6 +125,10 @@ def clean(prompt: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+# A word: what stands between white space, or a character of a script that has none.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
+
+
 class UMT5Encoder(nn.Module):
     """Prompts to features.
 
@@ -144,6 +148,19 @@ class UMT5Encoder(nn.Module):
     def unknown_words(self, prompt: str) -> list[str]:
         """None: the vocabulary has a piece for everything."""
         return []
+
+    def left_out_words(self, prompt: str) -> list[str]:
+        """Words at the end of a long prompt for which there is no room; one that is cut within counts."""
+        text = clean(prompt)
+        tokens = self.tokenizer(text)["input_ids"]
+        if len(tokens) <= self.text_len:
+            return []
+        if self.tokenizer.is_fast:
+            spans = self.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+            end = max(end for _, end in spans[: self.text_len - 1])
+        else:
+            end = len(self.tokenizer.decode(tokens[: self.text_len - 1]))
+        return [match[0] for match in _WORD.finditer(text) if match.end() > end]
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextFeatures:

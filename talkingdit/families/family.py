@@ -76,6 +76,9 @@ class Load(Protocol):
     def read_config(self, source: str | Path, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Arguments of the transformer that `load` would load from there; no tensor is read."""
 
+    def empty(self, source: str | Path) -> Any:
+        """The transformer that `load` would load from there, without memory (on meta)."""
+
 
 class OutlinePart(Protocol):
     """outline.py: what is known of a video without any model; imports no diffusers."""

@@ -26,12 +26,14 @@ class Flag:
         read: makes the value of what was typed; its ValueError says what is wrong, "must be ..., got ...".
         write: the value as it would be typed, for the help.
         also: other spellings, "-o".
+        many: the flag may be given again; the field is a tuple, and `read` makes one item of it.
     """
 
     metavar: str = ""
     read: Callable[[str], Any] | None = None
     write: Callable[[Any], str] = str
     also: tuple[str, ...] = ()
+    many: bool = False
 
 
 def read_sides(text: str) -> tuple[int, int]:

@@ -326,7 +326,7 @@ def effective(linear: nn.Module, inputs: int, like: Tensor) -> tuple[Tensor, Ten
 
     A layer with adapters, quantised weights or hooks around its forward is asked by calling it with the identity.
     """
-    plain = type(linear) is nn.Linear and not hasattr(linear, "_diffusers_hook")
+    plain = type(linear) is nn.Linear and not hasattr(linear, "_diffusers_hook") and not linear._forward_hooks
     if plain and linear.weight.dtype == like.dtype and not is_traceable_wrapper_subclass(linear.weight):
         weight: Tensor = linear.weight  # type: ignore[assignment]
         return weight, weight.new_zeros(weight.shape[0]) if linear.bias is None else linear.bias  # type: ignore[return-value]

@@ -80,7 +80,8 @@ class ClipStore:
             self.finished = self._count()
             return
         if found is not None and warn is not None and self._count():
-            changed = [name for name in settings if not isinstance(found, dict) or found.get(name) != settings[name]]
+            before = found if isinstance(found, dict) else {}
+            changed = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
             warn(f"{self.folder} was made with another {changed[0] if changed else 'program'}; starting over.")
         self._clear()
         with whole_file(file) as path:

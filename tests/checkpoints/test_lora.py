@@ -248,7 +248,7 @@ def test_files_that_do_not_fit(model: WanS2VModel, matrices: dict[str, tuple[Ten
         ),
         ({"blocks.0.self_attn.q.lora_down.weight": down}, "only one of the two matrices of blocks.0.self_attn.q"),
         (peft("")({layer: (down, up)}), r"\[4, 32\] and \[32, 4\], which does not fit its weight \[48, 32\]"),
-        ({f"{layer}.hada_w1_a": down}, r"not a LoRA file of a kind that is supported \(blocks\.0\.ffn\.0\.hada_w1_a"),
+        ({f"{layer}.lora_C": down}, r"not a LoRA file of a kind that is supported \(blocks\.0\.ffn\.0\.lora_C"),
         ({f"{layer}.diff_b": torch.zeros(3)}, r"changes blocks\.0\.ffn\.0\.bias by \[3\], which is \[48\]"),
         ({f"{layer}.alpha": torch.ones(())}, "holds nothing for this model"),
     ):

@@ -62,6 +62,26 @@ def made(*argv: str) -> Options:
     return found.make(Options)
 
 
+def test_a_flag_that_may_be_given_again_makes_a_tuple(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass(frozen=True)
+    class Several:
+        sizes: Annotated[tuple[tuple[int, int], ...], Flag("WxH", SIDES.read, many=True)] = ()
+        """of the frames"""
+
+    def sizes(*argv: str) -> tuple[tuple[int, int], ...]:
+        return read("talkingdit video", "", [Group(Several)], argv).make(Several).sizes
+
+    assert sizes("--sizes", "1x2", "--sizes=3x4") == ((2, 1), (4, 3))
+    assert sizes() == sizes() == ()
+    with pytest.raises(UsageError, match="argument --sizes: must be WIDTHxHEIGHT"):
+        sizes("--sizes", "1x2", "--sizes", "3")
+    with pytest.raises(UsageError, match="argument --sizes: expected one value"):
+        sizes("--sizes")
+    with pytest.raises(SystemExit):
+        sizes("--help")
+    assert "--sizes WxH of the frames" in " ".join(BOXES.sub(" ", capsys.readouterr().out).split())
+
+
 def test_what_is_typed_becomes_an_object() -> None:
     assert made("-o", "a.mp4") == Options(output=Path("a.mp4"))
     typed = made(

@@ -138,3 +138,18 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: the tokenizer does not load"):
         load_tokenizer(tmp_path / "empty")
+
+
+def test_words_that_are_cut_off_are_told(encoder: UMT5Encoder) -> None:
+    """Against the tokens that are fed: what is told and what is kept make up the prompt."""
+    short = UMT5Encoder(encoder.model, encoder.tokenizer, text_len=9)
+    kept = encoder.tokenizer
+    for prompt in ("a person talks", " ".join(["person"] * 8), ""):
+        assert short.left_out_words(prompt) == []
+    assert short.left_out_words(" ".join(["person"] * 8 + ["woman", "smiles"])) == ["woman", "smiles"]
+    # A word of several tokens that is cut within is not whole, so it counts.
+    prompt = " ".join(["person"] * 7 + ["xyzw", "red"])
+    assert len(kept(prompt)["input_ids"]) > 9
+    assert short.left_out_words(prompt) == ["xyzw", "red"]
+    # A script without white space: every character is a word.
+    assert short.left_out_words(" ".join(["person"] * 8) + " 画面 red") == ["画", "面", "red"]

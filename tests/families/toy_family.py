@@ -104,6 +104,11 @@ def read_config(source: str | Path, config: Mapping[str, Any] | None = None) -> 
     return {name: stored[name] for name in PRESETS["toy_tiny"]} | dict(config or {})
 
 
+def empty(source: str | Path) -> ToyModel:
+    with torch.device("meta"):
+        return ToyModel(**read_config(source))
+
+
 # ---- Videos: one clip after the other, each behind the portrait ------------------------------------------------------
 
 

@@ -76,6 +76,18 @@ class Details:
     waveform: NDArray[np.float32]  # [samples] at 16 kHz, of normal loudness
 
 
+def _idle(prompt: str, options: Options, sampling: Sampling) -> list[str]:
+    """What was asked for and has no effect."""
+    found = []
+    if prompt and not sampling.text_guidance:
+        found.append("`--prompt` has no effect at text guidance 0.")
+    if not prompt and options.text_guidance is not None:
+        found.append("`--text-guidance` has no effect without `--prompt`.")
+    if options.sequential and len(sampling.branches) == 1:
+        found.append("`--sequential` has no effect: this guidance takes one prediction.")
+    return found
+
+
 def clip_frames(settings: PuppetSettings) -> int:
     """Frames per clip."""
     return settings.clip_latents * FRAMES_PER_LATENT
@@ -100,6 +112,7 @@ def outline(inputs: Inputs, settings: PuppetSettings, options: Options) -> Outli
     warnings = []
     if height != width:
         warnings.append(f"{inputs.job.image} is {width} x {height} pixels; only its middle square is used.")
+    warnings += _idle(inputs.job.prompt, options, sampling)
     values = asdict(sampling)
     values.pop("batched")
     if not sampling.step_cache:

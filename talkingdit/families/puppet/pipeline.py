@@ -29,6 +29,7 @@ from talkingdit.autoencoders.streaming import to_frames, to_video
 from talkingdit.autoencoders.tail import lookback
 from talkingdit.distributed.layout import Parallel
 from talkingdit.encoders.log_mel import SpeechFeatures
+from talkingdit.encoders.text import cut_warning
 from talkingdit.families.puppet.options import Options
 from talkingdit.families.puppet.outline import Details, Sampling, clip_frames
 from talkingdit.families.wan_s2v import cached_steps
@@ -104,10 +105,12 @@ class PuppetPipeline(ClipPipeline):
         self._vae = shared_autoencoder(checkpoint.vae, self.parallel)
 
     def warnings(self, inputs: Inputs, outline: Outline) -> tuple[str, ...]:
-        """Words of the prompt that the model does not know."""
-        unknown = self.checkpoint.text_encoder.unknown_words(inputs.job.prompt)
+        """Words of the prompt that the model does not know, those that it has no room for, and of the step cache."""
+        encoder, prompt = self.checkpoint.text_encoder, inputs.job.prompt
+        unknown = encoder.unknown_words(prompt)
         words = (f"the prompt has words that this model does not know: {', '.join(unknown)}.",) if unknown else ()
-        return words + cached_steps.warnings(outline.details.sampling.step_cache, self.checkpoint.folder)
+        cache = cached_steps.warnings(outline.details.sampling.step_cache, self.checkpoint.folder)
+        return (*words, *cut_warning(encoder, prompt), *cache)
 
     def encode(self, inputs: Inputs, outline: Outline) -> VideoConditions:
         """Encode what all clips share, from the files of a job."""

@@ -91,7 +91,7 @@ def is_video_model(source: str | Path) -> bool:
 def _open(path: Path) -> Weights:
     if not path.exists():
         raise UserError(f"{path}: there is no such folder or file.")
-    if path.is_dir() and not any(path.glob("*.safetensors")):
+    if path.is_dir() and not any(file.suffix in (".safetensors", ".gguf") for file in path.iterdir()):
         if (path / "transformer").is_dir():
             path = path / "transformer"
         elif experts := sorted(p.name for p in path.glob("*_noise_model")):

@@ -39,9 +39,9 @@ def load(
             - a folder with config.json and *.safetensors, in one file or sharded with an index: the released
               Wan2.2-S2V-14B, what `save_pretrained` writes, and diffusers' own conversion with its renamed weights;
             - a folder that has such a folder as its transformer/;
-            - a single .safetensors file of native or diffusers names, also with scaled float8 weights and name
-              prefixes as ComfyUI writes them. Settings are taken from shapes, and where those do not tell, from the
-              released model;
+            - a single .safetensors or .gguf file of native or diffusers names, also with scaled float8 weights and
+              name prefixes as ComfyUI writes them, or such a folder with a .gguf file in the place of the others.
+              Settings are taken from shapes, and where those do not tell, from the released model;
             - a name from `PRESETS` for random weights.
         dtype: of the weights; None is float32. Time embedding and modulation stay float32 in any case.
         device: where the model goes.
@@ -95,6 +95,18 @@ def read_config(source: str | Path, config: Mapping[str, Any] | None = None) -> 
     return configs.complete({**values, **(config or {})}, weights, weights.source)
 
 
+def empty(source: str | Path, config: Mapping[str, Any] | None = None) -> WanS2VModel:
+    """The model that `load` would load from there, without memory: its parameters are on meta.
+
+    Raises:
+        UserError: see `load`.
+    """
+    from talkingdit.families.wan_s2v.model import WanS2VModel
+
+    arguments = read_config(source, config)
+    return build_empty(lambda: WanS2VModel(**arguments), source)
+
+
 def _random(name: str, changes: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int) -> WanS2VModel:
     """Random weights, made on the device in the dtype that they have: a large preset does not fit host memory."""
     from talkingdit.families import preset
@@ -127,7 +139,8 @@ def open_transformer(path: Path) -> tuple[Weights, dict[str, Any]]:
     if path.is_dir():
         if not (path / "config.json").exists() and (path / "transformer").is_dir():
             path = path / "transformer"
-        if not (path / "config.json").exists() and len(files := list(path.glob("*.safetensors"))) == 1:
+        files = [*path.glob("*.safetensors")] or [*path.glob("*.gguf")]
+        if not (path / "config.json").exists() and len(files) == 1:
             path = files[0]
     if path.is_dir():
         values = read_json(path / "config.json")

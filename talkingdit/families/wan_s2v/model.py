@@ -13,6 +13,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from talkingdit.checkpoints.adapters import refuse_adapters
 from talkingdit.families.wan_s2v.audio import AudioInjector, CausalAudioEncoder, Injection
 from talkingdit.families.wan_s2v.blocks import BlockInputs, Head, WanBlock
 from talkingdit.families.wan_s2v.checks import check_config, check_latents
@@ -165,6 +166,11 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
                 silent = name.startswith(("trainable_cond_mask.", "cond_encoder."))
                 if silent or (name.startswith("audio_injector.injector.") and ".o." in name):
                     nn.init.zeros_(parameter)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of diffusers; UserError for a model with adapters, which such a folder has no place for."""
+        refuse_adapters(self, save_directory)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def forward(
         self,

@@ -198,21 +198,41 @@ def outline(inputs: Inputs, settings: WanS2VSettings, options: Options) -> Outli
     warnings = []
     if black:
         warnings.append(f"{inputs.job.image}: {black} of the video's rows or columns are black; `--cover` avoids that.")
+    clips = -(-length.audio_frames // sampling.clip_frames)
     return Outline(
         size=size,
         fps=settings.fps,
-        clips=-(-length.audio_frames // sampling.clip_frames),
+        clips=clips,
         steps=sampling.steps,
         predictions=sampling.predictions,
         frames=length.frames,
         lead=length.lead,
         skip=length.skip,
         settings=_kept_settings(sampling, length, options),
-        warnings=tuple(warnings),
+        warnings=(*warnings, *_idle(options, sampling, clips)),
         when_too_large=f"clips of {sampling.clip_frames} frames of {width} x {height}; try `--sequential`, a smaller "
         "`--max-area` or fewer `--clip-frames`",
         details=Details(sampling, length.audio_frames, options),
     )
+
+
+def _idle(options: Options, sampling: Sampling, clips: int) -> list[str]:
+    """What was asked for and has no effect."""
+    found = []
+    if sampling.predictions == 1:
+        if options.negative_prompt is not None:
+            found.append("`--negative-prompt` has no effect at guidance 1.")
+        if options.sequential:
+            found.append("`--sequential` has no effect at guidance 1, which takes one prediction.")
+    if options.size is not None and options.max_area is not None:
+        found.append("`--max-area` has no effect beside `--size`.")
+    if options.opening != "hold" and options.official_timing:
+        found.append("`--opening` has no effect with `--official-timing`.")
+    elif options.opening != "hold" and not sampling.dropped:
+        found.append("`--opening` has no effect: the first clip drops no frames.")
+    if options.match_colour and clips == 1:
+        found.append("`--match-colour` has no effect on a video of one clip.")
+    return found
 
 
 def _kept_settings(sampling: Sampling, length: VideoLength, options: Options) -> dict[str, Any]:

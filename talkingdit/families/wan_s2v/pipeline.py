@@ -28,6 +28,7 @@ from torch import Tensor
 
 from talkingdit.autoencoders.streaming import FRAMES_PER_LATENT, to_video
 from talkingdit.distributed.layout import Parallel
+from talkingdit.encoders.text import cut_warning
 from talkingdit.families.wan_s2v import cached_steps
 from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.outline import DROPPED, Details, Sampling
@@ -87,8 +88,15 @@ class WanS2VPipeline(ClipPipeline):
         self._vae = shared_autoencoder(checkpoint.vae, self.parallel)
 
     def warnings(self, inputs: Inputs, outline: Outline) -> tuple[str, ...]:
-        """Of the step cache."""
-        return cached_steps.warnings(outline.details.sampling.step_cache, self.checkpoint.folder)
+        """Words that the text encoder has no room for, a pose without layers for it, and of the step cache."""
+        details: Details = outline.details
+        encoder, sampling = self.checkpoint.text_encoder, details.sampling
+        found = cut_warning(encoder, inputs.job.prompt)
+        if sampling.predictions > 1:
+            found += cut_warning(encoder, sampling.negative_prompt, "the negative prompt")
+        if details.options.pose is not None and self.checkpoint.transformer.cond_encoder is None:
+            found += ("`--pose` has no effect: this checkpoint has no layers for a pose.",)
+        return found + cached_steps.warnings(sampling.step_cache, self.checkpoint.folder)
 
     def encode(self, inputs: Inputs, outline: Outline) -> VideoConditions:
         """Encode what all clips share, from the files of a job."""

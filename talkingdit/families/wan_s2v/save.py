@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from talkingdit.checkpoints.adapters import refuse_adapters
 from talkingdit.checkpoints.saving import saved_model
 from talkingdit.checkpoints.weights import read_json
 from talkingdit.errors import UserError
@@ -45,8 +46,7 @@ def save_official(folder: str | Path, model: WanS2VModel, max_shard_size: int | 
         UserError: the model has adapters, or a setting that the official program does not know.
     """
     config = model.config
-    if getattr(model, "peft_config", None):
-        raise UserError(f"{folder}: the model has adapters; merge or unload them before it is saved.")
+    refuse_adapters(model, folder)
     for name in _BUILT_IN:
         official, ours = PRESETS["wan_s2v_14b"][name], config[name]
         if (tuple(ours) if isinstance(ours, list) else ours) != official:

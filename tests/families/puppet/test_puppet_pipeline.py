@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ import torch
 from tiny_checkpoint import make_checkpoint
 
 from talkingdit.families.puppet.options import Options
+from talkingdit.families.puppet.outline import outline
 from talkingdit.families.puppet.pipeline import PuppetPipeline, clip_noise, schedule
 from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.media.framing import fit_portrait
 from talkingdit.models import load_checkpoint
-from talkingdit.pipelines.inputs import Frames
+from talkingdit.pipelines.inputs import Frames, Inputs, Job
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +191,20 @@ def test_wrong_input_is_named_at_the_call(pipeline: PuppetPipeline, portrait: Fr
     for values, match in (({"steps": 0}, "steps must be at least 1, got 0"), ({"seed": -1}, "seed must be at least 0")):
         with pytest.raises(ValueError, match=match):
             Options(**values)
+
+
+def test_what_has_no_effect_is_told(pipeline: PuppetPipeline, portrait: Frames) -> None:
+    def told(prompt: str = "", **options: Any) -> str:
+        job = Job(image=Path("face.png"), audio=Path("voice.wav"), output=Path("out.mp4"), prompt=prompt)
+        inputs = Inputs(job, portrait, 0.1 * np.sin(np.arange(16000) * 0.1).astype(np.float32))
+        video = outline(inputs, pipeline.settings, Options(**options))
+        return " ".join((*video.warnings, *pipeline.warnings(inputs, video)))
+
+    assert told("a person") == told() == ""
+    assert told("a person", text_guidance=0.0) == "`--prompt` has no effect at text guidance 0."
+    assert told(text_guidance=3.0) == "`--text-guidance` has no effect without `--prompt`."
+    assert "one prediction" in told(text_guidance=1.0, audio_guidance=1.0, sequential=True, prompt="a person")
+    room = pipeline.checkpoint.text_encoder.config.text_len - 1
+    assert told(" ".join(["person"] * room)) == ""
+    assert f"its last 2 words are cut off, from {'red'!r} on." in told(" ".join(["person"] * room + ["red", "hair"]))
+    assert "its last word is cut off, from 'red' on." in told(" ".join(["person"] * room + ["red"]))

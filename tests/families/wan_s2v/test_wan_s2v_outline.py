@@ -20,7 +20,7 @@ from talkingdit.families.wan_s2v.checkpoint import WanS2VSettings
 from talkingdit.families.wan_s2v.options import Options
 from talkingdit.families.wan_s2v.outline import VideoLength, video_length, video_size
 from talkingdit.families.wan_s2v.pipeline import VideoConditions, WanS2VPipeline
-from talkingdit.media.files import read_video
+from talkingdit.media.files import VideoWriter, read_video
 from talkingdit.pipelines.inputs import Job, read_inputs
 from talkingdit.pipelines.job import Talk, make_video
 from talkingdit.pipelines.long_video import GeneratedClip
@@ -152,6 +152,18 @@ def test_a_device_without_enough_memory_is_told(work: Path, monkeypatch: pytest.
     with pytest.raises(UserError, match="not enough memory for clips of 16 frames of 64 x 64; try `--sequential`"):
         make(work)
     assert {path.name for path in work.iterdir()} == {"face.png", "voice.wav"}
+
+
+def test_a_pose_without_layers_for_it_is_told(work: Path) -> None:
+    inputs = read_inputs(Job(image=work / "face.png", audio=work / "voice.wav", output=work / "out.mp4"))
+    with VideoWriter(work / "pose.mp4", 16, (64, 64)) as writer:
+        writer.write(np.zeros((4, 64, 64, 3), np.uint8))
+    checkpoint = make_s2v(cond_dim=0)
+    family = families.get("wan_s2v")
+    for pose, count in ((work / "pose.mp4", 1), (None, 0)):
+        outline = family.outline.outline(inputs, checkpoint.settings, Options(clip_frames=16, pose=pose))
+        found = family.pipeline.open_pipeline(checkpoint).warnings(inputs, outline)
+        assert [("`--pose` has no effect" in sentence) for sentence in found] == [True] * count
 
 
 def test_a_portrait_that_does_not_fill_the_video_is_told(work: Path) -> None:
