@@ -120,6 +120,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
     weight_decay: float = 0.01
+    decay: Literal["matrices", "all"] = "matrices"  # what it works on; without biases, norms, modulation, embeddings
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     warmup_steps: int = 100  # of each stage
     final: float = 0.01  # share of the learning rate where cosine and linear end
@@ -175,6 +176,10 @@ class ObjectiveConfig:
     shift: float = 2.0  # moves them towards noise: sigma' = shift sigma / (1 + (shift - 1) sigma)
     regions: dict[str, Ramp] = field(default_factory=dict)  # weight of latent cells of a region, painted in this order
     background: Ramp = 1.0  # weight of all other cells; the mean over a clip is kept at one
+    weighting: Literal["none", "bell", "half_bell", "logit_normal", "cosmap", "sigma_sqrt", "min_snr"] = "none"
+    weighting_mean: float = 0.0  # of logit_normal, whose density at the noise level is then the weight of the loss
+    weighting_std: float = 1.0
+    snr_gamma: float = 5.0  # of min_snr: the most that the ratio of signal to noise counts
     region_share: Ramp = 1.0  # of samples whose loss is weighted by region; the others' is plain
 
 
@@ -191,6 +196,17 @@ class SampleConfig:
     cases: Path | None = None  # for Wan-S2V, .jsonl of image, audio, prompt; every one is generated
     encoders: Path | None = None  # whole Wan-S2V checkpoint, whose other parts than the transformer are used for that
     max_area: int = 448 * 832  # most pixels of their frames
+
+
+@dataclass
+class HeldOutConfig:
+    """The loss on clips that are never trained on, with fixed noise, so that runs compare."""
+
+    every: int = 0  # steps; 0: never
+    share: float = 0.0  # of the videos of every source, chosen by their names; one or more
+    sources: list[str] = field(default_factory=list)  # names of [data.sources] that are held out as a whole
+    clips: int = 16  # that are measured, at most
+    levels: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])  # of noise, 0..1
 
 
 @dataclass

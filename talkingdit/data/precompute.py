@@ -29,7 +29,7 @@ import torch
 from talkingdit.atomic import PART, write_whole
 from talkingdit.data.cutting import Cutting, open_item
 from talkingdit.data.encoders import CheckpointEncoders
-from talkingdit.data.encoding import EncodeClip
+from talkingdit.data.encoding import EncodeClip, broken_by
 from talkingdit.data.manifest import Entry, Manifest
 from talkingdit.data.probe import Probes
 from talkingdit.data.sample import BrokenSample
@@ -163,11 +163,12 @@ def _done(folder: Path) -> set[str]:
 def _encode_entry(job: Job, entry: Entry, probes: Probes, done: set[str], log: _BrokenLog, writer: ShardWriter) -> Step:
     settings, broken, clips, kept = job.encoders.settings, 0, 0, 0
     try:
-        item = open_item(entry, probes, settings.fps)
-        cuts = job.cutting.cuts(item, settings.motion_frames)
-        size = job.cutting.size(item)
-    except (BrokenSample, UserError) as error:
-        log.add(entry.key, entry, error.reason if isinstance(error, BrokenSample) else str(error))
+        with broken_by(entry.key, entry.video):
+            item = open_item(entry, probes, settings.fps)
+            cuts = job.cutting.cuts(item, settings.motion_frames)
+            size = job.cutting.size(item)
+    except BrokenSample as error:
+        log.add(entry.key, entry, error.reason)
         return Step(broken=1)
     if not cuts:
         log.add(entry.key, entry, f"{entry.video} has {item.frames} frames, too few for a clip.")
@@ -178,14 +179,16 @@ def _encode_entry(job: Job, entry: Entry, probes: Probes, done: set[str], log: _
             kept += 1
             continue
         _keep_empty_text(job, writer.worker)
+        encoders = job.encoders.loaded  # a checkpoint that does not load is no fault of the clip
         try:
-            sample = job.encode(item, cut, size, job.encoders.loaded, _generator(key))
+            with broken_by(key, entry.video):
+                sample = job.encode(item, cut, size, encoders, _generator(key))
+            about = {"fps": float(settings.fps), "start": entry.start + cut.start / settings.fps, "row": entry.where}
+            writer.add(sample, about, getattr(torch, job.dtype))
         except BrokenSample as error:
             log.add(key, entry, error.reason)
             broken += 1
             continue
-        about = {"fps": float(settings.fps), "start": entry.start + cut.start / settings.fps, "row": entry.where}
-        writer.add(sample, about, getattr(torch, job.dtype))
         clips += 1
     return Step(clips, kept, broken)
 

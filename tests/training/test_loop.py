@@ -140,7 +140,9 @@ def test_stages_train_what_they_name_and_follow_each_other(world: Config, tmp_pa
     assert all(name.startswith(("transformer.casual_audio_encoder.", "transformer.audio_injector.")) for name in second)
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_counted(world: Config, tmp_path: Path, alone: None) -> None:
+def test_a_step_that_is_not_finite_is_left_out_counted_and_its_sample_named(
+    world: Config, tmp_path: Path, alone: None, caplog: pytest.LogCaptureFixture
+) -> None:
     config = copy.deepcopy(world)
     config.run.out = tmp_path
     trainer = Trainer(config, parallel.start(config.parallel, "cpu"))
@@ -152,6 +154,8 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(world: Config, tmp_pa
     trainer.train_step()
     assert all(torch.equal(value, before[name]) for name, value in gather_state(trainer.networks).items())
     assert (trainer.guard.not_finite, trainer.guard.spikes) == (1, 0)
+    key = good[0].samples[0].key
+    assert f"step 1 is left out, the loss of puppets: {key} is not finite" in caplog.text
 
 
 @pytest.mark.slow

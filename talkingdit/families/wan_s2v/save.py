@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,23 @@ _ALWAYS = {"model_type": "s2v", "enable_motioner": False, "enable_tsm": False, "
 _BUILT_IN = ("audio_layers", "zip_frame_buckets", "framepack_padding", "reference_time", "patch_size")
 
 
+def check_official(config: Mapping[str, Any], where: str | Path) -> None:
+    """Whether the official layout has a place for everything that a configuration says.
+
+    Args:
+        config: arguments of `WanS2VModel`; those that are not said have their defaults.
+        where: what messages begin with.
+
+    Raises:
+        UserError: it has not.
+    """
+    for name in _BUILT_IN:
+        official = PRESETS["wan_s2v_14b"][name]
+        ours = config.get(name, official)
+        if (tuple(ours) if isinstance(ours, list) else ours) != official:
+            raise UserError(f"{where}: the official layout has no place for {name} {ours!r}, only for {official!r}.")
+
+
 def save_official(folder: str | Path, model: WanS2VModel, max_shard_size: int | str = "10GB") -> Path:
     """Write a transformer as the released checkpoints are: config.json and numbered shards with an index.
 
@@ -49,10 +67,7 @@ def save_official(folder: str | Path, model: WanS2VModel, max_shard_size: int | 
     config = model.config
     if getattr(model, "peft_config", None):
         raise UserError(f"{folder}: the model has adapters; merge or unload them before it is saved.")
-    for name in _BUILT_IN:
-        official, ours = PRESETS["wan_s2v_14b"][name], config[name]
-        if (tuple(ours) if isinstance(ours, list) else ours) != official:
-            raise UserError(f"{folder}: the official layout has no place for {name} {ours!r}, only for {official!r}.")
+    check_official(config, folder)
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".saving-") as temporary:
