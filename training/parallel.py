@@ -87,7 +87,7 @@ def start(config: ParallelConfig, device: str = "auto") -> ProcessMesh:
         UserError: the axes do not multiply to the number of processes, or there is no such device.
     """
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    sizes = _sizes(config, world)
+    sizes = mesh_sizes(config, world)
     place = _device(device)
     patience = timedelta(seconds=config.timeout_seconds)
     if not dist.is_initialized():
@@ -124,7 +124,7 @@ def _forget_meshes() -> None:
         getattr(debug, f"_clear{part}_sharding_prop_cache", lambda: None)()
 
 
-def _sizes(config: ParallelConfig, world: int) -> dict[str, int]:
+def mesh_sizes(config: ParallelConfig, world: int) -> dict[str, int]:
     """Size of each axis; `shard` 0 takes what the others leave."""
     sizes = {name: int(getattr(config, name)) for name in AXES}
     for name, size in sizes.items():

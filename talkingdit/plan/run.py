@@ -103,6 +103,8 @@ class Run:
         optimizer, checkpointing: one of OPTIMIZERS, of CHECKPOINTING.
         averages: keep an exponential moving average of what trains.
         offload: parameters' shards, gradients, optimiser states and averages lie on the host.
+        asynchronous: checkpoints are written by a thread, from a copy on the host.
+        validates: videos of the family's usual size are generated with the averages on the way.
         trains: "all" parameters, "lora" (adapters on the linear layers), or a part that the family names.
         lora_rank: of the adapters.
 
@@ -117,6 +119,8 @@ class Run:
     checkpointing: str = "full"
     averages: bool = True
     offload: bool = False
+    asynchronous: bool = True
+    validates: bool = True
     trains: str = "all"
     lora_rank: int = 32
 

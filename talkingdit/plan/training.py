@@ -13,7 +13,7 @@ from typing import Any
 from talkingdit.plan.cards import HOST_MEMORY, HOST_TO_DEVICE, needed
 from talkingdit.plan.communication import Sent, communication
 from talkingdit.plan.run import Cluster, MeshSizes, Run
-from talkingdit.plan.training_memory import memory, states
+from talkingdit.plan.training_memory import host, margins, memory, moments, states, validation
 from talkingdit.plan.transformer import Transformer
 from talkingdit.plan.units import UnitSizes, unit_sizes
 
@@ -24,8 +24,10 @@ class TrainPlan:
 
     mesh: MeshSizes
     run: Run
-    memory: dict[str, float]  # by what it is for
-    host: float  # bytes on the host per GPU
+    memory: dict[str, float]  # by what it is for, while a step is made
+    margins: dict[str, float]  # what no tensor takes
+    validation: dict[str, float]  # by what it is for, while a video is made; empty if none is
+    host: dict[str, float]  # bytes on the host per GPU
     sent: dict[str, Sent]
     flops: float  # of a step, over all GPUs, without what is computed twice
     seconds: dict[str, float]  # computing, and what is not hidden behind it
@@ -36,8 +38,10 @@ class TrainPlan:
 
     @property
     def needed(self) -> float:
-        """Bytes that a card should have: the peak, the allocator's losses and the driver's context."""
-        return needed(self.peak)
+        """Bytes that a card should have: the peak of a step or of validation, with margins for communicators and pools,
+        the allocator's losses and the driver's context."""
+        while_training = self.peak + self.margins.get("pools", 0.0)
+        return needed(max(while_training, sum(self.validation.values()))) + self.margins.get("communicators", 0.0)
 
     @property
     def step_seconds(self) -> float:
@@ -75,16 +79,24 @@ def predict(transformer: Transformer, sizes: UnitSizes, run: Run, cluster: Clust
         "sharding beyond computing": max(0.0, sharding - compute),
         "exchange of the optimiser": sent["optimiser"].seconds(cluster),
     }
-    host = 0.0
     if run.offload:
         trained = 4 * sizes.total(mesh.sharded, trained=True) / mesh.sharded
         held = states(sizes, run, mesh.sharded)
-        host = sum(held.values()) + trained
+        offloaded = sum(held.values()) + trained
         moved = mine * (2 * held["weights"] + trained)
         # Weights, moments and averages are read and written, gradients read.
-        seconds["host"] = moved / HOST_TO_DEVICE + cluster.gpus * (2 * (host - trained) + trained) / HOST_MEMORY
-    held_and_more = memory(transformer, sizes, run, mesh)
-    return TrainPlan(mesh, run, held_and_more, host, sent, mathematics * run.micro_batches, seconds)
+        seconds["host"] = moved / HOST_TO_DEVICE + cluster.gpus * (2 * (offloaded - trained) + trained) / HOST_MEMORY
+    return TrainPlan(
+        mesh,
+        run,
+        memory=memory(transformer, sizes, run, mesh),
+        margins=margins(mesh, moments(transformer, sizes, run, mesh)),
+        validation=validation(transformer, sizes, run, mesh) if run.validates else {},
+        host=host(sizes, run, mesh.sharded),
+        sent=sent,
+        flops=mathematics * run.micro_batches,
+        seconds=seconds,
+    )
 
 
 def layouts(heads: int, run: Run, cluster: Cluster) -> Iterator[MeshSizes]:
