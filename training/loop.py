@@ -37,7 +37,7 @@ from training.parallel import ProcessMesh, clip_gradients, last_micro_batch, res
 from training.profiling import Profile
 from training.signals import Stop
 from training.sources import open_sources
-from training.stages import Progress, select_parameters, trained_names, zero_parameters
+from training.stages import Progress, averaged_names, select_parameters, trained_names, zero_parameters
 from training.validate import validate, validator_for
 
 
@@ -59,7 +59,7 @@ class Trainer:
         saved = self.checkpoints.peek()
         self.networks = sharded_networks(config, mesh, resumes=saved is not None)
         self.trained = trained_names(config, self.networks)
-        self.ema = Ema(self.networks, 0.0, self.trained)
+        self.ema = Ema(self.networks, 0.0, averaged_names(config, self.trained))
         self.validator = validator_for(config, mesh)
         self.held_out = HeldOut(self.sources, self.held, config.held_out, config.model.clip_latents)
         self.guard = Guard()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from talkingdit.errors import UserError
@@ -84,14 +83,13 @@ def _trains(config: Config, stage: StageConfig, transformer: Transformer) -> str
 def clip_of(config: Config, stage: StageConfig, transformer: Transformer) -> ClipShape:
     """The largest clip that a micro-batch may hold: of all lengths and shapes the one that fills the budget best.
 
-    Without a budget it is a clip of the family's usual size; of a stack as many as it has.
+    Without a budget it is a stack of clips of the family's usual size.
     """
     usual = transformer.cost.default_clip(transformer.config)
     plain = replace(usual, branches=1, batched=False, steps=1, pose=bool(transformer.config.get("cond_dim")))
     lengths = stage.batch.frames or [config.model.clip_latents]
     if stage.batch.tokens <= 0:
-        branches = stage.batch.size if stage.batch.mode == "stack" else 1
-        return replace(plain, latents=max(lengths), branches=branches, batched=branches > 1)
+        return replace(plain, latents=stage.batch.size * max(lengths))  # a stack takes what as many tokens in a row do
     fitting = [clip for latents in lengths for clip in _fitting(replace(plain, latents=latents), stage, transformer)]
     if not fitting:
         raise UserError(

@@ -140,7 +140,7 @@ def _what(plan: TrainPlan, transformer: Transformer, cluster: Cluster) -> Iterat
     yield (
         f"switches    --parallel.activation-checkpointing {run.checkpointing} --optim.name {run.optimizer} "
         f"--batch.count {run.micro_batches}{' --parallel.offload' if run.offload else ''}"
-        f"{f' --lora.rank {run.lora_rank}' if run.trains == 'lora' else ''}"
+        f"{f' --lora.rank {run.lora_rank}' if run.trains == 'lora' else ''}{'' if run.averages else ' --optim.ema 0'}"
     )
 
 

@@ -27,7 +27,7 @@ _SAID = (
 # ... with settings that are always these here ...
 _ALWAYS = {"model_type": "s2v", "enable_motioner": False, "enable_tsm": False, "trainable_token_pos_emb": False}
 # ... and settings of ours that it has no words for, because the official program has them built in.
-_BUILT_IN = ("audio_layers", "zip_frame_buckets", "framepack_padding", "reference_time", "patch_size")
+_BUILT_IN = ("audio_layers", "zip_frame_buckets", "framepack_padding", "reference_time", "patch_size", "motion_frames")
 
 
 def check_official(config: Mapping[str, Any], where: str | Path) -> None:
