@@ -14,9 +14,11 @@ from talkingdit.distributed.team import from_rank_0
 from talkingdit.errors import UserError
 from training.config import Config
 from training.family import family_of, settings_of, train_run
+from training.frozen import check_frozen, narrow
 from training.lora import add_adapters
 from training.networks import Networks
 from training.parallel import ProcessMesh, load_weights, local_part, shard
+from training.stages import trained_names
 
 
 def new_networks(config: Config, device: torch.device | str = "cpu") -> Networks:
@@ -42,7 +44,11 @@ def sharded_networks(config: Config, mesh: ProcessMesh, resumes: bool) -> Networ
     """
     start = config.model.start
     networks = new_networks(config, "cpu" if start is None else "meta")
-    shard(networks, mesh, config.parallel)
+    how, trained = config.model.frozen, trained_names(config, networks)
+    check_frozen(how, start, config.lora.rank, trained)
+    home = torch.device("cpu") if config.parallel.offload else mesh.device
+    narrow(networks.transformer, networks.family.units, how, trained, home)
+    shard(networks, mesh, config.parallel, narrow=how != "float32")
     if start is not None and not (resumes and config.lora.rank == 0):
         load_weights(networks, _whole_start(start, config))
         _reset_adapters(networks, config)

@@ -14,6 +14,7 @@ from training.sections import (
     HeldOutConfig,
     LogConfig,
     OptimConfig,
+    ParallelConfig,
     Ramp,
     RunConfig,
     SampleConfig,
@@ -44,6 +45,20 @@ def check_finite(values: Any, where: str = "") -> None:
     )
     for key, value in parts:
         check_finite(value, f"{where}.{key}" if where else str(key))
+
+
+def check_parallel(parallel: ParallelConfig) -> None:
+    """Whether the switches of memory go together.
+
+    Raises:
+        ValueError: with the key.
+    """
+    if parallel.inputs != "float32" and parallel.activation_checkpointing == "off":
+        raise ValueError(
+            f'parallel.inputs = "{parallel.inputs}" says where inputs of checkpointed blocks wait, and '
+            'parallel.activation_checkpointing is "off"'
+        )
+    _between("parallel.timeout_seconds", parallel.timeout_seconds, 1)
 
 
 def check_run(run: RunConfig, checkpoint: CheckpointConfig, log: LogConfig) -> None:

@@ -21,6 +21,7 @@ from training.checks import (
     check_finite,
     check_held_out,
     check_not_held_out,
+    check_parallel,
     check_run,
     check_sample,
     check_sources,
@@ -76,7 +77,9 @@ class Config:
             ValueError: a table has an unknown key, a wrong type or a value that makes no sense.
         """
         values = asdict(self)
-        check_finite({**values, "stages": values.pop("stage_tables")})
+        values["stages"] = values.pop("stage_tables")
+        check_finite(values)
+        check_parallel(self.parallel)
         check_run(self.run, self.checkpoint, self.log)
         check_sample(self.sample)
         check_sources(self.data.sources)

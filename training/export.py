@@ -29,6 +29,7 @@ from training.checkpoint_files import CONFIG
 from training.config import Config, read_json
 from training.ema import Ema
 from training.family import family_of, settings_of, train_run
+from training.frozen import check_frozen
 from training.lora import adapter_tensors
 from training.model_state import ModelState, gather_state
 from training.networks import Networks
@@ -51,6 +52,7 @@ def check_export(config: Config) -> None:
     networks = new_networks(config, "meta")
     names = trained_names(config, networks)
     only_adapters = config.lora.rank > 0 and all(".lora_" in name for name in names)
+    check_frozen(config.model.frozen, config.model.start, config.lora.rank, names)
     if networks.text_encoder is None:
         for stage in config.stages:
             empty_text(stage.conditions.empty_text, networks.transformer.config.text_dim)

@@ -61,6 +61,8 @@ def run_of(config: Config, stage: StageConfig, transformer: Transformer) -> Run:
         optimizer="adamw" if known == "muon" and stage.optim.muon_lr == 0 else known,
         checkpointing=config.parallel.activation_checkpointing,
         averages=any(other.optim.ema > 0 for other in config.stages),
+        frozen=config.model.frozen,
+        inputs=config.parallel.inputs,
         offload=config.parallel.offload,
         asynchronous=config.checkpoint.asynchronous,
         validates=config.sample.every > 0,

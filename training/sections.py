@@ -34,6 +34,7 @@ class ModelConfig:
     preset: str = "puppet_tiny"
     settings: Table = field(default_factory=dict)  # changes to the preset
     start: Path | None = None  # weights to begin with, such as a Wan-S2V folder, or a Wan T2V or I2V one; None: random
+    frozen: Literal["float32", "bf16", "int8", "fp8"] = "float32"  # how weights that never train are stored
     text_encoder: str = "prompt"  # "prompt": a small one, trained along; "none": features come with the data
     clip_latents: int = 8  # of a clip of generation and validation
     audio_context: int = 8  # feature frames before the clip that the audio encoder sees
@@ -58,6 +59,7 @@ class ParallelConfig:
     ring_mode: Literal["gather", "ring"] = "gather"
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: Literal["full", "selective", "off"] = "off"
+    inputs: Literal["float32", "bf16", "host", "host_bf16"] = "float32"  # of checkpointed blocks, where they wait
     offload: bool = False  # shards of parameters, gradients and optimiser states on the host
     compile: bool = False
     timeout_seconds: int = 600  # of a collective

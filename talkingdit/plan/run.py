@@ -14,6 +14,9 @@ from talkingdit.plan.clip import ClipShape
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 CHECKPOINTING = ("full", "selective", "off")
+FROZEN = ("float32", "bf16", "int8", "fp8")  # how weights that never train are stored
+EIGHT_BITS = ("int8", "fp8")
+INPUTS = {"float32": (4, False), "bf16": (2, False), "host": (4, True), "host_bf16": (2, True)}  # bytes, on the host?
 CONSTANTS = ("efficiency", "inside", "between")  # of a cluster, that can be measured
 
 
@@ -102,6 +105,8 @@ class Run:
         micro_batches: per step, over all ranks together.
         optimizer, checkpointing: one of OPTIMIZERS, of CHECKPOINTING.
         averages: keep an exponential moving average of what trains.
+        frozen: how weights that never train are stored, one of FROZEN; in eight bits every rank holds all of them.
+        inputs: where inputs of checkpointed blocks wait for the backward, one of INPUTS.
         offload: parameters' shards, gradients, optimiser states and averages lie on the host.
         asynchronous: checkpoints are written by a thread, from a copy on the host.
         validates: videos of the family's usual size are generated with the averages on the way.
@@ -118,6 +123,8 @@ class Run:
     optimizer: str = "adamw"
     checkpointing: str = "full"
     averages: bool = True
+    frozen: str = "float32"
+    inputs: str = "float32"
     offload: bool = False
     asynchronous: bool = True
     validates: bool = True
@@ -125,11 +132,17 @@ class Run:
     lora_rank: int = 32
 
     def __post_init__(self) -> None:
-        for name, allowed in (("optimizer", OPTIMIZERS), ("checkpointing", CHECKPOINTING)):
+        known = {"optimizer": OPTIMIZERS, "checkpointing": CHECKPOINTING, "frozen": FROZEN, "inputs": tuple(INPUTS)}
+        for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"plan: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.micro_batches < 1:
             raise ValueError(f"plan: micro_batches must be at least 1, got {self.micro_batches}")
+
+    @property
+    def eight_bits(self) -> bool:
+        """Are the large matrices that never train stored in eight bits? Of adapters' runs alone."""
+        return self.frozen in EIGHT_BITS and self.trains == "lora"
 
     def per_rank(self, mesh: MeshSizes) -> int:
         """Micro-batches of a rank per step."""

@@ -92,7 +92,7 @@ def predict(transformer: Transformer, sizes: UnitSizes, run: Run, cluster: Clust
         memory=memory(transformer, sizes, run, mesh),
         margins=margins(mesh, moments(transformer, sizes, run, mesh)),
         validation=validation(transformer, sizes, run, mesh) if run.validates else {},
-        host=host(sizes, run, mesh.sharded),
+        host=host(transformer, sizes, run, mesh),
         sent=sent,
         flops=mathematics * run.micro_batches,
         seconds=seconds,

@@ -15,7 +15,7 @@ import torch
 from talkingdit.pipelines.memory import Memory
 from talkingdit.plan.cards import COMMUNICATOR
 from talkingdit.plan.cost import AUTOENCODER
-from talkingdit.plan.run import MeshSizes, Run
+from talkingdit.plan.run import INPUTS, MeshSizes, Run
 from talkingdit.plan.transformer import Transformer
 from talkingdit.plan.units import UnitSize, UnitSizes
 
@@ -29,7 +29,7 @@ def states(sizes: UnitSizes, run: Run, ranks: int) -> dict[str, float]:
     # 8 bits per moment and a float32 scale for every 256 of them.
     moments = 2 * (1 + 4 / 256) if run.optimizer == "adamw8bit" else 8
     return {
-        "weights": 4 * sizes.total(ranks) / ranks,
+        "weights": sum(unit.stored(ranks, run.frozen) for unit in sizes.units.values()),
         "optimiser": moments * (trained - muon) + 4 * muon,
         "averages": 4 * trained if run.averages else 0.0,
     }
@@ -53,7 +53,12 @@ def moments(
     always = sum((4 if u.float32 else size) * u.elements(ranks) for u in sizes.units.values() if u.stays)
     several = run.per_rank(mesh) > 1  # gradients of earlier micro-batches are there already
     back = sizes.back
-    kept = sum(activations.stream + activations.kept[name] for name in back)
+    width, away = INPUTS[run.inputs]
+    stream = 0.0 if away else activations.stream * width / 4  # of what waits
+    restored = activations.stream if run.inputs != "float32" else 0.0  # that of the block at work
+    # A matrix in eight bits is made wide in float32 and then narrower; where it waits on the host its codes come too.
+    widened = (4 + size + run.offload) * sizes.largest_eight
+    kept = sum(stream + activations.kept[name] for name in back)
     done = sum(gradient.values()) if several else sum(gradient[name] for name in sizes.last)
     # What the unit before this one is still reducing.
     before = sum(4.0 * sizes.units[name].elements(ranks, trained=True) for name in sizes.last)
@@ -63,8 +68,9 @@ def moments(
         following = sizes.units[back[i - 1]] if i and ranks > 1 else UnitSize()
         first = size * max(unit.matrices, default=0)  # the first gradient, before it is part of what is reduced
         gathered = always + size * (unit.elements(ranks) + following.elements(ranks)) + before + first
-        found.append({"gradients": done, "gathered": gathered, "kept": kept, "at work": activations.working[name]})
-        kept -= activations.stream + activations.kept[name]
+        working = activations.working[name] + restored + widened
+        found.append({"gradients": done, "gathered": gathered, "kept": kept, "at work": working})
+        kept -= stream + activations.kept[name]
         before = 4.0 * unit.elements(ranks, trained=True)
         done += 0.0 if several else gradient[name]
     found.append({"gradients": sum(gradient.values()), **_update(sizes, run, ranks)})
@@ -117,17 +123,22 @@ def validation(
     }
 
 
-def host(sizes: UnitSizes, run: Run, ranks: int) -> dict[str, float]:
+def host(transformer: Transformer, sizes: UnitSizes, run: Run, mesh: MeshSizes, size: int = 2) -> dict[str, float]:
     """Bytes on the host per GPU, by what they are for.
 
     An asynchronous checkpoint is a copy of everything that it holds: of adapters' runs only what trains.
     """
+    ranks = mesh.sharded
     held = states(sizes, run, ranks)
     trained = 4 * sizes.total(ranks, trained=True) / ranks
     saved = sum(held.values()) if run.trains != "lora" else trained + held["optimiser"] + held["averages"]
     found = {"shards, gradients, optimiser": sum(held.values()) + trained} if run.offload else {}
     if run.offload and run.validates and run.averages:
         found["weights that wait"] = trained
+    width, away = INPUTS[run.inputs]
+    if away:
+        activations = transformer.cost.activations(transformer.config, run, mesh, size)
+        found["inputs of blocks"] = len(sizes.back) * activations.stream * width / 4
     return found | ({"copy of a checkpoint": saved} if run.asynchronous else {})
 
 
