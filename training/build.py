@@ -44,11 +44,10 @@ def sharded_networks(config: Config, mesh: ProcessMesh, resumes: bool) -> Networ
     """
     start = config.model.start
     networks = new_networks(config, "cpu" if start is None else "meta")
-    how, trained = config.model.frozen, trained_names(config, networks)
-    check_frozen(how, start, config.lora.rank, trained)
-    home = torch.device("cpu") if config.parallel.offload else mesh.device
-    narrow(networks.transformer, networks.family.units, how, trained, home)
-    shard(networks, mesh, config.parallel, narrow=how != "float32")
+    trained, units = trained_names(config, networks), networks.family.units
+    check_frozen(config.model, config.lora.rank, trained)
+    narrow(networks.transformer, units, config.model, trained, mesh.device, config.parallel.offload)
+    shard(networks, mesh, config.parallel, narrow=config.model.frozen != "float32")
     if start is not None and not (resumes and config.lora.rank == 0):
         load_weights(networks, _whole_start(start, config))
         _reset_adapters(networks, config)

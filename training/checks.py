@@ -13,6 +13,7 @@ from training.sections import (
     CheckpointConfig,
     HeldOutConfig,
     LogConfig,
+    ModelConfig,
     OptimConfig,
     ParallelConfig,
     Ramp,
@@ -59,6 +60,17 @@ def check_parallel(parallel: ParallelConfig) -> None:
             'parallel.activation_checkpointing is "off"'
         )
     _between("parallel.timeout_seconds", parallel.timeout_seconds, 1)
+
+
+def check_model(model: ModelConfig) -> None:
+    """Whether the numbers of the model make sense.
+
+    Raises:
+        ValueError: with the key.
+    """
+    for key in ("swap", "audio_context"):
+        _between(f"model.{key}", getattr(model, key), 0)
+    _between("model.clip_latents", model.clip_latents, 1)
 
 
 def check_run(run: RunConfig, checkpoint: CheckpointConfig, log: LogConfig) -> None:

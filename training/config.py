@@ -20,6 +20,7 @@ import tyro
 from training.checks import (
     check_finite,
     check_held_out,
+    check_model,
     check_not_held_out,
     check_parallel,
     check_run,
@@ -79,6 +80,7 @@ class Config:
         values = asdict(self)
         values["stages"] = values.pop("stage_tables")
         check_finite(values)
+        check_model(self.model)
         check_parallel(self.parallel)
         check_run(self.run, self.checkpoint, self.log)
         check_sample(self.sample)

@@ -52,7 +52,7 @@ def check_export(config: Config) -> None:
     networks = new_networks(config, "meta")
     names = trained_names(config, networks)
     only_adapters = config.lora.rank > 0 and all(".lora_" in name for name in names)
-    check_frozen(config.model.frozen, config.model.start, config.lora.rank, names)
+    check_frozen(config.model, config.lora.rank, names)
     if networks.text_encoder is None:
         for stage in config.stages:
             empty_text(stage.conditions.empty_text, networks.transformer.config.text_dim)

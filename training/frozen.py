@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from talkingdit.errors import UserError
 from talkingdit.nn.units import Units, modules_of, unit_of
+from training.sections import ModelConfig
 from training.stages import TRANSFORMER, plain_name
 
 EIGHT_BITS: dict[str, tuple[torch.dtype, float]] = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
@@ -91,23 +92,30 @@ class FrozenLinear(nn.Module):
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
 
-def narrow(transformer: nn.Module, units: Units, how: str, trained: Container[str], home: torch.device) -> None:
+def narrow(
+    transformer: Any, units: Units, model: ModelConfig, trained: Container[str], home: torch.device, swap: bool
+) -> None:
     """Store frozen weights as `model.frozen` says. Call it on a model without weights ("meta"), before it is sharded.
 
     Args:
         transformer: adapters, if there are any, are on it.
         units: of its family.
-        how: "float32" leaves it as it is; "bf16", or an eight-bit kind.
+        model: `frozen` and `swap` of it.
         trained: plain names of what trains.
-        home: where eight-bit weights stay.
+        home: where eight-bit weights stay, but for those of units that are swapped.
+        swap: everything stays on the host.
     """
+    how = model.frozen
     if how == "float32":
         return
+    host = torch.device("cpu")
     if how in EIGHT_BITS:
-        pinned = home.type == "cpu" and torch.cuda.is_available()
+        swapped = units.walk(transformer.config)[: None if swap else model.swap]
         for path, layer in _frozen_matrices(transformer, units, trained):
             parent, _, name = path.rpartition(".")
-            setattr(transformer.get_submodule(parent), name, FrozenLinear(layer, how, home, pinned))
+            where = host if unit_of(path, units.UNITS)[0] in swapped else home
+            pinned = where == host and home.type == "cuda"
+            setattr(transformer.get_submodule(parent), name, FrozenLinear(layer, how, where, pinned))
     for name, parameter in transformer.named_parameters():
         plain = plain_name(name)
         unit = unit_of(plain, units.UNITS)[1]
@@ -132,15 +140,18 @@ def frozen_layers(module: nn.Module) -> dict[str, FrozenLinear]:
     }
 
 
-def check_frozen(how: str, start: object, lora_rank: int, trained: set[str]) -> None:
-    """Whether frozen weights can be stored so.
+def check_frozen(model: ModelConfig, lora_rank: int, trained: set[str]) -> None:
+    """Whether frozen weights can be stored as `model.frozen` says.
 
     Raises:
         UserError: eight bits without weights to read, or in a run that changes or exports what they would be.
     """
+    how = model.frozen
     if how not in EIGHT_BITS:
+        if model.swap:
+            raise UserError(f'model.swap: moves weights in eight bits, got {model.swap} with model.frozen = "{how}".')
         return
-    if start is None:
+    if model.start is None:
         raise UserError(f'model.frozen: "{how}" needs model.start, weights to store so; got none.')
     others = sorted(name for name in trained if ".lora_" not in name)
     if lora_rank < 1 or others:

@@ -62,6 +62,7 @@ def run_of(config: Config, stage: StageConfig, transformer: Transformer) -> Run:
         checkpointing=config.parallel.activation_checkpointing,
         averages=any(other.optim.ema > 0 for other in config.stages),
         frozen=config.model.frozen,
+        swap=config.model.swap,
         inputs=config.parallel.inputs,
         offload=config.parallel.offload,
         asynchronous=config.checkpoint.asynchronous,

@@ -35,6 +35,7 @@ class ModelConfig:
     settings: Table = field(default_factory=dict)  # changes to the preset
     start: Path | None = None  # weights to begin with, such as a Wan-S2V folder, or a Wan T2V or I2V one; None: random
     frozen: Literal["float32", "bf16", "int8", "fp8"] = "float32"  # how weights that never train are stored
+    swap: int = 0  # blocks, the first ones, whose eight-bit weights wait on the host and come when they are used
     text_encoder: str = "prompt"  # "prompt": a small one, trained along; "none": features come with the data
     clip_latents: int = 8  # of a clip of generation and validation
     audio_context: int = 8  # feature frames before the clip that the audio encoder sees

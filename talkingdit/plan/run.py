@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class Cluster:
     Args:
         nodes, gpus: machines, and GPUs in each.
         memory: bytes of a GPU.
+        host: bytes of a machine's own memory that training may take.
         tflops: dense bfloat16 TFLOP/s as stated.
         efficiency: share of them that a training step reaches.
         inside, between: bytes per second that a GPU sends within its machine (NVLink) and, at the same time, by its
@@ -42,6 +44,7 @@ class Cluster:
     inside: float = 300e9
     between: float = 40e9
     measured: frozenset[str] = frozenset()
+    host: float = math.inf
 
     @property
     def world(self) -> int:
@@ -106,6 +109,7 @@ class Run:
         optimizer, checkpointing: one of OPTIMIZERS, of CHECKPOINTING.
         averages: keep an exponential moving average of what trains.
         frozen: how weights that never train are stored, one of FROZEN; in eight bits every rank holds all of them.
+        swap: large units, the first ones, whose eight-bit weights wait on the host and come when they are used.
         inputs: where inputs of checkpointed blocks wait for the backward, one of INPUTS.
         offload: parameters' shards, gradients, optimiser states and averages lie on the host.
         asynchronous: checkpoints are written by a thread, from a copy on the host.
@@ -124,6 +128,7 @@ class Run:
     checkpointing: str = "full"
     averages: bool = True
     frozen: str = "float32"
+    swap: int = 0
     inputs: str = "float32"
     offload: bool = False
     asynchronous: bool = True
@@ -136,6 +141,8 @@ class Run:
         for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"plan: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.swap and self.frozen not in EIGHT_BITS:
+            raise ValueError(f"plan: swap moves weights in eight bits ({', '.join(EIGHT_BITS)}), got {self.frozen}")
         if self.micro_batches < 1:
             raise ValueError(f"plan: micro_batches must be at least 1, got {self.micro_batches}")
 

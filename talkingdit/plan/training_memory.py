@@ -29,7 +29,7 @@ def states(sizes: UnitSizes, run: Run, ranks: int) -> dict[str, float]:
     # 8 bits per moment and a float32 scale for every 256 of them.
     moments = 2 * (1 + 4 / 256) if run.optimizer == "adamw8bit" else 8
     return {
-        "weights": sum(unit.stored(ranks, run.frozen) for unit in sizes.units.values()),
+        "weights": sum(unit.stored(ranks, run.frozen) for unit in sizes.units.values()) + sizes.eight_bytes(False),
         "optimiser": moments * (trained - muon) + 4 * muon,
         "averages": 4 * trained if run.averages else 0.0,
     }
@@ -57,7 +57,7 @@ def moments(
     stream = 0.0 if away else activations.stream * width / 4  # of what waits
     restored = activations.stream if run.inputs != "float32" else 0.0  # that of the block at work
     # A matrix in eight bits is made wide in float32 and then narrower; where it waits on the host its codes come too.
-    widened = (4 + size + run.offload) * sizes.largest_eight
+    widened = (4 + size + (run.offload or run.swap > 0)) * sizes.largest_eight
     kept = sum(stream + activations.kept[name] for name in back)
     done = sum(gradient.values()) if several else sum(gradient[name] for name in sizes.last)
     # What the unit before this one is still reducing.
@@ -135,6 +135,8 @@ def host(transformer: Transformer, sizes: UnitSizes, run: Run, mesh: MeshSizes, 
     found = {"shards, gradients, optimiser": sum(held.values()) + trained} if run.offload else {}
     if run.offload and run.validates and run.averages:
         found["weights that wait"] = trained
+    if swapped := sizes.eight_bytes(True):
+        found["swapped weights"] = swapped
     width, away = INPUTS[run.inputs]
     if away:
         activations = transformer.cost.activations(transformer.config, run, mesh, size)

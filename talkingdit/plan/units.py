@@ -27,6 +27,7 @@ class UnitSize:
         shapes: of the parameters, and whether they train.
         matrices: elements of each of those that Muon works on.
         eight: rows and columns of matrices that are stored in eight bits, on every rank, and not gathered.
+        swapped: these wait on the host.
     """
 
     float32: bool = False
@@ -36,13 +37,18 @@ class UnitSize:
     shapes: list[tuple[tuple[int, ...], bool]] = field(default_factory=list)
     matrices: list[int] = field(default_factory=list)
     eight: list[tuple[int, int]] = field(default_factory=list)
+    swapped: bool = False
 
     def stored(self, ranks: int, frozen: str) -> float:
-        """Bytes of the weights that a rank holds between steps; `frozen` as `Run` has it."""
+        """Bytes of the shards of weights that a rank holds between steps; `frozen` as `Run` has it."""
         trained = self.elements(ranks, trained=True)
         wide = self.float32 or frozen == "float32"
-        shards = (4 * trained + (4 if wide else 2) * (self.elements(ranks) - trained)) / ranks
-        return shards + sum(rows * (columns + 4) for rows, columns in self.eight)  # with a float32 scale a row
+        return (4 * trained + (4 if wide else 2) * (self.elements(ranks) - trained)) / ranks
+
+    @property
+    def eight_bytes(self) -> float:
+        """Of the matrices in eight bits, with a float32 scale a row."""
+        return float(sum(rows * (columns + 4) for rows, columns in self.eight))
 
     def elements(self, ranks: int = 1, trained: bool = False) -> int:
         """Elements, with what pads the first axis to a multiple of the ranks; `trained`: only of those that train."""
@@ -83,6 +89,10 @@ class UnitSizes:
         """Elements that Muon works on."""
         return sum(sum(unit.matrices) for unit in self.units.values())
 
+    def eight_bytes(self, swapped: bool) -> float:
+        """Bytes of the matrices in eight bits that wait on the host, or that do not."""
+        return sum(unit.eight_bytes for unit in self.units.values() if unit.swapped == swapped)
+
     @property
     def largest_eight(self) -> int:
         """Elements of the largest matrix that is stored in eight bits."""
@@ -120,6 +130,8 @@ def unit_sizes(transformer: Transformer, run: Run) -> UnitSizes:
         if adapted and name.endswith(adapted):
             unit.shapes += [((run.lora_rank, shape[1]), True), ((shape[0], run.lora_rank), True)]
     sizes = UnitSizes(units, tuple(transformer.units.walk(transformer.config)))
+    for path in sizes.walk[: run.swap]:
+        units[path].swapped = True
     _follow_the_backward(transformer, sizes, run)
     return sizes
 

@@ -72,9 +72,7 @@ def check_export(arguments: Mapping[str, Any], text_encoder: str, run: TrainRun)
         raise UserError(f"training: generation would not take the model that this run exports: {said}.") from error
     key = "shipped_vae" if run.data["shipped_vae"] else "vae"
     if not (Path(run.data[key]) / "config.json").is_file():
-        raise UserError(
-            f"data.{key}: must be the folder of an autoencoder, which is exported too, got {run.data[key]}."
-        )
+        raise UserError(f"data.{key}: must be the folder of the autoencoder that is exported too, got {run.data[key]}.")
 
 
 def save(folder: Path, transformer: WanS2VModel, text_encoder: PromptEncoder | None, run: TrainRun) -> None:
