@@ -82,6 +82,10 @@ class FrozenLinear(nn.Module):
         codes, scale = (part.to(like.device, non_blocking=True) for part in (self._codes, self._scale))
         return codes.float().mul_(scale).to(like.dtype)
 
+    def stored(self) -> tuple[Tensor, ...]:
+        """Codes and scales."""
+        return () if self._codes is None or self._scale is None else (self._codes, self._scale)
+
     @property
     def weight(self) -> Tensor:
         """The weight as it is used, float32 where it is stored."""
