@@ -82,11 +82,9 @@ def make_world(folder: Path, quick: bool) -> Config:
 
 def adapters_of(trainer: Trainer) -> Tensor:
     """Every adapter as it acts, B A of each layer, flat in float64."""
-    state = gather_state(trainer.networks)
-    pairs = [
-        (state[name.replace(".lora_A.", ".lora_B.")], value) for name, value in state.items() if ".lora_A." in name
-    ]
-    return torch.cat([(b.double() @ a.double()).flatten() for b, a in pairs])
+    state = {name: value.double() for name, value in gather_state(trainer.networks).items() if ".lora_" in name}
+    names = [name for name in state if ".lora_A." in name]
+    return torch.cat([(state[name.replace(".lora_A.", ".lora_B.")] @ state[name]).flatten() for name in names])
 
 
 def run(config: Config, out: Path, steps: int, changes: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
