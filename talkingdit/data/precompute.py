@@ -3,7 +3,8 @@
 
 Worker r of n takes every n-th row. A clip is done when it is in a finished shard, whoever wrote it: the same command
 goes on after a kill, also with another number of workers and with a manifest that has grown. What cannot be read is
-written to `broken.jsonl`, and tried again the next time.
+written to `broken.jsonl`, and tried again the next time; so is an entry at which two processes ended, as a decoder that
+crashes makes them.
 
     precompute.json          the settings that all clips have in common
     clips-WWWW-NNNNNN.tar    shard N of worker W, and .json, its index
@@ -27,6 +28,7 @@ import safetensors.torch
 import torch
 
 from talkingdit.atomic import PART, write_whole
+from talkingdit.data.claims import TRIES, Claims
 from talkingdit.data.cutting import Cutting, open_item
 from talkingdit.data.encoders import CheckpointEncoders
 from talkingdit.data.encoding import EncodeClip, broken_by
@@ -126,6 +128,7 @@ def precompute(job: Job, rank: int = 0, world: int = 1, report: Callable[[Step],
     Raises:
         UserError: the checkpoint does not load, the disk is full, or the device has too little memory.
     """
+    claims = Claims(job.out, part_of(rank))
     clear_parts(job.out, rank, world)
     done = _done(job.out)
     probes = Probes(job.manifest.path)
@@ -133,7 +136,12 @@ def precompute(job: Job, rank: int = 0, world: int = 1, report: Callable[[Step],
     writer = ShardWriter(job.out, rank, job.shard_bytes)
     try:
         for entry in job.manifest.entries[rank::world]:
-            step = _encode_entry(job, entry, probes, done, log, writer)
+            if claims.tries(entry.key) >= TRIES:
+                log.add(entry.key, entry, f"{entry.video} ended {TRIES} processes that read it.")
+                step = Step(broken=1)
+            else:
+                claims.begin(entry.key)
+                step = _encode_entry(job, entry, probes, done, log, writer)
             if report is not None:
                 report(step)
         writer.finish()
@@ -148,6 +156,7 @@ def precompute(job: Job, rank: int = 0, world: int = 1, report: Callable[[Step],
         raise
     finally:
         writer.abort()
+        claims.end()
 
 
 def _done(folder: Path) -> set[str]:

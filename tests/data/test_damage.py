@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import faulthandler
 import io
 import json
+import os
+import signal
 import tarfile
 import zlib
 from pathlib import Path
@@ -16,7 +20,8 @@ import safetensors.torch
 import torch
 from PIL import Image, PngImagePlugin
 
-from talkingdit.data import shards
+from talkingdit.data import shards, workers
+from talkingdit.data.claims import TRIES, Claims
 from talkingdit.data.cutting import Cutting
 from talkingdit.data.encoders import CheckpointEncoders, Encoders, PlainSettings
 from talkingdit.data.encoding import broken_by, encode_clip
@@ -24,7 +29,7 @@ from talkingdit.data.manifest import read_manifest
 from talkingdit.data.on_the_fly import OnTheFly
 from talkingdit.data.precompute import Job, Step, precompute, prepare
 from talkingdit.data.sample import BrokenSample, ClipRequest, Sample
-from talkingdit.data.shards import PrecomputedShards, ShardWriter
+from talkingdit.data.shards import PrecomputedShards, ShardWriter, part_of
 from talkingdit.errors import UserError
 
 
@@ -245,3 +250,43 @@ def test_encoders_that_do_not_load_end_the_work(pictures: Path, monkeypatch: pyt
     monkeypatch.setattr(PlainEncoders, "load", fail)
     with pytest.raises(UserError, match="vae: missing"):
         run(pictures)
+
+
+def crash(item: Any, *rest: Any, **more: Any) -> Sample:
+    """A decoder that takes its process with it."""
+    if item.entry.caption == "b":
+        faulthandler.disable()  # nobody wants to read where
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return encode_clip(item, *rest, **more)
+
+
+def test_a_decoder_that_crashes_costs_its_file_and_not_the_run(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "START", "fork")  # saves imports
+    job = Job(read_manifest(pictures / "m.jsonl"), PlainEncoders(pictures), crash, pictures / "out", CUTTING)
+    prepare(job)
+    steps: list[Step] = []
+    workers.run_workers(job, 0, 1, 2, steps.append)
+    assert len(steps) == 4
+    made = [about["caption"] for _, about in PrecomputedShards(job.out).clips]
+    assert sorted(made) == ["a", "c"]
+    rows = [json.loads(line) for line in (job.out / "broken.jsonl").read_text().splitlines()]
+    assert any(row["reason"].endswith("b.png ended 2 processes that read it.") for row in rows)
+    assert not list(job.out.glob(".part-*"))
+    # The next time it is tried again, and by then it may be good.
+    workers.run_workers(dataclasses.replace(job, encode=encode_clip), 0, 1, 2, steps.append)
+    assert sorted(about["caption"] for _, about in PrecomputedShards(job.out).clips) == ["a", "b", "c"]
+
+
+def test_a_kill_is_no_crash(tmp_path: Path) -> None:
+    """A process that somebody ends once leaves a claim; the entry is read by the next."""
+    claims = Claims(tmp_path, part_of(0))
+    claims.begin("a")
+    again = Claims(tmp_path, part_of(3))
+    assert (again.tries("a"), again.tries("b")) == (1, 0)
+    again.begin("a")
+    assert Claims(tmp_path, part_of(1)).tries("a") == TRIES
+    again.end()
+    claims.end()
+    assert Claims(tmp_path, part_of(1)).tries("a") == 0
+    (tmp_path / f"{part_of(2)}now").write_text("[1")
+    assert Claims(tmp_path, part_of(1)).tries("a") == 0
