@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,12 @@ def test_the_page_says_what_the_formula_does(file: str) -> None:
     found = (plan.peak, sum(plan.validation.values()), plan.needed, host)
     assert (stage.name, [f"{value / 1e9:.1f}" for value in found]) == (name, numbers)
     assert plan.needed < memory
+
+
+@pytest.mark.slow
+def test_the_page_has_what_was_counted_and_what_is_predicted_now() -> None:
+    results = json.loads((ROOT / "bench" / "results" / "scaling.json").read_text())
+    assert scaling.table(results["rows"]) in (ROOT / "docs" / "scaling.md").read_text()
 
 
 def test_every_wan_s2v_configuration_is_in_the_table() -> None:
