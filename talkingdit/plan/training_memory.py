@@ -89,8 +89,8 @@ def margins(mesh: MeshSizes, moments: Sequence[Mapping[str, float]]) -> dict[str
     Args:
         moments: from `moments`.
     """
-    axes = (mesh.replicate, mesh.sharded, mesh.context, mesh.ring if mesh.ulysses > 1 else 1)
-    axes += (mesh.ulysses if mesh.ring > 1 else 1,)
+    axes = [mesh.replicate, mesh.sharded, mesh.context, mesh.ring if mesh.ulysses > 1 else 1]
+    axes.append(mesh.ulysses if mesh.ring > 1 else 1)
     side = max(sum(moment.get(name, 0.0) for name in SIDE) for moment in moments)
     main = max(sum(value for name, value in moment.items() if name not in SIDE) for moment in moments)
     return {
