@@ -33,13 +33,20 @@ SHAPES = ((9, 16), (3, 4), (1, 1))  # sides of the frames that are tried, to fil
 SIDE = 16  # pixels, of which sides are multiples
 
 
-def planned(config: Config, cluster: Cluster) -> tuple[StageConfig, TrainPlan]:
+def transformer_of(config: Config) -> Transformer:
+    """The transformer that a configuration trains; nothing is loaded."""
+    return Transformer.of(family_of(config), settings_of(config))
+
+
+def planned(config: Config, cluster: Cluster, transformer: Transformer) -> tuple[StageConfig, TrainPlan]:
     """The stage that takes most of a card, and what it takes.
+
+    Args:
+        transformer: from `transformer_of`.
 
     Raises:
         UserError: the layout is not one of so many GPUs.
     """
-    transformer = Transformer.of(family_of(config), settings_of(config))
     found = [(stage, predict_stage(config, stage, transformer, cluster)) for stage in config.stages]
     return max(found, key=lambda pair: pair[1].needed)
 
@@ -147,10 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if speed is None:
             raise UserError("--card: its speed is not known; name one, or give --tflops.")
         cluster = Cluster(_number("nodes", mine["nodes"]), _number("gpus", mine["gpus"]), memory, speed)
-        stage, plan = planned(config, cluster)
+        transformer = transformer_of(config)
+        stage, plan = planned(config, cluster, transformer)
     except ValueError as error:
         raise UserError(str(error)) from error
-    transformer = Transformer.of(family_of(config), settings_of(config))
     sys.stdout.write(f"stage       {stage.name}, the one that takes most\n")
     sys.stdout.write(training_report(plan, plan.needed <= cluster.memory, transformer, cluster, given=True) + "\n")
 

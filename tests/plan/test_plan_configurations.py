@@ -51,7 +51,8 @@ def test_the_page_says_what_the_formula_does(file: str) -> None:
     memory, speed = card_of("h100" if int(gpus) > 1 else "rtx4090")
     assert speed is not None
     config = read_toml(ROOT / "training" / "configs" / file)
-    stage, plan = command.planned(config, Cluster(1, int(gpus), memory, speed))
+    assert (config.model.preset, config.model.settings) == ("wan_s2v_14b", {})
+    stage, plan = command.planned(config, Cluster(1, int(gpus), memory, speed), RELEASED)
     host = sum(plan.host.values()) * int(gpus)
     found = (plan.peak, sum(plan.validation.values()), plan.needed, host)
     assert (stage.name, [f"{value / 1e9:.1f}" for value in found]) == (name, numbers)
@@ -73,7 +74,7 @@ def test_adapters_of_the_14b_model_fit_24_gb_and_less_than_half_the_host() -> No
     old = planner.predict(RELEASED, unit_sizes(RELEASED, before), before, Cluster(1, 1), MeshSizes())
     assert old.needed > 47e9
     config = read_toml(ROOT / "training" / "configs" / "wan_s2v_lora_24gb.toml")
-    _, new = command.planned(config, Cluster(1, 1, 24 * 2**30, 165))
+    _, new = command.planned(config, Cluster(1, 1, 24 * 2**30, 165), RELEASED)
     assert new.needed <= 24e9
     assert sum(new.host.values()) <= 0.5 * sum(old.host.values())
 
