@@ -130,7 +130,7 @@ def measured(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_the_held_out_loss_is_the_same_on_every_layout_and_seed(world: Config, processes: Any, tmp_path: Path) -> None:
-    processes(1, train, copy.deepcopy(world), tmp_path / "one")
+    processes(1, train, copy.deepcopy(world), tmp_path / "one", timeout=240)
     one = measured(read_log(tmp_path / "one"))
     assert [line["step"] for line in one] == [0, 2, 3]
     assert all(line["held_out/loss"] == pytest.approx((line["held_out/noise_0.2"] + line["held_out/noise_0.8"]) / 2)
@@ -147,7 +147,7 @@ def test_the_held_out_loss_is_the_same_on_every_layout_and_seed(world: Config, p
     # Measuring takes no random number from training: its losses are those of a run without.
     plain = copy.deepcopy(world)
     plain.held_out = replace(plain.held_out, every=0)
-    processes(1, train, plain, tmp_path / "plain")
+    processes(1, train, plain, tmp_path / "plain", timeout=240)
     losses = [line["loss"] for line in read_log(tmp_path / "one") if "loss" in line]
     assert [line["loss"] for line in read_log(tmp_path / "plain")] == losses
 
