@@ -35,7 +35,7 @@ from training.model_state import ModelState, gather_state
 from training.networks import Networks
 from training.objective import empty_text
 from training.signals import run_guarded
-from training.stages import averaged_names, trained_names
+from training.stages import trained_names
 
 ADAPTER_FILE = "adapter.safetensors"
 
@@ -115,8 +115,10 @@ def main(options: Options) -> None:
     mesh = parallel.start(config.parallel, "auto")
     networks = sharded_networks(config, mesh, resumes=True)
     trained = trained_names(config, networks)
-    ema = Ema(networks, 0.0, averaged_names(config, trained))
     reader = Checkpoints(checkpoints, keep=0, read_only=True)
+    saved = reader.peek()
+    assert saved is not None
+    ema = Ema(networks, 0.0, saved.get("averages") or ())
     model = ModelState(networks, trained.__contains__ if config.lora.rank > 0 else None)
     step = reader.load({"networks": model, "averages": ema}, partly=True)
     if options.averages:

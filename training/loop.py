@@ -59,7 +59,8 @@ class Trainer:
         saved = self.checkpoints.peek()
         self.networks = sharded_networks(config, mesh, resumes=saved is not None)
         self.trained = trained_names(config, self.networks)
-        self.ema = Ema(self.networks, 0.0, averaged_names(config, self.trained))
+        kept = set() if saved is None else set(saved.get("averages") or ())  # also where none are asked for any more
+        self.ema = Ema(self.networks, 0.0, averaged_names(config, self.trained) | kept)
         self.validator = validator_for(config, mesh)
         self.held_out = HeldOut(self.sources, self.held, config.held_out, config.model.clip_latents)
         self.guard = Guard()

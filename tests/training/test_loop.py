@@ -158,6 +158,24 @@ def test_a_run_that_goes_on_says_once_what_is_not_as_it_was(
     parallel.start(config.parallel, "cpu")
 
 
+@pytest.mark.slow
+def test_without_averages_there_are_none_and_those_of_before_are_kept(
+    world: Config, tmp_path: Path, alone: None
+) -> None:
+    config = copy.deepcopy(world)
+    config.stage_tables = [{"name": "speak", "steps": 1}]
+    for decays, expected in (((0.0,), 0), ((0.9, 0.0), 118)):
+        config.run.out = tmp_path / str(expected)
+        for steps, config.optim.ema in enumerate(decays, 1):
+            config.stage_tables[0]["steps"] = steps
+            trainer = Trainer(config, parallel.start(config.parallel, "cpu"))
+            trainer.run()
+            parallel.stop()
+        assert len(trainer.ema.state_dict()) == expected
+        export.main(export.Options(config.run.out, tmp_path / f"model{expected}"))
+    parallel.start(config.parallel, "cpu")
+
+
 def test_a_step_that_is_not_finite_is_left_out_counted_and_its_sample_named(
     world: Config, tmp_path: Path, alone: None, caplog: pytest.LogCaptureFixture
 ) -> None:
