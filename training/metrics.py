@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import secrets
 import sys
@@ -108,7 +109,9 @@ class Writer:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON has no NaN and no infinity; a line with one would be unreadable for others.
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
