@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PART = ".part-"  # how names of what is not complete yet begin
@@ -85,6 +86,31 @@ def write_whole(target: str | os.PathLike[str], data: bytes, prefix: str = PART,
     """Write a file that is there as a whole or not at all; a target that is a link stays one."""
     with whole_file(target, prefix, sync) as temporary:
         temporary.write_bytes(data)
+
+
+def append_line(file: str | os.PathLike[str], line: str) -> None:
+    """Add a line to a file, whole or not at all, also where several processes do. A link is not followed.
+
+    What a killed process or a full disk has cut off before becomes a line of its own.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        with suppress(OSError):  # file systems without locks: a line is one write, which others do not cut
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        size = os.fstat(handle).st_size
+        cut = size and os.pread(handle, 1, size - 1) != b"\n"
+        data = b"\n" * bool(cut) + line.encode() + b"\n"
+        try:
+            while data:
+                data = data[os.write(handle, data) :]
+        except BaseException:
+            os.ftruncate(handle, size)
+            raise
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ class RunLock:
         while (taken := self._try()) is not True:
             holder = _read(file)
             # Another process of this run may just be writing down that it is one, or have given the lock up.
-            if taken is False and not (run and holder.get("run", run) == run) or time.monotonic() > deadline:
+            if (taken is False and not (run and holder.get("run", run) == run)) or time.monotonic() > deadline:
                 raise UserError(f"{place}: {_told(holder)} is at work there; wait for it, or end it first.")
             time.sleep(0.01)
         _held.add(self)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import torch.distributed as dist
 import tyro
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,6 +31,7 @@ from training.family import train_run
 from training.lora import adapter_tensors
 from training.model_state import ModelState, gather_state
 from training.networks import Networks
+from training.one_run import written
 from training.signals import run_guarded
 from training.stages import trained_names
 
@@ -41,10 +41,12 @@ ADAPTER_FILE = "adapter.safetensors"
 def export(networks: Networks, config: Config, folder: Path) -> None:
     """Write the weights as they are now, in bfloat16, whole or not at all. Every rank calls it, rank 0 writes."""
     state = gather_state(networks, None if config.lora.rank > 0 else torch.bfloat16)
-    if dist.get_rank() == 0:
+
+    def write_whole() -> None:
         with whole_folder(folder) as temporary:
             write(state, config, temporary)
-    dist.barrier()
+
+    written(folder, write_whole, "export")
 
 
 def write(state: Mapping[str, Tensor], config: Config, folder: Path) -> None:

@@ -104,7 +104,7 @@ def _run(flags: Flags, manifest: Manifest, job: Job) -> None:
     from talkingdit.data.workers import run_workers
 
     first, world = rank() * flags.workers, processes()
-    prepare(job, first)
+    lock = prepare(job, first)
     clips = broken = 0
     rows = sum(len(manifest.entries[worker :: world * flags.workers]) for worker in range(first, first + flags.workers))
     # A scheduler that wants its machine back is obeyed as a person is: the open shard is finished.
@@ -125,6 +125,7 @@ def _run(flags: Flags, manifest: Manifest, job: Job) -> None:
         ) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+        lock.release()
     listed = f"; {broken} that cannot be read are listed in {flags.out / BROKEN}" if broken else ""
     if world == 1 and not any(flags.out.glob("clips-*.tar")):
         raise UserError(f"precompute: no clip could be made{listed}.")
