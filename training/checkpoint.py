@@ -12,8 +12,8 @@ kill at any moment, of any ranks, leaves either a `.tmp`, which the next start r
         config.json                    the configuration of the run
         files.json                     bytes and CRC-32 of all others
 
-A checkpoint may come from somebody else: `.metadata` and `state.pt` are read without running code (checkpoint_metadata.py
-and torch's weights_only), and files are looked for by plain names in the folder alone.
+A checkpoint may come from somebody else: `.metadata` and `state.pt` are read without running code
+(checkpoint_metadata.py and torch's weights_only), and files are looked for by plain names in the folder alone.
 """
 
 from __future__ import annotations

@@ -139,8 +139,8 @@ def _told(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"training: the log in {folder} cannot be written ({error.strerror or error}); the same command goes on from "
-            "the last checkpoint."
+            f"training: the log in {folder} cannot be written ({error.strerror or error}); the same command goes on "
+            "from the last checkpoint."
         ) from error
 
 

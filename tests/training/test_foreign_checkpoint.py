@@ -173,7 +173,7 @@ def test_the_list_of_files_names_none_outside(folder: Path, name: str) -> None:
     listed = json.loads((folder / "files.json").read_text())
     listed["files"][name] = {"bytes": 1, "crc32": 1}
     (folder / "files.json").write_text(json.dumps(listed))
-    with pytest.raises(UserError, match="which is no file of the checkpoint|is not a file"):
+    with pytest.raises(UserError, match=r"which is no file of the checkpoint|is not a file"):
         load(folder)
 
 
