@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-LITTER = (".part-", ".tmp", ".lock", ".saving-")  # how names begin of what a rerun must not leave
+REPORTS = "reports.jsonl"  # a line for each writer
 
 
 class Writer(Protocol):
@@ -83,8 +83,8 @@ def start(writers: list[str], kills: int, folder: Path, timeout: float) -> list[
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(HERE / "trials.py"), *writers, "--kills", str(kills), "--folder", str(folder)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=timeout, check=True)
-    return [Report(**json.loads(line)) for line in done.stdout.splitlines()]
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, timeout=timeout, check=True)
+    return [Report(**json.loads(line)) for line in (folder / REPORTS).read_text().splitlines()]
 
 
 # ---- One trial -------------------------------------------------------------------------------------------------------
@@ -210,7 +210,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory(dir=options.folder, prefix=f"{name}-") as folder:
             made = writers.MAKE[name](Path(folder))
             report = try_writer(name, made, options.kills, Path(os.path.realpath(folder)))
-        print(json.dumps(asdict(report)), flush=True)
+        with (options.folder / REPORTS).open("a") as file:
+            file.write(json.dumps(asdict(report)) + "\n")
     return 0
 
 
