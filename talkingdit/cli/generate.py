@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from talkingdit import families
+from talkingdit.checkpoints.bounds import check_options
 from talkingdit.cli.flags import Group, Values, fields_of, read, spellings_of
 from talkingdit.cli.messages import processes, rank, tell_of_one, warn
 from talkingdit.errors import UserError
@@ -63,6 +64,7 @@ class Flags:
     """how the processes of torchrun share the work: guidance=2,ulysses=4,ring=1,vae=split (default: by their number)"""
 
     def __post_init__(self) -> None:
+        check_options(self, "generate")
         for name in ("upscale", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -125,7 +127,7 @@ def prepare(argv: Sequence[str]) -> Request:
     family, values = _read(argv)
     flags, options = values.make(Flags), values.make(family.options)
 
-    from talkingdit.pipelines.inputs import Job, read_inputs
+    from talkingdit.pipelines.inputs import Job, check_enlarged, read_inputs
 
     inputs = read_inputs(
         Job(
@@ -143,6 +145,7 @@ def prepare(argv: Sequence[str]) -> Request:
     layout, memory = Layout.parse(flags.parallel), _memory(options)
     settings = family.checkpoint.read_settings(_folder(flags))
     outline = family.outline.outline(inputs, settings, options)
+    check_enlarged(inputs.job, outline)
     layout.resolved(processes(), outline.predictions, _heads(_folder(flags)))
     return Request(flags, family.name, options, layout, inputs, outline, memory)
 

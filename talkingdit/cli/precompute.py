@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from talkingdit.checkpoints.bounds import check_options
 from talkingdit.cli.flags import Group, read
 from talkingdit.cli.messages import processes, rank, warn
 from talkingdit.errors import UserError
@@ -64,6 +65,7 @@ class Flags:
     """processes"""
 
     def __post_init__(self) -> None:
+        check_options(self, "precompute")
         counts = ("fps", "clip_frames", "min_frames", "stride", "tokens", "multiple", "shard_size", "workers")
         for name in counts:
             value = getattr(self, name)
