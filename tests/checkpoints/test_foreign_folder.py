@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint folder may come from anyone: names stay inside, numbers have bounds, and what is wrong is one sentence."""
+"""A checkpoint folder may come from anyone: names stay inside, numbers have bounds, what is wrong is one sentence."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is killed: every program of the project that writes over a longer time, at the smallest size that saves often."""
+"""What is killed: every program of the project that writes over a longer time, as small as may be, saving often."""
 
 from __future__ import annotations
 
