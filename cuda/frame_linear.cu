@@ -33,16 +33,12 @@ __global__ void __launch_bounds__(FrameCore<T>::kThreads)
   }
   char* shared = dynamic_shared();
   Core core;
+  const Matrix<T> tokens{x, args.x_strides[1], rows, args.inner, args.x_vectors != 0};
+  const Matrix<T> channels{weight, args.weight_strides[2], args.inner, args.dim, args.weight_vectors != 0};
   const auto load = [&](int step, char* tile_x, char* tile_weight) {
     const int64_t at = int64_t(step) * kDepth<T>;
-    load_lines<T, Layout::sum, Core::kThreads>(tile_x, args.x_vectors, [&](int line, int64_t& length) {
-      length = row + line < rows ? args.inner - at : 0;
-      return length > 0 ? x + (row + line) * args.x_strides[1] + at : x;
-    });
-    load_lines<T, Layout::row, Core::kThreads>(tile_weight, args.weight_vectors, [&](int line, int64_t& length) {
-      length = at + line < args.inner ? args.dim - column : 0;
-      return length > 0 ? weight + (at + line) * args.weight_strides[2] + column : weight;
-    });
+    load_tile<T, Layout::sum, Core::kThreads>(tile_x, tokens, row, at);
+    load_tile<T, Layout::row, Core::kThreads>(tile_weight, channels, at, column);
   };
   multiply(core, shared, 0, int((args.inner + kDepth<T> - 1) / kDepth<T>), load, [](const char*) {});
 

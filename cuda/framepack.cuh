@@ -108,6 +108,11 @@ template <class T, Layout kLayout, int kThreads>
 __device__ __forceinline__ void load_tokens(const PackProductArgs& args, const PackShare& share, int64_t first,
                                             int64_t column, char* tile) {
   const int64_t rows = share.patches(args.batch);
+  if (args.batch == 1) {
+    const Matrix<T> tokens{token_of<const T>(args, share, 0), args.token_strides[1], rows, args.out,
+                           args.token_vectors != 0};
+    return load_tile<T, kLayout, kThreads>(tile, tokens, first, column);
+  }
   load_lines<T, kLayout, kThreads>(tile, args.token_vectors, [&](int line, int64_t& count) -> const T* {
     const bool there = first + line < rows && column < args.out;
     count = there ? args.out - column : 0;
@@ -119,12 +124,8 @@ template <class T, Layout kLayout, int kThreads>
 __device__ __forceinline__ void load_weight(const PackProductArgs& args, const PackShare& share, int64_t first,
                                             int64_t column, char* tile) {
   const int64_t taps = args.channels * share.volume();
-  const T* weight = static_cast<const T*>(share.weight);
-  load_lines<T, kLayout, kThreads>(tile, share.weight_vectors, [&](int line, int64_t& count) {
-    const bool there = first + line < args.out && column < taps;
-    count = there ? taps - column : 0;
-    return there ? weight + (first + line) * taps + column : weight;
-  });
+  const Matrix<T> weight{static_cast<const T*>(share.weight), taps, args.out, taps, share.weight_vectors != 0};
+  load_tile<T, kLayout, kThreads>(tile, weight, first, column);
 }
 
 // Layouts of the operands per product: see PackProduct.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A block's part of a matrix product C = A B', summed over the axis that A and B share: 128 x 128 results from tiles in
-// shared memory, which kernels fill as they like (rows of a matrix: load_lines below; patches: framepack.cuh) while the
+// shared memory, which kernels fill as they like (a matrix: load_tile below; patches: framepack.cuh) while the
 // previous ones are multiplied. Cores are in gemm_cores.cuh.
 //
 // A tile of an operand holds 128 of its rows and kDepth<T> elements of the summed axis, 16 KB. Layout::sum: a line is a
@@ -41,6 +41,36 @@ __device__ __forceinline__ void load_lines(char* tile, bool vectors, const Line&
     load_chunk(tile + TileShape<T, kLayout>::offset(at, chunk), left > 0 ? source + chunk * kCount : source, left,
                vectors);
   }
+}
+
+// A matrix in memory: `lines` of `elements` that are neighbours, `stride` elements apart.
+template <class T>
+struct Matrix {
+  const T* origin;
+  int64_t stride, lines, elements;
+  bool vectors;  // 16-byte pieces of lines are aligned
+};
+
+// Fills a tile with lines `line`, `line + 1`, .. of a matrix, from `element` on, and with zeros beyond its ends. Most
+// tiles are whole: they need no comparisons, and one address that goes on by the same number of lines.
+template <class T, Layout kLayout, int kThreads>
+__device__ __forceinline__ void load_tile(char* tile, const Matrix<T>& matrix, int64_t line, int64_t element) {
+  using Shape = TileShape<T, kLayout>;
+  constexpr int kStep = kThreads / Shape::chunks, kCount = 16 / int(sizeof(T));
+  static_assert(kThreads % Shape::chunks == 0);
+  if (matrix.vectors && line + Shape::lines <= matrix.lines && element + Shape::elements <= matrix.elements) {
+    const int at = int(threadIdx.x) / Shape::chunks, chunk = int(threadIdx.x) % Shape::chunks;
+    const T* source = matrix.origin + (line + at) * matrix.stride + element + chunk * kCount;
+    const int64_t ahead = kStep * matrix.stride;
+#pragma unroll
+    for (int i = 0; i < kTileBytes / 16 / kThreads; ++i, source += ahead)
+      copy_async<16>(tile + Shape::offset(at + i * kStep, chunk), source, 16);
+    return;
+  }
+  load_lines<T, kLayout, kThreads>(tile, matrix.vectors, [&](int i, int64_t& count) {
+    count = line + i < matrix.lines ? matrix.elements - element : 0;
+    return count > 0 ? matrix.origin + (line + i) * matrix.stride + element : matrix.origin;
+  });
 }
 
 // Multiplies the tiles of steps begin .. end - 1. load(step, a, b) fills the tiles of a step; seen(a) is called with
