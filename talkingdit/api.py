@@ -72,7 +72,7 @@ def generate(
         prompt=prompt,
         upscale=upscale,
     )
-    inputs = read_inputs(job)
+    inputs = read_inputs(job, chosen.files())
     outline = family.outline.outline(inputs, family.checkpoint.read_settings(folder), chosen)
     check_enlarged(job, outline)
     from talkingdit.pipelines.job import Talk, make_video

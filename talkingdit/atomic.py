@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that are there as a whole or not at all."""
+"""Files and folders that are there as a whole or not at all.
+
+What is not complete yet lies beside its target under a temporary name, which tells by a digest whose it is, and is
+locked by the process that writes it. What a killed process leaves is locked by nobody, and the next one that writes the
+same target removes it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 PART = ".part-"  # how names of what is not complete yet begin
@@ -18,7 +25,8 @@ class WholeFile:
     """A file that has a temporary name beside its target until it is finished.
 
     For what is written over a longer time; `whole_file` does for a block of code. A target that is a link stays one:
-    the file it points to is replaced. The result has the mode that any new file gets.
+    the file it points to is replaced. The result has the mode that any new file gets. What killed processes left of the
+    same target, with the same prefix, is removed.
 
     Args:
         target: the file to make or replace.
@@ -32,10 +40,11 @@ class WholeFile:
     def __init__(self, target: str | os.PathLike[str], prefix: str = PART, suffix: str | None = None):
         self.target = Path(os.path.realpath(target))
         ending = self.target.suffix if suffix is None else suffix
-        handle, name = tempfile.mkstemp(prefix=prefix, suffix=ending, dir=self.target.parent)
-        os.close(handle)
-        self.path = Path(name)
+        mark = _mark(self.target, prefix)
+        remove_left(self.target.parent, mark)
+        self.path, self._handle = _new_file(self.target.parent, mark, ending)
         """The temporary file; a library may replace it."""
+        self._mode = os.fstat(self._handle).st_mode & 0o777
 
     def finish(self, sync: bool = False) -> None:
         """Give the file its name; where that fails the target stays what it was, and nothing is left behind.
@@ -47,17 +56,24 @@ class WholeFile:
             OSError: the disk is full, or the target cannot be replaced.
         """
         try:
-            os.chmod(self.path, _mode())  # mkstemp makes private files
+            os.chmod(self.path, self._mode)  # a library that replaced it may have made it private
             if sync:
                 _sync(self.path)
             os.replace(self.path, self.target)
         except BaseException:
             self.abort()
             raise
+        self._release()
 
     def abort(self) -> None:
         """Remove what was written; the target stays what it was. Nothing happens where it is finished."""
         self.path.unlink(missing_ok=True)
+        self._release()
+
+    def _release(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
 
 
 @contextmanager
@@ -98,7 +114,7 @@ def append_line(file: str | os.PathLike[str], line: str) -> None:
     """
     handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        with suppress(OSError):  # file systems without locks: a line is one write, which others do not cut
+        with contextlib.suppress(OSError):  # file systems without locks: a line is one write, which others do not cut
             fcntl.flock(handle, fcntl.LOCK_EX)
         size = os.fstat(handle).st_size
         cut = size and os.pread(handle, 1, size - 1) != b"\n"
@@ -114,18 +130,54 @@ def append_line(file: str | os.PathLike[str], line: str) -> None:
 
 
 @contextmanager
+def part_folder(target: str | os.PathLike[str], prefix: str = PART) -> Iterator[Path]:
+    """A private folder beside the target for libraries that leave files of their own; it goes when the block ends.
+
+    What killed processes left of the same target is removed first. Finished files are taken out by `take`.
+
+    Raises:
+        OSError: no folder can be made beside the target.
+    """
+    path = Path(os.path.realpath(target))
+    mark = _mark(path, prefix)
+    remove_left(path.parent, mark)
+    folder, handle = _new_folder(path.parent, mark)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def take(file: Path, target: str | os.PathLike[str], sync: bool = False) -> None:
+    """Give a finished file of a `part_folder` its name. A target that is a link stays one.
+
+    Raises:
+        OSError: the target cannot be replaced.
+    """
+    os.chmod(file, 0o666 & ~_umask())
+    if sync:
+        _sync(file)
+    os.replace(file, os.path.realpath(target))
+
+
+@contextmanager
 def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder beside the target, which takes its place when the block ends, and goes away if it raises.
 
     It is called as the target with ".tmp" behind. A folder that it replaces is away only between two renames; a process
-    that is killed between them leaves it under the name of the target with ".old" behind.
+    that is killed between them leaves it under the name of the target with ".old" behind, and the next puts it back.
+    Files get the mode that any new file gets.
     """
     path = Path(os.path.realpath(target))
     temporary, old = (path.with_name(path.name + ending) for ending in (".tmp", ".old"))
+    if old.is_dir() and not path.exists():
+        old.rename(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        share(temporary)
         if path.is_dir():
             shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
@@ -141,10 +193,84 @@ def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def _mode() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
+def share(folder: Path) -> None:
+    """Give the files of a folder the mode that any new file gets: safetensors makes private ones."""
+    mode = 0o666 & ~_umask()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode | path.stat().st_mode & 0o111)
+
+
+def remove_left(folder: Path, prefix: str = PART) -> None:
+    """Remove files and folders whose names begin with a prefix, and that no living process is writing."""
+    try:
+        left = [path for path in folder.iterdir() if path.name.startswith(prefix)]
+    except OSError:
+        return  # what uses the folder says what is wrong with it
+    for path in left:
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(handle)
+
+
+# ---- Names and locks -------------------------------------------------------------------------------------------------
+
+
+def _mark(target: Path, prefix: str) -> str:
+    """How the temporary names of a target begin."""
+    return f"{prefix}{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]}-"
+
+
+def _new_file(folder: Path, mark: str, suffix: str) -> tuple[Path, int]:
+    while True:
+        path = folder / f"{mark}{secrets.token_hex(4)}{suffix}"
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except FileExistsError:
+            continue
+        if _held(path, handle):
+            return path, handle
+        os.close(handle)
+
+
+def _new_folder(folder: Path, mark: str) -> tuple[Path, int]:
+    while True:
+        path = folder / f"{mark}{secrets.token_hex(4)}"
+        try:
+            path.mkdir(0o700)
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (FileExistsError, FileNotFoundError):
+            if not folder.is_dir():
+                raise
+            continue
+        if _held(path, handle):
+            return path, handle
+        os.close(handle)
+
+
+def _held(path: Path, handle: int) -> bool:
+    """Lock what was just made; False where another process found it before, took it for a leftover and removes it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks: nobody removes leftovers there
+    return os.path.lexists(path)
+
+
+def _umask() -> int:
+    try:
+        with open("/proc/self/status", encoding="utf-8") as status:  # asking the system call would change it
+            return next(int(line.split()[1], 8) for line in status if line.startswith("Umask:"))
+    except (OSError, StopIteration, ValueError):
+        umask = os.umask(0)
+        os.umask(umask)
+        return umask
 
 
 def _sync(path: Path) -> None:

@@ -6,11 +6,23 @@ from __future__ import annotations
 import os
 import resource
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from talkingdit.atomic import PART, WholeFile, append_line, whole_file, whole_folder, write_whole
+from talkingdit.atomic import (
+    PART,
+    WholeFile,
+    append_line,
+    part_folder,
+    remove_left,
+    take,
+    whole_file,
+    whole_folder,
+    write_whole,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -140,3 +152,72 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "link").symlink_to(file)
     with pytest.raises(OSError, match="symbolic links"):
         append_line(tmp_path / "link", "fourth")
+
+
+KILLED = """
+import os, signal, sys
+from talkingdit.atomic import PART, WholeFile, part_folder, remove_left, take, whole_file, whole_folder, write_whole
+WholeFile(sys.argv[1], prefix=sys.argv[2], suffix=".part").path.write_text("half")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("prefix", [PART, ".out."])
+def test_what_a_killed_process_left_is_removed_by_the_next_of_the_same_target(tmp_path: Path, prefix: str) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        subprocess.run([sys.executable, "-c", KILLED, tmp_path / name, prefix], check=False)
+    (tmp_path / f"{prefix}mine.part").touch()  # not ours: no digest
+    assert len(names(tmp_path)) == 3
+    with whole_file(tmp_path / "a.mp4", prefix=prefix, suffix=".part") as temporary:
+        temporary.write_text("whole")
+        assert len(names(tmp_path)) == 3  # this one, that of b, and the one that is not ours
+    left = names(tmp_path)
+    assert len(left) == 3
+    assert "a.mp4" in left
+    assert f"{prefix}mine.part" in left
+
+
+def test_what_is_being_written_is_left_alone(tmp_path: Path) -> None:
+    first = WholeFile(tmp_path / "a")
+    first.path.write_text("first")
+    second = WholeFile(tmp_path / "a")
+    second.path.write_text("second")
+    with part_folder(tmp_path / "a") as folder:
+        (folder / "x").write_text("third")
+        remove_left(tmp_path)
+        assert (folder / "x").exists()
+        take(folder / "x", tmp_path / "a")
+    assert (tmp_path / "a").read_text() == "third"
+    first.finish()
+    assert (tmp_path / "a").read_text() == "first"
+    second.finish()
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_text() == "second"
+
+
+def test_files_of_a_folder_are_no_more_private_than_others(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        with whole_folder(tmp_path / "run") as temporary:
+            (temporary / "deep").mkdir()
+            for name, mode in (("deep/a", 0o600), ("b", 0o700)):
+                (temporary / name).touch()
+                (temporary / name).chmod(mode)
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE((tmp_path / "run" / name).stat().st_mode) for name in ("deep/a", "b")]
+    assert modes == [0o644, 0o744]
+
+
+def test_a_folder_is_put_back_where_a_process_was_killed_between_two_renames(tmp_path: Path) -> None:
+    (tmp_path / "run.old").mkdir()
+    (tmp_path / "run.old" / "a").write_text("old")
+
+    def half() -> None:
+        with whole_folder(tmp_path / "run"):
+            raise RuntimeError("again")
+
+    with pytest.raises(RuntimeError, match="again"):
+        half()
+    assert (tmp_path / "run" / "a").read_text() == "old"
+    assert names(tmp_path) == ["run"]

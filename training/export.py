@@ -16,10 +16,10 @@ from typing import Annotated
 
 import torch
 import tyro
-from safetensors.torch import save_file
 from torch import Tensor
 
 from talkingdit.atomic import whole_folder
+from talkingdit.checkpoints.saving import save_tensors
 from talkingdit.errors import UserError
 from training import parallel
 from training.build import new_networks, sharded_networks
@@ -58,7 +58,7 @@ def write(state: Mapping[str, Tensor], config: Config, folder: Path) -> None:
             values = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             tensors = adapter_tensors(networks.transformer, config.lora, values)
             tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
-            save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+            save_tensors(tensors, folder / ADAPTER_FILE, {"format": "pt"})
             return
         networks.load_state_dict(dict(state), assign=True)
         networks.transformer.fuse_lora()

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from talkingdit import families
 from talkingdit.atomic import whole_file
+from talkingdit.checkpoints.saving import save_model
 from talkingdit.puppets.render import mouth_boxes, render
 from talkingdit.puppets.visemes import Visemes
 from talkingdit.puppets.world import Motion, Scene
@@ -265,7 +266,7 @@ def main(config: Config) -> None:
     save()
     mean, std = latent_statistics(averaged, config, mouths)
     averaged.register_to_config(latents_mean=mean, latents_std=std)
-    averaged.save_pretrained(config.out / "vae")
+    save_model(averaged, config.out / "vae")
     record = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     record |= {"steps": step, "seconds": elapsed}
     (config.out / "vae" / "training.json").write_text(json.dumps(record, indent=1))

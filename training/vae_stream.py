@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from talkingdit.autoencoders.streaming import FRAMES_PER_LATENT
+from talkingdit.checkpoints.saving import save_model
 from training.vae import Mouths, reconstruction_loss, sample_clip
 
 WINDOW = 4  # latents decoded between two steps of the optimiser
@@ -128,7 +129,7 @@ def main(config: Config) -> None:
         bar.n = round(100 * share, 1)
         bar.set_postfix(step=step, loss=f"{running:.4f}")
     bar.close()
-    averaged.save_pretrained(config.out)
+    save_model(averaged, config.out)
     record = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()} | {"steps": step}
     (config.out / "training.json").write_text(json.dumps(record, indent=1))
 

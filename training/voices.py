@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from talkingdit.atomic import whole_file, whole_folder, write_whole
 from talkingdit.media.files import SPEECH_RATE
+from talkingdit.media.opening import open_media
 
 SHORTEST, LONGEST = 12.0, 20.0  # seconds of one utterance
 PAUSES = (0.15, 0.5)  # seconds between two prompts
@@ -95,9 +96,7 @@ def fetch_package(name: str, out: Path) -> Path:
 
 def decode_g722(path: Path) -> np.ndarray:
     """Decode a headerless G.722 file to float32 samples at 16 kHz."""
-    import av
-
-    with av.open(str(path), format="g722") as container:
+    with open_media(path, format="g722") as container:
         parts = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
     return np.concatenate([np.zeros(0, np.int16), *parts]).astype(np.float32) / 32768.0  # some prompts are empty
 

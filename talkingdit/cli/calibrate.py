@@ -63,12 +63,17 @@ def calibrate(argv: Sequence[str]) -> None:
     values.refuse_unknown()
     flags, options = values.make(Flags), values.make(family.options)
 
-    from talkingdit.media.files import SPEECH_RATE, check_writable, read_audio, read_image
+    from talkingdit.media.files import SPEECH_RATE, read_audio, read_image
+    from talkingdit.media.targets import check_apart, check_writable
     from talkingdit.models import default_checkpoint
     from talkingdit.pipelines.inputs import Inputs, Job
 
     folder = default_checkpoint() if flags.checkpoint is None else flags.checkpoint
     target = folder / "step_cache.json" if flags.output is None else flags.output
+    if target.suffix.lower() != ".json":
+        raise UserError(f"output {str(target)!r}: expected a name that ends in .json, got {target.suffix!r}")
+    read_too = {f"checkpoint ({file.name})": file for file in folder.rglob("*.json") if file.name != "step_cache.json"}
+    check_apart({"output": target}, {"image": flags.image, "audio": flags.audio, **options.files(), **read_too})
     check_writable(target)
     job = Job(image=flags.image, audio=flags.audio, output=target, prompt=flags.prompt)
     inputs = Inputs(job, read_image(flags.image), read_audio(flags.audio, SPEECH_RATE))

@@ -12,6 +12,7 @@ import ast
 import contextlib
 import dataclasses
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -25,6 +26,7 @@ from talkingdit.cli.messages import UsageError, rank
 from talkingdit.families.flag import Flag
 
 T = TypeVar("T")
+LONGEST_NAME = 255  # bytes, on the file systems that people have
 
 
 class _Refused(Exception):
@@ -284,6 +286,9 @@ def _number(text: str) -> float:
 
 
 def _path(text: str) -> Path:
+    long = max((len(os.fsencode(part)) for part in Path(text).parts), default=0)
+    if long > LONGEST_NAME:
+        raise ValueError(f"must be a name of at most {LONGEST_NAME} bytes, got one of {long}")
     return Path(text).expanduser()
 
 

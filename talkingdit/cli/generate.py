@@ -137,7 +137,8 @@ def prepare(argv: Sequence[str]) -> Request:
             sheet=flags.sheet,
             prompt=flags.prompt,
             upscale=flags.upscale,
-        )
+        ),
+        options.files(),
     )
 
     from talkingdit.distributed.layout import Layout

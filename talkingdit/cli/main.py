@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
-from talkingdit.cli.messages import USER_ERROR, UsageError, tell
+from talkingdit.cli.messages import USER_ERROR, UsageError, interrupted_by_sigterm, tell
 
 __all__ = ["USER_ERROR", "main"]
 
@@ -27,7 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and words[0] in ("-h", "--help"):
             sys.stdout.write(_help())
         else:
-            _verb(words)(words[1:])
+            # What Pillow finds odd in an image that it reads all the same is no news for a person.
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+            with interrupted_by_sigterm():
+                _verb(words)(words[1:])
     except (Exception, KeyboardInterrupt) as error:
         return tell(error)
     return 0

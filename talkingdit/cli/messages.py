@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from talkingdit.errors import UserError
 
@@ -30,6 +34,28 @@ def processes() -> int:
 def warn(sentence: str) -> None:
     """Say what is done differently from what may be expected, or what went wrong."""
     sys.stderr.write(f"talkingdit: {sentence}\n")
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Obey a scheduler that wants its machine back as a person at the terminal: keep what is finished and say so.
+
+    Once: a second SIGTERM does not disturb what the first one set off. A program that has its own handler keeps it.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def tell(error: BaseException) -> int:

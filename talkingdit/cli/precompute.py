@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib.util
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,8 +108,6 @@ def _run(flags: Flags, manifest: Manifest, job: Job) -> None:
     lock = prepare(job, first)
     clips = broken = 0
     rows = sum(len(manifest.entries[worker :: world * flags.workers]) for worker in range(first, first + flags.workers))
-    # A scheduler that wants its machine back is obeyed as a person is: the open shard is finished.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with tqdm(total=rows, unit="video", desc="encoding", disable=True if rank() else None) as bar:
 
@@ -126,7 +123,6 @@ def _run(flags: Flags, manifest: Manifest, job: Job) -> None:
             f"interrupted; finished shards are kept in {flags.out}; the same command goes on there."
         ) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
         lock.release()
     listed = f"; {broken} that cannot be read are listed in {flags.out / BROKEN}" if broken else ""
     if world == 1 and not any(flags.out.glob("clips-*.tar")):

@@ -9,6 +9,7 @@ sentence.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -25,6 +26,7 @@ from talkingdit.data.manifest import IMAGES, Box
 from talkingdit.errors import UserError
 from talkingdit.media.files import read_image
 from talkingdit.media.framing import fit_image
+from talkingdit.media.opening import open_media
 
 Frames = NDArray[np.uint8]
 
@@ -52,11 +54,11 @@ def read_frames(path: Path, wanted: Sequence[Fraction]) -> Iterator[Frames]:
     """
     import av
 
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path} does not exist.")
     found = 0
     try:
-        with av.open(str(path)) as container:
+        with open_media(path) as container:
             if not container.streams.video:
                 raise UserError(f"{path} has no frames.")
             stream = container.streams.video[0]

@@ -23,6 +23,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ COLUMNS = (
     *("id", "fps", "frames", "width", "height"),
 )
 MOST = {"fps": 1000, "frames": 10_000_000, "width": 1 << 16, "height": 1 << 16}  # no video has more
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
 IMAGE = "image"
 SILENT = "none"
 
@@ -125,7 +126,7 @@ def _rows(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     readers = {".csv": _csv, ".jsonl": _jsonl, ".json": _json}
     if source.suffix.lower() not in readers:
         raise UserError(f"manifest {str(source)!r}: expected a .jsonl, .csv or .json file, got another name.")
-    if not source.is_file():
+    if not os.path.isfile(source):
         raise UserError(f"manifest {str(source)!r}: expected an existing file, got none of this name.")
     try:
         yield from readers[source.suffix.lower()](source)
@@ -219,6 +220,8 @@ def _entry(values: dict[str, Any], where: str, folder: Path) -> Entry:
     for name in texts:
         if not isinstance(values.get(name, ""), str):
             raise UserError(f"{where}: {name} must be a text, got {values[name]!r}.")
+        if "\0" in values.get(name, ""):
+            raise UserError(f"{where}: {name} must be a text without NUL, got {values[name]!r}.")
     start = _number(values, "start", where) or 0.0
     end = _number(values, "end", where)
     if end is not None and end <= start:

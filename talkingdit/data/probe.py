@@ -22,6 +22,8 @@ from typing import Any
 from talkingdit.atomic import write_whole
 from talkingdit.data.manifest import IMAGES, Entry
 from talkingdit.errors import UserError
+from talkingdit.media.image import image_size
+from talkingdit.media.opening import open_media
 
 THREADS = 8  # files that are opened at once: most of the time is waiting for a disk
 NEARLY = 1e-6  # frames; times in files are rounded
@@ -53,12 +55,12 @@ def probe(path: Path) -> Media:
     """Look into a video, image or sound file; never raises for what is wrong with it."""
     import av
 
-    if not path.is_file():
+    if not os.path.isfile(path):
         return Media(error=f"{path} does not exist")
     if path.suffix.lower() in IMAGES:
         return _image(path)
     try:
-        with av.open(str(path)) as container:
+        with open_media(path) as container:
             sound = 0.0
             if container.streams.audio:
                 track = container.streams.audio[0]
@@ -84,13 +86,9 @@ def probe(path: Path) -> Media:
 
 
 def _image(path: Path) -> Media:
-    from PIL import ExifTags, Image
-
     try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            width, height = reversed(image.size) if turned else image.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        height, width = image_size(path)
+    except UserError as error:
         return Media(error=f"{path} is not an image ({error})")
     return Media(seconds=1.0, fps=1.0, height=height, width=width)
 
@@ -157,7 +155,7 @@ class Probes:
     def _media(self, path: Path) -> Media:
         try:
             status = path.stat()
-        except OSError:
+        except (OSError, ValueError):
             return Media(error=f"{path} does not exist")
         stamp = [status.st_size, status.st_mtime_ns]
         name = os.path.relpath(path, self.file.parent)

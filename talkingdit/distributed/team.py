@@ -24,6 +24,7 @@ from talkingdit.distributed.restart import arguments_of_restart
 from talkingdit.errors import UserError
 
 T = TypeVar("T")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # of a terminal, and of schedulers that want their machine back
 STATUS = {UserError: 2, KeyboardInterrupt: 130}  # of the command line; anything else is 1
 PATIENCE = timedelta(minutes=30)  # with a step of a computation: a process that is gone is noticed at once, one that
 # hangs only by this
@@ -59,14 +60,14 @@ class Team:
         self.rank, self.size, self.local = rank, size, local
         self._control = control
         self._interrupted = False
-        self._handler: Any = None
+        self._handlers: dict[signal.Signals, Any] = {}
         self._own_group = False
 
     @staticmethod
     def start() -> Team:
         """The team that torchrun's environment tells of, or that of a process group that exists.
 
-        From here to `end`, an interrupt takes effect only at the places where all processes agree on it.
+        From here to `end`, SIGINT and SIGTERM take effect only at the places where all processes agree on it.
 
         Raises:
             UserError: the other processes cannot be reached.
@@ -87,7 +88,7 @@ class Team:
         team = Team(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), control)
         team._own_group = own
         if own and threading.current_thread() is threading.main_thread():
-            team._handler = signal.signal(signal.SIGINT, team._interrupt)
+            team._handlers = {number: signal.signal(number, team._interrupt) for number in SIGNALS}
         return team
 
     def end(self) -> None:
@@ -95,8 +96,8 @@ class Team:
         if self.size == 1:
             return
         dist.barrier(self._control)
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         if self._own_group:
             dist.destroy_process_group()
 
@@ -129,13 +130,13 @@ class Team:
 
     def _interruptible(self, work: Callable[[], T]) -> T:
         """Call a function which an interrupt may end, as nobody waits for messages in it."""
-        if self._handler is None:
-            return work()
-        signal.signal(signal.SIGINT, self._handler)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         try:
             return work()
         finally:
-            signal.signal(signal.SIGINT, self._interrupt)
+            for number in self._handlers:
+                signal.signal(number, self._interrupt)
 
     def on_rank_0(self, work: Callable[[], T]) -> T:
         """What a function gives in rank 0, which alone calls it. It must bear pickling.

@@ -8,6 +8,7 @@ names a module with a `FAMILY`.
 from __future__ import annotations
 
 import importlib
+import os
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -63,7 +64,7 @@ def of_folder(folder: str | Path) -> Family:
         UserError: no such folder, or one of no family.
     """
     root = Path(folder)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"{root}: the checkpoint must be a folder, and there is none of this name.")
     for family in sorted(map(get, reversed(names())), key=lambda family: not family.base):
         if family.checkpoint.owns(root):

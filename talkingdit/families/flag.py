@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from talkingdit.checkpoints.bounds import check_options
@@ -80,6 +81,10 @@ class GenerationOptions:
             raise ValueError(f"generate: seed must be at least 0, got {self.seed}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"generate: steps must be at least 1, got {self.steps}")
+
+    def files(self) -> dict[str, Path]:
+        """The files and folders among the options, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Path)}
 
 
 def check_step_cache(threshold: float) -> None:

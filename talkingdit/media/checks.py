@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 from talkingdit.errors import UserError
@@ -20,42 +19,15 @@ def existing_file(path: str | os.PathLike[str], what: str) -> Path:
         UserError: it is none.
     """
     source = Path(path)
-    if source.is_dir():
+    if os.path.isdir(source):
         raise UserError(f"{what} {str(source)!r}: expected a file, got a folder")
-    if not source.is_file():
+    if not os.path.isfile(source):
         raise UserError(f"{what} {str(source)!r}: expected an existing file, got none of this name")
     if not os.access(source, os.R_OK):
         raise UserError(f"{what} {str(source)!r}: expected a readable file, got one without permission to read")
     if source.stat().st_size == 0:
         raise UserError(f"{what} {str(source)!r}: expected {what} data, got an empty file")
     return source
-
-
-def check_writable(path: str | os.PathLike[str]) -> Path:
-    """Make sure, before any long work, that a file can be written at `path`; leaves nothing behind.
-
-    Returns:
-        The path. An existing file there is not touched.
-
-    Raises:
-        UserError: the folder does not exist or does not let files be made, or `path` is a folder.
-    """
-    target = Path(path)
-    if target.is_dir():
-        raise UserError(f"output {str(target)!r}: expected the name of a file, got a folder")
-    folder = target.parent
-    if not folder.is_dir():
-        raise UserError(f"output {str(target)!r}: expected an existing folder, got {str(folder)!r}, which is none")
-    try:
-        handle, probe = tempfile.mkstemp(prefix=f".{target.name[:40]}.", dir=folder)
-        os.close(handle)
-        os.unlink(probe)
-    except OSError as error:
-        got = f"{str(folder)!r} ({reason_of(error)})"
-        raise UserError(f"output {str(target)!r}: expected a folder that can be written to, got {got}") from None
-    if target.exists() and not os.access(target, os.W_OK):
-        raise UserError(f"output {str(target)!r}: expected a file that may be replaced, got a write-protected one")
-    return target
 
 
 def reason_of(error: BaseException) -> str:

@@ -2,59 +2,24 @@
 """Sound, images and video files: read what people have, write what every player plays.
 
 Everything a user may hand over is checked here, and every complaint is a `UserError` of one sentence. Sound is read in
-`sound.py`, videos are written in `writer.py`; all of it can be had from here.
+`sound.py`, images in `image.py`, videos are written in `writer.py`; all of it can be had from here.
 """
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import numpy as np
 
 from talkingdit.errors import UserError
-from talkingdit.media.checks import check_writable, existing_file, reason_of
+from talkingdit.media.checks import existing_file, reason_of
+from talkingdit.media.image import read_image
+from talkingdit.media.opening import open_media
 from talkingdit.media.sound import SPEECH_RATE, decode_with_av, read_audio, read_track
+from talkingdit.media.targets import check_writable
 from talkingdit.media.writer import VideoWriter
 
 __all__ = ["SPEECH_RATE", "VideoWriter", "check_writable", "read_audio", "read_image", "read_track", "read_video"]
-
-LARGEST_IMAGE = 100_000_000  # pixels
-
-
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read an image upright (EXIF orientation applied), transparency over white.
-
-    Returns:
-        uint8 [H, W, 3], RGB.
-
-    Raises:
-        UserError: no such file, empty, not an image, truncated, or more than 100 million pixels.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    source = existing_file(path, "image")
-    try:
-        with Image.open(source) as opened:
-            if opened.width * opened.height > LARGEST_IMAGE:
-                raise UserError(
-                    f"image {str(source)!r}: expected at most {LARGEST_IMAGE // 1_000_000} million pixels, "
-                    f"got {opened.width} x {opened.height}"
-                )
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I;16"):  # 16-bit greys would be clipped, not scaled
-                grey = (np.asarray(image, dtype=np.uint32) // 257).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=2)
-            rgba = image.convert("RGBA")
-    except UnidentifiedImageError:
-        raise UserError(f"image {str(source)!r}: expected an image (PNG, JPEG, WebP), got {_kind(source)}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"image {str(source)!r}: expected a whole image, got one that cannot be decoded ({reason_of(error)})"
-        ) from None
-    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-    return np.array(Image.alpha_composite(white, rgba).convert("RGB"))
 
 
 def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | None, float, int]:
@@ -71,7 +36,7 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | N
 
     source = existing_file(path, "video")
     try:
-        with av.open(str(source)) as container:
+        with open_media(source) as container:
             if not container.streams.video:
                 raise UserError(f"video {str(source)!r}: expected a video, got a file without a video stream")
             stream = container.streams.video[0]
@@ -86,20 +51,3 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | N
         raise UserError(f"video {str(source)!r}: expected a video, got a file without frames")
     audio, rate = decode_with_av(source) if has_sound else (None, 0)
     return np.stack(frames), audio, fps, rate
-
-
-def _kind(source: Path) -> str:
-    """What a file that is no image is, as far as FFmpeg can tell."""
-    import av
-
-    try:
-        with av.open(str(source)) as container:
-            # FFmpeg plays text as a terminal, and believes the name of a file that should be an image.
-            guessed = container.format.name in ("tty", "image2") or container.format.name.endswith("_pipe")
-            if container.streams.video and not guessed:
-                return "a video"
-            if container.streams.audio:
-                return "a sound file"
-    except (av.FFmpegError, ValueError):
-        pass
-    return "a file of another kind"

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from talkingdit.errors import UserError
+from talkingdit.media.opening import open_media
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,10 +164,10 @@ class PoseVideo:
         import av
 
         self.path = Path(path)
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):
             raise UserError(f"pose {str(self.path)!r}: expected an existing file, got none of this name.")
         try:
-            with av.open(str(self.path)) as container:
+            with open_media(self.path) as container:
                 if not container.streams.video:
                     raise UserError(f"pose {str(self.path)!r}: expected a video, got a file without a video stream.")
                 stream = container.streams.video[0]
@@ -189,12 +190,12 @@ class PoseVideo:
 
         wanted = first
         try:
-            with av.open(str(self.path)) as container:
+            with open_media(self.path) as container:
                 for number, frame in enumerate(container.decode(container.streams.video[0])):
                     while self._index(wanted) == number:
                         self.frames = wanted = wanted + 1
                         yield np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
-        except av.FFmpegError as error:
+        except (av.FFmpegError, OSError) as error:
             raise UserError(f"pose {str(self.path)!r}: cannot be decoded after {wanted} frames.") from error
 
     def clips(self, frames: int, size: tuple[int, int], first: int = 0) -> Iterator[Tensor]:

@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from talkingdit.atomic import whole_file
 from talkingdit.errors import UserError
-from talkingdit.media.checks import check_writable, reason_of
+from talkingdit.media.checks import reason_of
+from talkingdit.media.targets import check_writable
 
 PAPER, INK, FAINT, GRID = (252, 252, 250), (45, 48, 54), (140, 145, 152), (228, 230, 232)
 WAVE = (124, 142, 168)

@@ -12,6 +12,7 @@ import numpy as np
 
 from talkingdit.errors import UserError
 from talkingdit.media.checks import existing_file, reason_of
+from talkingdit.media.opening import open_media
 
 SPEECH_RATE = 16000  # Hz, of every waveform that enters a speech encoder
 SILENCE_PEAK = 1e-4  # -80 dBFS
@@ -99,7 +100,7 @@ def decode_with_av(source: Path, start: float = 0.0, seconds: float | None = Non
     import av
 
     try:
-        with av.open(str(source)) as container:
+        with open_media(source) as container:
             if not container.streams.audio:
                 raise UserError(f"audio {str(source)!r}: expected a sound file, got a file without an audio stream")
             stream = container.streams.audio[0]

@@ -14,8 +14,11 @@ import numpy as np
 
 from talkingdit.atomic import WholeFile
 from talkingdit.errors import UserError
-from talkingdit.media.checks import check_writable, existing_file, reason_of
+from talkingdit.media.checks import existing_file, reason_of
+from talkingdit.media.opening import as_target
+from talkingdit.media.pictures import add_pictures, to_yuv
 from talkingdit.media.sound import SPEECH_RATE, decode_audio
+from talkingdit.media.targets import check_writable
 
 AAC_FRAME = 1024  # samples of one AAC packet, and the encoder's priming
 AAC_RATES = (SPEECH_RATE, 22050, 24000, 32000, 44100, 48000)
@@ -26,7 +29,7 @@ class VideoWriter:
 
     The file is written under a temporary name beside the target and renamed by `close`; leaving the `with` block by an
     exception removes it. The sound starts with the first frame and is cut, or filled with silence, to the length of
-    the video.
+    the video. Equal frames and sound give equal files.
 
         with VideoWriter("out.mp4", fps=16, size=(96, 96), audio=waveform, rate=16000, upscale=4) as video:
             for clip in clips:
@@ -88,14 +91,10 @@ class VideoWriter:
         except OSError as error:
             raise UserError(f"video {str(self.path)!r}: could not be written ({reason_of(error)})") from None
         try:
-            self._container = av.open(str(self._whole.path), "w", format="mp4", options={"movflags": "+faststart"})
-            video = self._container.add_stream("libx264", rate=self._fps)
-            video.height, video.width, video.pix_fmt = height, width, "yuv420p"
-            video.options = {"crf": str(crf), "preset": "medium"}
-            # Say which matrix the conversion below uses, or players guess it from the size.
-            video.codec_context.colorspace = 5  # BT.601, FFmpeg's default for RGB to YUV
-            video.codec_context.color_range = 1
-            self._video = video
+            self._container = av.open(
+                as_target(self._whole.path), "w", format="mp4", options={"movflags": "+faststart"}
+            )
+            self._video = add_pictures(self._container, self._fps, (height, width), crf)
             self._sound = None
             if self._audio is not None:
                 sound = self._container.add_stream("aac", rate=self._rate)
@@ -133,9 +132,7 @@ class VideoWriter:
             self._write_one(frame)
 
     def _write_one(self, frame: np.ndarray) -> None:
-        import av
-
-        shown = av.VideoFrame.from_ndarray(np.ascontiguousarray(self._enlarge(frame)), format="rgb24")
+        shown = to_yuv(self._enlarge(frame))
         shown.pts, shown.time_base = self.frames, 1 / self._fps
         self.frames += 1
         with self._writing():

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from talkingdit.checkpoints.bounds import MOST_VIDEO
 from talkingdit.errors import UserError
-from talkingdit.media.files import SPEECH_RATE, check_writable, read_audio, read_image
+from talkingdit.media.files import SPEECH_RATE, read_audio, read_image
+from talkingdit.media.targets import check_apart, check_writable
 
 Frames = NDArray[np.uint8]
 
@@ -85,14 +86,21 @@ class Outline:
     details: Any = None
 
 
-def read_inputs(job: Job) -> Inputs:
+def read_inputs(job: Job, others: Mapping[str, Path] | None = None) -> Inputs:
     """Read the portrait and the voice, and check that the results can be written.
 
+    Args:
+        others: what else is read, by name; no result may take its place.
+
     Raises:
-        UserError: a file is missing, unreadable, empty or silent, or a target cannot be written.
+        UserError: a file is missing, unreadable, empty or silent, or a target cannot be written, or is one of the files
+            that are read.
     """
     if job.output.suffix.lower() != ".mp4":
         raise UserError(f"output {str(job.output)!r}: expected a name that ends in .mp4, got {job.output.suffix!r}")
+    if job.sheet is not None and job.sheet.suffix.lower() != ".png":
+        raise UserError(f"sheet {str(job.sheet)!r}: expected a name that ends in .png, got {job.sheet.suffix!r}")
+    check_apart({"output": job.output, "sheet": job.sheet}, {"image": job.image, "audio": job.audio, **(others or {})})
     for target in (job.output, *([] if job.sheet is None else [job.sheet])):
         check_writable(target)
     return Inputs(job, read_image(job.image), read_audio(job.audio, SPEECH_RATE))

@@ -32,15 +32,16 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from talkingdit.atomic import whole_file
+from talkingdit.atomic import remove_left, whole_file
 from talkingdit.distributed.team import ALONE, Team
 from talkingdit.errors import UserError
 from talkingdit.lock import RunLock
+from talkingdit.media.opening import as_target
 from talkingdit.pipelines.long_video import Carry
 
 Frames = NDArray[np.uint8]
 OURS = re.compile(r"settings\.json|clip-\d{4,9}\.mkv|carry-\d{4,9}\.safetensors")
-LEFT = re.compile(r"\.part-.*|\.tmp\w{6}")  # by a killed run of ours, or in the midst of safetensors' save
+LEFT = re.compile(r"\.tmp\w{6}")  # in the midst of safetensors' save
 LOCK = "lock"
 MOST_FRAMES = 4096  # of a clip that is read; no model makes as many at once
 
@@ -88,7 +89,8 @@ class ClipStore:
             except FileNotFoundError:
                 continue  # another run has just finished and removed the folder
             try:
-                self._refuse(path for path in self.folder.iterdir() if path.is_symlink() or path.is_dir())
+                inside = [path for path in self.folder.iterdir() if not path.name.startswith(".")]
+                self._refuse(path for path in inside if path.is_symlink() or path.is_dir())
             except BaseException:
                 lock.release()
                 raise
@@ -107,6 +109,7 @@ class ClipStore:
         for left in self.folder.iterdir():
             if LEFT.fullmatch(left.name):
                 left.unlink()
+        remove_left(self.folder)
         file = self.folder / "settings.json"
         try:
             found = json.loads(file.read_bytes())
@@ -215,6 +218,7 @@ class ClipStore:
         for path in sorted(self.folder.iterdir()):
             if OURS.fullmatch(path.name) or LEFT.fullmatch(path.name):
                 path.unlink()
+        remove_left(self.folder)
 
 
 class SharedClipStore:
@@ -285,7 +289,7 @@ def _known(path: Path) -> bool:
 
 
 def _write_lossless(path: Path, frames: Frames) -> None:
-    with av.open(str(path), "w", format="matroska") as container:
+    with av.open(as_target(path), "w", format="matroska") as container:
         stream = container.add_stream("ffv1", rate=25)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
         for number, pixels in enumerate(frames):

@@ -271,14 +271,15 @@ def test_the_death_of_a_process_ends_the_run_and_finished_clips_stay(work: Path,
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_all_processes_at_the_same_step(work: Path, folder: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_all_processes_at_the_same_step(work: Path, folder: Path, number: signal.Signals) -> None:
     script, mark = work / "script.py", work / "reached"
     script.write_text(SCRIPT.format(rank="0", what=f"open({str(mark)!r}, 'w').close(); import time; time.sleep(2)"))
     run = torchrun(str(script), *arguments(work, folder))
     deadline = time.monotonic() + 200
     while not mark.exists() and time.monotonic() < deadline and run.poll() is None:
         time.sleep(0.1)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
     began = time.monotonic()
     _, errors = run.communicate(timeout=100)
     assert time.monotonic() - began < 25  # before torchrun loses its patience, which is 30 s

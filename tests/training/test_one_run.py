@@ -114,8 +114,6 @@ def test_a_log_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("theirs")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match="log.jsonl is a link"):
+    with pytest.raises(UserError, match=r"log.jsonl is a link"):
         Writer(tmp_path / "run", 0, LogConfig(tensorboard=False), {})
     assert (tmp_path / "precious").read_text() == "theirs"
-
-

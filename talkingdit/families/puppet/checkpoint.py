@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from talkingdit.atomic import write_whole
+from talkingdit.checkpoints.saving import save_model
 from talkingdit.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,7 +96,7 @@ class PuppetSettings:
         )
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        write_whole(path, (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def save_checkpoint(
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     for name, model in (("transformer", transformer), ("vae", vae), ("text_encoder", text_encoder)):
-        model.save_pretrained(root / name)
+        save_model(model, root / name)
     settings.save(root / "pipeline.json")
 
 

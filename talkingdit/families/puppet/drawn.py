@@ -18,11 +18,11 @@ import soundfile
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from talkingdit.atomic import whole_file, write_whole
+from talkingdit.atomic import write_whole
+from talkingdit.checkpoints.saving import save_tensors
 from talkingdit.data.sample import ClipRequest, Sample, Shape
 from talkingdit.encoders.log_mel import SpeechFeatures, normalise_loudness
 from talkingdit.errors import UserError
@@ -169,8 +169,7 @@ def precompute(videos: DrawnVideos, seed: int = 0) -> None:
             audio.append(drawn["audio"].to(torch.float16))
             captions.append(drawn["caption"])
         tensors = {"latents": torch.stack(latents), "cells": torch.stack(cells), "audio": torch.stack(audio)}
-        with whole_file(videos.cache / f"{kind}.safetensors") as file:
-            save_file(tensors, file, metadata={"captions": json.dumps(captions)})
+        save_tensors(tensors, videos.cache / f"{kind}.safetensors", {"captions": json.dumps(captions)})
     write_whole(stamp, json.dumps(wanted).encode())
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from talkingdit.atomic import write_whole
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.presets import CLASSES
 
@@ -102,7 +103,7 @@ class WanS2VSettings:
             raise UserError(f"{path.parent}: {error}.") from error
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_whole(path, (json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n").encode())
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from talkingdit.checkpoints.saving import saved_model
 from talkingdit.checkpoints.weights import read_json
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.presets import PRESETS
@@ -16,7 +15,6 @@ from talkingdit.families.wan_s2v.presets import PRESETS
 if TYPE_CHECKING:
     from talkingdit.families.wan_s2v.model import WanS2VModel
 
-STEM = "diffusion_pytorch_model"
 # What the official config.json says of a model ...
 _SAID = (
     *("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "cond_dim", "freq_dim", "text_len", "eps"),
@@ -53,17 +51,9 @@ def save_official(folder: str | Path, model: WanS2VModel, max_shard_size: int | 
         official, ours = PRESETS["wan_s2v_14b"][name], config[name]
         if (tuple(ours) if isinstance(ours, list) else ours) != official:
             raise UserError(f"{folder}: the official layout has no place for {name} {ours!r}, only for {official!r}.")
-    root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=".saving-") as temporary:
-        new = Path(temporary)
-        model.save_pretrained(new, max_shard_size=max_shard_size)
+    with saved_model(model, folder, max_shard_size=max_shard_size) as new:
         values: dict[str, Any] = {name: config[name] for name in _SAID} | _ALWAYS
         version = read_json(new / "config.json").get("_diffusers_version")
         values |= {"_class_name": "WanModel_S2V", "_diffusers_version": version}
         (new / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-        for old in root.glob(f"{STEM}*.safetensors*"):
-            old.unlink()
-        for file in new.iterdir():
-            shutil.move(file, root / file.name)
-    return root
+    return Path(folder)

@@ -25,12 +25,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from talkingdit.atomic import whole_file
 from talkingdit.autoencoders.streaming import to_frames, to_video
 from talkingdit.autoencoders.wan import load_vae
+from talkingdit.checkpoints.saving import save_tensors
 from talkingdit.data.encoders import CheckpointEncoders
 from talkingdit.distributed.layout import Parallel
 from talkingdit.distributed.team import from_rank_0
@@ -166,9 +165,7 @@ class WanS2VValidator:
             case = _read(file, print_)
             if case is None:
                 case = self._encode_one(files, encoders)
-                with whole_file(file) as temporary:
-                    tensors = {name: value.contiguous() for name, value in vars(case).items()}
-                    save_file(tensors, temporary, {"of": print_})
+                save_tensors(vars(case), file, {"of": print_})
             made.append(case)
         vars(encoders).pop("loaded", None)  # the text encoder is as large as a small model
         gc.collect()
