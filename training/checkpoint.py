@@ -214,8 +214,7 @@ class Checkpoints:
             self._group = None
 
     def _complete(self) -> list[Path]:
-        found = [path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name)]
-        return sorted((path for path in found if (path / MANIFEST).exists()), key=lambda path: int(path.name[5:]))
+        return _complete(self.folder)
 
     def _clean(self) -> None:
         """Removes what a killed save left."""
@@ -285,6 +284,26 @@ class PreparedState(Stateful):
     def prepare(self, saved: set[str]) -> None:
         """Makes the tensors of these names exist."""
         raise NotImplementedError
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a folder; None if there is none."""
+    return next(reversed(_complete(folder)), None)
+
+
+def check_shapes(path: Path, name: str, tensors: dict[str, Tensor]) -> None:
+    """Does a checkpoint hold these tensors, and no others, as what it calls `name`? They may be on the meta device.
+
+    Raises:
+        CheckpointError: says what differs.
+    """
+    saved = {key: shape for key, shape in _sizes(path).items() if key.startswith(f"{name}/")}
+    _compare(path, saved, {f"{name}/{key}": tensor for key, tensor in tensors.items()})
+
+
+def _complete(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted((path for path in found if (path / MANIFEST).exists()), key=lambda path: int(path.name[5:]))
 
 
 def _distributed() -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -20,10 +20,12 @@ from torch import Tensor
 
 from talkingdit.atomic import whole_folder
 from talkingdit.checkpoints.saving import save_tensors
+from talkingdit.checkpoints.bounds import check_bounds
+from talkingdit.checkpoints.fill import build_empty
 from talkingdit.errors import UserError
 from training import parallel
 from training.build import new_networks, sharded_networks
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, check_shapes, newest_complete
 from training.checkpoint_files import CONFIG
 from training.config import Config, read_json
 from training.ema import Ema
@@ -85,11 +87,10 @@ def main(options: Options) -> None:
         UserError: there is no checkpoint, or it is damaged.
     """
     checkpoints = options.run / "checkpoints"
-    complete = sorted(checkpoints.glob("step-*/" + CONFIG))
-    if not complete:
+    newest = newest_complete(checkpoints)
+    if newest is None:
         raise UserError(f"{checkpoints}: holds no complete checkpoint.")
-    config = read_json(complete[-1])
-    config.parallel = type(config.parallel)(precision="fp32")  # all processes share the parameters
+    config = _read_config(newest, options.run)
     mesh = parallel.start(config.parallel, "auto")
     networks = sharded_networks(config, mesh, resumes=True)
     trained = trained_names(config, networks)
@@ -106,6 +107,26 @@ def main(options: Options) -> None:
         print(f"{options.out}: {'averaged ' if options.averages else ''}weights after step {step}")
     reader.close()
     parallel.stop()
+
+
+def _read_config(checkpoint: Path, run: Path) -> Config:
+    """The configuration of a checkpoint, which may come from anyone: nothing is written where it says, and the networks
+    are those that the checkpoint holds before there is memory for them."""
+    try:
+        config = read_json(checkpoint / CONFIG)
+        check_bounds({"model": asdict(config.model), "rank": config.lora.rank}, checkpoint / CONFIG)
+        config.run.out = run
+        config.parallel = type(config.parallel)(precision="fp32")  # all processes share the parameters
+        networks = build_empty(lambda: new_networks(config, "meta"), checkpoint / CONFIG)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{error}") from error
+    except RecursionError as error:
+        raise UserError(f"{checkpoint / CONFIG}: nested too deeply to be a configuration.") from error
+    select = trained_names(config, networks).__contains__ if config.lora.rank > 0 else None
+    check_shapes(checkpoint, "networks", ModelState(networks, select).state_dict())
+    return config
 
 
 if __name__ == "__main__":

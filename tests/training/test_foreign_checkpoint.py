@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from talkingdit.errors import UserError
-from training.checkpoint import Checkpoints
+from training import export
+from training.checkpoint import Checkpoints, newest_complete
 from training.checkpoint_metadata import read_metadata
 from training.config import Config, write_json
 from training.guard import Guard
@@ -216,3 +217,38 @@ def test_random_states_of_something_else_are_told(folder: Path) -> None:
 def test_a_guard_takes_over_nothing_else(state: dict[str, Any]) -> None:
     with pytest.raises((KeyError, ValueError)):
         Guard().load_state_dict(state)
+
+
+def exported(run: Path, **changes: Any) -> None:
+    """Export a run whose configuration was changed."""
+    file = newest_complete(run / "checkpoints") / "config.json"
+    values = json.loads(file.read_text())
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        values[section][key] = value
+    replace(file.parent, "config.json", json.dumps(values).encode())
+    export.main(export.Options(run, run.parent / "model"))
+
+
+def test_a_configuration_of_other_or_impossible_networks_is_told_before_there_is_memory_for_them(
+    folder: Path, tmp_path: Path
+) -> None:
+    for settings, said in (
+        ({"num_layers": 10**9}, "config.json: model.settings.num_layers must be at most 1000, got 1000000000"),
+        ({"dim": 48 << 16, "ffn_dim": 1 << 22}, "is of another model or stage: it lacks networks/"),
+        ({"dim": 7}, "does not make a model"),
+    ):
+        with pytest.raises(UserError, match=said):
+            exported(folder.parents[1], model__settings=settings)
+    with pytest.raises(UserError, match="unknown key"):
+        exported(folder.parents[1], model__settings={}, model__nonsense=1)
+    (folder / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="nested too deeply"):
+        export.main(export.Options(folder.parents[1], tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
+
+
+def test_what_a_killed_save_left_is_not_exported(folder: Path, tmp_path: Path) -> None:
+    folder.rename(folder.with_name("step-00000002.tmp"))
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        export.main(export.Options(folder.parents[1], tmp_path / "model"))
