@@ -19,9 +19,9 @@ import tyro
 from torch import Tensor
 
 from talkingdit.atomic import whole_folder
-from talkingdit.checkpoints.saving import save_tensors
 from talkingdit.checkpoints.bounds import check_bounds
 from talkingdit.checkpoints.fill import build_empty
+from talkingdit.checkpoints.saving import save_tensors
 from talkingdit.errors import UserError
 from training import parallel
 from training.build import new_networks, sharded_networks
