@@ -9,7 +9,9 @@ process, so that libraries are imported once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
+import importlib
 import json
 import os
 import shutil
@@ -104,6 +106,8 @@ def fork(run: Callable[[Path], int], folder: Path, kill_at: int, log: Path, list
         moments = -1 if listed is None else os.open(listed, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         ctypes.CDLL(None).moments_arm(os.fsencode(folder), ctypes.c_long(kill_at), moments)
         status = run(folder)
+        if listed is not None:
+            listed.with_suffix(".modules").write_text("\n".join(list(sys.modules)))
     except BaseException:
         import traceback
 
@@ -141,6 +145,9 @@ def try_writer(name: str, writer: Writer, kills: int, folder: Path) -> Report:
         raise RuntimeError(f"{name}: the undisturbed run failed:\n{log.read_text()}")
     wanted, left = writer.result(whole), names(whole)
     moments = listed.read_text().splitlines()
+    for module in listed.with_suffix(".modules").read_text().splitlines():  # once, and not in every run
+        with contextlib.suppress(Exception):
+            importlib.import_module(module)
     report.moments = len(moments)
     for number in choose(moments, kills):
         trial = folder / f"{name}-{number}"
@@ -149,6 +156,7 @@ def try_writer(name: str, writer: Writer, kills: int, folder: Path) -> Report:
         assert names(trial) == before
         where = f"{name}, moment {number} ({moments[number - 1]}): "
         fault = _try_once(writer, trial, number, wanted, left, report)
+        print(where, fault or "well", file=sys.stderr, flush=True)
         if fault:
             report.faults.append(where + fault)
         else:
