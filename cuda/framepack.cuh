@@ -95,7 +95,7 @@ __device__ __forceinline__ void gather_taps(const PackProductArgs& args, const P
   }
 }
 
-// Packed token m of a bucket, counted through all samples; `clamped` to a token that exists.
+// Packed token m of a bucket, counted through all samples.
 template <class T>
 __device__ __forceinline__ T* token_of(const PackProductArgs& args, const PackShare& share, int64_t m) {
   const uint32_t b = share.tokens.div(uint32_t(m)), token = uint32_t(m) - b * share.tokens.divisor;
@@ -202,26 +202,32 @@ __global__ void __launch_bounds__(PackCore<T, kProduct>::kThreads)
   }
 
   const bool partial = kProduct == PackProduct::grad_latents || share.splits > 1;
-  const auto store = [&](int r, int c, const Quad<C>& found, Nothing) {
-    const int64_t at = row + r, first = column + c, count = sizes.columns - first;
-    if (at >= sizes.rows || count <= 0) return;
-    if (partial) {
-      C* sums = static_cast<C*>(args.workspace) + share.part;
-      store_quad(sums + (part * sizes.rows + at) * sizes.columns + first, found, count, sizes.columns % 4 == 0);
-    } else if (kProduct == PackProduct::project) {
-      Quad<C> values = found;
-      if (share.bias != nullptr) {
+  // A thread has the same four columns in every row.
+  const int64_t first = column + result_column(), count = sizes.columns - first;
+  const int left = int(sizes.rows - row < kTileRows ? sizes.rows - row : kTileRows);
+  if (partial) {
+    C* sums = static_cast<C*>(args.workspace) + share.part + (part * sizes.rows + row) * sizes.columns + first;
+    const bool vectors = sizes.columns % 4 == 0;
+    const auto store = [&](int r, const Quad<C>& found, Nothing) {
+      if (r < left && count > 0) store_quad(sums + r * sizes.columns, found, count, vectors);
+    };
+    return store_results(core, shared, [](int) { return Nothing{}; }, store);
+  }
+  const T* bias = static_cast<const T*>(share.bias);
+  const bool shifted = kProduct == PackProduct::project && bias != nullptr;
+  const Quad<C> shift = column_values(shifted ? bias + first : nullptr, count, C(0));
+  const auto store = [&](int r, const Quad<C>& found, Nothing) {
+    if (r >= left || count <= 0) return;
+    if constexpr (kProduct == PackProduct::project) {
+      Quad<C> values;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (i < count) values.v[i] += C(static_cast<const T*>(share.bias)[first + i]);
-        }
-      }
-      store_quad(token_of<T>(args, share, at) + first, values, count, args.token_vectors);
+      for (int i = 0; i < 4; ++i) values.v[i] = found.v[i] + shift.v[i];
+      store_quad(token_of<T>(args, share, row + r) + first, values, count, args.token_vectors);
     } else {
-      store_quad(static_cast<T*>(share.weight) + at * sizes.columns + first, found, count, share.weight_vectors);
+      store_quad(static_cast<T*>(share.weight) + (row + r) * sizes.columns + first, found, count, share.weight_vectors);
     }
   };
-  store_results(core, shared, [](int, int) { return Nothing{}; }, store);
+  store_results(core, shared, [](int) { return Nothing{}; }, store);
 }
 
 constexpr int kPackThreads = 256;

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "gemm_cores.cuh"
+#include "vector.cuh"
 
 namespace td::cuda {
 
@@ -114,15 +115,20 @@ __device__ __forceinline__ void prefetch(const void* address) {
 
 struct Nothing {};
 
-// Hands the results out in rows: store(row, column, four results that are neighbours, what fetch(row, column) gave),
-// row and column within the block. Several fetches go before the first store, which may be to the same memory.
+// The first of the four columns of results that a thread is handed, the same ones in every row.
+__device__ __forceinline__ int result_column() {
+  return int(threadIdx.x) % (kTileRows / 4) * 4;
+}
+
+// Hands the results out in rows: store(row, four results from result_column() on, what fetch(row) gave), row and column
+// within the block. Several fetches go before the first store, which may be to the same memory.
 template <class Core, class Fetch, class Store>
 __device__ __forceinline__ void store_results(const Core& core, char* shared, const Fetch& fetch, const Store& store) {
   using C = typename Core::C;
   constexpr int kHalf = kTileRows / 2, kWidth = kTileRows / 4, kRows = Core::kThreads / kWidth, kBatch = 8;
   static_assert(kHalf * kPitch * sizeof(C) <= kTilesBytes && kHalf % (kRows * kBatch) == 0);
   C* sums = reinterpret_cast<C*>(shared);
-  const int first = int(threadIdx.x) / kWidth, column = int(threadIdx.x) % kWidth * 4;
+  const int first = int(threadIdx.x) / kWidth, column = result_column();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     __syncthreads();
@@ -130,47 +136,51 @@ __device__ __forceinline__ void store_results(const Core& core, char* shared, co
     __syncthreads();
 #pragma unroll 1
     for (int row = first; row < kHalf; row += kRows * kBatch) {
-      decltype(fetch(0, 0)) fetched[kBatch];
+      decltype(fetch(0)) fetched[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) fetched[i] = fetch(half * kHalf + row + i * kRows, column);
+      for (int i = 0; i < kBatch; ++i) fetched[i] = fetch(half * kHalf + row + i * kRows);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const C* found = sums + (row + i * kRows) * kPitch + column;
-        store(half * kHalf + row + i * kRows, column, *reinterpret_cast<const Quad<C>*>(found), fetched[i]);
+        store(half * kHalf + row + i * kRows, *reinterpret_cast<const Quad<C>*>(found), fetched[i]);
       }
     }
   }
 }
 
-template <class T>
-struct alignas(sizeof(T) == 2 ? 8 : 16) Packed {
-  T v[4];
-};
-
-// Reads the first `count` of four neighbours, at once where `vectors` says that they are aligned; the others are zero.
-template <class T>
-__device__ __forceinline__ Packed<T> load_quad(const T* source, int64_t count, bool vectors) {
-  if (vectors && count >= 4) return *reinterpret_cast<const Packed<T>*>(source);
-  Packed<T> values;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) values.v[i] = i < count ? source[i] : T(0);
-  return values;
+// Writes four neighbours at once.
+template <class T, class C>
+__device__ __forceinline__ void store_whole_quad(T* target, const Quad<C>& values) {
+  Vector<T, 4> packed;
+  packed.set(values.v);
+  if constexpr (packed.kBytes == 8) {
+    *reinterpret_cast<uint64_t*>(target) = uint64_t(packed.words[1]) << 32 | packed.words[0];  // nvcc halves a uint2
+  } else {
+    packed.store(target);
+  }
 }
 
 // Writes the first `count` of four neighbours, at once where `vectors` says that they are aligned.
 template <class T, class C>
 __device__ __forceinline__ void store_quad(T* target, const Quad<C>& values, int64_t count, bool vectors) {
   if (vectors && count >= 4) {
-    Packed<T> packed;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) packed.v[i] = T(values.v[i]);
-    *reinterpret_cast<Packed<T>*>(target) = packed;
+    store_whole_quad(target, values);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (i < count) target[i] = T(values.v[i]);
     }
   }
+}
+
+// What goes with four neighbouring columns, the first `count` of which exist; `none` where there is nothing or no
+// column.
+template <class C, class T>
+__device__ __forceinline__ Quad<C> column_values(const T* first, int64_t count, C none) {
+  Quad<C> values;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) values.v[i] = first != nullptr && i < count ? C(first[i]) : none;
+  return values;
 }
 
 }  // namespace td::cuda

@@ -146,7 +146,7 @@ struct ModulateArgs {
 
 // Backward. `residual` is the forward result (x itself in norm_modulate). total = grad_residual + d(out)/d(residual);
 // grad_x = total, grad_y = gate * total. Sums over groups go to [B, G, dim] through `partial` [rows, 3, dim] (scale, shift,
-// gate): B * chunks rows on the CPU, modulate_share_rows on a GPU.
+// gate): B * chunks rows on the CPU, at most modulate_share_rows on a GPU.
 struct ModulateGradArgs {
   int64_t batch, tokens, token_offset;
   int dim;

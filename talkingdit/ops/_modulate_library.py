@@ -23,8 +23,9 @@ _PLACE = "SymInt per_group, SymInt[] ends, SymInt token_offset"
 
 def _partial(grad: Tensor, modulation: Tensor, per_group: int, ends: list[int], token_offset: int) -> Tensor:
     """Room for the sums that threads or blocks leave: of scale, shift and gate."""
-    count = native.modulate_partial_rows(grad, modulation.shape[1], per_group, ends, token_offset)
-    return modulation.new_empty(count, 3, grad.shape[2])
+    batch, tokens, dim = grad.shape
+    chunks = native.modulate_chunks(grad, modulation.shape[1], per_group, ends, token_offset) if tokens else 0
+    return modulation.new_empty(batch * chunks, 3, dim)
 
 
 def _alike(value: Tensor) -> Tensor:
