@@ -36,9 +36,11 @@ from talkingdit.nn.layers import RMSNorm
 from talkingdit.plan.clip import ClipShape
 from training import parallel
 from training.ema import Ema
+from training.frozen import frozen_layers, narrow
 from training.networks import Networks
 from training.optim import build_optimizers
-from training.sections import OptimConfig, ParallelConfig
+from training.sections import ModelConfig, OptimConfig, ParallelConfig
+from training.stages import TRANSFORMER, plain_name
 
 
 @dataclass
@@ -115,6 +117,7 @@ class Step:
         averages: keep averages of the weights.
         trains: which parameters train, by name.
         prepare: changes the model before it is cut, such as adapters do.
+        model: `frozen` and `swap` of it.
     """
 
     config: Mapping[str, Any]
@@ -127,6 +130,7 @@ class Step:
     averages: bool = True
     trains: Callable[[str], bool] = lambda name: True
     prepare: Callable[[WanS2VModel], Any] = lambda model: None
+    model: ModelConfig = field(default_factory=ModelConfig)
 
 
 def inputs(config: Mapping[str, Any], clip: ClipShape) -> dict[str, Tensor]:
@@ -155,13 +159,18 @@ def count(step: Step) -> Counted:
         with torch.device("meta"):
             model = WanS2VModel(**step.config)
             step.prepare(model)
+        trained = {f"{TRANSFORMER}{plain_name(name)}" for name, _ in model.named_parameters() if step.trains(name)}
+        units = families.get("wan_s2v").units
+        narrow(model, units, step.model, trained, torch.device("cpu"), step.parallel.offload)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(step.trains(name))
         stack.enter_context(_as_on_gpus())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.callback(wan_conditions._layout.cache_clear)
         networks = Networks(families.get("wan_s2v"), model)
-        parallel.shard(networks, layout, step.parallel)
+        parallel.shard(networks, layout, step.parallel, narrow=step.model.frozen != "float32")
+        for layer in frozen_layers(model).values():
+            layer.fill(torch.empty(layer.out_features, layer.in_features))
         given = inputs(step.config, step.clip)
         optimizers = build_optimizers(networks, step.optim)
         ema = Ema(networks, 0.999) if step.averages else None
@@ -175,6 +184,7 @@ def count(step: Step) -> Counted:
         ledger = Ledger(step.gpus)
         stack.enter_context(ledger)
         kinds = {ledger.number(_local(p)): "parameters" for p in networks.parameters()}
+        kinds |= {ledger.number(t): "parameters" for layer in frozen_layers(model).values() for t in layer.stored()}
         for optimizer in optimizers:
             for value in tree_leaves([list(state.values()) for state in optimizer.state.values()]):
                 if isinstance(value, Tensor):

@@ -37,7 +37,7 @@ NODES = Cluster()  # an H100 node of 8, with 400 Gb/s of network per GPU
 class Case:
     """A row: sizes of the mesh, frames of a clip of 1024 x 704, and switches.
 
-    Every rank, or group of ranks that share a sequence, has one micro-batch of one clip.
+    Every rank, or group of ranks that share a sequence, has one clip in every micro-batch.
     """
 
     replicate: int = 1
@@ -48,6 +48,7 @@ class Case:
     checkpointing: str = "full"
     optimizer: str = "adamw"
     averages: bool = True
+    micro_batches: int = 1  # of every rank, or group of ranks, in a step
 
     @property
     def mesh(self) -> MeshSizes:
@@ -63,8 +64,7 @@ class Case:
 
     @property
     def run(self) -> Run:
-        data = self.mesh.data
-        return Run(self.clip, data, self.optimizer, self.checkpointing, self.averages)
+        return Run(self.clip, self.micro_batches * self.mesh.data, self.optimizer, self.checkpointing, self.averages)
 
 
 def cases() -> Iterator[Case]:
@@ -78,6 +78,7 @@ def cases() -> Iterator[Case]:
     yield Case(shard=4, ulysses=2)
     yield Case(shard=8)
     yield Case(ulysses=8, optimizer="muon")
+    yield Case(ulysses=8, micro_batches=2)
     for nodes in (2, 4, 8, 16, 32, 64):
         yield Case(shard=nodes, ulysses=8)
         yield Case(replicate=nodes, ulysses=8)
@@ -102,6 +103,7 @@ def row(case: Case) -> dict[str, Any]:
     step = Step(
         *(transformer().config, case.clip, parallel, case.world, GPUS),
         OptimConfig(name=case.optimizer),
+        micro_batches=case.micro_batches,
         averages=case.averages,
     )
     counted = count(step)
@@ -119,8 +121,7 @@ def row(case: Case) -> dict[str, Any]:
 def run(path: Path, only: str) -> None:
     """Count the cases that a file lacks, and write it after each."""
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": []}
-    fields = tuple(asdict(Case()))
-    done = {tuple(r[name] for name in fields) for r in found["rows"]}
+    done = {tuple(asdict(case_of(r)).values()) for r in found["rows"]}
     order = {tuple(asdict(case).values()): i for i, case in enumerate(cases())}
     for case in cases():
         key = tuple(asdict(case).values())
@@ -129,14 +130,14 @@ def run(path: Path, only: str) -> None:
         header = record.header("scaling", torch.device("cpu"), quick=False)
         del header["device"], header["threads"]  # of no device: the README's tables are of files that name one
         found = {**header, "rows": [*found["rows"], row(case)]}
-        found["rows"].sort(key=lambda r: order.get(tuple(r[name] for name in fields), len(order)))
+        found["rows"].sort(key=lambda r: order.get(tuple(asdict(case_of(r)).values()), len(order)))
         record.write(path, json.dumps(found, indent=1) + "\n")
         print(case, file=sys.stderr)
 
 
 def case_of(row: Mapping[str, Any]) -> Case:
     """The case that a row of the file is of."""
-    return Case(**{name: row[name] for name in asdict(Case())})
+    return Case(**{name: row[name] for name in asdict(Case()) if name in row})
 
 
 def _predicted(case: Case, sizes: dict[str, UnitSizes]) -> planner.TrainPlan:
@@ -147,7 +148,7 @@ def _predicted(case: Case, sizes: dict[str, UnitSizes]) -> planner.TrainPlan:
 
 
 _HEAD = (
-    *("GPUs", "replicate x shard x ring x ulysses", "frames", "checkpointing", "optimiser"),
+    *("GPUs", "replicate x shard x ring x ulysses", "frames", "micro-batches", "checkpointing", "optimiser"),
     *("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "to other nodes", "peak", "predicted"),
     *("computing s", "waiting s", "efficiency"),
 )
@@ -155,17 +156,18 @@ _HEAD = (
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: what was counted, in GB, and beside it what `talkingdit plan` predicts of memory and time."""
-    lines = ["| " + " | ".join(_HEAD) + " |", "|" + "|".join(["---:", *["---"] * 4, *["---:"] * 10]) + "|"]
+    lines = ["| " + " | ".join(_HEAD) + " |", "|" + "|".join(["---:", *["---"] * 5, *["---:"] * 10]) + "|"]
     sizes: dict[str, UnitSizes] = {}
     for entry in rows:
         case = case_of(entry)
         plan = _predicted(case, sizes)
-        kinds = {kind: sum(sent["bytes"] for sent in entry["sent"] if sent["kind"] == kind) for kind in _HEAD[5:9]}
+        kinds = {kind: sum(sent["bytes"] for sent in entry["sent"] if sent["kind"] == kind) for kind in _HEAD[6:10]}
         computing = plan.seconds["computing"]
         cells = (
             f"{case.world}",
             f"{case.replicate} x {case.shard} x {case.ring} x {case.ulysses}",
             f"{case.frames}",
+            f"{case.micro_batches}",
             case.checkpointing,
             case.optimizer,
             *(f"{value / 1e9:.1f}" for value in kinds.values()),

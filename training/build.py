@@ -13,10 +13,12 @@ from talkingdit.atomic import whole_folder
 from talkingdit.errors import UserError
 from training.config import Config
 from training.family import family_of, settings_of, train_run
+from training.frozen import check_frozen, narrow
 from training.lora import add_adapters
 from training.networks import Networks
 from training.one_run import written
 from training.parallel import ProcessMesh, load_weights, local_part, shard
+from training.stages import trained_names
 
 
 def new_networks(config: Config, device: torch.device | str = "cpu") -> Networks:
@@ -42,7 +44,10 @@ def sharded_networks(config: Config, mesh: ProcessMesh, resumes: bool) -> Networ
     """
     start = config.model.start
     networks = new_networks(config, "cpu" if start is None else "meta")
-    shard(networks, mesh, config.parallel)
+    trained, units = trained_names(config, networks), networks.family.units
+    check_frozen(config.model, config.lora.rank, trained)
+    narrow(networks.transformer, units, config.model, trained, mesh.device, config.parallel.offload)
+    shard(networks, mesh, config.parallel, narrow=config.model.frozen != "float32")
     if start is not None and not (resumes and config.lora.rank == 0):
         load_weights(networks, _whole_start(start, config))
         _reset_adapters(networks, config)

@@ -17,12 +17,23 @@ from typing import Annotated, Any
 
 import tyro
 
-from training.checks import check_sample, check_sources, check_stage
+from training.checks import (
+    check_finite,
+    check_held_out,
+    check_model,
+    check_not_held_out,
+    check_parallel,
+    check_run,
+    check_sample,
+    check_sources,
+    check_stage,
+)
 from training.sections import (
     BatchConfig,
     CheckpointConfig,
     ConditionsConfig,
     DataConfig,
+    HeldOutConfig,
     LogConfig,
     LoraConfig,
     ModelConfig,
@@ -55,6 +66,7 @@ class Config:
     conditions: ConditionsConfig = field(default_factory=ConditionsConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
     log: LogConfig = field(default_factory=LogConfig)
     stage_tables: Annotated[list[dict[str, Any]], tyro.conf.Suppress] = field(default_factory=list)  # `[[stages]]`
 
@@ -65,8 +77,15 @@ class Config:
         Raises:
             ValueError: a table has an unknown key, a wrong type or a value that makes no sense.
         """
+        values = asdict(self)
+        values["stages"] = values.pop("stage_tables")
+        check_finite(values)
+        check_model(self.model)
+        check_parallel(self.parallel)
+        check_run(self.run, self.checkpoint, self.log)
         check_sample(self.sample)
         check_sources(self.data.sources)
+        check_held_out(self.held_out, self.data.sources)
         stages = tuple(self._stage(i, table) for i, table in enumerate(self.stage_tables or [{}]))
         for i, stage in enumerate(stages):
             if stage.name in [other.name for other in stages[:i]]:
@@ -81,7 +100,8 @@ class Config:
             steps=0 if timed else self.run.steps,
             minutes=0.0 if timed else self.run.minutes,
             train=["*lora_*"] if self.lora.rank > 0 else ["*"],
-            mix=copy.copy(self.data.mix) or dict.fromkeys(self.data.sources, 1.0),
+            mix=copy.copy(self.data.mix)
+            or {name: 1.0 for name in self.data.sources if name not in self.held_out.sources},
             batch=copy.deepcopy(self.batch),
             optim=copy.deepcopy(self.optim),
             conditions=copy.deepcopy(self.conditions),
@@ -91,6 +111,7 @@ class Config:
         fill(stage, table, where)
         made = StageConfig(**vars(stage))
         check_stage(made, self.data.sources, where)
+        check_not_held_out(made, self.held_out, where)
         return made
 
 
@@ -237,4 +258,4 @@ def write_json(config: Config, file: Path) -> None:
     values = asdict(config)
     del values["stage_tables"]
     values["stages"] = [asdict(stage) for stage in config.stages]
-    file.write_text(json.dumps(values, indent=1, default=str) + "\n")
+    file.write_text(json.dumps(values, indent=1, default=str, allow_nan=False) + "\n")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -29,15 +29,39 @@ from training.checkpoint import Checkpoints, check_shapes, newest_complete
 from training.checkpoint_files import CONFIG
 from training.config import Config, read_json
 from training.ema import Ema
-from training.family import train_run
+from training.family import family_of, settings_of, train_run
+from training.frozen import check_frozen
 from training.lora import adapter_tensors
 from training.model_state import ModelState, gather_state
 from training.networks import Networks
+from training.objective import empty_text
 from training.one_run import written
 from training.signals import run_guarded
-from training.stages import trained_names
+from training.stages import averaged_names, trained_names
 
 ADAPTER_FILE = "adapter.safetensors"
+
+
+def check_export(config: Config) -> None:
+    """Whether what the run makes can be written at its end. Before the run: weeks later is too late to hear of it.
+
+    Also, because the networks are made for it (without weights): whether the patterns of all stages fit them, and
+    whether the features of the empty prompt do.
+
+    Raises:
+        UserError, ValueError: it cannot, or they do not.
+    """
+    networks = new_networks(config, "meta")
+    names = trained_names(config, networks)
+    only_adapters = config.lora.rank > 0 and all(".lora_" in name for name in names)
+    check_frozen(config.model, config.lora.rank, names)
+    if networks.text_encoder is None:
+        for stage in config.stages:
+            empty_text(stage.conditions.empty_text, networks.transformer.config.text_dim)
+    if not only_adapters:
+        check: Any = getattr(family_of(config).train, "check_export", None)  # families of other packages may lack it
+        if check is not None:
+            check(settings_of(config), config.model.text_encoder, train_run(config))
 
 
 def export(networks: Networks, config: Config, folder: Path) -> None:
@@ -94,7 +118,7 @@ def main(options: Options) -> None:
     mesh = parallel.start(config.parallel, "auto")
     networks = sharded_networks(config, mesh, resumes=True)
     trained = trained_names(config, networks)
-    ema = Ema(networks, 0.0, trained)
+    ema = Ema(networks, 0.0, averaged_names(config, trained))
     reader = Checkpoints(checkpoints, keep=0, read_only=True)
     model = ModelState(networks, trained.__contains__ if config.lora.rank > 0 else None)
     step = reader.load({"networks": model, "averages": ema}, partly=True)

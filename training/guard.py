@@ -3,16 +3,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
+
+from torch import Tensor
 
 from talkingdit.errors import UserError
 
 WINDOW = 128  # gradient norms that are remembered
 ENOUGH = 16  # of them before a spike can be told
+ACCUSED = 10  # steps that are not finite whose samples a rank names
 PATIENCE = 100  # steps left out in a row after which the run ends
+
+logger = logging.getLogger(__name__)
 
 
 class Guard:
@@ -27,6 +34,7 @@ class Guard:
         self.factor = factor
         self.norms: deque[float] = deque(maxlen=WINDOW)
         self.spikes = self.not_finite = self.in_a_row = 0
+        self._accused = 0
 
     def allows(self, norm: float) -> bool:
         """Whether to take a step whose gradient has this norm, the same on every rank.
@@ -56,6 +64,21 @@ class Guard:
                 f"{norm:g}); try a smaller learning rate or another seed from the last checkpoint."
             )
         return False
+
+    def accuse(self, each: Sequence[tuple[list[str], Tensor]], step: int) -> None:
+        """Say, the first few times, which samples of this rank made a step useless.
+
+        Args:
+            each: per micro-batch, names and losses [n] of its samples.
+            step: that was left out.
+        """
+        guilty = [
+            key for keys, losses in each for key, good in zip(keys, losses.isfinite().tolist(), strict=True) if not good
+        ]
+        if guilty and self._accused < ACCUSED:
+            self._accused += 1
+            more = f" and {len(guilty) - 1} more" if len(guilty) > 1 else ""
+            logger.warning("training: step %d is left out, the loss of %s%s is not finite", step, guilty[0], more)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from talkingdit.data.sample import BrokenSample, Sample, Shape, Source
+from talkingdit.data.sample import BrokenSample, Sample, Shape, Source, group_of
 from talkingdit.errors import UserError
 from training.batching import ATTENTION_TOKENS, Group, MicroBatch, Planned, Planner, StepPlan
 from training.buckets import Buckets, CountTokens, Fit, patches
@@ -56,26 +57,34 @@ def _cuts(source: Source, shape: Shape) -> bool:
 class _Catalogue:
     """What a stage can draw: usable items of its sources by stream, and the clip that each is trained with."""
 
-    def __init__(self, sources: Mapping[str, Source], stage: StageConfig, buckets: Buckets) -> None:
-        self.sources, self.stage, self.buckets = sources, stage, buckets
+    def __init__(
+        self, sources: Mapping[str, Source], stage: StageConfig, buckets: Buckets, held: Mapping[str, frozenset[int]]
+    ) -> None:
+        self.sources, self.stage, self.buckets, self.held = sources, stage, buckets, held
+        self.contents: dict[str, list[int]] = {}  # by source: how many items, and a checksum of what they are
         self.streams = [stream for name, source in sources.items() for stream in self._sort(name, source)]
         self._by_name = {stream.name: stream for stream in self.streams}
 
     def _sort(self, name: str, source: Source) -> list[Stream]:
         """Streams of a source: items by kind, and where both can be asked for, clips that begin a video or go on."""
         members: dict[tuple[str, bool | None], list[int]] = {}
+        checksum, held = 0, self.held.get(name, frozenset())
         for index in range(len(source)):
             shape = source.shape(index)
+            checksum = zlib.crc32(f"{group_of(source, index)} {shape}".encode(), checksum)
+            if index in held:
+                continue
             for begins in (True, False) if shape.history > 0 and _cuts(source, shape) else (None,):
                 if self.buckets.fit(shape, begins) is not None:
                     members.setdefault((shape.kind, begins), []).append(index)
+        self.contents[name] = [len(source), checksum]
         if not members:
             raise ValueError(
-                f"data: none of the {len(source)} samples of source {name!r} is long enough for batch.frames "
-                f"{self.buckets.frames} and small enough for batch.tokens {self.stage.batch.tokens}"
+                f"data: none of the {len(source) - len(held)} samples of source {name!r} is long enough for "
+                f"batch.frames {self.buckets.frames} and small enough for batch.tokens {self.stage.batch.tokens}"
             )
         found = [Stream(name, kind, np.asarray(items), begins) for (kind, begins), items in members.items()]
-        unused = len(source) - len({index for items in members.values() for index in items})
+        unused = len(source) - len(held) - len({index for items in members.values() for index in items})
         if unused:
             logger.warning("data: %d of %d samples of %s are too short or too large; unused", unused, len(source), name)
         return sorted(found, key=lambda stream: stream.name)
@@ -84,7 +93,7 @@ class _Catalogue:
         """The clip of an item, whether it has a reference, and its latent frames of history; None if it is unusable."""
         stream = self._by_name[name]
         source = self.sources[stream.source]
-        if index >= len(source):
+        if index >= len(source) or index in self.held.get(stream.source, ()):
             return None
         shape = source.shape(index)
         fit = self.buckets.fit(shape, stream.begins)
@@ -140,8 +149,10 @@ class Loader:
         peers: processes that read the same share, because they compute it together (context parallelism). They agree
             in every step on what could be read, with one small collective.
         device: of that collective.
+        held: items by source that are not to be drawn.
 
     Attributes:
+        changed: after `load_state_dict`, which sources are not what they were then, in words.
         figures: of the last step, see StepPlan.figures(); and `broken`, samples that this process could not read yet.
         broken: by source.
 
@@ -168,6 +179,7 @@ class Loader:
         pin_memory: bool = False,
         peers: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
+        held: Mapping[str, frozenset[int]] | None = None,
     ) -> None:
         batch = stage.batch
         if count_tokens is None and batch.tokens > 0:
@@ -189,7 +201,7 @@ class Loader:
         frames = batch.frames or [clip_latents]
         used = {name: sources[name] for name in stage.mix}
         self._catalogue = _Catalogue(
-            used, stage, Buckets(batch.tokens, frames, sizes, batch.fit, count=count_tokens or patches)
+            used, stage, Buckets(batch.tokens, frames, sizes, batch.fit, count=count_tokens or patches), held or {}
         )
         self._planner = Planner(
             Sampler(self._catalogue.streams, seed),
@@ -212,6 +224,7 @@ class Loader:
         self._recent: deque[bool] = deque(maxlen=WINDOW)
         self.broken: dict[str, Broken] = {name: Broken() for name in used}
         self.figures: dict[str, float] = {}
+        self.changed: list[str] = []
 
     def _start(self) -> Iterator[Parcel]:
         slots = self.stage.batch.count // self.data_size
@@ -304,7 +317,7 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """What follows the last step returned; equal on every rank, whatever was read ahead."""
-        return {"stage": self.stage.name, **self._state}
+        return {"stage": self.stage.name, "contents": self._catalogue.contents, **self._state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a state was taken, on any number of ranks and workers.
@@ -313,8 +326,19 @@ class Loader:
         middle of their epoch.
         """
         self.close()
+        self.changed = self._differences(state.get("contents", {}))
         self._planner.load_state_dict(state, same_stage=state["stage"] == self.stage.name)
         self._state = self._planner.state_dict()
+
+    def _differences(self, contents: Mapping[str, Sequence[int]]) -> list[str]:
+        """Sources that hold something else than they did."""
+        found = []
+        for name, (count, checksum) in self._catalogue.contents.items():
+            before = contents.get(name)
+            if before is not None and list(before) != [count, checksum]:
+                now = f"{count} samples" if count != before[0] else f"{count} samples, other ones"
+                found.append(f"source {name} had {before[0]} samples and has {now}")
+        return found
 
     def epochs(self) -> dict[str, float]:
         """How often every stream was gone through, including what was read ahead."""

@@ -7,22 +7,27 @@ and the sample's number in the run, so losses do not depend on how many ranks th
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from talkingdit.distributed.team import from_rank_0
 from talkingdit.plan.transformer import Transformer
 from training.build import sharded_networks
 from training.checkpoint import Checkpoints, restoring
-from training.config import Config, write_json
+from training.checkpoint_files import CONFIG
+from training.config import Config, read_json, write_json
+from training.differences import differences, in_words
 from training.ema import Ema
-from training.export import export
+from training.export import check_export, export
 from training.guard import Guard
+from training.held_out import HeldOut, held_items
 from training.loader import Loader, check_share
 from training.metrics import Means, Meter, Writer, stated_speed, sum_over_ranks, work_of
 from training.model_state import ModelState, OptimizerState
@@ -32,7 +37,7 @@ from training.parallel import ProcessMesh, clip_gradients, last_micro_batch, res
 from training.profiling import Profile
 from training.signals import Stop
 from training.sources import open_sources
-from training.stages import Progress, select_parameters, trained_names, zero_parameters
+from training.stages import Progress, averaged_names, select_parameters, trained_names, zero_parameters
 from training.validate import validate, validator_for
 
 
@@ -44,16 +49,19 @@ class Trainer:
         # What is wrong with data or later stages shows before a large model is read.
         for stage in config.stages:
             check_share(stage, mesh.data_size)
+        check_export(config)
         self.sources = open_sources(config)
         save = config.checkpoint
         self.checkpoints = Checkpoints(
             config.run.out / "checkpoints", save.keep, save.asynchronous, lambda file: write_json(config, file)
         )
+        self.held = held_items(self.sources, config.held_out)
         saved = self.checkpoints.peek()
         self.networks = sharded_networks(config, mesh, resumes=saved is not None)
         self.trained = trained_names(config, self.networks)
-        self.ema = Ema(self.networks, 0.0, self.trained)
+        self.ema = Ema(self.networks, 0.0, averaged_names(config, self.trained))
         self.validator = validator_for(config, mesh)
+        self.held_out = HeldOut(self.sources, self.held, config.held_out, config.model.clip_latents)
         self.guard = Guard()
         self.latest: dict[str, str] = {}  # of the last validation
         self.means = Means()
@@ -68,6 +76,7 @@ class Trainer:
             with restoring(self.checkpoints.folder, "guard"):
                 self.guard.load_state_dict(saved["guard"])
             self.say(f"{'was done' if self.progress.done else 'goes on'} after step {self.progress.total}")
+            self.say_differences()
 
     # ---- A stage -----------------------------------------------------------------------------------------------------
 
@@ -100,6 +109,7 @@ class Trainer:
             attention_tokens=family.attention_tokens(settings),
             max_groups=family.MAX_GROUPS,
             pin_memory=self.mesh.device.type == "cuda",
+            held=self.held,
         )
         if data is not None:
             with restoring(self.checkpoints.folder, "data"):
@@ -116,6 +126,7 @@ class Trainer:
         sums = {"weight": weight, **{name: sum(w[name] for w in work) for name in work[0]}}
         sums = sum_over_ranks(sums, mesh.world // mesh.data_size)
         total = torch.zeros((), device=mesh.device)
+        each: list[tuple[list[str], Tensor]] = []
         for i, batch in enumerate(batches):
             last_micro_batch(self.networks, i + 1 == len(batches))
             found = losses(self.networks, batch, stage, config.run.seed, progress.share, mesh)
@@ -124,12 +135,15 @@ class Trainer:
             (loss * mesh.world).backward()
             total += loss.detach()
             self.means.add(found.parts)
+            each.append((found.keys, found.each.detach()))
         norm = clip_gradients(self.networks, stage.optim.clip_norm)
         factor = self.learning_rate.set(progress.step, progress.share)
         if self.guard.allows(norm):
             for optimizer in self.optimizers:
                 optimizer.step()
             self.ema.update(progress.total)
+        elif not math.isfinite(norm):
+            self.guard.accuse(each, progress.total + 1)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         one = torch.ones((), device=mesh.device)
@@ -146,6 +160,8 @@ class Trainer:
         bar = tqdm(
             total=100, disable=None if first else True, bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}"
         )
+        if progress.total == 0:
+            self.measure(writer)
         with Profile(config.log, config.run.out, progress.total) as profile:
             while not progress.done and not (stop is not None and stop.agree()):
                 started = time.perf_counter()
@@ -155,6 +171,8 @@ class Trainer:
                 stage_ended = progress.advance(from_rank_0(partial(float, took)))
                 if stage_ended or progress.total % config.log.every == 0:
                     self.report(writer, bar)
+                if config.held_out.every and progress.total % config.held_out.every == 0 and not progress.done:
+                    self.measure(writer)
                 if config.sample.every and progress.total % config.sample.every == 0 and not progress.done:
                     self.validate(writer)
                 data = self.loader.state_dict()
@@ -167,6 +185,7 @@ class Trainer:
         self.checkpoints.wait()
         self.loader.close()
         if progress.done:
+            self.measure(writer)
             self.validate(writer)
             with self.ema.swapped():
                 export(self.networks, config, config.run.out / "model")
@@ -198,6 +217,19 @@ class Trainer:
         self.latest = {name: f"{value:.2f}" for name, value in results.items()}
         self.meter.go_on(paused)
 
+    def measure(self, writer: Writer | None) -> None:
+        """The loss of the averaged weights on clips that are held out, if the run has some."""
+        if not self.config.held_out.every:
+            return
+        paused = self.meter.pause()
+        self.networks.eval()
+        with self.ema.swapped():
+            losses = self.held_out.measure(self.networks, self.stage, self.mesh)
+        self.networks.train()
+        if writer is not None:
+            writer.scalars(losses, self.progress.total)
+        self.meter.go_on(paused)
+
     # ---- Checkpoints -------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
@@ -212,6 +244,15 @@ class Trainer:
             "data": self.loader.state_dict(),
             "guard": self.guard.state_dict(),
         }
+
+    def say_differences(self) -> None:
+        """What is not as it was when the newest checkpoint was written."""
+        newest = self.checkpoints.latest()
+        if newest is None or self.mesh.rank != 0:
+            return
+        found = [*differences(read_json(newest / CONFIG), self.config), *self.loader.changed]
+        if found:
+            self.say(f"what trains is not as it was at {newest.name}: {in_words(found)}")
 
     def save(self) -> None:
         self.checkpoints.save(self.progress.total, self.state())

@@ -43,6 +43,11 @@ def sample_sigmas(
         sigma = 1 - u - mode_scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
     else:
         raise ValueError(f"sample_sigmas: levels must be 'logit_normal', 'uniform' or 'mode', got {levels!r}")
+    return shifted(sigma, shift)
+
+
+def shifted(sigma: Tensor, shift: float) -> Tensor:
+    """Noise levels in 0..1 moved towards noise (shift over 1)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 

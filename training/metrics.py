@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import resource
 import secrets
 import sys
@@ -110,8 +111,10 @@ class Writer:
         self._wandb = _start_wandb(folder, config.wandb, run) if config.wandb else None
 
     def scalars(self, values: dict[str, float], step: int) -> None:
+        # JSON has no NaN and no infinity; a line with one would be unreadable for others.
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with _told(self._file.parent):
-            append_line(self._file, json.dumps({"step": step, **values}))
+            append_line(self._file, json.dumps({"step": step, **line}, allow_nan=False))
             if self._board is not None:
                 for name, value in values.items():
                     self._board.add_scalar(name, value, step)

@@ -18,6 +18,7 @@ from training.conditions import Draws, cell_weights, draw, noisy_history, normal
 from training.losses import add_noise, velocity_loss
 from training.sections import StageConfig
 from training.stages import check_supported
+from training.weighting import level_weight
 
 if TYPE_CHECKING:
     from training.batching import MicroBatch
@@ -32,15 +33,17 @@ class StepLosses:
     """Losses of the samples of a micro-batch.
 
     Attributes:
-        each: float32 [n], with graph; zero for samples that only stand in.
+        each: float32 [n], with graph, weighted by noise level; zero for samples that only stand in.
         count: samples that count.
         parts: tag -> (sum of losses without graph, number of samples), for logs: with and without audio, first and
-            later clips, by source and by noise level.
+            later clips, by source and by noise level. They are not weighted by noise level, so that runs compare.
+        keys: source and key of each sample.
     """
 
     each: Tensor
     count: float
     parts: dict[str, tuple[Tensor, float]]
+    keys: list[str]
 
     @property
     def total(self) -> Tensor:
@@ -56,14 +59,21 @@ class TrainingInputs:
     draws: Draws
     noise: Tensor  # [C, T, H, W]
     weight: Tensor  # [T, H, W], of mean one
+    level_weight: float  # of its loss, by its noise level
     clip: TrainClip
 
 
 def prepare(sample: Sample, number: int, stage: StageConfig, seed: int, progress: float = 0.0) -> TrainingInputs:
     """Draw what is random about a sample and put it together: a function of (sample, number, stage, seed, progress)."""
     draws = draw(sample, number, stage, seed, progress)
+    return assemble(sample, draws, normal(seed, number, "noise", sample.latents.shape), stage, seed, progress)
+
+
+def assemble(
+    sample: Sample, draws: Draws, noise: Tensor, stage: StageConfig, seed: int, progress: float = 0.0
+) -> TrainingInputs:
+    """Put a sample together with what was drawn for it; `noise` has the shape of its latents."""
     clean = sample.latents
-    noise = normal(seed, number, "noise", clean.shape)
     noisy = add_noise(clean[None], noise[None], torch.tensor([draws.sigma]))[0]
     noisy[:, : draws.prefix] = clean[:, : draws.prefix]
     timestep = torch.full((clean.shape[1],), 1000 * draws.sigma)
@@ -79,7 +89,8 @@ def prepare(sample: Sample, number: int, stage: StageConfig, seed: int, progress
         history=noisy_history(sample, draws, seed),
         pose=sample.pose if "pose" in draws.kept else None,
     )
-    return TrainingInputs(sample, draws, noise, cell_weights(sample, stage, draws, progress), clip)
+    cells = cell_weights(sample, stage, draws, progress)
+    return TrainingInputs(sample, draws, noise, cells, level_weight(draws.sigma, stage.objective), clip)
 
 
 def losses(
@@ -111,18 +122,27 @@ def losses(
     check_supported(stage, networks.family)
     numbered = zip(batch.samples, batch.numbers, strict=True)
     items = [prepare(sample, number, stage, seed, progress) for sample, number in numbered]
-    if not batch.packed:
+    each = errors_of(networks, items, stage, mesh, batch.packed)
+    pairs = zip(batch.weights, items, strict=True)
+    weights = torch.tensor([weight * item.level_weight for weight, item in pairs], device=each.device)
+    keys = [f"{sample.source}: {sample.key}" for sample in batch.samples]
+    return StepLosses(each * weights, sum(batch.weights), _parts(each.detach(), items, batch.weights), keys)
+
+
+def errors_of(
+    networks: Networks, items: Sequence[TrainingInputs], stage: StageConfig, mesh: ProcessMesh, packed: bool
+) -> Tensor:
+    """Losses [n] of samples that are put together, by one call of the model; not weighted by noise level."""
+    if not packed:
         _check_shapes(items)
     inputs = TrainBatch(
         clips=[item.clip for item in items],
         texts=_texts(networks, items, stage, mesh.device),
-        packed=batch.packed,
+        packed=packed,
         device=mesh.device,
         context=mesh.context,
     )
-    each = _errors(networks.family.train.velocities(networks.transformer, inputs), items, mesh.device)
-    weights = torch.tensor(batch.weights, device=each.device)
-    return StepLosses(each * weights, sum(batch.weights), _parts(each.detach(), items, batch.weights))
+    return _errors(networks.family.train.velocities(networks.transformer, inputs), items, mesh.device)
 
 
 def _errors(velocities: Tensor | Sequence[Tensor], items: Sequence[TrainingInputs], device: torch.device) -> Tensor:

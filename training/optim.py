@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ def build_optimizers(networks: Networks, config: OptimConfig) -> list[torch.opti
         config: `name` chooses "adamw"; "adamw8bit" (torchao: moments in 8 bits); "muon" for the matrices inside large
             units (blocks, audio injectors) with AdamW for everything else (all, if `muon_lr` is 0; adapters always);
             or any "module.Class", which is given lr and `options`, and betas, eps and weight_decay if it takes them.
+            `decay` says of which parameters weight decay makes smaller ones.
 
     Raises:
         UserError: an optimiser that is not there or does not take its options, or nothing to train.
@@ -46,23 +47,51 @@ def build_optimizers(networks: Networks, config: OptimConfig) -> list[torch.opti
     if others:
         make, arguments = _kind(config)
         try:
-            optimizers.append(make(_groups(others, config.lr, config), lr=config.lr, **arguments))
+            groups = _groups(others, config.lr, config, decaying(networks, config))
+            optimizers.append(make(groups, lr=config.lr, **arguments))
         except TypeError as error:
             raise UserError(f"optim.options: {config.name} does not take them ({error}).") from error
     if matrices:
-        optimizers.append(Muon(_groups(matrices, config.muon_lr, config), weight_decay=config.weight_decay))
+        groups = _groups(matrices, config.muon_lr, config, set(matrices))
+        optimizers.append(Muon(groups, weight_decay=config.weight_decay))
     return optimizers
 
 
-def _groups(named: dict[str, nn.Parameter], lr: float, config: OptimConfig) -> list[dict[str, Any]]:
-    """Parameter groups by learning rate; of the patterns in `lr_scale` that fit a name the first holds."""
-    groups: dict[float, list[nn.Parameter]] = {}
+# What a matrix or a filter multiplies can be made smaller everywhere; a bias, the gain of a norm, a modulation or an
+# embedding says how large something is, and pulling it to zero changes that.
+_DECAYING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def decaying(networks: nn.Module, config: OptimConfig) -> set[str]:
+    """Names of the parameters that weight decay works on: weights of linear layers (adapters among them) and
+    convolutions, or with `decay` = "all" everything."""
+    if config.decay == "all":
+        return {name for name, _ in networks.named_parameters()}
+    found = set()
+    for path, module in networks.named_modules():
+        if isinstance(module, _DECAYING):
+            found.add(f"{path}.weight" if path else "weight")
+    return found
+
+
+def _groups(
+    named: dict[str, nn.Parameter], lr: float, config: OptimConfig, decays: Container[str]
+) -> list[dict[str, Any]]:
+    """Parameter groups by learning rate and decay; of the patterns in `lr_scale` that fit a name the first holds.
+
+    Without weight decay, or where an optimiser of the user's has none, nothing is said of it.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named.items():
         scale = next(
             (factor for pattern, factor in config.lr_scale.items() if matches(plain_name(name), [pattern])), 1.0
         )
-        groups.setdefault(lr * scale, []).append(parameter)
-    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+        spared = config.weight_decay > 0 and name not in decays
+        groups.setdefault((lr * scale, spared), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, **({"weight_decay": 0.0} if spared else {})}
+        for (rate, spared), parameters in groups.items()
+    ]
 
 
 def _kind(config: OptimConfig) -> tuple[Any, dict[str, Any]]:

@@ -24,7 +24,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,15 +42,15 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, debug
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import talkingdit.ops.audio_attention  # noqa: F401  (registers an operation that is named below)
 from talkingdit.checkpoints.fill import check_names
 from talkingdit.checkpoints.weights import Weights, open_weights
 from talkingdit.distributed.restart import arguments_of_restart
 from talkingdit.errors import UserError
 from talkingdit.nn.context_parallel import ContextParallel
 from talkingdit.nn.units import modules_of
+from training.activations import checkpoint_activations
+from training.frozen import frozen_layers
 from training.networks import Networks
 from training.sections import ParallelConfig
 
@@ -88,7 +87,7 @@ def start(config: ParallelConfig, device: str = "auto") -> ProcessMesh:
         UserError: the axes do not multiply to the number of processes, or there is no such device.
     """
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    sizes = _sizes(config, world)
+    sizes = mesh_sizes(config, world)
     place = _device(device)
     patience = timedelta(seconds=config.timeout_seconds)
     if not dist.is_initialized():
@@ -126,7 +125,7 @@ def _forget_meshes() -> None:
         getattr(debug, f"_clear{part}_sharding_prop_cache", lambda: None)()
 
 
-def _sizes(config: ParallelConfig, world: int) -> dict[str, int]:
+def mesh_sizes(config: ParallelConfig, world: int) -> dict[str, int]:
     """Size of each axis; `shard` 0 takes what the others leave."""
     sizes = {name: int(getattr(config, name)) for name in AXES}
     for name, size in sizes.items():
@@ -163,7 +162,7 @@ def _device(name: str) -> torch.device:
 # ---- The model in shards ---------------------------------------------------------------------------------------------
 
 
-def shard(networks: Networks, mesh: ProcessMesh, config: ParallelConfig) -> None:
+def shard(networks: Networks, mesh: ProcessMesh, config: ParallelConfig, narrow: bool = False) -> None:
     """Cut all parameters over the processes, and prepare the model for training: nothing large stays whole.
 
     Each block and each other large layer is a unit of its own, which is gathered for its forward and for its backward
@@ -171,6 +170,9 @@ def shard(networks: Networks, mesh: ProcessMesh, config: ParallelConfig) -> None
     are summed in float32; layers that must be float32 stay so. Parameters with values are first made those of rank 0;
     those on the meta device get memory for their shards, and are NaN until `load_weights`. Frozen parameters may have
     any dtype, those that train must share one.
+
+    Args:
+        narrow: some frozen parameters have another dtype than they compute in, see `training.frozen`.
 
     Raises:
         UserError: heads that ulysses does not divide.
@@ -184,7 +186,7 @@ def shard(networks: Networks, mesh: ProcessMesh, config: ParallelConfig) -> None
         )
     # Nothing is done in place to what a unit returns; the warning would come for every unit.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    _checkpoint_activations(model, config)
+    checkpoint_activations(model, _repeated_blocks(model), config)
     if config.compile:
         # The forward alone: hooks that gather and free parameters run around it, outside of the compiled code.
         for block in _repeated_blocks(model):
@@ -197,7 +199,8 @@ def shard(networks: Networks, mesh: ProcessMesh, config: ParallelConfig) -> None
     pinned = mesh.device.type == "cuda"
     offload = CPUOffloadPolicy(pin_memory=pinned) if config.offload else OffloadPolicy()
     # Inputs are not cast at the border of a unit: the residual stream and timesteps are float32 and stay so.
-    precise = MixedPrecisionPolicy(cast_forward_inputs=False)
+    # Frozen weights may be stored in less than they compute in.
+    precise = MixedPrecisionPolicy(torch.float32 if narrow else None, cast_forward_inputs=False)
     mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {"mesh": mesh.fsdp, "offload_policy": offload}
     units = networks.family.units
@@ -249,50 +252,10 @@ def last_micro_batch(networks: nn.Module, last: bool) -> None:
         unit.set_is_last_backward(last)
 
 
-# ---- Activations -----------------------------------------------------------------------------------------------------
-
-# Whose results "selective" keeps. All else in a block is cheap to compute again.
-_KEPT = {
-    getattr(namespace, name).default
-    for namespace, names in (
-        (torch.ops.aten, ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu")),
-        (torch.ops.aten, ("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")),
-        (torch.ops.aten, ("_scaled_dot_product_cudnn_attention",)),
-        (torch.ops.talkingdit, ("audio_attention",)),
-    )
-    for name in names
-}
-
-
 def _repeated_blocks(model: nn.Module) -> list[Any]:
     """The blocks of a diffusers model, by the names of their classes."""
     names = getattr(model, "_repeated_blocks", None) or ()
     return [module for module in model.modules() if type(module).__name__ in names]
-
-
-def _checkpoint_activations(model: Any, config: ParallelConfig) -> None:
-    """What is kept of a block for its backward.
-
-    "full" keeps its input and runs the block again, "selective" also the results of its matrix products and attentions.
-    Of a compiled block the compiler keeps about those by itself.
-    """
-    if config.activation_checkpointing == "off":
-        return
-    selective = config.activation_checkpointing == "selective"
-    compiled = set(_repeated_blocks(model)) if config.compile and selective else set()
-    random = any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in model.modules())  # adapters may have it
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": random}
-    if selective:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-
-    def run(module: nn.Module, *arguments: Any) -> Any:
-        return module(*arguments) if module in compiled else checkpoint(module, *arguments, **options)
-
-    model.enable_gradient_checkpointing(run)
-
-
-def _policy(context: Any, op: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # ---- Gradients -------------------------------------------------------------------------------------------------------
@@ -340,7 +303,13 @@ def load_weights(networks: Networks, folder: Path) -> None:
 def _fill(module: nn.Module, weights: Weights) -> None:
     # PEFT moves an adapted layer into `base_layer` and puts its own parameters beside it.
     own = {name.replace(".base_layer.", "."): p for name, p in module.named_parameters() if ".lora_" not in name}
-    check_names({n: tuple(p.shape) for n, p in own.items()}, weights.shapes, weights.source, type(module).__name__)
+    eight_bits = frozen_layers(module)
+    shapes = {name: tuple(p.shape) for name, p in own.items()}
+    shapes |= {name: (layer.out_features, layer.in_features) for name, layer in eight_bits.items()}
+    check_names(shapes, weights.shapes, weights.source, type(module).__name__)
     for name, tensor in weights.stream():  # mapped files: only the rows that are looked at are read
+        if name in eight_bits:
+            eight_bits[name].fill(tensor)
+            continue
         parameter: Any = own[name]
         parameter.to_local().copy_(local_part(tensor, parameter))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from talkingdit.data.sample import BrokenSample, Sample, Source
+from talkingdit.data.sample import BrokenSample, Sample, Source, flaw
 from training.batching import Group, MicroBatch, Planned
 
 
@@ -107,9 +107,10 @@ class Reader(Dataset[Parcel]):
         clip = planned.clip
         if tuple(sample.latents.shape[1:]) != (clip.frames, clip.height, clip.width):
             expected = f"{clip.frames} x {clip.height} x {clip.width}"
-            raise BrokenSample(key, f"latents must be {expected}, got {list(sample.latents.shape)}")
-        if not torch.isfinite(sample.latents).all():
-            raise BrokenSample(key, "latents are not finite")
+            raise BrokenSample(f"{key} ({sample.key})", f"latents must be {expected}, got {list(sample.latents.shape)}")
+        wrong = flaw(sample)
+        if wrong is not None:
+            raise BrokenSample(f"{key} ({sample.key})", wrong)
         return sample
 
     def __getitem__(self, group: Group) -> Parcel:

@@ -34,6 +34,8 @@ class ModelConfig:
     preset: str = "puppet_tiny"
     settings: Table = field(default_factory=dict)  # changes to the preset
     start: Path | None = None  # weights to begin with, such as a Wan-S2V folder, or a Wan T2V or I2V one; None: random
+    frozen: Literal["float32", "bf16", "int8", "fp8"] = "float32"  # how weights that never train are stored
+    swap: int = 0  # blocks, the first ones, whose eight-bit weights wait on the host and come when they are used
     text_encoder: str = "prompt"  # "prompt": a small one, trained along; "none": features come with the data
     clip_latents: int = 8  # of a clip of generation and validation
     audio_context: int = 8  # feature frames before the clip that the audio encoder sees
@@ -58,6 +60,7 @@ class ParallelConfig:
     ring_mode: Literal["gather", "ring"] = "gather"
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: Literal["full", "selective", "off"] = "off"
+    inputs: Literal["float32", "bf16", "host", "host_bf16"] = "float32"  # of checkpointed blocks, where they wait
     offload: bool = False  # shards of parameters, gradients and optimiser states on the host
     compile: bool = False
     timeout_seconds: int = 600  # of a collective
@@ -120,6 +123,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
     weight_decay: float = 0.01
+    decay: Literal["matrices", "all"] = "matrices"  # what it works on; without biases, norms, modulation, embeddings
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     warmup_steps: int = 100  # of each stage
     final: float = 0.01  # share of the learning rate where cosine and linear end
@@ -175,6 +179,10 @@ class ObjectiveConfig:
     shift: float = 2.0  # moves them towards noise: sigma' = shift sigma / (1 + (shift - 1) sigma)
     regions: dict[str, Ramp] = field(default_factory=dict)  # weight of latent cells of a region, painted in this order
     background: Ramp = 1.0  # weight of all other cells; the mean over a clip is kept at one
+    weighting: Literal["none", "bell", "half_bell", "logit_normal", "cosmap", "sigma_sqrt", "min_snr"] = "none"
+    weighting_mean: float = 0.0  # of logit_normal, whose density at the noise level is then the weight of the loss
+    weighting_std: float = 1.0
+    snr_gamma: float = 5.0  # of min_snr: the most that the ratio of signal to noise counts
     region_share: Ramp = 1.0  # of samples whose loss is weighted by region; the others' is plain
 
 
@@ -191,6 +199,17 @@ class SampleConfig:
     cases: Path | None = None  # for Wan-S2V, .jsonl of image, audio, prompt; every one is generated
     encoders: Path | None = None  # whole Wan-S2V checkpoint, whose other parts than the transformer are used for that
     max_area: int = 448 * 832  # most pixels of their frames
+
+
+@dataclass
+class HeldOutConfig:
+    """The loss on clips that are never trained on, with fixed noise, so that runs compare."""
+
+    every: int = 0  # steps; 0: never
+    share: float = 0.0  # of the videos of every source, chosen by their names; one or more
+    sources: list[str] = field(default_factory=list)  # names of [data.sources] that are held out as a whole
+    clips: int = 16  # that are measured, at most
+    levels: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])  # of noise, 0..1
 
 
 @dataclass

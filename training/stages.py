@@ -286,6 +286,11 @@ class Progress:
             self.advance(steps=0)
 
 
+def averaged_names(config: Config, trained: set[str]) -> set[str]:
+    """Plain names of the parameters whose averages are kept: none where no stage asks for averages (`optim.ema` 0)."""
+    return trained if any(stage.optim.ema > 0 for stage in config.stages) else set()
+
+
 def trained_names(config: Config, networks: nn.Module) -> set[str]:
     """Plain names of all parameters that train in any stage; raises as `check_stages`."""
     return {name for stage in check_stages(config, networks) for name in stage.train}

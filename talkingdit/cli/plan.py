@@ -99,6 +99,14 @@ class TrainingFlags:
     """without running averages of the weights"""
     offload: bool = False
     """shards, gradients and optimiser states on the host"""
+    frozen: Annotated[str | None, Flag("KIND")] = None
+    """frozen weights: float32, bf16, int8 or fp8 (default for lora: bf16, or int8 where it must)"""
+    swap: Annotated[int | None, Flag("N")] = None
+    """blocks whose eight-bit weights wait on the host"""
+    inputs: Annotated[str | None, Flag("WHERE")] = None
+    """inputs of checkpointed blocks: float32, bf16, host or host_bf16"""
+    host: Annotated[str | None, Flag("SIZE")] = None
+    """memory of a machine beside its cards, such as 64GB (default: enough)"""
     train_only: Annotated[str, Flag("PART")] = ""
     """lora (adapters on linear layers) or audio (its modules)"""
     lora_rank: Annotated[int, Flag("N")] = 32
@@ -204,6 +212,7 @@ def _generate(
 
 
 def _train(flags: TrainingFlags, transformer: Transformer, clip: ClipShape, card: float, speed: float | None) -> str:
+    from talkingdit.plan.cards import card_of
     from talkingdit.plan.report import training_report
     from talkingdit.plan.run import Cluster, Run, measured
     from talkingdit.plan.training import best
@@ -213,9 +222,12 @@ def _train(flags: TrainingFlags, transformer: Transformer, clip: ClipShape, card
     cluster = Cluster(flags.nodes, flags.gpus, card, speed)
     links: Any = {name: 1e9 * value for name in ("inside", "between") if (value := getattr(flags, name))}
     cluster = replace(cluster, **links)
+    if flags.host is not None:
+        cluster = replace(cluster, host=card_of(flags.host)[0])
     if flags.measured is not None:
         cluster = measured(cluster, flags.measured)
     chosen: dict[str, Any] = {"optimizer": flags.optimizer, "checkpointing": flags.checkpointing}
+    chosen |= {"frozen": flags.frozen, "swap": flags.swap, "inputs": flags.inputs}
     chosen |= {"averages": False if flags.no_averages else None, "offload": flags.offload or None}
     given = {name: value for name, value in chosen.items() if value is not None}
     run = Run(

@@ -169,10 +169,30 @@ def clip_reader(
     Raises:
         BrokenSample: a file cannot be read.
     """
-    try:
+    with broken_by(cut.key(item.entry), item.entry.video):
         yield ClipReader(item, cut, size, encoders, int(rng.integers(item.frames)))
+
+
+@contextmanager
+def broken_by(key: str, file: Path) -> Iterator[None]:
+    """Whatever goes wrong with a file in the block makes the sample of this key a broken one.
+
+    Nobody can list what decoders raise for a damaged file; one of them must not end the work on all others. What is
+    not the file's fault goes through: a device without memory or in an unusable state.
+
+    Raises:
+        BrokenSample: of an error that is one sentence already this one, of any other its type and what it says.
+    """
+    try:
+        yield
+    except (BrokenSample, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
     except UserError as error:
-        raise BrokenSample(cut.key(item.entry), str(error)) from error
+        raise BrokenSample(key, str(error)) from error
+    except Exception as error:
+        said = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+        raise BrokenSample(key, f"{file} cannot be decoded ({reason}).") from error
 
 
 def encode_clip(

@@ -11,7 +11,7 @@ from torch import Tensor
 from talkingdit.autoencoders.latents import FRAMES_PER_LATENT, PIXELS_PER_LATENT, latent_size
 from talkingdit.data.cutting import Cut, Cutting, Item, open_item
 from talkingdit.data.encoders import CheckpointEncoders, Encoders
-from talkingdit.data.encoding import EncodeClip
+from talkingdit.data.encoding import EncodeClip, broken_by
 from talkingdit.data.manifest import Manifest, read_manifest
 from talkingdit.data.probe import Probes
 from talkingdit.data.sample import BrokenSample, ClipRequest, Sample, Shape
@@ -74,8 +74,9 @@ class OnTheFly:
         probes.fill(self.manifest.entries)
         for entry in self.manifest.entries:
             try:
-                item = open_item(entry, probes, settings.fps)
-                size = self.cutting.size(item)
+                with broken_by(entry.key, entry.video):
+                    item = open_item(entry, probes, settings.fps)
+                    size = self.cutting.size(item)
                 least = 1 if entry.is_image else self.cutting.min_frames
                 if item.frames < least:
                     raise BrokenSample(
@@ -83,8 +84,6 @@ class OnTheFly:
                     )
             except BrokenSample as error:
                 self.broken.append(error)
-            except UserError as error:
-                self.broken.append(BrokenSample(entry.key, str(error)))
             else:
                 self.items.append(item)
                 self.sizes.append(size)
@@ -93,6 +92,10 @@ class OnTheFly:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def group(self, index: int) -> str:
+        """Name of the row of the manifest that video `index` is."""
+        return self.items[index].entry.key
 
     def shape(self, index: int) -> Shape:
         """What video `index` offers."""

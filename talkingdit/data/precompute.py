@@ -3,7 +3,8 @@
 
 Worker r of n takes every n-th row. A clip is done when it is in a finished shard, whoever wrote it: the same command
 goes on after a kill, also with another number of workers and with a manifest that has grown. What cannot be read is
-written to `broken.jsonl`, and tried again the next time.
+written to `broken.jsonl`, and tried again the next time; so is an entry at which two processes ended, as a decoder that
+crashes makes them.
 
     precompute.json          the settings that all clips have in common
     clips-WWWW-NNNNNN.tar    shard N of worker W, and .json, its index
@@ -27,9 +28,10 @@ import safetensors.torch
 import torch
 
 from talkingdit.atomic import PART, append_line, write_whole
+from talkingdit.data.claims import TRIES, Claims
 from talkingdit.data.cutting import Cutting, open_item
 from talkingdit.data.encoders import CheckpointEncoders
-from talkingdit.data.encoding import EncodeClip
+from talkingdit.data.encoding import EncodeClip, broken_by
 from talkingdit.data.manifest import Entry, Manifest
 from talkingdit.data.probe import Probes
 from talkingdit.data.sample import BrokenSample
@@ -151,6 +153,7 @@ def precompute(job: Job, rank: int = 0, world: int = 1, report: Callable[[Step],
     Raises:
         UserError: the checkpoint does not load, the disk is full, or the device has too little memory.
     """
+    claims = Claims(job.out, part_of(rank))
     clear_parts(job.out, rank, world)
     done = _done(job.out)
     probes = Probes(job.manifest.path)
@@ -158,7 +161,12 @@ def precompute(job: Job, rank: int = 0, world: int = 1, report: Callable[[Step],
     writer = ShardWriter(job.out, rank, job.shard_bytes)
     try:
         for entry in job.manifest.entries[rank::world]:
-            step = _encode_entry(job, entry, probes, done, log, writer)
+            if claims.tries(entry.key) >= TRIES:
+                log.add(entry.key, entry, f"{entry.video} ended {TRIES} processes that read it.")
+                step = Step(broken=1)
+            else:
+                claims.begin(entry.key)
+                step = _encode_entry(job, entry, probes, done, log, writer)
             if report is not None:
                 report(step)
         writer.finish()
@@ -173,6 +181,7 @@ def precompute(job: Job, rank: int = 0, world: int = 1, report: Callable[[Step],
         raise
     finally:
         writer.abort()
+        claims.end()
 
 
 def _done(folder: Path) -> set[str]:
@@ -188,11 +197,12 @@ def _done(folder: Path) -> set[str]:
 def _encode_entry(job: Job, entry: Entry, probes: Probes, done: set[str], log: _BrokenLog, writer: ShardWriter) -> Step:
     settings, broken, clips, kept = job.encoders.settings, 0, 0, 0
     try:
-        item = open_item(entry, probes, settings.fps)
-        cuts = job.cutting.cuts(item, settings.motion_frames)
-        size = job.cutting.size(item)
-    except (BrokenSample, UserError) as error:
-        log.add(entry.key, entry, error.reason if isinstance(error, BrokenSample) else str(error))
+        with broken_by(entry.key, entry.video):
+            item = open_item(entry, probes, settings.fps)
+            cuts = job.cutting.cuts(item, settings.motion_frames)
+            size = job.cutting.size(item)
+    except BrokenSample as error:
+        log.add(entry.key, entry, error.reason)
         return Step(broken=1)
     if not cuts:
         log.add(entry.key, entry, f"{entry.video} has {item.frames} frames, too few for a clip.")
@@ -203,14 +213,16 @@ def _encode_entry(job: Job, entry: Entry, probes: Probes, done: set[str], log: _
             kept += 1
             continue
         _keep_empty_text(job, writer.worker)
+        encoders = job.encoders.loaded  # a checkpoint that does not load is no fault of the clip
         try:
-            sample = job.encode(item, cut, size, job.encoders.loaded, _generator(key))
+            with broken_by(key, entry.video):
+                sample = job.encode(item, cut, size, encoders, _generator(key))
+            about = {"fps": float(settings.fps), "start": entry.start + cut.start / settings.fps, "row": entry.where}
+            writer.add(sample, about, getattr(torch, job.dtype))
         except BrokenSample as error:
             log.add(key, entry, error.reason)
             broken += 1
             continue
-        about = {"fps": float(settings.fps), "start": entry.start + cut.start / settings.fps, "row": entry.where}
-        writer.add(sample, about, getattr(torch, job.dtype))
         clips += 1
     return Step(clips, kept, broken)
 

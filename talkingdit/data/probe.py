@@ -163,7 +163,10 @@ class Probes:
         if row is not None and row.get("stamp") == stamp:
             with contextlib.suppress(TypeError):
                 return Media(**{key: value for key, value in row.items() if key != "stamp"})
-        media = probe(path)
+        try:
+            media = probe(path)
+        except Exception as error:  # whatever a decoder raises: one file must not end the work on all others
+            media = Media(error=f"{path} cannot be decoded ({type(error).__name__}: {error})".splitlines()[0])
         self._known[name] = {"stamp": stamp} | dataclasses.asdict(media)
         self._new = True
         return media

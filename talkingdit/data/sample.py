@@ -8,6 +8,7 @@ pixels. C is the number of latent channels. Latents are normalised as the model 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -57,6 +58,45 @@ class Sample:
     outside: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # kind: [C, n, H, W], frames not of the clip
     kind: str = VIDEO
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that it has, by name; those of a dictionary as `regions.face`."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, dict):
+                yield from ((f"{field.name}.{name}", tensor) for name, tensor in value.items())
+            elif value is not None and not isinstance(value, str):
+                yield field.name, value
+
+
+def flaw(sample: Sample) -> str | None:
+    """What makes a sample useless for training, one sentence without a key; None for a good one.
+
+    One number that is not finite voids the step of all samples beside it, and tensors that do not belong to the same
+    clip end a run in the middle of a model.
+    """
+    for name, tensor in sample.tensors():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            return f"{name} has values that are not finite ({bad} of {tensor.numel()})"
+    channels, frames, height, width = sample.latents.shape
+    wanted: dict[str, tuple[int | None, ...]] = {
+        "audio": (None, None, 4 * frames),
+        "audio_history": (None, None, None),
+        "text": (None, None),
+        "pose": (channels, frames, height, width),
+        "reference": (channels, 1, height, width),
+        "history": (channels, None, height, width),
+    }
+    for name, shape in wanted.items():
+        tensor = getattr(sample, name)
+        if tensor is None:
+            continue
+        got = tuple(tensor.shape)
+        if len(got) != len(shape) or any(n not in (None, size) for n, size in zip(shape, got, strict=True)):
+            expected = ", ".join("any" if n is None else str(n) for n in shape)
+            return f"{name} must be [{expected}] beside latents {list(sample.latents.shape)}, got {list(got)}"
+    return None
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -100,7 +140,11 @@ class ClipRequest:
 
 
 class Source(Protocol):
-    """Where clips come from; map-style, cheap to ask for shapes, and picklable for worker processes."""
+    """Where clips come from; map-style, cheap to ask for shapes, and picklable for worker processes.
+
+    A source may also have `group(index)`, a name of the video that an item is of, the same in every run: clips of one
+    video are then held out together. Without it every item is a video of its own.
+    """
 
     name: str
 
@@ -116,3 +160,9 @@ class Source(Protocol):
             BrokenSample: it cannot be read; nothing else is raised for what a file can do wrong.
             ValueError: the request does not fit the shape.
         """
+
+
+def group_of(source: Source, index: int) -> str:
+    """Name of the video that an item is of."""
+    named: Callable[[int], object] = getattr(source, "group", str)
+    return str(named(index))

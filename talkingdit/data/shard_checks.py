@@ -10,6 +10,7 @@ from typing import Any
 from talkingdit.data.sample import BrokenSample, Sample
 
 MOST_TEXT = 1 << 20  # bytes of a clip's description
+MOST_FPS = 1000
 MOST = {"frames": 1 << 20, "height": 1 << 13, "width": 1 << 13, "history": 1 << 20}  # latent
 LEAST = {"offset": 0, "size": 1, "frames": 1, "height": 1, "width": 1, "history": 0}
 
@@ -44,14 +45,19 @@ def check_description(clip: Any, size: int) -> dict[str, Any]:
     """
     if not isinstance(clip, dict) or not all(isinstance(clip.get(name), str) for name in ("key", "caption", "kind")):
         raise ValueError("a clip is not described")
+    where = f"of clip {clip['key'][:80]}"
     for name, least in LEAST.items():
         value, most = clip.get(name), MOST.get(name, size)
-        if type(value) is not int or not least <= value <= most:
-            raise ValueError(f"{name} of clip {clip['key']!r:.80} must be {least} to {most}, got {value!r:.40}")
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} {where} must be a whole number of at least {least}, got {value!r:.40}")
+        if value > most:
+            raise ValueError(f"{name} {where} must be at most {most}, got {value}")
     if clip["offset"] + clip["size"] > size:
-        raise ValueError(f"clip {clip['key']!r:.80} does not end in it")
-    if type(clip.get("fps")) not in (int, float) or not 0 < clip["fps"] <= 1000:
-        raise ValueError(f"fps of clip {clip['key']!r:.80} must be over 0, at most 1000, got {clip.get('fps')!r:.40}")
+        raise ValueError(f"the end {where} must be in the shard, got {clip['offset'] + clip['size']} of {size} bytes")
+    fps = clip.get("fps")
+    if type(fps) not in (int, float) or not 0 < fps <= MOST_FPS:
+        bound = f"at most {MOST_FPS}" if isinstance(fps, int | float) and fps > 0 else "a number over 0"
+        raise ValueError(f"fps {where} must be {bound}, got {fps!r:.40}")
     return clip
 
 

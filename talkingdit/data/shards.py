@@ -6,14 +6,18 @@ every other program that knows tar reads them in sequence. Beside `NAME.tar` lie
 clip in the shard and what is known of it; with it a clip is one read of a range of bytes, from a disk or from an object
 store (any address that fsspec knows). It is made anew from the shard where it is missing.
 
-A shard gets its name when it is complete, so a kill leaves no half one.
+A shard gets its name when it is complete, so a kill leaves no half one. A clip's description has the CRC-32 of its
+tensors, which is compared whenever they are read: a disk that changed them makes a broken sample and no strange one.
+Shards of before have none and are read as they are.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import tarfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,11 +30,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from talkingdit.atomic import PART, WholeFile, write_whole
-from talkingdit.data.sample import BrokenSample, ClipRequest, Sample, Shape
+from talkingdit.data.sample import BrokenSample, ClipRequest, Sample, Shape, flaw
+from talkingdit.data.shard_checks import check_description, check_shapes, read_description
 from talkingdit.errors import UserError
 
 EMPTY_TEXT = "empty_text.safetensors"
 GROUPS = ("regions", "outside")
+SINGLE = ("latents", "audio", "text", "reference", "history", "audio_history", "pose")
+_CUT = re.compile(r"-\d+[hsb]$")  # what `Cut.key` puts behind the key of the row
+CHECKSUM = "crc32"  # of the member of tensors, in the description
 
 
 class ShardWriter:
@@ -54,12 +62,18 @@ class ShardWriter:
         self._torn = False  # an interrupt came while a clip was written
 
     def add(self, sample: Sample, about: Mapping[str, Any], dtype: torch.dtype) -> None:
-        """Append a clip; it is safe on the disk when its shard is full, or `finish` was called."""
+        """Append a clip; it is safe on the disk when its shard is full, or `finish` was called.
+
+        Raises:
+            BrokenSample: it has values that are not finite, or are not in this dtype; nothing is written.
+        """
         tensors, meta = _pack(sample, dtype)
+        payload = safetensors.torch.save(tensors)
+        meta |= {CHECKSUM: zlib.crc32(payload), **about}
         members = {
             "__key__": sample.key,
-            "json": json.dumps(meta | dict(about), ensure_ascii=False).encode(),
-            "safetensors": safetensors.torch.save(tensors),
+            "json": json.dumps(meta, ensure_ascii=False, allow_nan=False).encode(),
+            "safetensors": payload,
         }
         try:
             if self._part is None:
@@ -126,20 +140,23 @@ def read_index(stream: Any) -> list[dict[str, Any]]:
             key, _, kind = member.name.partition(".")
             clip = clips.setdefault(key, {"key": key})
             if kind == "json":
-                extracted = tar.extractfile(member)
-                assert extracted is not None
-                clip.update(json.loads(extracted.read()))
+                clip.update(read_description(tar, member) | {"key": key})
             elif kind == "safetensors":
+                if not member.isreg():
+                    raise ValueError(f"{member.name} is no file")
                 clip.update(offset=member.offset_data, size=member.size)
     return list(clips.values())
 
 
 def _pack(sample: Sample, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by name, and everything else."""
-    single = ("latents", "audio", "text", "reference", "history", "audio_history", "pose")
-    tensors = {name: getattr(sample, name) for name in single if getattr(sample, name) is not None}
-    for group in GROUPS:
-        tensors |= {f"{group}.{name}": value for name, value in getattr(sample, group).items()}
+    wrong = flaw(sample)
+    tensors = {name: value.to(dtype).contiguous() for name, value in sample.tensors()}
+    for name, value in tensors.items():
+        if wrong is None and not bool(value.isfinite().all()):
+            wrong = f"{name} has values that {str(dtype).removeprefix('torch.')} cannot hold"
+    if wrong is not None:
+        raise BrokenSample(sample.key, f"{wrong}.")
     _, frames, height, width = sample.latents.shape
     meta = {
         "caption": sample.caption,
@@ -149,7 +166,7 @@ def _pack(sample: Sample, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[s
         "width": width,
         "history": 0 if sample.history is None else sample.history.shape[1],
     }
-    return {name: value.to(dtype).contiguous() for name, value in tensors.items()}, meta
+    return tensors, meta
 
 
 class PrecomputedShards:
@@ -178,24 +195,31 @@ class PrecomputedShards:
         try:
             index = json.loads(self.fs.cat_file(shard.removesuffix(".tar") + ".json"))
             if index["bytes"] == self.fs.size(shard):
-                return index["clips"]
-        except (OSError, ValueError, KeyError):
+                return [check_description(clip, index["bytes"]) for clip in index["clips"]]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
         try:
             with self.fs.open(shard, "rb") as stream:
-                return read_index(stream)
+                return [check_description(clip, self.fs.size(shard)) for clip in read_index(stream)]
         except (OSError, tarfile.TarError, ValueError) as error:
             raise UserError(f"{shard}: damaged ({error}); delete it and precompute again.") from error
 
     def _empty_text(self) -> Tensor | None:
         """Features [L, text_dim] of the empty caption, for training without text; None where there are none."""
+        file = f"{self.root}/{EMPTY_TEXT}"
         try:
-            return safetensors.torch.load(self.fs.cat_file(f"{self.root}/{EMPTY_TEXT}"))["text"].float()
+            return safetensors.torch.load(self.fs.cat_file(file))["text"].float()
         except FileNotFoundError:
             return None
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"{file}: damaged ({error}); delete it and precompute again.") from error
 
     def __len__(self) -> int:
         return len(self.clips)
+
+    def group(self, index: int) -> str:
+        """Name of the row of the manifest that clip `index` was cut from."""
+        return _CUT.sub("", self.clips[index][1]["key"])
 
     def shape(self, index: int) -> Shape:
         """What clip `index` is."""
@@ -213,7 +237,7 @@ class PrecomputedShards:
         """Clip `index`, or its beginning where fewer latent frames are asked for.
 
         Raises:
-            BrokenSample: the shard is damaged or cannot be reached.
+            BrokenSample: the shard is damaged or cannot be reached, or holds what is no clip.
             ValueError: the request does not fit its shape.
         """
         shard, about = self.clips[index]
@@ -224,11 +248,7 @@ class PrecomputedShards:
                 f"{self.name}: clip {about['key']} has {about['frames']} latent frames of {about['height']} x "
                 f"{about['width']}, asked for {frames} of {size[0]} x {size[1]}"
             )
-        try:
-            data = self.fs.cat_file(shard, start=about["offset"], end=about["offset"] + about["size"])
-            tensors = {name: value.float() for name, value in safetensors.torch.load(data).items()}
-        except (OSError, SafetensorError) as error:
-            raise BrokenSample(about["key"], f"{shard} cannot be read ({error}).") from error
+        tensors = self._tensors(shard, about)
         sample = Sample(
             key=about["key"],
             source=self.name,
@@ -238,7 +258,31 @@ class PrecomputedShards:
             outside=_group(tensors, "outside"),
             **tensors,  # what is left has the names of fields
         )
+        check_shapes(sample, about, shard)
         return _shorter(sample, frames, keep_history=clip.history is not False)
+
+    def _tensors(self, shard: str, about: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What a clip is made of, float32, by the names that `Sample.tensors` gives."""
+        key, end = about["key"], about["offset"] + about["size"]
+        try:
+            data = self.fs.cat_file(shard, start=about["offset"], end=end)
+        except (OSError, ValueError) as error:
+            raise BrokenSample(key, f"{shard} cannot be read ({error}).") from error
+        if len(data) != about["size"]:
+            raise BrokenSample(key, f"{shard} ends at byte {about['offset'] + len(data)}, expected {end} or more.")
+        if CHECKSUM in about and zlib.crc32(data) != about[CHECKSUM]:
+            raise BrokenSample(
+                key, f"{shard} is damaged between bytes {about['offset']} and {end}: their checksum is another one."
+            )
+        try:
+            tensors = {name: value.float() for name, value in safetensors.torch.load(data).items()}
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise BrokenSample(key, f"{shard} cannot be read ({error}).") from error
+        strange = [name for name in tensors if name not in SINGLE and name.partition(".")[0] not in GROUPS]
+        if strange or "latents" not in tensors:
+            got = repr(strange[0]) if strange else "no latents"
+            raise BrokenSample(key, f"{shard} holds what is no clip: expected tensors of a sample, got {got}.")
+        return tensors
 
 
 def _group(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:

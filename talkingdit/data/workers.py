@@ -19,6 +19,9 @@ from talkingdit.errors import UserError
 
 START = "spawn"  # CUDA does not survive a fork
 GRACE_SECONDS = 30  # for workers that were interrupted, to finish what they write
+# How a library that crashes ends its process. What somebody sends (SIGKILL, SIGTERM) is no crash.
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
+MOST_CRASHES = 20  # of a worker; after that something else is wrong than a file
 FAILED, STOPPED = 2, 130  # exit status of a worker that met a mistake in the input, or was interrupted
 
 
@@ -48,22 +51,26 @@ def run_workers(job: Job, rank: int, world: int, workers: int, report: Callable[
         return
     context: Any = multiprocessing.get_context(START)
     threads = max(1, (os.cpu_count() or 1) // workers)
-    running: dict[Connection, BaseProcess] = {}
+    running: dict[Connection, Worker] = {}
+
+    def start(number: int, seen: int = 0) -> None:
+        here, there = context.Pipe(duplex=False)
+        arguments = (_placed(job, number), number, world * workers, threads, there)
+        process: BaseProcess = context.Process(target=_work, args=arguments, daemon=True)
+        process.start()
+        there.close()
+        running[here] = Worker(number, process, seen)
+
     try:
         for number in range(rank * workers, (rank + 1) * workers):
-            here, there = context.Pipe(duplex=False)
-            arguments = (_placed(job, number), number, world * workers, threads, there)
-            process: BaseProcess = context.Process(target=_work, args=arguments, daemon=True)
-            process.start()
-            there.close()
-            running[here] = process
-        failures = _follow(running, report)
+            start(number)
+        failures = _follow(running, report, start)
     finally:
-        for process in running.values():
-            process.terminate()  # those that still work finish their shards
-        for process in running.values():
-            process.join(GRACE_SECONDS)
-            process.kill()
+        for worker in running.values():
+            worker.process.terminate()  # those that still work finish their shards
+        for worker in running.values():
+            worker.process.join(GRACE_SECONDS)
+            worker.process.kill()
     if failures:
         sentence = "; ".join(dict.fromkeys(failures))
         raise UserError(f"precompute: {sentence}; finished shards are kept, the same command goes on there.")
@@ -77,24 +84,52 @@ def _placed(job: Job, worker: int) -> Job:
     )  # fmt: skip
 
 
-def _follow(running: dict[Connection, BaseProcess], report: Callable[[Step], None]) -> list[str]:
-    """Pass on what workers report until all have ended; returns what went wrong."""
+@dataclasses.dataclass
+class Worker:
+    """A process that works.
+
+    Args:
+        number: of the worker that it is.
+        process: at present.
+        skip: videos that it reports first and an earlier process of the worker has reported already.
+        told: videos that it has reported.
+    """
+
+    number: int
+    process: BaseProcess
+    skip: int = 0
+    told: int = 0
+
+
+def _follow(
+    running: dict[Connection, Worker], report: Callable[[Step], None], start: Callable[[int, int], None]
+) -> list[str]:
+    """Pass on what workers report until all have ended; returns what went wrong.
+
+    A worker whose process a library took down is started again: what it read then is written down (`Claims`).
+    """
     failures: list[str] = []
-    open_ends = dict(running)
-    while open_ends:
-        for end in wait(list(open_ends)):
+    crashes: dict[int, int] = {}
+    while running:
+        for end in wait(list(running)):
             assert isinstance(end, Connection)
             try:
                 message = end.recv()
             except EOFError:
-                process = open_ends.pop(end)
-                process.join()
-                if process.exitcode not in (0, FAILED):
-                    failures.append(f"worker {process.pid} ended with status {process.exitcode}")
+                worker = running.pop(end)
+                worker.process.join()
+                status = worker.process.exitcode
+                crashes[worker.number] = crashes.get(worker.number, 0) + 1
+                if status is not None and -status in CRASHES and crashes[worker.number] <= MOST_CRASHES:
+                    start(worker.number, max(worker.told, worker.skip))
+                elif status not in (0, FAILED):
+                    failures.append(f"worker {worker.process.pid} ended with status {status}")
                 continue
             if isinstance(message, str):
                 failures.append(message)
-            else:
+                continue
+            running[end].told += 1
+            if running[end].told > running[end].skip:
                 report(message)
     return failures
 

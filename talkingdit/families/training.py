@@ -136,6 +136,10 @@ class Train(Protocol):
     def attention_tokens(self, config: Mapping[str, Any]) -> float:
         """Tokens of a clip at which its attention costs as much as all else in a block."""
 
+    def check_export(self, arguments: Mapping[str, Any], text_encoder: str, run: TrainRun) -> None:
+        """Before a run begins: UserError for what `save` could not write at its end, such as settings of a transformer
+        or of generation that the layout has no place for. A family that can write everything need not have it."""
+
     def save(self, folder: Path, transformer: Any, text_encoder: Any, run: TrainRun) -> None:
         """Write trained models, in the dtypes that they have, as a folder that generation reads."""
 

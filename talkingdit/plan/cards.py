@@ -24,6 +24,9 @@ HOST_TO_DEVICE = 20e9  # bytes per second over PCIe 4, pinned
 HOST_MEMORY = 200e9  # bytes per second of a machine's memory, for optimisers that work there
 CONTEXT = 0.8 * GIB  # driver context, library workspaces
 SLACK = 1.04  # what the allocator loses to rounding and fragmentation
+# Buffers of one NCCL communicator. NCCL 2.28 alone allocates 512 MiB of peer-to-peer buffers for each (its issue 2363);
+# channels, protocols and NVLink SHARP move it between 0.1 and 1.6 GB.
+COMMUNICATOR = 0.5 * GIB
 
 
 def needed(peak: float) -> float:

@@ -82,13 +82,19 @@ def _verdict(plan: Plan, card: float, better: Plan | None) -> str:
 
 
 def training_report(
-    plan: TrainPlan, fits: bool, transformer: Transformer, cluster: Cluster, source: Path | None = None
+    plan: TrainPlan,
+    fits: bool,
+    transformer: Transformer,
+    cluster: Cluster,
+    source: Path | None = None,
+    given: bool = False,
 ) -> str:
     """A prediction of a training step.
 
     Args:
         plan, fits: from `training.best`.
         source: file of measured constants.
+        given: the layout and its switches were given, and not chosen so that they fit.
     """
     lines = [
         *_what(plan, transformer, cluster),
@@ -98,11 +104,29 @@ def training_report(
     ]
     if fits:
         return "\n".join([*lines, "fits"])
+    what = "this takes" if given else "the layout and switches that need least still take"
     lines.append(
-        f"does not fit: the layout and switches that need least still take {plan.needed / GB:.2f} GB of the card's "
-        f"{cluster.memory / GB:.2f} GB; take more GPUs, a smaller or shorter clip, or --train-only lora"
+        f"does not fit: {what} {plan.needed / GB:.2f} GB of the card's {cluster.memory / GB:.2f} GB; take "
+        f"{_remedies(plan, given)}"
     )
     return "\n".join(lines)
+
+
+def _remedies(plan: TrainPlan, given: bool) -> str:
+    """What is left to try, without what is done already."""
+    left = ["more GPUs", "a smaller or shorter clip"]
+    if given:
+        switches = (
+            ("--parallel.activation-checkpointing full", plan.run.checkpointing == "full"),
+            ("--optim.name adamw8bit", plan.run.optimizer == "adamw8bit"),
+            ("--parallel.offload", plan.run.offload),
+        )
+        left += [words for words, done in switches if not done]
+    if plan.run.averages:
+        left.append("--optim.ema 0" if given else "--no-averages")
+    if plan.run.trains != "lora":
+        left.append("adapters (--lora.rank 32)" if given else "--train-only lora")
+    return f"{', '.join(left[:-1])}, or {left[-1]}"
 
 
 def _what(plan: TrainPlan, transformer: Transformer, cluster: Cluster) -> Iterator[str]:
@@ -116,7 +140,10 @@ def _what(plan: TrainPlan, transformer: Transformer, cluster: Cluster) -> Iterat
     yield (
         f"switches    --parallel.activation-checkpointing {run.checkpointing} --optim.name {run.optimizer} "
         f"--batch.count {run.micro_batches}{' --parallel.offload' if run.offload else ''}"
-        f"{f' --lora.rank {run.lora_rank}' if run.trains == 'lora' else ''}"
+        f"{f' --parallel.inputs {run.inputs}' if run.inputs != 'float32' else ''}"
+        f"{f' --model.frozen {run.frozen}' if run.frozen != 'float32' else ''}"
+        f"{f' --model.swap {run.swap}' if run.swap else ''}"
+        f"{f' --lora.rank {run.lora_rank}' if run.trains == 'lora' else ''}{'' if run.averages else ' --optim.ema 0'}"
     )
 
 
@@ -132,10 +159,16 @@ def _memory_and_traffic(plan: TrainPlan, cluster: Cluster) -> Iterator[str]:
     for name, value in plan.memory.items():
         if value > min(5e6, 1e-3 * plan.peak):
             yield f"{'memory':<12}{name:<30}{size_in_words(value)}"
+    for name, value in plan.margins.items():
+        if value:
+            yield f"{'margin':<12}{name:<30}{size_in_words(value)}"
+    if plan.validation:
+        while_validating = size_in_words(sum(plan.validation.values()))
+        yield f"{'memory':<12}{'all, while validating':<30}{while_validating}, with both weights and averages"
     yield f"{'needed':<42}{size_in_words(plan.needed)} with the driver's context and fragmentation"
     yield f"{'card':<42}{size_in_words(cluster.memory)}"
-    if plan.host:
-        yield f"{'host':<42}{size_in_words(plan.host * cluster.gpus)} of memory per node"
+    for name, value in plan.host.items():
+        yield f"{'host':<12}{name:<30}{size_in_words(value * cluster.gpus)} of memory per node"
     for name, sent in plan.sent.items():
         if sent.bytes:
             outside = f", {size_in_words(sent.outside).strip()} of them to other nodes" if sent.outside else ""

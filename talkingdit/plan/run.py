@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from talkingdit.plan.clip import ClipShape
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 CHECKPOINTING = ("full", "selective", "off")
+FROZEN = ("float32", "bf16", "int8", "fp8")  # how weights that never train are stored
+EIGHT_BITS = ("int8", "fp8")
+INPUTS = {"float32": (4, False), "bf16": (2, False), "host": (4, True), "host_bf16": (2, True)}  # bytes, on the host?
 CONSTANTS = ("efficiency", "inside", "between")  # of a cluster, that can be measured
 
 
@@ -24,6 +28,7 @@ class Cluster:
     Args:
         nodes, gpus: machines, and GPUs in each.
         memory: bytes of a GPU.
+        host: bytes of a machine's own memory that training may take.
         tflops: dense bfloat16 TFLOP/s as stated.
         efficiency: share of them that a training step reaches.
         inside, between: bytes per second that a GPU sends within its machine (NVLink) and, at the same time, by its
@@ -39,6 +44,7 @@ class Cluster:
     inside: float = 300e9
     between: float = 40e9
     measured: frozenset[str] = frozenset()
+    host: float = math.inf
 
     @property
     def world(self) -> int:
@@ -102,7 +108,12 @@ class Run:
         micro_batches: per step, over all ranks together.
         optimizer, checkpointing: one of OPTIMIZERS, of CHECKPOINTING.
         averages: keep an exponential moving average of what trains.
+        frozen: how weights that never train are stored, one of FROZEN; in eight bits every rank holds all of them.
+        swap: large units, the first ones, whose eight-bit weights wait on the host and come when they are used.
+        inputs: where inputs of checkpointed blocks wait for the backward, one of INPUTS.
         offload: parameters' shards, gradients, optimiser states and averages lie on the host.
+        asynchronous: checkpoints are written by a thread, from a copy on the host.
+        validates: videos of the family's usual size are generated with the averages on the way.
         trains: "all" parameters, "lora" (adapters on the linear layers), or a part that the family names.
         lora_rank: of the adapters.
 
@@ -116,16 +127,29 @@ class Run:
     optimizer: str = "adamw"
     checkpointing: str = "full"
     averages: bool = True
+    frozen: str = "float32"
+    swap: int = 0
+    inputs: str = "float32"
     offload: bool = False
+    asynchronous: bool = True
+    validates: bool = True
     trains: str = "all"
     lora_rank: int = 32
 
     def __post_init__(self) -> None:
-        for name, allowed in (("optimizer", OPTIMIZERS), ("checkpointing", CHECKPOINTING)):
+        known = {"optimizer": OPTIMIZERS, "checkpointing": CHECKPOINTING, "frozen": FROZEN, "inputs": tuple(INPUTS)}
+        for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"plan: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.swap and self.frozen not in EIGHT_BITS:
+            raise ValueError(f"plan: swap moves weights in eight bits ({', '.join(EIGHT_BITS)}), got {self.frozen}")
         if self.micro_batches < 1:
             raise ValueError(f"plan: micro_batches must be at least 1, got {self.micro_batches}")
+
+    @property
+    def eight_bits(self) -> bool:
+        """Are the large matrices that never train stored in eight bits? Of adapters' runs alone."""
+        return self.frozen in EIGHT_BITS and self.trains == "lora"
 
     def per_rank(self, mesh: MeshSizes) -> int:
         """Micro-batches of a rank per step."""

@@ -6,14 +6,14 @@ Time is operations by a share of the stated speed, and bytes by a bandwidth: an 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from talkingdit.plan.cards import HOST_MEMORY, HOST_TO_DEVICE, needed
 from talkingdit.plan.communication import Sent, communication
-from talkingdit.plan.run import Cluster, MeshSizes, Run
-from talkingdit.plan.training_memory import memory, states
+from talkingdit.plan.run import EIGHT_BITS, Cluster, MeshSizes, Run
+from talkingdit.plan.training_memory import host, margins, memory, moments, states, validation
 from talkingdit.plan.transformer import Transformer
 from talkingdit.plan.units import UnitSizes, unit_sizes
 
@@ -24,8 +24,10 @@ class TrainPlan:
 
     mesh: MeshSizes
     run: Run
-    memory: dict[str, float]  # by what it is for
-    host: float  # bytes on the host per GPU
+    memory: dict[str, float]  # by what it is for, while a step is made
+    margins: dict[str, float]  # what no tensor takes
+    validation: dict[str, float]  # by what it is for, while a video is made; empty if none is
+    host: dict[str, float]  # bytes on the host per GPU
     sent: dict[str, Sent]
     flops: float  # of a step, over all GPUs, without what is computed twice
     seconds: dict[str, float]  # computing, and what is not hidden behind it
@@ -36,8 +38,10 @@ class TrainPlan:
 
     @property
     def needed(self) -> float:
-        """Bytes that a card should have: the peak, the allocator's losses and the driver's context."""
-        return needed(self.peak)
+        """Bytes that a card should have: the peak of a step or of validation, with margins for communicators and pools,
+        the allocator's losses and the driver's context."""
+        while_training = self.peak + self.margins.get("pools", 0.0)
+        return needed(max(while_training, sum(self.validation.values()))) + self.margins.get("communicators", 0.0)
 
     @property
     def step_seconds(self) -> float:
@@ -75,16 +79,26 @@ def predict(transformer: Transformer, sizes: UnitSizes, run: Run, cluster: Clust
         "sharding beyond computing": max(0.0, sharding - compute),
         "exchange of the optimiser": sent["optimiser"].seconds(cluster),
     }
-    host = 0.0
     if run.offload:
         trained = 4 * sizes.total(mesh.sharded, trained=True) / mesh.sharded
         held = states(sizes, run, mesh.sharded)
-        host = sum(held.values()) + trained
+        offloaded = sum(held.values()) + trained
         moved = mine * (2 * held["weights"] + trained)
         # Weights, moments and averages are read and written, gradients read.
-        seconds["host"] = moved / HOST_TO_DEVICE + cluster.gpus * (2 * (host - trained) + trained) / HOST_MEMORY
-    held_and_more = memory(transformer, sizes, run, mesh)
-    return TrainPlan(mesh, run, held_and_more, host, sent, mathematics * run.micro_batches, seconds)
+        seconds["host"] = moved / HOST_TO_DEVICE + cluster.gpus * (2 * (offloaded - trained) + trained) / HOST_MEMORY
+    elif swapped := sizes.eight_bytes(True):
+        seconds["host"] = mine * (3 if run.checkpointing == "full" else 2) * swapped / HOST_TO_DEVICE
+    return TrainPlan(
+        mesh,
+        run,
+        memory=memory(transformer, sizes, run, mesh),
+        margins=margins(mesh, moments(transformer, sizes, run, mesh)),
+        validation=validation(transformer, sizes, run, mesh) if run.validates else {},
+        host=host(transformer, sizes, run, mesh),
+        sent=sent,
+        flops=mathematics * run.micro_batches,
+        seconds=seconds,
+    )
 
 
 def layouts(heads: int, run: Run, cluster: Cluster) -> Iterator[MeshSizes]:
@@ -104,12 +118,38 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
+def fits(plan: TrainPlan, cluster: Cluster) -> bool:
+    """Whether a machine has what a plan needs, on its cards and, where that is limited, beside them."""
+    return plan.needed <= cluster.memory and sum(plan.host.values()) * cluster.gpus <= cluster.host
+
+
 # Switches, in groups: of the first group with one that fits the fastest is taken. Those behind cost more than time.
 CHANGES: tuple[tuple[dict[str, Any], ...], ...] = (
     ({"checkpointing": "off"}, {"checkpointing": "selective"}, {"checkpointing": "full"}),
     ({"checkpointing": "full", "optimizer": "adamw8bit"},),
     ({"checkpointing": "full", "offload": True},),
 )
+_FULL: dict[str, Any] = {"checkpointing": "full"}
+_EIGHT: dict[str, Any] = {**_FULL, "optimizer": "adamw8bit", "frozen": "int8", "inputs": "host_bf16"}
+
+
+def _changes(run: Run, units: int) -> tuple[tuple[dict[str, Any], ...], ...]:
+    """The groups for what a run trains; `units` are the large ones.
+
+    Frozen weights in bfloat16 change nothing, so a run of adapters has them so. Then what is exact comes before what
+    rounds: inputs of blocks on the host, everything on the host, and at last eight bits with as few units swapped as
+    it takes.
+    """
+    if run.trains != "lora":
+        return CHANGES
+    groups: tuple[tuple[dict[str, Any], ...], ...] = (
+        CHANGES[0],
+        ({**_FULL, "optimizer": "adamw8bit"},),
+        ({**_FULL, "inputs": "host"},),
+        ({**_FULL, "inputs": "host", "offload": True},),
+        *((({**_EIGHT, "swap": units * quarter // 4}),) for quarter in range(5)),
+    )
+    return tuple(tuple({"frozen": "bf16", **change} for change in group) for group in groups)
 
 
 def best(
@@ -125,14 +165,27 @@ def best(
     """
     heads = transformer.cost.heads(transformer.config)
     possible = list(layouts(heads, run, cluster))  # at least a ring of all
-    sizes = unit_sizes(transformer, run)
     tried: list[TrainPlan] = []
-    for group in CHANGES:
-        changes = [{name: value for name, value in change.items() if name not in given} for change in group]
-        runs = dict.fromkeys(replace(run, **change) for change in changes)
-        plans = [predict(transformer, sizes, one, cluster, mesh) for one in runs for mesh in possible]
-        fitting = [plan for plan in plans if plan.needed <= cluster.memory]
+    for group in _changes(run, len(transformer.units.walk(transformer.config))):
+        runs = dict.fromkeys(_changed(run, change, given) for change in group)
+        plans = [
+            predict(transformer, sizes, one, cluster, mesh)
+            for one in runs
+            for sizes in [unit_sizes(transformer, one)]
+            for mesh in possible
+        ]
+        fitting = [plan for plan in plans if fits(plan, cluster)]
         if fitting:
             return min(fitting, key=lambda plan: (plan.step_seconds, plan.needed)), True
         tried += plans
     return min(tried, key=lambda plan: plan.needed), False
+
+
+def _changed(run: Run, change: Mapping[str, Any], given: Container[str]) -> Run:
+    """The run with the switches that are not given; where those rule eight bits out there is nothing to swap."""
+    wanted = {name: value for name, value in change.items() if name not in given}
+    if wanted.get("frozen", run.frozen) not in EIGHT_BITS:
+        wanted.pop("swap", None)
+    if wanted.get("checkpointing", run.checkpointing) == "off":
+        wanted.pop("inputs", None)
+    return replace(run, **wanted)

@@ -26,6 +26,8 @@ class UnitSize:
         fetched: they are gathered for the backward, because it goes through them or what comes next.
         shapes: of the parameters, and whether they train.
         matrices: elements of each of those that Muon works on.
+        eight: rows and columns of matrices that are stored in eight bits, on every rank, and not gathered.
+        swapped: these wait on the host.
     """
 
     float32: bool = False
@@ -34,6 +36,19 @@ class UnitSize:
     fetched: bool = True
     shapes: list[tuple[tuple[int, ...], bool]] = field(default_factory=list)
     matrices: list[int] = field(default_factory=list)
+    eight: list[tuple[int, int]] = field(default_factory=list)
+    swapped: bool = False
+
+    def stored(self, ranks: int, frozen: str) -> float:
+        """Bytes of the shards of weights that a rank holds between steps; `frozen` as `Run` has it."""
+        trained = self.elements(ranks, trained=True)
+        wide = self.float32 or frozen == "float32"
+        return (4 * trained + (4 if wide else 2) * (self.elements(ranks) - trained)) / ranks
+
+    @property
+    def eight_bytes(self) -> float:
+        """Of the matrices in eight bits, with a float32 scale a row."""
+        return float(sum(rows * (columns + 4) for rows, columns in self.eight))
 
     def elements(self, ranks: int = 1, trained: bool = False) -> int:
         """Elements, with what pads the first axis to a multiple of the ranks; `trained`: only of those that train."""
@@ -74,6 +89,15 @@ class UnitSizes:
         """Elements that Muon works on."""
         return sum(sum(unit.matrices) for unit in self.units.values())
 
+    def eight_bytes(self, swapped: bool) -> float:
+        """Bytes of the matrices in eight bits that wait on the host, or that do not."""
+        return sum(unit.eight_bytes for unit in self.units.values() if unit.swapped == swapped)
+
+    @property
+    def largest_eight(self) -> int:
+        """Elements of the largest matrix that is stored in eight bits."""
+        return max((rows * columns for unit in self.units.values() for rows, columns in unit.eight), default=0)
+
     @property
     def largest_matrix(self) -> int:
         """Elements of the largest matrix that Muon works on."""
@@ -97,12 +121,17 @@ def unit_sizes(transformer: Transformer, run: Run) -> UnitSizes:
         unit = units.setdefault(path, UnitSize(kind is not None and kind.float32))
         trains = run.trains == "all" or name.startswith(cost.SUBSETS.get(run.trains, ()))
         shape = parameter.shape
-        unit.shapes.append((shape, trains))
+        if run.eight_bits and not trains and kind is not None and kind.large and len(shape) == 2:
+            unit.eight.append((shape[0], shape[1]))
+        else:
+            unit.shapes.append((shape, trains))
         if trains and kind is not None and kind.large and len(shape) == 2:
             unit.matrices.append(math.prod(shape))
         if adapted and name.endswith(adapted):
             unit.shapes += [((run.lora_rank, shape[1]), True), ((shape[0], run.lora_rank), True)]
     sizes = UnitSizes(units, tuple(transformer.units.walk(transformer.config)))
+    for path in sizes.walk[: run.swap]:
+        units[path].swapped = True
     _follow_the_backward(transformer, sizes, run)
     return sizes
 

@@ -122,4 +122,4 @@ def test_the_table_has_a_line_per_count(tmp_path):
     assert lines[0] == "before"
     assert lines[-1] == "after"
     (line,) = (line for line in lines if line.startswith("| 16 |"))
-    assert line.startswith("| 16 | 2 x 1 x 1 x 8 | 48 | full | adamw | 3.0 | 0.0 | 2.0 | 0.0 | 2.0 | 9.5 |")
+    assert line.startswith("| 16 | 2 x 1 x 1 x 8 | 48 | 1 | full | adamw | 3.0 | 0.0 | 2.0 | 0.0 | 2.0 | 9.5 |")

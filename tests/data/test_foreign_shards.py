@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shards may come from anyone: what is no clip is told, nothing is followed out of the tar, no number is taken at its word."""
+"""Shards may come from anyone: what is no clip is told, no link in a tar is followed, numbers are not believed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ ABOUT = {"caption": "", "kind": "video", "frames": 2, "height": 4, "width": 6, "
 LATENTS = {"latents": torch.zeros(16, 2, 4, 6)}
 
 
-def member(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = "") -> tuple[tarfile.TarInfo, bytes]:
+def member(
+    name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = ""
+) -> tuple[tarfile.TarInfo, bytes]:
     info = tarfile.TarInfo(name)
     info.size, info.type, info.linkname = len(data), kind, link
     return info, data
@@ -72,7 +74,8 @@ def test_what_is_no_file_in_a_tar_is_told(tmp_path: Path, kind: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "value"), [("offset", -1), ("offset", 10**9), ("size", 10**15), ("size", -5), ("offset", "0"), ("size", 2.0)]
+    ("place", "value"),
+    [("offset", -1), ("offset", 10**9), ("size", 10**15), ("size", -5), ("offset", "0"), ("size", 2.0)],
 )
 def test_an_index_that_leads_out_of_its_shard_is_not_believed(tmp_path: Path, place: str, value: Any) -> None:
     """It is made anew from the shard."""

@@ -19,7 +19,7 @@ from talkingdit.plan.training_memory import memory, states
 from talkingdit.plan.transformer import Transformer
 from talkingdit.plan.units import unit_sizes
 from training.lora import add_adapters
-from training.sections import LoraConfig, OptimConfig, ParallelConfig
+from training.sections import LoraConfig, ModelConfig, OptimConfig, ParallelConfig
 
 WIDTH = dict(dim=512, ffn_dim=1408, num_heads=8, text_dim=64, text_len=16, audio_dim=32, audio_layers=3)
 SMALL = Transformer.of(families.get("wan_s2v"), {**WIDTH, "num_layers": 3, "audio_inject_layers": (0, 2)})
@@ -37,10 +37,11 @@ def counted(run, layout, gpus):
         Step(
             SMALL.config,
             run.clip,
-            ParallelConfig(**sizes, activation_checkpointing=run.checkpointing),
+            ParallelConfig(**sizes, activation_checkpointing=run.checkpointing, inputs=run.inputs),
             layout.data * layout.context,
             gpus,
             OptimConfig(name=run.optimizer),
+            model=ModelConfig(frozen=run.frozen),
             micro_batches=run.micro_batches // layout.data,
             averages=run.averages,
             trains=WHICH[run.trains],
@@ -57,8 +58,13 @@ def counted(run, layout, gpus):
         (Run(CLIP, 8, "muon", "selective"), MeshSizes(replicate=2, shard=2, ulysses=2), 4),
         (Run(CLIP, trains="lora"), MeshSizes(ring=2, ulysses=2), 4),
         (Run(CLIP, trains="audio"), MeshSizes(ulysses=8), 4),
+        (Run(CLIP, trains="lora", frozen="bf16", inputs="bf16"), MeshSizes(ulysses=2), 2),
+        (Run(CLIP, trains="lora", frozen="int8", inputs="bf16", averages=False), MeshSizes(), 1),
     ],
-    ids=["ulysses", "fsdp-ring-ulysses-off", "hsdp-muon-selective-two-micro-batches", "lora", "audio-two-nodes"],
+    ids=[
+        *("ulysses", "fsdp-ring-ulysses-off", "hsdp-muon-selective-two-micro-batches", "lora", "audio-two-nodes"),
+        *("lora-bf16", "lora-int8-one-card"),
+    ],
 )
 def test_memory_and_communication_are_those_of_the_real_step(run, layout, gpus):
     real = counted(run, layout, gpus)

@@ -3,10 +3,12 @@
 
 import itertools
 import json
+import math
 import multiprocessing
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from talkingdit.data.sample import BrokenSample, Sample, Shape
+from talkingdit.data.sample import BrokenSample, ClipRequest, Sample, Shape, flaw
 from talkingdit.families.wan_s2v.presets import PRESETS
 from talkingdit.families.wan_s2v.sequence import tokens_of
 from training.batching import MicroBatch
@@ -257,9 +259,59 @@ def test_latents_that_are_not_what_was_asked_for_or_not_finite_are_broken(source
     next(loader)
     reasons = sorted(loader.broken["a"].reasons)
     assert reasons == [
-        "a[2]: latents must be 8 x 12 x 12, got [2, 7, 12, 12]",
-        "a[3]: latents are not finite",
+        "a[2] (2): latents must be 8 x 12 x 12, got [2, 7, 12, 12]",
+        "a[3] (3): latents has values that are not finite (1 of 2304)",
     ]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["audio", "audio_history", "text", "reference", "history", "pose", "regions.mouth"])
+def test_a_feature_that_is_not_finite_is_left_out_and_named(name, number):
+    class Odd(Numbered):
+        def sample(self, index, rng, clip):
+            sample = complete(super().sample(index, rng, clip))
+            if index == 3:
+                dict(sample.tensors())[name].view(-1)[1] = number
+            return sample
+
+    loader = Loader({"a": Odd("a", [Shape(8, 12, 12)] * 8)}, stage({"a": 1}), 0)
+    items = [item for batch in next(loader) for _, item in items_of(batch)]
+    assert sorted(items) == [0, 1, 2, 4, 5, 6, 7]
+    [reason] = loader.broken["a"].reasons
+    assert reason.startswith(f"a[3] (clip-3): {name} has values that are not finite (1 of ")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("audio", (2, 5, 31), "[any, any, 32]"),
+        ("pose", (2, 7, 12, 12), "[2, 8, 12, 12]"),
+        ("reference", (2, 12, 12), "[2, 1, 12, 12]"),
+        ("history", (3, 4, 12, 12), "[2, any, 12, 12]"),
+        ("text", (5,), "[any, any]"),
+    ],
+)
+def test_features_of_another_clip_are_left_out_and_named(name, shape, expected):
+    sample = complete(Numbered("a", [Shape(8, 12, 12)]).sample(0, np.random.default_rng(0), ClipRequest(8, 12, 12)))
+    assert flaw(sample) is None
+    setattr(sample, name, torch.zeros(shape))
+    assert flaw(sample) == f"{name} must be {expected} beside latents [2, 8, 12, 12], got {list(shape)}"
+
+
+def complete(sample):
+    """With every tensor that a sample can have."""
+    c, t, h, w = sample.latents.shape
+    return replace(
+        sample,
+        key=f"clip-{sample.key}",
+        audio=torch.zeros(2, 5, 4 * t),
+        audio_history=torch.zeros(2, 5, 3),
+        text=torch.zeros(6, 4),
+        reference=torch.zeros(c, 1, h, w),
+        history=torch.zeros(c, 4, h, w),
+        pose=torch.zeros(c, t, h, w),
+        regions={"mouth": torch.zeros(t, h, w)},
+    )
 
 
 def test_data_that_is_mostly_broken_ends_the_run(sources):

@@ -140,7 +140,27 @@ def test_stages_train_what_they_name_and_follow_each_other(world: Config, tmp_pa
     assert all(name.startswith(("transformer.casual_audio_encoder.", "transformer.audio_injector.")) for name in second)
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_counted(world: Config, tmp_path: Path, alone: None) -> None:
+@pytest.mark.slow
+def test_a_run_that_goes_on_says_once_what_is_not_as_it_was(
+    world: Config, tmp_path: Path, alone: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = copy.deepcopy(world)
+    config.run.out, config.stage_tables = tmp_path, [{"name": "speak"}]
+    said = []
+    for steps, seed in ((1, 0), (2, 5), (3, 5)):
+        config.stage_tables[0]["steps"], config.run.seed = steps, seed
+        Trainer(config, parallel.start(config.parallel, "cpu")).run()
+        parallel.stop()
+        said.append(capsys.readouterr().out)
+    assert "is not as it was" not in said[0]
+    assert said[1].count("what trains is not as it was at step-00000001: run.seed 0 -> 5") == 1
+    assert "is not as it was" not in said[2]
+    parallel.start(config.parallel, "cpu")
+
+
+def test_a_step_that_is_not_finite_is_left_out_counted_and_its_sample_named(
+    world: Config, tmp_path: Path, alone: None, caplog: pytest.LogCaptureFixture
+) -> None:
     config = copy.deepcopy(world)
     config.run.out = tmp_path
     trainer = Trainer(config, parallel.start(config.parallel, "cpu"))
@@ -152,6 +172,8 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(world: Config, tmp_pa
     trainer.train_step()
     assert all(torch.equal(value, before[name]) for name, value in gather_state(trainer.networks).items())
     assert (trainer.guard.not_finite, trainer.guard.spikes) == (1, 0)
+    key = good[0].samples[0].key
+    assert f"step 1 is left out, the loss of puppets: {key} is not finite" in caplog.text
 
 
 @pytest.mark.slow

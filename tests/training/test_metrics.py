@@ -71,6 +71,19 @@ def test_a_log_goes_on_behind_the_checkpoint_and_forgets_a_lost_end(tmp_path: Pa
     assert board.Images("validation/frames")[0].step == 4
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_every_line_is_json_that_any_program_reads(tmp_path: Path, number: float) -> None:
+    writer = Writer(tmp_path, 0, QUIET, {})
+    writer.scalars({"loss": number, "gradient_norm": 2.0}, 1)
+    writer.close()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    [line] = [json.loads(text, parse_constant=refuse) for text in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert line == {"step": 1, "loss": None, "gradient_norm": 2.0}
+
+
 @pytest.mark.parametrize("wreck", ["\n", "null\n", "[1]\n", '{"loss": 1}\n', "\x00\x00\n"])
 def test_lines_of_no_use_do_not_stop_a_run(tmp_path: Path, wreck: str) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n' + wreck)

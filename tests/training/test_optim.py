@@ -14,9 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from talkingdit.errors import UserError
+from training.lora import add_adapters
 from training.optim import LearningRate, Muon, build_optimizers, learning_rate_factor, newton_schulz
 from training.parallel import shard, start
-from training.sections import OptimConfig, ParallelConfig
+from training.sections import LoraConfig, OptimConfig, ParallelConfig
 
 SHAPES = [(12, 20), (7, 5), (3, 8), (16, 16), (1, 6)]  # rows that two and four processes share unevenly
 
@@ -235,3 +236,39 @@ def test_8_bit_adamw_on_shards_is_close_to_adamw(processes):
     error = (got - weight.detach()).norm() / (weight.detach() - before).norm()
     assert 0 < error < 0.1
     assert math.isfinite(got.sum())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "torch.optim.NAdam"])
+def test_weight_decay_leaves_out_what_is_no_matrix(name):
+    """One step with zero gradients moves exactly what decays."""
+    networks = make_networks()
+    config = OptimConfig(name=name, lr=0.1, muon_lr=0.1, weight_decay=0.5)
+    if name == "torch.optim.NAdam":
+        config.options = {"decoupled_weight_decay": True}
+    for parameter in networks.parameters():
+        nn.init.normal_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    before = {n: p.detach().clone() for n, p in networks.named_parameters()}
+    for optimizer in build_optimizers(networks, config):
+        optimizer.step()
+    moved = {n for n, p in networks.named_parameters() if not torch.equal(p, before[n])}
+    kept = before.keys() - moved
+    assert {"transformer.blocks.0.ffn.0.weight", "transformer.patch_embedding.weight"} <= moved
+    assert all(before[n].ndim > 1 for n in moved)
+    spared = ("transformer.blocks.0.modulation", "transformer.head.modulation", "transformer.blocks.0.ffn.0.bias")
+    assert {*spared, "transformer.blocks.0.self_attn.norm_q.weight", "text_encoder.position"} <= kept
+
+
+def test_weight_decay_of_everything_is_an_option():
+    networks = make_networks()
+    for optimizer in build_optimizers(networks, OptimConfig(weight_decay=0.5, decay="all")):
+        assert all(group["weight_decay"] == 0.5 for group in optimizer.param_groups)
+
+
+def test_adapters_decay():
+    networks = make_networks()
+    add_adapters(networks.transformer, LoraConfig(rank=2))
+    [optimizer] = build_optimizers(networks, OptimConfig(name="adamw", weight_decay=0.5))
+    names = {p: n for n, p in networks.named_parameters()}
+    decays = {names[p] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert {n for n in names.values() if ".lora_" in n} <= decays

@@ -165,6 +165,33 @@ def test_adapters_are_all_that_a_lora_run_keeps_and_do_elsewhere_what_they_did_h
     same_curve(log, straight)
 
 
+def test_adapters_on_one_card_learn_go_on_and_are_exported(world: Path, tmp_path: Path, processes: Any) -> None:
+    """The configuration for 24 GB, with eight-bit weights of which some wait on the host."""
+    more: dict[str, Any] = {"lora": {"rank": 4}, "held_out": {"every": 2, "share": 0.3, "clips": 2}}
+    file = write_config(world, "wan_s2v_lora_24gb.toml", tmp_path / "tiny.toml", **more, model={"swap": 2})
+    text = file.read_text()
+    assert 'frozen = "int8"' in text
+    file.write_text(text.replace('name = "adamw8bit"', 'name = "adamw"').replace(
+        'activation_checkpointing = "full"', 'activation_checkpointing = "full"\ninputs = "host_bf16"'))  # fmt: skip
+    processes(1, train, file, timeout=200)
+    straight = read_log(tmp_path / "run")
+    losses = [line for line in straight if "loss" in line]
+    held = [line["held_out/loss"] for line in straight if "held_out/loss" in line]
+    assert len(held) == 3
+    assert len(set(held)) == 3
+    plain = write_config(world, "wan_s2v_lora.toml", tmp_path / "plain" / "tiny.toml", **more)
+    processes(1, train, plain, timeout=200)
+    others = [line["held_out/loss"] for line in read_log(tmp_path / "plain" / "run") if "held_out/loss" in line]
+    assert held[0] != others[0]
+    assert held == pytest.approx(others, rel=0.02)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    (log, _), _ = processes(2, train, file, {"ulysses": 2}, timeout=200)
+    same_curve([line for line in log if "loss" in line], losses)
+    adapter = load_file(tmp_path / "run" / "model" / "adapter.safetensors")
+    assert all(value.isfinite().all() for value in adapter.values())
+    assert len([name for name in adapter if ".lora_A." in name]) == 2 * (8 + 2) + 2 * 4
+
+
 def video_folder(world: Path, folder: Path) -> Path:
     """A Wan text-to-video model in the official layout: the weights that it has in common with Wan-S2V."""
     new = (*AUDIO, "cond_encoder.", "trainable_cond_mask.", "frame_packer.")

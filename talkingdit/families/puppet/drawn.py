@@ -225,6 +225,11 @@ class Puppets:
         """The video of an item: file, row, number of latents."""
         return self._videos[int(np.searchsorted(self._ends, index, side="right"))]
 
+    def group(self, index: int) -> str:
+        """Name of the video of an item."""
+        kind, row, _ = self.video(index)
+        return f"{kind}/{row}"
+
     @property
     def _before(self) -> int:
         """Latents after the first whose audio must exist before a clip that goes on."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from talkingdit.errors import UserError
 from talkingdit.families.training import TrainRun, Validator
 from talkingdit.families.wan_s2v import train as wan_s2v
 from talkingdit.families.wan_s2v.train import (
@@ -51,6 +52,27 @@ def build_networks(arguments: Mapping[str, Any], text_encoder: str) -> tuple[Wan
     transformer = WanS2VModel(**arguments)
     trained = text_encoder == "prompt"
     return transformer, PromptEncoder(arguments["text_dim"], arguments["text_len"]) if trained else None
+
+
+def check_export(arguments: Mapping[str, Any], text_encoder: str, run: TrainRun) -> None:
+    """Whether `save` will find what it needs: settings that generation takes, and the autoencoder.
+
+    Raises:
+        UserError: it will not.
+    """
+    from talkingdit.families.puppet.checkpoint import PuppetSettings
+
+    if text_encoder != "prompt":
+        wan_s2v.check_export(arguments, text_encoder, run)
+        return
+    try:
+        PuppetSettings.of_run(run)
+    except ValueError as error:
+        said = str(error).removeprefix("pipeline.json: ")
+        raise UserError(f"training: generation would not take the model that this run exports: {said}.") from error
+    key = "shipped_vae" if run.data["shipped_vae"] else "vae"
+    if not (Path(run.data[key]) / "config.json").is_file():
+        raise UserError(f"data.{key}: must be the folder of the autoencoder that is exported too, got {run.data[key]}.")
 
 
 def save(folder: Path, transformer: WanS2VModel, text_encoder: PromptEncoder | None, run: TrainRun) -> None:

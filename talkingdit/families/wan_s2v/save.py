@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,24 @@ _SAID = (
 # ... with settings that are always these here ...
 _ALWAYS = {"model_type": "s2v", "enable_motioner": False, "enable_tsm": False, "trainable_token_pos_emb": False}
 # ... and settings of ours that it has no words for, because the official program has them built in.
-_BUILT_IN = ("audio_layers", "zip_frame_buckets", "framepack_padding", "reference_time", "patch_size")
+_BUILT_IN = ("audio_layers", "zip_frame_buckets", "framepack_padding", "reference_time", "patch_size", "motion_frames")
+
+
+def check_official(config: Mapping[str, Any], where: str | Path) -> None:
+    """Whether the official layout has a place for everything that a configuration says.
+
+    Args:
+        config: arguments of `WanS2VModel`; those that are not said have their defaults.
+        where: what messages begin with.
+
+    Raises:
+        UserError: it has not.
+    """
+    for name in _BUILT_IN:
+        official = PRESETS["wan_s2v_14b"][name]
+        ours = config.get(name, official)
+        if (tuple(ours) if isinstance(ours, list) else ours) != official:
+            raise UserError(f"{where}: the official layout has no place for {name} {ours!r}, only for {official!r}.")
 
 
 def save_official(folder: str | Path, model: WanS2VModel, max_shard_size: int | str = "10GB") -> Path:
@@ -47,10 +65,7 @@ def save_official(folder: str | Path, model: WanS2VModel, max_shard_size: int | 
     config = model.config
     if getattr(model, "peft_config", None):
         raise UserError(f"{folder}: the model has adapters; merge or unload them before it is saved.")
-    for name in _BUILT_IN:
-        official, ours = PRESETS["wan_s2v_14b"][name], config[name]
-        if (tuple(ours) if isinstance(ours, list) else ours) != official:
-            raise UserError(f"{folder}: the official layout has no place for {name} {ours!r}, only for {official!r}.")
+    check_official(config, folder)
     with saved_model(model, folder, max_shard_size=max_shard_size) as new:
         values: dict[str, Any] = {name: config[name] for name in _SAID} | _ALWAYS
         version = read_json(new / "config.json").get("_diffusers_version")

@@ -57,6 +57,17 @@ def lacks_layers(folder: Path) -> bool:
     return is_video_model(folder)
 
 
+def check_export(arguments: Mapping[str, Any], text_encoder: str, run: TrainRun) -> None:
+    """Whether `save` will have a place for a model of these arguments.
+
+    Raises:
+        UserError: it will not.
+    """
+    from talkingdit.families.wan_s2v.save import check_official
+
+    check_official(arguments, "model.settings")
+
+
 def save(folder: Path, transformer: WanS2VModel, text_encoder: None, run: TrainRun) -> None:
     """The layout of the released checkpoints: config.json and safetensors."""
     from talkingdit.families.wan_s2v.save import save_official
