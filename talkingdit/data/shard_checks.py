@@ -55,8 +55,9 @@ def check_description(clip: Any, size: int) -> dict[str, Any]:
     if clip["offset"] + clip["size"] > size:
         raise ValueError(f"the end {where} must be in the shard, got {clip['offset'] + clip['size']} of {size} bytes")
     fps = clip.get("fps")
-    if type(fps) not in (int, float) or not 0 < fps <= MOST_FPS:
-        bound = f"at most {MOST_FPS}" if isinstance(fps, int | float) and fps > 0 else "a number over 0"
+    number = isinstance(fps, int | float) and not isinstance(fps, bool)
+    if not number or not 0 < float(fps or 0) <= MOST_FPS:
+        bound = f"at most {MOST_FPS}" if number and float(fps or 0) > 0 else "a number over 0"
         raise ValueError(f"fps {where} must be {bound}, got {fps!r:.40}")
     return clip
 
