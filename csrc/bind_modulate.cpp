@@ -93,8 +93,8 @@ void modulate_forward_run(const TensorView& x, const Optional& y, const Optional
   TD_CALL(modulate_forward, x, args);
 }
 
-// Rows of the workspace `partial` [B, rows, 3, dim] that modulate_backward needs for x [B, N, dim]. CPU kernels use that
-// many for every sample, those of a GPU share all of them.
+// Rows of the workspace `partial` [B, rows, 3, dim] that modulate_backward needs for x [B, N, dim]. CPU kernels use
+// that many for every sample, those of a GPU share all of them.
 int64_t rows_per_sample(const TensorView& x, const TokenChunks& chunks) {
   return on_gpu(x) ? (modulate_share_rows(chunks, x.shape[0]) + x.shape[0] - 1) / x.shape[0] : chunks.count;
 }

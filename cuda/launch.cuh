@@ -73,8 +73,8 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
-// Sums over a block of up to kWarps (a power of two) whole warps; every thread gets them. One barrier: `shared`, kWarps * K
-// elements, must not be what the block's last sums used, unless there was another barrier since.
+// Sums over a block of up to kWarps (a power of two) whole warps; every thread gets them. One barrier: `shared`, kWarps
+// * K elements, must not be what the block's last sums used, unless there was another barrier since.
 template <int kWarps, int K, class T>
 __device__ __forceinline__ void block_sums_apart(T (&values)[K], T* shared) {
   const int warp = int(threadIdx.x) >> 5, lane = int(threadIdx.x) & 31, warps = int(blockDim.x) >> 5;

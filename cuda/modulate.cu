@@ -10,9 +10,11 @@ constexpr int kWarps = 16;
 constexpr int64_t kForwardShare = 2;  // tokens of a block, at least
 constexpr int kScratch = 2 * kWarps * int(sizeof(float));
 
-// residual = x + gate y: nothing to wait for, so a block takes one token, and many blocks have their loads in flight.
-template <class X, class L>
+// residual = x + gate y, and what the norm makes of it (Norm). A block takes one token: of three or four rows per token
+// many blocks have their loads in flight, more than fit into shared memory ahead of time.
+template <class X, class L, bool Norm>
 __global__ void __launch_bounds__(kVectorThreads) gate_kernel(const __grid_constant__ ModulateArgs args) {
+  __shared__ float scratch[2 * kWarps];
   const Columns<kVectors> columns(args.dim);
   int64_t b, n;
   locate(blockIdx.x, args.tokens, b, n);
@@ -26,125 +28,113 @@ __global__ void __launch_bounds__(kVectorThreads) gate_kernel(const __grid_const
     xs[i].load(x + columns.step(i));
     ys[i].load(y + columns.step(i));
   }
-  const float* gates = group_row<float>(args.gate, b, args.groups.group(args.token_offset + n)) + columns.first;
+  const int64_t g = args.groups.group(args.token_offset + n);
+  const float* gates = group_row<float>(args.gate, b, g) + columns.first;
   X* residual = static_cast<X*>(args.residual.data) + at(args.residual, b, n) + columns.first;
+  float row[kVectors][kWidth], total[1] = {};
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     if (!columns.inside[i]) continue;
     const Vector<float, kWidth> gate = group_vector(gates, columns.step(i));
-    float row[kWidth];
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) row[j] = xs[i].get(j) + gate.get(j) * ys[i].get(j);
-    store_vector(residual + columns.step(i), row);
+    for (int j = 0; j < kWidth; ++j) {
+      row[i][j] = xs[i].get(j) + gate.get(j) * ys[i].get(j);
+      total[0] += row[i][j];
+    }
+    store_vector(residual + columns.step(i), row[i]);
+  }
+  if constexpr (Norm) {
+    block_sums_apart<kWarps>(total, scratch);
+    const float mean = total[0] / float(args.dim);
+    total[0] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (!columns.inside[i]) continue;
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        row[i][j] -= mean;
+        total[0] += row[i][j] * row[i][j];
+      }
+    }
+    block_sums_apart<kWarps>(total, scratch + kWarps);
+    const float factor = rsqrtf(total[0] / float(args.dim) + float(args.eps));
+    const float* scales = group_row<float>(args.scale, b, g) + columns.first;
+    const float* shifts = group_row<float>(args.shift, b, g) + columns.first;
+    L* out = static_cast<L*>(args.out.data) + at(args.out, b, n) + columns.first;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (!columns.inside[i]) continue;
+      const Vector<float, kWidth> scale = group_vector(scales, columns.step(i));
+      const Vector<float, kWidth> shift = group_vector(shifts, columns.step(i));
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) row[i][j] = row[i][j] * factor * (1.0f + scale.get(j)) + shift.get(j);
+      store_vector(out + columns.step(i), row[i]);
+    }
   }
 }
 
-// A group's modulation of a thread's columns: kept in registers from token to token (Keep), or read for every token.
-template <bool Keep>
+// A group's modulation of a thread's columns, in registers from token to token.
 struct Modulation {
-  float values[Keep ? kVectors : 1][kWidth];
-  const float* row;
+  float values[kVectors][kWidth];
 
   __device__ __forceinline__ void enter(const GroupRows& rows, int64_t b, int64_t g, const Columns<kVectors>& columns,
                                         float add) {
-    row = group_row<float>(rows, b, g) + columns.first;
-    if constexpr (Keep) {
+    const float* row = group_row<float>(rows, b, g) + columns.first;
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        if (!columns.inside[i]) continue;
-        const Vector<float, kWidth> vector = group_vector(row, columns.step(i));
+    for (int i = 0; i < kVectors; ++i) {
+      if (!columns.inside[i]) continue;
+      const Vector<float, kWidth> vector = group_vector(row, columns.step(i));
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) values[i][j] = vector.get(j) + add;
-      }
-    }
-  }
-  __device__ __forceinline__ void get(int i, float add, float (&result)[kWidth]) const {
-    if constexpr (Keep) {
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) result[j] = values[i][j];
-    } else {
-      const Vector<float, kWidth> vector = group_vector(row, Columns<kVectors>::step(i));
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) result[j] = vector.get(j) + add;
+      for (int j = 0; j < kWidth; ++j) values[i][j] = vector.get(j) + add;
     }
   }
 };
 
-// A block takes an equal share of the tokens, in order, and holds one in registers, while the next one is on its way to
-// shared memory. X is the residual stream, L what layers take and give.
-template <class X, class L, bool Gate>
+// The norm alone: a block takes an equal share of the tokens, in order, and holds one in registers, while the next one
+// is on its way to shared memory. X is the residual stream, L what layers take.
+template <class X, class L>
 __global__ void __launch_bounds__(kVectorThreads, 1)
     row_kernel(const __grid_constant__ ModulateArgs args, const __grid_constant__ Shares shares) {
   using StagedX = Staged<X, kVectors, 0>;
-  using StagedY = Staged<L, kVectors, StagedX::kEnd>;
   float* scratch = reinterpret_cast<float*>(dynamic_shared());
   const int warp = int(threadIdx.x) >> 5, lane = int(threadIdx.x) & 31;
-  char* own = dynamic_shared() + kScratch + warp * (Gate ? StagedY::kEnd : StagedX::kEnd) + lane * 16;
   const Columns<kVectors> columns(args.dim);
   Walk<int> at(args, shares);
   Track<const X> x_row;
-  Track<const L> y_row;
-  Track<X> residual;
   Track<L> out;
-  Modulation<false> gate;
-  Modulation<!Gate> scale, shift;
-  const auto place_sources = [&] {
-    x_row.place(args.x, at, columns.first);
-    if constexpr (Gate) y_row.place(args.y, at, columns.first);
-  };
+  Modulation scale, shift;
   const auto place_targets = [&] {
-    if constexpr (Gate) {
-      residual.place(args.residual, at, columns.first);
-      gate.enter(args.gate, at.b, at.g, columns, 0.0f);
-    }
     out.place(args.out, at, columns.first);
     scale.enter(args.scale, at.b, at.g, columns, 1.0f);
     shift.enter(args.shift, at.b, at.g, columns, 0.0f);
   };
-  place_sources();
-  const StagedX xs(own);
-  const StagedY ys(own);
+  x_row.place(args.x, at, columns.first);
+  const StagedX xs(dynamic_shared() + kScratch + warp * StagedX::kEnd + lane * 16);
   xs.clear_outside(columns);
-  if constexpr (Gate) ys.clear_outside(columns);
-  const auto request = [&](int i) {
-    xs.request(i, x_row.row, columns);
-    if constexpr (Gate) ys.request(i, y_row.row, columns);
-  };
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) request(i);
+  for (int i = 0; i < kVectors; ++i) xs.request(i, x_row.row, columns);
   commit_copies();
   place_targets();
 
   while (at.left > 0) {
     const bool leaves = at.advance(args), more = at.left > 0;
     if (leaves) {
-      place_sources();
+      x_row.place(args.x, at, columns.first);
     } else {
       x_row.step(args.x);
-      if constexpr (Gate) y_row.step(args.y);
     }
     wait_copies<0>();
     float row[kVectors][kWidth], total[1] = {};
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       Vector<X, kWidth> x;
-      Vector<L, kWidth> y;
       xs.read(i, x);
-      if constexpr (Gate) ys.read(i, y);
-      if (more) request(i);
+      if (more) xs.request(i, x_row.row, columns);
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) row[i][j] = x.get(j);
-      if constexpr (Gate) {
-        if (columns.inside[i]) {
-          float gates[kWidth];
-          gate.get(i, 0.0f, gates);
-#pragma unroll
-          for (int j = 0; j < kWidth; ++j) row[i][j] += gates[j] * y.get(j);
-          store_vector(residual.row + columns.step(i), row[i]);
-        }
+      for (int j = 0; j < kWidth; ++j) {
+        row[i][j] = x.get(j);
+        total[0] += row[i][j];
       }
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) total[0] += row[i][j];
     }
     commit_copies();
     block_sums_apart<kWarps>(total, scratch);
@@ -164,15 +154,11 @@ __global__ void __launch_bounds__(kVectorThreads, 1)
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (!columns.inside[i]) continue;
-      float scales[kWidth], shifts[kWidth];
-      scale.get(i, 1.0f, scales);
-      shift.get(i, 0.0f, shifts);
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) row[i][j] = row[i][j] * factor * scales[j] + shifts[j];
+      for (int j = 0; j < kWidth; ++j) row[i][j] = row[i][j] * factor * scale.values[i][j] + shift.values[i][j];
       store_vector(out.row + columns.step(i), row[i]);
     }
     if (!leaves) {
-      if constexpr (Gate) residual.step(args.residual);
       out.step(args.out);
     } else if (more) {
       place_targets();
@@ -180,8 +166,8 @@ __global__ void __launch_bounds__(kVectorThreads, 1)
   }
 }
 
-// Any dtypes, sizes and alignment: one block per token, its row in shared memory where there is room for it (Keep), else
-// read again.
+// Any dtypes, sizes and alignment: one block per token, its row in shared memory where there is room for it (Keep),
+// else read again.
 template <class C, bool Keep>
 __global__ void __launch_bounds__(kScalarThreads) scalar_kernel(const __grid_constant__ ModulateArgs args) {
   C* scratch = reinterpret_cast<C*>(dynamic_shared());
@@ -228,22 +214,23 @@ bool launch_rows(const ModulateArgs& args, cudaStream_t stream) {
   const DType layers = args.out.data ? args.out.dtype : args.y.dtype;
   const bool fits = args.dim % kWidth == 0 && row_threads(args.dim, kVectors) <= kVectorThreads && whole(args.x) &&
                     whole(args.y) && whole(args.residual) && whole(args.out) && whole(args.gate) && whole(args.scale) &&
-                    whole(args.shift) && has(args.residual, args.x.dtype) && has(args.y, layers) && walks_in_int(args) &&
-                    (args.y.data == nullptr) == (args.residual.data == nullptr);
+                    whole(args.shift) && has(args.residual, args.x.dtype) && has(args.y, layers) &&
+                    walks_in_int(args) && (args.y.data == nullptr) == (args.residual.data == nullptr);
   if (!fits) return false;
   const int threads = row_threads(args.dim, kVectors);
   return dispatch_stream(args.x.dtype, layers, [&](auto x_tag, auto layer_tag) {
     using X = typename decltype(x_tag)::type;
     using L = typename decltype(layer_tag)::type;
-    const auto run = [&](auto kernel) {
-      const int elements = int(sizeof(X)) + (args.y.data ? int(sizeof(L)) : 0);
-      const size_t bytes = size_t(kScratch + threads * kVectors * kWidth * elements);
-      const int64_t most = resident_blocks("modulate_forward", kernel, threads, bytes, kMaxBlocks);
-      const TokenShares shares(args.batch * args.tokens, most, kForwardShare);
-      launch("modulate_forward", kernel, unsigned(shares.blocks), threads, bytes, stream, args, Shares(shares, args));
-    };
-    if (args.out.data) return args.y.data ? run(row_kernel<X, L, true>) : run(row_kernel<X, L, false>);
-    launch("modulate_forward", gate_kernel<X, L>, unsigned(args.batch * args.tokens), threads, 0, stream, args);
+    if (args.y.data) {
+      const unsigned tokens = unsigned(args.batch * args.tokens);
+      const auto kernel = args.out.data ? gate_kernel<X, L, true> : gate_kernel<X, L, false>;
+      return launch("modulate_forward", kernel, tokens, threads, 0, stream, args);
+    }
+    const auto kernel = row_kernel<X, L>;
+    const size_t bytes = size_t(kScratch + threads * kVectors * kWidth * int(sizeof(X)));
+    const int64_t most = resident_blocks("modulate_forward", kernel, threads, bytes, kMaxBlocks);
+    const TokenShares shares(args.batch * args.tokens, most, kForwardShare);
+    launch("modulate_forward", kernel, unsigned(shares.blocks), threads, bytes, stream, args, Shares(shares, args));
   });
 }
 

@@ -60,7 +60,8 @@ __device__ __forceinline__ void locate(int64_t item, int64_t tokens, int64_t& b,
   n = item - b * tokens;
 }
 
-// The vectors of a row that a thread has: kVectors, 32 apart, so that the distance between them is known to the compiler.
+// The vectors of a row that a thread has: kVectors, 32 apart, so that the distance between them is known to the
+// compiler.
 template <int kVectors>
 struct Columns {
   int first;  // element where the first begins
@@ -75,8 +76,8 @@ struct Columns {
   static constexpr int step(int i) { return 32 * kWidth * i; }
 };
 
-// A thread's vectors of a row in shared memory, kOffset bytes into its warp's part. The thread that copies is the one that
-// reads, so no barrier is needed; what is not inside the row reads as zero.
+// A thread's vectors of a row in shared memory, kOffset bytes into its warp's part. The thread that copies is the one
+// that reads, so no barrier is needed; what is not inside the row reads as zero.
 template <class T, int kVectors, int kOffset>
 struct Staged {
   static constexpr int kPieces = int(sizeof(T)) * kWidth / 16, kEnd = kOffset + 512 * kPieces * kVectors;
@@ -116,8 +117,8 @@ struct Staged {
   __device__ __forceinline__ void write(int i, const Vector<T, kWidth>& vector) const {
 #pragma unroll
     for (int p = 0; p < kPieces; ++p) {
-      *reinterpret_cast<uint4*>(at(i, p)) = uint4{vector.words[4 * p], vector.words[4 * p + 1], vector.words[4 * p + 2],
-                                                  vector.words[4 * p + 3]};
+      *reinterpret_cast<uint4*>(at(i, p)) =
+          uint4{vector.words[4 * p], vector.words[4 * p + 1], vector.words[4 * p + 2], vector.words[4 * p + 3]};
     }
   }
 };

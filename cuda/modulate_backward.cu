@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block takes an equal share of all tokens, in order. It reads each token once, and its threads keep the sums of their
-// columns, which become one row of `partial` for every group it comes to; the rows of a group are added up in order.
+// A block takes an equal share of all tokens, in order. It reads each token once, and its threads keep the sums of
+// their columns, which become one row of `partial` for every group it comes to; the rows of a group are added up in
+// order.
 #include "modulate.cuh"
 #include "sum_rows.cuh"
 
@@ -248,8 +249,8 @@ __global__ void __launch_bounds__(kVectorThreads, Blocks)
   }
 }
 
-// Any dtypes, sizes and alignment. The sums grow in their row of `partial`, each element by one thread. The row of a token
-// is kept in shared memory where there is room for it (Keep).
+// Any dtypes, sizes and alignment. The sums grow in their row of `partial`, each element by one thread. The row of a
+// token is kept in shared memory where there is room for it (Keep).
 template <class C, bool Keep>
 __global__ void __launch_bounds__(kScalarThreads, 1)
     scalar_kernel(const __grid_constant__ ModulateGradArgs args, TokenShares shares) {
@@ -302,8 +303,7 @@ __global__ void __launch_bounds__(kScalarThreads, 1)
       if (args.grad_x.data) store_as(args.grad_x, cuda::at(args.grad_x, at.b, at.n) + i, total);
       if (args.y.data) {
         sums[2 * args.dim + i] += total * load_as<C>(args.y, cuda::at(args.y, at.b, at.n) + i);
-        store_as(args.grad_y, cuda::at(args.grad_y, at.b, at.n) + i,
-                 total * group_row<C>(args.gate, at.b, at.g)[i]);
+        store_as(args.grad_y, cuda::at(args.grad_y, at.b, at.n) + i, total * group_row<C>(args.gate, at.b, at.g)[i]);
       }
     }
   }
@@ -365,8 +365,8 @@ bool launch_rows(const ModulateGradArgs& args, TokenShares& shares, cudaStream_t
                     whole(args.grad_x) && whole(args.grad_y) && whole(args.gate) && whole(args.scale) &&
                     aligned_rows(args.partial, nullptr, 0, 0) && has(args.grad_residual, stream_dtype) &&
                     has(args.grad_x, stream_dtype) && has(args.y, layers) && has(args.grad_y, layers) &&
-                    gate == (args.grad_residual.data != nullptr) && norm == (args.grad_x.data != nullptr) && walks_in_int(args) &&
-                    one_layout(args, norm ? args.grad_x : args.grad_y);
+                    gate == (args.grad_residual.data != nullptr) && norm == (args.grad_x.data != nullptr) &&
+                    walks_in_int(args) && one_layout(args, norm ? args.grad_x : args.grad_y);
   if (!fits) return false;
   const int threads = row_threads(args.dim, kVectors);
   return dispatch_stream(stream_dtype, layers, [&](auto x_tag, auto layer_tag) {

@@ -9,7 +9,8 @@ constexpr int64_t kMaxBlocks = 1 << 20;
 // Norm over all heads: a block holds a token in registers, so that memory is read once, and the weight of its threads'
 // channels for all of its tokens. The next token is on its way to shared memory.
 template <class T, bool Interleaved>
-__global__ void __launch_bounds__(kRowLimit, 1) token_kernel(const __grid_constant__ QkNormRopeArgs all, int64_t share) {
+__global__ void __launch_bounds__(kRowLimit, 1)
+    token_kernel(const __grid_constant__ QkNormRopeArgs all, int64_t share) {
   using U = Unit<T, kFullVector<T>, Interleaved>;
   using C = compute_t<T>;
   using Units = StagedUnits<T, Interleaved, 0>;

@@ -63,7 +63,8 @@ __device__ __forceinline__ void load_weight(const QkNormRopeArgs& all, int64_t h
   for (int j = 0; j < unit.kChannels; ++j) values[j] = unit.get(j);
 }
 
-// ---- a persistent block that holds one token at a time, all heads ----------------------------------------------------
+// ---- a persistent block that holds one token at a time, all heads
+// ----------------------------------------------------
 
 constexpr int kRowWarps = 16;                                  // a power of two for kRowThreads
 constexpr int kRowLimit = 512;                                 // told to the compiler: a thread gets 128 registers
@@ -116,7 +117,8 @@ struct RowTrack {
   __device__ __forceinline__ RowTrack(const int64_t* strides, const Place& place)
       : row(nullptr), hop(place.step * strides[2]) {}
   template <class Pointer, class Place>
-  __device__ __forceinline__ void enter(Pointer* data, const int64_t* strides, const TokenWalk& at, const Place& place) {
+  __device__ __forceinline__ void enter(Pointer* data, const int64_t* strides, const TokenWalk& at,
+                                        const Place& place) {
     row = rope_head<T>(data, strides, at.b, at.n, place.head);
   }
 };

@@ -18,9 +18,15 @@ struct Tokens {
   }
 };
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kBackwardLimit = kRowThreads;  // 128 registers are too few there
+#else
+constexpr int kBackwardLimit = kRowLimit;
+#endif
+
 // Norm over all heads: a block works on a token, while the next one is on its way to shared memory.
 template <class T, bool Interleaved>
-__global__ void __launch_bounds__(kRowLimit, 1)
+__global__ void __launch_bounds__(kBackwardLimit, 1)
     token_kernel(const __grid_constant__ QkNormRopeGradArgs grads, int64_t share) {
   using U = Unit<T, kFullVector<T>, Interleaved>;
   using C = compute_t<T>;

@@ -78,9 +78,10 @@ struct Terms {
   uint32_t slots;  // to look at
   uint32_t next;   // the first that has not been looked at
   int count;       // terms in shared memory
+  bool whole;      // these are all: no tile needs others
 
   __device__ __forceinline__ Terms(const WindowArgs& arguments, const Frame& f, bool wanted)
-      : args(arguments), frame(f), slots(wanted ? f.slots : 0), next(0), count(0) {
+      : args(arguments), frame(f), slots(wanted ? f.slots : 0), next(0), count(0), whole(false) {
     double values[2] = {};
     for (uint32_t t = threadIdx.x; t < frame.slots; t += kThreads) {
       const Slot slot(args, blockIdx.y, t, frame.rounds);
@@ -104,6 +105,7 @@ struct Terms {
   // Takes the terms that follow, as many as fit.
   __device__ __forceinline__ void fill() {
     __syncthreads();
+    const bool first = next == 0;
     count = 0;
     while (next < slots) {
       const uint32_t t = next + threadIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -133,11 +135,12 @@ struct Terms {
       count += found;
       next += kThreads;
     }
+    whole = first;
   }
 };
 
-// A block computes tiles of one frame: gridDim.x blocks take turns. With U = 1 there may be more terms than fit: every
-// tile goes through all of them in several turns.
+// A block computes tiles of one frame: gridDim.x blocks take turns. With U = 1 there may be more terms than fit: then
+// every tile goes through all of them in several turns.
 template <class X, class P, int V, int U>
 __global__ void __launch_bounds__(kThreads, 3)
     fuse_kernel(const __grid_constant__ WindowArgs args, const __grid_constant__ Frame frame) {
@@ -146,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int64_t l = blockIdx.y;
   if constexpr (U > 1) terms.fill();
   for (uint32_t tile = blockIdx.x; tile < frame.tiles; tile += gridDim.x) {
-    if constexpr (U == 1) terms.next = 0;
+    if (U == 1 && !terms.whole) terms.next = 0;
     C sum[U][V] = {};
     if (args.x) {
       const X* x = static_cast<const X*>(args.x) + l * args.x_strides[1];
@@ -167,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       }
     }
     do {
-      if constexpr (U == 1) terms.fill();
+      if (U == 1 && !terms.whole) terms.fill();
 #pragma unroll 1
       for (int k = 0; k < args.prediction_count; ++k) {
         const int64_t* strides = args.prediction_strides[k];
@@ -230,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int64_t l = blockIdx.y;
   if constexpr (U > 1) terms.fill();
   for (uint32_t tile = blockIdx.x; tile < frame.tiles; tile += gridDim.x) {
-    if constexpr (U == 1) terms.next = 0;
+    if (U == 1 && !terms.whole) terms.next = 0;
     Pack<X, V> grads[U];
     const X* source = static_cast<const X*>(args.out) + l * args.out_strides[1];
 #pragma unroll
@@ -251,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       }
     }
     do {
-      if constexpr (U == 1) terms.fill();
+      if (U == 1 && !terms.whole) terms.fill();
 #pragma unroll 1
       for (int k = 0; k < args.prediction_count; ++k) {
         const int64_t* strides = args.prediction_strides[k];
@@ -293,7 +296,8 @@ bool can_vectorise(const WindowArgs& args, int vector) {
 
 // A block has one tile of a frame, and more where blocks would come in many turns: its terms are worked out once.
 template <class C, class Kernel>
-void launch_frames(const char* op, Kernel kernel, const WindowArgs& args, int vector, int per_thread, cudaStream_t stream) {
+void launch_frames(const char* op, Kernel kernel, const WindowArgs& args, int vector, int per_thread,
+                   cudaStream_t stream) {
   const int64_t row = args.cols / vector, plane = args.rows * row, vectors = args.channels * plane;
   const int64_t tiles = (vectors + kThreads * per_thread - 1) / (kThreads * per_thread);
   if (tiles * kThreads * per_thread > INT32_MAX) {
@@ -304,8 +308,13 @@ void launch_frames(const char* op, Kernel kernel, const WindowArgs& args, int ve
   const size_t bytes = sizeof(Header) + size_t(terms * args.prediction_count) * (sizeof(int64_t) + sizeof(C));
   const int64_t turns = tiles * args.length / (4 * int64_t(resident_blocks(op, kernel, kThreads, bytes, INT32_MAX)));
   const int64_t each = turns < 1 ? 1 : (turns > 8 ? 8 : turns), share = (tiles + each - 1) / each;
-  const Frame frame{uint32_t(vectors), uint32_t(tiles),  FastDiv(uint32_t(plane)), FastDiv(uint32_t(row)),
-                    uint32_t(rounds),  uint32_t(slots), terms};
+  const Frame frame{uint32_t(vectors),
+                    uint32_t(tiles),
+                    FastDiv(uint32_t(plane)),
+                    FastDiv(uint32_t(row)),
+                    uint32_t(rounds),
+                    uint32_t(slots),
+                    terms};
   launch(op, kernel, dim3(unsigned(share), unsigned(args.length)), kThreads, bytes, stream, args, frame);
 }
 
@@ -318,7 +327,8 @@ void dispatch_vectors(const WindowArgs& args, F&& fn) {
     const std::integral_constant<int, V> whole;
     const std::integral_constant<int, 1> one;
     if (!can_vectorise(args, V)) return fn(x_tag, prediction_tag, one, one);
-    fits ? fn(x_tag, prediction_tag, whole, std::integral_constant<int, unroll(V)>()) : fn(x_tag, prediction_tag, whole, one);
+    fits ? fn(x_tag, prediction_tag, whole, std::integral_constant<int, unroll(V)>())
+         : fn(x_tag, prediction_tag, whole, one);
   });
 }
 
@@ -328,7 +338,8 @@ void window_fusion(const WindowArgs& args, cudaStream_t stream) {
   dispatch_vectors(args, [&](auto x_tag, auto prediction_tag, auto vector, auto per_thread) {
     using X = typename decltype(x_tag)::type;
     using P = typename decltype(prediction_tag)::type;
-    launch_frames<compute_t<X>>("window_fusion", fuse_kernel<X, P, vector(), per_thread()>, args, vector(), per_thread(), stream);
+    launch_frames<compute_t<X>>("window_fusion", fuse_kernel<X, P, vector(), per_thread()>, args, vector(),
+                                per_thread(), stream);
   });
 }
 
@@ -336,8 +347,8 @@ void window_fusion_backward(const WindowArgs& args, cudaStream_t stream) {
   dispatch_vectors(args, [&](auto x_tag, auto prediction_tag, auto vector, auto per_thread) {
     using X = typename decltype(x_tag)::type;
     using P = typename decltype(prediction_tag)::type;
-    launch_frames<compute_t<X>>("window_fusion_backward", spread_kernel<X, P, vector(), per_thread()>, args, vector(), per_thread(),
-                                stream);
+    launch_frames<compute_t<X>>("window_fusion_backward", spread_kernel<X, P, vector(), per_thread()>, args, vector(),
+                                per_thread(), stream);
   });
 }
 

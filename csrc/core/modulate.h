@@ -95,8 +95,9 @@ inline TokenChunks make_chunks(const TokenGroups& groups, int64_t token_offset, 
   return chunks;
 }
 
-// On a GPU every block takes an equal share of the tokens of all samples, in order, and leaves one row of sums for every
-// (sample, group) that it comes to. Their numbers go up with block and group: row block + sample and group in order.
+// On a GPU every block takes an equal share of the tokens of all samples, in order, and leaves one row of sums for
+// every (sample, group) that it comes to. Their numbers go up with block and group: row block + sample and group in
+// order.
 struct TokenShares {
   int64_t share, blocks;  // tokens of a block; blocks that have any
 
@@ -145,8 +146,8 @@ struct ModulateArgs {
 };
 
 // Backward. `residual` is the forward result (x itself in norm_modulate). total = grad_residual + d(out)/d(residual);
-// grad_x = total, grad_y = gate * total. Sums over groups go to [B, G, dim] through `partial` [rows, 3, dim] (scale, shift,
-// gate): B * chunks rows on the CPU, at most modulate_share_rows on a GPU.
+// grad_x = total, grad_y = gate * total. Sums over groups go to [B, G, dim] through `partial` [rows, 3, dim] (scale,
+// shift, gate): B * chunks rows on the CPU, at most modulate_share_rows on a GPU.
 struct ModulateGradArgs {
   int64_t batch, tokens, token_offset;
   int dim;
