@@ -193,7 +193,8 @@ class Export:
 
     def kept(self, folder: Path) -> None:
         models = [folder / name for name in ("model", "model.old") if (folder / name).is_dir()]
-        old = [model for model in models if (model / "transformer" / "config.json").read_bytes() == OLD]
+        texts = {model: model / "transformer" / "config.json" for model in models}
+        old = [model for model in models if texts[model].is_file() and texts[model].read_bytes() == OLD]
         new = [model for model in models if digests(model) == digests(self.source / "model")]
         assert old or new, models
         assert folder / "model.old" not in models[:1] or old, "half of a model has the name of a whole one"
