@@ -72,7 +72,8 @@ class _OurLimits:
     """Pillow warns of large images and refuses larger ones, by a number for the whole program: ours says it here."""
 
     def __init__(self) -> None:
-        self._lock, self._inside, self._before = threading.Lock(), 0, None
+        self._lock, self._inside = threading.Lock(), 0
+        self._before: int | None = None
 
     def __enter__(self) -> None:
         from PIL import Image
@@ -238,6 +239,7 @@ def _eight_bits(image: Image.Image, source: Path) -> Image.Image:
     """
     from PIL import Image as Images
 
+    grey: Any
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32) // 257
     elif image.mode == "F":

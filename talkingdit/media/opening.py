@@ -31,7 +31,10 @@ def open_media(path: str | os.PathLike[str], format: str | None = None) -> Itera
     import av
 
     # A list of allowed protocols without any: files that name others are not followed.
-    with open(path, "rb") as file, av.open(file, format=format, options={"protocol_whitelist": "none"}) as container:
+    with (
+        open(path, "rb") as file,
+        av.open(file, mode="r", format=format, options={"protocol_whitelist": "none"}) as container,
+    ):
         yield container
 
 

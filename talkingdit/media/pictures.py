@@ -38,7 +38,8 @@ def add_pictures(
     """
     stream: VideoStream = container.add_stream("libx264", rate=fps)
     stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
-    stream.options = {"crf": str(crf), "preset": preset} | repeatable()
+    options: dict[str, Any] = {"crf": str(crf), "preset": preset}
+    stream.options = options | repeatable()
     codec: Any = stream.codec_context
     codec.color_range = LIMITED
     if size[0] > LINES_OF_601:

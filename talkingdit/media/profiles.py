@@ -131,7 +131,7 @@ def _space(image: Image.Image, points: tuple[int, int] | None) -> Space | None:
             gamma = None
         known = tuple(white) if white is not None and len(white) == 8 else SRGB
         near = np.abs(np.subtract(known, SRGB)).max() < 0.005
-        return Space(SRGB if near else known, gamma)  # type: ignore[arg-type]
+        return Space(SRGB if near else known, gamma)
     return Space(ADOBE, 563 / 256) if _is_adobe(image) else None
 
 

@@ -144,6 +144,7 @@ class _Cudnn(_Kernel):
 class _Efficient(_Kernel):
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Piece:
+        k, v, mask = _Efficient._filled_up(k, v, mask)
         out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(q, k, v, _bias(mask, q), True)
         return Piece(out, lse[..., : q.shape[2]], (seed, offset))
 
@@ -153,10 +154,20 @@ class _Efficient(_Kernel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The kernel wants rows of lse in multiples of 32; what stands behind the last query gets no weight.
         lse = F.pad(whole.lse, (0, -whole.lse.shape[-1] % 32), value=torch.inf)
-        wanted = [True, True, True, False]
-        return aten._scaled_dot_product_efficient_attention_backward(
+        wanted, keys = [True, True, True, False], k.shape[2]
+        k, v, mask = _Efficient._filled_up(k, v, mask)
+        of_q, of_k, of_v = aten._scaled_dot_product_efficient_attention_backward(
             grad, q, k, v, _bias(mask, q), whole.out, lse, *whole.extra, 0.0, wanted
         )[:3]
+        return of_q, of_k[:, :, :keys], of_v[:, :, :keys]
+
+    @staticmethod
+    def _filled_up(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Masked keys behind the others, to sixteen: with a mask the backward in 16 bits is wrong for a single key."""
+        missing = 16 - k.shape[2]
+        if mask is None or missing <= 0:
+            return k, v, mask
+        return F.pad(k, (0, 0, 0, missing)), F.pad(v, (0, 0, 0, missing)), F.pad(mask, (0, missing), value=False)
 
 
 class _Math(_Kernel):

@@ -285,6 +285,7 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
         if cache is None:
             noisy = take_ranges(self._through_blocks(x, time, conditions), shard.noisy_ranges)
         elif cache.skips:
+            assert cache.kept is not None
             noisy = take_ranges(x, shard.noisy_ranges) + cache.kept
         else:
             before = take_ranges(x, shard.noisy_ranges).clone()  # blocks write over x
