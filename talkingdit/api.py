@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from talkingdit import families
 from talkingdit.errors import UserError
 from talkingdit.models import default_checkpoint, load_checkpoint
-from talkingdit.pipelines.inputs import Job, read_inputs
+from talkingdit.pipelines.inputs import Job, check_enlarged, read_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +74,7 @@ def generate(
     )
     inputs = read_inputs(job, chosen.files())
     outline = family.outline.outline(inputs, family.checkpoint.read_settings(folder), chosen)
+    check_enlarged(job, outline)
     from talkingdit.pipelines.job import Talk, make_video
 
     loaded = checkpoint if hasattr(checkpoint, "folder") else load_checkpoint(folder, dtype, device)

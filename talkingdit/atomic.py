@@ -104,6 +104,31 @@ def write_whole(target: str | os.PathLike[str], data: bytes, prefix: str = PART,
         temporary.write_bytes(data)
 
 
+def append_line(file: str | os.PathLike[str], line: str) -> None:
+    """Add a line to a file, whole or not at all, also where several processes do. A link is not followed.
+
+    What a killed process or a full disk has cut off before becomes a line of its own.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # file systems without locks: a line is one write, which others do not cut
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        size = os.fstat(handle).st_size
+        cut = size and os.pread(handle, 1, size - 1) != b"\n"
+        data = b"\n" * bool(cut) + line.encode() + b"\n"
+        try:
+            while data:
+                data = data[os.write(handle, data) :]
+        except BaseException:
+            os.ftruncate(handle, size)
+            raise
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def part_folder(target: str | os.PathLike[str], prefix: str = PART) -> Iterator[Path]:
     """A private folder beside the target for libraries that leave files of their own; it goes when the block ends.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -11,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from talkingdit.atomic import PART, WholeFile, part_folder, remove_left, take, whole_file, whole_folder, write_whole
+from talkingdit.atomic import (
+    PART,
+    WholeFile,
+    append_line,
+    part_folder,
+    remove_left,
+    take,
+    whole_file,
+    whole_folder,
+    write_whole,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -122,6 +133,25 @@ def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
         half()
     assert (target / "a").read_text() == "two"
     assert names(tmp_path) == ["run"]
+
+
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "log.jsonl"
+    append_line(file, "first")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))  # in the middle of the next line
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            append_line(file, "second")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_text() == "first\n"
+    file.write_text("first\ncut o")
+    append_line(file, "third")
+    assert file.read_text() == "first\ncut o\nthird\n"
+    (tmp_path / "link").symlink_to(file)
+    with pytest.raises(OSError, match="symbolic links"):
+        append_line(tmp_path / "link", "fourth")
 
 
 KILLED = """

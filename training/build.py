@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from talkingdit.atomic import whole_folder
-from talkingdit.distributed.team import from_rank_0
 from talkingdit.errors import UserError
 from training.config import Config
 from training.family import family_of, settings_of, train_run
 from training.frozen import check_frozen, narrow
 from training.lora import add_adapters
 from training.networks import Networks
+from training.one_run import written
 from training.parallel import ProcessMesh, load_weights, local_part, shard
 from training.stages import trained_names
 
@@ -72,7 +72,7 @@ def _whole_start(start: Path, config: Config) -> Path:
         with whole_folder(folder) as temporary:
             family.train.save(temporary, model, None, train_run(config))
 
-    from_rank_0(make)
+    written(folder, make, "training")
     if not folder.exists():
         raise UserError(f"training: {folder} must be on storage that all nodes see, got none on this one.")
     return folder

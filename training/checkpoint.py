@@ -11,6 +11,9 @@ kill at any moment, of any ranks, leaves either a `.tmp`, which the next start r
         state.pt                       numbers, the position in the data, stage, random states (torch.load)
         config.json                    the configuration of the run
         files.json                     bytes and CRC-32 of all others
+
+A checkpoint may come from somebody else: `.metadata` and `state.pt` are read without running code
+(checkpoint_metadata.py and torch's weights_only), and files are looked for by plain names in the folder alone.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -37,6 +41,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from talkingdit.distributed.team import from_rank_0
 from talkingdit.errors import UserError
 from training.checkpoint_files import MANIFEST, PLAIN, CheckpointWriter, damage
+from training.checkpoint_metadata import CheckpointReader, read_metadata
 
 T = TypeVar("T")
 # Without a process group DCP warns that it works in one process, which is what is wanted, also from its thread.
@@ -140,7 +145,7 @@ class Checkpoints:
             return None
         self._check_files(path)
         saved = _sizes(path)
-        content = torch.load(path / PLAIN, weights_only=True, map_location="cpu")
+        content = _content(path)
         differing = sorted(state.keys() - content["state"].keys() if partly else content["state"].keys() ^ state.keys())
         if differing:
             where = "lacks" if differing[0] in state else "holds"
@@ -154,18 +159,21 @@ class Checkpoints:
             saved = {name: shape for name, shape in saved.items() if name.split("/")[0] in state}
         _compare(path, saved, tensors)
         try:
-            dcp.load(tensors, checkpoint_id=path, process_group=self._group, no_dist=self._group is None)
+            reader = CheckpointReader(path)
+            dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
         except CheckpointException as error:
             rank, cause = _cause(error)
             raise CheckpointError(f"checkpoint {path} cannot be read by rank {rank}: {cause}") from error
         for key, value in state.items():
             whole = _join(content["state"][key], key, tensors)
             if isinstance(value, Stateful):
-                value.load_state_dict(whole)
+                with restoring(path, key):
+                    value.load_state_dict(whole)
             else:
                 state[key] = whole
         if len(content["random"]) == self._world and not partly:
-            _set_random_state(content["random"][self._rank])
+            with restoring(path, "random"):
+                _set_random_state(content["random"][self._rank])
         return int(content["step"])
 
     def peek(self) -> dict[str, Any] | None:
@@ -175,7 +183,7 @@ class Checkpoints:
         if path is None:
             return None
         self._check_files(path, only=PLAIN)
-        content = torch.load(path / PLAIN, weights_only=True, map_location="cpu")
+        content = _content(path)
         return {**content["state"], "step": content["step"]}
 
     def latest(self) -> Path | None:
@@ -206,8 +214,7 @@ class Checkpoints:
             self._group = None
 
     def _complete(self) -> list[Path]:
-        found = [path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name)]
-        return sorted((path for path in found if (path / MANIFEST).exists()), key=lambda path: int(path.name[5:]))
+        return _complete(self.folder)
 
     def _clean(self) -> None:
         """Removes what a killed save left."""
@@ -279,6 +286,26 @@ class PreparedState(Stateful):
         raise NotImplementedError
 
 
+def newest_complete(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a folder; None if there is none."""
+    return next(reversed(_complete(folder)), None)
+
+
+def check_shapes(path: Path, name: str, tensors: dict[str, Tensor]) -> None:
+    """Does a checkpoint hold these tensors, and no others, as what it calls `name`? They may be on the meta device.
+
+    Raises:
+        CheckpointError: says what differs.
+    """
+    saved = {key: shape for key, shape in _sizes(path).items() if key.startswith(f"{name}/")}
+    _compare(path, saved, {f"{name}/{key}": tensor for key, tensor in tensors.items()})
+
+
+def _complete(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted((path for path in found if (path / MANIFEST).exists()), key=lambda path: int(path.name[5:]))
+
+
 def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -310,9 +337,43 @@ def _join(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
+@contextmanager
+def restoring(path: Path | str, what: str) -> Iterator[None]:
+    """Where a state from a checkpoint is taken over: one that does not fit is told in one sentence.
+
+    Raises:
+        CheckpointError: for what code does that was given something else than it wrote.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(
+            f"checkpoint {path}: what it holds as {what!r} is not that of a run ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What is not a tensor in a checkpoint."""
+    try:
+        content = torch.load(path / PLAIN, weights_only=True, map_location="cpu")
+    except Exception as error:  # an unpickler raises whatever comes to its mind
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"checkpoint {path}: {PLAIN} is not that of a run ({reason})") from error
+    kinds = {"step": int, "state": dict, "random": list}
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
+        raise CheckpointError(f"checkpoint {path}: {PLAIN} is not that of a run (step, state and random are expected)")
+    return content
+
+
 def _sizes(path: Path) -> dict[str, torch.Size]:
     """Shapes of the tensors in a checkpoint."""
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    try:
+        metadata = read_metadata(path).state_dict_metadata
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from error
     return {name: entry.size for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
 
 

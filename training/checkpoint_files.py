@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -80,8 +81,12 @@ def damage(folder: Path, only: str | None, rank: int, world: int, verify: bool) 
         verify: compare checksums too, not only sizes.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = json.loads((folder / MANIFEST).read_bytes())["files"]
         for name in [only] if only else sorted(files)[rank::world]:
+            if Path(name).name != name or not name:
+                return f"{MANIFEST} names {name!r}, which is no file of the checkpoint"
+            if not stat.S_ISREG((folder / name).stat().st_mode):
+                return f"{name} is not a file"
             expected, size = files[name], (folder / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{name} has {size} bytes, expected {expected['bytes']}"
@@ -89,7 +94,7 @@ def damage(folder: Path, only: str | None, rank: int, world: int, verify: bool) 
                 return f"the checksum of {name} is not the one it was written with"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     return None
 

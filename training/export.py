@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.distributed as dist
 import tyro
 from torch import Tensor
 
 from talkingdit.atomic import whole_folder
+from talkingdit.checkpoints.bounds import check_bounds
+from talkingdit.checkpoints.fill import build_empty
 from talkingdit.checkpoints.saving import save_tensors
 from talkingdit.errors import UserError
 from training import parallel
 from training.build import new_networks, sharded_networks
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, check_shapes, newest_complete
 from training.checkpoint_files import CONFIG
 from training.config import Config, read_json
 from training.ema import Ema
@@ -34,6 +35,7 @@ from training.lora import adapter_tensors
 from training.model_state import ModelState, gather_state
 from training.networks import Networks
 from training.objective import empty_text
+from training.one_run import written
 from training.signals import run_guarded
 from training.stages import trained_names
 
@@ -65,10 +67,12 @@ def check_export(config: Config) -> None:
 def export(networks: Networks, config: Config, folder: Path) -> None:
     """Write the weights as they are now, in bfloat16, whole or not at all. Every rank calls it, rank 0 writes."""
     state = gather_state(networks, None if config.lora.rank > 0 else torch.bfloat16)
-    if dist.get_rank() == 0:
+
+    def write_whole() -> None:
         with whole_folder(folder) as temporary:
             write(state, config, temporary)
-    dist.barrier()
+
+    written(folder, write_whole, "export")
 
 
 def write(state: Mapping[str, Tensor], config: Config, folder: Path) -> None:
@@ -107,11 +111,10 @@ def main(options: Options) -> None:
         UserError: there is no checkpoint, or it is damaged.
     """
     checkpoints = options.run / "checkpoints"
-    complete = sorted(checkpoints.glob("step-*/" + CONFIG))
-    if not complete:
+    newest = newest_complete(checkpoints)
+    if newest is None:
         raise UserError(f"{checkpoints}: holds no complete checkpoint.")
-    config = read_json(complete[-1])
-    config.parallel = type(config.parallel)(precision="fp32")  # all processes share the parameters
+    config = _read_config(newest, options.run)
     mesh = parallel.start(config.parallel, "auto")
     networks = sharded_networks(config, mesh, resumes=True)
     trained = trained_names(config, networks)
@@ -130,6 +133,26 @@ def main(options: Options) -> None:
         print(f"{options.out}: {'averaged ' if options.averages else ''}weights after step {step}")
     reader.close()
     parallel.stop()
+
+
+def _read_config(checkpoint: Path, run: Path) -> Config:
+    """The configuration of a checkpoint, which may come from anyone: nothing is written where it says, and the networks
+    are those that the checkpoint holds before there is memory for them."""
+    try:
+        config = read_json(checkpoint / CONFIG)
+        check_bounds({"model": asdict(config.model), "rank": config.lora.rank}, checkpoint / CONFIG)
+        config.run.out = run
+        config.parallel = type(config.parallel)(precision="fp32")  # all processes share the parameters
+        networks = build_empty(lambda: new_networks(config, "meta"), checkpoint / CONFIG)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{error}") from error
+    except RecursionError as error:
+        raise UserError(f"{checkpoint / CONFIG}: nested too deeply to be a configuration.") from error
+    select = trained_names(config, networks).__contains__ if config.lora.rank > 0 else None
+    check_shapes(checkpoint, "networks", ModelState(networks, select).state_dict())
+    return config
 
 
 if __name__ == "__main__":

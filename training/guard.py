@@ -89,5 +89,15 @@ class Guard:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        if not all(isinstance(norm, float) and math.isfinite(norm) for norm in state["norms"]):
+            raise ValueError("norms must be finite numbers")
+        for name in ("spikes", "not_finite", "in_a_row"):
+            if type(state[name]) is not int or state[name] < 0:
+                raise ValueError(f"{name} must be a number of at least 0, got {state[name]!r:.40}")
         self.norms = deque(state["norms"], maxlen=WINDOW)
         self.spikes, self.not_finite, self.in_a_row = state["spikes"], state["not_finite"], state["in_a_row"]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from talkingdit.distributed.team import from_rank_0
 from talkingdit.plan.transformer import Transformer
 from training.build import sharded_networks
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, restoring
 from training.checkpoint_files import CONFIG
 from training.config import Config, read_json, write_json
 from training.differences import differences, in_words
@@ -69,11 +69,13 @@ class Trainer:
         self.meter = Meter(mesh.device, mesh.world, stated_speed(mesh.device))
         self.progress = Progress(config.stages)
         if saved is not None:
-            self.progress.load_state_dict(saved["progress"])
-        self.begin_stage(None if saved is None else saved["data"])
+            with restoring(self.checkpoints.folder, "progress"):
+                self.progress.load_state_dict(saved["progress"])
+        self.begin_stage(None if saved is None else saved.get("data"))
         if saved is not None:
             self.checkpoints.load(self.state())
-            self.guard.load_state_dict(saved["guard"])
+            with restoring(self.checkpoints.folder, "guard"):
+                self.guard.load_state_dict(saved["guard"])
             self.say(f"{'was done' if self.progress.done else 'goes on'} after step {self.progress.total}")
             self.say_differences()
 
@@ -111,7 +113,8 @@ class Trainer:
             held=self.held,
         )
         if data is not None:
-            self.loader.load_state_dict(data)
+            with restoring(self.checkpoints.folder, "data"):
+                self.loader.load_state_dict(data)
 
     def train_step(self) -> None:
         """One step of the optimisers."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import resource
@@ -10,14 +11,16 @@ import secrets
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from talkingdit.atomic import write_whole
+from talkingdit.atomic import append_line, write_whole
 from talkingdit.errors import UserError
 from talkingdit.plan.cards import CARDS
 from talkingdit.plan.clip import ClipShape
@@ -100,46 +103,63 @@ class Writer:
 
     def __init__(self, folder: Path, step: int, config: LogConfig, run: dict[str, Any]) -> None:
         """Go on after `step` in a folder; `run` is the whole configuration."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._board = _start_board(folder, step) if config.tensorboard else None
-        self._lines = _reopen(folder / "log.jsonl", step)
+        self._file = folder / "log.jsonl"
+        with _told(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._board = _start_board(folder, step) if config.tensorboard else None
+            _keep_until(self._file, step)
         self._wandb = _start_wandb(folder, config.wandb, run) if config.wandb else None
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
         # JSON has no NaN and no infinity; a line with one would be unreadable for others.
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._lines.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
+        with _told(self._file.parent):
+            append_line(self._file, json.dumps({"step": step, **line}, allow_nan=False))
+            if self._board is not None:
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def frames(self, name: str, frames: Tensor, step: int) -> None:
         """Frames [n, 3, H, W] uint8."""
         if self._board is not None:
-            self._board.add_images(name, frames, step)
+            with _told(self._file.parent):
+                self._board.add_images(name, frames, step)
 
     def close(self) -> None:
         if self._board is not None:
-            self._board.close()
-        self._lines.close()
+            with _told(self._file.parent):
+                self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
 
-def _reopen(file: Path, step: int) -> TextIO:
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """A full disk is told in one sentence; TensorBoard's thread raises at a later call."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"training: the log in {folder} cannot be written ({error.strerror or error}); the same command goes on "
+            "from the last checkpoint."
+        ) from error
+
+
+def _keep_until(file: Path, step: int) -> None:
     """Lines up to `step` stay; those that a lost end of an earlier run wrote go."""
+    if file.is_symlink():
+        raise OSError(errno.ELOOP, f"{file.name} is a link", str(file))
     if file.exists():
-        kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+        kept = [line for line in file.read_text(errors="replace").splitlines() if _step_of(line) <= step]
         write_whole(file, "".join(line + "\n" for line in kept).encode())
-    return file.open("a", buffering=1)
 
 
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")  # a line cut off by a kill, or none of ours
 
 

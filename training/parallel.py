@@ -45,6 +45,7 @@ from torch.distributed.tensor import DTensor, debug
 
 from talkingdit.checkpoints.fill import check_names
 from talkingdit.checkpoints.weights import Weights, open_weights
+from talkingdit.distributed.restart import arguments_of_restart
 from talkingdit.errors import UserError
 from talkingdit.nn.context_parallel import ContextParallel
 from talkingdit.nn.units import modules_of
@@ -93,7 +94,8 @@ def start(config: ParallelConfig, device: str = "auto") -> ProcessMesh:
         # Checkpoints and offloaded shards need collectives on the host, too.
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=patience, **({} if "WORLD_SIZE" in os.environ else alone))
+        more = arguments_of_restart(patience) if "WORLD_SIZE" in os.environ else alone
+        dist.init_process_group(backend, timeout=patience, **more)
     _forget_meshes()
     axes = init_device_mesh(place.type, tuple(sizes.values()), mesh_dim_names=AXES)
     copies, parts = sizes["replicate"], world // sizes["replicate"]

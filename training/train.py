@@ -9,6 +9,7 @@ The same command goes on with a run that was stopped, on any number of processes
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -18,6 +19,7 @@ from training import parallel
 from training.config import parse
 from training.family import family_of
 from training.loop import Trainer
+from training.one_run import one_run
 from training.signals import Stop, run_guarded
 from training.stages import check_supported
 
@@ -28,6 +30,12 @@ def train() -> None:
     Raises:
         UserError: something that the user can correct.
     """
+    with ExitStack() as run:
+        _train(run)
+    parallel.stop()
+
+
+def _train(run: ExitStack) -> None:
     try:
         config = parse()
         family = family_of(config)
@@ -36,12 +44,12 @@ def train() -> None:
         if config.run.device == "cpu" or not torch.cuda.is_available():
             torch.set_num_threads(config.run.threads)
         mesh = parallel.start(config.parallel, config.run.device)
+        run.enter_context(one_run(config.run.out, "training"))
         trainer = Trainer(config, mesh)
     except ValueError as error:  # of a configuration that makes no sense; later ones are faults, with their traceback
         raise UserError(f"{error}") from error
     with Stop(config.parallel.timeout_seconds) as stop:
         trainer.run(stop)
-    parallel.stop()
 
 
 @record

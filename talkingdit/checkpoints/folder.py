@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from talkingdit.checkpoints.fill import build_empty, fill
-from talkingdit.checkpoints.weights import open_weights, read_json
+from talkingdit.checkpoints.weights import open_weights, read_bounded
 from talkingdit.errors import UserError
 
 
@@ -31,7 +31,7 @@ def check_class(folder: Path, expected: tuple[str, ...]) -> str:
     Raises:
         UserError: another one.
     """
-    name = read_json(folder / "config.json").get("_class_name")
+    name = read_bounded(folder / "config.json").get("_class_name")
     if name not in expected:
         raise UserError(f"{folder / 'config.json'}: _class_name must be {' or '.join(expected)}, got {name!r}.")
     return name

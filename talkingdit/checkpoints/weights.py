@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -20,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from talkingdit.checkpoints import gguf
+from talkingdit.checkpoints.bounds import check_bounds
 from talkingdit.errors import UserError
 
 SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors$")
+MOST_SHARDS, MOST_JSON = 10_000, 64 << 20  # no checkpoint has more files, or bytes in a file of settings
 # How safetensors headers spell dtypes.
 DTYPES = {
     "F64": torch.float64,
@@ -200,7 +202,7 @@ def _indexed(folder: Path, index: Path) -> Weights:
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise UserError(f"{index}: must have a weight_map of tensor names to files.")
-    names = sorted({str(name) for name in listed.values()})
+    names = sorted({_inside(name, index) for name in listed.values()})
     gone = [name for name in names if not (folder / name).is_file()]
     if gone:
         raise UserError(
@@ -214,10 +216,35 @@ def _indexed(folder: Path, index: Path) -> Weights:
     return weights
 
 
+def check_index(folder: Path) -> None:
+    """Do the indices in a folder name files of that folder alone? For libraries that read them without asking.
+
+    Raises:
+        UserError: one does not.
+    """
+    for index in sorted(folder.glob("*.index.json")):
+        listed = read_json(index).get("weight_map")
+        for name in {str(name) for name in listed.values()} if isinstance(listed, dict) else ():
+            _inside(name, index, (".safetensors", ".bin"))
+
+
+def _inside(name: Any, index: Path, endings: tuple[str, ...] = (".safetensors",)) -> str:
+    """The name of a file that an index gives, which must be one of its own folder: a folder may come from anyone.
+
+    By its name alone: caches of downloads have links in place of files.
+    """
+    parts = PurePosixPath(name).parts if isinstance(name, str) and "\0" not in name and "\\" not in name else ()
+    if not parts or parts[0] == "/" or ".." in parts or not name.endswith(endings):
+        raise UserError(f"{index}: expected names of *{endings[0]} files in this folder, got {name!r:.120}.")
+    return name
+
+
 def _check_all_shards(folder: Path, files: list[Path]) -> None:
     """Are shards that count themselves (-00001-of-00003) all there?"""
     for match in filter(None, (SHARD.match(file.name) for file in files)):
         stem, digits, count = match[1], len(match[2]), match[3]
+        if int(count) > MOST_SHARDS:
+            raise UserError(f"{folder}: {match[0]} counts {count} files, more than any checkpoint has ({MOST_SHARDS}).")
         wanted = [f"{stem}-{i:0{digits}d}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
         gone = [name for name in wanted if not (folder / name).is_file()]
         if gone:
@@ -270,13 +297,28 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: no such file, not JSON, not an object.
     """
     try:
+        if (size := path.stat().st_size) > MOST_JSON:
+            raise UserError(f"{path}: expected at most {MOST_JSON >> 20} MB, got {size >> 20} MB.")
         values = json.loads(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file; the checkpoint is not complete.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ({error}).") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold a JSON object, got {type(values).__name__}.")
+    return values
+
+
+def read_bounded(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that says what is built and how it is used.
+
+    Raises:
+        UserError: as `read_json`, or a setting is out of bounds.
+    """
+    values = read_json(path)
+    check_bounds(values, path)
     return values
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from talkingdit import families
+from talkingdit.checkpoints.bounds import check_options
 from talkingdit.cli.flags import Group, Values, fields_of, read, spellings_of
 from talkingdit.cli.loras import LoraChoice, apply, check_files, checked, read_choice
 from talkingdit.cli.messages import processes, rank, tell_of_one, warn
@@ -68,6 +69,7 @@ class Flags:
     """how the processes of torchrun share the work: guidance=2,ulysses=4,ring=1,vae=split (default: by their number)"""
 
     def __post_init__(self) -> None:
+        check_options(self, "generate")
         for name in ("upscale", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -131,7 +133,7 @@ def prepare(argv: Sequence[str]) -> Request:
     flags, options = values.make(Flags), values.make(family.options)
     check_files(flags.lora)
 
-    from talkingdit.pipelines.inputs import Job, read_inputs
+    from talkingdit.pipelines.inputs import Job, check_enlarged, read_inputs
 
     inputs = read_inputs(
         Job(
@@ -151,6 +153,7 @@ def prepare(argv: Sequence[str]) -> Request:
     settings = family.checkpoint.read_settings(_folder(flags))
     outline = family.outline.outline(inputs, settings, options)
     outline = checked(flags.lora, flags.lora_partial, family, _folder(flags), outline)
+    check_enlarged(inputs.job, outline)
     layout.resolved(processes(), outline.predictions, _heads(_folder(flags)))
     if processes() == 1 and layout.vae is not None:
         outline = replace(outline, warnings=(*outline.warnings, "`--parallel vae=` has no effect on one process."))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from talkingdit.checkpoints.bounds import check_options
 from talkingdit.cli.flags import Group, read
 from talkingdit.cli.messages import processes, rank, warn
 from talkingdit.errors import UserError
@@ -63,6 +64,7 @@ class Flags:
     """processes"""
 
     def __post_init__(self) -> None:
+        check_options(self, "precompute")
         counts = ("fps", "clip_frames", "min_frames", "stride", "tokens", "multiple", "shard_size", "workers")
         for name in counts:
             value = getattr(self, name)
@@ -103,7 +105,7 @@ def _run(flags: Flags, manifest: Manifest, job: Job) -> None:
     from talkingdit.data.workers import run_workers
 
     first, world = rank() * flags.workers, processes()
-    prepare(job, first)
+    lock = prepare(job, first)
     clips = broken = 0
     rows = sum(len(manifest.entries[worker :: world * flags.workers]) for worker in range(first, first + flags.workers))
     try:
@@ -120,6 +122,8 @@ def _run(flags: Flags, manifest: Manifest, job: Job) -> None:
         raise KeyboardInterrupt(
             f"interrupted; finished shards are kept in {flags.out}; the same command goes on there."
         ) from None
+    finally:
+        lock.release()
     listed = f"; {broken} that cannot be read are listed in {flags.out / BROKEN}" if broken else ""
     if world == 1 and not any(flags.out.glob("clips-*.tar")):
         raise UserError(f"precompute: no clip could be made{listed}.")

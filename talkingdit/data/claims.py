@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from talkingdit.atomic import PART, write_whole
+from talkingdit.errors import UserError
 
 TRIES = 2  # processes that may end at an entry
 _END = "now"
@@ -40,7 +41,10 @@ class Claims:
 
     def begin(self, key: str) -> None:
         """Write down that this worker reads an entry now."""
-        write_whole(self._file, json.dumps({"key": key, "tries": self.tries(key) + 1}).encode(), self._prefix)
+        try:
+            write_whole(self._file, json.dumps({"key": key, "tries": self.tries(key) + 1}).encode(), self._prefix)
+        except OSError as error:
+            raise UserError(f"{self._file.parent}: cannot be written ({error.strerror or error}).") from error
 
     def end(self) -> None:
         """It is done with it, whatever came of it."""

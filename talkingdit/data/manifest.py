@@ -49,6 +49,7 @@ COLUMNS = (
     *("video", "audio", "caption", "reference", "pose", "kind", "start", "end", "regions", "outside"),
     *("id", "fps", "frames", "width", "height"),
 )
+MOST = {"fps": 1000, "frames": 10_000_000, "width": 1 << 16, "height": 1 << 16}  # no video has more
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
 IMAGE = "image"
 SILENT = "none"
@@ -262,6 +263,8 @@ def _number(values: dict[str, Any], name: str, where: str) -> float | None:
         number = math.nan
     if not 0 <= number < math.inf:
         raise UserError(f"{where}: {name} must be a number of at least 0, got {value!r}.")
+    if number > MOST.get(name, number):
+        raise UserError(f"{where}: {name} must be at most {MOST[name]}, got {value!r}.")
     return number
 
 

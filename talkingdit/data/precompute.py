@@ -10,6 +10,7 @@ crashes makes them.
     clips-WWWW-NNNNNN.tar    shard N of worker W, and .json, its index
     empty_text.safetensors   features of the empty caption
     broken.jsonl             key, row and reason of what could not be encoded
+    .lock                    which process is at work here; see `talkingdit.lock`
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from talkingdit.atomic import PART, write_whole
+from talkingdit.atomic import PART, append_line, write_whole
 from talkingdit.data.claims import TRIES, Claims
 from talkingdit.data.cutting import Cutting, open_item
 from talkingdit.data.encoders import CheckpointEncoders
@@ -37,9 +37,10 @@ from talkingdit.data.probe import Probes
 from talkingdit.data.sample import BrokenSample
 from talkingdit.data.shards import EMPTY_TEXT, PrecomputedShards, ShardWriter, part_of
 from talkingdit.errors import UserError
+from talkingdit.lock import RunLock, name_of_torchrun
 
 FORMAT = 1
-STAMP, BROKEN = "precompute.json", "broken.jsonl"
+STAMP, BROKEN, LOCK = "precompute.json", "broken.jsonl", ".lock"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -82,26 +83,50 @@ class Step:
     broken: int = 0
 
 
-def prepare(job: Job, rank: int = 0) -> None:
+def prepare(job: Job, rank: int = 0) -> RunLock:
     """Make the folder, or make sure that it holds clips of the same settings.
 
+    Returns:
+        The lock on the folder, which processes of one torchrun share; to be released when the work is done.
+
     Raises:
-        UserError: it holds clips of other settings, or something else, or cannot be written.
+        UserError: it holds clips of other settings, or something else, or cannot be written, or another run is at work
+            there.
     """
-    wanted = json.loads(json.dumps(job.settings()))
-    stamp = job.out / STAMP
     try:
         job.out.mkdir(parents=True, exist_ok=True)
-        if not stamp.is_file():
-            foreign = sorted(path.name for path in job.out.iterdir() if not path.name.startswith(PART))
-            if foreign and not stamp.is_file():
-                raise UserError(f"{job.out}: expected an empty folder or earlier clips, got {foreign[0]!r} in it.")
-            write_whole(stamp, json.dumps(wanted, indent=1).encode(), part_of(rank))
-        found = json.loads(stamp.read_text())
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
+        _refuse_foreign(job.out)
+        lock = RunLock(job.out / LOCK, job.out, "talkingdit precompute", name_of_torchrun())
+    except OSError as error:
+        raise UserError(f"{job.out}: cannot be used ({error}).") from error
+    try:
+        _stamp(job, rank)
+    except BaseException as error:
+        lock.release()
+        if isinstance(error, UserError) or not isinstance(error, OSError | ValueError | RecursionError):
             raise
         raise UserError(f"{job.out}: cannot be used ({error}).") from error
+    return lock
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Hidden files are nobody's concern: ours, a library's or a file system's."""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if names and not (folder / STAMP).is_file():
+        raise UserError(f"{folder}: expected an empty folder or earlier clips, got {names[0]!r} in it.")
+    for name in (STAMP, BROKEN, EMPTY_TEXT):
+        if (folder / name).is_symlink():
+            raise UserError(f"{folder / name}: expected a file of this folder, got a link out of it; remove it.")
+
+
+def _stamp(job: Job, rank: int) -> None:
+    wanted = json.loads(json.dumps(job.settings()))
+    stamp = job.out / STAMP
+    if not stamp.is_file():
+        write_whole(stamp, json.dumps(wanted, indent=1).encode(), part_of(rank))
+    found = json.loads(stamp.read_text())
+    if not isinstance(found, dict):
+        raise ValueError(f"{STAMP} must hold an object, got {type(found).__name__}")
     for name, value in wanted.items():
         if found.get(name) != value:
             what = f"{name} {found.get(name)!r}, asked for {value!r}"
@@ -213,7 +238,10 @@ def _keep_empty_text(job: Job, worker: int) -> None:
         return
     text = job.encoders.loaded.text("")
     assert text is not None
-    write_whole(target, safetensors.torch.save({"text": text.to(getattr(torch, job.dtype))}), part_of(worker))
+    try:
+        write_whole(target, safetensors.torch.save({"text": text.to(getattr(torch, job.dtype))}), part_of(worker))
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror or error}).") from error
 
 
 class _BrokenLog:
@@ -228,8 +256,7 @@ class _BrokenLog:
         line = json.dumps({"key": key, "row": entry.where, "reason": reason}, ensure_ascii=False)
         if line not in self.known:
             self.known.add(line)
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
-                os.write(handle, f"{line}\n".encode())  # one write, so that lines of workers do not mix
-            finally:
-                os.close(handle)
+                append_line(self.path, line)
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written ({error.strerror or error}).") from error

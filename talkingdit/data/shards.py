@@ -31,6 +31,7 @@ from torch import Tensor
 
 from talkingdit.atomic import PART, WholeFile, write_whole
 from talkingdit.data.sample import BrokenSample, ClipRequest, Sample, Shape, flaw
+from talkingdit.data.shard_checks import check_description, check_shapes, read_description
 from talkingdit.errors import UserError
 
 EMPTY_TEXT = "empty_text.safetensors"
@@ -139,10 +140,10 @@ def read_index(stream: Any) -> list[dict[str, Any]]:
             key, _, kind = member.name.partition(".")
             clip = clips.setdefault(key, {"key": key})
             if kind == "json":
-                extracted = tar.extractfile(member)
-                assert extracted is not None
-                clip.update(json.loads(extracted.read()))
+                clip.update(read_description(tar, member) | {"key": key})
             elif kind == "safetensors":
+                if not member.isreg():
+                    raise ValueError(f"{member.name} is no file")
                 clip.update(offset=member.offset_data, size=member.size)
     return list(clips.values())
 
@@ -194,12 +195,12 @@ class PrecomputedShards:
         try:
             index = json.loads(self.fs.cat_file(shard.removesuffix(".tar") + ".json"))
             if index["bytes"] == self.fs.size(shard):
-                return [_described(clip) for clip in index["clips"]]
-        except (OSError, ValueError, KeyError, TypeError):
+                return [check_description(clip, index["bytes"]) for clip in index["clips"]]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
         try:
             with self.fs.open(shard, "rb") as stream:
-                return [_described(clip) for clip in read_index(stream)]
+                return [check_description(clip, self.fs.size(shard)) for clip in read_index(stream)]
         except (OSError, tarfile.TarError, ValueError) as error:
             raise UserError(f"{shard}: damaged ({error}); delete it and precompute again.") from error
 
@@ -257,6 +258,7 @@ class PrecomputedShards:
             outside=_group(tensors, "outside"),
             **tensors,  # what is left has the names of fields
         )
+        check_shapes(sample, about, shard)
         return _shorter(sample, frames, keep_history=clip.history is not False)
 
     def _tensors(self, shard: str, about: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -281,22 +283,6 @@ class PrecomputedShards:
             got = repr(strange[0]) if strange else "no latents"
             raise BrokenSample(key, f"{shard} holds what is no clip: expected tensors of a sample, got {got}.")
         return tensors
-
-
-_NUMBERS = {"offset": 0, "size": 1, "frames": 1, "height": 1, "width": 1, "history": 0}  # and their least values
-
-
-def _described(clip: Any) -> dict[str, Any]:
-    """A description with all that is asked of it; what is not there, or is of another type, raises ValueError."""
-    if not isinstance(clip, dict) or not all(isinstance(clip.get(name), str) for name in ("key", "caption", "kind")):
-        raise ValueError("a clip is not described")
-    for name, least in _NUMBERS.items():
-        value = clip.get(name)
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name} of clip {clip['key']} must be a whole number of at least {least}, got {value!r}")
-    if not isinstance(clip.get("fps"), int | float) or not 0 < clip["fps"] < 1e4:
-        raise ValueError(f"fps of clip {clip['key']} must be a number over 0, got {clip.get('fps')!r}")
-    return clip
 
 
 def _group(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:

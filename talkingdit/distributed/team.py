@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from talkingdit.distributed.restart import arguments_of_restart
 from talkingdit.errors import UserError
 
 T = TypeVar("T")
@@ -77,7 +78,7 @@ class Team:
         if own:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
             try:
-                dist.init_process_group(backend, timeout=PATIENCE)
+                dist.init_process_group(backend, timeout=PATIENCE, **arguments_of_restart(PATIENCE))
             except (RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0].rstrip(".")
                 raise UserError(f"the other processes cannot be reached ({reason}).") from error

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from talkingdit.checkpoints.fill import build_empty, fill
-from talkingdit.checkpoints.weights import Weights, open_weights
+from talkingdit.checkpoints.weights import Weights, open_weights, read_bounded
 from talkingdit.encoders.text import TextFeatures
 from talkingdit.errors import UserError
 
@@ -81,6 +81,7 @@ def load_umt5(source: Path, dtype: torch.dtype, device: torch.device | str = "cp
 
     if source.is_dir():
         weights = open_weights(source, stem="model")
+        read_bounded(source / "config.json")
         try:
             config = UMT5Config.from_pretrained(source, local_files_only=True)
         except (OSError, ValueError) as error:
@@ -111,7 +112,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{folder}: the tokenizer is missing; the checkpoint is not complete.")
     kind: Any = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        return kind.from_pretrained(folder, local_files_only=True)
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each kind of tokenizer file has exceptions of its own
         reason = " ".join(str(error).split())
         raise UserError(f"{folder}: the tokenizer does not load ({reason[:160]}).") from error

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from talkingdit.checkpoints.weights import some
+from talkingdit.checkpoints.weights import check_index, read_bounded, some
 from talkingdit.errors import UserError
 from talkingdit.media.sound import SPEECH_RATE
 
@@ -132,6 +132,8 @@ def load_speech_encoder(
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: the speech encoder is missing; the checkpoint is not complete.")
     beside = folder.parent / "audio_processor"
+    read_bounded(folder / "config.json")
+    check_index(folder)
     processor = folder if (folder / "preprocessor_config.json").is_file() or not beside.is_dir() else beside
     try:
         extractor = Wav2Vec2FeatureExtractor.from_pretrained(processor, local_files_only=True)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from talkingdit.checkpoints.bounds import check_options
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -76,6 +78,7 @@ class GenerationOptions:
     """denoising steps per clip (default: of the checkpoint)"""
 
     def __post_init__(self) -> None:
+        check_options(self, "generate")
         if self.seed < 0:
             raise ValueError(f"generate: seed must be at least 0, got {self.seed}")
         if self.steps is not None and self.steps < 1:

@@ -39,9 +39,8 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     # Where a link leads is where files are made.
     real = Path(os.path.realpath(target)).parent
     try:
-        handle, probe = tempfile.mkstemp(prefix=".writable-", dir=real)
-        os.close(handle)
-        os.unlink(probe)
+        with tempfile.TemporaryFile(dir=real):  # without a name, where the system can: a kill leaves nothing
+            pass
     except OSError as error:
         got = f"{str(real)!r} ({reason_of(error)})"
         raise UserError(f"output {name!r}: expected a folder that can be written to, got {got}") from None

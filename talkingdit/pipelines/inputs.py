@@ -6,6 +6,7 @@ Nothing here needs a model, nor torch: everything that can be wrong with files i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from talkingdit.checkpoints.bounds import MOST_VIDEO
 from talkingdit.errors import UserError
 from talkingdit.media.files import SPEECH_RATE, read_audio, read_image
 from talkingdit.media.targets import check_apart, check_writable
@@ -102,3 +104,18 @@ def read_inputs(job: Job, others: Mapping[str, Path] | None = None) -> Inputs:
     for target in (job.output, *([] if job.sheet is None else [job.sheet])):
         check_writable(target)
     return Inputs(job, read_image(job.image), read_audio(job.audio, SPEECH_RATE))
+
+
+def check_enlarged(job: Job, outline: Outline) -> None:
+    """Are the enlarged frames of a video no larger than those of any?
+
+    Raises:
+        UserError: they are.
+    """
+    height, width = outline.size
+    most = max(1, math.isqrt(MOST_VIDEO // (height * width)))
+    if not 1 <= job.upscale <= most:
+        raise UserError(
+            f"upscale: must be 1 to {most} for frames of {width} x {height}, as H.264 has at most {MOST_VIDEO} pixels, "
+            f"got {job.upscale}."
+        )

@@ -101,7 +101,7 @@ def make_video(
                 store.add(lambda clip=clip: to_frames(clip.frames), clip.carry)  # type: ignore[misc]
             talk.say(pipeline.remarks(conditions, outline))
         team.on_rank_0(lambda: write_video(inputs, outline, store.local, curves))
-    store.remove()
+        store.remove()
     return Result(inputs.job.output, outline.frames, outline.fps, time.monotonic() - started)
 
 
@@ -156,6 +156,8 @@ def _kept(store: SharedClipStore, outline: Outline) -> Iterator[None]:
     except BaseException:
         store.remove_if_empty()
         raise
+    finally:
+        store.close()
 
 
 def _fingerprint(inputs: Inputs, outline: Outline, pipeline: ClipPipeline, variant: str) -> dict[str, Any]:

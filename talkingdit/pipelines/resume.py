@@ -4,18 +4,25 @@
     settings.json       what the video is made from and how
     clip-0000.mkv       frames of each finished clip, without loss (FFV1)
     carry-0000.safetensors   what the last finished clip hands on to the next
+    lock                which process is at work here; see `talkingdit.lock`
 
 Files appear under their names only when they are complete, the carry of a clip after its frames. A clip counts as
-finished when its carry, or that of a later clip, is there.
+finished when its carry, or that of a later clip, is there. What a killed run leaves besides has a name that begins with
+a dot, ours or a library's; such files never stop a run, and those of ours and of safetensors are removed.
+
+The folder may come from somebody else: links in it are not followed, and frames of another size are damage.
 
 Where several processes make a video, rank 0 has the folder, and any other number of them can go on from it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +32,18 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from talkingdit.atomic import PART, whole_file
+from talkingdit.atomic import remove_left, whole_file
 from talkingdit.distributed.team import ALONE, Team
 from talkingdit.errors import UserError
-from talkingdit.media.opening import as_target, open_media
+from talkingdit.lock import RunLock
+from talkingdit.media.opening import as_target
 from talkingdit.pipelines.long_video import Carry
 
 Frames = NDArray[np.uint8]
-# What a killed run leaves has a temporary name of ours, or of safetensors'.
-OURS = re.compile(r"(settings\.json|clip-\d{4,}\.mkv|carry-\d{4,}\.safetensors|\.part-.*|\.tmp\w+)$")
+OURS = re.compile(r"settings\.json|clip-\d{4,9}\.mkv|carry-\d{4,9}\.safetensors")
+LEFT = re.compile(r"\.tmp\w{6}")  # in the midst of safetensors' save
+LOCK = "lock"
+MOST_FRAMES = 4096  # of a clip that is read; no model makes as many at once
 
 
 class ClipStore:
@@ -45,36 +55,65 @@ class ClipStore:
         warn: called with a sentence when that happens.
 
     Raises:
-        UserError: the folder is there but holds something else, or cannot be written.
+        UserError: the folder is there but holds something else, cannot be written, or another run is at work there.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any], warn: Callable[[str], None] | None = None):
+        # Whoever writes through a link meets those who write to the file.
+        output = Path(os.path.realpath(output)) if output.is_symlink() else output
         self.folder = output.with_name(output.name + ".parts")
         self.finished = 0
+        self._size: list[int] | None = None if "size" not in settings else list(settings["size"])
+        self._lock: RunLock | None = None
         try:
-            self._make()
+            self._lock = self._make()
             try:
                 self._open(json.loads(json.dumps(settings)), warn)
             except KeyboardInterrupt:
                 self.remove_if_empty()
                 raise
         except OSError as error:
+            self.close()
             raise UserError(f"{self.folder}: cannot be written ({error.strerror or error}).") from error
+        except BaseException:
+            self.close()
+            raise
 
-    def _make(self) -> None:
-        """The folder, once it is known that nobody else's files are in it."""
-        self.folder.mkdir(exist_ok=True)
-        foreign = sorted(path.name for path in self.folder.iterdir() if not OURS.match(path.name))
-        if foreign:
-            raise UserError(f"{self.folder}: expected clips of an unfinished video, got {foreign[0]!r}; move it away.")
+    def _make(self) -> RunLock:
+        """The folder, once it is known that nobody else's files are in it, and nobody else is."""
+        while True:
+            self.folder.mkdir(exist_ok=True)
+            self._refuse(path for path in self.folder.iterdir() if not _known(path))
+            try:
+                lock = RunLock(self.folder / LOCK, self.folder, "talkingdit generate")
+            except FileNotFoundError:
+                continue  # another run has just finished and removed the folder
+            try:
+                inside = [path for path in self.folder.iterdir() if not path.name.startswith(".")]
+                self._refuse(path for path in inside if path.is_symlink() or path.is_dir())
+            except BaseException:
+                lock.release()
+                raise
+            return lock
+
+    def _refuse(self, foreign: Iterator[Path]) -> None:
+        if found := sorted(path.name for path in foreign):
+            raise UserError(f"{self.folder}: expected clips of an unfinished video, got {found[0]!r}; move it away.")
+
+    def close(self) -> None:
+        """Let other runs go on from here."""
+        if self._lock is not None:
+            self._lock.release()
 
     def _open(self, settings: dict[str, Any], warn: Callable[[str], None] | None) -> None:
-        for left in (*self.folder.glob(f"{PART}*"), *self.folder.glob(".tmp*")):
-            left.unlink()
+        for left in self.folder.iterdir():
+            if LEFT.fullmatch(left.name):
+                left.unlink()
+        remove_left(self.folder)
         file = self.folder / "settings.json"
         try:
-            found = json.loads(file.read_text())
-        except (OSError, ValueError):
+            found = json.loads(file.read_bytes())
+        except (OSError, ValueError, RecursionError):
             found = None
         if found == settings:
             self.finished = self._count()
@@ -129,8 +168,11 @@ class ClipStore:
             return None
         path = self._carry(self.finished - 1)
         try:
-            return load_file(path) or None
-        except (OSError, SafetensorError) as error:
+            tensors = load_file(path)
+            if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                raise ValueError("not finite")
+            return tensors or None
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{path}: damaged; delete {self.folder} to start over.") from error
 
     def frames(self) -> Iterator[Frames]:
@@ -142,16 +184,30 @@ class ClipStore:
         for index in range(self.finished):
             path = self._clip(index)
             try:
-                with open_media(path) as container:
-                    frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-            except av.FFmpegError as error:
+                frames = self._decoded(path)
+            except (OSError, av.FFmpegError, IndexError, ValueError) as error:
                 raise UserError(f"{path}: damaged; delete {self.folder} to start over.") from error
-            yield np.stack(frames)
+            yield frames
+
+    def _decoded(self, path: Path) -> Frames:
+        """Frames of a clip, which are all of the size of the video; ValueError where they are not."""
+        with path.open("rb") as file, av.open(file, format="matroska") as container:
+            stream = container.streams.video[0]
+            size = [stream.height, stream.width]  # looked at before there is memory for a frame
+            if stream.codec_context.name != "ffv1" or (self._size is not None and size != self._size):
+                raise ValueError(f"got {stream.codec_context.name} of {size}")
+            decoded = islice(container.decode(video=0), MOST_FRAMES)
+            frames = [frame.to_ndarray(format="rgb24") for frame in decoded]
+        if not 0 < len(frames) < MOST_FRAMES or any(list(frame.shape[:2]) != size for frame in frames):
+            raise ValueError(f"got frames of {[frame.shape for frame in frames[:1]]}")
+        return np.stack(frames)
 
     def remove(self) -> None:
         """Throw all clips away: the video is finished."""
         self._clear()
-        self.folder.rmdir()
+        self.close()
+        with contextlib.suppress(OSError):  # a file of somebody else is in it, or another run has begun there
+            self.folder.rmdir()
 
     def remove_if_empty(self) -> None:
         """Leave nothing behind where nothing was finished."""
@@ -161,8 +217,9 @@ class ClipStore:
     def _clear(self) -> None:
         # Carries first: without them, clips that are left over count for nothing.
         for path in sorted(self.folder.iterdir()):
-            if OURS.match(path.name):
+            if OURS.fullmatch(path.name) or LEFT.fullmatch(path.name):
                 path.unlink()
+        remove_left(self.folder)
 
 
 class SharedClipStore:
@@ -193,6 +250,7 @@ class SharedClipStore:
             self.finished, self.carry = team.on_rank_0(found)
         except BaseException:
             self.remove_if_empty()
+            self.close()
             raise
 
     @property
@@ -219,6 +277,16 @@ class SharedClipStore:
         """See `ClipStore.remove_if_empty`."""
         if self._store is not None:
             self._store.remove_if_empty()
+
+    def close(self) -> None:
+        """See `ClipStore.close`."""
+        if self._store is not None:
+            self._store.close()
+
+
+def _known(path: Path) -> bool:
+    """May a file of this name be in the folder? A hidden one may, whoever made it."""
+    return path.name.startswith(".") or path.name == LOCK or bool(OURS.fullmatch(path.name))
 
 
 def _write_lossless(path: Path, frames: Frames) -> None:

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from PIL import Image, PngImagePlugin
 
-from talkingdit.data import shards, workers
+from talkingdit.data import workers
 from talkingdit.data.claims import TRIES, Claims
 from talkingdit.data.cutting import Cutting
 from talkingdit.data.encoders import CheckpointEncoders, Encoders, PlainSettings
@@ -29,6 +29,7 @@ from talkingdit.data.manifest import read_manifest
 from talkingdit.data.on_the_fly import OnTheFly
 from talkingdit.data.precompute import Job, Step, precompute, prepare
 from talkingdit.data.sample import BrokenSample, ClipRequest, Sample
+from talkingdit.data.shard_checks import check_description
 from talkingdit.data.shards import PrecomputedShards, ShardWriter, part_of
 from talkingdit.errors import UserError
 
@@ -136,7 +137,7 @@ def test_a_description_that_cannot_be_is_not_believed(tmp_path: Path, change: di
     file.write_text(json.dumps(index))
     assert [about for _, about in PrecomputedShards(tmp_path).clips] == [about for _, about in source.clips]
     with pytest.raises(ValueError, match=said):
-        shards._described(index["clips"][1])
+        check_description(index["clips"][1], index["bytes"])
 
 
 def test_a_shard_with_something_else_in_it_is_a_broken_sample(tmp_path: Path) -> None:

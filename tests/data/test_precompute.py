@@ -518,3 +518,64 @@ def test_memory_does_not_grow_with_the_video(
     assert sum(step.clips for step in run(job)) == 11
     assert max(held) == 9 + 16
     assert [s.audio for s in samples(job.out).values()] == [None] * 11
+
+
+def test_two_runs_into_one_folder_do_not_meet(
+    videos: Path, encoders: CheckpointEncoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is told who is there; processes of one torchrun share the folder."""
+    job = make_job(videos, encoders, tmp_path / "out")
+    who = rf"out: another run \(talkingdit precompute, process {os.getpid()} on "
+    with prepare(job), pytest.raises(UserError, match=who):
+        prepare(job)
+    assert {path.name for path in job.out.iterdir()} == {"precompute.json"}
+    for name, value in {"WORLD_SIZE": "2", "MASTER_PORT": "1234", "TORCHELASTIC_RUN_ID": "one"}.items():
+        monkeypatch.setenv(name, value)
+    with prepare(job, 0), prepare(job, 1):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
+        with pytest.raises(UserError, match="another run"):
+            prepare(job, 0)
+
+
+@pytest.mark.parametrize("name", ["precompute.json", "broken.jsonl", "empty_text.safetensors", ".lock"])
+def test_links_out_of_a_folder_are_not_written_through(
+    videos: Path, encoders: CheckpointEncoders, tmp_path: Path, name: str
+) -> None:
+    job = make_job(videos, encoders, tmp_path / "out")
+    prepare(job).release()
+    (job.out / name).unlink(missing_ok=True)
+    (job.out / name).symlink_to(tmp_path / "theirs")
+    with pytest.raises(UserError):
+        prepare(job)
+    assert not (tmp_path / "theirs").exists()
+
+
+@pytest.mark.parametrize("name", [".tmpAb3dEf", ".nfs0001", ".DS_Store", ".part-0000-x.tar"])
+def test_what_a_library_or_a_file_system_leaves_does_not_stop_a_run(
+    videos: Path, encoders: CheckpointEncoders, tmp_path: Path, name: str
+) -> None:
+    job = make_job(videos, encoders, tmp_path / "out")
+    job.out.mkdir()
+    (job.out / name).touch()
+    prepare(job).release()
+
+
+def test_a_disk_that_is_full_is_one_sentence_wherever_it_is_met(
+    videos: Path, encoders: CheckpointEncoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    from talkingdit.data import claims, shards
+    from talkingdit.data import precompute as module
+
+    for at, names in ((module, ("write_whole", "append_line")), (claims, ("write_whole",)), (shards, ("write_whole",))):
+        for attribute in names:
+            job = make_job(videos, encoders, tmp_path / f"{at.__name__} {attribute}")
+            with prepare(job), monkeypatch.context() as patch:
+                patch.setattr(at, attribute, full)
+                if attribute == "append_line":
+                    patch.setattr(module, "open_item", lambda *_: (_ for _ in ()).throw(BrokenSample("a", "broken")))
+                with pytest.raises(UserError, match="No space left on device"):
+                    precompute(job)
+            assert not [path for path in job.out.iterdir() if path.name.startswith(".")]

@@ -35,16 +35,20 @@ def same(a: Carry | None, b: Carry) -> bool:
 def test_what_is_kept_comes_back_bit_for_bit(tmp_path: Path) -> None:
     store = ClipStore(tmp_path / "a.mp4", SETTINGS)
     assert (store.finished, store.carry()) == (0, None)
+    again = store
     for index in range(3):
-        store.add(frames(index, 4 + index), carry(index, window=index == 1))
+        again.add(frames(index, 4 + index), carry(index, window=index == 1))
+        again.close()
         again = ClipStore(tmp_path / "a.mp4", SETTINGS)
         assert again.finished == index + 1
         assert same(again.carry(), carry(index, window=index == 1))
     for index, found in enumerate(again.frames()):
         np.testing.assert_array_equal(found, frames(index, 4 + index))
     again.add(frames(3), None)
+    again.close()
     assert ClipStore(tmp_path / "a.mp4", SETTINGS).finished == 4
-    assert ClipStore(tmp_path / "a.mp4", SETTINGS).carry() is None
+    again = ClipStore(tmp_path / "a.mp4", SETTINGS)
+    assert again.carry() is None
     again.remove()
     assert list(tmp_path.iterdir()) == []
 
@@ -63,6 +67,7 @@ def test_a_clip_without_its_carry_is_not_finished(tmp_path: Path) -> None:
         store.add(frames(index), carry(index))
     (store.folder / "clip-0002.mkv").write_bytes(b"whole, but its carry was never written")
     (store.folder / ".part-x.mkv").write_bytes(b"half")
+    store.close()
     again = ClipStore(tmp_path / "a.mp4", SETTINGS)
     assert again.finished == 2
     assert same(again.carry(), carry(1))
@@ -77,10 +82,12 @@ def test_a_clip_without_its_carry_is_not_finished(tmp_path: Path) -> None:
 def test_other_settings_start_over_and_say_which(tmp_path: Path, name: str, value: object) -> None:
     store = ClipStore(tmp_path / "a.mp4", SETTINGS)
     store.add(frames(0), carry(0))
+    store.close()
     said: list[str] = []
     other = ClipStore(tmp_path / "a.mp4", SETTINGS | {name: value}, said.append)
     assert other.finished == 0
     assert said == [f"{store.folder} was made with another {name}; starting over."]
+    other.close()
     assert {path.name for path in store.folder.iterdir()} == {"settings.json"}
 
 
@@ -94,6 +101,7 @@ def test_a_write_that_fails_keeps_what_was_finished(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("talkingdit.pipelines.resume.save_file", full)
     with pytest.raises(UserError, match=r"clip 1 cannot be written .*No space left"):
         store.add(frames(1), carry(1))
+    store.close()
     assert ClipStore(tmp_path / "a.mp4", SETTINGS).finished == 1
 
 
@@ -101,6 +109,7 @@ def test_damaged_and_foreign_files_are_told(tmp_path: Path) -> None:
     store = ClipStore(tmp_path / "a.mp4", SETTINGS)
     store.add(frames(0), carry(0))
     (store.folder / "carry-0000.safetensors").write_bytes(b"broken")
+    store.close()
     with pytest.raises(UserError, match=r"carry-0000.safetensors: damaged; delete .*a.mp4.parts to start over"):
         ClipStore(tmp_path / "a.mp4", SETTINGS).carry()
     (store.folder / "clip-0000.mkv").write_bytes(b"broken")
@@ -138,3 +147,59 @@ def test_an_interrupt_leaves_a_folder_of_others_alone(tmp_path: Path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         ClipStore(tmp_path / "a.mp4", SETTINGS)
     assert (folder / "settings.json").read_text() == (folder / "notes.txt").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("left", [".tmpAb3dEf", ".part-x1.safetensors", ".nfs0000000001", ".DS_Store", ".fuse_hidden1"])
+def test_what_a_library_or_a_file_system_leaves_does_not_stop_a_resume(tmp_path: Path, left: str) -> None:
+    store = ClipStore(tmp_path / "a.mp4", SETTINGS)
+    store.add(frames(0), carry(0))
+    store.close()
+    (store.folder / left).write_bytes(b"whatever")
+    again = ClipStore(tmp_path / "a.mp4", SETTINGS)
+    assert again.finished == 1
+    ours = left.startswith((".tmp", ".part"))
+    assert (store.folder / left).exists() != ours
+    again.remove()
+    assert {path.name for path in tmp_path.glob("*/*")} == (set() if ours else {left})
+
+
+def test_two_runs_of_one_video_do_not_meet(tmp_path: Path) -> None:
+    """Also where one writes through a link."""
+    (tmp_path / "b.mp4").symlink_to(tmp_path / "a.mp4")
+    store = ClipStore(tmp_path / "a.mp4", SETTINGS)
+    for name in ("a.mp4", "b.mp4"):
+        with pytest.raises(UserError, match=r"a.mp4.parts: another run \(talkingdit generate, process \d+ on .*wait"):
+            ClipStore(tmp_path / name, SETTINGS)
+    store.add(frames(0), carry(0))
+    assert len(list(store.frames())) == 1
+    store.close()
+    assert ClipStore(tmp_path / "b.mp4", SETTINGS).finished == 1
+
+
+@pytest.mark.parametrize("name", ["clip-0001.mkv", "carry-0000.safetensors", "settings.json", "lock"])
+def test_links_in_a_folder_are_not_followed(tmp_path: Path, name: str) -> None:
+    """The next clip would be written over the file that they point to."""
+    ClipStore(tmp_path / "a.mp4", SETTINGS).close()
+    theirs = tmp_path / "precious"
+    theirs.write_text("theirs")
+    (tmp_path / "a.mp4.parts" / name).unlink(missing_ok=True)
+    (tmp_path / "a.mp4.parts" / name).symlink_to(theirs)
+    with pytest.raises(UserError):
+        ClipStore(tmp_path / "a.mp4", SETTINGS)
+    assert theirs.read_text() == "theirs"
+
+
+def test_clips_of_another_size_and_carries_without_numbers_are_damage(tmp_path: Path) -> None:
+    store = ClipStore(tmp_path / "a.mp4", SETTINGS)
+    store.add(frames(0)[:, :32], {"history": torch.full((2,), float("nan"))})
+    with pytest.raises(UserError, match=r"clip-0000.mkv: damaged; delete"):
+        list(store.frames())
+    with pytest.raises(UserError, match=r"carry-0000.safetensors: damaged; delete"):
+        store.carry()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, "\x00", '{"seed": 1}'])
+def test_settings_that_cannot_be_read_start_over(tmp_path: Path, text: str) -> None:
+    ClipStore(tmp_path / "a.mp4", SETTINGS).close()
+    (tmp_path / "a.mp4.parts" / "settings.json").write_text(text)
+    assert ClipStore(tmp_path / "a.mp4", SETTINGS).finished == 0

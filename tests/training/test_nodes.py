@@ -13,6 +13,8 @@ import pytest
 from test_signals import PATIENCE, TOY, environment, losses_of, wait_for_step
 
 STEPS, EVERY = 24, 4
+# What node.sh sets, and less patience.
+SHARED = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
 
 
 class Nodes:
@@ -57,7 +59,7 @@ class Nodes:
         with self.logs[-1].open("w") as log:
             agent = subprocess.Popen(
                 [str(word) for word in command],
-                env={**environment(), "GLOO_SOCKET_IFNAME": self.cables[node], "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"},
+                env={**environment(), **SHARED, "GLOO_SOCKET_IFNAME": self.cables[node]},
                 stderr=log,
             )
         self.agents.append(agent)

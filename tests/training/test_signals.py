@@ -31,7 +31,6 @@ def environment() -> dict:
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(TOY.parent)]),
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
 
 
@@ -255,7 +254,7 @@ def test_the_slurm_script_saves_before_the_time_is_up_and_goes_back_into_the_que
 @pytest.mark.slow
 def test_a_killed_process_is_reported_by_the_others_and_torchrun_continues_from_the_last_checkpoint(tmp_path):
     process = launch(
-        *("torchrun", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1),
         *(TOY, tmp_path, "--steps", 12, "--every", 4, "--kill", 1, 6),
     )
     errors = process.communicate(timeout=PATIENCE)[1]

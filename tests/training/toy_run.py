@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from talkingdit.distributed.restart import arguments_of_restart
 from training.checkpoint import Checkpoints
 from training.model_state import ModelState, OptimizerState
 from training.signals import Stop, run_guarded
@@ -171,7 +172,8 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120), **alone)  # some start late on a busy machine
+    patience = timedelta(seconds=120)  # some start late on a busy machine
+    dist.init_process_group("gloo", timeout=patience, **(alone or arguments_of_restart(patience)))
     distributed_c10d._set_pg_timeout(timedelta(seconds=args.timeout))
     rank = dist.get_rank()
 

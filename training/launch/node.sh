@@ -5,6 +5,8 @@
 # torchrun itself answers SIGTERM by ending its processes within 30 seconds and failing, and dies of SIGUSR1. Here both,
 # and SIGINT, reach the training processes as SIGUSR1: they save and end, and the exit status is torchrun's, 0.
 
+# Restarts fail with "Connection refused" where processes find in the store what those before them left.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 (trap '' USR1 && exec torchrun "$@") &
 agent=$!
 asked=

@@ -69,9 +69,9 @@ class PuppetSettings:
         Raises:
             UserError: the file is missing, is not such a file, or a value is impossible.
         """
-        from talkingdit.checkpoints.weights import read_json
+        from talkingdit.checkpoints.weights import read_bounded
 
-        values = read_json(path)
+        values = read_bounded(path)
         known = {f.name for f in dataclasses.fields(PuppetSettings)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -90,9 +90,9 @@ class WanS2VSettings:
         Raises:
             UserError: not such a file, or an impossible value.
         """
-        from talkingdit.checkpoints.weights import read_json
+        from talkingdit.checkpoints.weights import read_bounded
 
-        values = read_json(path)
+        values = read_bounded(path)
         known = {f.name for f in dataclasses.fields(WanS2VSettings)}
         unknown = sorted(set(values) - known)
         if unknown:

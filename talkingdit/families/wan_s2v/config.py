@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from talkingdit.checkpoints.bounds import check_bounds
 from talkingdit.checkpoints.names import has_diffusers_names, to_native, without_prefix
 from talkingdit.checkpoints.scaled import descale
 from talkingdit.checkpoints.weights import Weights
@@ -60,6 +61,7 @@ def complete(values: Mapping[str, Any], weights: Weights, where: object) -> dict
     Raises:
         UserError: a setting that this model cannot follow, or too little is known.
     """
+    check_bounds(dict(values), where)
     said = translate(values, where)
     config = {**PRESETS["wan_s2v_14b"], **from_shapes(weights, said, where), **said}
     for name in ("patch_size", "audio_inject_layers", "zip_frame_buckets", "motion_frames"):

@@ -11,7 +11,7 @@ import torch
 
 from talkingdit.checkpoints.fill import build_empty, fill
 from talkingdit.checkpoints.folder import check_class
-from talkingdit.checkpoints.weights import Weights, open_weights, read_json
+from talkingdit.checkpoints.weights import Weights, open_weights, read_bounded, read_json
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v import config as configs
 from talkingdit.families.wan_s2v.presets import CLASSES
@@ -143,7 +143,7 @@ def open_transformer(path: Path) -> tuple[Weights, dict[str, Any]]:
         if not (path / "config.json").exists() and len(files) == 1:
             path = files[0]
     if path.is_dir():
-        values = read_json(path / "config.json")
+        values = read_bounded(path / "config.json")
         check_class(path, CLASSES)
         weights = open_weights(path)
     else:

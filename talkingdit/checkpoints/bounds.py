@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What settings may be at most: a folder may come from anyone, and what a billion layers take is not tried out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from talkingdit.errors import UserError
+
+MOST_SIDE = 8192  # pixels
+MOST_AREA = MOST_SIDE * MOST_SIDE
+MOST_VIDEO = 8192 * 4320  # pixels of a frame of H.264, at its highest level
+# By the last part of a setting's name; no model has come near them.
+MOST = {
+    "fps": 240,
+    "steps": 10_000,
+    "infer_frames": 4096,
+    "motion_frames": 4096,
+    "clip_latents": 1024,
+    "audio_history": 4096,
+    "size": MOST_SIDE,
+    "max_area": MOST_AREA,
+    "clip_frames": 4096,
+    "min_frames": 4096,
+    "stride": 1 << 20,
+    "upscale": 64,
+    "threads": 4096,
+    "workers": 4096,
+    "multiple": MOST_SIDE,
+    "tokens": 1 << 24,
+    "shard_size": 1 << 20,  # megabytes
+    "seed": (1 << 63) - 1,
+}
+LAYERS, OTHERS, ITEMS = 1_000, 1 << 24, 10_000  # a number of layers or blocks, any other number, values in a list
+
+
+def check_bounds(values: Any, where: object, name: str = "") -> None:
+    """Are the numbers and lists of a configuration no larger than those of any model?
+
+    Args:
+        values: of JSON types, or dataclasses' fields.
+        where: for messages.
+        name: of the setting, dotted.
+
+    Raises:
+        UserError: names the setting.
+    """
+    if isinstance(values, dict):
+        for key, value in values.items():
+            check_bounds(value, where, f"{name}.{key}" if name else str(key))
+    elif isinstance(values, list | tuple):
+        if len(values) > ITEMS:
+            raise UserError(f"{where}: {name[:80]} must have at most {ITEMS} values, got {len(values)}.")
+        for value in values:
+            check_bounds(value, where, name)
+    elif isinstance(values, int) and not -OTHERS <= values <= (most := _most(name)):
+        bound = f"at most {most}" if values > 0 else f"at least {-OTHERS}"
+        got = str(values) if abs(values) < 10**20 else f"one of {len(str(abs(values)))} digits"
+        raise UserError(f"{where}: {name[:80]} must be {bound}, got {got}.")
+
+
+def check_options(options: Any, command: str) -> None:
+    """Are the numbers of a dataclass of options within bounds?
+
+    Raises:
+        ValueError: names the field, "generate: steps must be at most 10000, got ...".
+    """
+    for name, value in vars(options).items():
+        try:
+            check_bounds(value, command, name)
+        except UserError as error:
+            raise ValueError(str(error).removesuffix(".")) from None
+
+
+def _most(name: str) -> int:
+    last = name.rsplit(".", 1)[-1]
+    counted = last.endswith(("layers", "blocks", "num_hidden_layers")) or last == "depth"
+    return MOST.get(last, LAYERS if counted else OTHERS)

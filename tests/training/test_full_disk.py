@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk that fills up under a run of two processes: one sentence, nothing torn, and the same command completes it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from small_run import make_world, read_log, save_config
+from test_signals import environment
+
+from training.checkpoint import Checkpoints
+from training.config import Config
+
+PATIENCE = 300
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def fill(disk: Path) -> None:
+    """Take all room that is left."""
+    with (disk / "filler").open("ab", buffering=0) as filler:
+        try:
+            while True:
+                filler.write(b"\0" * 4096)
+        except OSError:
+            return
+
+
+def run(config: Config, disk: Path, meanwhile: Callable[[], bool]) -> tuple[int, str]:
+    """Train in two processes; as soon as `meanwhile` says so, the disk is full."""
+    file = save_config(config, disk.parent / "configuration")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "training.train", "--config", str(file), "--run.out", str(disk / "run")]
+    with (disk.parent / "stderr").open("w") as stderr:
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=stderr)
+        deadline = time.monotonic() + PATIENCE
+        filled = False
+        while process.poll() is None and time.monotonic() < deadline:
+            if not filled and meanwhile():
+                fill(disk)
+                filled = True
+            time.sleep(0.001)
+        process.kill()
+    return process.wait(), (disk.parent / "stderr").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["run/log.jsonl", "run/checkpoints/step-00000002.tmp/.metadata"])
+def test_a_disk_that_fills_up_is_one_sentence_and_the_same_command_goes_on(
+    config: Config, disk: Path, moment: str
+) -> None:
+    status, errors = run(config, disk, lambda: (disk / moment).exists())
+    assert status != 0, errors
+    said = [line for line in errors.splitlines() if line.startswith("training: ")]
+    assert sum("No space left on device" in line for line in said) == 1, errors
+    assert all("No space left on device" in line or "lost another process" in line for line in said), errors
+    assert "Traceback (most recent call last)" not in errors.split("failed (exitcode")[0]  # torchrun's own follows
+    checkpoints = disk / "run" / "checkpoints"
+    for path in checkpoints.glob("step-????????"):
+        assert Checkpoints(checkpoints, read_only=True).peek() is not None, path
+    text = (disk / "run" / "log.jsonl").read_text() if (disk / "run" / "log.jsonl").exists() else ""
+    assert not text or text.endswith("\n")
+
+    if moment == "run/log.jsonl":  # going on is the same after both
+        return
+    (disk / "filler").unlink()
+    status, errors = run(config, disk, lambda: False)
+    assert status == 0, errors
+    assert [int(line["step"]) for line in read_log(disk / "run")] == [1, 2, 3, 4, 5, 6]
+    assert (disk / "run" / "model" / "transformer" / "config.json").is_file()
+    assert not list((disk / "run").glob("**/*.tmp"))
