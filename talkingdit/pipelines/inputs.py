@@ -6,7 +6,7 @@ Nothing here needs a model, nor torch: everything that can be wrong with files i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from talkingdit.encoders.speech import Sound, is_long
 from talkingdit.errors import UserError
 from talkingdit.media.files import SPEECH_RATE, check_writable, read_audio, read_image
+from talkingdit.pipelines.rows import Rows
 
 Frames = NDArray[np.uint8]
 
@@ -47,7 +49,7 @@ class Inputs:
 
     job: Job
     image: Frames  # [H, W, 3]
-    sound: NDArray[np.float32]  # [samples] at 16 kHz
+    sound: Sound  # [samples] at 16 kHz: an array, or where it is long `Rows` on the disk of the output
 
 
 @dataclass(frozen=True)
@@ -93,4 +95,38 @@ def read_inputs(job: Job) -> Inputs:
         raise UserError(f"output {str(job.output)!r}: expected a name that ends in .mp4, got {job.output.suffix!r}")
     for target in (job.output, *([] if job.sheet is None else [job.sheet])):
         check_writable(target)
-    return Inputs(job, read_image(job.image), read_audio(job.audio, SPEECH_RATE))
+    return Inputs(job, read_image(job.image), read_voice(job.audio, job.output.parent))
+
+
+def read_voice(path: Path, folder: Path) -> Sound:
+    """A voice [samples] float32 at 16 kHz, mono, of which never more than some minutes are in memory.
+
+    Args:
+        path: any sound file.
+        folder: where a long one is kept, see `Rows`.
+
+    Raises:
+        UserError: as `read_audio`, or the disk is full.
+    """
+    held: list[NDArray[np.float32]] = []
+    rows: Rows | None = None
+    count = 0
+    for block in voice_blocks(path):
+        held.append(block)
+        count += len(block)
+        if rows is None and is_long(count):
+            rows = Rows(folder)
+        if rows is not None:
+            for part in held:
+                rows.append(part)
+            held = []
+    return np.concatenate(held) if rows is None else rows
+
+
+def voice_blocks(path: Path) -> Iterator[NDArray[np.float32]]:
+    """A voice as float32 [n] at 16 kHz, mono, block by block.
+
+    Raises:
+        UserError: as `read_audio`.
+    """
+    yield read_audio(path, SPEECH_RATE)

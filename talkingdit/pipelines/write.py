@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from talkingdit.encoders.speech import Sound, is_long, pieces
 from talkingdit.media.files import SPEECH_RATE, VideoWriter, read_track
 from talkingdit.media.sheet import preview_sheet, sample_frames
 from talkingdit.pipelines.inputs import Frames, Inputs, Outline
@@ -24,7 +26,7 @@ class PreviewCurves(Protocol):
     def add(self, frames: Frames) -> None:
         """The next frames [n, H, W, 3]."""
 
-    def curves(self, sound: NDArray[np.float32], fps: int) -> Mapping[str, NDArray[np.float32]]:
+    def curves(self, sound: Sound, fps: int) -> Mapping[str, NDArray[np.float32]]:
         """Name to [frames] values, of all frames that were added and the sound [samples] at 16 kHz."""
 
 
@@ -51,10 +53,11 @@ def write_video(inputs: Inputs, outline: Outline, store: ClipStore, curves: Prev
                     curves.add(frames)
             seen += len(frames)
     if job.sheet is not None:
+        waveform, rate = _outline_of(sound)
         preview_sheet(
             np.concatenate(chosen),
-            sound,
-            SPEECH_RATE,
+            waveform,
+            rate,
             fps,
             {} if curves is None else curves.curves(sound, fps),
             job.sheet,
@@ -63,13 +66,39 @@ def write_video(inputs: Inputs, outline: Outline, store: ClipStore, curves: Prev
         )
 
 
-def _sound(inputs: Inputs, outline: Outline) -> tuple[NDArray[np.float32] | Path, int, NDArray[np.float32]]:
+def _sound(inputs: Inputs, outline: Outline) -> tuple[NDArray[np.float32] | Path, int, Sound]:
     """The track of the video, a file or samples at a rate, and the same at 16 kHz for the preview."""
     if not outline.skip:
         return inputs.job.audio, SPEECH_RATE, inputs.sound
     track, rate = read_track(inputs.job.audio)
     track = track[round(outline.skip * rate / outline.fps) :]
-    sound = inputs.sound[outline.skip * SPEECH_RATE // outline.fps :]
     if not track.size:
         return np.zeros(1, np.float32), rate, np.zeros(1, np.float32)
-    return track, rate, sound
+    return track, rate, _Behind(inputs.sound, outline.skip * SPEECH_RATE // outline.fps)
+
+
+@dataclass(frozen=True)
+class _Behind:
+    """A sound without its beginning."""
+
+    sound: Sound
+    skip: int
+
+    def __len__(self) -> int:
+        return max(len(self.sound) - self.skip, 0)
+
+    def __getitem__(self, part: slice) -> Any:
+        begin, end, _ = part.indices(len(self))
+        return self.sound[begin + self.skip : end + self.skip]
+
+
+def _outline_of(sound: Sound) -> tuple[NDArray[np.float32], int]:
+    """Samples that look like a sound, and their rate: of a long one two for every 10 ms, its highest and lowest."""
+    if not is_long(len(sound)):
+        return np.asarray(sound[:], dtype=np.float32), SPEECH_RATE
+    size = SPEECH_RATE // 100
+    found = []
+    for piece in pieces(sound):
+        parts = np.pad(piece, (0, -len(piece) % size), mode="edge").reshape(-1, size)
+        found.append(np.stack([parts.max(1), parts.min(1)], axis=1).reshape(-1))
+    return np.concatenate(found), 200
