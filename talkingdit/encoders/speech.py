@@ -2,10 +2,10 @@
 """What is asked of a speech encoder, and how one that wants a whole voice hears an hour of it.
 
 An encoder is given a voice whole, as the official programs do, up to `WHOLE_SECONDS`. What its layers take grows with
-the length, 22 MB a second for the one of Wan-S2V, so a longer voice is heard in windows of that length. Two
-neighbours share `OVERLAP_SECONDS`; in the middle of these the features of the first fade into those of the second, so
-that every feature was made with sound on both sides of it, and none jumps. Level and loudness are those of the whole
-voice, measured beforehand, and frames keep the places that they have in the whole.
+the length, so a longer voice is heard in windows of that length. Two neighbours share `OVERLAP_SECONDS`; in the middle
+of these the features of the first fade into those of the second, so that every feature was made with sound on both
+sides of it, and none jumps. Level and loudness are those of the whole voice, measured beforehand, and frames keep the
+places that they have in the whole.
 
 The features of an encoder that looks no further than the overlap are those of the whole. One with attention over all
 of the voice gives others where it would have looked further than its window; docs/reliability.md says by how much.

@@ -43,7 +43,7 @@ VAE_ENCODE = {4: 3310, 2: 3507}
 TILE = 256  # pixels of a side of diffusers' tiles
 TEXT_PARAMETERS = 5_680_910_336  # the encoder of UMT5-XXL
 SPEECH_PARAMETERS = 315_438_720  # wav2vec2-large
-SPEECH_HEARING = 22.4e6  # bytes alive per second of voice while it hears, counted
+SPEECH_HEARING = 13.2e6  # bytes alive per second of voice at its worst moment, counted
 
 # ---- The model and its clips -----------------------------------------------------------------------------------------
 
