@@ -1,17 +1,18 @@
 # make demo: install into .venv and make a talking video.   make test: install into .venv-test and run every test.
+# make wheel PYTHON=python3.12: a wheel for another Python or machine (docs/gpu.md).
 PYTHON ?= python3
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 # Without a GPU a torch without CUDA does. Kernels are compiled for the GPU at hand, or for one, to see that they compile.
 TORCH := $(if $(GPU),torch>=2.10,torch==2.13.0)
 export TALKINGDIT_CUDA_ARCHS ?= $(if $(GPU),native,90a-real)
 
-NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/* cuda/*)
+NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/* cuda/* cuda/*/*)
 NATIVE_CODE := $(shell find csrc cuda tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PACKAGE := $(NATIVE) $(shell find talkingdit -type f -not -name '*.pyc' -not -name '*.so')
 ASSETS := talkingdit/puppets/assets
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint wheel clean
 
 demo: .venv/installed
 	.venv/bin/talkingdit generate --image $(ASSETS)/portrait.png --audio $(ASSETS)/voice.flac \
@@ -43,5 +44,8 @@ lint: .venv-test/installed
 	.venv-test/bin/python $(PIP) --editable ".[test,lint]"
 	touch $@
 
+wheel:
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
 clean:
-	rm -rf .venv .venv-test build demo.mp4 demo.png
+	rm -rf .venv .venv-test build dist demo.mp4 demo.png

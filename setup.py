@@ -2,8 +2,8 @@
 """The build backend: scikit-build-core, plus one build requirement that depends on the machine.
 
 ``pip install .`` calls the functions here (PEP 517; pyproject.toml names this file). CUTLASS headers come from the
-``nvidia-cutlass`` wheel, which is asked for only when CUDA kernels are going to be built and one of them includes
-CUTLASS, so that a CPU-only build downloads nothing made for CUDA.
+``nvidia-cutlass`` wheel, which is asked for only when CUDA kernels for Hopper are going to be built (cuda/sm90a): a
+build for the CPU or for other GPUs does not download it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ __all__ = [
     "prepare_metadata_for_build_wheel",
 ]
 
-_CUTLASS_INCLUDE = re.compile(r'#\s*include\s*[<"](cutlass|cute)/')
+# As td_builds_sm90a in cuda/toolkit.cmake: Hopper, or what may turn out to be Hopper.
+_HOPPER = re.compile(r"(90a?(-real|-virtual)?|all|all-major|native)")
 
 
 def _builds_cuda() -> bool:
@@ -47,10 +48,9 @@ def _builds_cuda() -> bool:
 
 
 def _cutlass_requirement() -> list[str]:
-    sources = Path(__file__).parent.joinpath("cuda").glob("*.cu*")
-    if _builds_cuda() and any(_CUTLASS_INCLUDE.search(path.read_text()) for path in sources):
-        return ["nvidia-cutlass>=4.2"]
-    return []
+    archs = os.environ.get("TALKINGDIT_CUDA_ARCHS", "").replace(";", " ").split()
+    hopper = not archs or any(_HOPPER.fullmatch(arch) for arch in archs)
+    return ["nvidia-cutlass>=4.2"] if _builds_cuda() and hopper else []
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, list[str] | str] | None = None) -> list[str]:

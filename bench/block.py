@@ -155,7 +155,7 @@ def _ratios(ours: Mapping[str, Any], official: Mapping[str, Any]) -> dict[str, A
 
 
 def run(setting: harness.Setting, progress: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
-    """All shapes, with flash attention on CUDA; ``progress`` is given the result after every one."""
+    """All shapes, with the attention that torch chooses; ``progress`` is given the result after every one."""
     cuda = setting.device.type == "cuda"
     result: dict[str, Any] = {**record.header("block", setting.device, setting.quick), "steps": []}
     problems = []
@@ -166,7 +166,7 @@ def run(setting: harness.Setting, progress: Callable[[dict[str, Any]], None] | N
             problems.append(f"block {shape.name}: no time was left")
             continue
         try:
-            result["steps"].append(measure(shape, setting, "flash" if cuda else "auto"))
+            result["steps"].append(measure(shape, setting, "auto"))
         except Exception as problem:
             if not setting.keep_going:
                 raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,13 +58,13 @@ def _linear(latents: Tensor, *parameters: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _ours(latents: Tensor, *parameters: Tensor, out: Tensor | None = None) -> Tensor:
+def _ours(latents: Tensor, *parameters: Tensor, out: Tensor | None = None, kernel: str = "auto") -> Tensor:
     tensors: Sequence[Tensor] = parameters
     buckets = [
-        ops.Bucket(frames, kernel, weight, bias)
-        for (frames, kernel), weight, bias in zip(_BUCKETS, tensors[::2], tensors[1::2], strict=True)
+        ops.Bucket(frames, patch, weight, bias)
+        for (frames, patch), weight, bias in zip(_BUCKETS, tensors[::2], tensors[1::2], strict=True)
     ]
-    return ops.framepack(latents, buckets, padding="none", out=out)
+    return ops.framepack(latents, buckets, padding="none", out=out, kernel=kernel)
 
 
 def cases(shape: HistoryShape, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
@@ -79,6 +80,12 @@ def cases(shape: HistoryShape, dtype: torch.dtype, device: torch.device) -> Iter
     given = inputs()
     tokens = _ours(*given)
     for direction, passes in (("forward", 1), ("backward", 2)):  # backward: inputs and gradient in, gradients out
+        kernels = ("general", "cutlass") if device.type == "cuda" and direction == "forward" else ()
+        optional: dict[str, Callable[..., Tensor]] = {name: partial(_ours, kernel=name) for name in kernels}
+        if not (dtype == torch.bfloat16 and device.type == "cpu"):
+            # oneDNN gets such a convolution wrong in bfloat16 on CPUs with AMX (findings/conv3d_bf16_amx.sh), and takes
+            # minutes for its gradients.
+            optional["official"] = _conv3d
         yield Case(
             "framepack",
             shape.name,
@@ -90,8 +97,7 @@ def cases(shape: HistoryShape, dtype: torch.dtype, device: torch.device) -> Iter
             ours=_ours,
             baselines={"eager": _linear},
             compiled=_linear,
-            # oneDNN gets such a convolution wrong in bfloat16 on CPUs with AMX (findings/conv3d_bf16_amx.sh).
-            optional={"official": _conv3d},
+            optional=optional,
         )
 
 

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is it right on a GPU? Steps of `bench.gpu` that compare the small and large cases of every op with what they must be.
 
-A step is called with a device, the seconds that it has, and a function that writes what it knows so far.
+A step is given a job (`bench.gpu_job`): its device, its seconds, and where it writes what it knows so far.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,14 +18,27 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from bench import cases, harness
 from bench.cases import SmallCase, large_cases, small_cases
+from bench.gpu_job import Job, run_command
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 TOOLS = ("memcheck", "racecheck", "initcheck")
-_ROOT = Path(__file__).resolve().parent.parent
-
-Write = Callable[[Any], None]
+COUNTERS = (
+    "gpu__time_duration.sum",
+    "dram__bytes_read.sum",
+    "dram__bytes_write.sum",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "smsp__inst_executed.sum",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "launch__registers_per_thread",
+    "launch__grid_size",
+    "launch__block_size",
+)
+TESTS = ("tests/ops", "tests/nn/test_attention.py")  # where tests marked cuda need nothing but torch and pytest
 
 
 def results(function: Callable[..., Any], inputs: tuple[Tensor, ...], gradients: bool = True) -> list[Tensor]:
@@ -67,119 +77,141 @@ def error(case: SmallCase, dtype: torch.dtype) -> float:
     return max(float((a.double() - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
 
 
-def check_small(device: torch.device, seconds: float, write: Write) -> dict[str, Any]:
+def check_small(job: Job) -> None:
     """Small cases against float64."""
-    failed, errors = [], {}
+    errors: dict[str, float] = {}
     for dtype in DTYPES:
         torch.manual_seed(0)
-        for case in small_cases(dtype, device):
+        for case in small_cases(dtype, job.device):
             name = f"{case.name} {dtype}"
             try:
                 errors[name] = error(case, dtype)
                 if not errors[name] < TOLERANCE[dtype]:
-                    failed.append(f"{name}: relative error {errors[name]:.2g}")
+                    job.failed.append(f"{name}: relative error {errors[name]:.2g}")
             except Exception as problem:
-                failed.append(f"{name}: {problem}")
-    return {"failed": failed, "errors": errors}
+                job.failed.append(f"{name}: {problem}")
+            job.write("small", {"failed": job.failed, "errors": errors})
 
 
-def check_large(device: torch.device, seconds: float, write: Write) -> dict[str, Any]:
+def check_large(job: Job) -> None:
     """Batches of more than 2^31 elements: the last sample must be what it is alone."""
-    failed = []
-    for case in large_cases(device, tiny=device.type == "cpu"):
+    done = []
+    for case in large_cases(job.device, tiny=job.device.type == "cpu"):
         try:
             with torch.no_grad():
                 whole = tree_leaves(case.op(*case.inputs))
                 alone = tree_leaves(case.op(*(t[-1:] for t in case.inputs)))
             if not all(torch.equal(a[-1:], b) for a, b in zip(whole, alone, strict=True)):
-                failed.append(f"{case.name}: the last sample of a large batch differs from the same sample alone")
+                job.failed.append(f"{case.name}: the last sample of a large batch differs from the same sample alone")
             del whole, alone
         except Exception as problem:
-            failed.append(f"{case.name}: {problem}")
-    return {"failed": failed}
+            job.failed.append(f"{case.name}: {problem}")
+        done.append(case.name)
+        job.write("large", {"failed": job.failed, "done": done})
 
 
-def check_tests(device: torch.device, seconds: float, write: Write) -> dict[str, Any]:
-    """Tests marked cuda."""
-    if device.type != "cuda":
-        return {"skipped": "needs a GPU"}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"]
-    # 5: no such test. It has to end before the process that it runs in is stopped.
-    return run_command(command, 0.85 * seconds, good=(0, 5))
-
-
-def check_graphs(device: torch.device, seconds: float, write: Write) -> dict[str, Any]:
+def check_graphs(job: Job) -> None:
     """Capture, replay with other inputs: the same as without a graph. And compiled without a break."""
-    if device.type != "cuda":
-        return {"skipped": "needs a GPU"}
-    failed = []
-    for case in small_cases(torch.bfloat16, device):
-        try:
-            static = tuple(t.clone() for t in case.inputs)
-            with torch.no_grad():
-                case.op(*static)
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    captured = tree_leaves(case.op(*static))
-                fresh = [torch.rand_like(t) for t in static]
-                for t, other in zip(static, fresh, strict=True):
-                    t.copy_(other)
-                graph.replay()
-                plain = tree_leaves(case.op(*fresh))
-            if not all(torch.equal(a, b) for a, b in zip(captured, plain, strict=True)):
-                failed.append(f"{case.name}: a replayed graph gives something else")
-        except Exception as problem:
-            failed.append(f"{case.name}: {problem}")
-    for case in small_cases(torch.bfloat16, device):
-        if case.compile:
-            torch._dynamo.reset()
+    done: dict[str, list[str]] = {"captured": [], "compiled": []}
+    for kind, check in (("captured", _replay_problem), ("compiled", _compile_problem)):
+        for case in small_cases(torch.bfloat16, job.device):
+            if kind == "compiled" and not case.compile:
+                continue
             try:
-                with torch.no_grad():
-                    compiled = tree_leaves(torch.compile(case.op, fullgraph=True)(*case.inputs))
-                    if not all(
-                        torch.equal(a, b) for a, b in zip(compiled, tree_leaves(case.op(*case.inputs)), strict=True)
-                    ):
-                        failed.append(f"{case.name}: compiled, it gives something else")
-            except Exception as problem:
-                failed.append(f"{case.name}, compiled: {problem}")
-    return {"failed": failed}
+                problem = check(case)
+                job.failed += [f"{case.name}: {problem}"] if problem else []
+            except Exception as error:
+                job.failed.append(f"{case.name}, {kind}: {error}")
+            done[kind].append(case.name)
+            job.write("graphs", {"failed": job.failed, **done})
 
 
-def check_sanitizer(device: torch.device, seconds: float, write: Write) -> dict[str, Any]:
+def _replay_problem(case: SmallCase) -> str:
+    static = tuple(t.clone() for t in case.inputs)
+    with torch.no_grad():
+        case.op(*static)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = tree_leaves(case.op(*static))
+        fresh = [torch.rand_like(t) for t in static]
+        for t, other in zip(static, fresh, strict=True):
+            t.copy_(other)
+        graph.replay()
+        plain = tree_leaves(case.op(*fresh))
+    same = all(torch.equal(a, b) for a, b in zip(captured, plain, strict=True))
+    return "" if same else "a replayed graph gives something else"
+
+
+def _compile_problem(case: SmallCase) -> str:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = tree_leaves(torch.compile(case.op, fullgraph=True)(*case.inputs))
+        plain = tree_leaves(case.op(*case.inputs))
+    same = all(torch.equal(a, b) for a, b in zip(compiled, plain, strict=True))
+    return "" if same else "compiled, it gives something else"
+
+
+def check_tests(job: Job) -> None:
+    """Tests marked cuda."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", *TESTS]
+    # 5: no such test. It has to end before the process that it runs in is stopped.
+    result = run_command(command, 0.85 * job.seconds, good=(0, 5))
+    job.failed += [f"{line}: {result['output'][-1500:]}" for line in result["failed"]]
+    job.write("tests", result)
+
+
+def check_sanitizer(job: Job) -> None:
     """compute-sanitizer over the small cases in bfloat16."""
-    if device.type != "cuda":
-        return {"skipped": "needs a GPU"}
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(tool).exists():
-        return {"skipped": "compute-sanitizer was not found"}
-    results: dict[str, Any] = {"failed": []}
-    end = time.monotonic() + 0.85 * seconds
-    for name in TOOLS:
+    tool = _cuda_tool("compute-sanitizer")
+    if tool is None:
+        job.skipped = "compute-sanitizer was not found"
+        return
+    results: dict[str, Any] = {}
+    end = time.monotonic() + 0.85 * job.seconds
+    for index, name in enumerate(TOOLS):
         left = end - time.monotonic()
         if left < 10:
             results[name] = {"skipped": "no time left"}
             continue
         options = ["--tool", name, "--error-exitcode", "9", "--kernel-regex", "kns=td"]
-        result = run_command(
-            [tool, *options, sys.executable, "-m", "bench.gpu", "--small-cases"], left / (3 - TOOLS.index(name))
-        )
-        results[name] = result
-        results["failed"] += [f"{name}: {line}" for line in result["failed"]]
-        write(results)
-    return results
+        command = [tool, *options, sys.executable, "-m", "bench.gpu", "--once", "small"]
+        results[name] = run_command(command, left / (len(TOOLS) - index))
+        job.failed += [f"{name}: {line}" for line in results[name]["failed"]]
+        job.write("sanitizer", results)
 
 
-def run_command(command: list[str], seconds: float, good: tuple[int, ...] = (0,)) -> dict[str, Any]:
-    """Runs a command; when its time is up, it and all that it started are ended."""
-    process = subprocess.Popen(
-        command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        return {"failed": [], "skipped": f"stopped after {seconds:.0f} s", "output": output[-4000:]}
-    failed = [] if process.returncode in good else [f"exit status {process.returncode}"]
-    return {"failed": failed, "output": output[-4000:]}
+def read_counters(job: Job) -> None:
+    """Nsight Compute over one launch of every kernel at the first shapes, into ``counters.csv``."""
+    tool = _cuda_tool("ncu")
+    if tool is None:
+        job.skipped = "ncu was not found"
+        return
+    which = ["--kernel-name-base", "mangled", "--kernel-id", "::regex:2td4cuda:1"]  # ours, the first launch of each
+    shape = ["--csv", "--page", "raw", "--log-file", str(job.out / "counters.csv"), "--metrics", ",".join(COUNTERS)]
+    command = [tool, "--clock-control", "none", *which, *shape, sys.executable, "-m", "bench.gpu", "--once", "first"]
+    result = run_command(command, 0.95 * job.seconds)
+    job.failed += [f"{line}: {result['output'][-1500:]}" for line in result["failed"]]
+    job.skipped = result.get("skipped", "")
+
+
+def run_once(which: str, device: torch.device) -> None:
+    """Small cases, or the first shape of every op, in bfloat16, forward and backward: a program for profilers."""
+    if which == "small":
+        for small in small_cases(torch.bfloat16, device):
+            results(small.op, small.inputs, small.gradients)
+        return
+    for name in cases.names():
+        benchmark = cases.load(name)
+        for case in () if benchmark.block else benchmark.cases(_first_shape(benchmark, device), torch.bfloat16, device):
+            make = harness.backward_call if case.direction == "backward" else harness.forward_call
+            make(case.ours, case.inputs())()
+
+
+def _first_shape(benchmark: cases.Benchmark, device: torch.device) -> Any:
+    return benchmark.shapes["cuda" if device.type == "cuda" else "quick"][0]
+
+
+def _cuda_tool(name: str) -> str | None:
+    path = shutil.which(name) or f"/usr/local/cuda/bin/{name}"
+    return path if Path(path).exists() else None

@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class Setting:
         seconds: a contestant that used as much stops after a few samples.
         deadline: of `time.monotonic`; cases that would begin later are left out, and named in the result.
         keep_going: what fails is left out and named too.
+        shapes: which of a benchmark's, as a slice of their list.
     """
 
     device: torch.device
@@ -57,6 +58,7 @@ class Setting:
     seconds: float = 1.5
     deadline: float = math.inf
     keep_going: bool = False
+    shapes: slice = field(default_factory=lambda: slice(None))
 
 
 Call = Callable[[], Any]
@@ -66,7 +68,8 @@ def _like(value: Any) -> Any:
     return tree_map(torch.empty_like, value)
 
 
-def _backward_call(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Call:
+def backward_call(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Call:
+    """Gradients of all inputs, over and over from one forward pass."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     results = tree_leaves(function(*leaves))
     generator = torch.Generator(results[0].device).manual_seed(1)
@@ -74,7 +77,9 @@ def _backward_call(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> 
     return lambda: torch.autograd.grad(results, leaves, grads, retain_graph=True)
 
 
-def _forward_call(function: Callable[..., Any], inputs: tuple[Tensor, ...], **options: Any) -> Call:
+def forward_call(function: Callable[..., Any], inputs: tuple[Tensor, ...], **options: Any) -> Call:
+    """The function without gradients."""
+
     def call() -> Any:
         with torch.no_grad():
             return function(*inputs, **options)
@@ -97,16 +102,12 @@ def _compiled(case: Case, setting: Setting) -> dict[str, Callable[..., Any]]:
     if not setting.compile or setting.quick:
         return {}
     torch._dynamo.reset()
-    cuda = setting.device.type == "cuda"
-    # Without graphs of its own: launches are hidden for every contestant, and results must stay fresh.
-    mode = "max-autotune-no-cudagraphs" if cuda else None
-    functions = {} if case.compiled is None else {"compile": (case.compiled, mode)}
-    if cuda:
-        functions |= {name: (function, None) for name, function in case.fused.items()}
-    return {
-        name: torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
-        for name, (function, mode) in functions.items()
-    }
+    # In the default mode: tuning thirty cases takes longer than measuring them, and graphs of its own would hide
+    # launches for one contestant alone.
+    functions = {} if case.compiled is None else {"compile": case.compiled}
+    if setting.device.type == "cuda":
+        functions |= case.fused
+    return {name: torch.compile(function, fullgraph=True, dynamic=False) for name, function in functions.items()}
 
 
 def sets_of_inputs(nbytes: int, device: torch.device) -> int:
@@ -128,7 +129,7 @@ def contestants(case: Case, setting: Setting, left_out: dict[str, str] | None = 
     sets = [first, *(case.inputs() for _ in range(count - 1))]
     compiled = _compiled(case, setting)
     plain = {} if setting.compile == "only" else {**case.baselines, **case.optional}
-    make = _backward_call if case.direction == "backward" else _forward_call
+    make = backward_call if case.direction == "backward" else forward_call
     calls: dict[str, list[Call]] = {"ours": [make(case.ours, inputs) for inputs in sets]}
     expected = [t.double() for t in tree_leaves(calls["ours"][0]())]
     for name, function in {**plain, **compiled}.items():
@@ -143,7 +144,7 @@ def contestants(case: Case, setting: Setting, left_out: dict[str, str] | None = 
             left_out[name] = f"{type(problem).__name__}: {problem}"[:300]
     del expected
     if case.direction != "backward" and case.has_out:
-        calls["out"] = [_forward_call(case.ours, inputs, out=_like(calls["ours"][0]())) for inputs in sets]
+        calls["out"] = [forward_call(case.ours, inputs, out=_like(calls["ours"][0]())) for inputs in sets]
     pairs = [torch.rand(2, max(1, case.bytes // 8), device=setting.device).unbind(0) for _ in range(count)]
     calls["copy"] = [lambda a=a, b=b: b.copy_(a) for a, b in pairs]  # type: ignore[misc]
     return calls
@@ -242,7 +243,7 @@ def _round(value: Any) -> Any:
 
 
 def _cases(benchmark: Benchmark, setting: Setting) -> Iterator[Case]:
-    for shape in benchmark.shapes["quick" if setting.quick else setting.device.type]:
+    for shape in benchmark.shapes["quick" if setting.quick else setting.device.type][setting.shapes]:
         for dtype in setting.dtypes:
             yield from benchmark.cases(shape, dtype, setting.device)
 

@@ -29,7 +29,13 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Of the repository, with "-dirty" for uncommitted changes of anything but results; "unknown" without git."""
+    """Of the repository, with "-dirty" for uncommitted changes of anything but results.
+
+    What TALKINGDIT_COMMIT says, where it is set: a tree that was carried elsewhere may have lost its git, or gained
+    another one. "unknown" where neither says it.
+    """
+    if stated := os.environ.get("TALKINGDIT_COMMIT"):
+        return stated
     try:
         commit = subprocess.check_output(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=_ROOT, text=True, stderr=subprocess.DEVNULL

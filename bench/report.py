@@ -90,7 +90,7 @@ def _rows(group: Sequence[Result], block: bool) -> list[Row]:
         row
         for result in group
         for row in result.get("rows", ())
-        if (result["name"].removesuffix("-compiled") in blocks) == block
+        if (result["name"].removesuffix("-compiled").removesuffix("-more") in blocks) == block
     ]
 
 
@@ -208,12 +208,15 @@ def table(results: Sequence[Result]) -> str:
 
 
 def short_table(results: Sequence[Result]) -> str:
-    """For each device the rows of the README."""
-    parts = []
-    for group in _groups(results):
-        if rows := _headlines(group):
-            parts.append("\n".join([_place(group), *_op_table(rows, best=False)]))
-    return "\n\n".join(parts)
+    """The rows of the README: a GPU's, where there are some."""
+    group = _shown(results)
+    return "\n".join([_place(group), *_op_table(_headlines(group), best=False)])
+
+
+def _shown(results: Sequence[Result]) -> list[Result]:
+    """The group of results that the README and the chart show."""
+    groups = _groups(results)
+    return next((group for group in groups if group[0]["device"] != "cpu"), groups[0])
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -237,7 +240,7 @@ def _inserted(document: Path, content: str) -> str:
 def publish(results: Sequence[Result], root: Path) -> None:
     """Writes every row into docs/benchmarks.md, the chart, and a few rows with the chart into README.md.
 
-    The chart shows a GPU's results where there are some.
+    README and chart show a GPU's results where there are some.
 
     Raises:
         ValueError: a document lacks the markers; nothing is written then.
@@ -246,7 +249,7 @@ def publish(results: Sequence[Result], root: Path) -> None:
     short = f"{short_table(results)}\n\n![{alt}]({FIGURE})\n\nEvery row is in [{PAGE}]({PAGE})."
     pages = {root / PAGE: table(results), root / README: short}
     pages = {document: _inserted(document, content) for document, content in pages.items()}
-    group = next((group for group in _groups(results) if group[0]["device"] != "cpu"), _groups(results)[0])
+    group = _shown(results)
     chart.save(root / FIGURE, chart.draw(_rows(group, block=False), _place(group)))
     for document, text in pages.items():
         write(document, text)

@@ -151,9 +151,14 @@ def stated_tflops(device: torch.device) -> float | None:
 
 
 def run(
-    shape: StepShape, device: torch.device, blocks: int | None, repeats: int, modes: Sequence[str]
+    shape: StepShape,
+    device: torch.device,
+    blocks: int | None,
+    repeats: int,
+    modes: Sequence[str],
+    progress: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Measure the official style and ours.
+    """Measure the official style and ours; ``progress`` is given the result after every mode.
 
     Raises:
         RuntimeError: their losses or gradients differ.
@@ -198,6 +203,7 @@ def run(
             row["utilisation"] = round(needed / (taken["us"] * 1e-6 * tflops * 1e12), 3)
             result["constants"] = {"efficiency": round(executed / (taken["us"] * 1e-6 * tflops * 1e12), 3)}
         result["steps"].append(row)
+        progress(result)
     return result
 
 

@@ -149,4 +149,4 @@ def small(rand: Rand) -> Iterator[SmallCase]:
         )
 
 
-BENCH = Benchmark(SHAPES, cases, small, headline="fused_window_step")
+BENCH = Benchmark(SHAPES, cases, small, early=True, headline="fused_window_step")

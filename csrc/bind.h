@@ -38,6 +38,15 @@ inline void check_same_device(const TensorView& a, const TensorView& b, const ch
   check(a.is_cuda == b.is_cuda && a.device_index == b.device_index, op, ": ", name, " is on another device");
 }
 
+// Will CUDA kernels run on it? Also in the emulation of tests, where they run on tensors of the host.
+inline bool on_gpu(const TensorView& view) {
+#if defined(TD_EMULATE)
+  return true;
+#else
+  return view.is_cuda;
+#endif
+}
+
 }  // namespace td
 
 // TD_BINDINGS(rope3d) { m.def("rope3d", ...); } at namespace td scope, once per file.

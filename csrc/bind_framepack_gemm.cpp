@@ -41,58 +41,43 @@ void check_weights(const PackProductArgs& args, const TensorView& latents, const
   check_same_device(latents, bias, kOp, "a bias");
 }
 
-// kernels, grids: three numbers per bucket; splits: one. The weight of a pooled bucket is empty. product: PackProduct.
-void product(int64_t product, const TensorView& latents, const Views& weights, const Views& biases,
-             const TensorView& tokens, const TensorView& workspace, const Numbers& frames, const Numbers& counts,
-             const Numbers& kernels, const Numbers& grids, const Numbers& splits, int64_t padding) {
+// The table of buckets without weights; kernels, grids: three numbers per bucket. Buckets without tokens are left out:
+// places[i] is where bucket i is among the shares, or -1.
+PackProductArgs make_args(const TensorView& latents, const Numbers& frames, const Numbers& counts,
+                          const Numbers& kernels, const Numbers& grids, int64_t padding, std::vector<int>& places) {
   check_view(latents, 5, kOp, "latents");
-  check_view(tokens, 3, kOp, "tokens");
-  check_view(workspace, 1, kOp, "workspace");
   check(latents.is_cuda, kOp, ": latents must be on a GPU");
-  check(tokens.dtype == latents.dtype, kOp, ": all tensors must have one dtype");
-  check_same_device(latents, tokens, kOp, "tokens");
-  check_same_device(latents, workspace, kOp, "workspace");
-  check(workspace.dtype == (latents.dtype == DType::float64 ? DType::float64 : DType::float32) &&
-            aligned(workspace, 16, 0),
-        kOp, ": workspace must be of the type that is computed in, aligned to 16 bytes");
   const size_t count = counts.size();
   check(count <= size_t(kMaxBuckets) && kernels.size() == 3 * count && grids.size() == 3 * count &&
-            splits.size() == count && weights.size() == count && biases.size() == count &&
             frames.size() <= size_t(kMaxBucketFrames),
         kOp, ": at most ", kMaxBuckets, " buckets of ", kMaxBucketFrames, " frames together");
-  check(padding >= 0 && padding <= 2 && product >= 0 && product <= 2, kOp, ": unknown padding or product");
+  check(padding >= 0 && padding <= 2, kOp, ": unknown padding");
   for (int i = 0; i < 5; ++i) check(latents.shape[i] < kMost, kOp, ": latents are too large");
   check(latents.numel() > 0 && latents.numel() / latents.shape[4] < kMost && latents.shape[2] < 32768, kOp,
         ": latents must not be empty, of less than 2^31 rows and 2^15 frames");
 
   PackProductArgs args{};
   args.latents = latents.data;
-  args.tokens = tokens.data;
-  args.workspace = workspace.data;
   for (int i = 0; i < 4; ++i) args.latent_strides[i] = latents.strides[i];
-  for (int i = 0; i < 2; ++i) args.token_strides[i] = tokens.strides[i];
-  args.out = tokens.shape[2];
   args.batch = int32_t(latents.shape[0]);
   args.channels = int32_t(latents.shape[1]);
   args.time = int32_t(latents.shape[2]);
   args.height = int32_t(latents.shape[3]);
   args.width = int32_t(latents.shape[4]);
-  args.token_vectors = aligned(tokens, 16, 2);
   args.padding = PackPadding(padding);
-  args.product = PackProduct(product);
   args.dtype = latents.dtype;
   for (size_t i = 0; i < frames.size(); ++i) {
     check(frames[i] >= 0 && frames[i] < args.time, kOp, ": a frame is out of range");
     args.frames[i] = int16_t(frames[i]);
   }
-  int64_t first_frame = 0, first_token = 0, elements = 0;
+  int64_t first_frame = 0, first_token = 0;
   for (size_t i = 0; i < count; ++i) {
     PackShare& share = args.shares[args.bucket_count];
     share = PackShare{};
-    const bool pooled = weights[i].numel() == 0;
     share.first_frame = int16_t(first_frame);
     share.frames = int16_t(counts[i]);
     share.first_token = int32_t(first_token);
+    share.splits = 1;
     check(counts[i] > 0 && (first_frame += counts[i]) <= int64_t(frames.size()), kOp, ": fewer frames than counts say");
     const int64_t sizes[3] = {counts[i], args.height, args.width};
     int64_t volume = 1, patches = 1;
@@ -108,17 +93,51 @@ void product(int64_t product, const TensorView& latents, const Views& weights, c
       share.kernel[axis] = FastDiv(uint32_t(kernel));
       share.grid[axis] = FastDiv(uint32_t(grid > 0 ? grid : 1));
     }
+    places.push_back(patches == 0 ? -1 : args.bucket_count);
     if (patches == 0) continue;  // no tokens, and a gradient of zero, which the caller writes
     share.tokens = FastDiv(uint32_t(patches));
     first_token += patches;
+    check(first_token < kMost, kOp, ": there are too many tokens");
     ++args.bucket_count;
     share.run = run_of(latents, share.kernel[2].divisor);
-    if (pooled) {
+  }
+  return args;
+}
+
+// splits: one per bucket. The weight of a pooled bucket is empty. product: PackProduct.
+void product(int64_t product, const TensorView& latents, const Views& weights, const Views& biases,
+             const TensorView& tokens, const TensorView& workspace, const Numbers& frames, const Numbers& counts,
+             const Numbers& kernels, const Numbers& grids, const Numbers& splits, int64_t padding) {
+  std::vector<int> places;
+  PackProductArgs args = make_args(latents, frames, counts, kernels, grids, padding, places);
+  check_view(tokens, 3, kOp, "tokens");
+  check_view(workspace, 1, kOp, "workspace");
+  check(tokens.dtype == latents.dtype, kOp, ": all tensors must have one dtype");
+  check_same_device(latents, tokens, kOp, "tokens");
+  check_same_device(latents, workspace, kOp, "workspace");
+  check(workspace.dtype == (latents.dtype == DType::float64 ? DType::float64 : DType::float32) &&
+            aligned(workspace, 16, 0),
+        kOp, ": workspace must be of the type that is computed in, aligned to 16 bytes");
+  const size_t count = counts.size();
+  check(splits.size() == count && weights.size() == count && biases.size() == count, kOp,
+        ": every bucket needs splits, a weight and a bias");
+  check(product >= 0 && product <= 2, kOp, ": unknown product");
+  args.product = PackProduct(product);
+  args.tokens = tokens.data;
+  args.workspace = workspace.data;
+  for (int i = 0; i < 2; ++i) args.token_strides[i] = tokens.strides[i];
+  args.out = tokens.shape[2];
+  args.token_vectors = aligned(tokens, 16, 2);
+  int64_t count_of_tokens = 0, elements = 0;
+  for (size_t i = 0; i < count; ++i) {
+    if (places[i] < 0) continue;
+    PackShare& share = args.shares[places[i]];
+    count_of_tokens += share.tokens.divisor;
+    if (weights[i].numel() == 0) {
       check(args.out == args.channels, kOp, ": pooled tokens must have the channels of the latents");
-      share.splits = 1;
       continue;
     }
-    check_weights(args, latents, weights[i], biases[i], volume * args.channels);
+    check_weights(args, latents, weights[i], biases[i], share.volume() * args.channels);
     share.weight = weights[i].data;
     share.bias = biases[i].numel() == 0 ? nullptr : biases[i].data;
     share.weight_vectors = aligned(weights[i], 16, 1);
@@ -126,16 +145,35 @@ void product(int64_t product, const TensorView& latents, const Views& weights, c
     share.splits = int16_t(splits[i]);
     elements += pack_part_size(args, share);
   }
-  check(first_token < kMost && tokens.shape[0] == args.batch && tokens.shape[1] == first_token, kOp,
-        ": tokens must be [B, S, out]");
+  check(tokens.shape[0] == args.batch && tokens.shape[1] == count_of_tokens, kOp, ": tokens must be [B, S, out]");
   check(workspace.numel() >= elements, kOp, ": workspace must have ", elements, " elements");
   TD_CALL_CUDA(framepack_product, latents, args);
+}
+
+// Writes the patches of all buckets, one matrix [B * tokens, pitch] behind the other: pack_pitch has the pitch.
+void patches(const TensorView& latents, const TensorView& matrices, const Numbers& frames, const Numbers& counts,
+             const Numbers& kernels, const Numbers& grids, int64_t padding) {
+  std::vector<int> places;
+  PackProductArgs args = make_args(latents, frames, counts, kernels, grids, padding, places);
+  check_view(matrices, 1, kOp, "matrices");
+  check_same_device(latents, matrices, kOp, "matrices");
+  check(matrices.dtype == latents.dtype && aligned(matrices, 16, 0), kOp,
+        ": matrices must have the dtype of latents, aligned to 16 bytes");
+  int64_t elements = 0;
+  for (int i = 0; i < args.bucket_count; ++i) {
+    args.shares[i].part = elements;
+    elements += args.shares[i].patches(args.batch) * pack_pitch(args, args.shares[i]);
+  }
+  check(matrices.numel() >= elements, kOp, ": matrices must have ", elements, " elements");
+  args.workspace = matrices.data;
+  TD_CALL_CUDA(framepack_patches, latents, args);
 }
 
 }  // namespace
 
 TD_BINDINGS(framepack_gemm) {
   m.def("framepack_product", &product);
+  m.def("framepack_patches", &patches);
 }
 
 }  // namespace td

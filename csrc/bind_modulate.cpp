@@ -93,15 +93,18 @@ void modulate_forward_run(const TensorView& x, const Optional& y, const Optional
   TD_CALL(modulate_forward, x, args);
 }
 
-TokenChunks chunks_of(const TensorView& x, const TokenGroups& groups, int64_t token_offset) {
-  return make_chunks(groups, token_offset, x.shape[1], x.is_cuda ? kCudaPieces : kCpuPieces);
+// Rows of the workspace `partial` [B, rows, 3, dim] that modulate_backward needs for x [B, N, dim]. CPU kernels use
+// that many for every sample, those of a GPU share all of them.
+int64_t rows_per_sample(const TensorView& x, const TokenChunks& chunks) {
+  return on_gpu(x) ? (modulate_share_rows(chunks, x.shape[0]) + x.shape[0] - 1) / x.shape[0] : chunks.count;
 }
 
-// Rows of the workspace `partial` [B, chunks, 3, dim] that modulate_backward needs for x [B, N, dim].
 int64_t modulate_chunks(const TensorView& x, int64_t groups, int64_t per_group, const std::vector<int64_t>& ends,
                         int64_t token_offset) {
   const Shape shape = shape_of("modulate_chunks", x, groups);
-  return chunks_of(x, token_groups(shape, per_group, ends, token_offset), token_offset).count;
+  const TokenGroups cut = token_groups(shape, per_group, ends, token_offset);
+  if (x.shape[0] * x.shape[1] == 0) return 0;
+  return rows_per_sample(x, make_chunks(cut, token_offset, x.shape[1], kCpuPieces));
 }
 
 void modulate_backward_run(const Optional& residual, const Optional& y, const Optional& gate, const Optional& scale,
@@ -123,8 +126,9 @@ void modulate_backward_run(const Optional& residual, const Optional& y, const Op
   args.grad_scale = shape.sums(grad_scale, "grad_scale");
   args.grad_shift = shape.sums(grad_shift, "grad_shift");
   if (shape.batch * shape.tokens == 0) return;
-  args.chunks = chunks_of(shape.first, args.groups, token_offset);
-  check(partial.numel() >= shape.batch * args.chunks.count * 3 * shape.dim, op, ": partial is too small");
+  args.chunks = make_chunks(args.groups, token_offset, shape.tokens, kCpuPieces);
+  check(partial.numel() >= shape.batch * rows_per_sample(shape.first, args.chunks) * 3 * shape.dim, op,
+        ": partial is too small");
   args.partial = partial.data;
   TD_CALL(modulate_backward, shape.first, args);
 }

@@ -35,6 +35,11 @@ py::dict build_info() {
   info["cuda_archs"] = py::none();
   info["cuda_toolkit"] = py::none();
 #endif
+#if defined(TD_CUTLASS)
+  info["cutlass"] = true;  // kernels for compute capability 9.0
+#else
+  info["cutlass"] = false;
+#endif
 #if defined(__clang__)
   info["compiler"] = "clang " __clang_version__;
 #else

@@ -6,8 +6,21 @@ namespace td::cuda {
 namespace {
 
 constexpr int64_t kMaxBlocks = 12;      // of 8 keys
-constexpr int kMaxTiles = 8;            // that a warp takes with the same keys
+constexpr int kMaxTiles = 16;           // that a warp takes with the same keys
 constexpr int kMaxSharedBytes = 32768;  // of a block that works on several heads
+
+// Tiles of a warp such that the last round of thread blocks is nearly as full as the others: those that keep the device
+// busy for the shortest time, if a block costs a tile besides its own (its keys).
+int64_t even_tiles(int64_t tiles, int64_t groups, int64_t resident) {
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t share = 1; share <= kMaxTiles; ++share) {
+    const int64_t blocks = groups * ((tiles + share - 1) / share), rounds = (blocks + resident - 1) / resident;
+    if (rounds * (share + 1) >= least) continue;
+    least = rounds * (share + 1);
+    best = share;
+  }
+  return best;
+}
 
 template <class T, int D, int NB>
 void tensor_forward(const AudioAttentionArgs& args, cudaStream_t stream) {
@@ -18,11 +31,9 @@ void tensor_forward(const AudioAttentionArgs& args, cudaStream_t stream) {
   const auto kernel = tensor_forward_kernel<T, D, NB>;
   const size_t bytes = size_t(heads * kForwardHeadBytes<D, NB> + KeyList<NB>::kBytes);
   if (!shared_bytes_exist(op, bytes)) return general_forward(args, stream);
-  // Chunks of equal length, and enough of them for several rounds of thread blocks.
   const int64_t rows = kForwardWarps / heads * kTileRows, tiles = (AudioPlan::longest(args) + rows - 1) / rows;
-  const int64_t wanted = 4 * int64_t(resident_blocks(op, kernel, 32 * kForwardWarps, bytes, int64_t(1) << 20));
-  int64_t chunks = (tiles + kMaxTiles - 1) / kMaxTiles;
-  if (chunks * plan.groups < wanted) chunks = (wanted + plan.groups - 1) / plan.groups;
+  const int64_t resident = resident_blocks(op, kernel, 32 * kForwardWarps, bytes, int64_t(1) << 20);
+  const int64_t share = even_tiles(tiles, plan.groups, resident), chunks = (tiles + share - 1) / share;
   plan.tiles = uint32_t((tiles + chunks - 1) / chunks);
   plan.chunks = uint32_t((tiles + plan.tiles - 1) / plan.tiles);
   plan.finish();

@@ -24,6 +24,14 @@ __device__ __forceinline__ void copy_async(void* shared, const void* source, int
   }
 }
 
+// Copies kBytes.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* source) {
+  static_assert(kBytes == 16);
+  const uint32_t target = uint32_t(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+
 // Ends a group of copies of this thread.
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -66,6 +74,11 @@ void copy_async(void* shared, const void* source, int bytes) {
   if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(source)) % kBytes != 0) __builtin_trap();
   emulated::Copies& mine = emulated::copies();
   mine.waiting.push_back({shared, source, kBytes, bytes, mine.group});
+}
+
+template <int kBytes>
+void copy_async(void* shared, const void* source) {
+  copy_async<kBytes>(shared, source, kBytes);
 }
 
 inline void commit_copies() {

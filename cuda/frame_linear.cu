@@ -33,43 +33,67 @@ __global__ void __launch_bounds__(FrameCore<T>::kThreads)
   }
   char* shared = dynamic_shared();
   Core core;
+  const Matrix<T> tokens{x, args.x_strides[1], rows, args.inner, args.x_vectors != 0};
+  const Matrix<T> channels{weight, args.weight_strides[2], args.inner, args.dim, args.weight_vectors != 0};
   const auto load = [&](int step, char* tile_x, char* tile_weight) {
     const int64_t at = int64_t(step) * kDepth<T>;
-    load_lines<T, Layout::sum, Core::kThreads>(tile_x, args.x_vectors, [&](int line, int64_t& length) {
-      length = row + line < rows ? args.inner - at : 0;
-      return length > 0 ? x + (row + line) * args.x_strides[1] + at : x;
-    });
-    load_lines<T, Layout::row, Core::kThreads>(tile_weight, args.weight_vectors, [&](int line, int64_t& length) {
-      length = at + line < args.inner ? args.dim - column : 0;
-      return length > 0 ? weight + (at + line) * args.weight_strides[2] + column : weight;
-    });
+    load_tile<T, Layout::sum, Core::kThreads>(tile_x, tokens, row, at);
+    load_tile<T, Layout::row, Core::kThreads>(tile_weight, channels, at, column);
   };
   multiply(core, shared, 0, int((args.inner + kDepth<T> - 1) / kDepth<T>), load, [](const char*) {});
 
-  const C* bias = static_cast<const C*>(args.bias);
-  const C* gate = static_cast<const C*>(args.gate);
-  const C* mask = static_cast<const C*>(args.mask);
-  const auto fetch = [&](int r, int c) {
-    const int64_t length = residual != nullptr && row + r < rows ? args.dim - column - c : 0;
-    const R* source = length > 0 ? residual + (row + r) * args.residual_strides[1] + column + c : residual;
-    return load_quad(source, length, args.out_vectors);
+  // A thread has the same four channels in every row: what goes with them is read once.
+  const int64_t first = column + result_column(), length = args.dim - first;
+  const int left = int(rows - row < kTileRows ? rows - row : kTileRows);
+  const auto channels_of = [&](const void* values) {
+    return values != nullptr ? static_cast<const C*>(values) + first : nullptr;
   };
-  const auto store = [&](int r, int c, const Quad<C>& found, const Packed<R>& before) {
-    const int64_t at = row + r, first = column + c, length = args.dim - first;
-    if (at >= rows || length <= 0) return;
-    Quad<C> values = found;
-    const C factor = mask != nullptr ? mask[b * args.mask_stride + at] : C(1);
+  const Quad<C> shift = column_values(channels_of(args.bias), length, C(0));
+  const Quad<C> scale = column_values(channels_of(args.gate), length, C(1));
+  const C* shares = static_cast<const C*>(args.mask);
+  if (shares != nullptr) shares += b * args.mask_stride + row;
+  const R* before = residual != nullptr ? residual + row * args.residual_strides[1] + first : nullptr;
+  R* out = static_cast<R*>(args.out) + b * args.out_strides[0] + row * args.out_strides[1] + first;
+
+  struct Fetched {
+    Vector<R, 4> before;
+    C share;
+  };
+  const auto finish = [&](auto whole) {
+    // Several loads must be on their way at a time: none may stand in a branch, and none is unpacked before its use.
+    const auto fetch = [&](int r) {
+      const int at = r < left ? r : left - 1;
+      Fetched fetched;
+      fetched.share = shares != nullptr ? shares[at] : C(1);
+      fetched.before.clear();
+      if constexpr (decltype(whole)::value) {
+        if (before != nullptr) fetched.before.load(before + at * args.residual_strides[1]);
+      } else {
+        const R* found = before != nullptr ? before + at * args.residual_strides[1] : nullptr;
+        fetched.before.set(column_values(found, length, C(0)).v);
+      }
+      return fetched;
+    };
+    const auto store = [&](int r, const Quad<C>& found, const Fetched& fetched) {
+      Quad<C> values;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i >= length) continue;
-      if (bias != nullptr) values.v[i] += bias[first + i];
-      if (gate != nullptr) values.v[i] *= gate[first + i];
-      values.v[i] = C(before.v[i]) + factor * values.v[i];
-    }
-    R* out = static_cast<R*>(args.out) + b * args.out_strides[0] + at * args.out_strides[1] + first;
-    store_quad(out, values, length, args.out_vectors);
+      for (int i = 0; i < 4; ++i) {
+        values.v[i] = fetched.before.get(i) + fetched.share * ((found.v[i] + shift.v[i]) * scale.v[i]);
+      }
+      if (r >= left) return;
+      if constexpr (decltype(whole)::value) {
+        store_whole_quad(out + r * args.out_strides[1], values);
+      } else {
+        store_quad(out + r * args.out_strides[1], values, length, false);
+      }
+    };
+    store_results(core, shared, fetch, store);
   };
-  store_results(core, shared, fetch, store);
+  if (args.out_vectors && column + kTileRows <= args.dim) {
+    finish(std::true_type{});
+  } else {
+    finish(std::false_type{});
+  }
 }
 
 template <class T, class R>

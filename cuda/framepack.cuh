@@ -95,7 +95,7 @@ __device__ __forceinline__ void gather_taps(const PackProductArgs& args, const P
   }
 }
 
-// Packed token m of a bucket, counted through all samples; `clamped` to a token that exists.
+// Packed token m of a bucket, counted through all samples.
 template <class T>
 __device__ __forceinline__ T* token_of(const PackProductArgs& args, const PackShare& share, int64_t m) {
   const uint32_t b = share.tokens.div(uint32_t(m)), token = uint32_t(m) - b * share.tokens.divisor;
@@ -108,6 +108,11 @@ template <class T, Layout kLayout, int kThreads>
 __device__ __forceinline__ void load_tokens(const PackProductArgs& args, const PackShare& share, int64_t first,
                                             int64_t column, char* tile) {
   const int64_t rows = share.patches(args.batch);
+  if (args.batch == 1) {
+    const Matrix<T> tokens{token_of<const T>(args, share, 0), args.token_strides[1], rows, args.out,
+                           args.token_vectors != 0};
+    return load_tile<T, kLayout, kThreads>(tile, tokens, first, column);
+  }
   load_lines<T, kLayout, kThreads>(tile, args.token_vectors, [&](int line, int64_t& count) -> const T* {
     const bool there = first + line < rows && column < args.out;
     count = there ? args.out - column : 0;
@@ -119,12 +124,8 @@ template <class T, Layout kLayout, int kThreads>
 __device__ __forceinline__ void load_weight(const PackProductArgs& args, const PackShare& share, int64_t first,
                                             int64_t column, char* tile) {
   const int64_t taps = args.channels * share.volume();
-  const T* weight = static_cast<const T*>(share.weight);
-  load_lines<T, kLayout, kThreads>(tile, share.weight_vectors, [&](int line, int64_t& count) {
-    const bool there = first + line < args.out && column < taps;
-    count = there ? taps - column : 0;
-    return there ? weight + (first + line) * taps + column : weight;
-  });
+  const Matrix<T> weight{static_cast<const T*>(share.weight), taps, args.out, taps, share.weight_vectors != 0};
+  load_tile<T, kLayout, kThreads>(tile, weight, first, column);
 }
 
 // Layouts of the operands per product: see PackProduct.
@@ -201,26 +202,32 @@ __global__ void __launch_bounds__(PackCore<T, kProduct>::kThreads)
   }
 
   const bool partial = kProduct == PackProduct::grad_latents || share.splits > 1;
-  const auto store = [&](int r, int c, const Quad<C>& found, Nothing) {
-    const int64_t at = row + r, first = column + c, count = sizes.columns - first;
-    if (at >= sizes.rows || count <= 0) return;
-    if (partial) {
-      C* sums = static_cast<C*>(args.workspace) + share.part;
-      store_quad(sums + (part * sizes.rows + at) * sizes.columns + first, found, count, sizes.columns % 4 == 0);
-    } else if (kProduct == PackProduct::project) {
-      Quad<C> values = found;
-      if (share.bias != nullptr) {
+  // A thread has the same four columns in every row.
+  const int64_t first = column + result_column(), count = sizes.columns - first;
+  const int left = int(sizes.rows - row < kTileRows ? sizes.rows - row : kTileRows);
+  if (partial) {
+    C* sums = static_cast<C*>(args.workspace) + share.part + (part * sizes.rows + row) * sizes.columns + first;
+    const bool vectors = sizes.columns % 4 == 0;
+    const auto store = [&](int r, const Quad<C>& found, Nothing) {
+      if (r < left && count > 0) store_quad(sums + r * sizes.columns, found, count, vectors);
+    };
+    return store_results(core, shared, [](int) { return Nothing{}; }, store);
+  }
+  const T* bias = static_cast<const T*>(share.bias);
+  const bool shifted = kProduct == PackProduct::project && bias != nullptr;
+  const Quad<C> shift = column_values(shifted ? bias + first : nullptr, count, C(0));
+  const auto store = [&](int r, const Quad<C>& found, Nothing) {
+    if (r >= left || count <= 0) return;
+    if constexpr (kProduct == PackProduct::project) {
+      Quad<C> values;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (i < count) values.v[i] += C(static_cast<const T*>(share.bias)[first + i]);
-        }
-      }
-      store_quad(token_of<T>(args, share, at) + first, values, count, args.token_vectors);
+      for (int i = 0; i < 4; ++i) values.v[i] = found.v[i] + shift.v[i];
+      store_quad(token_of<T>(args, share, row + r) + first, values, count, args.token_vectors);
     } else {
-      store_quad(static_cast<T*>(share.weight) + at * sizes.columns + first, found, count, share.weight_vectors);
+      store_quad(static_cast<T*>(share.weight) + (row + r) * sizes.columns + first, found, count, share.weight_vectors);
     }
   };
-  store_results(core, shared, [](int, int) { return Nothing{}; }, store);
+  store_results(core, shared, [](int) { return Nothing{}; }, store);
 }
 
 constexpr int kPackThreads = 256;

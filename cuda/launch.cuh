@@ -73,22 +73,34 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
-// Sums over a block of up to 1024 threads (a multiple of 32); every thread gets them. `shared` holds 32 * K elements
-// and may be used again by the next sums.
-template <int K, class T>
-__device__ __forceinline__ void block_sums(T (&values)[K], T* shared) {
+// Sums over a block of up to kWarps (a power of two) whole warps; every thread gets them. One barrier: `shared`, kWarps
+// * K elements, must not be what the block's last sums used, unless there was another barrier since.
+template <int kWarps, int K, class T>
+__device__ __forceinline__ void block_sums_apart(T (&values)[K], T* shared) {
   const int warp = int(threadIdx.x) >> 5, lane = int(threadIdx.x) & 31, warps = int(blockDim.x) >> 5;
 #pragma unroll
   for (int k = 0; k < K; ++k) values[k] = warp_sum(values[k]);
-  if (warps == 1) return;
-  __syncthreads();
   if (lane == 0) {
 #pragma unroll
-    for (int k = 0; k < K; ++k) shared[32 * k + warp] = values[k];
+    for (int k = 0; k < K; ++k) shared[kWarps * k + warp] = values[k];
   }
   __syncthreads();
+  const int other = lane & (kWarps - 1);
 #pragma unroll
-  for (int k = 0; k < K; ++k) values[k] = warp_sum(lane < warps ? shared[32 * k + lane] : T(0));
+  for (int k = 0; k < K; ++k) {
+    values[k] = other < warps ? shared[kWarps * k + other] : T(0);
+#pragma unroll
+    for (int offset = kWarps / 2; offset > 0; offset >>= 1) {
+      values[k] += __shfl_xor_sync(0xffffffffu, values[k], offset);
+    }
+  }
+}
+
+// The same for up to 1024 threads, with a barrier before; `shared` holds 32 * K elements.
+template <int K, class T>
+__device__ __forceinline__ void block_sums(T (&values)[K], T* shared) {
+  __syncthreads();
+  block_sums_apart<32>(values, shared);
 }
 
 template <class T>

@@ -6,49 +6,79 @@ namespace {
 
 constexpr int64_t kMaxBlocks = 1 << 20;
 
-// Norm over all heads: a block holds a token in registers, so that memory is read once.
+// Norm over all heads: a block holds a token in registers, so that memory is read once, and the weight of its threads'
+// channels for all of its tokens. The next token is on its way to shared memory.
 template <class T, bool Interleaved>
-__global__ void __launch_bounds__(kRowThreads) token_kernel(const __grid_constant__ QkNormRopeArgs all) {
+__global__ void __launch_bounds__(kRowLimit, 1)
+    token_kernel(const __grid_constant__ QkNormRopeArgs all, int64_t share) {
   using U = Unit<T, kFullVector<T>, Interleaved>;
   using C = compute_t<T>;
+  using Units = StagedUnits<T, Interleaved, 0>;
   constexpr int kUnits = row_units(Interleaved);
   const RopeArgs& args = all.rope;
   C* scratch = reinterpret_cast<C*>(dynamic_shared());
-  const int slots = args.dim / U::kChannels, head = int(threadIdx.x) / slots, slot = int(threadIdx.x) - head * slots;
-  const int step = int(blockDim.x) / slots;  // heads between two units of a thread
-  const int64_t n = blockIdx.x, b = blockIdx.y;
-  const T* x = rope_head<const T>(args.x, args.x_strides, b, n, 0);
-  U units[kUnits];
+  const RotationRows<C> rotations(dynamic_shared() + kScratch);
+  const int warp = int(threadIdx.x) >> 5, lane = int(threadIdx.x) & 31;
+  const Units staged(dynamic_shared() + kScratch + 2 * args.dim * int(sizeof(C)) + warp * Units::kEnd + lane * 16);
+  const RowPlace<T, Interleaved> place(args);
+  TokenWalk at(args, share);
+  RowTrack<const T> x(args.x_strides, place);
+  RowTrack<T> out(args.out_strides, place);
+  x.enter(args.x, args.x_strides, at, place);
+  out.enter(args.out, args.out_strides, at, place);
+  staged.clear_outside(place);
+  staged.request(x, place, args.dim);
+  rotations.request(args, at.n, 0);
+  commit_copies();
+  C weight[kUnits][U::kChannels];
 #pragma unroll
   for (int i = 0; i < kUnits; ++i) {
-    const int h = head + i * step;
-    if (h < args.heads) {
-      units[i].load(x + h * args.x_strides[2], slot, args.dim);
+    if (place.inside[i]) load_weight<T, Interleaved>(all, place.head + i * place.step, place.slot, weight[i]);
+  }
+
+  for (int turn = 0; at.left > 0; turn ^= 1) {
+    const bool leaves = at.advance(args), more = at.left > 0;
+    if (leaves) {
+      x.enter(args.x, args.x_strides, at, place);
     } else {
-      units[i].clear();
+      x.row += args.x_strides[1];
     }
-  }
-  Rotation<C, U::kPairs> rotation;
-  rotation.load(args, RopeCursor(args.segments, args.segment_count, args.token_offset + n), slot);
-  C squares = C(0);
+    wait_copies<0>();
+    U units[kUnits];
+    C squares[1] = {};
 #pragma unroll
-  for (int i = 0; i < kUnits; ++i) {
+    for (int i = 0; i < kUnits; ++i) {
+      staged.read(i, units[i]);
 #pragma unroll
-    for (int j = 0; j < U::kChannels; ++j) squares += units[i].get(j) * units[i].get(j);
-  }
-  const C r = inverse_root(block_sum(squares, scratch) / C(args.heads * args.dim) + C(all.eps));
-  T* out = rope_head<T>(args.out, args.out_strides, b, n, 0);
+      for (int j = 0; j < U::kChannels; ++j) squares[0] += units[i].get(j) * units[i].get(j);
+    }
+    if (more) staged.request(x, place, args.dim);
+    block_sums_apart<kRowWarps>(squares, scratch + turn * kRowWarps);
+    if (more) rotations.request(args, at.n, turn ^ 1);
+    commit_copies();
+    Rotation<C, U::kPairs> rotation;
+    rotations.read(args, place.slot, turn, rotation);
+    const C r = inverse_root(squares[0] / C(args.heads * args.dim) + C(all.eps));
 #pragma unroll
-  for (int i = 0; i < kUnits; ++i) {
-    const int h = head + i * step;
-    if (h >= args.heads) continue;
-    C values[U::kChannels];
-    load_weight<T, Interleaved>(all, h, slot, values);
+    for (int p = 0; p < U::kPairs; ++p) {
+      rotation.c[p] *= r;
+      rotation.s[p] *= r;
+    }
 #pragma unroll
-    for (int j = 0; j < U::kChannels; ++j) values[j] *= units[i].get(j) * r;
-    rotation.apply(values);
-    units[i].set(values);
-    units[i].store(out + h * args.out_strides[2], slot, args.dim);
+    for (int i = 0; i < kUnits; ++i) {
+      if (!place.inside[i]) continue;
+      C values[U::kChannels];
+#pragma unroll
+      for (int j = 0; j < U::kChannels; ++j) values[j] = units[i].get(j) * weight[i][j];
+      rotation.apply(values);
+      units[i].set(values);
+      units[i].store(out.row + i * out.hop, place.slot, args.dim);
+    }
+    if (leaves) {
+      out.enter(args.out, args.out_strides, at, place);
+    } else {
+      out.row += args.out_strides[1];
+    }
   }
 }
 
@@ -155,8 +185,10 @@ void run(const QkNormRopeArgs& all, cudaStream_t stream) {
   const bool whole = whole_vectors<T>(all);
   const int threads = whole && !all.per_head ? row_threads<T>(args) : 0;
   if (threads > 0) {
-    const dim3 blocks(unsigned(args.tokens), unsigned(args.batch));
-    launch(op, token_kernel<T, Interleaved>, blocks, threads, 32 * sizeof(C), stream, all);
+    const size_t bytes =
+        kScratch + RotationRows<C>::bytes(args.dim) + size_t(threads / 32 * StagedUnits<T, Interleaved, 0>::kEnd);
+    const RowShares shares(op, token_kernel<T, Interleaved>, args, threads, bytes, INT32_MAX);
+    launch(op, token_kernel<T, Interleaved>, shares.blocks, threads, bytes, stream, all, shares.share);
   } else if (whole && all.per_head && heads_fit_warp<T>(args)) {
     const int slots = args.dim / Unit<T, kFullVector<T>, Interleaved>::kChannels;
     const RowWarps row(args.heads, 32 / slots * row_units(Interleaved));

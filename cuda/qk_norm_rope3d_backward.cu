@@ -18,42 +18,71 @@ struct Tokens {
   }
 };
 
-// Norm over all heads: a block holds a token.
+constexpr int kBackwardLimit = 480;  // told to the compiler: 136 registers, three blocks of 160 threads
+
+// Norm over all heads: a block works on a token, while the next one is on its way to shared memory.
 template <class T, bool Interleaved>
-__global__ void __launch_bounds__(kRowThreads) token_kernel(const __grid_constant__ QkNormRopeGradArgs grads) {
+__global__ void __launch_bounds__(kBackwardLimit, 1)
+    token_kernel(const __grid_constant__ QkNormRopeGradArgs grads, int64_t share) {
   using U = Unit<T, kFullVector<T>, Interleaved>;
   using C = compute_t<T>;
+  using Inputs = StagedUnits<T, Interleaved, 0>;
+  using Slopes = StagedUnits<T, Interleaved, Inputs::kEnd>;
   constexpr int kUnits = row_units(Interleaved);
   const QkNormRopeArgs& all = grads.forward;
   const RopeArgs& args = all.rope;
   C* scratch = reinterpret_cast<C*>(dynamic_shared());
-  const int slots = args.dim / U::kChannels, head = int(threadIdx.x) / slots, slot = int(threadIdx.x) - head * slots;
-  const int step = int(blockDim.x) / slots;
+  const RotationRows<C> rotations(dynamic_shared() + kScratch);
+  const int warp = int(threadIdx.x) >> 5, lane = int(threadIdx.x) & 31;
+  char* own = dynamic_shared() + kScratch + 2 * args.dim * int(sizeof(C)) + warp * Slopes::kEnd + lane * 16;
+  const Inputs inputs(own);
+  const Slopes gradients(own);
+  const RowPlace<T, Interleaved> place(args);
+  TokenWalk at(args, share);
+  RowTrack<const T> x(args.x_strides, place), grad(grads.grad_strides, place);
+  RowTrack<T> out(args.out_strides, place);
+  x.enter(args.x, args.x_strides, at, place);
+  grad.enter(grads.grad, grads.grad_strides, at, place);
+  out.enter(args.out, args.out_strides, at, place);
+  inputs.clear_outside(place);
+  gradients.clear_outside(place);
+  inputs.request(x, place, args.dim);
+  gradients.request(grad, place, args.dim);
+  rotations.request(args, at.n, 0);
+  commit_copies();
   C sums[kUnits][U::kChannels] = {};
-  for (Tokens at(args, blockIdx.x); at.b < args.batch; at.advance(args, gridDim.x)) {
-    const T* x = rope_head<const T>(args.x, args.x_strides, at.b, at.n, 0);
-    const T* grad = rope_head<const T>(grads.grad, grads.grad_strides, at.b, at.n, 0);
+
+  for (int turn = 0; at.left > 0; turn ^= 1) {
+    const bool leaves = at.advance(args), more = at.left > 0;
+    if (leaves) {
+      x.enter(args.x, args.x_strides, at, place);
+      grad.enter(grads.grad, grads.grad_strides, at, place);
+    } else {
+      x.row += args.x_strides[1];
+      grad.row += grads.grad_strides[1];
+    }
+    wait_copies<0>();
+    __syncthreads();  // the rotation is there, and nobody reads the last one any more
     U units[kUnits], slopes[kUnits];
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
-      const int h = head + i * step;
-      if (h < args.heads) {
-        units[i].load(x + h * args.x_strides[2], slot, args.dim);
-        slopes[i].load(grad + h * grads.grad_strides[2], slot, args.dim);
-      } else {
-        units[i].clear();
-        slopes[i].clear();
-      }
+      inputs.read(i, units[i]);
+      gradients.read(i, slopes[i]);
     }
+    if (more) {
+      inputs.request(x, place, args.dim);
+      gradients.request(grad, place, args.dim);
+      rotations.request(args, at.n, turn ^ 1);
+    }
+    commit_copies();
     Rotation<C, U::kPairs> rotation;
-    rotation.load(args, RopeCursor(args.segments, args.segment_count, args.token_offset + at.n), slot);
+    rotations.read(args, place.slot, turn, rotation);
     C totals[2] = {};  // of x^2 and of w g x
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
-      const int h = head + i * step;
-      if (h >= args.heads) continue;
+      if (!place.inside[i]) continue;
       C g[U::kChannels], weight[U::kChannels];
-      load_weight<T, Interleaved>(all, h, slot, weight);
+      load_weight<T, Interleaved>(all, place.head + i * place.step, place.slot, weight);
 #pragma unroll
       for (int j = 0; j < U::kChannels; ++j) g[j] = slopes[i].get(j);
       rotation.apply(g);
@@ -64,37 +93,44 @@ __global__ void __launch_bounds__(kRowThreads) token_kernel(const __grid_constan
         totals[1] += g[j] * weight[j] * value;
       }
     }
-    block_sums(totals, scratch);
+    block_sums_apart<kRowWarps>(totals, scratch);
     const C count = C(args.heads * args.dim), r = inverse_root(totals[0] / count + C(all.eps));
-    const C pull = totals[1] / count * r * r;
-    T* out = rope_head<T>(args.out, args.out_strides, at.b, at.n, 0);
+    const C pull = totals[1] / count * r * r * r;
+#pragma unroll
+    for (int p = 0; p < U::kPairs; ++p) {
+      rotation.c[p] *= r;
+      rotation.s[p] *= r;
+    }
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
-      const int h = head + i * step;
-      if (h >= args.heads) continue;
+      if (!place.inside[i]) continue;
       C g[U::kChannels], weight[U::kChannels];
-      load_weight<T, Interleaved>(all, h, slot, weight);
+      load_weight<T, Interleaved>(all, place.head + i * place.step, place.slot, weight);
 #pragma unroll
       for (int j = 0; j < U::kChannels; ++j) g[j] = slopes[i].get(j);
       rotation.apply(g);
 #pragma unroll
       for (int j = 0; j < U::kChannels; ++j) {
         const C value = units[i].get(j);
-        sums[i][j] += g[j] * value * r;
-        g[j] = r * (g[j] * weight[j] - value * pull);
+        sums[i][j] += g[j] * value;
+        g[j] = g[j] * weight[j] - value * pull;
       }
       units[i].set(g);
-      units[i].store(out + h * args.out_strides[2], slot, args.dim);
+      units[i].store(out.row + i * out.hop, place.slot, args.dim);
+    }
+    if (leaves) {
+      out.enter(args.out, args.out_strides, at, place);
+    } else {
+      out.row += args.out_strides[1];
     }
   }
   C* partial = static_cast<C*>(grads.partial) + blockIdx.x * args.heads * args.dim;
 #pragma unroll
   for (int i = 0; i < kUnits; ++i) {
-    const int h = head + i * step;
-    if (h >= args.heads) continue;
+    if (!place.inside[i]) continue;
     Unit<C, kFullVector<T>, Interleaved> unit;
     unit.set(sums[i]);
-    unit.store(partial + h * args.dim, slot, args.dim);
+    unit.store(partial + (place.head + i * place.step) * args.dim, place.slot, args.dim);
   }
 }
 
@@ -280,10 +316,11 @@ int64_t run(const QkNormRopeGradArgs& grads, cudaStream_t stream) {
   const int64_t tokens = args.batch * args.tokens, most = tokens < grads.chunks ? tokens : grads.chunks;
   const int threads = whole && !all.per_head ? row_threads<T>(args) : 0;
   if (threads > 0) {
-    const size_t shared = 64 * sizeof(C);
-    const unsigned blocks = resident_blocks(op, token_kernel<T, Interleaved>, threads, shared, most);
-    launch(op, token_kernel<T, Interleaved>, blocks, threads, shared, stream, grads);
-    return blocks;
+    const size_t bytes =
+        kScratch + RotationRows<C>::bytes(args.dim) + size_t(threads / 32 * 2 * StagedUnits<T, Interleaved, 0>::kEnd);
+    const RowShares shares(op, token_kernel<T, Interleaved>, args, threads, bytes, most);
+    launch(op, token_kernel<T, Interleaved>, shares.blocks, threads, bytes, stream, grads, shares.share);
+    return shares.blocks;
   }
   if (whole && all.per_head && heads_fit_warp<T>(args)) {
     const int slots = args.dim / Unit<T, kFullVector<T>, Interleaved>::kChannels;

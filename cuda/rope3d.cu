@@ -24,7 +24,6 @@ __global__ void __launch_bounds__(kThreads) rope3d_kernel(const __grid_constant_
   const int step = lane.heads * kUnroll, heads = lane.head < lane.heads ? int(args.heads) : 0;
   const T* x = rope_head<const T>(args.x, args.x_strides, b, n, 0);
   T* out = rope_head<T>(args.out, args.out_strides, b, n, 0);
-  const RopeCursor cursor(args.segments, args.segment_count, args.token_offset + n);
   for (int slot = lane.slot; slot < lane.slots; slot += 32) {
     Rotation<C, U::kPairs> rotation;
     bool rotation_loaded = false;
@@ -35,7 +34,9 @@ __global__ void __launch_bounds__(kThreads) rope3d_kernel(const __grid_constant_
         const int h = first + i * lane.heads + lane.head;
         if (h < heads) units[i].load(x + h * args.x_strides[2], slot, args.dim);
       }
-      if (!rotation_loaded) rotation.load(args, cursor, slot);
+      if (!rotation_loaded) {
+        rotation.load(args, RopeCursor(args.segments, args.segment_count, args.token_offset + n), slot);
+      }
       rotation_loaded = true;
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {

@@ -14,7 +14,7 @@ __device__ __forceinline__ C column_sum(const C* partial, int64_t begin, int64_t
   const int warp = int(threadIdx.x) >> 5, lane = int(threadIdx.x) & 31;
   C sum = C(0);
   if (inside) {
-#pragma unroll 4
+#pragma unroll 8
     for (int64_t row = begin + warp; row < end; row += 8) sum += partial[row * stride];
   }
   __syncthreads();

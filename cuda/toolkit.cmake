@@ -46,8 +46,25 @@ function(td_choose_cuda choice archs)
   set(TD_CUDA_ARCHITECTURES "${archs}" PARENT_SCOPE)
 endfunction()
 
+# Are kernels with Hopper-only instructions (cuda/sm90a, which need CUTLASS) built? Yes if Hopper is among the
+# architectures. native_archs: what "native" means on this machine, as CMAKE_CUDA_ARCHITECTURES_NATIVE. setup.py asks
+# the same.
+function(td_builds_sm90a archs native_archs out)
+  set(${out} OFF PARENT_SCOPE)
+  foreach(arch IN LISTS archs)
+    if(arch MATCHES "^native$")
+      td_builds_sm90a("${native_archs}" "" found)
+      if(found)
+        set(${out} ON PARENT_SCOPE)
+      endif()
+    elseif(arch MATCHES "^(90a?(-real|-virtual)?|all|all-major)$")
+      set(${out} ON PARENT_SCOPE)
+    endif()
+  endforeach()
+endfunction()
+
 # Binaries for what data centres and desks have and this toolkit knows, PTX of the last one for what comes later.
-# sm_90a beside them would be needed only by kernels with Hopper-only instructions, and there are none.
+# sm_90a is not among them: files that need it get it on their own (td_builds_sm90a).
 function(td_default_archs version out)
   if(version VERSION_LESS 12.8)
     set(${out} "80-real;86-real;89-real;90" PARENT_SCOPE)

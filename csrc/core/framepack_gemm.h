@@ -72,8 +72,16 @@ TD_HD int64_t pack_part_size(const PackProductArgs& args, const PackShare& share
   return (share.splits * sums + 3) / 4 * 4;
 }
 
+// Elements from one row of a bucket's matrix of patches to the next, where it is written down: rows are aligned to 16
+// bytes. What lies between the rows is not written.
+TD_HD int64_t pack_pitch(const PackProductArgs& args, const PackShare& share) {
+  return (args.channels * share.volume() + 7) / 8 * 8;
+}
+
 namespace cuda {
 void framepack_product(const PackProductArgs& args, Stream stream);
-}
+// Writes the patches of all buckets to the workspace, from element `part` on, in the dtype of the latents.
+void framepack_patches(const PackProductArgs& args, Stream stream);
+}  // namespace cuda
 
 }  // namespace td

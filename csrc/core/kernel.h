@@ -17,7 +17,7 @@ Isa cpu_isa();
 const char* isa_name(Isa isa);
 
 [[noreturn]] void fail_no_cuda(const char* op);
-// Makes `device` current for the lifetime of the object (CUDA builds only).
+// Makes `device` current for the lifetime of the object (CUDA builds only), and makes no context on any other.
 struct DeviceGuard {
   explicit DeviceGuard(int device);
   ~DeviceGuard();
@@ -25,7 +25,8 @@ struct DeviceGuard {
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int previous_;
+  void* previous_;  // context
+  bool switched_;
 };
 
 }  // namespace td

@@ -70,9 +70,8 @@ struct TokenChunks {
   }
 };
 
-// At most about `pieces` chunks (and one for the rest of every group): enough to share among threads, or among the
-// blocks that run at a time on a GPU, several turns of them.
-constexpr int64_t kCpuPieces = 64, kCudaPieces = 1024;
+// At most about `pieces` chunks (and one for the rest of every group): enough to share among threads.
+constexpr int64_t kCpuPieces = 64;
 
 inline TokenChunks make_chunks(const TokenGroups& groups, int64_t token_offset, int64_t tokens, int64_t pieces) {
   TokenChunks chunks{};
@@ -94,6 +93,34 @@ inline TokenChunks make_chunks(const TokenGroups& groups, int64_t token_offset, 
   }
   chunks.count = chunks.first_chunk[chunks.last_group + 1];
   return chunks;
+}
+
+// On a GPU every block takes an equal share of the tokens of all samples, in order, and leaves one row of sums for
+// every (sample, group) that it comes to. Their numbers go up with block and group: row block + sample and group in
+// order.
+struct TokenShares {
+  int64_t share, blocks;  // tokens of a block; blocks that have any
+
+  TokenShares() = default;
+  TokenShares(int64_t items, int64_t most_blocks, int64_t least_share) {
+    share = (items + most_blocks - 1) / most_blocks;
+    if (share < least_share) share = least_share;
+    blocks = (items + share - 1) / share;
+  }
+  // Rows [begin, end) of a group whose tokens are [first, stop) of all samples' tokens; `order` is its number.
+  TD_HD void rows(int64_t first, int64_t stop, int64_t order, int64_t& begin, int64_t& end) const {
+    begin = end = 0;
+    if (first >= stop) return;
+    begin = first / share + order;
+    end = (stop - 1) / share + order + 1;
+  }
+};
+constexpr int64_t kModulateBlocks = 1024, kModulateShare = 8;  // at most; at least
+
+// Rows of sums that blocks of a GPU leave, whatever GPU it is.
+inline int64_t modulate_share_rows(const TokenChunks& chunks, int64_t batch) {
+  return TokenShares(batch * chunks.tokens, kModulateBlocks, kModulateShare).blocks +
+         batch * (chunks.last_group - chunks.first_group + 1);
 }
 
 // Rows [B, N, dim] of any floating dtype; strides of batch and token axes.
@@ -119,8 +146,8 @@ struct ModulateArgs {
 };
 
 // Backward. `residual` is the forward result (x itself in norm_modulate). total = grad_residual + d(out)/d(residual);
-// grad_x = total, grad_y = gate * total. Sums over groups go to [B, G, dim] through `partial` [B, chunks, 3, dim]
-// (scale, shift, gate).
+// grad_x = total, grad_y = gate * total. Sums over groups go to [B, G, dim] through `partial` [rows, 3, dim] (scale,
+// shift, gate): B * chunks rows on the CPU, at most modulate_share_rows on a GPU.
 struct ModulateGradArgs {
   int64_t batch, tokens, token_offset;
   int dim;

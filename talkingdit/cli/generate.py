@@ -149,7 +149,7 @@ def prepare(argv: Sequence[str]) -> Request:
 
 def _read(argv: Sequence[str]) -> tuple[Family, Values]:
     """The family of the checkpoint, which decides what flags there are, and their values."""
-    folder = _checkpoint_in(argv)
+    folder = checkpoint_in(argv)
     family = families.get(families.DEFAULT) if folder is None else families.of_folder(folder)
     values = read(COMMAND, ABOUT, _groups(family), argv)
     for word in values.unknown:
@@ -163,7 +163,7 @@ def _read(argv: Sequence[str]) -> tuple[Family, Values]:
     return family, values
 
 
-def _checkpoint_in(argv: Sequence[str]) -> Path | None:
+def checkpoint_in(argv: Sequence[str]) -> Path | None:
     """The folder that `--checkpoint` names, before flags are known."""
     found = None
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
@@ -188,7 +188,7 @@ def _groups(family: Family) -> list[Group]:
 
 def _help_groups(argv: Sequence[str]) -> list[Group]:
     """With a checkpoint the flags of its family; without one those of all, by the families that have them."""
-    folder = _checkpoint_in(argv)
+    folder = checkpoint_in(argv)
     if folder is not None:
         return _groups(families.of_folder(folder))
     owners: dict[str, list[Family]] = {}

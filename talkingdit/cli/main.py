@@ -14,6 +14,7 @@ __all__ = ["USER_ERROR", "main"]
 VERBS = {
     "generate": "make a video of a portrait speaking",
     "plan": "predict memory and time of a model on a card, or of its training on a cluster",
+    "calibrate": "fit the step cache to a checkpoint",
     "info": "say what was built and what was found",
     "precompute": "encode training videos once, into shards",
 }

@@ -13,9 +13,8 @@ import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 from talkingdit.errors import UserError
 from talkingdit.families.flag import GenerationOptions
@@ -98,6 +97,19 @@ class Preview(Protocol):
     Curves: type[PreviewCurves]
 
 
+P = TypeVar("P")
+
+
+class Part(Generic[P]):
+    """A file of a family, loaded when it is first asked for."""
+
+    def __set_name__(self, owner: type[Family], name: str) -> None:
+        self.name = name
+
+    def __get__(self, family: Family, owner: type[Family]) -> P:
+        return cast(P, family.part(self.name))
+
+
 @dataclass(frozen=True)
 class Family:
     """A family by its folder.
@@ -133,53 +145,21 @@ class Family:
             return families.get(self.base).part(name)
         raise UserError(f"{self.title}: there is no {name} for this family.")
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """What is loaded already does not go to other processes."""
-        return Family, (self.name, self.title, self.package, self.base, self.sources)
+    checkpoint, load, outline, pipeline = Part[Checkpoint](), Part[Load](), Part[OutlinePart](), Part[Pipeline]()
+    units, cost = cast("Part[Units]", Part()), cast("Part[Cost]", Part())
+    clips, train = cast("Part[Clips]", Part()), cast("Part[Train]", Part())
 
-    @cached_property
+    @property
     def presets(self) -> Mapping[str, dict[str, Any]]:
         return cast(Presets, self.part("presets")).PRESETS
 
-    @cached_property
+    @property
     def options(self) -> type[GenerationOptions]:
         return cast(Options, self.part("options")).Options
 
-    @cached_property
-    def checkpoint(self) -> Checkpoint:
-        return cast(Checkpoint, self.part("checkpoint"))
-
-    @cached_property
-    def load(self) -> Load:
-        return cast(Load, self.part("load"))
-
-    @cached_property
-    def units(self) -> Units:
-        return cast("Units", self.part("units"))
-
-    @cached_property
-    def cost(self) -> Cost:
-        return cast("Cost", self.part("cost"))
-
-    @cached_property
-    def outline(self) -> OutlinePart:
-        return cast(OutlinePart, self.part("outline"))
-
-    @cached_property
-    def pipeline(self) -> Pipeline:
-        return cast(Pipeline, self.part("pipeline"))
-
-    @cached_property
+    @property
     def preview(self) -> Preview | None:
         """None where the family has none."""
         home = importlib.import_module(self.package)
         own = hasattr(home, "__path__") and importlib.util.find_spec(f"{self.package}.preview") is not None
         return cast(Preview, self.part("preview")) if own else None
-
-    @cached_property
-    def clips(self) -> Clips:
-        return cast("Clips", self.part("clips"))
-
-    @cached_property
-    def train(self) -> Train:
-        return cast("Train", self.part("train"))

@@ -77,3 +77,13 @@ class GenerationOptions:
             raise ValueError(f"generate: seed must be at least 0, got {self.seed}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"generate: steps must be at least 1, got {self.steps}")
+
+
+def check_step_cache(threshold: float) -> None:
+    """Of the families that have one.
+
+    Raises:
+        ValueError: a threshold that is none.
+    """
+    if not 0 <= threshold < float("inf"):
+        raise ValueError(f"generate: step_cache must be a number of at least 0, got {threshold}")

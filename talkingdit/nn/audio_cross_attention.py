@@ -20,13 +20,20 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from talkingdit import ops
 from talkingdit.nn.layers import RMSNorm, wide
+from talkingdit.ops._frames import even_frames
 
 ABSORB = ("none", "value", "full")
+
+# Absorbed keys and values have rows for so many heads and tokens: H*A, rounded up to whole pieces of 16 bytes of 16-bit
+# types, which is how GPUs read them. What is added is zero.
+_PIECE = 8
+_FAST_HEADS = (32, 64, 128)  # channels of a head that `ops.audio_attention` is fast for
 
 
 class CrossAttention(nn.Module):
@@ -74,8 +81,8 @@ class CrossAttention(nn.Module):
 class AudioMemory(NamedTuple):
     """What `AudioCrossAttention` keeps of the audio of a clip: F frames, A tokens each, H heads of D channels."""
 
-    k: Tensor  # [B, F, A, H, D], or absorbed [B, F, dim, H*A]
-    v: Tensor  # [B, F, A, H, D], or absorbed [B, F, H*A, dim]
+    k: Tensor  # [B, F, A, H, D], or absorbed [B, F, dim, K], K = H*A rounded up to a multiple of 8, the rest zeros
+    v: Tensor  # [B, F, A, H, D], or absorbed [B, F, K, dim]
     score_bias: Tensor | None = None  # [B, F, H*A], with absorbed keys
     out_bias: Tensor | None = None  # [dim], with absorbed values
 
@@ -156,24 +163,6 @@ class _Epilogue(NamedTuple):
         return (self.residual + value).to(dtype) if self.out is None else self.out.copy_(self.residual + value)
 
 
-def _even(tokens: int, tokens_per_frame: int, token_offset: int) -> list[tuple[slice, slice]]:
-    """Ranges of tokens and of frames, such that all frames of a range have equally many tokens in it.
-
-    That is all of them, where no frame is cut; else the rest of a frame, whole ones, and the beginning of one.
-    """
-    rest = min(-token_offset % tokens_per_frame, tokens)
-    first, whole = -(-token_offset // tokens_per_frame), (tokens - rest) // tokens_per_frame
-    end = rest + whole * tokens_per_frame
-    ranges = []
-    if rest:
-        ranges.append((slice(0, rest), slice(first - 1, first)))
-    if whole:
-        ranges.append((slice(rest, end), slice(first, first + whole)))
-    if end < tokens:
-        ranges.append((slice(end, tokens), slice(first + whole, first + whole + 1)))
-    return ranges or [(slice(0, 0), slice(0, 1))]
-
-
 class AudioCrossAttention(CrossAttention):
     """Attention of every video token to the audio tokens of its own latent frame."""
 
@@ -200,12 +189,14 @@ class AudioCrossAttention(CrossAttention):
         if absorb == "none":
             return AudioMemory(k, v)
         weight, out_bias = effective(self.o, heads * size, like=v)
-        v = torch.einsum("bfahd,chd->bfhac", v, weight.unflatten(1, (heads, size))).flatten(2, 3).contiguous()
+        v = torch.einsum("bfahd,chd->bfhac", v, weight.unflatten(1, (heads, size))).flatten(2, 3)
+        v = _rounded_up(v, 2)
         if absorb == "value":
             return AudioMemory(k, v, None, out_bias)
         weight, bias = effective(self.q, tokens.shape[-1], like=k)
         score_bias = torch.einsum("bfahd,hd->bfha", k, bias.unflatten(0, (heads, size))).flatten(2)
-        k = torch.einsum("bfahd,hdc->bfcha", k, weight.unflatten(0, (heads, size))).flatten(3).contiguous()
+        k = torch.einsum("bfahd,hdc->bfcha", k, weight.unflatten(0, (heads, size))).flatten(3)
+        k = _rounded_up(k, 3)
         return AudioMemory(k, v, score_bias, out_bias)
 
     def forward(
@@ -269,21 +260,51 @@ class AudioCrossAttention(CrossAttention):
         return _join(parts) if out is None else out
 
     def _weights(self, x: Tensor, memory: AudioMemory, span: PlacedSpan) -> Tensor:
-        """Attention weights [B, n, H*A] of the tokens of a span: x [B, N, H, D] queries, or [B, N, dim] tokens."""
-        x, k, bias = cut(x, span.tokens), cut(memory.k, span.frames), memory.score_bias
-        if bias is not None:
-            x, bias = _frame_linear(x, k, span.place, _Epilogue()), cut(bias, span.frames)
+        """Attention weights [B, n, K] of the tokens of a span: x [B, N, H, D] queries, or [B, N, dim] tokens.
+
+        K is H*A rounded up as in the memory, with zeros behind the weights.
+        """
+        x, k = cut(x, span.tokens), cut(memory.k, span.frames)
+        if memory.score_bias is None:
+            weights = self._unabsorbed_weights(x, k, span)
+        else:
+            scores = _frame_linear(x, k, span.place, _Epilogue())
+            weights = self._softmax(scores, cut(memory.score_bias, span.frames), span)
+        return _rounded_up(weights.flatten(2).to(memory.v.dtype), 2)
+
+    def _unabsorbed_weights(self, q: Tensor, k: Tensor, span: PlacedSpan) -> Tensor:
+        """[B, n, H, A] of queries [B, n, H, D] and keys [B, F, A, H, D]."""
+        count = k.shape[2]
+        if self.head_dim in _FAST_HEADS and count <= self.head_dim:
+            # Attention to unit vectors: what comes out of a head are the weights of its tokens. One kernel, which reads
+            # every query once, where there would be a small product per frame and head and a softmax of several passes.
+            units = torch.eye(count, self.head_dim, dtype=k.dtype, device=k.device)[None, None, :, None]
+            return ops.audio_attention(q, k, units.expand(k.shape), *span.place)[..., :count]
         parts = []
-        for tokens, frames in _even(x.shape[1], *span.place):
-            count = frames.stop - frames.start
-            part = cut(x, tokens).unflatten(1, (count, (tokens.stop - tokens.start) // count))
-            if bias is None:
-                scores = (part.permute(0, 1, 3, 2, 4) @ cut(k, frames).permute(0, 1, 3, 4, 2)).transpose(2, 3)
-            else:
-                scores = (part + cut(bias, frames)[:, :, None]).unflatten(-1, (self.num_heads, -1))
-            weights = (scores.to(wide(scores.dtype)) * self.head_dim**-0.5).softmax(-1)
-            parts.append(weights.flatten(3).flatten(1, 2).to(memory.v.dtype))
+        for tokens, frames in even_frames(q.shape[1], *span.place):
+            part = cut(q, tokens).unflatten(1, (frames.stop - frames.start, -1 if q.numel() else 0))
+            scores = (part.permute(0, 1, 3, 2, 4) @ cut(k, frames).permute(0, 1, 3, 4, 2)).transpose(2, 3)
+            scores = scores.to(wide(scores.dtype)) * self.head_dim**-0.5
+            parts.append(scores.softmax(-1).flatten(1, 2))
         return _join(parts)
+
+    def _softmax(self, scores: Tensor, bias: Tensor, span: PlacedSpan) -> Tensor:
+        """[B, n, H, A] of scores [B, n, K] without their bias [B, F, H*A] and scale."""
+        scale, scores = self.head_dim**-0.5, scores[..., : bias.shape[2]]
+        bias = bias.to(wide(scores.dtype)) * scale
+        parts = []
+        for tokens, frames in even_frames(scores.shape[1], *span.place):
+            part = cut(scores, tokens).unflatten(1, (frames.stop - frames.start, -1 if scores.numel() else 0))
+            # In the wide type from the first operation on, which costs no pass of its own.
+            part = torch.add(cut(bias, frames)[:, :, None], part, alpha=scale)
+            parts.append(part.unflatten(-1, (self.num_heads, -1)).softmax(-1).flatten(1, 2))
+        return _join(parts)
+
+
+def _rounded_up(x: Tensor, axis: int) -> Tensor:
+    """Contiguous, with zeros behind the axis, so that its length is a multiple of `_PIECE`."""
+    missing = -x.shape[axis] % _PIECE
+    return F.pad(x, (0, 0) * (x.dim() - 1 - axis) + (0, missing)) if missing else x.contiguous()
 
 
 def _join(parts: list[Tensor]) -> Tensor:

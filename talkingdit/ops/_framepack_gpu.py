@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""framepack on a GPU: a matrix product per bucket, all of them in one launch, and no patches in memory."""
+"""framepack on a GPU: a matrix product per bucket, all of them in one launch, and no patches in memory.
+
+Forward there is a second way, for Hopper: patches are written down in one launch and multiplied by CUTLASS, a launch
+per bucket and sample. They are a few megabytes, far less than the weights.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor
 
 from talkingdit._native_loader import native
+from talkingdit.ops import _matrix_kernels as matrix_kernels
 from talkingdit.ops._checks import rows
 from talkingdit.ops._framepack_plan import PRODUCTS, plan
 from talkingdit.ops._memory import empty
@@ -43,12 +48,53 @@ def _product(
 
 
 def project(
-    latents: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], grids: Grids, options: Options, out: Tensor
+    latents: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    grids: Grids,
+    options: Options,
+    out: Tensor,
+    kernel: str,
 ) -> None:
     """Writes the packed tokens of all buckets to ``out``."""
-    if out.numel():
-        packed = [weight.contiguous() for weight in weights]
+    if out.numel() == 0:
+        return
+    packed = [weight.contiguous() for weight in weights]
+    if _request(latents, packed, biases, out, kernel).cutlass():
+        _multiply_patches(rows(latents), packed, biases, grids, options, out)
+    else:
         _product("project", rows(latents), packed, [bias.contiguous() for bias in biases], out, grids, options)
+
+
+def _request(
+    latents: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], out: Tensor, kernel: str
+) -> matrix_kernels.Request:
+    sums = [weight.numel() // out.shape[2] for weight in weights]
+    found = matrix_kernels.obstacle([latents, *weights, *biases], min(sums), [out])
+    if min(sums) == 0 and matrix_kernels.ready(latents.device):
+        found = "a weight in every bucket"
+    copies = not all(matrix_kernels.movable(weight.flatten(1)) for weight in weights if weight.numel())
+    return matrix_kernels.Request("framepack", kernel, max(sums), out.shape[2], out.element_size(), found, copies)
+
+
+def _multiply_patches(
+    latents: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], grids: Grids, options: Options, out: Tensor
+) -> None:
+    frames, counts, sizes, padding = options
+    batch, tokens = latents.shape[0], [t * h * w for t, h, w in grids]
+    sums = [weight[0].numel() for weight in weights]
+    pitches = [-(-n // 8) * 8 for n in sums]  # pack_pitch of csrc/core/framepack_gemm.h
+    written = latents.new_empty(sum(batch * count * pitch for count, pitch in zip(tokens, pitches, strict=True)))
+    native.framepack_patches(latents, written, frames, counts, sizes, [n for grid in grids for n in grid], padding)
+    first = at = 0
+    for weight, bias, count, length, pitch in zip(weights, biases, tokens, sums, pitches, strict=True):
+        matrices = written[at : at + batch * count * pitch].view(batch, count, pitch)[..., :length]
+        at += batch * count * pitch
+        matrix, shift = matrix_kernels.moved(weight.flatten(1))[None], bias.contiguous() if bias.numel() else None
+        for sample in range(batch if count else 0):
+            target = out[sample : sample + 1, first : first + count]
+            native.sm90_product(matrices[sample : sample + 1], matrix, shift, None, None, None, target, True)
+        first += count
 
 
 def backward(

@@ -22,10 +22,15 @@ _PLACE = "SymInt per_group, SymInt[] ends, SymInt token_offset"
 
 
 def _partial(grad: Tensor, modulation: Tensor, per_group: int, ends: list[int], token_offset: int) -> Tensor:
-    """Room for the sums of every chunk of tokens: of scale, shift and gate."""
+    """Room for the sums that threads or blocks leave: of scale, shift and gate."""
     batch, tokens, dim = grad.shape
     chunks = native.modulate_chunks(grad, modulation.shape[1], per_group, ends, token_offset) if tokens else 0
     return modulation.new_empty(batch * chunks, 3, dim)
+
+
+def _alike(value: Tensor) -> Tensor:
+    """A tensor for backward on a GPU, whose fast kernels want all tensors to lie as the gradients that they make do."""
+    return value.contiguous() if value.is_cuda else rows(value)
 
 
 def _sums(grad: Tensor, like: Tensor) -> Tensor:
@@ -76,7 +81,7 @@ def _norm_modulate_backward(
     grad_x, grad_scale, grad_shift = empty(x.shape, x), _sums(grad_out, scale), _sums(grad_out, scale)
     partial = _partial(grad_out, scale, per_group, ends, token_offset)
     native.modulate_backward(
-        rows(x), None, None, rows(scale), None, rows(grad_out), grad_x, None, None, grad_scale, grad_shift, partial,
+        _alike(x), None, None, rows(scale), None, _alike(grad_out), grad_x, None, None, grad_scale, grad_shift, partial,
         per_group, ends, token_offset, eps,
     )  # fmt: skip
     return grad_x, grad_scale, grad_shift
@@ -153,7 +158,7 @@ def _gate_residual_backward(
     grad_y, grad_gate = empty(y.shape, y), _sums(grad_residual, gate)
     partial = _partial(grad_residual, gate, per_group, ends, token_offset)
     native.modulate_backward(
-        None, rows(y), rows(gate), None, rows(grad_residual), None, None, grad_y, grad_gate, None, None, partial,
+        None, _alike(y), rows(gate), None, _alike(grad_residual), None, None, grad_y, grad_gate, None, None, partial,
         per_group, ends, token_offset, 0.0,
     )  # fmt: skip
     return grad_y, grad_gate
@@ -242,7 +247,7 @@ def _both_backward(
     grad_gate, grad_scale, grad_shift = (_sums(grad_out, t) for t in (gate, scale, scale))
     partial = _partial(grad_out, gate, per_group, ends, token_offset)
     native.modulate_backward(
-        rows(residual), rows(y), rows(gate), rows(scale), rows(grad_residual), rows(grad_out), grad_x, grad_y,
+        _alike(residual), _alike(y), rows(gate), rows(scale), _alike(grad_residual), _alike(grad_out), grad_x, grad_y,
         grad_gate, grad_scale, grad_shift, partial, per_group, ends, token_offset, eps,
     )  # fmt: skip
     return grad_x, grad_y, grad_gate, grad_scale, grad_shift

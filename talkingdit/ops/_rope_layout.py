@@ -105,7 +105,8 @@ class RopeLayout:
         self.length = sum(len(segment) for segment in self.segments)
         if self.length >= 2**31:
             raise ValueError(f"RopeLayout: a layout must have fewer than 2**31 tokens, got {self.length}")
-        self._on_device: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        # With the stream that the tables' memory belongs to.
+        self._on_device: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, torch.cuda.Stream | None]] = {}
 
     @classmethod
     def packed(cls, layouts: Sequence[RopeLayout]) -> RopeLayout:
@@ -163,15 +164,23 @@ class RopeLayout:
     def tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The rotation table (float64 for float64 tensors, else float32) and the segment table on a device.
 
-        They are made once per device and kept. Call it before capturing a CUDA graph.
+        They are made once per device and kept. Call it before capturing a CUDA graph. On another stream than the one
+        they were made on, their memory is not given away before that stream has done what it was asked for until now,
+        should the layout be dropped meanwhile.
         """
         precision = torch.float64 if dtype == torch.float64 else torch.float32
-        found = self._on_device.get((device, precision))
-        if found is None:
-            found = (self._table.to(device, precision), self._index.to(device))
-            if not torch.compiler.is_compiling():
-                self._on_device[(device, precision)] = found
-        return found
+        if torch.compiler.is_compiling():
+            found = self._on_device.get((device, precision))
+            return found[:2] if found is not None else (self._table.to(device, precision), self._index.to(device))
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        if (device, precision) not in self._on_device:
+            made = self._table.to(device, precision), self._index.to(device), stream
+            self._on_device[(device, precision)] = made
+        table, index, home = self._on_device[(device, precision)]
+        if stream is not None and stream != home:
+            table.record_stream(stream)
+            index.record_stream(stream)
+        return table, index
 
     def rotations(self) -> Tensor:
         """The rotation of every token, complex128 [N, D / 2]: the table that kernels never build."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from talkingdit._native_loader import native
 from talkingdit.ops._checks import check_dims, check_float, check_out, check_same, check_shape, check_tensor, rows
+from talkingdit.ops._host_table import on_device
 from talkingdit.ops._library import register
 from talkingdit.ops._memory import empty
 
@@ -118,12 +119,12 @@ def _clips(name: str, cu_frames: Sequence[int] | Tensor, frames: int, device: to
                 f"{name}: cu_frames must be int32 or int64 with one dimension [clips + 1], "
                 f"got {cu_frames.dtype} {tuple(cu_frames.shape)}"
             )
-        bounds = cu_frames.to(device, torch.int64)
+        bounds = on_device(cu_frames, torch.int64, device)
     else:
         values = [int(value) for value in cu_frames]
         if len(values) < 2 or values[0] != 0 or values[-1] != frames or values != sorted(values):
             raise ValueError(f"{name}: cu_frames must rise from 0 to the number of frames {frames}, got {values}")
-        bounds = torch.tensor(values, dtype=torch.int64, device=device)
+        bounds = on_device(values, torch.int64, device)
     clip = torch.searchsorted(bounds, torch.arange(frames, device=device), right=True).clamp(1, bounds.shape[0] - 1)
     return torch.stack([bounds[clip - 1], bounds[clip]], dim=1).clamp(0, frames)
 

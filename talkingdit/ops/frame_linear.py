@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from talkingdit._native_loader import native
+from talkingdit.ops import _matrix_kernels as matrix_kernels
 from talkingdit.ops._checks import check_dims, check_float, check_out, check_same, check_shape, check_tensor, rows
+from talkingdit.ops._frames import even_frames
 from talkingdit.ops._library import register
 from talkingdit.ops._memory import empty
 
@@ -40,6 +42,7 @@ def _run(
     token_offset: int,
     add: bool,
     out: Tensor,
+    kernel: str,
 ) -> None:
     """``add``: out is the residual as well."""
     residual = out if add else residual
@@ -65,7 +68,50 @@ def _run(
     wide = torch.promote_types(x.dtype, torch.float32)
     bias, gate, mask = (None if t is None else rows(t.to(wide)) for t in (bias, gate, mask))
     residual = None if residual is None else rows(residual)
+    if _request(x, weight, residual, out, kernel).cutlass():
+        _run_cutlass(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset, out)
+        return
     native.frame_linear(rows(x), rows(weight), bias, gate, mask, residual, out, tokens_per_frame, token_offset)
+
+
+def _request(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor, kernel: str) -> matrix_kernels.Request:
+    in_place = [out] if residual is None else [out, residual]
+    found = matrix_kernels.obstacle([x, weight], x.shape[2], in_place)
+    columns, copies = weight.shape[3], not matrix_kernels.movable(weight)
+    return matrix_kernels.Request("frame_linear", kernel, x.shape[2], columns, out.element_size(), found, copies)
+
+
+def _run_cutlass(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    tokens_per_frame: int,
+    token_offset: int,
+    out: Tensor,
+) -> None:
+    """A batched product for all whole frames, and one for each frame that the shard cuts."""
+    if out.numel() == 0:
+        return
+    x, weight = matrix_kernels.moved(x), matrix_kernels.moved(weight)
+    for tokens, frames in even_frames(x.shape[1], tokens_per_frame, token_offset):
+        count = frames.stop - frames.start
+        cut = [None if t is None else t[:, tokens].unflatten(1, (count, -1)) for t in (x, mask, residual, out)]
+        for a, b, *others in _batches([cut[0], weight[:, frames], *cut[1:]]):
+            share, before, result = others
+            native.sm90_product(a, b, bias, gate, share, before, result, False)
+
+
+def _batches(tensors: list[Tensor | None]) -> Iterator[list[Tensor | None]]:
+    """Tensors [B, F, ...] as batches [B * F, ...] if strides allow that for all of them, else as B batches [F, ...]."""
+    given = [t for t in tensors if t is not None]
+    if all(1 in t.shape[:2] or t.stride(0) == t.shape[1] * t.stride(1) for t in given):
+        yield [None if t is None else t.flatten(0, 1) for t in tensors]
+    else:
+        for sample in range(given[0].shape[0]):
+            yield [None if t is None else t[sample] for t in tensors]
 
 
 def _forward(
@@ -77,19 +123,22 @@ def _forward(
     residual: Tensor | None,
     tokens_per_frame: int,
     token_offset: int,
+    kernel: str,
 ) -> Tensor:
     like = x if residual is None else residual
     out = empty((*x.shape[:2], weight.shape[3]), like)
-    _run(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset, False, out)
+    _run(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset, False, out, kernel)
     return out
 
 
-def _fake(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset):  # type: ignore[no-untyped-def]
+def _fake(  # type: ignore[no-untyped-def]
+    x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset, kernel
+):
     return (x if residual is None else residual).new_empty((*x.shape[:2], weight.shape[3]))
 
 
-_op = register(f"frame_linear({_ARGS}) -> Tensor", _forward, _fake)
-_op_out = register(f"frame_linear_out({_ARGS}, bool add, Tensor(a!) out) -> ()", _run, lambda *_: None)
+_op = register(f"frame_linear({_ARGS}, str kernel) -> Tensor", _forward, _fake)
+_op_out = register(f"frame_linear_out({_ARGS}, bool add, Tensor(a!) out, str kernel) -> ()", _run, lambda *_: None)
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
@@ -198,6 +247,8 @@ def frame_linear(
     residual: Tensor | None = None,
     token_offset: int = 0,
     out: Tensor | None = None,
+    *,
+    kernel: str = "auto",
 ) -> Tensor:
     """``residual + mask * gate * (x @ weight[frame] + bias)``, for inference.
 
@@ -216,6 +267,8 @@ def frame_linear(
         residual: [B, N, dim], in the dtype of x or float32.
         token_offset: place of ``x[:, 0]`` in the whole sequence, for a contiguous shard.
         out: preallocated result, may be ``residual``.
+        kernel: which one computes it on a GPU, "auto", "general" or "cutlass". The last one needs bfloat16 x and
+            weight, a GPU of compute capability 9.0, and a result and residual whose rows are aligned to 16 bytes.
 
     Returns:
         [B, N, dim] in the dtype of the residual, or of x where there is none.
@@ -225,17 +278,19 @@ def frame_linear(
         RuntimeError: a gradient is needed; write the products out (``frame_linear_reference``) to train.
     """
     _check("frame_linear", x, weight, tokens_per_frame, bias, gate, mask, residual, token_offset)
+    matrix_kernels.check_kernel("frame_linear", kernel, x.device)
     given = [t for t in (x, weight, bias, gate, mask, residual) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         raise RuntimeError(
             "frame_linear: it has no gradient; call it under torch.no_grad(), or frame_linear_reference to train"
         )
     if out is None:
-        return _op(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset)
+        return _op(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset, kernel)
     dtype = x.dtype if residual is None else residual.dtype
     check_out("frame_linear", out, (*x.shape[:2], weight.shape[3]), dtype, given)
     add = residual is out
-    _op_out(x, weight, bias, gate, mask, None if add else residual, tokens_per_frame, token_offset, add, out)
+    before = None if add else residual
+    _op_out(x, weight, bias, gate, mask, before, tokens_per_frame, token_offset, add, out, kernel)
     return out
 
 

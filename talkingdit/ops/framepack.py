@@ -14,6 +14,7 @@ from talkingdit._native_loader import native
 from talkingdit.ops import _framepack_gpu
 from talkingdit.ops._checks import check_dims, check_float, check_out, check_same, check_shape, check_tensor, rows
 from talkingdit.ops._library import register
+from talkingdit.ops._matrix_kernels import check_kernel
 from talkingdit.ops._memory import empty
 
 __all__ = ["Bucket", "bucket_grid", "framepack", "framepack_reference", "init_bucket_weight"]
@@ -116,10 +117,11 @@ def _run(
     kernels: list[int],
     padding: int,
     out: Tensor,
+    kernel: str,
 ) -> None:
     grids = _grids(latents, counts, kernels, padding)
     if _framepack_gpu.used_for(latents):
-        _framepack_gpu.project(latents, weights, biases, grids, (frames, counts, kernels, padding), out)
+        _framepack_gpu.project(latents, weights, biases, grids, (frames, counts, kernels, padding), out, kernel)
         return
     columns, views = _matrices(latents, weights, grids)
     flat = [n for grid in grids for n in grid]
@@ -138,9 +140,11 @@ def _run(
         first += count
 
 
-def _forward(latents: Tensor, weights: list[Tensor], biases, frames, counts, kernels, padding) -> Tensor:  # type: ignore[no-untyped-def]
+def _forward(  # type: ignore[no-untyped-def]
+    latents: Tensor, weights: list[Tensor], biases, frames, counts, kernels, padding, kernel
+) -> Tensor:
     out = empty(_shape(latents, weights, counts, kernels, padding), latents)
-    _run(latents, weights, biases, frames, counts, kernels, padding, out)
+    _run(latents, weights, biases, frames, counts, kernels, padding, out, kernel)
     return out
 
 
@@ -151,7 +155,7 @@ def _shape(
     return latents.shape[0], tokens, _out_channels(latents, weights)
 
 
-def _fake(latents, weights, biases, frames, counts, kernels, padding):  # type: ignore[no-untyped-def]
+def _fake(latents, weights, biases, frames, counts, kernels, padding, kernel):  # type: ignore[no-untyped-def]
     return latents.new_empty(_shape(latents, weights, counts, kernels, padding))
 
 
@@ -210,7 +214,7 @@ def _backward_fake(  # type: ignore[no-untyped-def]
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    latents, weights, biases, *ctx.options = inputs
+    latents, weights, biases, *ctx.options, _ = inputs
     ctx.save_for_backward(latents, *weights, *biases)
 
 
@@ -222,7 +226,7 @@ def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     for_weights = any(tensor.requires_grad for tensor in rest)
     found = _op_backward(grad, latents, weights, biases, *ctx.options, for_latents, for_weights)
     grads = [tensor if tensor.numel() else None for tensor in found]
-    return grads[0], grads[1 : 1 + count], grads[1 + count :], None, None, None, None
+    return grads[0], grads[1 : 1 + count], grads[1 + count :], None, None, None, None, None
 
 
 _op_backward = register(
@@ -230,8 +234,8 @@ _op_backward = register(
     _backward_run,
     _backward_fake,
 )
-_op = register(f"framepack({_ARGS}) -> Tensor", _forward, _fake, _backward, _save)
-_op_out = register(f"framepack_out({_ARGS}, Tensor(a!) out) -> ()", _run, lambda *_: None)
+_op = register(f"framepack({_ARGS}, str kernel) -> Tensor", _forward, _fake, _backward, _save)
+_op_out = register(f"framepack_out({_ARGS}, Tensor(a!) out, str kernel) -> ()", _run, lambda *_: None)
 
 
 def _prepare(
@@ -278,7 +282,14 @@ def _prepare(
     return weights, biases, frames, counts, kernels, PADDINGS.index(padding)
 
 
-def framepack(latents: Tensor, buckets: Sequence[Bucket], padding: str = "zero", out: Tensor | None = None) -> Tensor:
+def framepack(
+    latents: Tensor,
+    buckets: Sequence[Bucket],
+    padding: str = "zero",
+    out: Tensor | None = None,
+    *,
+    kernel: str = "auto",
+) -> Tensor:
     """Projects every bucket's frames in non-overlapping patches and packs the tokens in the order of the list.
 
     Per bucket this is a Conv3d whose stride is its kernel (FramePack, arXiv:2504.12626, section 3), or an average over
@@ -292,6 +303,8 @@ def framepack(latents: Tensor, buckets: Sequence[Bucket], padding: str = "zero",
         padding: what happens at the end of an axis (the frames of a bucket, H, W) that is no multiple of the kernel:
             "zero" and "replicate" fill the last patch (averages count the filling), "none" drops the rest.
         out: preallocated result; inference only.
+        kernel: which one computes the tokens on a GPU, "auto", "general" or "cutlass". The last one needs bfloat16, a
+            GPU of compute capability 9.0 and a weight in every bucket. Gradients have one kernel.
 
     Returns:
         [B, S, out] in the dtype of latents.
@@ -301,11 +314,12 @@ def framepack(latents: Tensor, buckets: Sequence[Bucket], padding: str = "zero",
         RuntimeError: ``out`` was given while a gradient is needed.
     """
     weights, biases, frames, counts, kernels, rule = _prepare("framepack", latents, buckets, padding)
+    check_kernel("framepack", kernel, latents.device)
     if out is None:
-        return _op(latents, weights, biases, frames, counts, kernels, rule)
+        return _op(latents, weights, biases, frames, counts, kernels, rule, kernel)
     shape = _shape(latents, weights, counts, kernels, rule)
     check_out("framepack", out, shape, latents.dtype, [latents, *weights, *biases])
-    _op_out(latents, weights, biases, frames, counts, kernels, rule, out)
+    _op_out(latents, weights, biases, frames, counts, kernels, rule, out, kernel)
     return out
 
 

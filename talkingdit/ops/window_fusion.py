@@ -14,6 +14,7 @@ from torch import Tensor
 
 from talkingdit._native_loader import native
 from talkingdit.ops._checks import check_dims, check_float, check_out, check_shape, check_tensor, rows
+from talkingdit.ops._host_table import on_device
 from talkingdit.ops._library import register
 from talkingdit.ops._memory import empty
 
@@ -168,13 +169,12 @@ _step_grad_op = register(
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 def _as_table(op: str, name: str, value: Table | Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if not isinstance(value, Tensor):
-        return torch.as_tensor(value, dtype=dtype, device=device)
-    if dtype == torch.int64 and value.dtype.is_floating_point:
-        raise TypeError(f"{op}: {name} must be integers, got {value.dtype}")
-    if value.requires_grad:
-        raise ValueError(f"{op}: {name} must not require a gradient: it is a constant of the op")
-    return value.to(device, dtype, non_blocking=True).contiguous()
+    if isinstance(value, Tensor):
+        if dtype == torch.int64 and value.dtype.is_floating_point:
+            raise TypeError(f"{op}: {name} must be integers, got {value.dtype}")
+        if value.requires_grad:
+            raise ValueError(f"{op}: {name} must not require a gradient: it is a constant of the op")
+    return on_device(value, dtype, device).contiguous()
 
 
 def _tables(
@@ -223,8 +223,8 @@ def window_fusion(
 
     Args:
         windows: [n, C, f, H, W] float32, float64, bfloat16 or float16; any strides on the first four axes.
-        starts: n first frames, integers of any sign, taken modulo ``length``. Host values or a tensor on any device;
-            for CUDA graphs give tensors on the device of the windows.
+        starts: n first frames, integers of any sign, taken modulo ``length``. Host values or a tensor on any device.
+            A CUDA graph keeps host values as they were at capture, and reads tensors of its device again.
         weights: [n, f], likewise; constants without a gradient. Builders are in :mod:`talkingdit.ops.window_weights`.
         length: frames of the result, L.
         out: preallocated result; inference only.

@@ -4,31 +4,101 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import tarfile
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import cases, gpu, gpu_checks, harness
+from bench import cases, gpu, gpu_checks, gpu_job, harness
 from bench.cases import SmallCase
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+LACKING = ("diffusers", "tyro", "docstring_parser", "typeguard", "soundfile", "av", "soxr", "ftfy", "webdataset")
+HIDE = f"""
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {LACKING!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name in {LACKING!r} else find(name, package)
+"""
 
 
 def test_a_dry_run_does_every_step_that_needs_no_gpu(tmp_path, capsys):
-    assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
-    written = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
-    assert written.pop("problems.json") == []
-    chosen = {name: step for name, step in gpu.steps().items() if not name.startswith("compiled-")}
-    assert written.keys() == {step.file(name, CPU) for name, step in chosen.items()}
+    out, archive = tmp_path / "out", tmp_path / "gpu.tar.gz"
+    assert gpu.main(["--dry-run", "--out", str(out), "--archive", str(archive)]) == 0, capsys.readouterr().out
+    written = {path.name: json.loads(path.read_text()) for path in out.iterdir()}
+    with tarfile.open(archive) as tar:
+        assert set(tar.getnames()) == written.keys()
+    assert written["problems.json"] == []
+    chosen = {name: step for name, step in gpu.steps().items() if step.dry}
+    assert chosen.keys() == {name.split("-", 1)[1][:-5] for name in written if name.startswith("step-")}
     assert written["small.json"]["errors"]
-    for op in (name for name in cases.names() if not cases.load(name).block):
+    for op in cases.names():
         assert written[f"cpu-{op}.json"]["quick"]
         assert written[f"cpu-{op}.json"]["rows"]
     (step,) = written["cpu-block.json"]["steps"]
     assert step["moved_bytes"] < step["official_moved_bytes"]
     assert step["peak_bytes"] < step["official_peak_bytes"]
     assert step["official"]["kinds_us"]["matrix product"] > 0
+    assert written["cpu-train_step.json"]["steps"]
+
+
+def test_a_machine_without_the_other_packages_measures_all_ops(tmp_path):
+    """Such as one with a GPU, torch and pytest, and no network."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text(HIDE)
+    environment = os.environ | {"PYTHONPATH": str(hidden)}
+    run = partial(subprocess.run, env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = run([sys.executable, "-m", "bench.gpu", "--dry-run", "--out", str(tmp_path / "out")])
+    assert not done.stderr.count("Traceback"), done.stderr
+    problems = json.loads((tmp_path / "out" / "problems.json").read_text())
+    assert [line.split(":")[0] for line in problems] == [name for name, step in gpu.steps().items() if step.needs]
+    assert all("left out, it needs diffusers" in line for line in problems)
+    for op in (name for name in cases.names() if not cases.load(name).block):
+        assert json.loads((tmp_path / "out" / f"cpu-{op}.json").read_text())["rows"]
+    # And the tests for a GPU are found there.
+    done = run([sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "cuda", *gpu_checks.TESTS])
+    assert done.returncode == 0, done.stdout
+    assert " error" not in done.stdout
+
+
+def test_every_op_has_a_small_case():
+    small = {case.name.split()[0] for case in cases.small_cases(torch.float32, CPU)}
+    measured = set()
+    for name in cases.names():
+        benchmark = cases.load(name)
+        if not benchmark.block:
+            measured |= {case.op for case in benchmark.cases(benchmark.shapes["quick"][0], torch.float32, CPU)}
+    assert measured <= small
+
+
+def test_steps_are_chosen_by_name_and_part():
+    def chosen(*arguments):
+        return list(gpu.choose(gpu._parse(list(arguments))))
+
+    assert "tests" in chosen("--part", "2")
+    assert not set(chosen()) & set(chosen("--part", "2"))
+    assert set(chosen()) | set(chosen("--part", "2")) == gpu.steps().keys()
+    assert chosen("--only", "ops,tests") == ["ops", "tests"]
+    assert "ops" not in chosen("--skip", "ops")
+    assert sum(step.cap for step in gpu.steps().values() if step.part == 2) <= 60 * 3
+    with pytest.raises(SystemExit):
+        chosen("--only", "opss")
 
 
 def test_without_a_gpu_and_not_dry_it_refuses(tmp_path, capsys, monkeypatch):
@@ -38,16 +108,16 @@ def test_without_a_gpu_and_not_dry_it_refuses(tmp_path, capsys, monkeypatch):
 
 
 def test_a_step_runs_in_a_process_of_its_own(tmp_path):
-    result = gpu.run_child("build", gpu.steps()["build"], CPU, tmp_path, 60.0)
-    assert result == json.loads((tmp_path / "build.json").read_text())
-    assert "cuda" in result
+    ended = gpu.run_child("build", gpu.steps()["build"], CPU, tmp_path, 60.0)
+    assert ended == {"failed": []} == json.loads((tmp_path / "step-build.json").read_text())
+    assert "cuda" in json.loads((tmp_path / "build.json").read_text())
 
 
 def test_a_process_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
     mark = tmp_path / "mark"
     inner = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
     outer = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {inner!r}])"
-    result = gpu_checks.run_command([sys.executable, "-c", outer], 1.0)
+    result = gpu_job.run_command([sys.executable, "-c", outer], 1.0)
     assert result["skipped"] == "stopped after 1 s"
     assert not mark.exists()
 
@@ -58,16 +128,23 @@ def test_what_a_stopped_step_had_written_is_kept(tmp_path, monkeypatch):
         return {"failed": [], "skipped": "stopped after 5 s", "output": ""}
 
     monkeypatch.setattr(gpu, "run_command", stopped)
-    result = gpu.run_child("rope3d", gpu.steps()["rope3d"], torch.device("cuda"), tmp_path, 5.0)
-    assert result == {"rows": [1], "skipped": "stopped after 5 s"}
-    assert json.loads((tmp_path / "cuda-rope3d.json").read_text()) == result
+    ended = gpu.run_child("ops", gpu.steps()["ops"], torch.device("cuda"), tmp_path, 5.0)
+    assert ended == {"failed": [], "skipped": "stopped after 5 s"}
+    assert json.loads((tmp_path / "cuda-rope3d.json").read_text()) == {"rows": [1]}
+
+
+def test_a_step_that_dies_says_how(tmp_path, monkeypatch):
+    died = {"failed": ["exit status -11"], "output": "Segmentation fault"}
+    monkeypatch.setattr(gpu, "run_command", lambda command, seconds: died)
+    ended = gpu.run_child("ops", gpu.steps()["ops"], torch.device("cuda"), tmp_path, 5.0)
+    assert ended == {"failed": ["exit status -11: Segmentation fault"]}
 
 
 def test_failures_and_steps_that_no_longer_fit_are_named(tmp_path):
-    def fails(device, seconds, write):
+    def fails(job):
         raise ValueError("broken")
 
-    steps = {"first": gpu.Step(fails, 10.0), "second": gpu.Step(lambda *_: {}, 10.0)}
+    steps = {"first": gpu.Step(fails, 10.0), "second": gpu.Step(lambda job: None, 10.0)}
     first, second = gpu.run_steps(steps, CPU, tmp_path, 0.1, gpu.run_step, least=0.0), None
     assert len(first) == 1
     assert "ValueError: broken" in first[0]

@@ -60,10 +60,33 @@ def test_absorption_is_exact(qk_norm, absorb):
     want = written_out(module, x, tokens)
     assert error(module(x, S, tokens, absorb=absorb), want) < 1e-13
     memory = module.memory(tokens, absorb)
-    plain = (B, F, A, HEADS, DIM // HEADS)
-    assert memory.v.shape == (plain if absorb == "none" else (B, F, HEADS * A, DIM))
-    assert memory.k.shape == ((B, F, DIM, HEADS * A) if absorb == "full" else plain)
+    plain, kept = (B, F, A, HEADS, DIM // HEADS), -(-HEADS * A // 8) * 8
+    assert memory.v.shape == (plain if absorb == "none" else (B, F, kept, DIM))
+    assert memory.k.shape == ((B, F, DIM, kept) if absorb == "full" else plain)
+    if absorb != "none":
+        assert not memory.v[:, :, HEADS * A :].any()
     assert error(module(x, S, memory=memory), want) < 1e-13
+
+
+def test_weights_of_heads_that_audio_attention_is_fast_for():
+    """They come out of `ops.audio_attention`: values, gradients, shards that cut frames, and bfloat16."""
+    torch.manual_seed(0)
+    module = AudioCrossAttention(DIM, 3, head_dim=32).double()
+    x, tokens = draw()
+    x.requires_grad_()
+    want = written_out(module, x, tokens)
+    found = module(x, S, tokens, absorb="value")
+    assert error(found, want) < 1e-13
+    parameters = [x, *(p for name, p in module.named_parameters() if not name.startswith("k.bias"))]
+    pairs = (torch.autograd.grad(value.sin().sum(), parameters) for value in (found, want))
+    for ours, theirs in zip(*pairs, strict=True):
+        assert error(ours, theirs) < 1e-11
+    memory = module.memory(tokens, "value")
+    shards = [module(x[:, a:b], S, memory=memory, token_offset=a) for a, b in ((0, 4), (4, 16), (16, 21))]
+    torch.testing.assert_close(torch.cat(shards, 1), found)
+    module.bfloat16()
+    with torch.no_grad():
+        assert error(module(x.bfloat16(), S, tokens.bfloat16(), absorb="value").double(), want) < 2e-2
 
 
 @pytest.mark.parametrize("absorb", ["value", "full"])

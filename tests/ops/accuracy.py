@@ -23,5 +23,6 @@ def with_gradients(function: Callable[..., Any], inputs: list[Tensor]) -> list[T
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     probe = torch.Generator().manual_seed(1)
-    loss = sum((o.double() * torch.randn(o.shape, generator=probe, dtype=torch.float64)).sum() for o in outputs)
+    weights = [torch.randn(o.shape, generator=probe, dtype=torch.float64).to(o.device) for o in outputs]
+    loss = sum((o.double() * weight).sum() for o, weight in zip(outputs, weights, strict=True))
     return [v.detach() for v in (*outputs, *torch.autograd.grad(loss, leaves, materialize_grads=True))]

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ SCRIPT = """
 include("{root}/cuda/toolkit.cmake")
 td_choose_cuda("{choice}" "{archs}")
 message("chosen: ${{TD_CUDA}} ${{TD_CUDA_VERSION}} ${{TD_CUDA_ARCHITECTURES}}")
+td_builds_sm90a("${{TD_CUDA_ARCHITECTURES}}" "{native}" builds_sm90a)
+message("sm90a: ${{builds_sm90a}}")
 """
 
 CMAKE = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])) or ""
@@ -45,9 +49,9 @@ def cmake(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([CMAKE, *arguments], env=environment, capture_output=True, text=True)
 
 
-def choose(home: Path, choice: str, archs: str = "") -> subprocess.CompletedProcess[str]:
+def choose(home: Path, choice: str, archs: str = "", native: str = "") -> subprocess.CompletedProcess[str]:
     script = home.parent / "choose.cmake"
-    script.write_text(SCRIPT.format(root=ROOT, choice=choice, archs=archs))
+    script.write_text(SCRIPT.format(root=ROOT, choice=choice, archs=archs, native=native))
     return cmake(home, "-P", str(script))
 
 
@@ -69,6 +73,51 @@ def test_architectures_are_those_that_the_toolkit_knows(cuda_home: Path, choice:
 def test_given_architectures_are_taken_as_they_are(cuda_home: Path) -> None:
     toolkit(cuda_home, "release 12.4, V12.4.131")
     assert "chosen: ON 12.4 90a-real;100-real" in choose(cuda_home, "on", "90a-real 100-real").stderr
+
+
+@pytest.mark.parametrize(
+    ("archs", "native", "builds"),
+    [
+        ("", "", True),
+        ("90a-real", "", True),
+        ("80-real 90", "", True),
+        ("90-virtual", "", True),
+        ("all-major", "", True),
+        ("80-real 100-real", "", False),
+        ("120", "", False),
+        ("native", "90-real", True),
+        ("native", "89-real", False),
+    ],
+)
+def test_kernels_for_hopper_and_their_headers_only_where_hopper_is_meant(
+    cuda_home: Path, monkeypatch: pytest.MonkeyPatch, archs: str, native: str, builds: bool
+) -> None:
+    """CMake and the build backend agree, but for "native", which only CMake can ask."""
+    toolkit(cuda_home, "release 13.0, V13.0.88")
+    assert f"sm90a: {'ON' if builds else 'OFF'}" in choose(cuda_home, "on", archs, native).stderr
+    monkeypatch.setenv("TALKINGDIT_CUDA", "on")
+    monkeypatch.setenv("TALKINGDIT_CUDA_ARCHS", archs)
+    assert bool(requirements(monkeypatch)) == (builds or archs == "native")
+    monkeypatch.setenv("TALKINGDIT_CUDA", "off")
+    assert requirements(monkeypatch) == []
+
+
+def requirements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What setup.py asks for besides what scikit-build-core does, which is not needed for that."""
+    core = types.SimpleNamespace(get_requires_for_build_wheel=lambda settings: [])
+    for hook in ("build_editable", "build_sdist", "build_wheel", "get_requires_for_build_sdist"):
+        setattr(core, hook, None)
+    for kind in ("editable", "wheel"):
+        setattr(core, f"prepare_metadata_for_build_{kind}", None)
+    monkeypatch.setitem(sys.modules, "scikit_build_core", types.SimpleNamespace(build=core))
+    monkeypatch.setitem(sys.modules, "scikit_build_core.build", core)
+    spec = importlib.util.spec_from_file_location("talkingdit_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    backend = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(backend)
+    found: list[str] = backend.get_requires_for_build_wheel()
+    return found
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from talkingdit import ops
+from talkingdit.ops import _matrix_kernels
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -176,7 +177,7 @@ def test_opcheck_and_compile() -> None:
     inputs = [x.requires_grad_() for x in tensors_of(latents, buckets)]
     weights = [b.weight for b in buckets]
     biases = [torch.empty(0) if b.bias is None else b.bias for b in buckets]
-    options = ([6, 0, 0, 1, 2, 3, 4, 5, 6], [3, 2, 4], [k for kernel in KERNELS for k in kernel], 2)
+    options = ([6, 0, 0, 1, 2, 3, 4, 5, 6], [3, 2, 4], [k for kernel in KERNELS for k in kernel], 2, "auto")
     torch.library.opcheck(torch.ops.talkingdit.framepack, (latents, weights, biases, *options))
 
     def function(latents: Tensor, *rest: Tensor) -> Tensor:
@@ -320,3 +321,31 @@ def test_cuda_error_is_at_most_twice_eager_on_the_cpu(dtype: torch.dtype) -> Non
         assert torch.equal(a, same)
         error, allowed = (float((x.double() - t).norm() / t.norm()) for x in (a, b))
         assert error <= 2 * allowed, f"result {i}: {error} against {allowed} of eager"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("padding", ["none", "zero", "replicate"])
+@pytest.mark.parametrize(
+    ("batch", "channels", "size", "out"), [(1, 16, (19, 56, 104), 640), (2, 3, (7, 9, 21), 72)], ids=["wan", "odd"]
+)
+@pytest.mark.parametrize("kernel", ["general", "cutlass"])
+def test_cuda_kernels_agree_with_float64(kernel: str, batch, channels, size, out, padding: str) -> None:
+    """Tokens go where they belong in a longer sequence, and nowhere else; the same bits every time, and in a graph."""
+    if kernel == "cutlass" and not _matrix_kernels.ready(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("needs a GPU of compute capability 9.0 and a build for it")
+    latents, buckets = make(batch, channels, size, out, torch.bfloat16)
+    wide = [x.double() for x in tensors_of(latents, buckets)]
+    truth = ops.framepack_reference(wide[0], with_tensors(buckets, wide[1:]), padding)
+    moved = [x.cuda() for x in tensors_of(latents, buckets)]
+    given = with_tensors(buckets, moved[1:])
+    tokens = ops.framepack(moved[0], given, padding, kernel=kernel)
+    assert relative_rms(tokens.cpu(), truth) < 5e-3
+    sequence = torch.full((batch, truth.shape[1] + 9, out + 8), 7.0, device="cuda", dtype=torch.bfloat16)
+    part = sequence[:, 4:-5, 8:]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.framepack(moved[0], given, padding, out=part, kernel=kernel)
+    graph.replay()
+    assert torch.equal(part, tokens)
+    part.fill_(7)
+    assert bool((sequence == 7).all())

@@ -251,6 +251,24 @@ def test_emulated_cuda_kernels(
     )
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 1288])
+@pytest.mark.parametrize("which", ["norm", "gate", "both"])
+def test_emulated_cuda_kernels_of_a_float32_stream(device: Device, half: torch.dtype, dim: int, which: str) -> None:
+    x, y, gate, scale, shift = inputs_of(torch.float32, 5, dim, tokens=19)
+    groups, y = [3, 10, 10, 11, 24], y.to(half)
+    name, inputs, kwargs = {
+        "norm": ("norm_modulate", [x, scale, shift], {"dtype": half}),
+        "gate": ("gate_residual", [x, y, gate], {}),
+        "both": ("gate_residual_norm_modulate", [x, y, gate, scale, shift], {"dtype": half}),
+    }[which]
+    device.compare(
+        lambda *v: getattr(ops, name)(*v, groups, token_offset=5, **kwargs),
+        lambda *v: getattr(ops, f"{name}_reference")(*v, groups, token_offset=5),
+        inputs,
+    )
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("groups", "count"), GROUPS, ids=str)

@@ -224,6 +224,38 @@ def test_emulated_cuda_kernels(
     )
 
 
+def test_tables_are_held_for_the_streams_that_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Table:
+        def record_stream(self, stream: str) -> None:
+            held.append(stream)
+
+    held: list[str] = []
+    layout, device, table = RopeLayout([Segment(range(3))], split=(8,)), torch.device("cuda", 0), Table()
+    layout._on_device[(device, torch.float32)] = (table, table, "home")  # type: ignore[assignment]
+    for stream, expected in (("home", []), ("side", ["side", "side"])):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _, stream=stream: stream)
+        assert layout.tables(device, torch.bfloat16) == (table, table)
+        assert held == expected
+
+
+@pytest.mark.cuda
+def test_a_layout_may_be_dropped_while_another_stream_reads_its_tables() -> None:
+    layout = RopeLayout([Segment(range(50), range(40), range(40))], split=(24, 20, 20))
+    x = torch.randn(1, len(layout), 2, 64, device="cuda")
+    expected = ops.rope3d(x, layout)
+    fresh, side = RopeLayout(layout.segments, split=layout.split), torch.cuda.Stream()
+    sizes = [table.shape for table in fresh.tables(x.device, x.dtype)]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+        result = ops.rope3d(x, fresh)
+    del fresh
+    spoiled = [torch.full(size, 7.0, device="cuda") for size in sizes for _ in range(8)]
+    side.synchronize()
+    assert len(spoiled) == 16
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pairing", ["interleaved", "half"])

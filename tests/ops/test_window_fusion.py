@@ -295,6 +295,18 @@ def test_emulated_cuda_kernels_of_step(
     )
 
 
+@pytest.mark.parametrize(("length", "size"), [(300, (1, 3)), (3, (20, 32))], ids=["few cover a frame", "all cover it"])
+def test_emulated_cuda_kernels_of_very_many_windows(device: Device, length: int, size: tuple[int, int]) -> None:
+    count = 700  # more than shared memory holds: those of a frame fit, or come in turns to each of several tiles
+    windows, x = torch.randn(count, 2, 2, *size), torch.randn(2, length, *size)
+    starts, weights = [7 * i - 90 for i in range(count)], torch.rand(count, 2, dtype=torch.float64) + 0.1
+    device.compare(
+        lambda x, w: ops.fused_window_step(x, [w], [0.5, 2.0], starts, weights),
+        lambda x, w: ops.fused_window_step_reference(x, [w], [0.5, 2.0], starts, weights),
+        [x, windows],
+    )
+
+
 @pytest.mark.cuda
 def test_cuda_agrees_with_cpu() -> None:
     for dtype in DTYPES:

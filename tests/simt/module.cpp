@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The module that tests use in place of talkingdit._native: the same bindings, CUDA kernels compiled for the host.
+#include <cuda_runtime.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -65,6 +66,21 @@ PYBIND11_MODULE(_simt, m) {
       .value("descending", simt::Schedule::descending)
       .value("shuffled", simt::Schedule::shuffled);
   m.def("set_schedule", &simt::set_schedule);
+  m.def("set_shared_limit", [](int bytes) { simt::shared_limit = bytes; });
+  m.def("set_contexts",
+        [](bool first, bool second, int current) { simt::contexts = simt::Contexts{{first, second}, current}; });
+  // Contexts that there are, and the device that is current: while a guard of `device` lives, and afterwards.
+  m.def("guard", [](int device) {
+    const auto state = [] {
+      return py::make_tuple(simt::contexts.made[0], simt::contexts.made[1], simt::contexts.current);
+    };
+    py::tuple inside;
+    {
+      const td::DeviceGuard guard(device);
+      inside = state();
+    }
+    return py::make_tuple(inside, state());
+  });
   m.def("advise_huge_pages", [](py::object) {});
   for (const td::Registrar bind : td::registrars()) bind(m);
 }

@@ -23,8 +23,26 @@ namespace simt {
 
 uint3 thread_index, block_index;
 dim3 block_size, grid_size;
+int shared_limit = 227 << 10;
+Contexts contexts{{false, false}, -1};
 
 namespace {
+
+// The driver's functions that DeviceGuard asks for. A context is a pointer to its device's number.
+constexpr int kDeviceNumbers[kDevices] = {0, 1};
+int context_current(const int** context) {
+  *context = contexts.current < 0 ? nullptr : &kDeviceNumbers[contexts.current];
+  return 0;
+}
+int context_device(int* device) {
+  if (contexts.current < 0) return 201;  // CUDA_ERROR_INVALID_CONTEXT
+  *device = contexts.current;
+  return 0;
+}
+int context_make_current(const int* context) {
+  contexts.current = context == nullptr ? -1 : *context;
+  return 0;
+}
 
 constexpr size_t kStack = 64 << 10, kGuard = 4096, kMaxShared = 227 << 10, kDefaultShared = 48 << 10;
 
@@ -265,6 +283,14 @@ void check(bool ok, const char* op, const std::string& what) {
 
 void set_schedule(Schedule value) {
   schedule = value;
+}
+
+void* driver_function(const char* name) {
+  const std::string wanted(name);
+  if (wanted == "cuCtxGetCurrent") return reinterpret_cast<void*>(context_current);
+  if (wanted == "cuCtxGetDevice") return reinterpret_cast<void*>(context_device);
+  if (wanted == "cuCtxSetCurrent") return reinterpret_cast<void*>(context_make_current);
+  return nullptr;
 }
 
 void allow_shared(const void* kernel, int bytes) {

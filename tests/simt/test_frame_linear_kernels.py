@@ -74,9 +74,10 @@ def test_residual_stream_of_float32(gpu: Device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize(("heads", "size", "absorb"), [(4, 8, "value"), (1, 1024, "full")])
+@pytest.mark.parametrize(("heads", "size", "absorb"), [(4, 8, "value"), (3, 32, "value"), (1, 1024, "full")])
 def test_absorbed_cross_attention(gpu: Device, dtype: torch.dtype, heads: int, size: int, absorb: str) -> None:
-    """The module, adding to part of a wider residual stream; the single wide head is HunyuanVideo-Avatar's adapter."""
+    """The module, adding to part of a wider residual stream; weights from `ops.audio_attention` where heads have 32
+    channels; the single wide head is HunyuanVideo-Avatar's adapter."""
     torch.manual_seed(5)
     batch, frames, per_frame, tokens, dim = 2, 2, 7, 16, 40
     module = AudioCrossAttention(dim, heads, qk_norm=False, head_dim=size).to(dtype).requires_grad_(False)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from talkingdit.families.flag import Flag, GenerationOptions
+from talkingdit.families.flag import Flag, GenerationOptions, check_step_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +21,12 @@ class Options(GenerationOptions):
     """how strongly to follow the voice (default: of the checkpoint)"""
     sequential: bool = False
     """less memory, more time: one prediction after the other"""
+    step_cache: Annotated[float, Flag("T")] = 0.0
+    """skip denoising steps whose input has changed by less than T since the last one that was not: 0.05 to 0.3"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_step_cache(self.step_cache)
         for name in ("text_guidance", "audio_guidance"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):

@@ -27,6 +27,7 @@ class Sampling:
         steps, shift: of the denoising.
         text_guidance, audio_guidance: see `talkingdit.pipelines.guidance`.
         seed: each clip has noise of its own, which follows from the seed and its number.
+        step_cache: threshold of `talkingdit.pipelines.step_cache`; 0 computes every step.
         batched: guidance branches in one forward pass; False takes less memory and more time.
 
     Raises:
@@ -39,6 +40,7 @@ class Sampling:
     audio_guidance: float
     seed: int = 0
     batched: bool = True
+    step_cache: float = 0.0
 
     @staticmethod
     def of(options: Options, settings: PuppetSettings) -> Sampling:
@@ -55,6 +57,7 @@ class Sampling:
             audio_guidance=chosen("audio_guidance"),
             seed=options.seed,
             batched=not options.sequential,
+            step_cache=options.step_cache,
         )
 
     @property
@@ -96,6 +99,8 @@ def outline(inputs: Inputs, settings: PuppetSettings, options: Options) -> Outli
         warnings.append(f"{inputs.job.image} is {width} x {height} pixels; only its middle square is used.")
     values = asdict(sampling)
     values.pop("batched")
+    if not sampling.step_cache:
+        values.pop("step_cache")
     return Outline(
         size=(settings.size, settings.size),
         fps=settings.fps,

@@ -31,6 +31,7 @@ from talkingdit.distributed.layout import Parallel
 from talkingdit.encoders.log_mel import SpeechFeatures
 from talkingdit.families.puppet.options import Options
 from talkingdit.families.puppet.outline import Details, Sampling, clip_frames
+from talkingdit.families.wan_s2v import cached_steps
 from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.media.files import SPEECH_RATE
 from talkingdit.media.framing import fit_portrait
@@ -42,6 +43,7 @@ from talkingdit.pipelines.parallel import shared_autoencoder
 
 if TYPE_CHECKING:
     from talkingdit.families.puppet.checkpoint import PuppetCheckpoint
+    from talkingdit.pipelines.step_cache import Recorder
 
 
 def schedule(steps: int, shift: float) -> list[float]:
@@ -99,12 +101,14 @@ class PuppetPipeline(ClipPipeline):
         self.checkpoint = checkpoint
         self.settings = checkpoint.settings
         self.parallel = Parallel() if parallel is None else parallel
+        self.recorder: Recorder | None = None  # of a calibration
         self._vae = shared_autoencoder(checkpoint.vae, self.parallel)
 
     def warnings(self, inputs: Inputs, outline: Outline) -> tuple[str, ...]:
         """Words of the prompt that the model does not know."""
         unknown = self.checkpoint.text_encoder.unknown_words(inputs.job.prompt)
-        return (f"the prompt has words that this model does not know: {', '.join(unknown)}.",) if unknown else ()
+        words = (f"the prompt has words that this model does not know: {', '.join(unknown)}.",) if unknown else ()
+        return words + cached_steps.warnings(outline.details.sampling.step_cache, self.checkpoint.folder)
 
     def encode(self, inputs: Inputs, outline: Outline) -> VideoConditions:
         """Encode what all clips share, from the files of a job."""
@@ -264,21 +268,26 @@ class PuppetPipeline(ClipPipeline):
         reference, weights = conditions.reference, conditions.weights
         shape = (1, reference.shape[1], self.settings.clip_latents, *reference.shape[3:])
         x = clip_noise(shape, conditions.sampling.seed, index).to(self._device)
-        for sigma, following in itertools.pairwise(sigmas):
+        timesteps = 1000.0 * torch.tensor(sigmas[:-1], device=self._device)
+        threshold, folder = conditions.sampling.step_cache, self.checkpoint.folder
+        steps = cached_steps.cached_steps(model, timesteps, len(encoded), threshold, folder, self.recorder)
+        for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
             velocities = [
                 model(
                     _repeat(x, branches),
                     torch.full((len(branches),), 1000.0 * sigma, device=self._device),
                     condition,
                     context=parallel.context,
+                    cache=cache,
                 )
-                for condition, branches in zip(encoded, conditions.groups, strict=True)
+                for condition, branches, cache in zip(encoded, conditions.groups, steps.begin(step), strict=True)
             ]
             predictions = parallel.exchange(torch.cat(velocities), len(weights))
             x = guided_step(x, predictions, weights, following - sigma)
             parallel.team.raise_if_interrupted()
             if progress is not None:
                 progress()
+        steps.end()
         return x
 
     def _text(self, prompt: str, branches: tuple[Branch, ...]) -> Tensor:

@@ -27,6 +27,9 @@ from talkingdit.nn.framepack import FramePacker
 from talkingdit.nn.hooks import like_forward
 from talkingdit.nn.layers import Float32Linear, PatchConv3d, timestep_embedding, wide
 
+if TYPE_CHECKING:
+    from talkingdit.pipelines.step_cache import BlockCache
+
 
 class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """The Wan-S2V transformer. Parameter names are those of the released checkpoints.
@@ -170,6 +173,7 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
         conditions: WanConditions | WanInputs,
         *,
         context: ContextParallel | None = None,
+        cache: BlockCache | None = None,
     ) -> Tensor:
         """Velocity of the latents.
 
@@ -180,6 +184,7 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
             context: the processes that share the sequence, each computing a contiguous shard of it. All of them are
                 given the same inputs, and get the whole velocity. The gradients of a parameter must be summed over
                 them. With conditions it may be left out.
+            cache: of this guidance branch: the blocks run and are remembered, or what they added before is added again.
 
         Returns:
             [B, out_dim, T, H, W] float32 (float64 for a float64 model).
@@ -205,7 +210,12 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
                 f"got {[latents.shape[0], *latents.shape[2:]]}"
             )
         time = clip_time(self, timestep, conditions.shard.clips[0])
-        return self._denoise([latents], time, conditions)[0]
+        return self._denoise([latents], time, conditions, cache)[0]
+
+    @like_forward
+    def step_inputs(self, timesteps: Tensor, projected: bool = False) -> Tensor:
+        """What the blocks are given of timesteps [S]: the time embedding [S, dim], or its projections [S, 6, dim]."""
+        return self.embed_time(timesteps[:, None].float())[int(projected)][:, 0]
 
     @like_forward
     def encode_conditions(
@@ -261,10 +271,40 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
         )
         return {"latents": zeros(c.in_dim, *size), "timestep": zeros(), "conditions": inputs}
 
-    def _denoise(self, latents: Sequence[Tensor], time: StepTime, conditions: WanConditions) -> list[Tensor]:
+    def _denoise(
+        self,
+        latents: Sequence[Tensor],
+        time: StepTime,
+        conditions: WanConditions,
+        cache: BlockCache | None = None,
+    ) -> list[Tensor]:
         """Velocities [B, out_dim, T, H, W] of the clips of a sequence, from their latents [B, in_dim, T, H, W]."""
-        shard, text = conditions.shard, conditions.text
+        shard = conditions.shard
         x = self._embed(latents, conditions)
+        length = x.shape[1]
+        if cache is None:
+            noisy = take_ranges(self._through_blocks(x, time, conditions), shard.noisy_ranges)
+        elif cache.skips:
+            noisy = take_ranges(x, shard.noisy_ranges) + cache.kept
+        else:
+            before = take_ranges(x, shard.noisy_ranges).clone()  # blocks write over x
+            noisy = take_ranges(self._through_blocks(x, time, conditions), shard.noisy_ranges)
+            cache.keep(noisy - before)
+        del x
+        y = self.head(noisy, time.head, time.head_groups, shard.noisy_offset)
+        begins = [clip.begin for clip in shard.clips]
+        if shard.context is not None:
+            y = gather(scatter_ranges(y, shard.noisy_ranges, length), shard.context, shard.tokens)
+        elif shard.packed:
+            begins = list(itertools.accumulate((clip.noisy for clip in shard.clips), initial=0))
+        return [
+            self._unpatchify(y[:, begin : begin + clip.noisy], clip.grid)
+            for begin, clip in zip(begins, shard.clips, strict=False)
+        ]
+
+    def _through_blocks(self, x: Tensor, time: StepTime, conditions: WanConditions) -> Tensor:
+        """The residual stream [B, N, dim] behind the last block; without gradients x is written over."""
+        shard, text = conditions.shard, conditions.text
         inputs = BlockInputs(
             groups=time.groups,
             layout=conditions.layout,
@@ -280,16 +320,7 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
             index = self.audio_injector.index.get(i)
             if index is not None:
                 x = self._inject(x, index, conditions)
-        y = self.head(take_ranges(x, shard.noisy_ranges), time.head, time.head_groups, shard.noisy_offset)
-        begins = [clip.begin for clip in shard.clips]
-        if shard.context is not None:
-            y = gather(scatter_ranges(y, shard.noisy_ranges, x.shape[1]), shard.context, shard.tokens)
-        elif shard.packed:
-            begins = list(itertools.accumulate((clip.noisy for clip in shard.clips), initial=0))
-        return [
-            self._unpatchify(y[:, begin : begin + clip.noisy], clip.grid)
-            for begin, clip in zip(begins, shard.clips, strict=False)
-        ]
+        return x
 
     def _embed(self, latents: Sequence[Tensor], conditions: WanConditions) -> Tensor:
         """The residual stream [B, N, dim] in front of the first block: noisy and clean tokens of this process."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from talkingdit.families.flag import AREA, SIDES, Flag, GenerationOptions
+from talkingdit.families.flag import AREA, SIDES, Flag, GenerationOptions, check_step_cache
 
 Solver = Literal["unipc", "dpm++"]
 Opening = Literal["hold", "cut"]
@@ -49,6 +49,8 @@ class Options(GenerationOptions):
     """bring the colours of later clips back to those of the first"""
     sequential: bool = False
     """less memory, more time: one prediction after the other"""
+    step_cache: Annotated[float, Flag("T")] = 0.0
+    """skip denoising steps whose input has changed by less than T since the last one that was not: 0.05 to 0.3"""
     memory: Annotated[str, Flag("SWITCHES")] = ""
     """fit a smaller card, in words that `plan` suggests: weights=cast_fp8,offload=block,text_encoder=cpu,vae=tiled"""
     compile: bool = False
@@ -68,5 +70,6 @@ class Options(GenerationOptions):
             raise ValueError(f"generate: a clip must have a multiple of 4 frames, got {self.clip_frames}")
         if self.guidance is not None and not 1 <= self.guidance < float("inf"):
             raise ValueError(f"generate: guidance must be a number of at least 1, got {self.guidance}")
+        check_step_cache(self.step_cache)
         if self.shift is not None and not 0 < self.shift < float("inf"):
             raise ValueError(f"generate: shift must be a positive number, got {self.shift}")

@@ -42,6 +42,7 @@ class Sampling:
         seed: of the first clip; later ones count on.
         start_from_reference: the first clip moves on from the reference image itself.
         match_colour: bring the colours of later clips back to those of the first.
+        step_cache: threshold of `talkingdit.pipelines.step_cache`; 0 computes every step.
         batched: both predictions in one forward pass; False takes less memory and more time.
         drop_first: the first clip has no history and loses its first frames.
 
@@ -60,6 +61,7 @@ class Sampling:
     match_colour: bool = False
     batched: bool = True
     drop_first: bool = True
+    step_cache: float = 0.0
 
     def __post_init__(self) -> None:
         if self.clip_frames < FRAMES_PER_LATENT or self.clip_frames % FRAMES_PER_LATENT:
@@ -93,6 +95,7 @@ class Sampling:
             start_from_reference=options.start_from_reference,
             match_colour=options.match_colour,
             batched=not options.sequential,
+            step_cache=options.step_cache,
             drop_first=settings.drop_first_motion and not options.start_from_reference,
         )
 
@@ -229,6 +232,7 @@ def _kept_settings(sampling: Sampling, length: VideoLength, options: Options) ->
     }
     values = asdict(sampling)
     return {
+        **({"step cache": sampling.step_cache} if sampling.step_cache else {}),
         "pose": pose,
         "framing": options.cover,
         "length": length.audio_frames,

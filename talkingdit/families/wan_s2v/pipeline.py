@@ -28,6 +28,7 @@ from torch import Tensor
 
 from talkingdit.autoencoders.streaming import FRAMES_PER_LATENT, to_video
 from talkingdit.distributed.layout import Parallel
+from talkingdit.families.wan_s2v import cached_steps
 from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.outline import DROPPED, Details, Sampling
 from talkingdit.media.colour import colours, match_colours
@@ -40,6 +41,7 @@ from talkingdit.pipelines.solvers import flow_solver
 if TYPE_CHECKING:
     from talkingdit.families.wan_s2v.checkpoint import WanS2VCheckpoint
     from talkingdit.pipelines.inputs import Frames, Inputs, Outline
+    from talkingdit.pipelines.step_cache import Recorder
 
 STARTING_FRAMES = 6  # frames of history that show the reference, where the video starts from it
 
@@ -81,7 +83,12 @@ class WanS2VPipeline(ClipPipeline):
         self.checkpoint = checkpoint
         self.settings = checkpoint.settings
         self.parallel = Parallel() if parallel is None else parallel
+        self.recorder: Recorder | None = None  # of a calibration
         self._vae = shared_autoencoder(checkpoint.vae, self.parallel)
+
+    def warnings(self, inputs: Inputs, outline: Outline) -> tuple[str, ...]:
+        """Of the step cache."""
+        return cached_steps.warnings(outline.details.sampling.step_cache, self.checkpoint.folder)
 
     def encode(self, inputs: Inputs, outline: Outline) -> VideoConditions:
         """Encode what all clips share, from the files of a job."""
@@ -247,7 +254,10 @@ class WanS2VPipeline(ClipPipeline):
         # One process draws, for devices may differ in how they do.
         shape = (channels, frames, height, width)
         x = parallel.team.broadcast(lambda: self._noise(shape, sampling.seed + index), device)
-        for timestep in solver.timesteps:
+        steps = cached_steps.cached_steps(
+            model, solver.timesteps, len(branches), sampling.step_cache, self.checkpoint.folder, self.recorder
+        )
+        for step, timestep in enumerate(solver.timesteps):
             predictions = torch.cat(
                 [
                     model(
@@ -255,8 +265,9 @@ class WanS2VPipeline(ClipPipeline):
                         timestep.float().expand(len(text)),
                         condition,
                         context=parallel.context,
+                        cache=cache,
                     )
-                    for (text, _), condition in zip(branches, encoded, strict=True)
+                    for (text, _), condition, cache in zip(branches, encoded, steps.begin(step), strict=True)
                 ]
             )
             predictions = parallel.exchange(predictions, sampling.predictions)
@@ -268,6 +279,7 @@ class WanS2VPipeline(ClipPipeline):
             parallel.team.raise_if_interrupted()
             if progress is not None:
                 progress()
+        steps.end()
         return x
 
     def _noise(self, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -35,6 +35,9 @@ class TableLayout(RopeLayout):
         self.pairing = "interleaved"
 
     def tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if self._index.is_cuda and not torch.compiler.is_compiling():
+            # It may be a kept one, made on another stream: its memory must outlast what this stream does with it.
+            self._index.record_stream(torch.cuda.current_stream(self._index.device))
         return self._table, self._index
 
 

@@ -36,6 +36,9 @@ struct alignas(8) uint2 {
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+#define CUDART_VERSION 13000
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0, cudaDriverEntryPointSymbolNotFound = 1 };
+enum { cudaEnableDefault = 0 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 namespace simt {
@@ -58,6 +61,16 @@ void run(const char* op, const void* kernel, dim3 grid, dim3 block, size_t share
          const void* context);
 
 void allow_shared(const void* kernel, int bytes);
+extern int shared_limit;  // bytes of shared memory that a block of this device may have
+
+// Devices as the runtime and the driver see them: a context is made on one when it is set, and one is current, or none.
+constexpr int kDevices = 2;
+struct Contexts {
+  bool made[kDevices];
+  int current;  // -1: none
+};
+extern Contexts contexts;
+void* driver_function(const char* name);
 
 template <class T>
 T shuffle(T value, unsigned mask, int source, const char* operation) {
@@ -132,14 +145,22 @@ inline const char* cudaGetErrorString(cudaError_t) {
   return "invalid value";
 }
 inline cudaError_t cudaGetDevice(int* device) {
-  return *device = 0, cudaSuccess;
+  return *device = simt::contexts.current < 0 ? 0 : simt::contexts.current, cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int) {
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= simt::kDevices) return cudaErrorInvalidValue;
+  simt::contexts.made[device] = true;
+  return simt::contexts.current = device, cudaSuccess;
+}
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, unsigned, int,
+                                                    cudaDriverEntryPointQueryResult* result) {
+  *entry = simt::driver_function(name);
+  *result = *entry != nullptr ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
 // A small device: persistent kernels take several turns on small inputs.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  return *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : 227 * 1024, cudaSuccess;
+  return *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : simt::shared_limit, cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
@@ -148,5 +169,5 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
   simt::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
-  return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
+  return bytes <= simt::shared_limit ? cudaSuccess : cudaErrorInvalidValue;
 }

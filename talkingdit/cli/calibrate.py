@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `talkingdit calibrate`: the coefficients of a checkpoint's step cache (`generate --step-cache`).
+
+The first clips of a video are made with every step computed; how much the input of the blocks changes from step to
+step, and how much what they add, are the pairs that a polynomial is fitted to.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from talkingdit import families
+from talkingdit.cli.flags import Group, read
+from talkingdit.cli.generate import checkpoint_in
+from talkingdit.cli.messages import warn
+from talkingdit.errors import UserError
+from talkingdit.families import GenerationOptions
+from talkingdit.families.flag import Flag
+
+COMMAND = "talkingdit calibrate"
+ABOUT = "Fit the step cache to a checkpoint, from the first clips of a video."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The flags of every family."""
+
+    image: Annotated[Path, Flag("PNG")]
+    """a portrait"""
+    audio: Annotated[Path, Flag("WAV")]
+    """a voice"""
+    prompt: Annotated[str, Flag("WORDS")] = ""
+    """what it shows"""
+    checkpoint: Annotated[Path | None, Flag("DIR")] = None
+    """folder of the model (default: the one shipped, of drawn characters)"""
+    output: Annotated[Path | None, Flag("JSON", also=("-o",))] = None
+    """where to write the coefficients (default: step_cache.json in the folder of the model)"""
+    measured_clips: Annotated[int, Flag("N")] = 2
+    """clips to measure"""
+    device: Annotated[str | None, Flag("NAME")] = None
+    """cpu, cuda, ... (default: cuda if there)"""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """precision of the weights (default: bfloat16 on a GPU)"""
+
+    def __post_init__(self) -> None:
+        if self.measured_clips < 1:
+            raise ValueError(f"calibrate: measured_clips must be at least 1, got {self.measured_clips}")
+
+
+def calibrate(argv: Sequence[str]) -> None:
+    """Carry out the verb.
+
+    Raises:
+        UserError: something is wrong with the command line, a file, or the checkpoint.
+    """
+    folder = checkpoint_in(argv)
+    family = families.get(families.DEFAULT) if folder is None else families.of_folder(folder)
+    values = read(COMMAND, ABOUT, [Group(Flags), Group(GenerationOptions), Group(family.options, family.title)], argv)
+    values.refuse_unknown()
+    flags, options = values.make(Flags), values.make(family.options)
+
+    from talkingdit.media.files import SPEECH_RATE, check_writable, read_audio, read_image
+    from talkingdit.models import default_checkpoint
+    from talkingdit.pipelines.inputs import Inputs, Job
+
+    folder = default_checkpoint() if flags.checkpoint is None else flags.checkpoint
+    target = folder / "step_cache.json" if flags.output is None else flags.output
+    check_writable(target)
+    job = Job(image=flags.image, audio=flags.audio, output=target, prompt=flags.prompt)
+    inputs = Inputs(job, read_image(flags.image), read_audio(flags.audio, SPEECH_RATE))
+    outline = family.outline.outline(inputs, family.checkpoint.read_settings(folder), options)
+    if outline.steps < 3:
+        raise UserError(f"calibrate: a fit takes at least 3 steps, got {outline.steps}.")
+
+    import torch
+
+    from talkingdit.pipelines.long_video import generate_clips
+    from talkingdit.pipelines.step_cache import Fitted, Recorder, fit, write_fitted
+
+    device = flags.device or ("cuda" if torch.cuda.is_available() and not options.small else "cpu")
+    dtype = getattr(torch, flags.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+    checkpoint = family.checkpoint.load_checkpoint(folder, dtype, device)
+    pipeline = family.pipeline.open_pipeline(checkpoint)
+    if not hasattr(pipeline, "recorder"):
+        raise UserError(f"calibrate: {family.title} has no step cache.")
+    pipeline.recorder = recorder = Recorder()
+    clips = min(flags.measured_clips, outline.clips)
+    for clip in generate_clips(pipeline, pipeline.encode(inputs, outline), outline.clips):
+        warn(f"clip {clip.index + 1} of {clips} is measured.")
+        if clip.index + 1 == clips:
+            break
+    coefficients = fit(recorder.changes_in, recorder.changes_out)
+    origin = {"steps": outline.steps, "clips": clips, "pairs": len(recorder.changes_in)}
+    write_fitted(target, Fitted(tuple(coefficients)), **origin)
+    sys.stdout.write(f"{target}: {len(coefficients)} coefficients of {len(recorder.changes_in)} pairs of changes\n")
