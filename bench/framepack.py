@@ -80,7 +80,7 @@ def cases(shape: HistoryShape, dtype: torch.dtype, device: torch.device) -> Iter
     given = inputs()
     tokens = _ours(*given)
     for direction, passes in (("forward", 1), ("backward", 2)):  # backward: inputs and gradient in, gradients out
-        kernels = ("general", "cutlass") if device.type == "cuda" and direction == "forward" else ()
+        kernels = ("general", "cutlass", "library") if device.type == "cuda" and direction == "forward" else ()
         optional: dict[str, Callable[..., Tensor]] = {name: partial(_ours, kernel=name) for name in kernels}
         if not (dtype == torch.bfloat16 and device.type == "cpu"):
             # oneDNN gets such a convolution wrong in bfloat16 on CPUs with AMX (findings/conv3d_bf16_amx.sh), and takes

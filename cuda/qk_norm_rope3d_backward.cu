@@ -18,7 +18,11 @@ struct Tokens {
   }
 };
 
-constexpr int kBackwardLimit = 480;  // told to the compiler: 136 registers, three blocks of 160 threads
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kBackwardLimit = kRowThreads;  // 128 registers are too few there
+#else
+constexpr int kBackwardLimit = kRowLimit;
+#endif
 
 // Norm over all heads: a block works on a token, while the next one is on its way to shared memory.
 template <class T, bool Interleaved>

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""framepack on a GPU: a matrix product per bucket, all of them in one launch, and no patches in memory.
+"""framepack on a GPU, in two ways: a matrix product per bucket, all of them in one launch, and no patches in memory; or
+patches that are written down in one launch and multiplied by cuBLAS or CUTLASS, a launch per bucket and sample.
 
-Forward there is a second way, for Hopper: patches are written down in one launch and multiplied by CUTLASS, a launch
-per bucket and sample. They are a few megabytes, far less than the weights.
+Patches are a few megabytes, far less than the weights. On an H200 cuBLAS makes up for them several times over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,10 +60,35 @@ def project(
     if out.numel() == 0:
         return
     packed = [weight.contiguous() for weight in weights]
-    if _request(latents, packed, biases, out, kernel).cutlass():
-        _multiply_patches(rows(latents), packed, biases, grids, options, out)
+    if _in_library(latents, packed, kernel):
+        _multiply_patches(rows(latents), packed, biases, grids, options, out, _by_library)
+    elif _request(latents, packed, biases, out, kernel).cutlass():
+        _multiply_patches(rows(latents), packed, biases, grids, options, out, _by_cutlass)
     else:
         _product("project", rows(latents), packed, [bias.contiguous() for bias in biases], out, grids, options)
+
+
+def _in_library(latents: Tensor, weights: Sequence[Tensor], kernel: str) -> bool:
+    """Does cuBLAS multiply? A pooled bucket has nothing to multiply with.
+
+    Raises:
+        ValueError: it was asked for and cannot.
+    """
+    pooled = any(weight.numel() == 0 for weight in weights)
+    if kernel == "library" and pooled:
+        raise ValueError("framepack: kernel 'library' needs a weight in every bucket")
+    return kernel == "library" or (kernel == "auto" and latents.element_size() == 2 and not pooled)
+
+
+def _by_library(matrix: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
+    if bias is None:
+        torch.mm(matrix[0], weight.T, out=target[0])
+    else:
+        torch.addmm(bias, matrix[0], weight.T, out=target[0])
+
+
+def _by_cutlass(matrix: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
+    native.sm90_product(matrix, matrix_kernels.moved(weight)[None], bias, None, None, None, target, True)
 
 
 def _request(
@@ -78,22 +103,30 @@ def _request(
 
 
 def _multiply_patches(
-    latents: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], grids: Grids, options: Options, out: Tensor
+    latents: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    grids: Grids,
+    options: Options,
+    out: Tensor,
+    multiply: Callable[[Tensor, Tensor, Tensor | None, Tensor], None],
 ) -> None:
+    """``multiply(matrix [1, tokens, taps], weight [out, taps], bias or None, target [1, tokens, out])``, one by one."""
     frames, counts, sizes, padding = options
     batch, tokens = latents.shape[0], [t * h * w for t, h, w in grids]
     sums = [weight[0].numel() for weight in weights]
     pitches = [-(-n // 8) * 8 for n in sums]  # pack_pitch of csrc/core/framepack_gemm.h
-    written = latents.new_empty(sum(batch * count * pitch for count, pitch in zip(tokens, pitches, strict=True)))
+    # Zeros, for a library may read what lies between rows (findings/padded_rows_bf16_amx.sh).
+    written = latents.new_zeros(sum(batch * count * pitch for count, pitch in zip(tokens, pitches, strict=True)))
     native.framepack_patches(latents, written, frames, counts, sizes, [n for grid in grids for n in grid], padding)
     first = at = 0
     for weight, bias, count, length, pitch in zip(weights, biases, tokens, sums, pitches, strict=True):
         matrices = written[at : at + batch * count * pitch].view(batch, count, pitch)[..., :length]
         at += batch * count * pitch
-        matrix, shift = matrix_kernels.moved(weight.flatten(1))[None], bias.contiguous() if bias.numel() else None
+        shift = bias.contiguous() if bias.numel() else None
         for sample in range(batch if count else 0):
             target = out[sample : sample + 1, first : first + count]
-            native.sm90_product(matrices[sample : sample + 1], matrix, shift, None, None, None, target, True)
+            multiply(matrices[sample : sample + 1], weight.flatten(1), shift, target)
         first += count
 
 

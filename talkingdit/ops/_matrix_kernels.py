@@ -2,7 +2,8 @@
 """Which kernel computes a matrix product on a GPU.
 
 "general" (cuda/gemm.cuh) takes every GPU, dtype, size and alignment. "cutlass" (cuda/sm90a) takes bfloat16 on GPUs of
-compute capability 9.0. "auto" asks ``MEASURED``, and takes the general one for what is not there.
+compute capability 9.0. "library" multiplies what a kernel gathered with cuBLAS; framepack alone has it. "auto" asks
+``MEASURED``, and takes the general one for what is not there; framepack in 16 bits takes the library.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from talkingdit._native_loader import native
 
-KERNELS = ("auto", "general", "cutlass")
+KERNELS = ("auto", "general", "cutlass", "library")
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Measured:
         )
 
 
-# Filled from `python -m bench frame_linear framepack` on an H100 or H200, which time both kernels. Nothing has been
-# measured yet.
+# Filled from `python -m bench frame_linear framepack` on an H100 or H200, which time all kernels. "cutlass" has won
+# nothing yet (docs/benchmarks.md): frame_linear's sums of 200 are four steps of a tile, too few to fill its pipeline.
 MEASURED: tuple[Measured, ...] = ()
 
 
@@ -89,8 +90,9 @@ def check_kernel(op: str, kernel: str, device: torch.device) -> None:
     Raises:
         ValueError: there is no such kernel, or none to choose from on the CPU.
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"{op}: kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+    kernels = KERNELS if op == "framepack" else KERNELS[:-1]
+    if kernel not in kernels:
+        raise ValueError(f"{op}: kernel must be one of {', '.join(kernels)}, got {kernel!r}")
     if kernel != "auto" and device.type == "cpu":
         raise ValueError(f"{op}: kernel must be 'auto' for tensors on the CPU, got {kernel!r}")
 

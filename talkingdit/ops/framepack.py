@@ -303,8 +303,9 @@ def framepack(
         padding: what happens at the end of an axis (the frames of a bucket, H, W) that is no multiple of the kernel:
             "zero" and "replicate" fill the last patch (averages count the filling), "none" drops the rest.
         out: preallocated result; inference only.
-        kernel: which one computes the tokens on a GPU, "auto", "general" or "cutlass". The last one needs bfloat16, a
-            GPU of compute capability 9.0 and a weight in every bucket. Gradients have one kernel.
+        kernel: which one computes the tokens on a GPU, "auto", "general", "cutlass" or "library" (cuBLAS). The last two
+            need a weight in every bucket, "cutlass" also bfloat16 and a GPU of compute capability 9.0. Gradients have
+            one kernel.
 
     Returns:
         [B, S, out] in the dtype of latents.

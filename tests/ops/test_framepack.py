@@ -328,7 +328,7 @@ def test_cuda_error_is_at_most_twice_eager_on_the_cpu(dtype: torch.dtype) -> Non
 @pytest.mark.parametrize(
     ("batch", "channels", "size", "out"), [(1, 16, (19, 56, 104), 640), (2, 3, (7, 9, 21), 72)], ids=["wan", "odd"]
 )
-@pytest.mark.parametrize("kernel", ["general", "cutlass"])
+@pytest.mark.parametrize("kernel", ["general", "cutlass", "library"])
 def test_cuda_kernels_agree_with_float64(kernel: str, batch, channels, size, out, padding: str) -> None:
     """Tokens go where they belong in a longer sequence, and nowhere else; the same bits every time, and in a graph."""
     if kernel == "cutlass" and not _matrix_kernels.ready(torch.device("cuda", torch.cuda.current_device())):

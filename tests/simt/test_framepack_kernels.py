@@ -21,6 +21,7 @@ BASE, FINE, COARSE = (1, 2, 2), (2, 4, 4), (4, 8, 8)
 def gpu(device: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(_framepack_gpu, "native", device.module)
     monkeypatch.setattr(_framepack_gpu, "used_for", lambda latents: True)
+    monkeypatch.setattr(_framepack_gpu, "_in_library", lambda *_: False)
     return device
 
 

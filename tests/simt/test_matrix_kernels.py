@@ -124,7 +124,8 @@ def test_parts_of_larger_tensors(hopper: Hopper, device: Device) -> None:
 
 @pytest.mark.parametrize("padding", ["none", "zero", "replicate"])
 @pytest.mark.parametrize("align", [16, 2])
-def test_patches_are_written_down(hopper: Hopper, device: Device, padding: str, align: int) -> None:
+@pytest.mark.parametrize("kernel", ["cutlass", "library"])
+def test_patches_are_written_down(hopper: Hopper, device: Device, kernel: str, padding: str, align: int) -> None:
     """Runs of one, two, four and eight neighbours, sums of odd lengths, two samples, tokens of a longer sequence."""
     generator = torch.Generator().manual_seed(5)
     shares = (([2, 0], (1, 3, 3)), (range(3), (2, 2, 8)), ([1], (2, 4, 2)), (range(1, 3), (1, 2, 4)))
@@ -144,8 +145,9 @@ def test_patches_are_written_down(hopper: Hopper, device: Device, padding: str, 
     def put(value: Tensor) -> Tensor:
         return device.put(value, align)
 
-    ops.framepack(put(latents), buckets(put), padding, out=tokens, kernel="cutlass")
-    assert len(hopper.batches) == 2 * sum(0 not in ops.bucket_grid(len(f), (7, 24), k, padding) for f, k in shares)
+    ops.framepack(put(latents), buckets(put), padding, out=tokens, kernel=kernel)
+    products = 2 * sum(0 not in ops.bucket_grid(len(f), (7, 24), k, padding) for f, k in shares)
+    assert len(hopper.batches) == products * (kernel == "cutlass")
     assert relative(tokens, truth) < 4e-3
     tokens.fill_(7)
     assert bool((stream == 7).all())
@@ -193,8 +195,9 @@ def test_what_cutlass_needs_is_said(hopper: Hopper, device: Device, monkeypatch:
     with pytest.raises(ValueError, match=r"kernel 'cutlass' needs bfloat16, got torch\.float16, torch\.float16"):
         ops.frame_linear(**half, tokens_per_frame=4, kernel="cutlass")
     latents = device.put(torch.randn(1, 8, 1, 4, 4).bfloat16())
-    with pytest.raises(ValueError, match="framepack: kernel 'cutlass' needs a weight in every bucket"):
-        ops.framepack(latents, [ops.Bucket([0], (1, 2, 2))], kernel="cutlass")
+    for kernel in ("cutlass", "library"):
+        with pytest.raises(ValueError, match=f"framepack: kernel '{kernel}' needs a weight in every bucket"):
+            ops.framepack(latents, [ops.Bucket([0], (1, 2, 2))], kernel=kernel)
     monkeypatch.setattr(_matrix_kernels, "ready", lambda device: False)
     with pytest.raises(ValueError, match=r"needs a GPU of compute capability 9\.0 and a build with its kernels"):
         ops.frame_linear(**given, tokens_per_frame=4, kernel="cutlass")
