@@ -13,13 +13,14 @@ from talkingdit import families
 from talkingdit.cli.flags import Group, read
 from talkingdit.errors import UserError
 from talkingdit.families.flag import SIDES, Flag
-from talkingdit.plan.clip import latents_of
+from talkingdit.plan.clip import check_sides, latents_of
 
 if TYPE_CHECKING:
     from talkingdit.plan.clip import ClipShape
     from talkingdit.plan.transformer import Transformer
 
 COMMAND = "talkingdit plan"
+LONGEST = 10**7  # seconds of a voice, four months
 ABOUT = "Predict memory and time of a clip, or of training on clips; nothing is loaded."
 
 
@@ -56,6 +57,8 @@ class ClipFlags:
 
     def __post_init__(self) -> None:
         _check(self, "frames", speeds=("tflops",))
+        if self.size is not None:
+            check_sides(*self.size)
         if self.frames is not None:
             latents_of(self.frames)
 
@@ -74,9 +77,17 @@ class GenerationFlags:
     """no guidance: one prediction per step"""
     memory: Annotated[str, Flag("SWITCHES")] = ""
     """e.g. offload=block,text_encoder=cpu"""
+    seconds: Annotated[float | None, Flag("S")] = None
+    """of the voice: what hearing it takes, and how many clips it makes"""
+    audio: Annotated[Path | None, Flag("WAV")] = None
+    """a voice, instead of its seconds"""
 
     def __post_init__(self) -> None:
-        _check(self, "steps")
+        _check(self, "steps", speeds=("seconds",))
+        if self.seconds is not None and self.audio is not None:
+            raise ValueError("plan: seconds must be left to the voice where --audio is given")
+        if self.seconds is not None and not 0.1 <= self.seconds <= LONGEST:
+            raise ValueError(f"plan: seconds must be 0.1 to {LONGEST}, got {self.seconds:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +161,7 @@ def _report(flags: ClipFlags, how: GenerationFlags, training: TrainingFlags) -> 
     """What was asked for, in words. What needs no torch is checked first."""
     from talkingdit.plan.cards import card_of
 
+    seconds = _seconds(how)
     card, stated = card_of(flags.card)
     speed = flags.tflops or stated
     if flags.preset is None:
@@ -167,9 +179,19 @@ def _report(flags: ClipFlags, how: GenerationFlags, training: TrainingFlags) -> 
         clip = _clip(flags, how, family.cost.default_clip(transformer.config, flags.checkpoint))
         if training.train:
             return _train(training, transformer, clip, card, speed)
-        return _generate(flags, how, transformer, clip, card, speed)
+        return _generate(flags, how, transformer, clip, card, speed, seconds)
     except ValueError as error:
         raise UserError(f"{str(error).removesuffix('.')}.") from error
+
+
+def _seconds(how: GenerationFlags) -> float | None:
+    """Of the voice that is planned for, if there is one."""
+    if how.audio is None:
+        return how.seconds
+    from talkingdit.media.files import SPEECH_RATE
+    from talkingdit.pipelines.inputs import voice_blocks
+
+    return sum(len(block) for block in voice_blocks(how.audio)) / SPEECH_RATE
 
 
 def _clip(flags: ClipFlags, how: GenerationFlags, default: ClipShape) -> ClipShape:
@@ -194,18 +216,21 @@ def _generate(
     clip: ClipShape,
     card: float,
     speed: float | None,
+    seconds: float | None,
 ) -> str:
     import torch
 
     from talkingdit.pipelines.memory import Memory
-    from talkingdit.plan.generation import Plan, advice, predict, weigh
+    from talkingdit.plan.generation import Plan, advice, hear, predict, weigh
     from talkingdit.plan.report import generation_report
 
     memory = Memory.parse(how.memory)
     weights = weigh(transformer, getattr(torch, how.dtype), flags.checkpoint)
 
+    voice = None if seconds is None else hear(transformer, clip, seconds, flags.checkpoint)
+
     def again(memory: Memory, clip: ClipShape) -> Plan:
-        return predict(transformer, weights, clip, memory, speed)
+        return predict(transformer, weights, clip, memory, speed, voice)
 
     found = again(memory, clip)
     return generation_report(found, card, speed, advice(found, again, card, transformer.cost.SWITCHES))

@@ -16,15 +16,19 @@ is the same as
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from talkingdit.encoders.speech import Level, pieces
 from talkingdit.errors import UserError
 from talkingdit.media.sound import SPEECH_RATE
 
 LOUDNESS_DBFS = -23.0  # RMS of the active parts after normalise_loudness
+LEVEL_SAMPLES = SPEECH_RATE // 50  # 20 ms, of which each has a level
 ACTIVE_RANGE_DB = 30.0  # a 20 ms frame is active when it is at most this far below the 95th percentile
 SILENCE_RMS = 1e-5  # -100 dBFS: below the noise of any 16-bit recording
 
@@ -85,12 +89,55 @@ LOG_MEL_STD = (
 DELTA_STD = 2.07
 
 
-def normalise_loudness(waveform: np.ndarray) -> np.ndarray:
-    """Scale a waveform so that the RMS of its active (spoken) parts is -23 dBFS.
+def loudness_gain(blocks: Iterable[NDArray[np.float32]]) -> float:
+    """The factor that brings the RMS of the active (spoken) parts of a recording to -23 dBFS.
 
     Pauses do not count: a 20 ms frame is active when its level is within 30 dB of the 95th percentile of all frames
-    that hold any signal. One factor for the whole waveform, so that features and visemes, which use fixed thresholds,
-    are local functions of the result.
+    that hold any signal.
+
+    Args:
+        blocks: all of the recording, float [n] each, 16 kHz mono, any level.
+
+    Raises:
+        UserError: the recording is not one-dimensional, empty, not finite, or silent.
+    """
+    level = np.concatenate([np.zeros(0), *_levels(blocks)])
+    if not level.size:
+        raise UserError("normalise_loudness: waveform must be [samples] and not empty, got shape (0,)")
+    if level.max() < SILENCE_RMS:
+        raise UserError(
+            f"normalise_loudness: waveform must hold sound, got silence (loudest 20 ms at "
+            f"{20 * math.log10(max(float(level.max()), 1e-15)):.0f} dBFS)"
+        )
+    sounding = level[level > level.max() * 1e-3]
+    active = level[level >= np.percentile(sounding, 95) * 10 ** (-ACTIVE_RANGE_DB / 20)]
+    return 10 ** (LOUDNESS_DBFS / 20) / math.sqrt(float(np.mean(active**2)))
+
+
+def _levels(blocks: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float64]]:
+    """RMS of every 20 ms of a recording; the last ones are filled up with silence."""
+    rest = np.zeros(0, np.float32)
+    for block in blocks:
+        if block.ndim != 1:
+            raise UserError(f"normalise_loudness: waveform must be [samples] and not empty, got shape {block.shape}")
+        if not np.isfinite(block).all():
+            raise UserError("normalise_loudness: waveform must be finite, got NaN or infinity")
+        joined = np.concatenate([rest, block]) if rest.size else block
+        whole = len(joined) - len(joined) % LEVEL_SAMPLES
+        yield _rms(joined[:whole])
+        rest = joined[whole:]
+    yield _rms(np.pad(rest, (0, -len(rest) % LEVEL_SAMPLES)))
+
+
+def _rms(samples: NDArray[np.float32]) -> NDArray[np.float64]:
+    return np.sqrt(np.mean(np.square(samples.reshape(-1, LEVEL_SAMPLES), dtype=np.float64), axis=1))
+
+
+def normalise_loudness(waveform: np.ndarray) -> np.ndarray:
+    """Scale a waveform by its `loudness_gain`.
+
+    One factor for the whole waveform, so that features and visemes, which use fixed thresholds, are local functions of
+    the result.
 
     Args:
         waveform: float array [samples], 16 kHz mono, any level.
@@ -102,38 +149,25 @@ def normalise_loudness(waveform: np.ndarray) -> np.ndarray:
         UserError: the waveform is not one-dimensional, empty, not finite, or silent.
     """
     samples = np.asarray(waveform, dtype=np.float32)
-    if samples.ndim != 1 or not samples.size:
-        raise UserError(f"normalise_loudness: waveform must be [samples] and not empty, got shape {samples.shape}")
-    if not np.isfinite(samples).all():
-        raise UserError("normalise_loudness: waveform must be finite, got NaN or infinity")
-    frame = SPEECH_RATE // 50
-    padded = np.pad(samples, (0, -len(samples) % frame)).reshape(-1, frame)
-    level = np.sqrt(np.mean(np.square(padded, dtype=np.float64), axis=1))
-    if level.max() < SILENCE_RMS:
-        raise UserError(
-            f"normalise_loudness: waveform must hold sound, got silence (loudest 20 ms at "
-            f"{20 * math.log10(max(float(level.max()), 1e-15)):.0f} dBFS)"
-        )
-    sounding = level[level > level.max() * 1e-3]
-    active = level[level >= np.percentile(sounding, 95) * 10 ** (-ACTIVE_RANGE_DB / 20)]
-    gain = 10 ** (LOUDNESS_DBFS / 20) / math.sqrt(float(np.mean(active**2)))
+    gain = loudness_gain(pieces(samples) if samples.ndim == 1 else [samples])
     return (samples * gain).astype(np.float32)
 
 
-def hop_windows(waveform: Tensor, fps: float, first: int, count: int) -> Tensor:
+def hop_windows(waveform: Tensor, fps: float, first: int, count: int, begin: int = 0) -> Tensor:
     """Cut windows of 25 ms around the centres of hops `first` .. `first + count - 1`; sound outside is silence.
 
     Hop h lasts from h / (4 fps) to (h + 1) / (4 fps) seconds.
 
     Args:
         waveform: float32 [samples] at 16 kHz.
+        begin: sample of the recording with which the waveform begins; hops are those of the recording.
 
     Returns:
         float32 [count, 400], no taper applied.
     """
     hop = SPEECH_RATE / (HOPS_PER_FRAME * fps)
     centres = torch.round((torch.arange(first, first + count, dtype=torch.float64) + 0.5) * hop).long()
-    starts = centres - WINDOW // 2
+    starts = centres - begin - WINDOW // 2
     # Hops far outside the sound read silence; a margin of one window on each side is enough for all of them.
     padded = nn.functional.pad(waveform, (WINDOW, WINDOW))
     starts = (starts + WINDOW).clamp(0, waveform.shape[0] + WINDOW)
@@ -180,10 +214,13 @@ class SpeechFeatures(nn.Module):
         self.register_buffer("mean", torch.tensor(LOG_MEL_MEAN), persistent=False)
         self.register_buffer("std", torch.tensor(LOG_MEL_STD), persistent=False)
 
-    def log_mel(self, waveform: Tensor, first: int, count: int) -> Tensor:
-        """Log power per mel bin of hops `first` .. `first + count - 1`, not scaled: float32 [count, 20]."""
+    def log_mel(self, waveform: Tensor, first: int, count: int, begin: int = 0) -> Tensor:
+        """Log power per mel bin of hops `first` .. `first + count - 1`, not scaled: float32 [count, 20].
+
+        `begin` as in `hop_windows`.
+        """
         taper, filters = self.get_buffer("taper"), self.get_buffer("filters")
-        spectrum = torch.fft.rfft(hop_windows(waveform, self.fps, first, count) * taper, n=FFT)
+        spectrum = torch.fft.rfft(hop_windows(waveform, self.fps, first, count, begin) * taper, n=FFT)
         return torch.log(POWER_FLOOR + (spectrum.real.square() + spectrum.imag.square()) @ filters)
 
     def features(self, waveform: np.ndarray | Tensor, frames: int | None = None) -> Tensor:
@@ -210,8 +247,7 @@ class SpeechFeatures(nn.Module):
         Raises:
             ValueError: the waveform is not [samples] or not finite, or frames < 1.
         """
-        mean, std = self.get_buffer("mean"), self.get_buffer("std")
-        samples = torch.as_tensor(waveform, dtype=torch.float32, device=mean.device)
+        samples = torch.as_tensor(waveform, dtype=torch.float32, device=self.get_buffer("mean").device)
         if samples.ndim != 1 or samples.numel() == 0:
             raise ValueError(
                 f"SpeechFeatures: waveform must be [samples] and not empty, got shape {tuple(samples.shape)}"
@@ -222,9 +258,23 @@ class SpeechFeatures(nn.Module):
             frames = math.ceil(samples.shape[0] * self.fps / SPEECH_RATE)
         if frames < 1:
             raise ValueError(f"SpeechFeatures: frames must be at least 1, got {frames}")
+        return self._columns(samples, 0, 0, frames)
+
+    def level(self, blocks: Iterable[NDArray[np.float32]]) -> Level:
+        """See `talkingdit.encoders.speech.WindowedEncoder`."""
+        return Level(gain=loudness_gain(blocks))
+
+    @torch.no_grad()
+    def part(self, window: NDArray[np.float32], begin: int, samples: int, first: int, frames: int) -> Tensor:
+        """See `talkingdit.encoders.speech.WindowedEncoder`."""
+        return self._columns(torch.from_numpy(window).to(self.get_buffer("mean").device), begin, first, frames)
+
+    def _columns(self, waveform: Tensor, begin: int, first: int, frames: int) -> Tensor:
+        """[2, 160, frames] of frames `first` ... of a recording, of which the waveform begins at sample `begin`."""
+        mean, std = self.get_buffer("mean"), self.get_buffer("std")
         hops = HOPS_PER_FRAME * frames + 2 * CONTEXT_HOPS
         # One hop more on each side for the differences.
-        log_mel = self.log_mel(samples, -CONTEXT_HOPS - 1, hops + 2)
+        log_mel = self.log_mel(waveform, HOPS_PER_FRAME * first - CONTEXT_HOPS - 1, hops + 2, begin)
         level = (log_mel[1:-1] - mean) / std
         delta = (log_mel[2:] - log_mel[:-2]) / DELTA_STD
         width = HOPS_PER_FRAME + 2 * CONTEXT_HOPS

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from talkingdit.checkpoints.weights import check_index, read_bounded, some
+from talkingdit.encoders.speech import Level
 from talkingdit.errors import UserError
 from talkingdit.media.sound import SPEECH_RATE
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 HIDDEN_RATE = 50  # hidden states per second
+VARIANCE_FLOOR = 1e-7  # that the extractor adds
 AUDIO_FPS = 30  # rate to which the official program resamples them before it picks those of the video
 
 
@@ -62,6 +65,10 @@ class Wav2VecEncoder(nn.Module):
         if samples.shape[0] < SPEECH_RATE // 10:
             raise ValueError(f"Wav2VecEncoder: waveform must last 0.1 s at least, got {samples.shape[0]} samples")
         values = self.extractor(samples.numpy(), sampling_rate=SPEECH_RATE, return_tensors="pt").input_values
+        return self._states(values)
+
+    def _states(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Hidden states [1, T, audio_dim] of every layer, of samples [1, n] of the level that the model wants."""
         weight = next(self.model.parameters())
         return self.model(values.to(weight.device, weight.dtype), output_hidden_states=True).hidden_states
 
@@ -94,6 +101,57 @@ class Wav2VecEncoder(nn.Module):
             slow = F.interpolate(state.transpose(1, 2), size=resampled, mode="linear", align_corners=True)
             row[:, : len(inside)] = slow[0, :, inside]
         return result
+
+    def level(self, blocks: Iterable[NDArray[np.float32]]) -> Level:
+        """Zero mean and unit variance, as the extractor makes it; see `talkingdit.encoders.speech.WindowedEncoder`."""
+        count, total, square = 0, 0.0, 0.0
+        for block in blocks:
+            count += len(block)
+            total += float(block.sum(dtype=np.float64))
+            square += float(np.square(block, dtype=np.float64).sum())
+        if not math.isfinite(square):
+            raise ValueError("Wav2VecEncoder: waveform must be finite, got NaN or infinity")
+        if not self.extractor.do_normalize:
+            return Level()
+        mean = total / count
+        return Level(mean, 1 / math.sqrt(max(square / count - mean**2, 0.0) + VARIANCE_FLOOR))
+
+    @torch.no_grad()
+    def part(self, window: NDArray[np.float32], begin: int, samples: int, first: int, frames: int) -> Tensor:
+        """See `talkingdit.encoders.speech.WindowedEncoder`.
+
+        Hidden states of a window are at the same places in time as those of the whole, of which the window has state
+        `begin` / 320 and the ones behind it. Frames take theirs where interpolating the whole would.
+        """
+        states = self._states(torch.from_numpy(window)[None])
+        before, (of_all, has) = begin // self._hop, (self._count(samples), states[0].shape[1])
+        resampled = int(of_all / float(HIDDEN_RATE) * AUDIO_FPS)
+        indices = frame_indices(first + frames, self.fps)[first:]
+        inside = indices[indices < resampled]
+        place = inside * ((of_all - 1) / max(resampled - 1, 1)) - before
+        low = np.clip(np.floor(place), 0, has - 1).astype(np.int64)
+        high = np.minimum(low + 1, has - 1)
+        device, dtype = states[0].device, states[0].dtype
+        weight = torch.from_numpy(np.clip(place - low, 0, 1)).to(device, dtype)
+        result = states[0].new_zeros(len(states), states[0].shape[2], frames)
+        for row, state in zip(result, states, strict=True):
+            columns = state[0].transpose(0, 1)
+            row[:, : len(inside)] = torch.lerp(
+                columns[:, torch.from_numpy(low).to(device)], columns[:, torch.from_numpy(high).to(device)], weight
+            )
+        return result
+
+    @property
+    def _hop(self) -> int:
+        """Samples from one hidden state to the next."""
+        return math.prod(self.model.config.conv_stride)
+
+    def _count(self, samples: int) -> int:
+        """Hidden states of so many samples."""
+        config = self.model.config
+        for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+            samples = (samples - kernel) // stride + 1
+        return samples
 
     def forward(self, waveform: np.ndarray | Tensor, frames: int | None = None) -> Tensor:
         """The same as `features`."""

@@ -7,7 +7,7 @@ Nothing here needs a model, nor torch: everything that can be wrong with files i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from talkingdit.checkpoints.bounds import MOST_VIDEO
+from talkingdit.encoders.speech import Sound, is_long
 from talkingdit.errors import UserError
-from talkingdit.media.files import SPEECH_RATE, read_audio, read_image
+from talkingdit.media.files import SPEECH_RATE, read_image, sound_blocks
+from talkingdit.media.sound import check_voice
 from talkingdit.media.targets import check_apart, check_writable
+from talkingdit.pipelines.rows import Rows
 
 Frames = NDArray[np.uint8]
 
@@ -50,7 +53,7 @@ class Inputs:
 
     job: Job
     image: Frames  # [H, W, 3]
-    sound: NDArray[np.float32]  # [samples] at 16 kHz
+    sound: Sound  # [samples] at 16 kHz: an array, or where it is long `Rows` on the disk of the output
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def read_inputs(job: Job, others: Mapping[str, Path] | None = None) -> Inputs:
     check_apart({"output": job.output, "sheet": job.sheet}, {"image": job.image, "audio": job.audio, **(others or {})})
     for target in (job.output, *([] if job.sheet is None else [job.sheet])):
         check_writable(target)
-    return Inputs(job, read_image(job.image), read_audio(job.audio, SPEECH_RATE))
+    return Inputs(job, read_image(job.image), read_voice(job.audio, job.output.parent))
 
 
 def check_enlarged(job: Job, outline: Outline) -> None:
@@ -119,3 +122,41 @@ def check_enlarged(job: Job, outline: Outline) -> None:
             f"upscale: must be 1 to {most} for frames of {width} x {height}, as H.264 has at most {MOST_VIDEO} pixels, "
             f"got {job.upscale}."
         )
+
+
+def read_voice(path: Path, folder: Path) -> Sound:
+    """A voice [samples] float32 at 16 kHz, mono, of which never more than some minutes are in memory.
+
+    Args:
+        path: any sound file.
+        folder: where a long one is kept, see `Rows`.
+
+    Raises:
+        UserError: as `read_audio`, or the disk is full.
+    """
+    held: list[NDArray[np.float32]] = []
+    rows: Rows | None = None
+    count = 0
+    for block in voice_blocks(path):
+        held.append(block)
+        count += len(block)
+        if rows is None and is_long(count):
+            rows = Rows(folder)
+        if rows is not None:
+            for part in held:
+                rows.append(part)
+            held = []
+    return np.concatenate(held) if rows is None else rows
+
+
+def voice_blocks(path: Path) -> Iterator[NDArray[np.float32]]:
+    """A voice as float32 [n] at 16 kHz, mono, block by block.
+
+    Raises:
+        UserError: as `read_audio`; what only the whole tells, behind the last block.
+    """
+    count, peak = 0, 0.0
+    for block in sound_blocks(path, SPEECH_RATE):
+        count, peak = count + len(block), max(peak, float(np.abs(block).max(initial=0)))
+        yield block
+    check_voice(path, count, SPEECH_RATE, peak)

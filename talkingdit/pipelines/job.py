@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from talkingdit.autoencoders.streaming import to_frames
+from talkingdit.encoders.speech import Sound, pieces
 from talkingdit.errors import UserError
 from talkingdit.pipelines.inputs import Inputs, Outline
 from talkingdit.pipelines.long_video import ClipPipeline, GeneratedClip, generate_clips
+from talkingdit.pipelines.memory import out_of_memory
 from talkingdit.pipelines.resume import ClipStore, SharedClipStore
 from talkingdit.pipelines.write import PreviewCurves, write_video
 
@@ -96,9 +97,11 @@ def make_video(
     store = _open_store(inputs, outline, pipeline, talk, variant)
     with _kept(store, outline):
         if store.finished < outline.clips:
-            conditions = pipeline.encode(inputs, outline)
-            for clip in _clips(pipeline, conditions, outline, store, talk):
-                store.add(lambda clip=clip: to_frames(clip.frames), clip.carry)  # type: ignore[misc]
+            with _in_memory("what all clips share: the portrait, the words and the voice"):
+                conditions = pipeline.encode(inputs, outline)
+            with _in_memory(outline.when_too_large):
+                for clip in _clips(pipeline, conditions, outline, store, talk):
+                    store.add(lambda clip=clip: to_frames(clip.frames), clip.carry)  # type: ignore[misc]
             talk.say(pipeline.remarks(conditions, outline))
         team.on_rank_0(lambda: write_video(inputs, outline, store.local, curves))
         store.remove()
@@ -150,14 +153,26 @@ def _kept(store: SharedClipStore, outline: Outline) -> Iterator[None]:
             f"interrupted; {store.finished} of {outline.clips} clips are kept in {store.folder}; the same command goes "
             "on there."
         ) from None
-    except torch.OutOfMemoryError as error:
-        store.remove_if_empty()
-        raise UserError(f"generate: the device has not enough memory for {outline.when_too_large}.") from error
     except BaseException:
         store.remove_if_empty()
         raise
     finally:
         store.close()
+
+
+@contextmanager
+def _in_memory(what: str) -> Iterator[None]:
+    """Say in a sentence what memory is too small for.
+
+    Raises:
+        UserError: it is.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f"generate: the device has not enough memory for {what}.") from error
 
 
 def _fingerprint(inputs: Inputs, outline: Outline, pipeline: ClipPipeline, variant: str) -> dict[str, Any]:
@@ -169,7 +184,7 @@ def _fingerprint(inputs: Inputs, outline: Outline, pipeline: ClipPipeline, varia
     return {
         "format": 1,
         "image": _digest(inputs.image),
-        "audio": _digest(inputs.sound),
+        "audio": _digest_of_sound(inputs.sound),
         "checkpoint": hashlib.sha256(repr(listing).encode()).hexdigest()[:32],
         "prompt": inputs.job.prompt,
         "size": list(outline.size),
@@ -181,5 +196,13 @@ def _fingerprint(inputs: Inputs, outline: Outline, pipeline: ClipPipeline, varia
 
 def _digest(array: NDArray[Any]) -> str:
     found = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
-    found.update(np.ascontiguousarray(array).tobytes())
+    found.update(np.ascontiguousarray(array))
+    return found.hexdigest()[:32]
+
+
+def _digest_of_sound(sound: Sound) -> str:
+    """As of an array of all samples."""
+    found = hashlib.sha256(f"{np.dtype(np.float32)}{(len(sound),)}".encode())
+    for piece in pieces(sound):
+        found.update(np.ascontiguousarray(piece))
     return found.hexdigest()[:32]

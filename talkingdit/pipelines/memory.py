@@ -79,6 +79,16 @@ class Memory:
         return ",".join(f.name if f.type == "bool" else f"{f.name}={getattr(self, f.name)}" for f in changed)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Does an error say that memory is too small, that of a device or of the host?"""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # What torch raises where the host has no more is told by its words alone.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
 def fit(target: Any, memory: Memory, device: torch.device | str, units: Units) -> None:
     """Move a model or a whole checkpoint to a device, in less memory. Changes it in place, once.
 

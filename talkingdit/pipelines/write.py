@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from talkingdit.encoders.speech import Sound, is_long, pieces
 from talkingdit.media.files import SPEECH_RATE, VideoWriter
 from talkingdit.media.sheet import preview_sheet, sample_frames
 from talkingdit.pipelines.inputs import Frames, Inputs, Outline
@@ -24,7 +26,7 @@ class PreviewCurves(Protocol):
     def add(self, frames: Frames) -> None:
         """The next frames [n, H, W, 3]."""
 
-    def curves(self, sound: NDArray[np.float32], fps: int) -> Mapping[str, NDArray[np.float32]]:
+    def curves(self, sound: Sound, fps: int) -> Mapping[str, NDArray[np.float32]]:
         """Name to [frames] values, of all frames that were added and the sound [samples] at 16 kHz."""
 
 
@@ -51,15 +53,43 @@ def write_video(inputs: Inputs, outline: Outline, store: ClipStore, curves: Prev
                     curves.add(frames)
             seen += len(frames)
     if job.sheet is not None:
-        sound = inputs.sound[outline.skip * SPEECH_RATE // fps :]
-        sound = sound if sound.size else np.zeros(1, np.float32)
+        sound: Sound = _Behind(inputs.sound, outline.skip * SPEECH_RATE // fps) if outline.skip else inputs.sound
+        sound = sound if len(sound) else np.zeros(1, np.float32)
+        waveform, rate = _outline_of(sound)
         preview_sheet(
             np.concatenate(chosen),
-            sound,
-            SPEECH_RATE,
+            waveform,
+            rate,
             fps,
             {} if curves is None else curves.curves(sound, fps),
             job.sheet,
             title=job.output.name,
             times=[(int(i) + 0.5) / fps for i in wanted],
         )
+
+
+@dataclass(frozen=True)
+class _Behind:
+    """A sound without its beginning."""
+
+    sound: Sound
+    skip: int
+
+    def __len__(self) -> int:
+        return max(len(self.sound) - self.skip, 0)
+
+    def __getitem__(self, part: slice) -> Any:
+        begin, end, _ = part.indices(len(self))
+        return self.sound[begin + self.skip : end + self.skip]
+
+
+def _outline_of(sound: Sound) -> tuple[NDArray[np.float32], int]:
+    """Samples that look like a sound, and their rate: of a long one two for every 10 ms, its highest and lowest."""
+    if not is_long(len(sound)):
+        return np.asarray(sound[:], dtype=np.float32), SPEECH_RATE
+    size = SPEECH_RATE // 100
+    found = []
+    for piece in pieces(sound):
+        parts = np.pad(piece, (0, -len(piece) % size), mode="edge").reshape(-1, size)
+        found.append(np.stack([parts.max(1), parts.min(1)], axis=1).reshape(-1))
+    return np.concatenate(found), 200

@@ -35,8 +35,7 @@ class ClipShape:
     pose: bool = False
 
     def __post_init__(self) -> None:
-        if self.height < 16 or self.width < 16 or self.height % 16 or self.width % 16:
-            raise ValueError(f"plan: sides must be multiples of 16 pixels, got {self.width} x {self.height}")
+        check_sides(self.height, self.width)
 
     @property
     def batch(self) -> int:
@@ -51,6 +50,12 @@ class ClipShape:
     def pixels(self) -> int:
         """Of a frame."""
         return self.height * self.width
+
+
+def check_sides(height: int, width: int) -> None:
+    """Raises: ValueError: a side that is not a multiple of 16 pixels."""
+    if height < 16 or width < 16 or height % 16 or width % 16:
+        raise ValueError(f"plan: sides must be multiples of 16 pixels, got {width} x {height}")
 
 
 def latents_of(frames: int) -> int:

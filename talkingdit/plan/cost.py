@@ -52,6 +52,22 @@ class FrozenParts:
 
 
 @dataclass(frozen=True)
+class SpeechCost:
+    """What hearing a voice takes.
+
+    Args:
+        hearing: bytes on the card at the worst moment of the speech encoder, beyond its weights, per second of what it
+            hears at once; 0 where it works on the host.
+        features: bytes of its features per second of voice.
+        fps: video frames per second.
+    """
+
+    hearing: float
+    features: float
+    fps: float
+
+
+@dataclass(frozen=True)
 class Activations:
     """What one rank keeps and sends of one micro-batch in training.
 
@@ -117,6 +133,9 @@ class Cost(Protocol):
 
     def autoencoder(self, clip: ClipShape, memory: Memory, width: int) -> dict[str, float]:
         """Bytes by phase ("decode", "encode") at its worst moment; `width` is that of the autoencoder's elements."""
+
+    def speech(self, config: Mapping[str, Any], folder: Path | None = None) -> SpeechCost:
+        """Of the speech encoder, at the frame rate of the checkpoint in a folder or that of the family."""
 
     def activations(self, config: Mapping[str, Any], run: Run, mesh: MeshSizes, size: int) -> Activations:
         """Of a training step."""

@@ -8,11 +8,13 @@ runs (docs/memory.md). Time is the number of floating point operations by an ass
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from talkingdit.encoders.speech import OVERLAP_SECONDS, WHOLE_SECONDS
 from talkingdit.nn.units import Unit, large_prefixes, unit_of
 from talkingdit.pipelines.memory import Memory
 from talkingdit.plan.cards import EFFICIENCY, HOST_TO_DEVICE, needed
@@ -40,6 +42,28 @@ class WeightBytes:
 
 
 @dataclass(frozen=True)
+class VoicePlan:
+    """What a voice takes, and what its length makes of a video.
+
+    Args:
+        seconds: of the voice.
+        hearing: bytes on the card while the speech encoder hears it.
+        features: bytes of its features: on the disk where the voice is heard in windows, else in the host's memory.
+        clips: of the video.
+    """
+
+    seconds: float
+    hearing: float
+    features: float
+    clips: int
+
+    @property
+    def windows(self) -> int:
+        """In how many windows it is heard; 1 is whole."""
+        return max(1, math.ceil((self.seconds - OVERLAP_SECONDS) / (WHOLE_SECONDS - OVERLAP_SECONDS)))
+
+
+@dataclass(frozen=True)
 class Plan:
     """A prediction, in bytes and seconds."""
 
@@ -50,6 +74,7 @@ class Plan:
     seconds_per_clip: float | None
     memory: Memory
     clip: ClipShape
+    voice: VoicePlan | None = None
 
     @property
     def peak(self) -> float:
@@ -73,12 +98,28 @@ def weigh(transformer: Transformer, dtype: torch.dtype, folder: Path | None = No
     return WeightBytes(transformer.bytes(dtype), frozen, dtype.itemsize)
 
 
+def hear(transformer: Transformer, clip: ClipShape, seconds: float, folder: Path | None = None) -> VoicePlan:
+    """What a voice of so many seconds takes.
+
+    Args:
+        folder: of the checkpoint, if there is one.
+    """
+    cost = transformer.cost.speech(transformer.config, folder)
+    return VoicePlan(
+        seconds=seconds,
+        hearing=cost.hearing * min(seconds, WHOLE_SECONDS),
+        features=cost.features * seconds,
+        clips=math.ceil(seconds * cost.fps / clip.frames),
+    )
+
+
 def predict(
     transformer: Transformer,
     weights: WeightBytes,
     clip: ClipShape,
     memory: Memory | None = None,
     tflops: float | None = None,
+    voice: VoicePlan | None = None,
 ) -> Plan:
     """Memory and time of a clip.
 
@@ -86,6 +127,7 @@ def predict(
         weights: from `weigh`.
         clip, memory: what to generate, and how.
         tflops: dense TFLOP/s that the card is said to reach; None leaves time out.
+        voice: from `hear`; None leaves the speech encoder's work out.
 
     Raises:
         ValueError: the model does not take what the clip has.
@@ -95,6 +137,8 @@ def predict(
     conditions = cost.conditions(config, clip, memory, weights.size)
     denoise = conditions + cost.step(config, clip, memory, weights.size)
     phases = {"denoise": denoise, **cost.autoencoder(clip, memory, weights.frozen.width)}
+    if voice is not None and voice.hearing:
+        phases["speech"] = voice.hearing
     work = clip.branches * transformer.flops(clip, memory)
     seconds = None
     if tflops is not None:
@@ -104,7 +148,7 @@ def predict(
             moved = _resident(transformer, weights, replace(memory, offload="none"))["transformer"]
             step = max(step, forwards * moved / HOST_TO_DEVICE)
         seconds = clip.steps * step
-    return Plan(_resident(transformer, weights, memory), conditions, phases, work, seconds, memory, clip)
+    return Plan(_resident(transformer, weights, memory), conditions, phases, work, seconds, memory, clip, voice)
 
 
 def _resident(transformer: Transformer, weights: WeightBytes, memory: Memory) -> dict[str, float]:

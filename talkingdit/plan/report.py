@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from talkingdit.encoders.speech import WHOLE_SECONDS
 from talkingdit.plan.cards import EFFICIENCY, GB, SLACK
-from talkingdit.plan.generation import Plan
+from talkingdit.plan.generation import Plan, VoicePlan
 from talkingdit.plan.run import Cluster, Run
 from talkingdit.plan.training import TrainPlan
 from talkingdit.plan.transformer import Transformer
@@ -49,6 +50,7 @@ def generation_report(plan: Plan, card: float, speed: float | None, better: Plan
         f"{clip.branches} prediction{'s' * (clip.branches > 1)} per step{once}",
         f"switches    {str(plan.memory) or 'none'}",
     ]
+    lines += [] if plan.voice is None else _voice(plan.voice)
     lines += [f"{'weights':<12}{name:<16}{size_in_words(value)}" for name, value in plan.weights.items() if value]
     lines += [f"{'phase':<12}{name:<16}{size_in_words(value)}" for name, value in plan.phases.items()]
     lines.append(f"{'peak':<28}{size_in_words(plan.peak)}")
@@ -62,9 +64,20 @@ def generation_report(plan: Plan, card: float, speed: float | None, better: Plan
             f"time        about {_seconds_in_words(plan.seconds_per_clip)} of denoising per clip: an estimate from "
             f"{speed:.0f} TFLOP/s at {EFFICIENCY:.0%}, not measured"
         )
+        if plan.voice is not None:
+            hours = plan.voice.clips * plan.seconds_per_clip / 3600
+            lines.append(f"{'':<12}{hours:.2g} h for the {plan.voice.clips} clips of the voice")
     else:
         lines.append("time        unknown: name a card, or give --tflops")
     return "\n".join([*lines, _verdict(plan, card, better)])
+
+
+def _voice(voice: VoicePlan) -> Iterator[str]:
+    """A voice, and where its features lie."""
+    heard = "whole" if voice.windows == 1 else f"in {voice.windows} windows of {WHOLE_SECONDS} s"
+    where = "in the host's memory" if voice.windows == 1 else "on the disk of the output"
+    yield f"voice       {voice.seconds:.1f} s, heard {heard}: {voice.clips} clip{'s' * (voice.clips > 1)}"
+    yield f"{'features':<28}{size_in_words(voice.features)} {where}"
 
 
 def _verdict(plan: Plan, card: float, better: Plan | None) -> str:

@@ -36,7 +36,7 @@ from talkingdit.nn.units import Unit
 from talkingdit.pipelines.inputs import Inputs, Outline
 from talkingdit.pipelines.long_video import ClipPipeline, GeneratedClip
 from talkingdit.plan.clip import ClipShape
-from talkingdit.plan.cost import AUTOENCODER, FrozenParts, Parameter
+from talkingdit.plan.cost import AUTOENCODER, FrozenParts, Parameter, SpeechCost
 
 FPS, CLIP_FRAMES = 16, 8
 FAMILY = Family("toy", "the toy family", __name__)
@@ -200,6 +200,10 @@ def step(config: Mapping[str, Any], clip: ClipShape, memory: Any, size: int) -> 
 
 def autoencoder(clip: ClipShape, memory: Any, width: int) -> dict[str, float]:
     return {"decode": 100.0 * width * clip.pixels}
+
+
+def speech(config: Mapping[str, Any], folder: Path | None = None) -> SpeechCost:
+    return SpeechCost(0.0, 4.0 * config["audio_dim"] * FPS, FPS)
 
 
 def heads(config: Mapping[str, Any]) -> int:

@@ -4,11 +4,14 @@
 import functools
 import json
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from bench.live_memory import LiveMemory
 from talkingdit import families
@@ -194,6 +197,43 @@ def test_memory_of_the_tiny_autoencoder_is_predicted(clip, dtype):
     assert phases["encode"] == pytest.approx(encoding, rel=0.1)
 
 
+@pytest.mark.parametrize("seconds", [5, 60])
+def test_memory_of_the_speech_encoder_is_predicted(seconds):
+    """Of the released size; all of its layers are kept."""
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    config = Wav2Vec2Config(**sizes, conv_bias=True, feat_extract_norm="layer", do_stable_layer_norm=True)
+    with FakeTensorMode(), torch.no_grad():
+        model = Wav2Vec2Model(config).eval().requires_grad_(False)
+        weights = list(model.parameters())
+        assert sum(p.numel() for p in weights) == wan_cost.SPEECH_PARAMETERS
+        with LiveMemory(weights) as count:
+            base = count.live
+            model(torch.empty(1, 16000 * seconds), output_hidden_states=True)
+            hearing = count.peak - base
+    cost = wan_cost.speech(wan_cost.complete({}))
+    assert cost.hearing * seconds == pytest.approx(hearing, rel=0.1)
+    assert cost.features == 25 * 1024 * 4 * 16
+
+
+def test_the_command_plans_for_a_voice(tmp_path, capsys):
+    def said(*words):
+        assert cli.main(["plan", "--preset", "wan_s2v_14b", "--card", "h100", *words]) == 0
+        return capsys.readouterr().out
+
+    hour = said("--seconds", "3600")
+    assert "3600.0 s, heard in 36 windows of 120 s: 720 clips" in hour
+    assert "5.90 GB on the disk of the output" in hour
+    assert "h for the 720 clips of the voice" in hour
+    phases = {name: float(hour.split(name)[1].split("GB")[0]) for name in ("speech  ", "features")}
+    assert phases["speech  "] == pytest.approx(1.58, abs=0.01)
+    assert "heard whole: 12 clips" in said("--seconds", "60")
+    soundfile.write(tmp_path / "voice.wav", 0.1 * np.random.default_rng(0).normal(size=24000), 8000)
+    assert "3.0 s, heard whole: 1 clip\n" in said("--audio", str(tmp_path / "voice.wav"))
+    assert "voice  " not in said()
+    assert cli.main(["plan", "--preset", "puppet_tiny", "--seconds", "3600"]) == 0
+    assert "speech  " not in capsys.readouterr().out  # no model hears it, and none on the card
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_shipped_model_takes_what_its_preset_says(dtype):
     folder, cost = default_checkpoint(), families.get("puppet").cost
@@ -338,6 +378,10 @@ def test_a_checkpoint_folder_is_read_and_not_loaded(tmp_path, capsys):
         (["--preset", "wan_s2v_14b", "--size", "100x100"], "sides must be multiples of 16 pixels, got 100 x 100"),
         (["--preset", "wan_s2v_14b", "--frames", "81"], "multiple of 4 frames, got 81"),
         (["--preset", "wan_s2v_14b", "--memory", "weights=fp4"], "weights must be one of native"),
+        (["--preset", "wan_s2v_14b", "--seconds", "-5"], "seconds must be"),
+        (["--preset", "wan_s2v_14b", "--seconds", "1e12"], "seconds must be 0.1 to 10000000"),
+        (["--preset", "wan_s2v_14b", "--audio", "nowhere.wav"], "audio 'nowhere.wav': expected an existing file"),
+        (["--preset", "wan_s2v_14b", "--audio", "a.wav", "--seconds", "5"], "where --audio is given"),
         (["--preset", "puppet_tiny", "--pose"], "this model takes no pose video"),
     ],
 )

@@ -24,11 +24,12 @@ from talkingdit.families.wan_s2v.cost import (
     tokens,
 )
 from talkingdit.plan.clip import ClipShape
-from talkingdit.plan.cost import AUTOENCODER, TEXT_ENCODER, FrozenParts
+from talkingdit.plan.cost import AUTOENCODER, TEXT_ENCODER, FrozenParts, SpeechCost
 
 if TYPE_CHECKING:
     import torch
 
+    from talkingdit.families.puppet.checkpoint import PuppetSettings
     from talkingdit.pipelines.memory import Memory
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "heads",
     "parameters",
     "read_config",
+    "speech",
     "step",
     "tokens",
 ]
@@ -64,11 +66,9 @@ VAE_ENCODE = {4: 43, 2: 46}  # of one frame
 
 def default_clip(config: Mapping[str, Any], folder: Path | None = None) -> ClipShape:
     """What a checkpoint's pipeline.json suggests: by default 96 x 96, 8 latents, 8 steps of 2 predictions."""
-    from talkingdit.families.puppet.checkpoint import PuppetSettings, read_settings
     from talkingdit.pipelines.guidance import guidance_branches
 
-    known = folder is not None and (folder / "pipeline.json").is_file()
-    settings = read_settings(folder) if folder is not None and known else PuppetSettings()
+    settings = _settings(folder)
     return ClipShape(
         height=settings.size,
         width=settings.size,
@@ -78,6 +78,20 @@ def default_clip(config: Mapping[str, Any], folder: Path | None = None) -> ClipS
         branches=len(guidance_branches(settings.text_guidance, settings.audio_guidance)),
         batched=True,
     )
+
+
+def _settings(folder: Path | None) -> PuppetSettings:
+    """Of a checkpoint, where its pipeline.json tells."""
+    from talkingdit.families.puppet.checkpoint import PuppetSettings, read_settings
+
+    known = folder is not None and (folder / "pipeline.json").is_file()
+    return read_settings(folder) if folder is not None and known else PuppetSettings()
+
+
+def speech(config: Mapping[str, Any], folder: Path | None = None) -> SpeechCost:
+    """A spectrogram, which is made on the host; features are float32."""
+    fps = _settings(folder).fps
+    return SpeechCost(0.0, 4.0 * config["audio_layers"] * config["audio_dim"] * fps, fps)
 
 
 def frozen_parts(dtype: torch.dtype, folder: Path | None = None) -> FrozenParts:

@@ -6,9 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from talkingdit.encoders.speech import pieces
 from talkingdit.errors import UserError
 from talkingdit.families.puppet.options import Options
 from talkingdit.media.files import SPEECH_RATE
@@ -73,7 +71,6 @@ class Details:
     """What the pipeline knows of a video besides its outline."""
 
     sampling: Sampling
-    waveform: NDArray[np.float32]  # [samples] at 16 kHz, of normal loudness
 
 
 def _idle(prompt: str, options: Options, sampling: Sampling) -> list[str]:
@@ -99,15 +96,15 @@ def outline(inputs: Inputs, settings: PuppetSettings, options: Options) -> Outli
     Raises:
         UserError: an option is impossible, or there is no sound to speak of.
     """
-    from talkingdit.encoders.log_mel import normalise_loudness
+    from talkingdit.encoders.log_mel import loudness_gain
 
-    waveform = normalise_loudness(inputs.sound)
+    loudness_gain(pieces(inputs.sound))  # there is something to hear
     try:
         sampling = Sampling.of(options, settings)
         predictions = len(sampling.branches)
     except ValueError as error:
         raise UserError(f"{error}.") from error
-    frames = -(-len(waveform) * settings.fps // SPEECH_RATE)
+    frames = -(-len(inputs.sound) * settings.fps // SPEECH_RATE)
     height, width = inputs.image.shape[:2]
     warnings = []
     if height != width:
@@ -126,5 +123,5 @@ def outline(inputs: Inputs, settings: PuppetSettings, options: Options) -> Outli
         frames=frames,
         settings={name.replace("_", " "): value for name, value in values.items()},
         warnings=tuple(warnings),
-        details=Details(sampling, waveform),
+        details=Details(sampling),
     )

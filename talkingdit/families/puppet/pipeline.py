@@ -36,6 +36,7 @@ from talkingdit.families.wan_s2v import cached_steps
 from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.media.files import SPEECH_RATE
 from talkingdit.media.framing import fit_portrait
+from talkingdit.pipelines.features import Features, encode_voice
 from talkingdit.pipelines.guidance import Branch, guided_step
 from talkingdit.pipelines.inputs import Frames, Inputs, Outline
 from talkingdit.pipelines.long_video import Carry, ClipPipeline, GeneratedClip, generate_clips
@@ -71,7 +72,7 @@ class VideoConditions:
     sampling: Sampling
     sigmas: list[float]  # noise levels, from 1 to 0
     reference: Tensor  # [1, C, 1, H, W] latent of the portrait
-    features: Tensor  # [layers, audio_dim, F], one column per frame
+    features: Features  # [layers, audio_dim, F], one column per frame
     groups: tuple[tuple[Branch, ...], ...]  # the predictions of this process, those of one forward pass together
     texts: tuple[Tensor, ...]  # [branches, L, text_dim] of each group
     frames: int  # that the video lasts
@@ -116,7 +117,8 @@ class PuppetPipeline(ClipPipeline):
         """Encode what all clips share, from the files of a job."""
         details: Details = outline.details
         portrait, _ = fit_portrait(inputs.image, self.settings.size)
-        features = self.parallel.team.broadcast(lambda: self.features(details.waveform)[0], "cpu")
+        speech, frames = SpeechFeatures(fps=self.settings.fps), outline.clips * self.clip_frames
+        features = encode_voice(speech, inputs, frames, self.settings.fps, self.parallel.team)
         return self.conditions(portrait, features, inputs.job.prompt, details.sampling, frames=outline.frames)
 
     @property
@@ -141,7 +143,7 @@ class PuppetPipeline(ClipPipeline):
     def conditions(
         self,
         portrait: Frames,
-        features: Tensor,
+        features: Features,
         prompt: str = "",
         sampling: Sampling | None = None,
         *,
@@ -166,7 +168,11 @@ class PuppetPipeline(ClipPipeline):
                 f"generate: portrait must be uint8 of shape [{size}, {size}, 3], got {portrait.dtype} of shape "
                 f"{list(portrait.shape)}"
             )
-        if features.dim() != 3 or features.shape[:2] != (model.audio_layers, model.audio_dim) or not features.shape[2]:
+        if (
+            len(features.shape) != 3
+            or features.shape[:2] != (model.audio_layers, model.audio_dim)
+            or not features.shape[2]
+        ):
             raise ValueError(
                 f"generate: features must have shape [{model.audio_layers}, {model.audio_dim}, F >= 1], got "
                 f"{list(features.shape)}"
@@ -241,7 +247,7 @@ class PuppetPipeline(ClipPipeline):
         first, last = index * size, (index + 1) * size
         audio = features[..., first:last].to(self._device)
         audio = torch.cat([audio, audio[..., -1:].expand(-1, -1, size - audio.shape[2])], dim=2)
-        before = features[..., max(0, first - self.settings.audio_history) : first].to(self._device)
+        before = features[..., max(0, first - self.settings.audio_history) : first].to(self._device) if index else None
         history = past[:, :, -model.config.motion_frames[1] :]
         return [
             model.encode_conditions(
@@ -250,7 +256,7 @@ class PuppetPipeline(ClipPipeline):
                     reference=_repeat(conditions.reference, branches),
                     history=_repeat(history, branches) if index else None,
                     audio=_given(audio, branches),
-                    audio_history=_given(before, branches) if index else None,
+                    audio_history=None if before is None else _given(before, branches),
                 ),
                 context=self.parallel.context,
             )

@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
+from talkingdit.encoders.speech import Sound, pieces
+from talkingdit.media.sound import SPEECH_RATE
 from talkingdit.pipelines.inputs import Frames
+
+PART_SECONDS = 60  # of the voice that are looked at at once
 
 
 class MouthCurves:
@@ -21,14 +27,29 @@ class MouthCurves:
 
         self._openings.append(((measure_height(frames) - CLOSED_HEIGHT) / OPENING_HEIGHT).astype(np.float32))
 
-    def curves(self, sound: NDArray[np.float32], fps: int) -> dict[str, NDArray[np.float32]]:
+    def curves(self, sound: Sound, fps: int) -> dict[str, NDArray[np.float32]]:
         """What was measured, and what the sound [samples] at 16 kHz says."""
-        from talkingdit.encoders.log_mel import normalise_loudness
-        from talkingdit.puppets.visemes import visemes_from_audio
-
         measured = np.concatenate(self._openings)
-        voice = visemes_from_audio(normalise_loudness(sound), fps, len(measured)).opening
+        voice = np.concatenate(list(_openings_of(sound, fps, len(measured))))
         return {"mouth in the video": measured, "mouth of the voice": voice}
+
+
+def _openings_of(sound: Sound, fps: int, frames: int) -> Iterator[NDArray[np.float32]]:
+    """Mouth openings of a voice, some of its frames at a time: each depends on little more than its own sound."""
+    from talkingdit.encoders.log_mel import loudness_gain
+    from talkingdit.puppets.visemes import visemes_from_audio
+
+    gain = loudness_gain(pieces(sound))
+    part, margin = PART_SECONDS * fps, fps
+    for first in range(0, frames, part):
+        before, count = min(first, margin), min(part, frames - first)
+        begin = (first - before) * SPEECH_RATE // fps  # whole seconds
+        end = begin + (before + count + margin) * SPEECH_RATE // fps
+        piece = np.asarray(sound[begin:end], dtype=np.float32) * np.float32(gain)
+        if len(piece):
+            yield visemes_from_audio(piece, fps, before + count).opening[before:]
+        else:
+            yield np.zeros(count, np.float32)
 
 
 Curves = MouthCurves

@@ -23,6 +23,7 @@ from talkingdit.plan.cost import (
     Activations,
     FrozenParts,
     Parameter,
+    SpeechCost,
 )
 from talkingdit.plan.run import MeshSizes, Run
 
@@ -42,6 +43,7 @@ VAE_ENCODE = {4: 3310, 2: 3507}
 TILE = 256  # pixels of a side of diffusers' tiles
 TEXT_PARAMETERS = 5_680_910_336  # the encoder of UMT5-XXL
 SPEECH_PARAMETERS = 315_438_720  # wav2vec2-large
+SPEECH_HEARING = 13.2e6  # bytes alive per second of voice at its worst moment, counted
 
 # ---- The model and its clips -----------------------------------------------------------------------------------------
 
@@ -219,6 +221,14 @@ def autoencoder(clip: ClipShape, memory: Memory, width: int) -> dict[str, float]
         encode = clip.pixels * VAE_ENCODE[width] * width
     past = 3 * (4 + width) * max(1, 4 * clip.history - 3) * clip.pixels
     return {"decode": decode, "encode": encode + past + frames}
+
+
+def speech(config: Mapping[str, Any], folder: Path | None = None) -> SpeechCost:
+    """The speech encoder is float32, and so are its features; all of its layers are kept."""
+    from talkingdit.families.wan_s2v.checkpoint import WanS2VSettings, read_settings
+
+    fps = (WanS2VSettings() if folder is None else read_settings(folder)).fps
+    return SpeechCost(SPEECH_HEARING, 4.0 * config["audio_layers"] * config["audio_dim"] * fps, fps)
 
 
 # ---- Memory of training ----------------------------------------------------------------------------------------------

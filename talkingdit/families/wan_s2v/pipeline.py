@@ -35,6 +35,7 @@ from talkingdit.families.wan_s2v.outline import DROPPED, Details, Sampling
 from talkingdit.media.colour import colours, match_colours
 from talkingdit.media.framing import fit_image
 from talkingdit.media.pose import PoseVideo
+from talkingdit.pipelines.features import Features, encode_voice
 from talkingdit.pipelines.long_video import Carry, ClipPipeline, GeneratedClip
 from talkingdit.pipelines.parallel import shared_autoencoder
 from talkingdit.pipelines.solvers import flow_solver
@@ -57,7 +58,7 @@ class VideoConditions:
     text: Tensor  # [2, L, text_dim]: prompt and negative prompt
     reference: Tensor  # [1, C, 1, H, W] latent
     pixels: Tensor  # [1, 3, 1, 8 H, 8 W] the reference image in -1..1
-    features: Tensor  # [layers, audio_dim, F] of the speech encoder, one column per frame
+    features: Features  # [layers, audio_dim, F] of the speech encoder, one column per frame
     audio_frames: int  # that the video lasts; F reaches to the end of its last clip
     pose: PoseClips | None = None
 
@@ -103,9 +104,8 @@ class WanS2VPipeline(ClipPipeline):
         details: Details = outline.details
         frames = outline.clips * details.sampling.clip_frames
         image, _ = fit_image(inputs.image, outline.size, details.options.cover)
-        features = self.parallel.team.broadcast(
-            lambda: self.checkpoint.audio_encoder.features(inputs.sound, frames), "cpu"
-        )
+        encoder, team = self.checkpoint.audio_encoder, self.parallel.team
+        features = encode_voice(encoder, inputs, frames, self.settings.fps, team)
         return self.conditions(
             image,
             inputs.job.prompt,
@@ -121,7 +121,7 @@ class WanS2VPipeline(ClipPipeline):
         image: Frames,
         prompt: str,
         sampling: Sampling,
-        features: Tensor,
+        features: Features,
         *,
         audio_frames: int | None = None,
         pose: PoseClips | None = None,
@@ -152,7 +152,7 @@ class WanS2VPipeline(ClipPipeline):
             )
         frames = features.shape[-1] if audio_frames is None else audio_frames
         whole = -(-frames // sampling.clip_frames) * sampling.clip_frames
-        if frames <= sampling.dropped or features.dim() != 3 or features.shape[2] < whole:
+        if frames <= sampling.dropped or len(features.shape) != 3 or features.shape[2] < whole:
             raise ValueError(
                 f"generate: features must have shape [layers, dim, F] with F of at least {whole} for "
                 f"{frames} > {sampling.dropped} frames, got {list(features.shape)}"
@@ -237,7 +237,7 @@ class WanS2VPipeline(ClipPipeline):
         parallel, size = self.parallel, sampling.clip_frames
         frames = size // FRAMES_PER_LATENT
         channels, _, height, width = conditions.reference.shape[1:]
-        audio = conditions.features[None, ..., index * size : (index + 1) * size].to(device)
+        audio = conditions.features[..., index * size : (index + 1) * size][None].to(device)
         pose = None if conditions.pose is None else self._encode_pose(conditions.pose(index)).to(device)
         # Given everything, and the negative prompt with silence.
         branches = [(conditions.text[:1], audio), (conditions.text[1:], torch.zeros_like(audio))]
