@@ -23,7 +23,7 @@ from talkingdit.data.manifest import read_manifest
 from talkingdit.errors import UserError
 from talkingdit.families.puppet.pipeline import PuppetPipeline
 from talkingdit.media.files import VideoWriter, read_audio, read_image, read_video
-from talkingdit.media.framing import PoseVideo
+from talkingdit.media.pose import PoseVideo
 
 
 @pytest.fixture(scope="module")
