@@ -144,8 +144,14 @@ def _interrupt_once(number: int, frame: object) -> None:
 def _die_with_parent() -> None:
     """A worker must not go on writing beside the run that follows a killed one."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(STOPPED)), daemon=True).start()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(STOPPED)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _work(job: Job, rank: int, world: int, threads: int, parent: Connection) -> None:

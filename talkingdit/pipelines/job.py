@@ -196,7 +196,7 @@ def _fingerprint(inputs: Inputs, outline: Outline, pipeline: ClipPipeline, varia
 
 def _digest(array: NDArray[Any]) -> str:
     found = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
-    found.update(np.ascontiguousarray(array))
+    found.update(np.ascontiguousarray(array).data)
     return found.hexdigest()[:32]
 
 
@@ -204,5 +204,5 @@ def _digest_of_sound(sound: Sound) -> str:
     """As of an array of all samples."""
     found = hashlib.sha256(f"{np.dtype(np.float32)}{(len(sound),)}".encode())
     for piece in pieces(sound):
-        found.update(np.ascontiguousarray(piece))
+        found.update(np.ascontiguousarray(piece).data)
     return found.hexdigest()[:32]

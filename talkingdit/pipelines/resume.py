@@ -191,7 +191,7 @@ class ClipStore:
 
     def _decoded(self, path: Path) -> Frames:
         """Frames of a clip, which are all of the size of the video; ValueError where they are not."""
-        with path.open("rb") as file, av.open(file, format="matroska") as container:
+        with path.open("rb") as file, av.open(file, mode="r", format="matroska") as container:
             stream = container.streams.video[0]
             size = [stream.height, stream.width]  # looked at before there is memory for a frame
             if stream.codec_context.name != "ffv1" or (self._size is not None and size != self._size):

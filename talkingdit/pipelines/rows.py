@@ -58,7 +58,7 @@ class Rows:
         """
         if rows.shape[1:] != self._row or rows.dtype != np.float32:
             raise ValueError(f"Rows: rows must be float32 [n, {self._row}], got {rows.dtype} of shape {rows.shape}")
-        data = memoryview(np.ascontiguousarray(rows)).cast("B") if rows.size else memoryview(b"")
+        data = np.ascontiguousarray(rows).data.cast("B") if rows.size else memoryview(b"")
         at = self._count * self._size
         try:
             while data:
@@ -76,7 +76,7 @@ class Rows:
         if step != 1:
             raise ValueError(f"Rows: slices must have no steps, got {part}")
         found = np.empty((max(end - begin, 0), *self._row), np.float32)
-        data = memoryview(found).cast("B") if found.size else memoryview(b"")
+        data = found.data.cast("B") if found.size else memoryview(b"")
         at = begin * self._size
         while data:
             count = os.preadv(self._descriptor, [data], at)
