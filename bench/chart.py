@@ -19,8 +19,9 @@ _INK, _FAINT, _PAPER = "#222222", "#d7d7d7", "#ffffff"
 
 
 def _factor(row: Mapping[str, Any]) -> tuple[float, str]:
-    """Times faster than the fastest baseline, and which it is."""
-    name, us = min(row["baselines"].items(), key=lambda item: item[1])
+    """Times faster than the fastest baseline that is not a kernel of ours, and which it is."""
+    others = {name: us for name, us in row["baselines"].items() if name not in ("general", "cutlass")}
+    name, us = min(others.items(), key=lambda item: item[1])
     return us / row["median_us"], name
 
 

@@ -15,6 +15,7 @@ BEGIN, END = "<!-- bench:start -->", "<!-- bench:end -->"
 PAGE, FIGURE, README = Path("docs/benchmarks.md"), Path("docs/figures/benchmarks.png"), Path("README.md")
 _HEAD = ("op", "shape", "dtype", "direction", "µs", "GB/s", "share of copy", "times faster than")
 _BEST = "faster than the best"
+_OURS = ("general", "cutlass")  # kernels of ours that are timed beside the one that is chosen
 _BLOCKS = ("block", "shape", "dtype", "direction", "µs", "times faster than")
 _STEPS = ("what", "shape", "tokens", "µs", "official µs", "time", "peak memory", "official", "ratio", "moved", "ratio")
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
@@ -114,10 +115,11 @@ def _pair(row: Row, fresh: str, warm: str, show: Callable[[float], str] = _numbe
 
 
 def _best(row: Row) -> str:
-    if not row["baselines"]:
+    others = {name: us for name, us in row["baselines"].items() if name not in _OURS}
+    if not others:
         return "-"
-    name, us = min(row["baselines"].items(), key=lambda item: item[1])
-    return f"{us / row['median_us']:.2f} ({name})"
+    name = min(others, key=others.__getitem__)
+    return f"{others[name] / row['median_us']:.2f} ({name})"
 
 
 def _factors(row: Row, digits: int = 1) -> str:
@@ -139,19 +141,14 @@ def _table(head: Sequence[str], numbers: range, rows: Iterable[Iterable[str]]) -
     return ["", _line(head), "|" + "|".join(marks) + "|", *lines] if lines else []
 
 
+def _numbers(row: Row) -> tuple[str, ...]:
+    times, rates = _pair(row, "median_us", "out_us"), _pair(row, "gbps", "out_gbps")
+    return (*_what(row), times, rates, _pair(row, "share_of_copy", "out_share_of_copy", "{:.0%}".format))
+
+
 def _op_table(rows: Sequence[Row], best: bool) -> list[str]:
     head = (*_HEAD[:-1], _BEST, _HEAD[-1]) if best else _HEAD
-    cells = (
-        (
-            *_what(row),
-            _pair(row, "median_us", "out_us"),
-            _pair(row, "gbps", "out_gbps"),
-            _pair(row, "share_of_copy", "out_share_of_copy", "{:.0%}".format),
-            *((_best(row),) if best else ()),
-            _factors(row),
-        )
-        for row in rows
-    )
+    cells = ((*_numbers(row), *((_best(row),) if best else ()), _factors(row)) for row in rows)
     return _table(head, range(4, len(head) - 1), cells)
 
 
@@ -210,7 +207,9 @@ def table(results: Sequence[Result]) -> str:
 def short_table(results: Sequence[Result]) -> str:
     """The rows of the README: a GPU's, where there are some."""
     group = _shown(results)
-    return "\n".join([_place(group), *_op_table(_headlines(group), best=False)])
+    head = (*_HEAD[:-1], _BEST)
+    cells = ((*_numbers(row), _best(row)) for row in _headlines(group))
+    return "\n".join([_place(group), *_table(head, range(4, len(head)), cells)])
 
 
 def _shown(results: Sequence[Result]) -> list[Result]:
