@@ -115,4 +115,4 @@ def test_the_command_names_its_verbs(capsys: pytest.CaptureFixture[str]) -> None
         assert f"\n  {verb} " in out
     for argv in ([], ["generat"]):
         assert main(argv) == 2
-        assert "expected a verb, one of generate, plan, info, precompute" in capsys.readouterr().err
+        assert "expected a verb, one of generate, plan, calibrate, info, precompute" in capsys.readouterr().err

@@ -103,4 +103,4 @@ def test_calibrate_writes_coefficients_that_generate_reads(tmp_path: Path, capsy
 def test_a_threshold_that_is_none(value: str, tmp_path: Path, capsys) -> None:
     common = ["--image", str(ASSETS / "portrait.png"), "--audio", str(ASSETS / "voice.flac")]
     assert main(["generate", *common, "-o", str(tmp_path / "x.mp4"), f"--step-cache={value}"]) == 2
-    assert "step_cache must be a number of at least 0" in capsys.readouterr().err
+    assert "--step-cache must be a number of at least 0" in capsys.readouterr().err
