@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -94,12 +95,14 @@ def start(writers: list[str], kills: int, folder: Path, timeout: float) -> list[
 
 def fork(run: Callable[[Path], int], folder: Path, kill_at: int, log: Path, listed: Path | None = None) -> int:
     """Run in a child that dies at a moment; 0 for never. Returns its exit status, negative for a signal."""
+    gc.collect()  # frames of this process know threads that a child has not, and waits for when it frees them
+    gc.freeze()
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     status = 99
     try:
-        signal.alarm(300)  # a run that hangs is a fault
+        signal.alarm(120)  # a run that hangs is a fault
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
