@@ -197,7 +197,7 @@ def test_a_checkpoint_that_is_not_one(work: Path, capsys: pytest.CaptureFixture[
         ("--audio-guidance", "nan", "--audio-guidance must be a number of at least 0, got nan"),
         ("--text-guidance", "-2", "--text-guidance must be a number of at least 0, got -2.0"),
         ("--upscale", "0", "--upscale must be at least 1, got 0"),
-        ("--upscale", "1000", "upscale: must be 1 to"),
+        ("--upscale", "1000", "--upscale must be at most"),
         ("--speed", "3", "unrecognized arguments: --speed 3"),
     ],
 )
