@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from clip_files import draw, voice, write_video
 
 from talkingdit.checkpoints.lora import Loras
@@ -71,8 +72,13 @@ def test_adapters_come_from_a_folder_of_videos(tmp_path: Path) -> None:
     command += ["--config", str(config), "--steps", "2", "--clip-frames", "16", "--max-area", "48x48"]
     adapter = example("finetune_lora").main([*command, "--", "--checkpoint.every", "2"])
     model = load(start)
-    Loras(model).load(adapter)
-    assert any("lora" in name for name, _ in model.named_parameters())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loras = Loras(model)
+    loras.load(adapter)
+    loras.merge()
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed
+    assert all(name.endswith(".weight") for name in changed)
 
 
 @pytest.mark.slow
