@@ -17,6 +17,7 @@ from torch import Tensor
 from bench.shapes import TokenShape
 
 _FOLDER = Path(__file__).resolve().parent
+OURS = ("general", "cutlass")  # contestants that are kernels of ours, timed beside the one that is chosen
 
 Rand = Callable[..., Tensor]  # rand(2, 3) draws a tensor [2, 3] of the dtype and on the device that are asked for
 

@@ -15,7 +15,6 @@ BEGIN, END = "<!-- bench:start -->", "<!-- bench:end -->"
 PAGE, FIGURE, README = Path("docs/benchmarks.md"), Path("docs/figures/benchmarks.png"), Path("README.md")
 _HEAD = ("op", "shape", "dtype", "direction", "µs", "GB/s", "share of copy", "times faster than")
 _BEST = "faster than the best"
-_OURS = ("general", "cutlass")  # kernels of ours that are timed beside the one that is chosen
 _BLOCKS = ("block", "shape", "dtype", "direction", "µs", "times faster than")
 _STEPS = ("what", "shape", "tokens", "µs", "official µs", "time", "peak memory", "official", "ratio", "moved", "ratio")
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
@@ -115,7 +114,7 @@ def _pair(row: Row, fresh: str, warm: str, show: Callable[[float], str] = _numbe
 
 
 def _best(row: Row) -> str:
-    others = {name: us for name, us in row["baselines"].items() if name not in _OURS}
+    others = {name: us for name, us in row["baselines"].items() if name not in cases.OURS}
     if not others:
         return "-"
     name = min(others, key=others.__getitem__)

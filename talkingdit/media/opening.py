@@ -30,10 +30,11 @@ def open_media(path: str | os.PathLike[str], format: str | None = None) -> Itera
     """
     import av
 
-    # A list of allowed protocols without any: files that name others are not followed.
+    # A list of allowed protocols without any: files that name others are not followed. It is for the container alone:
+    # given to its streams too, it ends PyAV 15 and 17 on some formats.
     with (
         open(path, "rb") as file,
-        av.open(file, mode="r", format=format, options={"protocol_whitelist": "none"}) as container,
+        av.open(file, mode="r", format=format, container_options={"protocol_whitelist": "none"}) as container,
     ):
         yield container
 

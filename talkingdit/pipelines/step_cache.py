@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps that are not computed: where a transformer's input has hardly changed, what its blocks added is used again.
 
-TeaCache (arXiv:2411.19108; SkyReels-Audio, arXiv:2506.00830, section 3.5): with m_t the modulated input of a step, the
+TeaCache (arXiv:2411.19108; SkyReels-Audio, arXiv:2506.00830, table 4): with m_t the modulated input of a step, the
 relative change |m_t - m_(t-1)|_1 / |m_(t-1)|_1, mapped by a polynomial that was fitted to the change of the outputs, is
 added up from step to step; while the sum stays below a threshold, the step is skipped.
 
