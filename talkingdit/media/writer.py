@@ -29,9 +29,9 @@ class VideoWriter:
 
     The file is written under a temporary name beside the target and renamed by `close`; leaving the `with` block by an
     exception removes it. With `live` it is a fragmented MP4 that plays while it grows, under its name from the first
-    fragment on, and an exception leaves what was written, ended properly. The sound starts with the first frame and is cut to the length of the video. A sound file is
-    copied as it is, all channels, where an MP4 may hold its codec; it is encoded otherwise (see `track.py`). Equal
-    frames and sound give equal files.
+    fragment on, and an exception leaves what was written, ended properly. The sound starts with the first frame and is
+    cut to the length of the video. A sound file is copied as it is, all channels, where an MP4 may hold its codec; it
+    is encoded otherwise (see `track.py`). Equal frames and sound give equal files.
 
         with VideoWriter("out.mp4", fps=16, size=(96, 96), audio=waveform, rate=16000, upscale=4) as video:
             for clip in clips:

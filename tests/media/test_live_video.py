@@ -44,8 +44,9 @@ def test_a_live_file_plays_at_every_moment_and_is_the_video_in_the_end(tmp_path:
             seen = decoded(path.read_bytes())
             assert first + 20 - 0.5 * FPS <= seen <= first + 20
     frames, sound, fps, _ = read_video(path)
-    assert len(frames) == 100 and fps == FPS
-    assert sound is not None and abs(len(sound) / RATE - 4) < 0.1
+    assert (len(frames), fps) == (100, FPS)
+    assert sound is not None
+    assert abs(len(sound) / RATE - 4) < 0.1
     assert np.abs(frames.astype(int).mean((1, 2, 3)) - pictures(100).mean((1, 2, 3))).max() < 3
     assert [file.name for file in tmp_path.iterdir()] == ["live.mp4"]
     # The sound begins with the pictures, as in a file that is not live.
@@ -59,12 +60,14 @@ def test_a_live_file_plays_at_every_moment_and_is_the_video_in_the_end(tmp_path:
 
 def test_what_an_error_leaves_plays_to_its_last_frame(tmp_path: Path) -> None:
     path = tmp_path / "live.mp4"
-    with pytest.raises(RuntimeError), VideoWriter(path, FPS, (64, 96), tone(4), live=True) as writer:
-        writer.write(pictures(33))
+    writer = VideoWriter(path, FPS, (64, 96), tone(4), live=True)
+    writer.write(pictures(33))
+    with pytest.raises(RuntimeError), writer:
         raise RuntimeError
     frames, sound, _, _ = read_video(path)
     assert len(frames) == 33
-    assert sound is not None and abs(len(sound) / RATE - 33 / FPS) < 0.1
+    assert sound is not None
+    assert abs(len(sound) / RATE - 33 / FPS) < 0.1
 
 
 def test_nothing_written_leaves_nothing(tmp_path: Path) -> None:
@@ -85,11 +88,15 @@ def test_a_pipe_takes_the_video_and_its_reader_may_go_away() -> None:
 
     thread = threading.Thread(target=reader, args=(20_000,))
     thread.start()
-    with pytest.raises(UserError, match=r"standard output.*could not be written"):
+    noise = np.random.default_rng(0)
+
+    def write() -> None:
         with VideoWriter("standard output", FPS, (64, 96), live=begin) as writer:
-            noise = np.random.default_rng(0)
             for _ in range(50):
                 writer.write(noise.integers(0, 255, (4, 64, 96, 3), dtype=np.uint8))
+
+    with pytest.raises(UserError, match=r"standard output.*could not be written"):
+        write()
     thread.join()
     os.close(begin)
     assert decoded(b"".join(read)) > 0
