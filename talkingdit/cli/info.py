@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from talkingdit.cli.flags import Group, read
+from talkingdit.openmp import waiting
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def info(argv: Sequence[str]) -> None:
 
     import talkingdit
 
-    found = talkingdit.build_info()
+    found = talkingdit.build_info() | {"threads wait": waiting()}
     width = max(len(name) for name in found)
     for name, value in found.items():
         if isinstance(value, bool):
