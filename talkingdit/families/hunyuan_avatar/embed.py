@@ -16,7 +16,7 @@ from talkingdit.families.hunyuan_avatar.injection import over_time
 from talkingdit.families.hunyuan_avatar.inputs import FPS, MOTION_EXP, MOTION_POSE, AvatarConditions, AvatarInputs
 from talkingdit.families.hunyuan_avatar.rope import layouts
 from talkingdit.families.hunyuan_avatar.sequence import ClipSpan, Range, sequence_shard
-from talkingdit.families.hunyuan_avatar.text import compact
+from talkingdit.families.hunyuan_avatar.text import used_text
 
 if TYPE_CHECKING:
     from talkingdit.families.hunyuan_avatar.model import HunyuanAvatarModel
@@ -33,14 +33,15 @@ def encode(
     """See `HunyuanAvatarModel.encode_conditions`; `size` counts where the inputs have none."""
     config = model.config
     frames, height, width = clip_size(config, inputs, size)
-    text, lengths = compact(inputs.text, inputs.text_mask)
-    clip = clip_span(config, (frames, height, width), inputs.reference is not None, text.shape[1])
+    text, text_mask, lengths = used_text(inputs.text, inputs.text_mask)
+    longest = max(1, *lengths)
+    clip = clip_span(config, (frames, height, width), inputs.reference is not None, longest)
     shard = sequence_shard([clip], context)
-    ragged = len(set(lengths)) > 1 or lengths[0] != text.shape[1]
-    text_mask = key_mask = None
+    ragged = min(lengths) < longest
+    key_mask = None
     if ragged:
-        text_mask = first(lengths, text.shape[1], text.device)
-        key_mask = torch.cat([text_mask.new_ones(len(lengths), clip.image), text_mask], dim=1)
+        ends = torch.tensor(lengths, device=text.device) + clip.image
+        key_mask = torch.arange(clip.tokens, device=text.device) < ends[:, None]
     reference, added = picture_tokens(model, inputs, clip, shard.reference[0], shard.video[0])
     audio, weights = voices(model, inputs, clip, shard.frames[0], shard.video[0])
     emotion, strength = emotions(model, inputs)
@@ -75,11 +76,6 @@ def clip_span(config: Any, size: tuple[int, int, int], reference: bool, text: in
     return ClipSpan(
         begin, rows * columns if reference and config.reference_tokens else 0, (frames, rows, columns), text
     )
-
-
-def first(lengths: list[int], longest: int, device: torch.device) -> Tensor:
-    """bool [B, longest], true for the first `lengths` of each."""
-    return torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
 
 
 def step_vector(model: HunyuanAvatarModel, inputs: AvatarInputs) -> Tensor:

@@ -5,8 +5,8 @@ Three ways, each a switch of the configuration, in any combination:
 
 (a) reference_tokens: it stands as a frame of its own in the sequence, at time -1;
 (b) reference_channels: repeated over time, it lies behind the channels of the noisy latents;
-(c) reference_projection: repeated over time, it goes through a tokenizer of its own (`ref_in`, which begins as a copy of
-    the video's) and a fully connected layer (`before_proj`), and is added to the video tokens (equation 1).
+(c) reference_projection: repeated over time, it goes through a tokenizer of its own (`ref_in`, which begins as a copy
+    of the video's) and a fully connected layer (`before_proj`), and is added to the video tokens (equation 1).
 
 The released model has (a) and (c).
 """

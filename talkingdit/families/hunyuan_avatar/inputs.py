@@ -25,7 +25,8 @@ class AvatarInputs:
 
     Args:
         text: [B, L, text_states_dim] features of a language model.
-        text_mask: bool or int [B, L], true for real tokens; None for all. The others are left out of the sequence.
+        text_mask: bool or int [B, L], true for real tokens; None for all. The others are left out of the sequence; see
+            `talkingdit.families.hunyuan_avatar.text.used_text` for padding that is not all behind.
         pooled_text: [B, text_states_dim_2]; None for zeros.
         reference: [B, in_channels, T, H, W] latents of the picture repeated over time, or of one frame, [.., 1, H, W],
             which is repeated. None for no character.
@@ -77,8 +78,8 @@ class AvatarConditions:
 
     shard: SequenceShard
     layouts: Layouts
-    text: Tensor  # features [B or clips, L, text_dim], the real tokens first
-    text_mask: Tensor | None  # bool [B or clips, L], where their numbers differ
+    text: Tensor  # features for the refiner [B or clips, L, text_dim]
+    text_mask: Tensor | None  # bool [B or clips, L], true for real tokens; None for all
     vec: Tensor  # [B or clips, dim] float32: all of the vector of a step but its timestep
     reference: tuple[Tensor, ...]  # per clip, tokens of the reference that are here [B, n, dim]
     added: tuple[Tensor | None, ...]  # per clip, added to the video tokens that are here [B, n, dim]

@@ -51,10 +51,10 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
         refiner_depth: blocks of the text refiner.
         reference_tokens, reference_channels, reference_projection: how the picture reaches the model (section 3.2); see
             `talkingdit.families.hunyuan_avatar.injection`.
-        reference_shift, reference_time: where its tokens stand: shifted by the size of the video (equation 2), and when.
+        reference_shift, reference_time: where its tokens stand: shifted by the size of the video (equation 2), when.
         emotion: with the module of section 3.4, which the released model does not have.
-        zero_init: begin with no influence of the projected picture, voices and emotions, to train on from a video model.
-            A model that is trained from nothing learns to listen sooner without.
+        zero_init: begin with no influence of the projected picture, voices and emotions, to train on from a video
+            model. A model that is trained from nothing learns to listen sooner without.
         residual_dtype: "float32", or "compute" to keep the residual stream in the dtype of the linear layers.
         attention_backend: see `talkingdit.nn.attention.attention`.
         audio_absorb: "full" folds the projections of the video tokens into the voices, for inference: the same result

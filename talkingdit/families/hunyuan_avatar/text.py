@@ -94,9 +94,13 @@ class RefinerBlock(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, mask: Tensor | None) -> Tensor:
         """x [B, L, dim], condition [B, dim], mask bool [B, L] -> [B, L, dim]."""
         gate1, gate2 = self.adaLN_modulation(condition.to(x.dtype))[:, None].chunk(2, dim=-1)
-        qkv = self.self_attn_qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
-        y = attention(*qkv.unbind(2), mask=mask).flatten(2)
-        x = x + gate1 * self.self_attn_proj(y)
+        q, k, v = self.self_attn_qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        if mask is None:
+            y = attention(q, k, v)
+        else:  # as in the released program: everybody sees the first token, and padding nothing else
+            first = torch.arange(mask.shape[1], device=mask.device) == 0
+            y = torch.where(mask[..., None, None], attention(q, k, v, mask=mask | first), v[:, :1])
+        x = x + gate1 * self.self_attn_proj(y.flatten(2))
         return x + gate2 * self.mlp(self.norm2(x))
 
 
@@ -129,37 +133,37 @@ class TextRefiner(nn.Module):
         self.individual_token_refiner = _Blocks(dim, num_heads, depth)
 
     def forward(self, text: Tensor, timestep: Tensor, mask: Tensor | None) -> Tensor:
-        """text [B, L, text_dim], timestep [B], mask bool [B, L] or None for all -> tokens [B, L, dim].
-
-        Rows that the mask leaves out mean nothing.
-        """
+        """text [B, L, text_dim], timestep [B], mask bool [B, L] or None for all -> tokens [B, L, dim]."""
         dtype = wide(text.dtype)
         if mask is None:
             mean = text.mean(1, dtype=dtype)
         else:
             weights = mask.to(dtype)[..., None]
             mean = (text.to(dtype) * weights).sum(1) / weights.sum(1).clamp(min=1)
-            mask = mask.clone()
-            mask[:, 0] |= ~mask.any(1)  # a text of nothing attends to something, whose result nobody reads
         condition = self.t_embedder(timestep) + self.c_embedder(mean)
         x = self.input_embedder(text.to(self.input_embedder.weight.dtype))
         return self.individual_token_refiner(x, condition, mask)
 
 
-def compact(text: Tensor, mask: Tensor | None) -> tuple[Tensor, list[int]]:
-    """The real tokens of each text first and the padding, as far as it is needed to align them, behind.
+def used_text(text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, list[int]]:
+    """What is used of padded texts.
+
+    As in the released program, n real tokens of a text put its first n tokens into the sequence, and the refiner sees
+    where the real ones are. Where all padding is behind the text these are the same.
 
     Args:
         text: [B, L, text_dim].
         mask: bool or int [B, L], true for real tokens; None for all.
 
     Returns:
-        [B, n, text_dim] for the longest of n real tokens, at least one; and the number of each text.
+        What the refiner is given: features without padding that none of the texts needs, and their bool mask, None
+        where all are real; and the number of tokens of each text in the sequence.
     """
     if mask is None:
-        return text, [text.shape[1]] * text.shape[0]
+        return text, None, [text.shape[1]] * text.shape[0]
     mask = mask.bool()
-    lengths = mask.sum(1).tolist()
-    longest = max(1, *lengths) if lengths else 1
-    order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)[:, :longest]
-    return text.gather(1, order[..., None].expand(-1, -1, text.shape[2])), lengths
+    lengths = [int(length) for length in mask.sum(1)]
+    used = mask.any(0).nonzero()
+    last = max(1, int(used[-1]) + 1 if len(used) else 0)
+    text, mask = text[:, :last], mask[:, :last]
+    return text, None if bool(mask.all()) else mask, lengths
