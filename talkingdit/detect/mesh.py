@@ -92,7 +92,7 @@ def mesh(frame: NDArray[np.uint8], face: Face) -> Mesh:
 def _upright(points: Points) -> Points:
     """The rotation that brings the still points of a face onto those of the reference."""
     reference = np.array(REFERENCE)
-    reference -= reference.mean(0)
+    reference = reference - reference.mean(0)
     left, _, right = np.linalg.svd((points - points.mean(0)).T @ reference)
     mirror = np.diag([1, 1, np.sign(np.linalg.det(right.T @ left.T))])
     turn: Points = right.T @ mirror @ left.T
@@ -102,7 +102,7 @@ def _upright(points: Points) -> Points:
 # The points STILL of an average face seen from the front, in distances of the eyes' outer corners (x right, y down, z
 # away from the camera): measured on `skimage.data.astronaut()` and its mirror image, whose mean has no left and right.
 REFERENCE = (
-(-0.499, -0.018, 0.251),
+    (-0.499, -0.018, 0.251),
     (-0.187, 0.010, 0.192),
     (0.187, 0.010, 0.192),
     (0.499, -0.018, 0.251),
