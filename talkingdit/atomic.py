@@ -9,9 +9,11 @@ same target removes it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -19,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PART = ".part-"  # how names of what is not complete yet begin
+AWAY = ".away-"  # and of what is about to be replaced
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")  # a part of a model
 
 
 class WholeFile:
@@ -165,32 +169,63 @@ def take(file: Path, target: str | os.PathLike[str], sync: bool = False) -> None
 def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder beside the target, which takes its place when the block ends, and goes away if it raises.
 
-    It is called as the target with ".tmp" behind. A folder that it replaces is away only between two renames; a process
-    that is killed between them leaves it under the name of the target with ".old" behind, and the next puts it back.
-    Files get the mode that any new file gets.
+    A folder that it replaces is away only between two renames; a process that is killed between them leaves it under a
+    temporary name, and the next one puts it back. Only what the new folder has again is replaced: entries of the same
+    names, and parts of a model that was cut into other parts. Files get the mode that any new file gets.
+
+    Raises:
+        FileExistsError: there is a folder already, and something else in it, which would be lost. It is left alone.
+        OSError: no folder can be made beside the target.
     """
     path = Path(os.path.realpath(target))
-    temporary, old = (path.with_name(path.name + ending) for ending in (".tmp", ".old"))
-    if old.is_dir() and not path.exists():
-        old.rename(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new, away = _mark(path, PART), _mark(path, AWAY)
+    _put_back(path, away)
+    remove_left(path.parent, new)
+    temporary, handle = _new_folder(path.parent, new)
     try:
         yield temporary
         share(temporary)
-        if path.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
+        temporary.chmod(0o777 & ~_umask())
+        old = _move_away(path, away, temporary)
         try:
             temporary.rename(path)
         except BaseException:
-            if old.is_dir() and not path.exists():
+            if old is not None:
                 old.rename(path)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(handle)
+
+
+def _put_back(path: Path, away: str) -> None:
+    """What killed processes had moved away: it is the target again where there is none, and goes where there is."""
+    for left in sorted(entry for entry in path.parent.iterdir() if entry.name.startswith(away)):
+        if os.path.lexists(path):
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.rename(path)
+
+
+def _move_away(path: Path, away: str, new: Path) -> Path | None:
+    """Give a folder that another replaces a temporary name; None where there is none."""
+    if not path.is_dir():
+        return None
+    lost = sorted(name for name in _files(path) - _files(new) if not SHARD.search(name))
+    if lost:
+        raise FileExistsError(errno.EEXIST, f"it is there already and holds {lost[0]!r}, which would be lost")
+    old = path.with_name(away + secrets.token_hex(4))
+    path.rename(old)
+    return old
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
 
 
 def share(folder: Path) -> None:

@@ -113,11 +113,23 @@ def test_a_target_that_cannot_be_replaced(tmp_path: Path) -> None:
         write_whole(tmp_path / "none" / "a", b"x")
 
 
+def killed(folder: Path, code: str) -> None:
+    """Runs code that kills its process while it writes the folder `run`."""
+    head = "import os, signal\nfrom pathlib import Path\nfrom talkingdit.atomic import whole_folder\n"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", head + "target = Path('run')\n" + code], cwd=folder, env=environment
+        ).returncode
+        == -9
+    )
+
+
 def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
     target = tmp_path / "run"
     for text in ("one", "two"):
-        (tmp_path / "run.tmp").mkdir()  # of a process that was killed
-        (tmp_path / "run.tmp" / "left").touch()
+        killed(tmp_path, "with whole_folder(target) as folder:\n    os.kill(os.getpid(), signal.SIGKILL)")
+        assert any(name.startswith(PART) for name in names(tmp_path))
         with whole_folder(target) as temporary:
             assert names(temporary) == []
             (temporary / "a").write_text(text)
@@ -210,8 +222,18 @@ def test_files_of_a_folder_are_no_more_private_than_others(tmp_path: Path) -> No
 
 
 def test_a_folder_is_put_back_where_a_process_was_killed_between_two_renames(tmp_path: Path) -> None:
-    (tmp_path / "run.old").mkdir()
-    (tmp_path / "run.old" / "a").write_text("old")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "a").write_text("old")
+    between = """
+def rename(self, target, rename=Path.rename):
+    rename(self, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = rename
+with whole_folder(target) as folder:
+    (folder / "a").write_text("new")
+"""
+    killed(tmp_path, between)
+    assert "run" not in names(tmp_path)
 
     def half() -> None:
         with whole_folder(tmp_path / "run"):
@@ -221,3 +243,22 @@ def test_a_folder_is_put_back_where_a_process_was_killed_between_two_renames(tmp
         half()
     assert (tmp_path / "run" / "a").read_text() == "old"
     assert names(tmp_path) == ["run"]
+
+
+def test_folders_and_files_of_others_are_not_replaced(tmp_path: Path) -> None:
+    for name in ("run", "run.tmp", "run.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+
+    def write(name: str) -> None:
+        with whole_folder(tmp_path / "run") as folder:
+            (folder / name).write_text("new")
+
+    with pytest.raises(FileExistsError, match=r"holds 'notes\.txt', which would be lost"):
+        write("model.safetensors")
+    assert {(tmp_path / name / "notes.txt").read_text() for name in names(tmp_path)} == {"mine"}
+    assert names(tmp_path) == ["run", "run.old", "run.tmp"]
+    write("notes.txt")
+    (tmp_path / "run" / "model-00001-of-00002.safetensors").touch()
+    write("notes.txt")  # a part of what was there before is no loss
+    assert names(tmp_path / "run") == ["notes.txt"]

@@ -8,6 +8,7 @@ diffusers and ComfyUI read; where other weights were trained beside them, all is
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -110,6 +111,7 @@ def main(options: Options) -> None:
     Raises:
         UserError: there is no checkpoint, or it is damaged.
     """
+    _check_target(options.out)
     checkpoints = options.run / "checkpoints"
     newest = newest_complete(checkpoints)
     if newest is None:
@@ -133,6 +135,16 @@ def main(options: Options) -> None:
         print(f"{options.out}: {'averaged ' if options.averages else ''}weights after step {step}")
     reader.close()
     parallel.stop()
+
+
+def _check_target(out: Path) -> None:
+    """Before weights are read: whether something else than a model is where one is to be written."""
+    if out.is_dir():
+        found = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+        if found and not any(path.suffix in (".json", ".safetensors") for path in out.rglob("*")):
+            raise UserError(f"{out}: expected a new folder or one with an earlier model, got one with {found[0]!r}.")
+    elif os.path.lexists(out):
+        raise UserError(f"{out}: expected a new folder, got a file.")
 
 
 def _read_config(checkpoint: Path, run: Path) -> Config:

@@ -18,6 +18,7 @@ from typing import Any
 
 from talkingdit.media.checks import reason_of
 from talkingdit.media.notices import tell
+from talkingdit.media.opening import open_container
 
 RESTARTS = 0x0200  # among the flags of a container: AVFMT_TS_DISCONT
 JUMP = 10  # seconds: a clock that may start anew, and is ahead by more, has
@@ -109,8 +110,7 @@ class Source:
             raise MediaError(reason_of(error)) from None
         try:
             options = wave_options(self._file) if self._options is None else self._options
-            options = {"protocol_whitelist": "data"} | options
-            self.container = av.open(self._file, "r", container_options=options, metadata_errors="ignore")
+            self.container = open_container(self._file, options=options)
         except (av.FFmpegError, OSError, ValueError, MediaError) as error:
             self._file.close()
             raise error if isinstance(error, MediaError) else MediaError(reason_of(error)) from None

@@ -8,9 +8,9 @@ lead it to other files and hosts. Here it gets an open file, and nothing besides
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_media(path: str | os.PathLike[str], format: str | None = None) -> Iterator[InputContainer]:
-    """A sound, image or video file, to be read with PyAV.
+    """A sound, image or video file, to be read with PyAV as it is. See `container.Source` for one on a clock.
 
     Args:
         path: a file; any name.
@@ -28,15 +28,28 @@ def open_media(path: str | os.PathLike[str], format: str | None = None) -> Itera
         OSError: it cannot be read.
         av.FFmpegError: it is of no format that FFmpeg knows.
     """
+    with open(path, "rb") as file, open_container(file, format) as container:
+        yield container
+
+
+def open_container(
+    file: IO[bytes], format: str | None = None, options: Mapping[str, str] | None = None
+) -> InputContainer:
+    """The container in an open file; files that it names are not followed.
+
+    Args:
+        format: see `open_media`.
+        options: of FFmpeg's demuxer.
+
+    Raises:
+        av.FFmpegError, ValueError: it is of no format that FFmpeg knows.
+    """
     import av
 
-    # A list of allowed protocols without any: files that name others are not followed. It is for the container alone:
-    # given to its streams too, it ends PyAV 15 and 17 on some formats.
-    with (
-        open(path, "rb") as file,
-        av.open(file, mode="r", format=format, container_options={"protocol_whitelist": "none"}) as container,
-    ):
-        yield container
+    # Of all protocols, only the one for data inside of the file itself. The list is for the container alone: given to
+    # its streams too, it ends PyAV 15 and 17 on some formats.
+    allowed = {"protocol_whitelist": "data"} | dict(options or {})
+    return av.open(file, mode="r", format=format, container_options=allowed, metadata_errors="ignore")
 
 
 def as_target(path: str | os.PathLike[str]) -> str:

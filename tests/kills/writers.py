@@ -192,12 +192,12 @@ class Export:
         return digests(folder / "model")
 
     def kept(self, folder: Path) -> None:
-        models = [folder / name for name in ("model", "model.old") if (folder / name).is_dir()]
+        models = [path for path in (folder / "model", *folder.glob(".away-*")) if path.is_dir()]
         texts = {model: model / "transformer" / "config.json" for model in models}
         old = [model for model in models if texts[model].is_file() and texts[model].read_bytes() == OLD]
         new = [model for model in models if digests(model) == digests(self.source / "model")]
         assert old or new, models
-        assert folder / "model.old" not in models[:1] or old, "half of a model has the name of a whole one"
+        assert folder / "model" in models or old, "what was there before is gone"
 
     def goes_on(self, log: str) -> int:
         return 0

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pybind11
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 _HERE = ROOT / "tests" / "simt"
@@ -82,6 +83,17 @@ def build() -> ModuleType:
     if cxx is None:
         raise RuntimeError("no C++ compiler was found")
     _FOLDER.mkdir(parents=True, exist_ok=True)
+    with FileLock(_FOLDER / "lock"):  # several processes of pytest need it at the same time
+        module = _link(cxx)
+    spec = importlib.util.spec_from_file_location("_simt", module)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def _link(cxx: str) -> Path:
     sources = [*ROOT.glob("cuda/*.cu"), *ROOT.glob("csrc/bind_*.cpp"), *_HERE.glob("*.cu"), *_HERE.glob("*.cpp")]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         objects = list(pool.map(lambda source: _compile(cxx, source), sorted(sources)))
@@ -90,9 +102,4 @@ def build() -> ModuleType:
         unfinished = module.with_suffix(f".{os.getpid()}.tmp")
         _run([cxx, "-shared", *map(str, objects), "-o", str(unfinished)])
         unfinished.replace(module)
-    spec = importlib.util.spec_from_file_location("_simt", module)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    return module

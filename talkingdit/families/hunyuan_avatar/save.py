@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 FILE = "mp_rank_00_model_states.pt"
 # Settings that the released program has built in.
 _BUILT_IN = (
-    *("rope_theta", "audio_blocks", "audio_window", "audio_tokens", "freq_dim", "refiner_depth"),
-    *("reference_tokens", "reference_channels", "reference_projection", "reference_shift", "reference_time", "emotion"),
+    *("rope_theta", "audio_blocks", "audio_window", "emotion"),
+    *("reference_tokens", "reference_channels", "reference_projection", "reference_shift", "reference_time"),
 )
 
 

@@ -156,7 +156,6 @@ def test_official_numbers(golden, official, case, gradients):
         count = image.shape[1] + valid
         check(f"single{block}", mids[f"single_blocks.{block}"][0][last, :count], lambda x, n=count: x[last, :n])
     check("final_tokens", mids["final_layer"][0])
-    assert valid <= L
 
 
 def test_conditions_that_were_made_before_give_the_same(golden, official):
