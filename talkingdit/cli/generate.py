@@ -43,8 +43,8 @@ class Flags:
 
     image: Annotated[Path, Flag("PNG")]
     """the portrait"""
-    audio: Annotated[Path, Flag("WAV")]
-    """the voice: WAV, FLAC, MP3, OGG, ..."""
+    audio: Annotated[Path | None, Flag("WAV")] = None
+    """the voice: WAV, FLAC, MP3, OGG, ... (required where no other flag brings voices)"""
     prompt: Annotated[str, Flag("WORDS")] = ""
     """what to show"""
     output: Annotated[Path, Flag("MP4", also=("-o",))]
@@ -138,7 +138,7 @@ def prepare(argv: Sequence[str]) -> Request:
     inputs = read_inputs(
         Job(
             image=flags.image,
-            audio=flags.audio,
+            audio=_sound(values, flags, options),
             output=flags.output,
             sheet=flags.sheet,
             prompt=flags.prompt,
@@ -158,6 +158,27 @@ def prepare(argv: Sequence[str]) -> Request:
     if processes() == 1 and layout.vae is not None:
         outline = replace(outline, warnings=(*outline.warnings, "`--parallel vae=` has no effect on one process."))
     return Request(flags, family.name, options, layout, inputs, outline, memory)
+
+
+def _sound(values: Values, flags: Flags, options: GenerationOptions) -> Path:
+    """The sound of the video: the one recording, or all voices together, in a file that goes with this process."""
+    voices = options.voices()
+    if flags.audio is None and not voices:
+        values.refuse("the following arguments are required: --audio")
+    if flags.audio is not None and voices:
+        values.refuse("--audio must be left out where speakers bring their recordings")
+    if flags.audio is not None or len(voices) == 1:
+        return flags.audio or voices[0]
+
+    import atexit
+    import shutil
+    import tempfile
+
+    from talkingdit.media.mixing import mix_voices
+
+    folder = tempfile.mkdtemp(prefix="talkingdit-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return mix_voices(voices, Path(folder) / "voices.flac")
 
 
 def _read(argv: Sequence[str]) -> tuple[Family, Values]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Protocol
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from talkingdit.encoders.speech import Sound, is_long, pieces
 from talkingdit.media.files import SPEECH_RATE, VideoWriter
-from talkingdit.media.sheet import preview_sheet, sample_frames
-from talkingdit.pipelines.inputs import Frames, Inputs, Outline
+from talkingdit.media.sheet import COLOURS, FAINT, preview_sheet, sample_frames
+from talkingdit.pipelines.inputs import Frames, Inputs, Mark, Outline
 from talkingdit.pipelines.resume import ClipStore
 
 SHEET_FRAMES = 20  # at most, on a preview sheet
@@ -57,7 +57,7 @@ def write_video(inputs: Inputs, outline: Outline, store: ClipStore, curves: Prev
         sound = sound if len(sound) else np.zeros(1, np.float32)
         waveform, rate = _outline_of(sound)
         preview_sheet(
-            np.concatenate(chosen),
+            marked(np.concatenate(chosen), outline.marks),
             waveform,
             rate,
             fps,
@@ -66,6 +66,24 @@ def write_video(inputs: Inputs, outline: Outline, store: ClipStore, curves: Prev
             title=job.output.name,
             times=[(int(i) + 0.5) / fps for i in wanted],
         )
+
+
+def marked(frames: Frames, marks: Sequence[Mark]) -> Frames:
+    """Frames [n, H, W, 3], the first one with boxes and their names."""
+    if not marks:
+        return frames
+    from PIL import Image, ImageDraw, ImageFont
+
+    image = Image.fromarray(frames[0])
+    draw = ImageDraw.Draw(image)
+    thick = max(1, min(image.size) // 150)
+    font = ImageFont.load_default(max(10, min(image.size) // 18))
+    for number, mark in enumerate(marks):
+        colour = COLOURS[number % len(COLOURS)] if mark.name else FAINT
+        draw.rectangle(mark.box, outline=colour, width=thick)
+        if mark.name:
+            draw.text((mark.box[0] + 2 * thick, mark.box[1] + thick), mark.name, fill=colour, font=font)
+    return np.concatenate([np.asarray(image)[None], frames[1:]])
 
 
 @dataclass(frozen=True)
