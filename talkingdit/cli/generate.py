@@ -47,8 +47,9 @@ class Flags:
 
     image: Annotated[Path, Flag("PNG")]
     """the portrait"""
-    audio: Annotated[Path, Flag("WAV")]
-    """the voice: WAV, FLAC, MP3, OGG, ...; - is standard input, spoken while the video is made"""
+    audio: Annotated[Path | None, Flag("WAV")] = None
+    """the voice: WAV, FLAC, MP3, OGG, ... (required where no other flag brings voices); - is standard input, spoken
+    while the video is made"""
     audio_rate: Annotated[int | None, Flag("HZ")] = None
     """of raw 16-bit mono sound on --audio - (default: any container)"""
     prompt: Annotated[str, Flag("WORDS")] = ""
@@ -147,7 +148,7 @@ def prepare(argv: Sequence[str]) -> Request:
     inputs = read_inputs(
         Job(
             image=flags.image,
-            audio=flags.audio,
+            audio=_sound(values, flags, options),
             output=output,
             live=flags.live or pipe is not None or str(flags.audio) == "-",
             pipe=pipe,
@@ -191,6 +192,23 @@ def _target(flags: Flags) -> tuple[Path, int | None]:
     folder = tempfile.mkdtemp(prefix="talkingdit-", dir=large if large.is_dir() else None)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder) / "output.mp4", pipe
+
+
+def _sound(values: Values, flags: Flags, options: GenerationOptions) -> Path:
+    """The sound of the video: the one recording, or all voices together, in a file that goes with this process."""
+    voices = options.voices()
+    if flags.audio is None and not voices:
+        values.refuse("the following arguments are required: --audio")
+    if flags.audio is not None and voices:
+        values.refuse("--audio must be left out where speakers bring their recordings")
+    if flags.audio is not None or len(voices) == 1:
+        return flags.audio or voices[0]
+
+    from talkingdit.media.mixing import mix_voices
+
+    folder = tempfile.mkdtemp(prefix="talkingdit-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return mix_voices(voices, Path(folder) / "voices.flac")
 
 
 def _read(argv: Sequence[str]) -> tuple[Family, Values]:
