@@ -88,6 +88,9 @@ def assemble(
         reference=sample.reference if "reference" in draws.kept else None,
         history=noisy_history(sample, draws, seed),
         pose=sample.pose if "pose" in draws.kept else None,
+        voices=sample.voices if hears else {},
+        regions=sample.regions,
+        outside=sample.outside,
     )
     cells = cell_weights(sample, stage, draws, progress)
     return TrainingInputs(sample, draws, noise, cells, level_weight(draws.sigma, stage.objective), clip)

@@ -55,6 +55,7 @@ class Sample:
     audio_history: Tensor | None = None  # [layers, dim, n] columns before `audio`, newest last
     pose: Tensor | None = None  # [C, T, H, W]
     regions: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # name: [T, H, W] in 0..1
+    voices: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # name: as `audio`, of several who speak
     outside: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # kind: [C, n, H, W], frames not of the clip
     kind: str = VIDEO
 
@@ -87,8 +88,10 @@ def flaw(sample: Sample) -> str | None:
         "reference": (channels, 1, height, width),
         "history": (channels, None, height, width),
     }
+    voices = {f"voices.{name}": tensor for name, tensor in sample.voices.items()}
+    wanted |= dict.fromkeys(voices, wanted["audio"])
     for name, shape in wanted.items():
-        tensor = getattr(sample, name)
+        tensor = voices[name] if name in voices else getattr(sample, name)
         if tensor is None:
             continue
         got = tuple(tensor.shape)

@@ -217,8 +217,8 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device | str
     parts = find_parts(folder)
     settings = read_settings(folder)
     checkpoint = HunyuanAvatarCheckpoint(
-        audio_encoder=_load_audio_encoder(parts, settings, device),
-        vae=_load_vae(parts.vae, device).requires_grad_(False),
+        audio_encoder=load_audio_encoder(parts, settings, device),
+        vae=load_vae(parts.vae, device).requires_grad_(False),
         transformer=load(parts.transformer, dtype, device),
         text_encoder=load_text_encoder(folder, parts.text_encoder, parts.pooled_encoder, dtype, device),
         settings=settings,
@@ -228,21 +228,21 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device | str
     return checkpoint
 
 
-def _load_vae(folder: Path, device: torch.device | str) -> Any:
+def load_vae(folder: Path, device: torch.device | str) -> Any:
     """HunyuanVideo's autoencoder, or one of Wan's kind."""
     import torch
 
+    from talkingdit.autoencoders import wan
     from talkingdit.autoencoders.hunyuan import load_hunyuan_vae
-    from talkingdit.autoencoders.wan import load_vae
     from talkingdit.checkpoints.weights import read_json
 
     config = folder / "config.json"
     if config.is_file() and read_json(config).get("_class_name") == "AutoencoderKLWan":
-        return load_vae(folder, torch.float32, device)
+        return wan.load_vae(folder, torch.float32, device)
     return load_hunyuan_vae(folder, torch.float32, device)
 
 
-def _load_audio_encoder(parts: CheckpointPaths, settings: HunyuanAvatarSettings, device: torch.device | str) -> Any:
+def load_audio_encoder(parts: CheckpointPaths, settings: HunyuanAvatarSettings, device: torch.device | str) -> Any:
     from talkingdit.encoders.log_mel import SpeechFeatures
     from talkingdit.encoders.whisper import load_whisper
 

@@ -22,6 +22,7 @@ from talkingdit.families.hunyuan_avatar.embed import encode, touch
 from talkingdit.families.hunyuan_avatar.emotion import EmotionAdapter, EmotionEmbedder
 from talkingdit.families.hunyuan_avatar.injection import PatchEmbed, with_channels
 from talkingdit.families.hunyuan_avatar.inputs import AvatarConditions, AvatarInputs
+from talkingdit.families.hunyuan_avatar.packed import PackedClip, encode_packed
 from talkingdit.families.hunyuan_avatar.sequence import scatter_ranges, take_ranges
 from talkingdit.families.hunyuan_avatar.text import ScalarEmbedder, TextRefiner, VectorEmbedder
 from talkingdit.families.hunyuan_avatar.units import ROOT, UNITS, hears
@@ -234,6 +235,42 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
             ValueError: for a shape that does not fit; the message names it.
         """
         return encode(self, inputs, precompute=precompute, context=context)
+
+    def denoise_packed(self, clips: Sequence[PackedClip], *, context: ContextParallel | None = None) -> list[Tensor]:
+        """Velocities [out_channels, T, H, W] of clips of any sizes, which go through the model as one sequence.
+
+        The result is that of each clip alone, without padding in between. It is meant for training; conditions are made
+        for this call alone. Sharding needs every rank to pass some clips.
+
+        Args:
+            clips: the samples.
+            context: as in `forward`: the sequence of all clips is cut into shards.
+
+        Raises:
+            ValueError: for no clip, too many, or one that does not fit; the message names it.
+        """
+        conditions = encode_packed(self, clips, context)
+        timestep = torch.stack([clip.timestep for clip in clips])
+        return [velocity[0] for velocity in self._denoise([clip.latents[None] for clip in clips], timestep, conditions)]
+
+    @property
+    def dummy_inputs(self) -> dict[str, Any]:
+        """Arguments of one small forward that goes through every layer, zeros: hooks of offloading learn from it."""
+        c = self.config
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(1, *shape)
+
+        picture = zeros(c.in_channels, 1, 4, 4)
+        given: dict[str, Any] = {
+            "latents": picture,
+            "timestep": zeros(),
+            "text": zeros(1, c.text_states_dim),
+            "pooled_text": zeros(c.text_states_dim_2),
+            "reference": picture,
+            "audio": zeros(1, c.audio_window, c.audio_blocks, c.audio_channels),
+        }
+        return given | ({"emotion": picture[:, None]} if c.emotion else {})
 
     def _denoise(
         self,
