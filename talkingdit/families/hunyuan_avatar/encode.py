@@ -52,6 +52,7 @@ def encode(
         strength=torch.tensor([strength], device=device),
         emotion=emotion,
         emotion_index=torch.tensor(details.emotion_index),
+        silence=checkpoint.settings.silence,
     )
 
 
