@@ -180,8 +180,8 @@ def marked(frames: Frames, marks: Sequence[Mark]) -> Frames:
 
     image = Image.fromarray(frames[0])
     draw = ImageDraw.Draw(image)
-    thick = max(1, min(image.size) // 150)
-    font = ImageFont.load_default(max(10, min(image.size) // 18))
+    thick = max(1, min(image.size) // 60)  # seen also in the small pictures of a sheet
+    font = ImageFont.load_default(max(10, min(image.size) // 10))
     for number, mark in enumerate(marks):
         colour = COLOURS[number % len(COLOURS)] if mark.name else FAINT
         draw.rectangle(mark.box, outline=colour, width=thick)
