@@ -15,6 +15,7 @@ from talkingdit.families.wan_i2v.initialise import initialise_from_video_model
 from talkingdit.families.wan_i2v.save import save_diffusers
 from talkingdit.ops import RopeLayout, Segment
 
+CPU = torch.device("cpu")
 SMALL = dict(dim=48, ffn_dim=64, num_heads=2, num_layers=3, freq_dim=16, text_dim=12, text_len=6, image_dim=20)
 SMALL |= dict(audio_inject_layers=(0, 2), audio_dim=8, audio_layers=3, audio_width=10)
 
@@ -59,7 +60,7 @@ def test_places_are_settings():
     layout = clip_layout((3, 4, 6), [((41.0,), 2, 3)], 24)
     segments = [Segment(range(3), range(4), range(6)), Segment([41.0], range(2), range(3))]
     plain = RopeLayout(segments, split=(8, 8, 8))
-    for ours, wanted in zip(layout.tables("cpu", torch.float64), plain.tables("cpu", torch.float64), strict=True):
+    for ours, wanted in zip(layout.tables(CPU, torch.float64), plain.tables(CPU, torch.float64), strict=True):
         assert torch.equal(ours, wanted)
     with pytest.raises(ValueError, match="kind of view must be one of front, back, left, right, got 'top'"):
         anchor_time(OFFSETS, STEP, "view", "top")
