@@ -108,7 +108,7 @@ def test_blending_may_begin_anywhere_and_weights_sum_to_one() -> None:
     x = noise(23)
     got = run(x, OverlapBlend(7, 3, blend_from=0))
     torch.testing.assert_close(got, blended_loop(x, 7, 3, blend_curve(3, "linear"), 0), rtol=1e-11, atol=1e-11)
-    # A velocity that is the same for every window leaves no trace of the windows: so it is with weights of sum one alone.
+    # A velocity that is the same for every window leaves no trace of them, if weights sum to one.
     constant = denoise(x, SIGMAS, OverlapBlend(7, 3), lambda w, f, s: [torch.ones_like(w)], lambda s: [1.0])
     torch.testing.assert_close(constant, x + SIGMAS[-1] - SIGMAS[0], rtol=1e-12, atol=1e-12)
 
