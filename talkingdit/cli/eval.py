@@ -68,6 +68,8 @@ class Flags:
     """of people: real, or drawn for the drawn world"""
     workers: Annotated[int, Flag("N")] = 1
     """processes"""
+    calibrate: bool = False
+    """instead: plant faults in drawn clips and show what metrics make of them"""
     list: bool = False
     """say what can be measured here and what is missing, and stop"""
 
@@ -87,6 +89,9 @@ def eval(argv: Sequence[str]) -> None:
     values = read(COMMAND, ABOUT, [Group(Flags)], argv)
     values.refuse_unknown()
     flags = values.make(Flags)
+    if flags.calibrate:
+        _calibrate(flags, values)
+        return
     if not flags.list:
         _check(flags, values)
     plan = _plan(flags, values)
@@ -100,6 +105,28 @@ def eval(argv: Sequence[str]) -> None:
     assert flags.out is not None
     results = _run(flags, pairs, plan)
     _write(flags, results, pairs)
+
+
+def _calibrate(flags: Flags, values: Values) -> None:
+    """Write calibration.json and calibration.svg."""
+    import dataclasses
+    import json
+
+    if flags.out is None:
+        values.refuse("the following arguments are required: --out/-o")
+    from talkingdit.atomic import write_whole
+    from talkingdit.eval.calibration import calibrate, figure
+
+    flags.out.mkdir(parents=True, exist_ok=True)
+    curves = calibrate()
+    rows = [dataclasses.asdict(one) | {"ordered": one.ordered} for one in curves]
+    write_whole(flags.out / "calibration.json", (json.dumps(rows, indent=1) + "\n").encode())
+    write_whole(flags.out / "calibration.svg", figure(curves).encode())
+    wrong = [one for one in curves if not one.ordered]
+    told = "; ".join(f"{one.metric} does not follow {one.fault}" for one in wrong)
+    sys.stdout.write(f"{flags.out / 'calibration.svg'}: {len(curves) - len(wrong)} of {len(curves)} in order\n")
+    if told:
+        raise UserError(f"eval: {told}.")
 
 
 def _check(flags: Flags, values: Values) -> None:

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -48,10 +48,14 @@ class Found:
 
 
 class Finder(Protocol):
-    """Looks for people. `name` and `version` stand in the results and in the keys of the cache."""
+    """Looks for people. `name` and `version` stand in the results and in the keys of the cache.
+
+    `backbones` are networks that go with it, by slot, in place of those that packages bring.
+    """
 
     name: str
     version: int
+    backbones: Mapping[str, Any]
 
     def missing(self) -> dict[str, str]:
         """Regions that it cannot find here, each with the one line that says what to give."""
@@ -64,6 +68,7 @@ class RealFinder:
     """CenterFace, MediaPipe's face mesh, hands and segmentation: detectors whose weights come inside packages."""
 
     name, version = "centerface+mediapipe", 1
+    backbones: Mapping[str, Any] = {}
 
     def missing(self) -> dict[str, str]:
         from talkingdit.detect import bodies, faces, hands, mesh
@@ -145,4 +150,10 @@ def _around(boxes: list[Box]) -> Box:
     return float(x0), float(y0), float(x1), float(y1)
 
 
-FINDERS: dict[str, Callable[[], Finder]] = {"real": RealFinder}
+def _drawn() -> Finder:
+    from talkingdit.eval.drawn import DrawnFinder
+
+    return DrawnFinder()
+
+
+FINDERS: dict[str, Callable[[], Finder]] = {"real": RealFinder, "drawn": _drawn}

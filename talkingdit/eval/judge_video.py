@@ -64,7 +64,9 @@ class Tools:
         if plan.finder not in FINDERS:
             raise UserError(f"eval: no finder is called {plan.finder!r}; expected one of {', '.join(FINDERS)}.")
         metrics = tuple(known[name] for name in plan.metrics)
-        return Tools(metrics, plan.regions, resolve_all(plan.backbones), FINDERS[plan.finder]())
+        finder = FINDERS[plan.finder]()
+        own = {slot: backbone for slot, backbone in finder.backbones.items() if slot not in plan.backbones}
+        return Tools(metrics, plan.regions, resolve_all(plan.backbones) | own, finder)
 
     def not_available(self) -> dict[str, str]:
         """Metrics and regions that cannot be measured here, with the line that says what to give."""
