@@ -25,6 +25,7 @@ _MODULES = {
     "puppet": "talkingdit.families.puppet",
     "wan_s2v": "talkingdit.families.wan_s2v",
     "wan_i2v": "talkingdit.families.wan_i2v",
+    "skyreels_audio": "talkingdit.families.skyreels_audio",
 }
 
 
