@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole videos to latents and back, part by part, with the autoencoder of HunyuanVideo or that of Wan.
 
-What a part of a video needs of the ones before it is small, so that a video of any length is decoded in constant memory,
-and decoding can go on in another process. The frames are those of decoding all at once.
+What a part of a video needs of the ones before it is small, so that a video of any length is decoded in constant
+memory, and decoding can go on in another process. The frames are those of decoding all at once.
 """
 
 from __future__ import annotations

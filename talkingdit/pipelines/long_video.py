@@ -72,6 +72,7 @@ def denoise(
     *,
     batch: int = 1,
     computed: Callable[[int], bool] | None = None,
+    rescale: float | Callable[[int], float] = 0.0,
     device: torch.device | str | None = None,
     team: Team = ALONE,
     in_place: bool = False,
@@ -105,6 +106,8 @@ def denoise(
         batch: windows that the model sees at once.
         computed: which steps ask the model. In the others every frame takes its last predictions, those of the later
             window where two had it (the step cache of HunyuanVideo-Avatar). None asks it in every step.
+        rescale: gives the guided velocity of every window so much of the spread of its first prediction, 0 to 1
+            (`guidance.rescale_factors`); a number, or one for each step.
         device: where the model is; None: where the latents are.
         team: processes that share the windows of every step. All call this with the same arguments and get the same
             result.
@@ -122,7 +125,16 @@ def denoise(
     """
     if latents.dim() != 4:
         raise ValueError(f"denoise: latents must be [C, L, H, W], got shape {tuple(latents.shape)}")
-    sampler = Sampler(sigmas, predict, coefficients, batch=batch, computed=computed, device=device, team=team)
+    sampler = Sampler(
+        sigmas,
+        predict,
+        coefficients,
+        batch=batch,
+        computed=computed,
+        rescale=rescale,
+        device=device,
+        team=team,
+    )
 
     def noise(first: int, last: int) -> Tensor:
         here = latents[:, first:last]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from talkingdit import ops
 from talkingdit.distributed.team import ALONE, Team, gather
+from talkingdit.pipelines.guidance import rescale_factors
 from talkingdit.pipelines.plans import Plan, Windows
 
 Predict = Callable[[Tensor, Tensor, int], Sequence[Tensor] | Tensor]
@@ -33,6 +34,7 @@ class Sampler:
     coefficients: Coefficients
     batch: int = 1
     computed: Callable[[int], bool] | None = None
+    rescale: float | Callable[[int], float] = 0.0
     device: torch.device | str | None = None
     team: Team = field(default=ALONE, repr=False)
 
@@ -49,30 +51,50 @@ class Sampler:
     def steps(self) -> int:
         return len(self.sigmas) - 1
 
-    def rates(self, step: int, predictions: int) -> list[float]:
-        """(a, b_1, ..., b_K) of the step's update a x + sum_k b_k p_k.
+    def update(self, step: int, predictions: list[Tensor]) -> tuple[list[int], Tensor]:
+        """The step's update a x + sum_k b_k p_k of n windows.
+
+        Args:
+            predictions: K of [n, C, f, H, W], without padding.
+
+        Returns:
+            Which predictions count, K' indices, and (a, b_1, ..., b_K') of them, [n, 1 + K'] float64.
 
         Raises:
             ValueError: the coefficients of the step are not as many as predictions, or one more, or not finite.
         """
-        row = [float(c) for c in self.coefficients(step)]
-        if not all(math.isfinite(c) for c in row) or len(row) not in (predictions, predictions + 1):
+        row, count = [float(c) for c in self.coefficients(step)], len(predictions)
+        if not all(math.isfinite(c) for c in row) or len(row) not in (count, count + 1):
             raise ValueError(
-                f"denoise: coefficients({step}) must be {predictions} finite numbers for {predictions} predictions, or "
-                f"{predictions + 1} for a sampler's whole update, got {row}"
+                f"denoise: coefficients({step}) must be {count} finite numbers for {count} predictions, or "
+                f"{count + 1} for a sampler's whole update, got {row}"
             )
-        if len(row) == predictions + 1:
-            return row
-        size = float(self.sigmas[step + 1]) - float(self.sigmas[step])
-        return [1.0, *(size * weight for weight in row)]
+        if len(row) == count:
+            size = float(self.sigmas[step + 1]) - float(self.sigmas[step])
+            row = [1.0, *(size * weight for weight in row)]
+        counts = [k for k in range(count) if row[1 + k] != 0.0] or [0]
+        rows = torch.tensor([[row[0], *(row[1 + k] for k in counts)]], dtype=torch.float64)
+        rows = rows.repeat(predictions[0].shape[0], 1)
+        phi = self.rescale(step) if callable(self.rescale) else self.rescale
+        if phi and count > 1:
+            factors = rescale_factors(predictions, row[1:], phi)
+            rows = rows.to(factors.device)
+            rows[:, 1:] *= factors[:, None]
+        return counts, rows
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """Predictions of windows first to first + n of a step, K tensors [n, C, f, H, W]."""
+    """Windows first to first + n of a step.
+
+    Attributes:
+        predictions: that count, K tensors [n, C, f, H, W].
+        rows: their update, [n, 1 + K].
+    """
 
     first: int
     predictions: list[Tensor]
+    rows: Tensor
 
     @property
     def last(self) -> int:
@@ -106,8 +128,7 @@ class StageStep:
             return
         fusion = _Fusion(windows, self.x)
         for seen in self._seen(windows, step):
-            rates = self.sampler.rates(step, len(seen.predictions))
-            fusion.add(seen, rates)
+            fusion.add(seen)
         fusion.finish()
 
     # ---- The model ---------------------------------------------------------------------------------------------------
@@ -121,7 +142,8 @@ class StageStep:
             for group, predictions in zip(here, _exchange(own, team, self.sampler.batch), strict=False):
                 kept = [p[: len(group)].to(self.x.device) for p in predictions]
                 self._keep(windows, group, kept)
-                yield _Seen(group[0], kept)
+                counts, rows = self.sampler.update(step, [p[:, :, : windows.slots(group[0])] for p in kept])
+                yield _Seen(group[0], [kept[k] for k in counts], rows)
 
     def _ask(self, windows: Windows, group: range, step: int) -> list[Tensor]:
         """What the model predicts for some windows of equal length: K tensors [n, C, f, H, W]."""
@@ -164,24 +186,22 @@ class StageStep:
     def _reuse(self, step: int) -> None:
         """A step without the model: every frame is updated by its last predictions, whatever windows there would be."""
         assert self._last is not None
-        rates = self.sampler.rates(step, len(self._last))
+        last = [p[None] for p in self._last]
+        counts, rows = self.sampler.update(step, last)
         whole = torch.ones(1, self.x.shape[1], dtype=torch.float64)
-        used, rates = _used([p[None] for p in self._last], rates)
-        ops.fused_window_step(self.x, used, rates, [0], whole, out=self.x)
+        ops.fused_window_step(self.x, [last[k] for k in counts], rows, [0], whole, out=self.x)
 
     # ---- Windows that are rounded before fusion ----------------------------------------------------------------------
     def _run_rounded(self, windows: Windows, step: int) -> None:
         """Each window's result is rounded by itself, as by programs whose windows are in a lower precision."""
         length, parts = self.x.shape[1], []
         for seen in self._seen(windows, step):
-            rates = self.sampler.rates(step, len(seen.predictions))
-            used, rates = _used(seen.predictions, rates)
-            for row in range(seen.last - seen.first):
-                slots = windows.slots(seen.first + row)
-                at = _frames(windows, range(seen.first + row, seen.first + row + 1), slots, length)[0]
-                shown = self.x[:, at.to(self.x.device)]
-                one = torch.ones(1, slots, dtype=torch.float64)
-                parts.append(ops.fused_window_step(shown, [p[row : row + 1, :, :slots] for p in used], rates, [0], one))
+            for i in range(seen.first, seen.last):
+                slots, here = windows.slots(i), slice(i - seen.first, i - seen.first + 1)
+                shown = self.x[:, _frames(windows, range(i, i + 1), slots, length)[0].to(self.x.device)]
+                used = [p[here, :, :slots] for p in seen.predictions]
+                whole = torch.ones(1, slots, dtype=torch.float64)
+                parts.append(ops.fused_window_step(shown, used, seen.rows[here], [0], whole))
         _fuse_rounded(windows, parts, self.x)
 
 
@@ -195,7 +215,6 @@ class _Fusion:
 
     def __init__(self, windows: Windows, x: Tensor) -> None:
         self._windows, self._x = windows, x
-        self._rates: list[float] = []
         self._pending: list[_Seen] = []
         self._done = torch.zeros(x.shape[1], dtype=torch.bool)
         # The last window that each frame waits for. Windows longer than the stage meet themselves: all at once then.
@@ -209,10 +228,9 @@ class _Fusion:
                 at = _frames(windows, range(i, i + 1), slots, length)[0]
                 self._complete[at] = i  # also where it has no weight: it is shown these frames
 
-    def add(self, seen: _Seen, rates: list[float]) -> None:
+    def add(self, seen: _Seen) -> None:
         """The predictions of the next windows."""
-        used, self._rates = _used(seen.predictions, rates)
-        self._pending.append(_Seen(seen.first, used))
+        self._pending.append(seen)
         if not self._at_once and seen.last < len(self._windows.starts):
             self._fuse(~self._done & (self._complete < seen.last))
 
@@ -244,24 +262,24 @@ class _Fusion:
         """Frames first to last, which all windows that cover them have been seen for."""
         length, windows = self._x.shape[1], self._windows
         whole = first == 0 and last == length
-        starts, tables, used = [], [], []
+        starts, tables, used = [], [], []  # of the windows that reach into the run
         for seen in self._pending:
             rows = range(seen.first, seen.last)
             at = _frames(windows, rows, windows.frames, length)
             table = windows.weights[seen.first : seen.last] * ((at >= first) & (at < last))
             if not table.any():
                 continue
-            used.append(seen.predictions)
+            used.append(seen)
             tables.append(table)
             # Slots outside the run have weight 0; where those inside begin, the others fall anywhere.
             starts += [self._start(i, first, last, whole) for i in rows]
-        predictions = [torch.cat(p) if len(p) > 1 else p[0] for p in map(list, zip(*used, strict=True))]
+        predictions = [_joined([seen.predictions[k] for seen in used]) for k in range(len(used[0].predictions))]
+        rows, weights = _joined([seen.rows for seen in used]), torch.cat(tables)
         here = self._x[:, first:last]
-        weights = torch.cat(tables)
         if whole:
-            ops.fused_window_step(self._x, predictions, self._rates, starts, weights, out=self._x)
+            ops.fused_window_step(here, predictions, rows, starts, weights, out=self._x)
         else:
-            here.copy_(ops.fused_window_step(here, predictions, self._rates, starts, weights))
+            here.copy_(ops.fused_window_step(here, predictions, rows, starts, weights))
 
     def _start(self, index: int, first: int, last: int, whole: bool) -> int:
         """First frame of a window in the run's own count."""
@@ -317,10 +335,8 @@ def _exchange(own: list[Tensor], team: Team, batch: int) -> list[list[Tensor]]:
     return [list(part) for part in gather(filled, dist.group.WORLD)]
 
 
-def _used(predictions: list[Tensor], rates: list[float]) -> tuple[list[Tensor], list[float]]:
-    """Predictions that count, with their coefficients: those of weight 0 are not read."""
-    counts = [k for k in range(len(predictions)) if rates[1 + k] != 0.0] or [0]
-    return [predictions[k] for k in counts], [rates[0], *(rates[1 + k] for k in counts)]
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _pad(prediction: Tensor, frames: int) -> Tensor:
