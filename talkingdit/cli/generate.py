@@ -7,8 +7,12 @@ loaded, and what needs no torch before that is.
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -44,11 +48,15 @@ class Flags:
     image: Annotated[Path, Flag("PNG")]
     """the portrait"""
     audio: Annotated[Path, Flag("WAV")]
-    """the voice: WAV, FLAC, MP3, OGG, ..."""
+    """the voice: WAV, FLAC, MP3, OGG, ...; - is standard input, spoken while the video is made"""
+    audio_rate: Annotated[int | None, Flag("HZ")] = None
+    """of raw 16-bit mono sound on --audio - (default: any container)"""
     prompt: Annotated[str, Flag("WORDS")] = ""
     """what to show"""
     output: Annotated[Path, Flag("MP4", also=("-o",))]
-    """the video to write; a run that was interrupted goes on after its last clip"""
+    """the video to write; a run that was interrupted goes on after its last clip; - is standard output"""
+    live: bool = False
+    """let the video be watched while it is made: it grows under its name (always so with - for voice or video)"""
     checkpoint: Annotated[Path | None, Flag("DIR")] = None
     """folder of the model to use (default: the one shipped, of drawn characters)"""
     lora: Annotated[tuple[LoraChoice, ...], Flag("FILE[:STRENGTH]", read_choice, many=True)] = ()
@@ -70,7 +78,7 @@ class Flags:
 
     def __post_init__(self) -> None:
         check_options(self, "generate")
-        for name in ("upscale", "threads"):
+        for name in ("upscale", "threads", "audio_rate"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"generate: {name} must be at least 1, got {value}")
@@ -135,11 +143,15 @@ def prepare(argv: Sequence[str]) -> Request:
 
     from talkingdit.pipelines.inputs import Job, check_enlarged, read_inputs
 
+    output, pipe = _target(flags)
     inputs = read_inputs(
         Job(
             image=flags.image,
             audio=flags.audio,
-            output=flags.output,
+            output=output,
+            live=flags.live or pipe is not None or str(flags.audio) == "-",
+            pipe=pipe,
+            audio_rate=flags.audio_rate,
             sheet=flags.sheet,
             prompt=flags.prompt,
             upscale=flags.upscale,
@@ -158,6 +170,27 @@ def prepare(argv: Sequence[str]) -> Request:
     if processes() == 1 and layout.vae is not None:
         outline = replace(outline, warnings=(*outline.warnings, "`--parallel vae=` has no effect on one process."))
     return Request(flags, family.name, options, layout, inputs, outline, memory)
+
+
+def _target(flags: Flags) -> tuple[Path, int | None]:
+    """Where the video is written, and the descriptor of the pipe that it goes into instead, if it does.
+
+    Whatever else writes to standard output writes to standard error from then on.
+
+    Raises:
+        UserError: standard output is a terminal.
+    """
+    if str(flags.output) != "-":
+        return flags.output, None
+    if os.isatty(1):
+        raise UserError("output -: expected a pipe or a file, got a terminal.")
+    sys.stdout.flush()
+    pipe = os.dup(1)
+    os.dup2(2, 1)
+    large = Path("/var/tmp")  # on a disk, where that for temporary files may be in memory
+    folder = tempfile.mkdtemp(prefix="talkingdit-", dir=large if large.is_dir() else None)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder) / "output.mp4", pipe
 
 
 def _read(argv: Sequence[str]) -> tuple[Family, Values]:
@@ -341,9 +374,12 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
 
 def _report(result: Result, flags: Flags) -> None:
-    sys.stdout.write(
-        f"{result.path}: {result.frames} frames, {result.seconds:.2f} s of video at {result.fps} fps, "
-        f"made in {result.took:.1f} s\n"
+    piped = str(flags.output) == "-"
+    out = sys.stderr if piped else sys.stdout
+    first = "" if result.first_after is None else f", the first frame after {result.first_after:.1f} s"
+    out.write(
+        f"{'standard output' if piped else result.path}: {result.frames} frames, {result.seconds:.2f} s of video at "
+        f"{result.fps} fps, made in {result.took:.1f} s{first}\n"
     )
     if flags.sheet is not None:
-        sys.stdout.write(f"{flags.sheet}: preview\n")
+        out.write(f"{flags.sheet}: preview\n")

@@ -21,9 +21,11 @@ from talkingdit.errors import UserError
 from talkingdit.media.files import SPEECH_RATE, read_image, sound_blocks
 from talkingdit.media.sound import check_voice
 from talkingdit.media.targets import check_apart, check_writable
+from talkingdit.pipelines.live import LiveSound
 from talkingdit.pipelines.rows import Rows
 
 Frames = NDArray[np.uint8]
+STANDARD_INPUT = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +34,11 @@ class Job:
 
     Args:
         image: the portrait, a file.
-        audio: the voice, any format, rate and number of channels.
+        audio: the voice, any format, rate and number of channels; "-" is standard input, of any length.
         output: the .mp4 to write.
+        live: the video may be watched while it is made: it grows, fragment by fragment (`media/growing.py`).
+        pipe: descriptor of a pipe that it goes into instead of `output`, beside which things are kept meanwhile.
+        audio_rate: of raw 16-bit mono sound on standard input, in Hz; None for sound in a container.
         sheet: a PNG with a preview to write.
         prompt: what to show.
         upscale: enlarge the frames so many times.
@@ -45,6 +50,14 @@ class Job:
     sheet: Path | None = None
     prompt: str = ""
     upscale: int = 1
+    live: bool = False
+    pipe: int | None = None
+    audio_rate: int | None = None
+
+    @property
+    def spoken(self) -> bool:
+        """Does the voice come from a pipe while the video is made?"""
+        return str(self.audio) == "-"
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ class Inputs:
 
     job: Job
     image: Frames  # [H, W, 3]
-    sound: Sound  # [samples] at 16 kHz: an array, or where it is long `Rows` on the disk of the output
+    sound: Sound  # [samples] at 16 kHz: an array, where it is long `Rows` on the disk of the output, or `LiveSound`
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,8 @@ class Outline:
         steps: denoising steps per clip.
         predictions: of the model per step, with and without conditions.
         frames: that the video shows.
+        clip_frames: of every clip, where clips are made one after the other and no more of the voice must be known than
+            theirs; 0 where all of it must be.
         lead: frames at its beginning that repeat the first one.
         skip: frames' worth of sound that is left out at the beginning.
         settings: what finished clips depend on, by names that a person knows, of plain JSON types.
@@ -81,6 +96,7 @@ class Outline:
     steps: int
     predictions: int
     frames: int
+    clip_frames: int = 0
     lead: int = 0
     skip: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -103,10 +119,14 @@ def read_inputs(job: Job, others: Mapping[str, Path] | None = None) -> Inputs:
         raise UserError(f"output {str(job.output)!r}: expected a name that ends in .mp4, got {job.output.suffix!r}")
     if job.sheet is not None and job.sheet.suffix.lower() != ".png":
         raise UserError(f"sheet {str(job.sheet)!r}: expected a name that ends in .png, got {job.sheet.suffix!r}")
-    check_apart({"output": job.output, "sheet": job.sheet}, {"image": job.image, "audio": job.audio, **(others or {})})
+    read = {"image": job.image, "audio": None if job.spoken else job.audio, **(others or {})}
+    check_apart({"output": job.output, "sheet": job.sheet}, read)
     for target in (job.output, *([] if job.sheet is None else [job.sheet])):
         check_writable(target)
-    return Inputs(job, read_image(job.image), read_voice(job.audio, job.output.parent))
+    image = read_image(job.image)
+    if job.spoken:
+        return Inputs(job, image, LiveSound(STANDARD_INPUT, job.output.parent, job.audio_rate))
+    return Inputs(job, image, read_voice(job.audio, job.output.parent))
 
 
 def check_enlarged(job: Job, outline: Outline) -> None:
