@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from talkingdit.checkpoints.bounds import MOST_VIDEO
 from talkingdit.encoders.speech import Sound, is_long
 from talkingdit.errors import UserError
+from talkingdit.media.edited import open_edited
 from talkingdit.media.files import SPEECH_RATE, read_image, sound_blocks
 from talkingdit.media.sound import check_voice
 from talkingdit.media.targets import check_apart, check_writable
@@ -75,7 +77,7 @@ class Outline:
 
     Args:
         size: height and width in pixels.
-        fps: frames per second.
+        fps: frames per second, a fraction where a video that is changed has such a rate.
         clips: how many are generated.
         steps: denoising steps per clip.
         predictions: of the model per step, with and without conditions.
@@ -91,7 +93,7 @@ class Outline:
     """
 
     size: tuple[int, int]
-    fps: int
+    fps: int | Fraction
     clips: int
     steps: int
     predictions: int
@@ -123,10 +125,19 @@ def read_inputs(job: Job, others: Mapping[str, Path] | None = None) -> Inputs:
     check_apart({"output": job.output, "sheet": job.sheet}, read)
     for target in (job.output, *([] if job.sheet is None else [job.sheet])):
         check_writable(target)
-    image = read_image(job.image)
+    image = first_picture(job.image) if job.image == (others or {}).get("video") else read_image(job.image)
     if job.spoken:
         return Inputs(job, image, LiveSound(STANDARD_INPUT, job.output.parent, job.audio_rate))
     return Inputs(job, image, read_voice(job.audio, job.output.parent))
+
+
+def first_picture(path: Path) -> Frames:
+    """The first picture of a video, which stands for the portrait where the video is changed.
+
+    Raises:
+        UserError: no such file, or not a video.
+    """
+    return next(open_edited(path).read(0, 1))
 
 
 def check_enlarged(job: Job, outline: Outline) -> None:
