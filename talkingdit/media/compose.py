@@ -84,6 +84,8 @@ def crop_around(bounds: Box, frame: tuple[int, int], max_area: int, multiple: in
     tall, broad = context * (y1 - y0), context * (x1 - x0)
     least = max_area**0.5  # a part of so many pixels a side needs not be reduced
     tall, broad = min(height, max(tall, least)), min(width, max(broad, least))
+    if height * width <= max_area:
+        tall, broad = height, width
     scale = min(1.0, (max_area / (tall * broad)) ** 0.5)
     size = tuple(max(multiple, int(side * scale / multiple) * multiple) for side in (tall, broad))
     part = [min(whole, round(side / scale)) for side, whole in zip(size, frame, strict=True)]

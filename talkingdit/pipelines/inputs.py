@@ -87,6 +87,7 @@ class Outline:
         lead: frames at its beginning that repeat the first one.
         skip: frames' worth of sound that is left out at the beginning.
         settings: what finished clips depend on, by names that a person knows, of plain JSON types.
+        crf: quality of the encoder, lower is better.
         warnings: sentences about what is done differently from what may be expected.
         when_too_large: what does not fit where memory runs out, and what to try.
         details: the family's own.
@@ -102,6 +103,7 @@ class Outline:
     lead: int = 0
     skip: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    crf: int = 16
     warnings: tuple[str, ...] = ()
     when_too_large: str = "its clips"
     details: Any = None

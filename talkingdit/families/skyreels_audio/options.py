@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from talkingdit.families.flag import AREA, SIDES, Flag, GenerationOptions
+from talkingdit.pipelines.schedules import parse
 
 Fusion = Literal["both", "one", "none"]
 
@@ -65,6 +66,12 @@ class Options(GenerationOptions):
             raise ValueError(f"generate: video_steps must be at least 0, got {self.video_steps}")
         if self.shift is not None and not 0 < self.shift < float("inf"):
             raise ValueError(f"generate: shift must be a positive number, got {self.shift}")
+        for name in ("guidance", "audio_guidance"):
+            words = getattr(self, name)
+            try:
+                parse(words or "1")
+            except ValueError as error:
+                raise ValueError(f"generate: {name} {error}") from error
         for name in ("mask", "video_steps"):
             if getattr(self, name) and self.video is None:
                 raise ValueError(f"generate: {name} needs a video (`--video`), got none")

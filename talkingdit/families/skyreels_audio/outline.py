@@ -33,6 +33,8 @@ from talkingdit.pipelines.schedules import parse
 if TYPE_CHECKING:
     from talkingdit.families.skyreels_audio.checkpoint import SkyReelsAudioSettings
 
+EDITED_CRF = 10  # of H.264 for a video that is edited: what stays of it is to lose little
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -221,6 +223,7 @@ def _outlined(
         predictions=len(sampling.branches),
         frames=frames,
         settings={"length": frames, **values, **kept},
+        crf=16 if details.edit is None else EDITED_CRF,
         warnings=tuple(warnings),
         when_too_large=f"windows of {sampling.window} latents of {width} x {height}; try `--sequential`, a smaller "
         "`--max-area` or a smaller `--window`",
