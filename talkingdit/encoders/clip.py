@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from talkingdit.checkpoints.weights import check_index, load_pickled, read_bounded, some
+from talkingdit.encoders.wav2vec import quiet
 from talkingdit.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,9 +86,10 @@ def load_picture_encoder(
         read_bounded(source / "config.json")
         check_index(source)
         try:
-            loaded: Any = CLIPVisionModel.from_pretrained(
-                source, local_files_only=True, dtype=dtype, output_loading_info=True
-            )
+            with quiet():
+                loaded: Any = CLIPVisionModel.from_pretrained(
+                    source, local_files_only=True, dtype=dtype, output_loading_info=True
+                )
         except Exception as error:  # damaged files raise whatever their reader does
             reason = " ".join(str(error).split())
             raise UserError(f"{source}: the picture encoder does not load ({reason[:200]}).") from error

@@ -165,8 +165,8 @@ def outlined(
         frames=frames,
         settings={"framing": options.cover, "length": frames, **_kept(sampling), **kept},
         warnings=tuple(found),
-        when_too_large=f"clips of {sampling.chunk_latents} latents of {width} x {height}; try `--sequential`, a smaller "
-        "`--max-area` or fewer `--chunk-latents`",
+        when_too_large=f"clips of {sampling.chunk_latents} latents of {width} x {height}; try `--sequential`, a "
+        "smaller `--max-area` or fewer `--chunk-latents`",
         details=Details(sampling, options, latents_of_frames(frames)),
     )
 

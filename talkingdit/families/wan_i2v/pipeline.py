@@ -53,7 +53,6 @@ class VideoConditions:
     latents: int  # of the video
     features: Features | None = None  # [layers, audio_dim, F] of a voice, for models that hear
     extra: tuple[ExtraTokens, ...] = ()  # beside every clip
-    stream: Any = None  # decoder of a video whose latents go on, see `talkingdit.families.gloria.pipeline`
 
     @property
     def weights(self) -> list[float]:

@@ -233,10 +233,12 @@ def _extra(clips: Sequence[WanI2VInputs]) -> tuple[ExtraTokens, ...]:
     """The extra tokens of all clips, each place once; samples that have none there are said to have none."""
     places: dict[Any, list[Tensor | None]] = {}
     for i, clip in enumerate(clips):
-        for extra in clip.extra:
-            places.setdefault(extra.place, [None] * len(clips))[i] = extra.latents
+        seen: dict[Any, int] = {}
+        for extra in clip.extra:  # of several at one place the first stands with the first, and so on
+            seen[extra.place] = seen.get(extra.place, 0) + 1
+            places.setdefault((extra.place, seen[extra.place]), [None] * len(clips))[i] = extra.latents
     found = []
-    for place, latents in places.items():
+    for (place, _), latents in places.items():
         whole = _with_zeros(latents)
         assert whole is not None
         drop = [one is None for one in latents]
