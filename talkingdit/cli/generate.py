@@ -215,7 +215,7 @@ def _read(argv: Sequence[str]) -> tuple[Family, Values]:
     """The family of the checkpoint, which decides what flags there are, and their values."""
     folder = checkpoint_in(argv)
     family = families.get(families.DEFAULT) if folder is None else families.of_folder(folder)
-    values = read(COMMAND, ABOUT, _groups(family), argv)
+    values = read(COMMAND, ABOUT, _groups(family), _with_portrait(argv))
     for word in values.unknown:
         owners = [other.title for other in _families() if _flag_in(word, other.options)]
         if owners:
@@ -229,12 +229,23 @@ def _read(argv: Sequence[str]) -> tuple[Family, Values]:
 
 def checkpoint_in(argv: Sequence[str]) -> Path | None:
     """The folder that `--checkpoint` names, before flags are known."""
+    found = _value_in(argv, "--checkpoint")
+    return Path(found).expanduser() if found else None
+
+
+def _value_in(argv: Sequence[str], flag: str) -> str | None:
     found = None
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         name, given, value = word.partition("=")
-        if name == "--checkpoint" and (given or not following.startswith("-")):
+        if name == flag and (given or not following.startswith("-")):
             found = value if given else following
-    return Path(found).expanduser() if found else None
+    return found
+
+
+def _with_portrait(argv: Sequence[str]) -> Sequence[str]:
+    """A video that is changed shows the person: it stands for the portrait where none is given."""
+    video = _value_in(argv, "--video")
+    return [*argv, f"--image={video}"] if video and _value_in(argv, "--image") is None else argv
 
 
 def _families() -> list[Family]:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,13 @@ class Result:
 
     path: Path
     frames: int
-    fps: int
+    fps: int | Fraction
     took: float  # seconds
     first_after: float | None = None  # seconds until the first frames of a live video were written
 
     @property
     def seconds(self) -> float:
-        return self.frames / self.fps
+        return float(self.frames / self.fps)
 
 
 @dataclass(frozen=True, kw_only=True)

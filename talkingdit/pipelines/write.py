@@ -88,7 +88,9 @@ class VideoSink:
             sound = EncodedTrack(inputs.sound.blocks(skip), SPEECH_RATE, 1)
         name = job.output if job.pipe is None else "standard output"
         live = job.live if job.pipe is None else job.pipe
-        self._writer = VideoWriter(name, outline.fps, outline.size, sound, upscale=job.upscale, skip=skip, live=live)
+        self._writer = VideoWriter(
+            name, outline.fps, outline.size, sound, upscale=job.upscale, crf=outline.crf, skip=skip, live=live
+        )
         self.seen = 0
         self.first_after: float | None = None
 
