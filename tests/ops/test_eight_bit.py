@@ -317,7 +317,7 @@ def test_emulated_cuda_kernels_norm_into_rows(
 @pytest.mark.parametrize("columns", [64, 37])
 def test_emulated_cuda_kernel_scales_sums(device: Device, dtype: torch.dtype, columns: int) -> None:
     sums = torch.randint(-(2**20), 2**20, (5, columns), dtype=torch.int32)
-    scale, weight_scale, bias = torch.rand(5), torch.rand(columns), torch.randn(columns)
+    scale, weight_scale, bias = torch.rand(5) * 1e-3, torch.rand(columns), torch.randn(columns)
     want = sums.double() * scale[:, None].double() * weight_scale.double() + bias.double()
 
     def run() -> list[Tensor]:
