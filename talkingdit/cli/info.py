@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from talkingdit.cli.flags import Group, read
+from talkingdit.openmp import waiting
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ def info(argv: Sequence[str]) -> None:
     import talkingdit
     from talkingdit.nn import attention_backends
 
-    found = {**talkingdit.build_info(), **attention_backends.report()}
+    found = {**talkingdit.build_info(), "threads wait": waiting(), **attention_backends.report()}
     width = max(len(name) for name in found)
     for name, value in found.items():
         if isinstance(value, bool):

@@ -113,7 +113,7 @@ def _fuse_activations(sequence: nn.Sequential) -> None:
 
 
 def norm_modulate(
-    layer: nn.Module,
+    layer: Any,
     x: Tensor,
     scale: Tensor,
     shift: Tensor,
@@ -131,7 +131,7 @@ def norm_modulate(
 
 
 def gate_residual_norm_modulate(
-    layer: nn.Module,
+    layer: Any,
     x: Tensor,
     y: Tensor,
     gate: Tensor,
