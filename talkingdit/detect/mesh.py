@@ -92,7 +92,7 @@ def mesh(frame: NDArray[np.uint8], face: Face) -> Mesh:
 def _upright(points: Points) -> Points:
     """The rotation that brings the still points of a face onto those of the reference."""
     reference = np.array(REFERENCE)
-    reference = reference - reference.mean(0)
+    reference -= reference.mean(0)
     left, _, right = np.linalg.svd((points - points.mean(0)).T @ reference)
     mirror = np.diag([1, 1, np.sign(np.linalg.det(right.T @ left.T))])
     turn: Points = right.T @ mirror @ left.T
@@ -101,4 +101,20 @@ def _upright(points: Points) -> Points:
 
 # The points STILL of an average face seen from the front, in distances of the eyes' outer corners (x right, y down, z
 # away from the camera): measured on `skimage.data.astronaut()` and its mirror image, whose mean has no left and right.
-REFERENCE: tuple[tuple[float, float, float], ...] = ()
+REFERENCE = (
+(-0.499, -0.018, 0.251),
+    (-0.187, 0.010, 0.192),
+    (0.187, 0.010, 0.192),
+    (0.499, -0.018, 0.251),
+    (0.000, -0.056, 0.005),
+    (0.000, 0.034, -0.035),
+    (0.000, 0.118, -0.082),
+    (0.000, 0.194, -0.133),
+    (0.000, 0.275, -0.188),
+    (0.000, 0.374, -0.205),
+    (0.000, 0.446, -0.177),
+    (0.000, -0.584, -0.012),
+    (0.000, -0.412, -0.028),
+    (0.000, -0.233, -0.029),
+    (0.000, -0.139, -0.004),
+)
