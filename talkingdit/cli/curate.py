@@ -97,4 +97,6 @@ def curate(argv: Sequence[str]) -> None:
         warn(f"{stage} was not measured: {sentence}")
     kept, all_clips = len(outcome.decisions.kept), len(outcome.decisions.clips)
     unread = f", {outcome.broken} that cannot be read are in {flags.out / 'broken.jsonl'}" if outcome.broken else ""
-    sys.stdout.write(f"{flags.out}: {kept} of {all_clips} clips of {outcome.videos} videos kept{unread}; see {flags.out / REPORT}\n")
+    sys.stdout.write(
+        f"{flags.out}: {kept} of {all_clips} clips of {outcome.videos} videos kept{unread}; see {flags.out / REPORT}\n"
+    )

@@ -38,11 +38,13 @@ Picture = NDArray[np.uint8]
 def viewpoint(body: float | None, head: float | None) -> str | None:
     """The side from which somebody is to be seen; None between two.
 
+    In a close-up the pose network takes the front for the back: a face that is to be seen overrules it.
+
     Args:
         body: degrees, 0 towards the camera, positive to the right of the picture; None unknown.
-        head: the same of the head.
+        head: the same of the head; None where no face is to be seen.
     """
-    if body is not None:
+    if body is not None and (head is None or abs((body + 180) % 360 - 180) <= 90):
         turned = abs((body + 180) % 360 - 180)
         if turned <= FRONT:
             return "front"
@@ -101,7 +103,9 @@ class Anchors:
                 head = person.boxes[still.index].astype(np.float64) * scale
             if number in found.bodies:
                 body = np.array(found.bodies[number])
-            yaw = float(person.yaw[still.index]) if person is not None and person.yaw is not None else None
+            yaw = None
+            if person is not None and person.yaw is not None:
+                yaw = float(person.yaw[still.index])
             at = look.start + still.index / look.fps
             view = viewpoint(found.facing.get(number), yaw)
             # Without anybody else in the clip a body without a face is the person, seen from behind.

@@ -24,7 +24,22 @@ from talkingdit.errors import UserError
 from talkingdit.lock import RunLock
 
 LOCK, BROKEN = ".curate.lock", "broken.jsonl"
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mts", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ogv")
+VIDEOS = (
+    ".mp4",
+    ".mov",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".m4v",
+    ".ts",
+    ".mts",
+    ".mpg",
+    ".mpeg",
+    ".flv",
+    ".wmv",
+    ".3gp",
+    ".ogv",
+)
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,9 @@ def watch_in_processes(task: Task, videos: Iterable[Video], workers: int, note: 
             worker.process.join()
 
 
-def _bury(worker: _Worker, task: Task, tries: dict[str, int], left: deque[Video], note: Callable[[Record], None]) -> None:
+def _bury(
+    worker: _Worker, task: Task, tries: dict[str, int], left: deque[Video], note: Callable[[Record], None]
+) -> None:
     """What becomes of the video of a worker that has died."""
     worker.process.join()
     video = worker.video

@@ -7,9 +7,10 @@ ones for what happens over time, and a few large ones (stills) for what is to be
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -76,6 +77,39 @@ class Look:
     def scale(self) -> float:
         """Pixels of the file per pixel of a small picture."""
         return self.size[0] / self.pictures.shape[1]
+
+    def packed(self, most: int, spoken: Sequence[tuple[float, float]]) -> bytes:
+        """The clip in few bytes, for another process: so many of its pictures, evenly, and its sound."""
+        at = np.linspace(0, len(self.pictures) - 1, min(most or len(self.pictures), len(self.pictures))).round()
+        told = [self.number, self.shot, self.start, len(at) / self.seconds, *self.size]
+        file = io.BytesIO()
+        np.savez(
+            file,
+            told=np.array(told, np.float64),
+            pictures=self.pictures[at.astype(int)],
+            samples=self.samples,
+            spoken=np.array(spoken, np.float64).reshape(-1, 2),
+        )
+        return file.getvalue()
+
+
+def unpacked(video: Path, data: bytes) -> tuple[Look, list[tuple[float, float]]]:
+    """A clip that was `packed`, without stills, and where somebody speaks."""
+    with np.load(io.BytesIO(data)) as held:
+        number, shot, start, fps, height, width = held["told"].tolist()
+        spoken = [(float(begin), float(end)) for begin, end in held["spoken"]]
+        look = Look(
+            video=video,
+            number=int(number),
+            shot=int(shot),
+            start=start,
+            fps=fps,
+            size=(int(height), int(width)),
+            pictures=held["pictures"],
+            stills=[],
+            samples=held["samples"],
+        )
+    return look, spoken
 
 
 def looks(path: Path, watch: Watch, start: float = 0.0, end: float | None = None) -> Iterator[Look]:

@@ -12,6 +12,7 @@ import math
 import os
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from talkingdit.atomic import write_whole
 from talkingdit.curate.anchors import Anchors
 from talkingdit.curate.look import Look, looks
 from talkingdit.curate.settings import Watch
-from talkingdit.curate.stages import Found, make_stages
+from talkingdit.curate.stages import Found, Stage, make_stages
 from talkingdit.errors import UserError
 
 FORM = 1  # of records; others are of an earlier version
@@ -30,6 +31,7 @@ SAMPLE_PICTURES, SAMPLE_HEIGHT = 4, 108
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Record = dict[str, Any]
+Keep = Callable[[Look, Found], None]
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,12 @@ class Watcher:
         self.stages, self.lacking = make_stages(watch, gpu)
         self._anchors = Anchors(watch) if anchors else None
 
-    def record(self, video: Video) -> Record:
+    def record(self, video: Video, keep: Keep | None = None) -> Record:
         """Everything that is measured of a video, of types that JSON has.
+
+        Args:
+            video: to watch.
+            keep: given every clip that is measured, and what was found in it.
 
         Raises:
             OSError: what is written has no place; that is not the video's fault.
@@ -80,7 +86,7 @@ class Watcher:
         error = ""
         try:
             for look in looks(video.path, self._watch, video.start, video.end):
-                clips.append(self._clip(video, look))
+                clips.append(self._clip(video, look, keep))
             if not clips:
                 error = f"{video.path} has no frames."
         except OSError as found:
@@ -92,20 +98,19 @@ class Watcher:
         record |= {"clips": clips, "error": error, "lacking": self.lacking}
         return record | {"seconds": round(time.monotonic() - began, 3)}
 
-    def _clip(self, video: Video, look: Look) -> dict[str, Any]:
+    def _clip(self, video: Video, look: Look, keep: Keep | None) -> dict[str, Any]:
         found = Found()
         figures: dict[str, Any] = {}
         took: dict[str, float] = {}
         if look.seconds < self._watch.min_seconds:
             figures = {"clip.seconds": round(look.seconds, 3), "clip.height": look.size[0]}
         else:
-            for name, stage in self.stages.items():
-                began = time.process_time()
-                figures |= stage.measure(look, found)
-                took[name] = round(time.process_time() - began, 4)
+            figures, took = measured(self.stages, look, found)
+            if keep is not None:
+                keep(look, found)
         name = f"{video.key}/{look.number:04d}"
         clip = {"number": look.number, "start": round(look.start, 4), "end": round(look.start + look.seconds, 4)}
-        clip |= {"figures": _plain(figures), "took": took}
+        clip |= {"figures": figures, "took": took}
         if zlib.crc32(name.encode()) % 10_000 < self._watch.samples * 10_000:
             clip["sample"] = self._write(f"samples/{name}.jpg", strip(look, found), ".jpg")
         if self._anchors is not None:
@@ -124,6 +129,17 @@ class Watcher:
         _, data = cv2.imencode(kind, np.ascontiguousarray(picture[..., ::-1]), quality)
         write_whole(file, data.tobytes())
         return name
+
+
+def measured(stages: dict[str, Stage], look: Look, found: Found) -> tuple[dict[str, Any], dict[str, float]]:
+    """Figures of a clip by all stages, and the processor seconds of each."""
+    figures: dict[str, Any] = {}
+    took: dict[str, float] = {}
+    for name, stage in stages.items():
+        began = time.process_time()
+        figures |= stage.measure(look, found)
+        took[name] = round(time.process_time() - began, 4)
+    return plain(figures), took
 
 
 def strip(look: Look, found: Found) -> Any:
@@ -163,12 +179,12 @@ def _sentence(path: Path, error: BaseException) -> str:
     return told if told.endswith(".") else told + "."
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Numbers of Python; what is no number is None."""
     if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
+        return {name: plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

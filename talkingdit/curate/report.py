@@ -50,7 +50,9 @@ def write_report(
         "<h2>What is kept</h2>",
         _pictures(folder, kept, ""),
         _times(decisions.clips),
-        _list("Stages that did not measure", [f"<b>{html.escape(n)}</b>: {html.escape(w)}" for n, w in lacking.items()]),
+        _list(
+            "Stages that did not measure", [f"<b>{html.escape(n)}</b>: {html.escape(w)}" for n, w in lacking.items()]
+        ),
         _list("Broken videos", [html.escape(record["error"]) for record in broken[:200]]),
     ]
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>curate</title><style>{STYLE}</style>'
@@ -63,12 +65,16 @@ def _funnel(steps: list[Step]) -> str:
     for step in steps:
         left = step.came - step.removed
         bar = f'<div class="bar"><i style="width:{100 * left / total:.1f}%"></i></div>'
-        cells = f'<td class="n">{step.removed}</td><td class="n dim">{step.alone}</td><td class="n dim">{step.unknown}</td>'
+        cells = (
+            f'<td class="n">{step.removed}</td><td class="n dim">{step.alone}</td><td class="n dim">{step.unknown}</td>'
+        )
         limit = html.escape(str(step.limit))
         rows.append(f'<tr><td><code>{html.escape(step.name)}</code></td><td>{limit}</td>{cells}<td class="n">{left}</td>'
                     f'<td style="width:22%">{bar}</td></tr>')  # fmt: skip
     head = "<th>figure</th><th>must be</th><th class=n>removes</th><th class=n>alone</th><th class=n>unknown</th><th class=n>left</th><th></th>"
-    note = "<p class=dim>alone: clips that fail this limit, whatever others say. unknown: clips without this figure.</p>"
+    note = (
+        "<p class=dim>alone: clips that fail this limit, whatever others say. unknown: clips without this figure.</p>"
+    )
     return f"<h2>Funnel</h2><table><tr>{head}</tr>{''.join(rows)}</table>{note}"
 
 
@@ -111,7 +117,9 @@ def _pictures(folder: Path, clips: list[Clip], figure: str) -> str:
         also = [name for name in clip.failed[1:]]
         said += f"; also {', '.join(also)}" if also else ""
         caption = html.escape(f"{clip.key}, {clip.start:.1f} to {clip.end:.1f} s{said}")
-        cells.append(f'<figure><img src="data:image/jpeg;base64,{data}" alt=""><figcaption>{caption}</figcaption></figure>')
+        cells.append(
+            f'<figure><img src="data:image/jpeg;base64,{data}" alt=""><figcaption>{caption}</figcaption></figure>'
+        )
     return f'<div class="grid">{"".join(cells)}</div>' if cells else ""
 
 

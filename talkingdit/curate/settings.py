@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one TOML file says: how videos are watched, which limits figures must keep, and what is written.
 
-    [watch]                     # another value here measures the videos anew
-    fps = 25.0
-    [limits]                    # another value here only decides anew
-    "faces.share" = { at_least = 0.9 }
-    "speech.share" = { off = true }
-    [write]
-    anchors = true
+[watch]                     # another value here measures the videos anew
+fps = 25.0
+[limits]                    # another value here only decides anew
+"faces.share" = { at_least = 0.9 }
+"speech.share" = { off = true }
+[write]
+anchors = true
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Watch:
         largest_lag: seconds by which sound and mouth are shifted against each other at most.
         stages: that measure, in this order; a name of `stages`, or "module:Class" of your own.
         models: folders, files or "module:name" of models that no package carries, by stage.
+        card_pictures: of a clip, that stages on a card of their own are given on Ray; 0: all.
         samples: share of the clips whose pictures are kept for the report.
     """
 
@@ -59,6 +60,7 @@ class Watch:
         *("speech", "voices", "sync", "language", "caption", "signature"),
     )
     models: dict[str, str] = field(default_factory=dict)
+    card_pictures: int = 8
     samples: float = 1.0
 
     def digest(self) -> str:
@@ -171,7 +173,9 @@ def read_settings(path: Path | None) -> Settings:
     if unknown:
         raise UserError(f"{path}: expected the tables watch, limits and write, got {sorted(unknown)[0]!r}.")
     watch = _made(Watch, found.get("watch", {}), f"{path}: watch")
-    return Settings(watch, _limits(found.get("limits", {}), path), _made(Write, found.get("write", {}), f"{path}: write"))
+    return Settings(
+        watch, _limits(found.get("limits", {}), path), _made(Write, found.get("write", {}), f"{path}: write")
+    )
 
 
 def _limits(found: Any, path: Path) -> dict[str, Limit]:
@@ -213,7 +217,7 @@ def _value(value: Any, hint: Any, where: str) -> Any:
     if hint is bool or hint is str:
         good = isinstance(value, hint)
     elif hint is int:
-        good = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 16
+        good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 16
     elif text.startswith("tuple"):
         good = isinstance(value, list) and all(isinstance(one, str) for one in value)
         value = tuple(value) if good else value

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What comes out: a manifest that `talkingdit precompute` and training read, and a table of all clips.
 
-Videos are not copied: a row is the file and the seconds of it. `regions.face` is a box around the face for models that
-take face masks; `outside` has anchors by kind, from inside and outside of the clip.
+Videos are not copied: a row is the file and the seconds of it. `regions` has boxes of the face, its lower half and the
+lips, for models that take masks of faces and for losses that weigh them; `outside` has anchors by kind, from inside and
+outside of the clip.
 """
 
 from __future__ import annotations
@@ -30,9 +31,7 @@ def write_manifest(folder: Path, decisions: Decisions, videos: list[Video], sett
     together: dict[str, list[Clip]] = defaultdict(list)
     for clip in decisions.kept:
         together[clip.video].append(clip)
-    rows = [
-        _row(clip, together[clip.video], captions.get(clip.video, ""), folder, settings) for clip in decisions.kept
-    ]
+    rows = [_row(clip, together[clip.video], captions.get(clip.video, ""), folder, settings) for clip in decisions.kept]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_whole(folder / MANIFEST, lines.encode())
     return len(rows)
@@ -48,9 +47,9 @@ def _row(clip: Clip, others: list[Clip], caption: str, folder: Path, settings: W
     caption = clip.figures.get("caption.text") or caption
     if caption:
         row["caption"] = caption
-    box = clip.figures.get("faces.box")
-    if box:
-        row["regions"] = {"face": wider(box, settings.margin)}
+    regions = _regions(clip, settings.margin)
+    if regions:
+        row["regions"] = regions
     if settings.anchors:
         outside = _outside(clip, others, settings.anchors_of_a_kind)
         row["outside"] = outside
@@ -58,11 +57,25 @@ def _row(clip: Clip, others: list[Clip], caption: str, folder: Path, settings: W
     return row
 
 
+def _regions(clip: Clip, margin: float) -> dict[str, list[float]]:
+    """Boxes by the names that the configurations of training know; they hold for all of the clip."""
+    box, lips = clip.figures.get("faces.box"), clip.figures.get("faces.mouth")
+    regions = {}
+    if box:
+        x0, y0, x1, y1 = box
+        regions = {"face": wider(box, margin), "lower_face": wider([x0, (y0 + y1) / 2, x1, y1], margin)}
+    if lips:
+        regions["lips"] = wider(lips, margin)
+    return {name: one for name, one in regions.items() if one[0] < one[2] and one[1] < one[3]}
+
+
 def kind_of(outside: dict[str, Any]) -> str:
     """The source of training data that a clip belongs to, by the anchors that it has (Gloria, section 7.2)."""
     views = len([kind for kind in outside if kind in VIEWPOINTS]) > 1
     moods = len([kind for kind in outside if kind in EXPRESSIONS]) > 1
-    return {(True, True): "both", (True, False): "viewpoints", (False, True): "expressions"}.get((views, moods), "video")
+    return {(True, True): "both", (True, False): "viewpoints", (False, True): "expressions"}.get(
+        (views, moods), "video"
+    )
 
 
 def _outside(clip: Clip, others: list[Clip], most: int) -> dict[str, list[Any]]:

@@ -61,7 +61,9 @@ def large_faces(frame: NDArray[np.uint8], threshold: float = 0.6) -> list[Face]:
     boxes = corners.reshape(-1, 4)
     kept = _separate(boxes.astype(np.float32), score[chosen].astype(np.float32))
     found = [
-        Face(*map(float, boxes[i]), float(score[chosen[i]]), tuple((float(x), float(y)) for x, y in points[i][[*POINTS]]))
+        Face(
+            *map(float, boxes[i]), float(score[chosen[i]]), tuple((float(x), float(y)) for x, y in points[i][[*POINTS]])
+        )
         for i in kept
     ]
     return [face for face in found if face.x1 > face.x0 and face.y1 > face.y0]

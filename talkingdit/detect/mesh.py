@@ -102,7 +102,7 @@ def _upright(points: Points) -> Points:
 # The points STILL of an average face seen from the front, in distances of the eyes' outer corners (x right, y down, z
 # away from the camera): measured on `skimage.data.astronaut()` and its mirror image, whose mean has no left and right.
 REFERENCE = (
-(-0.499, -0.018, 0.251),
+    (-0.499, -0.018, 0.251),
     (-0.187, 0.010, 0.192),
     (0.187, 0.010, 0.192),
     (0.499, -0.018, 0.251),

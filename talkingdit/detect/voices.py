@@ -102,7 +102,9 @@ def _mel(pieces: Tensor) -> Tensor:
 def _bands() -> Tensor:
     from transformers.audio_utils import mel_filter_bank
 
-    bands: NDArray[Any] = mel_filter_bank(WINDOW // 2 + 1, BANDS, 0.0, RATE / 2, RATE, norm="slaney", mel_scale="slaney")
+    bands: NDArray[Any] = mel_filter_bank(
+        WINDOW // 2 + 1, BANDS, 0.0, RATE / 2, RATE, norm="slaney", mel_scale="slaney"
+    )
     return torch.from_numpy(bands).float()
 
 

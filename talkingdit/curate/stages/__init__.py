@@ -31,12 +31,14 @@ class Person:
         presence: share of the pictures in which faces were searched where this one was found.
         roll: float32 [F], radians by which the eyes are turned.
         opening, yaw, likely: float32 [F] of the mouth, degrees of the head, and how much it looks like a face.
+        mouth: float32 [F, 4], box around the lips.
     """
 
     boxes: NDArray[np.float32]
     presence: float
     roll: NDArray[np.float32]
     opening: NDArray[np.float32] | None = None
+    mouth: NDArray[np.float32] | None = None
     yaw: NDArray[np.float32] | None = None
     likely: NDArray[np.float32] | None = None
 

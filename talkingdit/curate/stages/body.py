@@ -32,11 +32,11 @@ class BodyStage:
             if box is not None and person is not None:
                 scale = still.picture.shape[0] / look.pictures.shape[1]
                 _, top, _, bottom = person.boxes[still.index] * scale
-                shares.append(float((bottom - top) / max(1.0, box[3] - min(box[1], top))))
+                shares.append(float((bottom - top) / max(1.0, max(box[3], bottom) - min(box[1], top))))
             if box is not None:
                 found.bodies[number] = box
                 stands = pose.pose(still.picture, box)
-                if stands.score >= SURE:
+                if stands.score >= SURE and stands.visible[list(pose.SHOULDERS)].min() >= SURE:
                     found.facing[number] = stands.facing
                     tracked += 1
             found.hands += [(number, *hand.box) for hand in hands.hands(still.picture)]

@@ -23,6 +23,7 @@ LIKE = 0.25  # overlap of boxes, as a share of both together, of one person's fa
 PRESENT = 0.3  # share of pictures in which somebody is who counts
 MOST = 4  # people whose mouths are followed
 LEFT_CHEEK, RIGHT_CHEEK = 234, 454  # points of the mesh, as they lie in the picture
+LIPS = (61, 291, 0, 17, 37, 267, 84, 314)  # outer points
 
 
 @dataclass
@@ -79,22 +80,30 @@ class PeopleStage:
 def _of_largest(person: Person, look: Look) -> Figures:
     height, width = look.pictures.shape[1:3]
     boxes = person.boxes / np.array([width, height, width, height], np.float32)
-    around = [*boxes[:, :2].min(0), *boxes[:, 2:].max(0)]
-    yaw = person.yaw if person.yaw is not None else np.zeros(1)
     moves = np.abs(np.diff((boxes[:, :2] + boxes[:, 2:]) / 2, axis=0)).sum(1) if len(boxes) > 1 else np.zeros(1)
-    return {
+    figures: Figures = {
         "faces.height": round(float(np.median(boxes[:, 3] - boxes[:, 1])), 4),
         "faces.pixels": round(float(np.median(person.boxes[:, 3] - person.boxes[:, 1])) * look.scale, 1),
-        "faces.box": [round(float(np.clip(side, 0, 1)), 4) for side in around],
-        "faces.yaw": round(float(np.median(yaw)), 1),
-        "faces.likely": round(float(np.mean(person.likely)), 3) if person.likely is not None else 0.0,
+        "faces.box": _around(person.boxes, width, height),
         "faces.travel": round(float(moves.sum() / look.seconds), 4),
     }
+    if person.yaw is not None and person.likely is not None and person.mouth is not None:
+        figures["faces.mouth"] = _around(person.mouth, width, height)
+        figures["faces.yaw"] = round(float(np.median(person.yaw)), 1)
+        figures["faces.likely"] = round(float(np.mean(person.likely)), 3)
+    return figures
+
+
+def _around(boxes: NDArray[np.float32], width: int, height: int) -> list[float]:
+    """The box around boxes [F, 4], in parts of the picture."""
+    sides = [*boxes[:, :2].min(0), *boxes[:, 2:].max(0)]
+    return [round(float(np.clip(s / full, 0, 1)), 4) for s, full in zip(sides, (width, height) * 2, strict=True)]
 
 
 def _follow(person: Person, pictures: NDArray[np.uint8]) -> None:
     """The mouth, the head's turn and the likeliness of a face in every picture."""
     opening, yaw, likely = (np.zeros(len(pictures), np.float32) for _ in range(3))
+    mouth = np.zeros((len(pictures), 4), np.float32)
     for i, picture in enumerate(pictures):
         x0, y0, x1, y1 = (float(side) for side in person.boxes[i])
         angle = float(person.roll[i])
@@ -103,7 +112,9 @@ def _follow(person: Person, pictures: NDArray[np.uint8]) -> None:
         across = found.points[RIGHT_CHEEK] - found.points[LEFT_CHEEK]
         opening[i], likely[i] = found.opening, found.score
         yaw[i] = np.degrees(np.arctan2(across[2], across[0]))
-    person.opening, person.yaw, person.likely = opening, yaw, likely
+        lips = found.points[list(LIPS), :2]
+        mouth[i] = [*lips.min(0), *lips.max(0)]
+    person.opening, person.yaw, person.likely, person.mouth = opening, yaw, likely, mouth
 
 
 def _linked(found_in: dict[int, list[Face]]) -> list[_Track]:

@@ -95,7 +95,9 @@ class MotionStage:
         for at in pairs:
             flow = np.linalg.norm(self._flow(look.pictures[at], look.pictures[at + step]), axis=-1)
             means.append(float(flow.mean()))
-            rim = np.concatenate([flow[:, : max(1, flow.shape[1] // 10)].ravel(), flow[: max(1, len(flow) // 10)].ravel()])
+            rim = np.concatenate(
+                [flow[:, : max(1, flow.shape[1] // 10)].ravel(), flow[: max(1, len(flow) // 10)].ravel()]
+            )
             edges.append(float(np.median(rim)))
         per_second = look.fps / step
         return {

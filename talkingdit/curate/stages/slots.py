@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Places for models that no package carries: give a folder, and libraries' own classes load it.
 
-    [watch.models]
-    language = "whisper-base"           # a folder of transformers' Whisper, of many languages
-    caption = "Qwen2.5-VL-7B-Instruct"  # a folder of a vision-language model
+[watch.models]
+language = "whisper-base"           # a folder of transformers' Whisper, of many languages
+caption = "Qwen2.5-VL-7B-Instruct"  # a folder of a vision-language model
 """
 
 from __future__ import annotations
