@@ -25,7 +25,7 @@ from talkingdit.puppets.world import BACKGROUND, Motion, Scene
 FAULTS = (
     *("none", "no_face", "two_people", "subtitles", "silence", "shifted", "blur", "cut", "two_speakers", "duplicate"),
 )
-SECONDS, FPS, SIDE = 5.0, 25, 256
+SECONDS, FPS, SIDE = 6.0, 25, 256
 SHIFT = 0.24  # seconds of a shifted voice
 WORDS = ("SUBSCRIBE NOW", "Episode Twelve", "breaking news", "thank you all", "see you soon")
 

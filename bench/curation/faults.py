@@ -31,7 +31,7 @@ FINDS = {
     "silence": ("speech.share",),
     "shifted": ("sync.lag",),
     "blur": ("sharpness.face",),
-    "two_speakers": ("voices.count",),
+    "two_speakers": ("voices.likeness",),
 }
 CUT_FRAMES = 2  # by which a cut may be misplaced
 FPS = 25

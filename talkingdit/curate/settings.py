@@ -37,7 +37,8 @@ class Watch:
         clip_seconds: longest clip; longer shots are cut.
         min_seconds: shortest clip that is measured at all.
         cut: probability from which on there is a cut.
-        same_voice: cosine of two pieces of speech from which on one person says both.
+        same_voice: cosine of two parts of the speech from which on one person says both, for `voices.count`; the
+            limit on `voices.likeness` asks the same without watching anew.
         largest_lag: seconds by which sound and mouth are shifted against each other at most.
         stages: that measure, in this order; a name of `stages`, or "module:Class" of your own.
         models: folders, files or "module:name" of models that no package carries, by stage.
@@ -53,7 +54,7 @@ class Watch:
     clip_seconds: float = 20.0
     min_seconds: float = 1.0
     cut: float = 0.5
-    same_voice: float = 0.65
+    same_voice: float = 0.645
     largest_lag: float = 0.6
     stages: tuple[str, ...] = (
         *("picture", "people", "body", "sharpness", "motion", "text"),
@@ -115,7 +116,7 @@ LIMITS: dict[str, Limit] = {
     "text.over_person": Limit(at_most=0.02),
     "text.share": Limit(at_most=0.15),
     "speech.share": Limit(at_least=0.3, required=True),
-    "voices.count": Limit(at_least=1, at_most=1),
+    "voices.likeness": Limit(at_least=0.645),
     "sync.score": Limit(at_least=0.3),
     "sync.lag": Limit(at_least=-0.14, at_most=0.14),
     "language.is_wanted": Limit(at_least=1),

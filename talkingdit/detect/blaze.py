@@ -27,7 +27,7 @@ def available() -> bool:
     return weights_of(NETWORK) is not None
 
 
-def large_faces(frame: NDArray[np.uint8], threshold: float = 0.6) -> list[Face]:
+def large_faces(frame: NDArray[np.uint8], threshold: float = 0.5) -> list[Face]:
     """The large faces of a picture, best first.
 
     Args:

@@ -68,26 +68,53 @@ def embed(samples: NDArray[np.float32], spans: Sequence[tuple[float, float]], ev
     return result
 
 
-def count_voices(embeddings: Embeddings, likeness: float, least: int = 2) -> int:
-    """How many voices there are: groups of embeddings, joined by their mean likeness.
+def count_voices(embeddings: Embeddings, likeness: float, overlap: int = 1) -> int:
+    """How many voices there are: speech is divided where it changes most, and parts that are alike are one voice.
+
+    Means of many pieces are compared, not pieces: a piece of 1.6 s varies with what is said, and may lie over a change.
 
     Args:
-        embeddings: [n, d], of length one.
-        likeness: cosine of two voices' means from which on they are one.
-        least: pieces that a voice has; a single one may lie over a change, or a noise.
+        embeddings: [n, d], of length one, in the order of time.
+        likeness: cosine of two parts' means from which on one person says both.
+        overlap: pieces that share speech with a piece, on either side.
     """
     if not len(embeddings):
         return 0
-    groups = [[i] for i in range(len(embeddings))]
-    alike = embeddings @ embeddings.T
-    while len(groups) > 1:
-        means = np.array([[alike[np.ix_(a, b)].mean() for b in groups] for a in groups])
-        np.fill_diagonal(means, -1)
-        i, j = divmod(int(means.argmax()), len(groups))
-        if means[i, j] < likeness:
-            break
-        groups[min(i, j)] += groups.pop(max(i, j))
-    return max(1, sum(len(group) >= least for group in groups))
+    voices: list[Embeddings] = []
+    for begin, end in _parts(embeddings, 0, len(embeddings), likeness, overlap):
+        mean = embeddings[begin:end].mean(0)
+        mean = mean / np.linalg.norm(mean)
+        if all(float(mean @ other) < likeness for other in voices):
+            voices.append(mean)
+    return len(voices)
+
+
+def likeness_of_parts(embeddings: Embeddings, overlap: int = 1) -> float:
+    """The cosine of the means before and after the place where speech changes most; 1 where it is too short to tell."""
+    return _change(embeddings, 0, len(embeddings), overlap)[0]
+
+
+def _parts(e: Embeddings, begin: int, end: int, likeness: float, overlap: int) -> list[tuple[int, int]]:
+    """Where speech of one voice begins and ends, in pieces."""
+    alike, where = _change(e, begin, end, overlap)
+    if alike >= likeness:
+        return [(begin, end)]
+    half = max(1, overlap // 2)
+    left = _parts(e, begin, where - half, likeness, overlap)
+    return left + _parts(e, where + half, end, likeness, overlap)
+
+
+def _change(e: Embeddings, begin: int, end: int, overlap: int) -> tuple[float, int]:
+    """The least cosine of the means before and after a place, and this place; pieces that lie over it do not count."""
+    half = max(1, overlap // 2)
+    best, where = 1.0, 0
+    sums = np.concatenate([np.zeros((1, e.shape[1])), np.cumsum(e, 0, dtype=np.float64)])
+    for at in range(begin + half + 1, end - half):
+        before, after = sums[at - half] - sums[begin], sums[end] - sums[at + half]
+        alike = float(before @ after / max(1e-9, np.linalg.norm(before) * np.linalg.norm(after)))
+        if alike < best:
+            best, where = alike, at
+    return best, where
 
 
 def _mel(pieces: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from talkingdit.detect import speech, voices
 from talkingdit.media.sound import SILENCE_PEAK, SPEECH_RATE
 
 QUIET = -120.0  # dBFS, of nothing at all
-VOICE_EVERY = 0.4  # seconds between pieces of speech that are compared
+VOICE_EVERY = 0.2  # seconds between pieces of speech that are compared
+OVERLAP = round(voices.SECONDS / VOICE_EVERY)
 
 
 class SpeechStage:
@@ -52,4 +53,8 @@ class VoicesStage:
         pieces = voices.embed(look.samples, found.spoken, VOICE_EVERY)
         if not len(pieces):
             return {}
-        return {"voices.count": voices.count_voices(pieces, self._likeness), "voices.pieces": len(pieces)}
+        return {
+            "voices.count": voices.count_voices(pieces, self._likeness, OVERLAP),
+            "voices.likeness": round(voices.likeness_of_parts(pieces, OVERLAP), 4),
+            "voices.pieces": len(pieces),
+        }
