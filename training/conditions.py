@@ -18,7 +18,7 @@ from torch import Tensor
 
 from talkingdit.data.sample import Sample
 from talkingdit.families.training import GENERATE
-from training.losses import sample_sigmas
+from training.losses import facial_gate, joint_weights, sample_sigmas
 from training.sections import AnchorsConfig, ConditionsConfig, Ramp, StageConfig, at
 
 CONDITIONS = ("text", "audio", "reference", "history", "pose")
@@ -63,6 +63,7 @@ class Draws:
     history_noise: float  # standard deviation of the noise on the history
     prefix: int  # latents at the beginning that are given clean
     weighted: bool  # is the loss weighted by region?
+    gated: bool = False  # does the loss count in the gate's region alone?
     task: str = GENERATE
     anchors: tuple[Anchor, ...] = ()
 
@@ -88,6 +89,7 @@ def draw(sample: Sample, number: int, stage: StageConfig, seed: int, progress: f
         history_noise=most * float(random(seed, number, "history level").random()) if most > 0 else 0.0,
         prefix=c.prefix_latents if long_enough and happens(seed, number, "prefix", at(c.prefix, progress)) else 0,
         weighted=happens(seed, number, "regions", at(o.region_share, progress)),
+        gated=bool(o.gate_region) and happens(seed, number, "gate", at(o.gate, progress)),
         task=draw_task(c.tasks, seed, number, progress),
         anchors=draw_anchors(sample, c.anchors, seed, number, progress),
     )
@@ -165,9 +167,11 @@ def cell_weights(sample: Sample, stage: StageConfig, draws: Draws, progress: flo
 
     Regions are painted on the background in the order of the configuration: where the mask m of a region (0..1) covers
     a cell, its weight goes to (1 - m) weight + m region weight. Latents that are given clean weigh nothing, and the
-    others are raised so that the mean stays one. A sample whose weights would all be zero is weighted evenly.
+    others are raised so that the mean stays one. A sample whose weights would all be zero is weighted evenly. Where the
+    gate is closed, only its region counts, with the weights that it has there.
 
-    Source: SkyReels-Audio, equations 2 and 3: a factor in the region, another one outside, a share of samples without.
+    Source: SkyReels-Audio, section 2.3: a factor in the region, another one outside (equation 2), and the facial mask
+    loss, gated by a probability.
     """
     o = stage.objective
     weight = torch.ones(sample.latents.shape[1:])
@@ -175,7 +179,8 @@ def cell_weights(sample: Sample, stage: StageConfig, draws: Draws, progress: flo
         weight *= at(o.background, progress)
         for name, value in o.regions.items():
             if name in sample.regions:
-                weight = torch.lerp(weight, torch.tensor(at(value, progress)), sample.regions[name].float())
+                weight = joint_weights(sample.regions[name].float(), at(value, progress), weight)
+    weight = facial_gate(weight, sample.regions.get(o.gate_region), draws.gated)
     counted = torch.ones_like(weight)
     counted[: draws.prefix] = 0
     weight = weight * counted

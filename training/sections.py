@@ -184,6 +184,8 @@ class ObjectiveConfig:
     weighting_std: float = 1.0
     snr_gamma: float = 5.0  # of min_snr: the most that the ratio of signal to noise counts
     region_share: Ramp = 1.0  # of samples whose loss is weighted by region; the others' is plain
+    gate_region: str = ""  # of a gated loss: the region that alone counts where the gate is closed
+    gate: Ramp = 0.0  # share of samples for which it is
 
 
 @dataclass

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from talkingdit.cli.messages import USER_ERROR, UsageError, interrupted_by_sigterm, media_warnings, tell
+from talkingdit.openmp import wait_briefly
 
 __all__ = ["USER_ERROR", "main"]
 
@@ -24,6 +25,7 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for a mistake in the input, 130 when interrupted."""
+    wait_briefly()
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if words and words[0] in ("-h", "--help"):

@@ -24,6 +24,7 @@ DEFAULT = "puppet"  # the family of the model that ships with the package
 _MODULES = {
     "puppet": "talkingdit.families.puppet",
     "wan_s2v": "talkingdit.families.wan_s2v",
+    "wan_i2v": "talkingdit.families.wan_i2v",
 }
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,33 +85,49 @@ class TextCrossAttention(CrossAttention):
 
     def forward(self, x: Tensor, text: Tensor, inputs: BlockInputs, key_value: KeyValue | None = None) -> Tensor:
         """x [B, N, dim], text [B, L, dim] (or its `key_value`) -> [B, N, dim]; x [1, N, dim] if it is packed."""
-        k, v = self.key_value(text) if key_value is None else key_value
-        q = self.query(x)
-        mask, backend, shard = inputs.text_mask, inputs.backend, inputs.shard
-        if shard is None or not shard.packed:
-            return self.o(attention(q, k, v, mask=mask, backend=backend).flatten(2))
-        parts = []
-        for i, (begin, end) in enumerate(shard.clip_ranges):
-            one = slice(i, i + 1)
-            clip_mask = None if mask is None else mask[one]
-            parts.append(attention(q[:, begin:end], k[one], v[one], mask=clip_mask, backend=backend))
-        return self.o((parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(2))
+        key_value = self.key_value(text) if key_value is None else key_value
+        return self.o(attend_clips(self.query(x), key_value, inputs, inputs.text_mask))
+
+
+def attend_clips(q: Tensor, key_value: KeyValue, inputs: BlockInputs, mask: Tensor | None = None) -> Tensor:
+    """Attention of queries q [B, N, H, D] to k, v [B, L, H, D], of a packed sequence to those of their clip.
+
+    Args:
+        mask: bool [B, L].
+
+    Returns:
+        [B, N, H * D]; for a packed sequence B is 1 here, and the number of its local clips in k, v and the mask.
+    """
+    (k, v), backend, shard = key_value, inputs.backend, inputs.shard
+    if shard is None or not shard.packed:
+        return attention(q, k, v, mask=mask, backend=backend).flatten(2)
+    parts = []
+    for i, (begin, end) in enumerate(shard.clip_ranges):
+        one = slice(i, i + 1)
+        clip_mask = None if mask is None else mask[one]
+        parts.append(attention(q[:, begin:end], k[one], v[one], mask=clip_mask, backend=backend))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(2)
 
 
 class WanBlock(nn.Module):
-    """Self-attention, text cross-attention and feed-forward, the first and last modulated by the timestep."""
+    """Self-attention, text cross-attention and feed-forward, the first and last modulated by the timestep.
 
-    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float):
+    Args:
+        dim, ffn_dim, num_heads, eps: as of the model.
+        cross_attn: in the place of attention to the text alone, see `attend_context`.
+    """
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float, cross_attn: nn.Module | None = None):
         super().__init__()
         self.eps = eps
         self.self_attn = SelfAttention(dim, num_heads, eps)
         self.norm3 = LayerNorm(dim, eps)
-        self.cross_attn = TextCrossAttention(dim, num_heads, eps)
+        self.cross_attn = TextCrossAttention(dim, num_heads, eps) if cross_attn is None else cross_attn
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
-        self, x: Tensor, time: Tensor, text: Tensor, inputs: BlockInputs, text_kv: KeyValue | None = None
+        self, x: Tensor, time: Tensor, text: Tensor, inputs: BlockInputs, text_kv: KeyValue | None = None, *more: Any
     ) -> Tensor:
         """One block on the residual stream.
 
@@ -119,6 +136,7 @@ class WanBlock(nn.Module):
             time: [B, G, 6, dim] float32, modulation of each group of tokens.
             text: [B, L, dim]; linear layers compute in its dtype.
             text_kv: k and v of the text for this block, where they were made beforehand.
+            more: further context of `attend_context`.
         """
         dtype, groups, begin = text.dtype, inputs.groups, inputs.token_offset
         # Hooks around a block, such as caches of steps, may look at what it was given.
@@ -136,12 +154,16 @@ class WanBlock(nn.Module):
         x, y = ops.gate_residual_norm_modulate(
             x, y, gate1, scale, shift, groups, self.eps, begin, dtype, out=residual(y)
         )
-        y = self.cross_attn(y, text, inputs, text_kv)
+        y = self.attend_context(y, text, inputs, text_kv, *more)
         one = torch.ones_like(gate1)
         x, y = ops.gate_residual_norm_modulate(
             x, y, one, scale2, shift2, groups, self.eps, begin, dtype, out=residual(y)
         )
         return ops.gate_residual(x, self._feed_forward(y), gate2, groups, begin, out=x if inplace else None)
+
+    def attend_context(self, y: Tensor, text: Tensor, inputs: BlockInputs, text_kv: KeyValue | None) -> Tensor:
+        """What attention to text, and in other models to more, adds: normalised y [B, N, dim] -> [B, N, dim]."""
+        return self.cross_attn(y, text, inputs, text_kv)
 
     def _feed_forward(self, y: Tensor) -> Tensor:
         """The ffn of y, which it may overwrite: without gradients in slices, so that its wide middle stays small."""

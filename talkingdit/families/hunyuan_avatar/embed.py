@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How `HunyuanAvatarModel.encode_conditions` makes text, picture, voices and emotions into conditions of a step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from talkingdit.families.hunyuan_avatar.audio import VoiceMemory, speaker_weights
+from talkingdit.families.hunyuan_avatar.checks import clip_size
+from talkingdit.families.hunyuan_avatar.emotion import KeyValue, scenes_of
+from talkingdit.families.hunyuan_avatar.injection import over_time
+from talkingdit.families.hunyuan_avatar.inputs import FPS, MOTION_EXP, MOTION_POSE, AvatarConditions, AvatarInputs
+from talkingdit.families.hunyuan_avatar.rope import layouts
+from talkingdit.families.hunyuan_avatar.sequence import ClipSpan, Range, sequence_shard
+from talkingdit.families.hunyuan_avatar.text import used_text
+
+if TYPE_CHECKING:
+    from talkingdit.families.hunyuan_avatar.model import HunyuanAvatarModel
+    from talkingdit.nn.context_parallel import ContextParallel
+
+
+def encode(
+    model: HunyuanAvatarModel,
+    inputs: AvatarInputs,
+    size: tuple[int, int, int] | None = None,
+    precompute: bool = True,
+    context: ContextParallel | None = None,
+) -> AvatarConditions:
+    """See `HunyuanAvatarModel.encode_conditions`; `size` counts where the inputs have none."""
+    config = model.config
+    frames, height, width = clip_size(config, inputs, size)
+    text, text_mask, lengths = used_text(inputs.text, inputs.text_mask)
+    longest = max(1, *lengths)
+    clip = clip_span(config, (frames, height, width), inputs.reference is not None, longest)
+    shard = sequence_shard([clip], context)
+    ragged = min(lengths) < longest
+    key_mask = None
+    if ragged:
+        ends = torch.tensor(lengths, device=text.device) + clip.image
+        key_mask = torch.arange(clip.tokens, device=text.device) < ends[:, None]
+    reference, added = picture_tokens(model, inputs, clip, shard.reference[0], shard.video[0])
+    audio, weights = voices(model, inputs, clip, shard.frames[0], shard.video[0])
+    emotion, strength = emotions(model, inputs)
+    scenes = ()
+    if emotion is not None:
+        scenes = tuple(scenes_of(emotion_rows(inputs, frames), clip.per_frame, *shard.video[0]))
+    audio_memory, emotion_memory = for_blocks(model, audio, emotion, precompute)
+    return AvatarConditions(
+        shard=shard,
+        layouts=layouts(config, [clip]),
+        text=text,
+        text_mask=text_mask,
+        vec=step_vector(model, inputs),
+        reference=(reference,),
+        added=(added,),
+        channels=(inputs.reference if config.reference_channels else None,),
+        lengths=tuple(clip.image + length for length in lengths) if ragged else None,
+        key_mask=key_mask,
+        audio=audio,
+        audio_weights=weights,
+        audio_memory=audio_memory,
+        emotion=emotion,
+        emotion_strength=strength,
+        emotion_scenes=scenes,
+        emotion_memory=emotion_memory,
+    )
+
+
+def clip_span(config: Any, size: tuple[int, int, int], reference: bool, text: int, begin: int = 0) -> ClipSpan:
+    """A clip of latents of this size in the sequence."""
+    frames, rows, columns = size[0], size[1] // 2, size[2] // 2
+    return ClipSpan(
+        begin, rows * columns if reference and config.reference_tokens else 0, (frames, rows, columns), text
+    )
+
+
+def step_vector(model: HunyuanAvatarModel, inputs: AvatarInputs) -> Tensor:
+    """All of the vector of a step but its timestep: [B, dim] float32."""
+    batch, device = inputs.text.shape[0], inputs.text.device
+    pooled = inputs.pooled_text
+    if pooled is None:
+        pooled = torch.zeros(batch, model.config.text_states_dim_2, device=device)
+    with torch.autocast(device.type, enabled=False):
+        vec = model.vector_in(pooled)
+        scalars = (
+            (model.motion_exp, inputs.motion_exp, MOTION_EXP),
+            (model.motion_pose, inputs.motion_pose, MOTION_POSE),
+        )
+        for embedder, value, usual in scalars:
+            value = torch.full((batch, 4), usual, device=device) if value is None else value.float()
+            vec = vec + embedder(value).flatten(1)
+        fps = torch.full((batch,), FPS, device=device) if inputs.fps is None else inputs.fps.float()
+        return vec + model.fps_proj(fps)
+
+
+def picture_tokens(
+    model: HunyuanAvatarModel, inputs: AvatarInputs, clip: ClipSpan, held: Range, video: Range
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens of the reference that are held, and what it adds to the video tokens that are."""
+    weight, config = model.img_in.proj.weight, model.config
+    batch = inputs.text.shape[0]
+    reference = inputs.reference
+    if reference is None:
+        tokens = touch(weight.new_zeros(batch, 0, config.hidden_size), model.ref_in, model.before_proj)
+        return tokens, None
+    tokens = weight.new_zeros(batch, 0, config.hidden_size)
+    if clip.reference:
+        # The picture alone is its own repetition, where its channels are doubled.
+        picture = reference[:, :, :1]
+        picture = torch.cat([picture, picture], dim=1) if config.reference_channels else picture
+        tokens = model.img_in(picture, held)
+    if model.ref_in is None:
+        return tokens, None
+    return tokens, model.before_proj(model.ref_in(over_time(reference, clip.grid[0]), video))
+
+
+def voices(
+    model: HunyuanAvatarModel, inputs: AvatarInputs, clip: ClipSpan, frames: Range, video: Range
+) -> tuple[Tensor | None, Tensor | None]:
+    """Audio tokens [B, P, F, A, dim] of these latent frames, and weights [B, P, n] of these video tokens."""
+    audio = inputs.audio
+    if audio is None or (audio.dim() == 6 and audio.shape[1] == 0):
+        return None, None
+    if audio.dim() == 5:
+        audio = audio[:, None]
+    batch, speakers = audio.shape[:2]
+    tokens = model.audio_proj.latent_tokens(audio)[:, :, slice(*frames)]
+    strength = inputs.strength
+    if not isinstance(strength, Tensor):
+        strength = torch.tensor(1.0 if strength is None else float(strength))
+    strength = strength.to(audio.device).expand(batch, speakers)
+    weights = speaker_weights(inputs.face_mask, strength, speakers, (batch, *clip.grid))
+    return tokens, weights[:, :, slice(*video)]
+
+
+def emotions(model: HunyuanAvatarModel, inputs: AvatarInputs) -> tuple[Tensor | None, Tensor | None]:
+    """Tokens of the references [B, E, n, dim] and their strengths [B, E]."""
+    if inputs.emotion is None or inputs.emotion.shape[1] == 0:
+        return None, None
+    strength = inputs.emotion_strength
+    if not isinstance(strength, Tensor):
+        strength = torch.tensor(1.0 if strength is None else float(strength))
+    strength = strength.to(inputs.emotion.device, torch.float32).expand(inputs.emotion.shape[:2])
+    return model.emotion_in(inputs.emotion), strength
+
+
+def emotion_rows(inputs: AvatarInputs, frames: int) -> list[list[int]]:
+    """Per sample, the reference of every latent frame."""
+    index = inputs.emotion_index
+    if index is None:
+        return [[0] * frames for _ in range(inputs.text.shape[0])]
+    rows: list[list[int]] = index.tolist() if isinstance(index, Tensor) else [list(row) for row in index]
+    return rows
+
+
+def touch(tokens: Tensor, *modules: nn.Module | None) -> Tensor:
+    """The same tokens, as if made with all weights of modules that this forward leaves out.
+
+    So they get a gradient of zeros instead of none. Processes that share the work reduce the gradients of all weights,
+    also where one had a batch with a voice and another one without.
+    """
+    weights = [weight for module in modules if module is not None for weight in module.parameters()]
+    if not weights or not torch.is_grad_enabled():
+        return tokens
+    return tokens + torch.stack([weight.flatten()[:0].sum() for weight in weights]).sum().to(tokens.dtype)
+
+
+def for_blocks(
+    model: HunyuanAvatarModel, audio: Tensor | None, emotion: Tensor | None, precompute: bool
+) -> tuple[tuple[VoiceMemory, ...] | None, tuple[KeyValue, ...] | None]:
+    """With `precompute`, keys and values of voices and emotions for every adapter."""
+
+    def resident(layers: list[Any]) -> bool:
+        """Do the layers hold their weights outside of their forward, too?"""
+        return not any(isinstance(layer, FSDPModule) or hasattr(layer, "_diffusers_hook") for layer in layers)
+
+    voice_layers: list[Any] = list(model.audio_adapter_blocks)
+    emotion_layers: list[Any] = list(model.emotion_adapter_blocks or [])
+    audio_memory = emotion_memory = None
+    if precompute and audio is not None and resident(voice_layers):
+        absorb = "none" if torch.is_grad_enabled() else model.config.audio_absorb
+        audio_memory = tuple(layer.memory(audio, absorb) for layer in voice_layers)
+    if precompute and emotion is not None and resident(emotion_layers):
+        emotion_memory = tuple(layer.memory(emotion) for layer in emotion_layers)
+    return audio_memory, emotion_memory
