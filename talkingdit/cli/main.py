@@ -19,6 +19,7 @@ VERBS = {
     "calibrate": "fit the step cache to a checkpoint",
     "eval": "judge videos region by region, against the truth and each other",
     "info": "say what was built and what was found",
+    "curate": "find clips worth training on in a pile of videos",
     "precompute": "encode training videos once, into shards",
 }
 
