@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from talkingdit.checkpoints.bounds import MOST_VIDEO
 from talkingdit.encoders.speech import Sound, is_long
 from talkingdit.errors import UserError
+from talkingdit.media.edited import open_edited
 from talkingdit.media.files import SPEECH_RATE, read_image, sound_blocks
 from talkingdit.media.sound import check_voice
 from talkingdit.media.targets import check_apart, check_writable
@@ -70,12 +72,25 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A box that the preview shows on its first frame.
+
+    Args:
+        name: that stands beside it; "" is a box without one, drawn faint.
+        box: x0, y0, x1, y1 in pixels of the video.
+    """
+
+    name: str
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
 class Outline:
     """What video will be made, known before any model is loaded. A family's `outline` makes it.
 
     Args:
         size: height and width in pixels.
-        fps: frames per second.
+        fps: frames per second, a fraction where a video that is changed has such a rate.
         clips: how many are generated.
         steps: denoising steps per clip.
         predictions: of the model per step, with and without conditions.
@@ -85,13 +100,17 @@ class Outline:
         lead: frames at its beginning that repeat the first one.
         skip: frames' worth of sound that is left out at the beginning.
         settings: what finished clips depend on, by names that a person knows, of plain JSON types.
+        crf: quality of the encoder, lower is better.
         warnings: sentences about what is done differently from what may be expected.
         when_too_large: what does not fit where memory runs out, and what to try.
+        work: denoising steps of each clip, where they differ; empty: `steps` of each. A clip without any, or one that
+            shows no frames, is a stage of the work on a video that is denoised as a whole.
+        marks: boxes that the preview shows.
         details: the family's own.
     """
 
     size: tuple[int, int]
-    fps: int
+    fps: int | Fraction
     clips: int
     steps: int
     predictions: int
@@ -100,8 +119,11 @@ class Outline:
     lead: int = 0
     skip: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    crf: int = 16
     warnings: tuple[str, ...] = ()
     when_too_large: str = "its clips"
+    work: tuple[int, ...] = ()
+    marks: tuple[Mark, ...] = ()
     details: Any = None
 
 
@@ -123,12 +145,21 @@ def read_inputs(job: Job, others: Mapping[str, Path] | None = None) -> Inputs:
     check_apart({"output": job.output, "sheet": job.sheet}, read)
     for target in (job.output, *([] if job.sheet is None else [job.sheet])):
         check_writable(target)
-    image = read_image(job.image)
+    image = first_picture(job.image) if job.image == (others or {}).get("video") else read_image(job.image)
     if job.spoken:
         sound = LiveSound(STANDARD_INPUT, job.output.parent, job.audio_rate)
         sound.wait(1)  # if nothing ever comes, that is told before a model is loaded
         return Inputs(job, image, sound)
     return Inputs(job, image, read_voice(job.audio, job.output.parent))
+
+
+def first_picture(path: Path) -> Frames:
+    """The first picture of a video, which stands for the portrait where the video is changed.
+
+    Raises:
+        UserError: no such file, or not a video.
+    """
+    return next(open_edited(path).read(0, 1))
 
 
 def check_enlarged(job: Job, outline: Outline) -> None:

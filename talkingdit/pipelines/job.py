@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,13 @@ class Result:
 
     path: Path
     frames: int
-    fps: int
+    fps: int | Fraction
     took: float  # seconds
     first_after: float | None = None  # seconds until the first frames of a live video were written
 
     @property
     def seconds(self) -> float:
-        return self.frames / self.fps
+        return float(self.frames / self.fps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,8 @@ def _clips(
     pipeline: ClipPipeline, conditions: Any, inputs: Inputs, outline: Outline, store: SharedClipStore, talk: Talk
 ) -> Iterator[GeneratedClip]:
     """The clips that are not finished yet, with progress."""
-    done, total = store.finished * outline.steps, outline.clips * outline.steps
+    work = outline.work or (outline.steps,) * outline.clips
+    done, total = sum(work[: store.finished]), sum(work)
     spoken, team = inputs.job.spoken, pipeline.parallel.team
 
     def advance() -> None:

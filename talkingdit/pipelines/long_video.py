@@ -241,7 +241,7 @@ class GeneratedClip:
     """A finished clip."""
 
     index: int
-    frames: Tensor  # [1, 3, n, H, W] float32 in -1..1
+    frames: Tensor  # [1, 3, n, H, W] float32 in -1..1, or uint8
     carry: Carry | None  # None after the last clip
 
 
