@@ -66,6 +66,7 @@ class HunyuanAvatarSettings:
     text_guidance: float | None = None  # separate constant strengths of text and voice in place of the schedule
     audio_guidance: float | None = None
     features: str = "whisper"  # of a voice: "whisper", or "speech", which need no encoder
+    silence: str = "zeros"  # what audio guidance leads away from: features of zeros, or "none", nothing heard at all
     prompt_prefix: str = PROMPT_PREFIX
     negative_prompt: str = NEGATIVE_PROMPT
 
@@ -90,6 +91,8 @@ class HunyuanAvatarSettings:
             raise ValueError(f"pipeline.json: window must be at least 2, got {self.window}")
         if self.features not in FEATURES:
             raise ValueError(f"pipeline.json: features must be one of {', '.join(FEATURES)}, got {self.features!r}")
+        if self.silence not in ("zeros", "none"):
+            raise ValueError(f"pipeline.json: silence must be zeros or none, got {self.silence!r}")
         if self.shift == 0:
             raise ValueError("pipeline.json: shift must be a number above 0, got 0")
         if self.size_multiple % 16:

@@ -45,6 +45,7 @@ class VideoConditions:
     strength: Tensor
     emotion: Tensor | None
     emotion_index: Tensor
+    silence: str = "zeros"  # see `HunyuanAvatarSettings`
 
     def arguments(self, frames: Tensor, views: Sequence[View], mask: float, fps: float) -> dict[str, Any]:
         """Arguments of the transformer besides latents and timestep, a sample per view.
@@ -60,13 +61,15 @@ class VideoConditions:
         heard = sound_frames(frames, self.latents)
         # [1, S, 4 f - 3, window, blocks, channels]
         audio = torch.stack([voice.at(heard) for voice in self.voices])[None].to(device)
+        deaf = 0.0 if self.silence == "none" else mask
+        masks = torch.tensor([mask if view.audio else deaf for view in views], device=device)
         found: dict[str, Any] = {
             "text": torch.cat([words.features for words in chosen]),
             "text_mask": torch.cat([words.mask for words in chosen]),
             "pooled_text": torch.cat([words.pooled for words in chosen]),
             "reference": _repeat(self.reference[:, :, : len(frames)], count),
             "audio": torch.cat([audio if view.audio else torch.zeros_like(audio) for view in views]),
-            "face_mask": _repeat(self.masks * mask, count),
+            "face_mask": self.masks * masks.view(-1, 1, 1, 1, 1),
             "strength": _repeat(self.strength, count),
             "fps": torch.full((count,), float(fps), device=device),
         }

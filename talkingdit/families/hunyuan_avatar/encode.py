@@ -52,6 +52,7 @@ def encode(
         strength=torch.tensor([strength], device=device),
         emotion=emotion,
         emotion_index=torch.tensor(details.emotion_index),
+        silence=checkpoint.settings.silence,
     )
 
 
@@ -61,7 +62,7 @@ def squeezed(image: Frames, size: tuple[int, int]) -> Frames:
 
     if image.shape[:2] == size:
         return image
-    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.LANCZOS))
+    return np.array(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.LANCZOS))
 
 
 def _emotions(codec: Codec, details: Details, size: tuple[int, int]) -> Tensor:

@@ -27,7 +27,6 @@ from talkingdit.families.hunyuan_avatar.speakers import (
     Place,
     Speaker,
     check_boxes,
-    check_speakers,
     draw_mask,
     named_by_turns,
     place_speakers,
@@ -144,7 +143,6 @@ def outline(inputs: Inputs, settings: HunyuanAvatarSettings, options: Options) -
     """
     try:
         guidance = _guidance(settings, options)
-        check_speakers(options.speaker, options.turns is not None)
     except ValueError as error:
         raise UserError(f"{error}.") from error
     size = video_size(inputs.image, settings, options)

@@ -96,11 +96,23 @@ def check_export(arguments: Mapping[str, Any], text_encoder: str, run: TrainRun)
 
 def _settings(arguments: Mapping[str, Any], run: TrainRun) -> HunyuanAvatarSettings:
     """What a model that is trained so tells those who generate with it."""
-    window = arguments.get("audio_window", RELEASED["audio_window"])
+    if arguments.get("audio_window", RELEASED["audio_window"]) == RELEASED["audio_window"]:
+        return HunyuanAvatarSettings(window=run.clip_latents, shift=run.shift, silence="none")
     return HunyuanAvatarSettings(
+        fps=run.data["fps"],
+        image_size=run.data["size"],
+        size_multiple=16,
         window=run.clip_latents,
+        shift_offset=max(1, run.clip_latents // 3),
         shift=run.shift,
-        features="whisper" if window == RELEASED["audio_window"] else "speech",
+        steps=run.validation.steps,
+        text_guidance=run.validation.text_guidance,
+        audio_guidance=run.validation.audio_guidance,
+        early_steps=0,
+        features="speech",
+        silence="none",
+        prompt_prefix="",
+        negative_prompt="",
     )
 
 
@@ -117,7 +129,18 @@ def save(folder: Path, transformer: HunyuanAvatarModel, text_encoder: Any, run: 
         write_config(new, {k: v for k, v in read_json(new / "config.json").items() if k != "text_dim"})
     if text_encoder is not None:
         save_model(text_encoder, folder / "text_encoder")
+        _copy_drawn_autoencoder(Path(run.data["shipped_vae"] or run.data["vae"]), folder / "vae")
     _settings(transformer.config, run).save(folder / "pipeline.json")
+
+
+def _copy_drawn_autoencoder(source: Path, target: Path) -> None:
+    """The autoencoder of the drawn world, with which its model is whole."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    from talkingdit.checkpoints.saving import save_model
+
+    if (source / "config.json").is_file():
+        save_model(AutoencoderKLWan.from_pretrained(source), target)
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
@@ -246,12 +269,13 @@ def attention_tokens(config: Mapping[str, Any]) -> float:
 
 
 def open_source(kind: str, name: str, run: TrainRun) -> Source:
-    """It trains on what every family does.
+    """Clips of drawn scenes of several people ("scenes"), which rank 0 draws if nobody has done so before."""
+    from talkingdit.distributed.team import from_rank_0
+    from talkingdit.families.hunyuan_avatar.drawn import DrawnScenes, Scenes, precompute
 
-    Raises:
-        UserError: always.
-    """
-    raise UserError(f"data.sources.{name}.kind: HunyuanVideo-Avatar has none of its own, got {kind!r}.")
+    scenes = DrawnScenes.of(run)
+    from_rank_0(lambda: precompute(scenes, run.seed))
+    return Scenes(scenes, name)
 
 
 def open_validator(run: TrainRun, device: torch.device, context: ContextParallel | None) -> Validator | None:
