@@ -107,6 +107,7 @@ def test_features_and_text_of_a_sample() -> None:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two talking videos, one of them with a box round the face, and two pictures, prepared by the command."""
     root = save_released(tmp_path_factory.mktemp("avatar"))
+    (root / "ckpts" / "pipeline.json").write_text(json.dumps({"size_multiple": 16}))
     for kind in ("audio", "image"):
         entries = []
         for number in range(2):
