@@ -50,5 +50,7 @@ def test_a_family_fulfils_its_protocols(name: str, part: str) -> None:
 
 
 def test_a_name_that_is_no_family_is_told() -> None:
-    with pytest.raises(ValueError, match="family: expected one of puppet, wan_s2v, hunyuan_avatar, wan_i2v, got 'nobody'"):
+    with pytest.raises(
+        ValueError, match="family: expected one of puppet, wan_s2v, hunyuan_avatar, wan_i2v, got 'nobody'"
+    ):
         families.get("nobody")
