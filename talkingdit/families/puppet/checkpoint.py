@@ -132,7 +132,7 @@ def owns(folder: Path) -> bool:
 
     Other families have models of the drawn world too, of other transformers.
     """
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # what is wrong with it is told when it is loaded
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # told when it is loaded
         if json.loads((folder / "transformer" / "config.json").read_text())["_class_name"] not in CLASSES:
             return False
     for file, mark in (
