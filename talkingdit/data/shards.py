@@ -35,8 +35,8 @@ from talkingdit.data.shard_checks import check_description, check_shapes, read_d
 from talkingdit.errors import UserError
 
 EMPTY_TEXT = "empty_text.safetensors"
-GROUPS = ("regions", "voices", "outside")
-SINGLE = ("latents", "audio", "text", "reference", "history", "audio_history", "pose")
+GROUPS = ("regions", "voices", "outside", "inside")
+SINGLE = ("latents", "audio", "text", "reference", "history", "audio_history", "pose", "image")
 _CUT = re.compile(r"-\d+[hsb]$")  # what `Cut.key` puts behind the key of the row
 CHECKSUM = "crc32"  # of the member of tensors, in the description
 
@@ -257,6 +257,7 @@ class PrecomputedShards:
             regions=_group(tensors, "regions"),
             voices=_group(tensors, "voices"),
             outside=_group(tensors, "outside"),
+            inside=_group(tensors, "inside"),
             **tensors,  # what is left has the names of fields
         )
         check_shapes(sample, about, shard)

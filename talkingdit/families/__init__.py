@@ -26,6 +26,8 @@ _MODULES = {
     "wan_s2v": "talkingdit.families.wan_s2v",
     "wan_i2v": "talkingdit.families.wan_i2v",
     "hunyuan_avatar": "talkingdit.families.hunyuan_avatar",
+    "skyreels_audio": "talkingdit.families.skyreels_audio",
+    "gloria": "talkingdit.families.gloria",
 }
 
 

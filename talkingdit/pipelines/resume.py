@@ -230,6 +230,27 @@ class ClipStore:
         remove_left(self.folder)
 
 
+class NoStore:
+    """In the place of a `ClipStore` where nothing can be gone on from: clips pass."""
+
+    folder: Path | None = None
+    finished = 0
+
+    def carry(self) -> Carry | None:
+        return None
+
+    def add(self, frames: Frames, carry: Carry | None) -> None:
+        """The clip has been written where it goes."""
+
+    def frames(self) -> Iterator[Frames]:
+        return iter(())
+
+    def remove(self) -> None:
+        """There is nothing."""
+
+    remove_if_empty = close = remove
+
+
 class SharedClipStore:
     """The finished clips for every process of a team; rank 0 alone touches the disk.
 
@@ -246,9 +267,9 @@ class SharedClipStore:
         UserError: from `opened`.
     """
 
-    def __init__(self, opened: Callable[[], ClipStore], team: Team = ALONE):
-        self._team = team
-        self._store: ClipStore | None = None
+    def __init__(self, opened: Callable[[], ClipStore | NoStore], team: Team = ALONE):
+        self.team = team
+        self._store: ClipStore | NoStore | None = None
 
         def found() -> tuple[int, Carry | None]:
             self._store = opened()
@@ -266,14 +287,14 @@ class SharedClipStore:
         return None if self._store is None else self._store.folder
 
     @property
-    def local(self) -> ClipStore:
+    def local(self) -> ClipStore | NoStore:
         """The store, on rank 0."""
         assert self._store is not None
         return self._store
 
     def add(self, frames: Callable[[], Frames], carry: Carry | None) -> None:
         """Keep the next finished clip, of which rank 0 makes the frames. See `ClipStore.add`."""
-        self._team.on_rank_0(lambda: self.local.add(frames(), carry))
+        self.team.on_rank_0(lambda: self.local.add(frames(), carry))
         self.finished += 1
 
     def remove(self) -> None:

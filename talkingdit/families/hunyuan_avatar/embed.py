@@ -45,6 +45,7 @@ def encode(
     reference, added = picture_tokens(model, inputs, clip, shard.reference[0], shard.video[0])
     audio, weights = voices(model, inputs, clip, shard.frames[0], shard.video[0])
     emotion, strength = emotions(model, inputs)
+    idled = idle(model, len(lengths), audio, emotion)
     scenes = ()
     if emotion is not None:
         scenes = tuple(scenes_of(emotion_rows(inputs, frames), clip.per_frame, *shard.video[0]))
@@ -54,7 +55,7 @@ def encode(
         layouts=layouts(config, [clip]),
         text=text,
         text_mask=text_mask,
-        vec=touch_unused(model, step_vector(model, *vector_inputs(config, inputs)), audio, emotion),
+        vec=step_vector(model, *vector_inputs(config, inputs)),
         reference=(reference,),
         added=(added,),
         channels=(inputs.reference if config.reference_channels else None,),
@@ -67,6 +68,7 @@ def encode(
         emotion_strength=strength,
         emotion_scenes=scenes,
         emotion_memory=emotion_memory,
+        **idled,
     )
 
 
@@ -172,9 +174,25 @@ def touch(tokens: Tensor, *modules: nn.Module | None) -> Tensor:
     return tokens + torch.stack([weight.flatten()[:0].sum() for weight in weights]).sum().to(tokens.dtype)
 
 
-def touch_unused(model: HunyuanAvatarModel, vec: Tensor, audio: Tensor | None, emotion: Tensor | None) -> Tensor:
-    """The same, as if made with the layers for voices and emotions, where there are none."""
-    return touch(vec, model.audio_proj if audio is None else None, model.emotion_in if emotion is None else None)
+def idle(model: HunyuanAvatarModel, batch: int, audio: Tensor | None, emotion: Tensor | None) -> dict[str, Tensor]:
+    """What the layers for voices and emotions are run with, on no token, where there are none.
+
+    Processes that share the work must run the same layers, also where one has a voice and another one has none, and
+    reduce the gradients of all weights.
+    """
+    config, weight = model.config, model.img_in.proj.weight
+    found = {}
+    if audio is None and _shares(model.audio_proj):
+        silence = weight.new_zeros(batch, 1, 1, config.audio_window, config.audio_blocks, config.audio_channels)
+        found["idle_audio"] = model.audio_proj.latent_tokens(silence)
+    if emotion is None and model.emotion_in is not None and _shares(model.emotion_adapter_blocks[0]):
+        found["idle_emotion"] = touch(weight.new_zeros(batch, 1, 1, config.hidden_size), model.emotion_in)
+    return found
+
+
+def _shares(module: nn.Module) -> bool:
+    """May this module have to run although its result is not wanted?"""
+    return torch.is_grad_enabled() or isinstance(module, FSDPModule)
 
 
 def for_blocks(

@@ -18,9 +18,9 @@ from talkingdit.families.hunyuan_avatar.embed import (
     emotion_rows,
     emotions,
     heard_by,
+    idle,
     picture_tokens,
     step_vector,
-    touch_unused,
     vector_inputs,
 )
 from talkingdit.families.hunyuan_avatar.emotion import Scene, scenes_of
@@ -92,12 +92,13 @@ def encode_packed(
     text, text_mask = _stacked_texts([text for text, _, _ in texts], [mask for _, mask, _ in texts])
     audio, weights = _voices(model, given, shard)
     emotion, strength, scenes = _emotions(model, given, shard)
+    idled = idle(model, 1, audio, emotion)
     return AvatarConditions(
         shard=shard,
         layouts=layouts(config, spans),
         text=text,
         text_mask=text_mask,
-        vec=touch_unused(model, step_vector(model, *vectors), audio, emotion),
+        vec=step_vector(model, *vectors),
         reference=tuple(tokens for tokens, _ in pictures),
         added=tuple(added for _, added in pictures),
         channels=tuple(inputs.reference if config.reference_channels else None for inputs in given),
@@ -106,6 +107,7 @@ def encode_packed(
         emotion=emotion,
         emotion_strength=strength,
         emotion_scenes=scenes,
+        **idled,
     )
 
 

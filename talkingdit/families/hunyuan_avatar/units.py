@@ -10,11 +10,11 @@ from talkingdit.nn.units import Unit
 
 UNITS: tuple[Unit, ...] = (
     Unit("audio_proj"),
-    Unit("time_in", float32=True),
-    Unit("vector_in", float32=True),
     Unit("motion_exp", float32=True),
     Unit("motion_pose", float32=True),
+    Unit("vector_in", float32=True),
     Unit("fps_proj", float32=True),
+    Unit("time_in", float32=True),
     Unit("txt_in"),
     Unit("double_blocks.*", large=True),
     Unit("audio_adapter_blocks.*", large=True),
