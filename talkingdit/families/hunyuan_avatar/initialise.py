@@ -117,7 +117,8 @@ def initialise_from_video_model(model: HunyuanAvatarModel, source: str | Path) -
 
     The picture's tokenizer begins as the video's (arXiv:2505.20156, section 3.2). Input channels that the video model
     does not have (a reference behind the channels) begin at zero, so that the model begins as the video model; those of
-    an image-to-video model beyond the noisy latents' are left aside. The embedding of a guidance scale, which distilled models have, is left aside.
+    an image-to-video model beyond the noisy latents' are left aside, and so is the embedding of a guidance scale, which
+    distilled models have.
 
     Args:
         model: on any device, in any dtype; changed in place.
