@@ -299,6 +299,7 @@ def _kept_settings(details: Details, turns: tuple[Turn, ...], settings: HunyuanA
     return {
         "steps": guidance.steps,
         "guidance": list(astuple(guidance)),
+        "step cache": options.step_cache,
         "negative prompt": details.negative_prompt,
         "prompt prefix": settings.prompt_prefix,
         "shift": settings.shift,
