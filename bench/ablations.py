@@ -142,7 +142,7 @@ def run_training(chosen: Study, row: Row, folder: Path, budget: Budget) -> None:
     config = read_toml(_ROOT / "training" / "configs" / chosen.config)
     config.run.out = folder / f"{chosen.name}_{row.name}"
     config.run.seed = budget.seed
-    config.model.start = str(folder / f"{chosen.name}_start")
+    config.model.start = folder / f"{chosen.name}_start"
     for source in config.data.sources.values():
         source.path = folder / f"{chosen.name}_clips"
     config.run.minutes = 0.0 if budget.quick else budget.minutes
