@@ -22,12 +22,12 @@ WRITERS = ["generate", "precompute", "train", "export"]
 def main() -> int:
     """Print a line per writer, and every fault; the exit status is 1 where there is one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("writers", nargs="*", default=WRITERS, choices=WRITERS)
+    parser.add_argument("writers", nargs="*", help=f"of {', '.join(WRITERS)} (default: all)")
     parser.add_argument("--kills", type=int, default=50, help="of each writer (default: 50)")
     options = parser.parse_args()
     faults = 0
     print("writer      moments  kills  completed  equal  seconds")
-    for writer in options.writers:
+    for writer in options.writers or WRITERS:
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             (report,) = start([writer], options.kills, Path(folder), timeout=1e5)

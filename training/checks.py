@@ -211,6 +211,7 @@ def check_stage(stage: StageConfig, sources: Mapping[str, SourceConfig], where: 
     for name, value in {**o.regions, "background": o.background}.items():
         _between(f"{where}objective.{name}", value, 0)
     _between(f"{where}objective.region_share", o.region_share, 0, 1)
+    _between(f"{where}objective.gate", o.gate, 0, 1)
     if o.shift <= 0 or o.std <= 0:
         raise ValueError(f"{where}objective.shift and std must be over 0, got {o.shift:g} and {o.std:g}")
     for key in ("weighting_std", "snr_gamma"):

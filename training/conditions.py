@@ -18,7 +18,7 @@ from torch import Tensor
 
 from talkingdit.data.sample import Sample
 from talkingdit.families.training import GENERATE
-from training.losses import sample_sigmas
+from training.losses import facial_gate, joint_weights, sample_sigmas
 from training.sections import AnchorsConfig, ConditionsConfig, Ramp, StageConfig, at
 
 CONDITIONS = ("text", "audio", "reference", "history", "pose")
@@ -63,6 +63,7 @@ class Draws:
     history_noise: float  # standard deviation of the noise on the history
     prefix: int  # latents at the beginning that are given clean
     weighted: bool  # is the loss weighted by region?
+    gated: bool = False  # does the loss count in the gate's region alone?
     task: str = GENERATE
     anchors: tuple[Anchor, ...] = ()
 
@@ -88,6 +89,7 @@ def draw(sample: Sample, number: int, stage: StageConfig, seed: int, progress: f
         history_noise=most * float(random(seed, number, "history level").random()) if most > 0 else 0.0,
         prefix=c.prefix_latents if long_enough and happens(seed, number, "prefix", at(c.prefix, progress)) else 0,
         weighted=happens(seed, number, "regions", at(o.region_share, progress)),
+        gated=bool(o.gate_region) and happens(seed, number, "gate", at(o.gate, progress)),
         task=draw_task(c.tasks, seed, number, progress),
         anchors=draw_anchors(sample, c.anchors, seed, number, progress),
     )
@@ -96,6 +98,8 @@ def draw(sample: Sample, number: int, stage: StageConfig, seed: int, progress: f
 def present(sample: Sample) -> set[str]:
     """The conditions that a sample has; a caption without words is none."""
     has = {name for name in ("audio", "reference", "history", "pose") if getattr(sample, name) is not None}
+    if sample.voices:
+        has.add("audio")
     if sample.caption.strip() or sample.text is not None:
         has.add("text")
     return has
@@ -123,7 +127,7 @@ def draw_task(tasks: Mapping[str, Ramp], seed: int, number: int, progress: float
 
 
 def draw_anchors(sample: Sample, config: AnchorsConfig, seed: int, number: int, progress: float) -> tuple[Anchor, ...]:
-    """Frames from outside the clip: some of every type in `always`, and of one or all of the others.
+    """Frames from all over the video: some of every type in `always`, and of one or all of the others.
 
     The type is drawn evenly from those that the sample has, then how many (1 to `most`), then that many different
     kinds by their weights (evenly without), then one frame of each. So a kind of which a video shows much is not drawn
@@ -132,7 +136,8 @@ def draw_anchors(sample: Sample, config: AnchorsConfig, seed: int, number: int, 
     if not config.types:
         return ()
     rng = random(seed, number, "anchors")
-    there = {kind: frames.shape[1] for kind, frames in sample.outside.items() if frames.shape[1] > 0}
+    there = {kind: _usable(sample, kind, config.of) for kind in sample.outside}
+    there = {kind: places for kind, places in there.items() if places}
     types = {name: [kind for kind in kinds if kind in there] for name, kinds in config.types.items()}
     types = {name: kinds for name, kinds in types.items() if kinds}
     chosen = [name for name in types if name in config.always]
@@ -146,8 +151,17 @@ def draw_anchors(sample: Sample, config: AnchorsConfig, seed: int, number: int, 
         weights = np.array([config.weights.get(kind, 1.0) for kind in kinds])
         count = int(rng.integers(1, min(config.most.get(name, len(kinds)), len(kinds)) + 1))
         for i in sorted(rng.choice(len(kinds), count, replace=False, p=weights / weights.sum())):
-            anchors.append(Anchor(name, kinds[i], int(rng.integers(there[kinds[i]]))))
+            places = there[kinds[i]]
+            anchors.append(Anchor(name, kinds[i], places[int(rng.integers(len(places)))]))
     return tuple(anchors)
+
+
+def _usable(sample: Sample, kind: str, of: str) -> list[int]:
+    """Which frames of a kind may be drawn. Of a frame that nothing says it of, it is not of the clip."""
+    count = sample.outside[kind].shape[1]
+    if of == "video":
+        return list(range(count))
+    return [] if kind not in sample.inside else [int(i) for i in sample.inside[kind].nonzero()]
 
 
 def noisy_history(sample: Sample, draws: Draws, seed: int) -> Tensor | None:
@@ -165,9 +179,11 @@ def cell_weights(sample: Sample, stage: StageConfig, draws: Draws, progress: flo
 
     Regions are painted on the background in the order of the configuration: where the mask m of a region (0..1) covers
     a cell, its weight goes to (1 - m) weight + m region weight. Latents that are given clean weigh nothing, and the
-    others are raised so that the mean stays one. A sample whose weights would all be zero is weighted evenly.
+    others are raised so that the mean stays one. A sample whose weights would all be zero is weighted evenly. Where the
+    gate is closed, only its region counts, with the weights that it has there.
 
-    Source: SkyReels-Audio, equations 2 and 3: a factor in the region, another one outside, a share of samples without.
+    Source: SkyReels-Audio, section 2.3: a factor in the region, another one outside (equation 2), and the facial mask
+    loss, gated by a probability.
     """
     o = stage.objective
     weight = torch.ones(sample.latents.shape[1:])
@@ -175,7 +191,8 @@ def cell_weights(sample: Sample, stage: StageConfig, draws: Draws, progress: flo
         weight *= at(o.background, progress)
         for name, value in o.regions.items():
             if name in sample.regions:
-                weight = torch.lerp(weight, torch.tensor(at(value, progress)), sample.regions[name].float())
+                weight = joint_weights(sample.regions[name].float(), at(value, progress), weight)
+    weight = facial_gate(weight, sample.regions.get(o.gate_region), draws.gated)
     counted = torch.ones_like(weight)
     counted[: draws.prefix] = 0
     weight = weight * counted

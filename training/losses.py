@@ -57,6 +57,30 @@ def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return torch.lerp(clean, noise, level)
 
 
+def joint_weights(edited: Tensor, inside: float, outside: float | Tensor) -> Tensor:
+    """Weights of the joint loss of image animation and video editing (SkyReels-Audio, arXiv:2506.00830, equation 2).
+
+    w1 V + w2 (1 - V). The paper prints L_msk behind the second weight, which it does not define; both losses are taken
+    to be the squared error of the velocity.
+
+    Args:
+        edited: V, [..., T, H, W] in 0..1: one where the model makes the video, the mask at the size of latents.
+        inside, outside: w1 and w2.
+    """
+    return inside * edited + outside * (1 - edited)
+
+
+def facial_gate(weights: Tensor, lips: Tensor | None, closed: bool) -> Tensor:
+    """The gated facial mask loss (the same paper, section 2.3, after equation 2): M_lip * L where the gate is closed.
+
+    Args:
+        weights: [..., T, H, W] of the loss.
+        lips: M_lip, of the same shape, in 0..1; None for a sample without, which passes as it is.
+        closed: p < p_mask, drawn for the sample.
+    """
+    return weights * lips.to(weights.dtype) if closed and lips is not None else weights
+
+
 def velocity_loss(prediction: Tensor, clean: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
     """Weighted mean square error of every sample: [B].
 

@@ -163,8 +163,9 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file}: there is no such file; the checkpoint is not complete.") from error
     except Exception as error:  # the unpickler raises whatever comes to its mind on damaged files
         raise _damaged(file, error) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    for wrapping in ("state_dict", "module"):  # of training programs: Lightning's, DeepSpeed's
+        if isinstance(state, dict) and isinstance(state.get(wrapping), dict):
+            state = state[wrapping]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{file}: must hold a dictionary of named tensors.")
     return state

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from talkingdit.cli.flags import Group, read
+from talkingdit.openmp import waiting
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ def info(argv: Sequence[str]) -> None:
     read("talkingdit info", "What was built and what was found.", [Group(Flags)], argv).refuse_unknown()
 
     import talkingdit
+    from talkingdit.nn import attention_backends
 
-    found = talkingdit.build_info()
+    found = {**talkingdit.build_info(), "threads wait": waiting(), **attention_backends.report()}
     width = max(len(name) for name in found)
     for name, value in found.items():
         if isinstance(value, bool):

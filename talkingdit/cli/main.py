@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from talkingdit.cli.messages import USER_ERROR, UsageError, interrupted_by_sigterm, media_warnings, tell
+from talkingdit.openmp import wait_briefly
 
 __all__ = ["USER_ERROR", "main"]
 
@@ -18,12 +19,14 @@ VERBS = {
     "calibrate": "fit the step cache to a checkpoint",
     "eval": "judge videos region by region, against the truth and each other",
     "info": "say what was built and what was found",
+    "curate": "find clips worth training on in a pile of videos",
     "precompute": "encode training videos once, into shards",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for a mistake in the input, 130 when interrupted."""
+    wait_briefly()
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if words and words[0] in ("-h", "--help"):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, overload
 
 from torch import Tensor
 
-from talkingdit.nn.local_attention import BACKENDS, AttentionOptions, Joint, attend
+from talkingdit.nn.attention_backends import BACKENDS
+from talkingdit.nn.local_attention import AttentionOptions, Joint, attend
 
 if TYPE_CHECKING:
     from talkingdit.nn.context_parallel import ContextParallel
@@ -66,7 +67,8 @@ def attention(
         q: [B, N, H, D].
         k, v: [B, M, H, D].
         mask: bool [B, M], true where a key may be attended; None attends all. Every sample needs one such key.
-        backend: "auto" lets PyTorch choose; "flash", "efficient", "cudnn" and "math" name one of its kernels.
+        backend: "auto" takes the fastest exact kernel, see `talkingdit.nn.attention_backends`; "flash", "efficient",
+            "cudnn" and "math" name one of PyTorch's, "flash3", "flash3_fp8" and "sage" one of a library.
         context: the ranks that share the sequence; N = M = context.shard(tokens).size then.
         tokens: length of the whole sequence, with context; the mask is [B, tokens] then, the same on all ranks.
         segments: ends of the samples packed one behind the other in the (whole) sequence, rising, the last one its
@@ -79,8 +81,9 @@ def attention(
         [B, N, H, D] in q's dtype; with joint also that of its tokens, [B, L, H, D].
 
     Raises:
-        ValueError: for an unknown backend, shapes that do not fit, segments that do not cover the sequence, segments
-            with joint, a number of heads that the ulysses ranks do not divide.
+        ValueError: for an unknown backend or one that this device or installation does not have, shapes that do not
+            fit, segments that do not cover the sequence, segments with joint, a number of heads that the ulysses ranks
+            do not divide.
     """
     options = AttentionOptions(mask, backend, segments, joint)
     if context is None:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from talkingdit.nn import attention_backends
+
 aten = torch.ops.aten
 
 # The logarithm of nothing: finite, so that differences of two of them are not NaN.
@@ -36,7 +38,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) 
         q: [B, H, N, D], not empty.
         k, v: [B, H, M, D], not empty.
         mask: bool [B, M] of keys.
-        backend: as in `talkingdit.nn.attention.attention`; "auto" is flash for half precision without a mask.
+        backend: as `talkingdit.nn.attention_backends.choose` gave it; "auto" is "torch". On CUDA, for 16 bits and no
+            mask, "torch" is flash and "cudnn_first" cuDNN. Libraries go forward only.
 
     Returns:
         Zeros and a logarithm of EMPTY where a sample has none of these keys.
@@ -195,12 +198,32 @@ class _Math(_Kernel):
         return scores if mask is None else scores.masked_fill(~mask[:, None, None], -torch.inf)
 
 
+class _Library(_Kernel):
+    """A kernel of another package, without a backward from the denominator of the whole."""
+
+    name: str
+
+    @classmethod
+    def forward(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Piece:  # type: ignore[override]
+        assert mask is None  # `choose` gives calls with a mask to others
+        out, lse = attention_backends.attend(cls.name, *(x.transpose(1, 2) for x in (q, k, v)), lse=True)
+        assert lse is not None
+        return Piece(out.transpose(1, 2), lse, ())
+
+
+_LIBRARIES: dict[str, type[_Kernel]] = {
+    name: type(f"_{name}", (_Library,), {"name": name}) for name in attention_backends.LIBRARIES
+}
 _CUDA: dict[str, type[_Kernel]] = {"flash": _Flash, "efficient": _Efficient, "cudnn": _Cudnn, "math": _Math}
 _CPU: dict[str, type[_Kernel]] = {"flash": _Cpu, "math": _Math, "auto": _Cpu}
 _OTHER: dict[str, type[_Kernel]] = {"math": _Math, "auto": _Math}
 
 
 def _kernel(q: Tensor, mask: Tensor | None, backend: str) -> type[_Kernel]:
+    if backend in _LIBRARIES:
+        return _LIBRARIES[backend]
+    if backend == "torch":
+        backend = "auto"
     if not q.is_cuda:
         kernels = _CPU if q.is_cpu else _OTHER
         if backend not in kernels:
@@ -211,10 +234,10 @@ def _kernel(q: Tensor, mask: Tensor | None, backend: str) -> type[_Kernel]:
         return kernels[backend]
     if backend == "flash" and mask is not None:
         raise ValueError("attention: backend flash takes no mask in ring mode, use auto or efficient")
-    if backend == "auto":
-        half, aligned = q.dtype in (torch.float16, torch.bfloat16), q.shape[-1] % 8 == 0
-        if half and aligned and q.shape[-1] <= 256 and mask is None:
-            return _Flash
+    if backend in ("auto", "cudnn_first"):
+        half, aligned, dim = q.dtype in (torch.float16, torch.bfloat16), q.shape[-1] % 8 == 0, q.shape[-1]
+        if half and aligned and mask is None and dim <= 256:
+            return _Cudnn if backend == "cudnn_first" and dim <= 128 else _Flash
         return _Efficient if aligned and q.dtype != torch.float64 else _Math
     return _CUDA[backend]
 

@@ -1,23 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention whose queries, keys and values are all in this process, through PyTorch's kernels."""
+"""Attention whose queries, keys and values are all in this process."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-}
+from talkingdit.nn import attention_backends
 
 Joint = tuple[Tensor, Tensor, Tensor]
 
@@ -59,16 +52,17 @@ def attend(
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> Tensor:
     """q [B, N, H, D], k and v [B, M, H, D], mask bool [B, M] -> [B, N, H, D]."""
     dtype = q.dtype
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    choice = attention_backends.choose(backend, q, mask is not None, gradients)
+    if choice in attention_backends.LIBRARIES:
+        with torch.autocast(q.device.type, enabled=False):
+            return attention_backends.attend(choice, q, k, v)[0]
     if q.is_cpu and dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
         # The CPU's backward in half precision is slower than in float32, seven times with few keys.
         q, k, v = q.float(), k.float(), v.float()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if mask is not None:
         mask = mask[:, None, None, :]
-    with torch.autocast(q.device.type, enabled=False), _choice(backend):
+    with torch.autocast(q.device.type, enabled=False), attention_backends.torch_kernels(choice):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).to(dtype)
-
-
-def _choice(backend: str) -> AbstractContextManager[None]:
-    return nullcontext() if backend == "auto" else sdpa_kernel(BACKENDS[backend])

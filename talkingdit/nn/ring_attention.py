@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from talkingdit.nn import attention_pieces
+from talkingdit.nn import attention_backends, attention_pieces
 from talkingdit.nn.context_parallel import Shard, all_to_all
 from talkingdit.nn.local_attention import AttentionOptions
 
@@ -37,6 +37,9 @@ def ring_attention(
         [B, chunk, H, D]; with joint also [B, L, H, D].
     """
     mask, backend, segments, joint = options
+    given = (q, key_value, *(joint or ()))
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    backend = attention_backends.choose(backend, q, mask is not None, gradients, ring=True)
     plan = _Plan(group, chunks, segments, backend)
     length, text = len(q), None
     if joint is not None:

@@ -1,31 +1,247 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one engine of long videos: clip after clip, in constant memory.
+"""The one engine of long videos: latents of any length are denoised as a plan says, window by window.
 
-A clip depends on what comes before it through its carry alone, and has noise of its own: with the carry of a clip a
-video can go on at any time, in another process and on another day.
+    denoise           all frames at the end
+    denoise_parts     frames as they become final, also for a video whose length nobody knows yet
+    generate_clips    the same for models that make a whole clip themselves and hand on what the next one needs
+
+Plans are in `plans.py`, one step of windows in `window_step.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
+
+from talkingdit.distributed.team import ALONE, Team
+from talkingdit.pipelines.chunks import blend_chunks, lay_over
+from talkingdit.pipelines.plans import ChunkPrefix, ClipPrefix, OverlapBlend, Plan, ShiftFusion, Stage
+from talkingdit.pipelines.window_step import Coefficients, Predict, Sampler, StageStep
 
 if TYPE_CHECKING:
     from talkingdit.distributed.layout import Parallel
     from talkingdit.pipelines.inputs import Inputs, Outline
 
-Carry = Mapping[str, Tensor]  # what a clip hands on to the next
+__all__ = [
+    "Carry",
+    "ChunkPrefix",
+    "ClipPipeline",
+    "ClipPrefix",
+    "GeneratedClip",
+    "OverlapBlend",
+    "Part",
+    "ShiftFusion",
+    "blend_chunks",
+    "denoise",
+    "denoise_parts",
+    "generate_clips",
+]
+
+Carry = Mapping[str, Tensor]  # what a clip or a stage hands on to the next
+Noise = Callable[[int, int], Tensor]  # first and last frame (not included) -> [C, n, H, W]
+AfterStep = Callable[[int, int, Tensor], None]  # stage, step, its latents after it
 
 
+@dataclass(frozen=True)
+class Part:
+    """Frames that have become final.
+
+    Attributes:
+        stage: whose end made them final, counted from 0.
+        first: their first latent frame.
+        latents: [C, n, H, W]; n may be 0.
+        carry: what `denoise_parts` needs to go on after this stage in another process; None after the last one.
+    """
+
+    stage: int
+    first: int
+    latents: Tensor
+    carry: Carry | None = field(default=None, repr=False)
+
+
+def denoise(
+    latents: Tensor,
+    sigmas: Tensor | Sequence[float],
+    plan: Plan,
+    predict: Predict,
+    coefficients: Coefficients,
+    *,
+    batch: int = 1,
+    computed: Callable[[int], bool] | None = None,
+    rescale: float | Callable[[int], float] = 0.0,
+    device: torch.device | str | None = None,
+    team: Team = ALONE,
+    in_place: bool = False,
+    begin: int = 0,
+    after: AfterStep | None = None,
+) -> Tensor:
+    """Denoise a video of any length as a plan says.
+
+    In each step i every window of the plan is cut from the latents and shown to `predict`; with w = coefficients(i),
+    window x and its predictions p_k,
+
+        x <- x + (sigmas[i + 1] - sigmas[i]) sum_k w_k p_k
+
+    and all windows are fused, in one pass over the latents (`ops.fused_window_step`). No window is stored but for its
+    predictions until the frames that it covers are fused, and no weights but one number per frame of each window.
+
+    Args:
+        latents: [C, L, H, W] noise; float32, float64, bfloat16 or float16. Not changed unless `in_place`. They may
+            lie in host memory, or in a file that is mapped into memory, while the model is elsewhere (`device`),
+            which then never holds more than a batch.
+        sigmas: S + 1 noise levels, from the highest to the last.
+        plan: `ShiftFusion`, `OverlapBlend`, `ChunkPrefix`, `ClipPrefix`, or any `plans.Plan`.
+        predict: called as ``predict(window [C, f, H, W], frames [f], step)``, in the order of the windows, and gives
+            one to four predictions [C, f, H, W] of the velocity, a list of tensors (a single tensor is one
+            prediction). `frames` are the frames of the video under the window's slots, int64 on the host, already
+            modulo L. With ``batch > 1`` it is called with windows [n, C, f, H, W] and frames [n, f], n from 1 to
+            batch, and gives predictions [n, C, f, H, W].
+        coefficients: ``coefficients(step)`` gives K numbers for K predictions, w above: `pipelines.guidance` has the
+            forms of the papers. K + 1 numbers (a, b_1, ..., b_K) are instead the whole update of a linear sampler, a
+            x + sum_k b_k p_k.
+        batch: windows that the model sees at once.
+        computed: which steps ask the model. In the others every frame takes its last predictions, those of the later
+            window where two had it (the step cache of HunyuanVideo-Avatar). None asks it in every step.
+        rescale: gives the guided velocity of every window so much of the spread of its first prediction, 0 to 1
+            (`guidance.rescale_factors`); a number, or one for each step.
+        device: where the model is; None: where the latents are.
+        team: processes that share the windows of every step. All call this with the same arguments and get the same
+            result.
+        in_place: the result may take the place of the noise, so that there is no second tensor of its size; for
+            contiguous latents.
+        begin: step that the latents are at, to go on after an interruption; for plans with one stage.
+        after: called with the number of the stage, the step and the stage's latents [C, n, H, W] after it, which the
+            next step writes over.
+
+    Returns:
+        [C, L, H, W] in the dtype of `latents`, on their device.
+
+    Raises:
+        TypeError, ValueError: arguments do not fit, or what `predict` or `coefficients` gives does not.
+    """
+    if latents.dim() != 4:
+        raise ValueError(f"denoise: latents must be [C, L, H, W], got shape {tuple(latents.shape)}")
+    sampler = Sampler(
+        sigmas,
+        predict,
+        coefficients,
+        batch=batch,
+        computed=computed,
+        rescale=rescale,
+        device=device,
+        team=team,
+    )
+
+    def noise(first: int, last: int) -> Tensor:
+        here = latents[:, first:last]
+        whole = here.shape[1] == latents.shape[1]
+        return (
+            here if in_place and whole and here.is_contiguous() else here.clone(memory_format=torch.contiguous_format)
+        )
+
+    parts = denoise_parts(noise, sampler, plan, latents.shape[1], begin=begin, after=after)
+    found = [part.latents for part in parts]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def denoise_parts(
+    noise: Noise,
+    sampler: Sampler,
+    plan: Plan,
+    length: int | None,
+    *,
+    first: int = 0,
+    carry: Carry | None = None,
+    begin: int = 0,
+    after: AfterStep | None = None,
+    ended: Callable[[int], int | None] | None = None,
+) -> Iterator[Part]:
+    """The frames of a video as they become final; for every part that is asked for, one stage is computed.
+
+    Args:
+        noise: called as ``noise(first, last)``, gives the noise of these frames, contiguous [C, n, H, W], which is
+            written over.
+        sampler: noise levels, model and guidance, see :func:`denoise`.
+        plan: how the video is cut.
+        length: latent frames L; None where it is not known, for plans whose stages end before the video does.
+        first: stage to begin with.
+        carry: of the part of the stage before; None at the beginning.
+        begin: step that the noise is at in the first stage; the stage before must be the same.
+        after: see :func:`denoise`.
+        ended: asked before every stage of a video of unknown length with the first frame of the stage; gives the
+            length as soon as it is known, else None.
+
+    Raises:
+        TypeError, ValueError: see :func:`denoise`; a carry is missing, or there is one at the beginning.
+    """
+    if (carry is None) != (first == 0):
+        raise ValueError(f"denoise: stage {first} {'needs' if first else 'takes no'} carry")
+    tail = None if carry is None else carry["tail"]
+    for index, stage in _stages(plan, length, ended):
+        if index < first:
+            continue
+        x = _denoise_stage(noise, sampler, plan, stage, index, tail, begin if index == first else 0, after)
+        tail = x[:, stage.final - stage.first :]
+        over = stage.final == stage.last
+        yield Part(index, stage.first, x[:, : stage.final - stage.first], None if over else {"tail": tail.clone()})
+
+
+def _stages(plan: Plan, length: int | None, ended: Callable[[int], int | None] | None) -> Iterator[tuple[int, Stage]]:
+    """Stages with their numbers; once the length of an endless video is known, the rest are those of that length."""
+    index = 0
+    for stage in plan.stages(length):
+        known = ended(stage.first) if length is None and ended is not None else None
+        if known is not None:
+            break
+        yield index, stage
+        index += 1
+    else:
+        return
+    yield from ((number, stage) for number, stage in enumerate(plan.stages(known)) if number >= index)
+
+
+def _denoise_stage(
+    noise: Noise,
+    sampler: Sampler,
+    plan: Plan,
+    stage: Stage,
+    index: int,
+    tail: Tensor | None,
+    begin: int,
+    after: AfterStep | None,
+) -> Tensor:
+    """All steps of one stage -> its latents [C, n, H, W], blended over what was there."""
+    if not 0 <= begin <= sampler.steps:
+        raise ValueError(f"denoise: begin must be 0 to {sampler.steps}, got {begin}")
+    x = noise(stage.first, stage.last)
+    given = None if tail is None else tail[:, : stage.given]
+    step = StageStep(sampler, plan, x, stage.first)
+    for i in range(begin, sampler.steps):
+        if given is not None and (stage.hold or i == 0):
+            x[:, : stage.given] = given
+        step.run(i)
+        if after is not None:
+            after(index, i, x)
+    if tail is not None:
+        if stage.hold:
+            x[:, : stage.given] = tail[:, : stage.given]
+        overlap = min(len(stage.blend), x.shape[1])
+        curve = torch.tensor(stage.blend[:overlap], dtype=torch.float64)
+        x[:, :overlap] = lay_over(tail[:, :overlap], x[:, :overlap], curve)
+    return x
+
+
+# ---- Models that make whole clips ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class GeneratedClip:
     """A finished clip."""
 
     index: int
-    frames: Tensor  # [1, 3, n, H, W] float32 in -1..1
+    frames: Tensor  # [1, 3, n, H, W] float32 in -1..1, or uint8
     carry: Carry | None  # None after the last clip
 
 
@@ -66,7 +282,7 @@ class ClipPipeline(Protocol):
 def generate_clips(
     pipeline: ClipPipeline,
     conditions: Any,
-    count: int,
+    count: int | Callable[[int], int],
     first: int = 0,
     carry: Carry | None = None,
     progress: Callable[[], None] | None = None,
@@ -76,7 +292,8 @@ def generate_clips(
     Args:
         pipeline: of a family.
         conditions: from its `encode`.
-        count: clips of the whole video.
+        count: clips of the whole video; or called with the number of the next clip, as often as there is one, for their
+            number as far as it is known by then, where a voice is still being spoken.
         first: clip to begin with.
         carry: of the clip before `first`; None at the beginning.
         progress: called after every denoising step.
@@ -86,7 +303,9 @@ def generate_clips(
     """
     if (carry is None) != (first == 0):
         raise ValueError(f"generate: clip {first} {'needs' if first else 'takes no'} carry")
-    for index in range(first, count):
-        clip = pipeline.clip(conditions, index, carry, last=index == count - 1, progress=progress)
+    index = first
+    while index < (total := count(index) if callable(count) else count):
+        clip = pipeline.clip(conditions, index, carry, last=index == total - 1, progress=progress)
         carry = clip.carry
         yield clip
+        index += 1

@@ -9,9 +9,11 @@ Everything is analysis by synthesis or linear photometry, nothing is learned, so
 - identity: skin, hair and shirt colours are medians of fixed regions, named by the nearest palette entry; the hair
   style is the one whose drawing fits best;
 - expression: the face is compared with drawings of the eight expressions of the measured identity and opening;
-- speaker: of two people, the one whose mouth moves more within half a second.
+- logo: its shape and colour are those of the drawing that fits best, on a shirt of the measured colour
+  (`measure_logo`);
+- speaker: of several people, the one whose mouth moves most within half a second.
 
-The layout of the scene is assumed: front view, one person or two side by side, as `Scene.placements` puts them.
+The layout of the scene is assumed: front view, one person or several side by side, as `Scene.placements` puts them.
 `measure_probe_error` states the probe's own error on drawn frames.
 """
 
@@ -28,6 +30,9 @@ from talkingdit.puppets.world import (
     EXPRESSIONS,
     HAIR,
     HAIR_STYLES,
+    LOGO_COLOUR,
+    LOGOS,
+    PLACEMENTS,
     SHIRT,
     SKIN,
     Character,
@@ -42,7 +47,7 @@ from talkingdit.puppets.world import (
 CLOSED_HEIGHT = 0.0161
 OPENING_HEIGHT = 0.1510
 
-_CANONICAL = 96  # persons of a two-people scene are resampled to this size before measuring
+_CANONICAL = 96  # persons of a scene of several are resampled to this size before measuring
 
 
 @dataclass(frozen=True)
@@ -135,9 +140,15 @@ def _template(frames: Image, drawings: Image, box: tuple[float, float, float, fl
     return best
 
 
-def _draw(who: Identity, size: int, expression: str = "neutral", opening: float = 0.0) -> Image:
-    """The probe's own drawing of somebody, [size, size, 3]; logo, eyes and mouth width are not measured."""
-    character = Character(who.skin, who.hair_style, who.hair, who.shirt, "circle", "white", "brown")
+def _draw(
+    who: Identity,
+    size: int,
+    expression: str = "neutral",
+    opening: float = 0.0,
+    logo: tuple[str, str] = ("circle", "white"),
+) -> Image:
+    """The probe's own drawing of somebody, [size, size, 3]; eyes and mouth width are not measured."""
+    character = Character(who.skin, who.hair_style, who.hair, who.shirt, *logo, "brown")
     mouth = np.array([[opening]], np.float32)
     return render(Scene((character,), (expression,)), mouth, np.full_like(mouth, 0.5), [Motion.still(1)], size)[0]
 
@@ -168,13 +179,16 @@ def _expressions(frames: Image, identities: list[Identity], opening: FloatArray)
     return found
 
 
+def _shirts(frames: Image) -> list[str]:
+    sides = _region(frames, 0.2, 0.88, 0.36, 0.97), _region(frames, 0.64, 0.88, 0.8, 0.97)
+    return _nearest(_median_colour(*sides), SHIRT)
+
+
 def _measure_person(frames: Image) -> tuple[FloatArray, list[Identity], list[str]]:
     opening = ((measure_height(frames) - CLOSED_HEIGHT) / OPENING_HEIGHT).astype(np.float32)
     skins = _nearest(_skin_colour(frames), SKIN)
     hairs = _nearest(_median_colour(_region(frames, 0.42, 0.15, 0.58, 0.22)), HAIR)
-    shirts = _nearest(
-        _median_colour(_region(frames, 0.2, 0.88, 0.36, 0.97), _region(frames, 0.64, 0.88, 0.8, 0.97)), SHIRT
-    )
+    shirts = _shirts(frames)
     backdrop = _median_colour(_region(frames, 0.0, 0.02, 0.08, 0.3), _region(frames, 0.92, 0.02, 1.0, 0.3)).mean(0)
     looks = list(zip(skins, hairs, shirts, strict=True))
     styles = _hair_styles(frames, looks, backdrop)
@@ -187,7 +201,7 @@ def probe(frames: Image, people: int = 1, fps: int = 16) -> Reading:
 
     Args:
         frames: [F, H, W, 3] uint8 RGB, square.
-        people: one or two, placed as in `Scene.placements`.
+        people: one to three, placed as in `Scene.placements`.
         fps: frame rate, for the half second over which a speaker is decided.
 
     Raises:
@@ -196,11 +210,10 @@ def probe(frames: Image, people: int = 1, fps: int = 16) -> Reading:
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.shape[1] != frames.shape[2] or frames.dtype != np.uint8:
         raise ValueError(f"probe: frames must be square uint8 RGB [F, S, S, 3], got {frames.dtype} {frames.shape}")
     crops = [frames]
-    if people == 2:
+    if people > 1:
         size = frames.shape[1]
-        sample = Scene((Character.random(np.random.default_rng(0)),) * 2, ("neutral",) * 2)
         crops = []
-        for x, y, scale in sample.placements():
+        for x, y, scale in PLACEMENTS[people]:
             matrix = np.array([[scale, 0, (x - 0.5 * scale) * size], [0, scale, y * size]], np.float32)
             matrix[:, :2] *= size / _CANONICAL
             flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
@@ -220,6 +233,24 @@ def probe(frames: Image, people: int = 1, fps: int = 16) -> Reading:
         expression=[m[2] for m in measured],
         speaker=activity.argmax(0),
     )
+
+
+def measure_logo(frames: Image) -> list[tuple[str, str]]:
+    """Shape and colour of the logo of one person in front view, in every frame.
+
+    Args:
+        frames: [F, S, S, 3] uint8 RGB.
+    """
+    found = [("", "")] * len(frames)
+    shirts = _shirts(frames)
+    for shirt in set(shirts):
+        members = [i for i, other in enumerate(shirts) if other == shirt]
+        looks = [(shape, colour) for shape in LOGOS for colour in LOGO_COLOUR if colour != shirt]
+        who = Identity(next(iter(SKIN)), next(iter(HAIR)), HAIR_STYLES[0], shirt)
+        drawings = np.stack([_draw(who, frames.shape[1], logo=look) for look in looks])
+        for i, best in zip(members, _template(frames[members], drawings, (0.41, 0.82, 0.59, 0.98), 2), strict=True):
+            found[i] = looks[best]
+    return found
 
 
 def measure_probe_error(

@@ -152,5 +152,5 @@ def test_sequential_crossfade(case: str) -> None:
 def test_the_golden_file_covers_every_system() -> None:
     with safe_open(GOLDEN, "pt") as file:
         kinds = {case["kind"] for case in json.loads(file.metadata()["spec"])["cases"].values()}
-    assert kinds == {"sonic", "hunyuan_avatar", "stable_avatar", "echomimic_v3_latent"}
+    assert kinds >= {"sonic", "hunyuan_avatar", "stable_avatar", "echomimic_v3_latent"}
     assert math.isfinite(sum(float(v.sum()) for v in load("sonic_cfg")[1].values()))

@@ -9,7 +9,7 @@ import pytest
 import talkingdit
 from talkingdit.encoders.log_mel import SpeechFeatures, normalise_loudness
 from talkingdit.media.files import SPEECH_RATE, read_audio
-from talkingdit.puppets.probe import probe
+from talkingdit.puppets.probe import measure_logo, probe
 from talkingdit.puppets.render import render
 from talkingdit.puppets.visemes import visemes_from_audio
 from talkingdit.puppets.world import Motion, Scene
@@ -49,3 +49,10 @@ def test_the_mouth_follows_a_voice_it_has_never_heard(spoken):
 def test_the_person_of_the_portrait_stays_to_the_end(spoken):
     scene, _, frames = spoken
     assert probe(frames).identity_share(0, scene.characters[0]) >= 0.95
+
+
+@pytest.mark.slow
+def test_the_logo_of_the_portrait_stays_to_the_end(spoken):
+    scene, _, frames = spoken
+    worn = scene.characters[0].logo, scene.characters[0].logo_colour
+    assert np.mean([found == worn for found in measure_logo(frames)]) >= 0.95

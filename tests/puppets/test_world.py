@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from talkingdit.puppets.probe import Identity, measure_height, measure_probe_error, probe
+from talkingdit.puppets.probe import Identity, measure_height, measure_logo, measure_probe_error, probe
 from talkingdit.puppets.render import mouth_boxes, render
 from talkingdit.puppets.world import EXPRESSIONS, Character, Motion, Scene
 
@@ -54,6 +54,14 @@ def test_of_two_people_the_one_who_talks_is_found():
     assert all(reading.identity_share(p, scene.characters[p]) > 0.9 for p in range(2))
 
 
+def test_the_logo_is_told_from_the_others():
+    for seed in range(6):
+        scene = Scene.random(np.random.default_rng(seed))
+        character = scene.characters[0]
+        found = measure_logo(draw(scene, np.linspace(0, 1, 6, dtype=np.float32)[None]))
+        assert found == [(character.logo, character.logo_colour)] * 6
+
+
 def test_back_view_shows_no_face_and_side_views_mirror_each_other():
     scene = Scene((Character.random(np.random.default_rng(1)),))
     closed = np.zeros((1, 1), np.float32)
@@ -97,7 +105,7 @@ def test_frames_scale_with_the_size_asked_for():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Scene(()), "one or two people, got 0"),
+        (lambda: Scene(()), "one, two or three people, got 0"),
         (lambda: Scene((Character.random(np.random.default_rng(0)),), ("bored",)), "expression must be one of neutral"),
         (lambda: Scene((Character.random(np.random.default_rng(0)),), ()), "one entry per character"),
         (

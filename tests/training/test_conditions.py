@@ -226,6 +226,18 @@ def test_only_lips_count_or_everything_where_there_are_no_lips():
     assert torch.equal(cell_weights(full_sample(), alignment, chosen), torch.ones(6, 4, 4))
 
 
+def test_the_gate_closes_as_often_as_it_says_over_any_weights():
+    objective = {"regions": {"face": 2.0}, "gate_region": "lips", "gate": 0.3}
+    stage, sample = stage_of(objective=objective), full_sample(regions=regions())
+    drawn = [draw(sample, number, stage, 5) for number in range(N)]
+    assert near(sum(d.gated for d in drawn), N, 0.3)
+    for gated in (True, False):
+        weight = cell_weights(sample, stage, next(d for d in drawn if d.gated is gated))
+        assert ((weight > 0) == (sample.regions["lips"] > 0)).all() == gated
+        assert weight.mean().item() == pytest.approx(1)
+    assert not any(draw(sample, n, stage_of(objective={"gate": 1.0}), 5).gated for n in range(9))
+
+
 @pytest.mark.parametrize(
     ("levels", "cdf"),
     [

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from training.losses import add_noise, sample_sigmas, velocity_loss
+from training.losses import add_noise, facial_gate, joint_weights, sample_sigmas, velocity_loss
 from training.sections import ObjectiveConfig
 from training.weighting import level_weight
 
@@ -112,3 +112,20 @@ def test_the_mean_weight_of_what_is_drawn_is_one(levels, name):
     drawn = sample_sigmas(4000, o.shift, torch.Generator().manual_seed(0), levels, o.mean, o.std, o.mode_scale)
     mean = sum(level_weight(float(sigma), o) for sigma in drawn) / len(drawn)
     assert mean == pytest.approx(1, abs=0.06)
+
+
+def test_the_joint_loss_is_equation_2_and_the_gate_leaves_the_lips():
+    g = torch.Generator().manual_seed(0)
+    prediction, clean, noise = (torch.randn(2, 3, 4, 5, 6, generator=g) for _ in range(3))
+    edited, lips = (torch.rand(2, 1, 4, 5, 6, generator=g) for _ in range(2))
+    loss = velocity_loss(prediction, clean, noise, joint_weights(edited, 3.0, 0.5))
+    error = (prediction.double() - (noise.double() - clean.double())) ** 2
+    v = edited.double()
+    wanted = (3.0 * v * error + 0.5 * (1 - v) * error).mean(dim=(1, 2, 3, 4))
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
+
+    plain = torch.ones_like(edited)
+    closed = velocity_loss(prediction, clean, noise, facial_gate(plain, lips, True))
+    torch.testing.assert_close(closed.double(), (lips.double() * error).mean(dim=(1, 2, 3, 4)), rtol=1e-6, atol=0)
+    assert facial_gate(plain, lips, False) is plain
+    assert facial_gate(plain, None, True) is plain

@@ -21,6 +21,8 @@ class Options(GenerationOptions):
     """how strongly to follow the voice (default: of the checkpoint)"""
     sequential: bool = False
     """less memory, more time: one prediction after the other"""
+    generated_clothes: bool = False
+    """show the clothes as the model makes them; else the chest, with its logo, is the portrait's"""
     step_cache: Annotated[float, Flag("T")] = 0.0
     """skip denoising steps whose input has changed by less than T since the last one that was not: 0.05 to 0.3"""
 

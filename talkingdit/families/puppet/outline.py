@@ -29,6 +29,7 @@ class Sampling:
         seed: each clip has noise of its own, which follows from the seed and its number.
         step_cache: threshold of `talkingdit.pipelines.step_cache`; 0 computes every step.
         batched: guidance branches in one forward pass; False takes less memory and more time.
+        keep_clothes: lay the portrait's over the generated ones.
 
     Raises:
         ValueError: a strength is negative or not finite.
@@ -41,6 +42,7 @@ class Sampling:
     seed: int = 0
     batched: bool = True
     step_cache: float = 0.0
+    keep_clothes: bool = True
 
     @staticmethod
     def of(options: Options, settings: PuppetSettings) -> Sampling:
@@ -58,6 +60,7 @@ class Sampling:
             seed=options.seed,
             batched=not options.sequential,
             step_cache=options.step_cache,
+            keep_clothes=not options.generated_clothes,
         )
 
     @property
@@ -98,7 +101,8 @@ def outline(inputs: Inputs, settings: PuppetSettings, options: Options) -> Outli
     """
     from talkingdit.encoders.log_mel import loudness_gain
 
-    loudness_gain(pieces(inputs.sound))  # there is something to hear
+    if not inputs.job.spoken:
+        loudness_gain(pieces(inputs.sound))  # there is something to hear
     try:
         sampling = Sampling.of(options, settings)
         predictions = len(sampling.branches)
@@ -112,6 +116,8 @@ def outline(inputs: Inputs, settings: PuppetSettings, options: Options) -> Outli
     warnings += _idle(inputs.job.prompt, options, sampling)
     values = asdict(sampling)
     values.pop("batched")
+    if sampling.keep_clothes:
+        values.pop("keep_clothes")
     if not sampling.step_cache:
         values.pop("step_cache")
     return Outline(
@@ -121,6 +127,7 @@ def outline(inputs: Inputs, settings: PuppetSettings, options: Options) -> Outli
         steps=sampling.steps,
         predictions=predictions,
         frames=frames,
+        clip_frames=clip_frames(settings),
         settings={name.replace("_", " "): value for name, value in values.items()},
         warnings=tuple(warnings),
         details=Details(sampling),

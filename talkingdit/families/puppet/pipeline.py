@@ -10,6 +10,8 @@ noise - x_0 at timestep 1000 s, Euler steps lead from s = 1 to 0. The portrait's
 The first clip has no history; later ones get the latents just before them, which the model packs (Wan-S2V,
 arXiv:2508.18621; FramePack, arXiv:2504.12626). History stays latent: decoding and encoding it again would drift.
 
+What is shown has the portrait's clothes laid over the generated ones (`clothes`), which no carry does.
+
 A clip hands on to the next, as its carry, the last latents: as many as the model packs and the decoder looks back.
 """
 
@@ -30,6 +32,7 @@ from talkingdit.autoencoders.tail import lookback
 from talkingdit.distributed.layout import Parallel
 from talkingdit.encoders.log_mel import SpeechFeatures
 from talkingdit.encoders.text import cut_warning
+from talkingdit.families.puppet.clothes import keep_clothes
 from talkingdit.families.puppet.options import Options
 from talkingdit.families.puppet.outline import Details, Sampling, clip_frames
 from talkingdit.families.wan_s2v import cached_steps
@@ -77,6 +80,7 @@ class VideoConditions:
     texts: tuple[Tensor, ...]  # [branches, L, text_dim] of each group
     frames: int  # that the video lasts
     decoder: _Decoder
+    finish: Callable[[Tensor], Tensor]  # what is done to frames [1, 3, n, size, size] in the end
 
     @property
     def weights(self) -> list[float]:
@@ -183,7 +187,8 @@ class PuppetPipeline(ClipPipeline):
         sampling = Sampling.of(Options(), self.settings) if sampling is None else sampling
         own = tuple(self.parallel.own(sampling.branches))
         groups = (own,) if sampling.batched else tuple((branch,) for branch in own)
-        reference = self._vae.encode(to_video(portrait[None]).to(self._device))
+        picture = to_video(portrait[None]).to(self._device)
+        reference = self._vae.encode(picture)
         return VideoConditions(
             sampling=sampling,
             sigmas=schedule(sampling.steps, sampling.shift),
@@ -193,6 +198,7 @@ class PuppetPipeline(ClipPipeline):
             texts=tuple(self._text(prompt, branches) for branches in groups),
             frames=frames,
             decoder=_Decoder(self._vae.stream()),
+            finish=keep_clothes(picture) if sampling.keep_clothes else _as_it_is,
         )
 
     def generate(
@@ -239,7 +245,7 @@ class PuppetPipeline(ClipPipeline):
         x = self._denoise(conditions, index, encoded, progress)
         video = conditions.decoder(index, past, x)[:, :, : conditions.frames - index * self.clip_frames]
         kept = None if last else {"latents": torch.cat([past, x], dim=2)[:, :, -self._kept :]}
-        return GeneratedClip(index, video, kept)
+        return GeneratedClip(index, conditions.finish(video), kept)
 
     def _encode(self, conditions: VideoConditions, index: int, past: Tensor) -> list[Any]:
         """What the model needs to know for a clip, for each group of predictions."""
@@ -322,6 +328,10 @@ class _Decoder:
             self._stream.resume(past)
         self._next = index + 1
         return self._stream(latents)
+
+
+def _as_it_is(video: Tensor) -> Tensor:
+    return video
 
 
 def _repeat(x: Tensor, branches: tuple[Branch, ...]) -> Tensor:

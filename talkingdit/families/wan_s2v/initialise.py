@@ -64,7 +64,7 @@ def initialise_from_video_model(model: WanS2VModel, source: str | Path) -> InitR
     Raises:
         UserError: the weights are not those of a video model of the same size; the model is then as it was.
     """
-    weights = _open(Path(source))
+    weights = open_video_model(Path(source))
     parameters = dict(model.named_parameters())
     shapes = weights.shapes
     ignored = tuple(name for name in shapes if IMAGE.match(name))
@@ -85,10 +85,11 @@ def initialise_from_video_model(model: WanS2VModel, source: str | Path) -> InitR
 
 def is_video_model(source: str | Path) -> bool:
     """Is this a Wan video model, without the layers that make a Wan-S2V model of it? Raises UserError as above."""
-    return not any(NEW.match(name) for name in _open(Path(source)).shapes)
+    return not any(NEW.match(name) for name in open_video_model(Path(source)).shapes)
 
 
-def _open(path: Path) -> Weights:
+def open_video_model(path: Path) -> Weights:
+    """Weights of a video model under native names, from a folder of any layout or a file; UserError for none."""
     if not path.exists():
         raise UserError(f"{path}: there is no such folder or file.")
     if path.is_dir() and not any(file.suffix in (".safetensors", ".gguf") for file in path.iterdir()):

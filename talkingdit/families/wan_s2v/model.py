@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from talkingdit.checkpoints.adapters import refuse_adapters
@@ -22,17 +19,18 @@ from talkingdit.families.wan_s2v.encode import encode
 from talkingdit.families.wan_s2v.packed import PackedClip, encode_packed
 from talkingdit.families.wan_s2v.sequence import NOISY, scatter_ranges, take_ranges
 from talkingdit.families.wan_s2v.timesteps import StepTime, clip_time, packed_time
+from talkingdit.families.wan_s2v.trunk import WanTrunk
 from talkingdit.families.wan_s2v.units import ROOT, UNITS
-from talkingdit.nn.context_parallel import ContextParallel, gather
+from talkingdit.nn.context_parallel import ContextParallel
 from talkingdit.nn.framepack import FramePacker
 from talkingdit.nn.hooks import like_forward
-from talkingdit.nn.layers import Float32Linear, PatchConv3d, timestep_embedding, wide
+from talkingdit.nn.layers import Float32Linear, PatchConv3d, wide
 
 if TYPE_CHECKING:
     from talkingdit.pipelines.step_cache import BlockCache
 
 
-class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
+class WanS2VModel(WanTrunk):
     """The Wan-S2V transformer. Parameter names are those of the released checkpoints.
 
     Args:
@@ -219,11 +217,6 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
         return self._denoise([latents], time, conditions, cache)[0]
 
     @like_forward
-    def step_inputs(self, timesteps: Tensor, projected: bool = False) -> Tensor:
-        """What the blocks are given of timesteps [S]: the time embedding [S, dim], or its projections [S, 6, dim]."""
-        return self.embed_time(timesteps[:, None].float())[int(projected)][:, 0]
-
-    @like_forward
     def encode_conditions(
         self, inputs: WanInputs, *, precompute: bool = True, context: ContextParallel | None = None
     ) -> WanConditions:
@@ -276,38 +269,6 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
             audio=zeros(c.audio_layers, c.audio_dim, 4),
         )
         return {"latents": zeros(c.in_dim, *size), "timestep": zeros(), "conditions": inputs}
-
-    def _denoise(
-        self,
-        latents: Sequence[Tensor],
-        time: StepTime,
-        conditions: WanConditions,
-        cache: BlockCache | None = None,
-    ) -> list[Tensor]:
-        """Velocities [B, out_dim, T, H, W] of the clips of a sequence, from their latents [B, in_dim, T, H, W]."""
-        shard = conditions.shard
-        x = self._embed(latents, conditions)
-        length = x.shape[1]
-        if cache is None:
-            noisy = take_ranges(self._through_blocks(x, time, conditions), shard.noisy_ranges)
-        elif cache.skips:
-            assert cache.kept is not None
-            noisy = take_ranges(x, shard.noisy_ranges) + cache.kept
-        else:
-            before = take_ranges(x, shard.noisy_ranges).clone()  # blocks write over x
-            noisy = take_ranges(self._through_blocks(x, time, conditions), shard.noisy_ranges)
-            cache.keep(noisy - before)
-        del x
-        y = self.head(noisy, time.head, time.head_groups, shard.noisy_offset)
-        begins = [clip.begin for clip in shard.clips]
-        if shard.context is not None:
-            y = gather(scatter_ranges(y, shard.noisy_ranges, length), shard.context, shard.tokens)
-        elif shard.packed:
-            begins = list(itertools.accumulate((clip.noisy for clip in shard.clips), initial=0))
-        return [
-            self._unpatchify(y[:, begin : begin + clip.noisy], clip.grid)
-            for begin, clip in zip(begins, shard.clips, strict=False)
-        ]
 
     def _through_blocks(self, x: Tensor, time: StepTime, conditions: WanConditions) -> Tensor:
         """The residual stream [B, N, dim] behind the last block; without gradients x is written over."""
@@ -363,25 +324,7 @@ class WanS2VModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mi
             noisy.copy_(result)
         return x
 
-    def _unpatchify(self, y: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """Patches [B, F*S, 4 * out_dim] -> latents [B, out_dim, T, H, W]."""
-        frames, rows, columns = grid
-        y = y.reshape(y.shape[0], frames, rows, columns, 2, 2, self.config.out_dim)
-        return y.permute(0, 6, 1, 2, 4, 3, 5).reshape(y.shape[0], self.config.out_dim, frames, 2 * rows, 2 * columns)
-
-    def _run(self, module: nn.Module, *arguments: Any) -> Tensor:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            assert self._gradient_checkpointing_func is not None  # enable_gradient_checkpointing sets it
-            return self._gradient_checkpointing_func(module, *arguments)
-        return module(*arguments)
-
     def embed_kind(self, kind: int) -> Tensor:
         """Embedding [dim] of NOISY, REFERENCE or HISTORY tokens."""
         mask = self.trainable_cond_mask
         return mask(torch.full((), kind, dtype=torch.long, device=mask.weight.device))
-
-    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Time embedding [B, G, dim] of timesteps [B, G], and its six projections [B, G, 6, dim]."""
-        with torch.autocast(timestep.device.type, enabled=False):
-            time = self.time_embedding(timestep_embedding(timestep, self.config.freq_dim))
-            return time, self.time_projection(time).unflatten(-1, (6, self.config.dim))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The timestep in a step of Wan-S2V: tokens in groups, each modulated as its timestep says."""
+"""The timestep in a step of a Wan model: tokens in groups, each modulated as its timestep says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from talkingdit.families.wan_s2v.packed import MAX_GROUPS
 from talkingdit.families.wan_s2v.sequence import ClipSpan
 
 if TYPE_CHECKING:
-    from talkingdit.families.wan_s2v.model import WanS2VModel
+    from talkingdit.families.wan_s2v.trunk import WanTrunk
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class StepTime:
     head_groups: Groups  # of the noisy tokens alone, those of all clips behind each other
 
 
-def clip_time(model: WanS2VModel, timestep: Tensor, clip: ClipSpan) -> StepTime:
+def clip_time(model: WanTrunk, timestep: Tensor, clip: ClipSpan) -> StepTime:
     """For a sequence of one clip; the groups are its noisy tokens and, at timestep 0, the rest.
 
     With a timestep per latent frame every frame is a group, and as many groups at 0 follow as the rest needs.
@@ -43,7 +43,9 @@ def clip_time(model: WanS2VModel, timestep: Tensor, clip: ClipSpan) -> StepTime:
     steps = timestep[:, None] if per_sample else timestep
     with_zero = clip.tokens > clip.noisy and model.config.zero_timestep
     if clip.tokens > clip.noisy and not with_zero and not per_sample:
-        raise ValueError("WanS2VModel: a timestep per latent frame needs zero_timestep, got a model without it")
+        raise ValueError(
+            f"{type(model).__name__}: a timestep per latent frame needs zero_timestep, got a model without it"
+        )
     if with_zero:
         steps = torch.cat([steps, torch.zeros_like(steps[:, :1])], dim=1)
     time, modulation = model.embed_time(steps)
@@ -55,7 +57,7 @@ def clip_time(model: WanS2VModel, timestep: Tensor, clip: ClipSpan) -> StepTime:
     return StepTime(modulation, clip.per_frame, time[:, : clip.grid[0]], clip.per_frame)
 
 
-def packed_time(model: WanS2VModel, timesteps: Sequence[Tensor], clips: Sequence[ClipSpan]) -> StepTime:
+def packed_time(model: WanTrunk, timesteps: Sequence[Tensor], clips: Sequence[ClipSpan]) -> StepTime:
     """For packed clips. Other than noisy tokens are at timestep 0, or with `zero_timestep` off at that of their clip.
 
     Args:
@@ -86,12 +88,12 @@ def packed_time(model: WanS2VModel, timesteps: Sequence[Tensor], clips: Sequence
             ends[-1] = clip.begin + clip.tokens
         else:
             raise ValueError(
-                f"WanS2VModel: a timestep per latent frame needs zero_timestep, got a model without it "
+                f"{type(model).__name__}: a timestep per latent frame needs zero_timestep, got a model without it "
                 f"(packed clip {i})"
             )
     if len(ends) > MAX_GROUPS:
         raise ValueError(
-            f"WanS2VModel: packed clips must have at most {MAX_GROUPS} groups of tokens with a timestep of their own "
-            f"(two per clip), got {len(ends)} of {len(clips)} clips"
+            f"{type(model).__name__}: packed clips must have at most {MAX_GROUPS} groups of tokens with a timestep "
+            f"of their own (two per clip), got {len(ends)} of {len(clips)} clips"
         )
     return StepTime(torch.cat(rows, dim=1), ends, time[:, :used], head_ends)
