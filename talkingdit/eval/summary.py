@@ -128,13 +128,16 @@ def _distance(both: Sequence[tuple[np.ndarray, np.ndarray]], chosen: np.ndarray)
 
 
 def comparisons(results: Results, rows: Sequence[Row], baseline: str) -> list[Comparison]:
-    """Every other system against the baseline on the videos that both have, p adjusted over all of them."""
+    """Every other system against the baseline on the videos that both have, p adjusted over all rows.
+
+    Rows without a better direction, and distances of sets, which no single video has, are left out.
+    """
     found: list[tuple[Row, str, Difference]] = []
     by_system = {
         system: [verdict for verdict in results.verdicts if verdict.pair.system == system] for system in results.systems
     }
     for row in rows:
-        if row.metric.collect is not None:
+        if row.metric.collect is not None or row.metric.better == "neither":
             continue
         base = values_of(row.key, by_system.get(baseline, []))
         for system, verdicts in by_system.items():

@@ -118,7 +118,8 @@ def best_of(row: Row) -> set[str]:
     if row.metric.better == "neither" or len(cells) < 2:
         return set()
     best = (max if row.metric.better == "higher" else min)(cells.values())
-    return {system for system, value in cells.items() if value == best}
+    found = {system for system, value in cells.items() if value == best}
+    return found if len(found) < len(cells) else set()
 
 
 def markdown(results: Results, rows: Sequence[Row]) -> str:
