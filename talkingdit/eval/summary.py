@@ -102,8 +102,8 @@ def _mean_cell(key: str, verdicts: Sequence[Verdict]) -> Cell | None:
     if not np.isfinite(values).all():
         return Cell(float(np.mean(values)), None, None, len(values), missing)
     found = interval(values)
-    ends = (found.low, found.high) if found.n > 1 else (None, None)
-    return Cell(found.mean, *ends, found.n, missing)
+    low, high = (found.low, found.high) if found.n > 1 else (None, None)
+    return Cell(found.mean, low, high, found.n, missing)
 
 
 def _set_cell(metric: Metric, key: str, verdicts: Sequence[Verdict]) -> Cell | None:

@@ -41,7 +41,7 @@ def number(value: float) -> str:
 def as_json(results: Results, rows: Sequence[Row], compared: Sequence[Comparison], protocol: Name) -> dict[str, Any]:
     """Everything but features and pictures."""
     backbones = results.tools.backbones.values()
-    return plain(  # type: ignore[no-any-return]
+    content: dict[str, Any] = plain(
         {
             "protocol": protocol,
             "finder": f"{results.tools.finder.name}/{results.tools.finder.version}",
@@ -68,6 +68,7 @@ def as_json(results: Results, rows: Sequence[Row], compared: Sequence[Comparison
             ],
         }
     )
+    return content
 
 
 def _cell(cell: Cell) -> dict[str, Any]:

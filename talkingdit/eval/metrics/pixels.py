@@ -44,7 +44,7 @@ def _sharpness(evidence: Evidence, region: str) -> Value:
     for view in evidence.views(region):
         curve: FloatArray = np.full(len(view.gen), np.nan)
         for f in np.nonzero(view.shown)[0]:
-            curve[f] = np.log10(1 + sharpness_of(_as_filmed(view, f)))
+            curve[f] = np.log10(1 + sharpness_of(_as_filmed(view, int(f))))
         values.append((float(np.nanmean(curve)), curve))
     return over_people(values)
 
