@@ -2,10 +2,10 @@
 """What of a video is given to the model: latents of the given pixels, and a mask of what it is to make (section 2.3).
 
 The paper makes one model of two tasks by a binary mask: of an animated picture the first frame is given and the others
-are not, of an edited video all frames are, but for boxes on lower faces. What is not given is grey. The mask
-is max-pooled to the size of latents; the text leaves open of which kind the ones are. Here a cell is to be made if any
-of its pixels is, in any of its four frames, and all of it is grey: so nothing of a mouth stays given. The model sees one minus that, as in the
-base, where one is what is given; it stands in all mask channels, of which the base has four.
+are not, of an edited video all frames are, but for boxes on lower faces. What is not given is grey. The mask is
+max-pooled to the size of latents; the text leaves open of which kind its ones are. Here a cell is to be made if any of
+its pixels is, in any of its four frames, and all of it is grey: so nothing of a mouth stays given. The model sees one
+minus that, as in the base, where one is what is given; it stands in all mask channels, of which the base has four.
 """
 
 from __future__ import annotations

@@ -105,10 +105,8 @@ def test_a_sample_does_not_depend_on_its_batch_and_every_weight_has_a_gradient(m
 @pytest.fixture(scope="module")
 def encoders() -> PictureEncoders:
     torch.manual_seed(0)
-    image = PictureEncoder(picture_model())
-    return PictureEncoders(
-        make_vae().requires_grad_(False), SkyReelsAudioSettings(fps=16), Words(), Voice(), image=image
-    )
+    settings, image = SkyReelsAudioSettings(fps=16), PictureEncoder(picture_model())
+    return PictureEncoders(make_vae().requires_grad_(False), settings, Words(), Voice(), image=image)
 
 
 def sample_of(folder: Path, encoders: PictureEncoders, row: dict) -> Sample:
