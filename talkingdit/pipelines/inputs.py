@@ -129,7 +129,9 @@ def read_inputs(job: Job, others: Mapping[str, Path] | None = None) -> Inputs:
         check_writable(target)
     image = first_picture(job.image) if job.image == (others or {}).get("video") else read_image(job.image)
     if job.spoken:
-        return Inputs(job, image, LiveSound(STANDARD_INPUT, job.output.parent, job.audio_rate))
+        sound = LiveSound(STANDARD_INPUT, job.output.parent, job.audio_rate)
+        sound.wait(1)  # if nothing ever comes, that is told before a model is loaded
+        return Inputs(job, image, sound)
     return Inputs(job, image, read_voice(job.audio, job.output.parent))
 
 
