@@ -98,6 +98,8 @@ def draw(sample: Sample, number: int, stage: StageConfig, seed: int, progress: f
 def present(sample: Sample) -> set[str]:
     """The conditions that a sample has; a caption without words is none."""
     has = {name for name in ("audio", "reference", "history", "pose") if getattr(sample, name) is not None}
+    if sample.voices:
+        has.add("audio")
     if sample.caption.strip() or sample.text is not None:
         has.add("text")
     return has

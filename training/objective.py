@@ -88,6 +88,9 @@ def assemble(
         reference=sample.reference if "reference" in draws.kept else None,
         history=noisy_history(sample, draws, seed),
         pose=sample.pose if "pose" in draws.kept else None,
+        voices=sample.voices if hears else {},
+        regions=sample.regions,
+        outside=sample.outside,
         image=sample.image if "reference" in draws.kept else None,
         anchors=tuple(
             TrainAnchor(anchor.type, anchor.kind, sample.outside[anchor.kind][:, anchor.index : anchor.index + 1])

@@ -47,8 +47,9 @@ class Flags:
 
     image: Annotated[Path, Flag("PNG")]
     """the portrait"""
-    audio: Annotated[Path, Flag("WAV")]
-    """the voice: WAV, FLAC, MP3, OGG, ...; - is standard input, spoken while the video is made"""
+    audio: Annotated[Path | None, Flag("WAV")] = None
+    """the voice: WAV, FLAC, MP3, OGG, ... (required where no other flag brings voices); - is standard input, spoken
+    while the video is made"""
     audio_rate: Annotated[int | None, Flag("HZ")] = None
     """of raw 16-bit mono sound on --audio - (default: any container)"""
     prompt: Annotated[str, Flag("WORDS")] = ""
@@ -73,6 +74,10 @@ class Flags:
     """cpu, cuda, cuda:1, ... (default: cuda if there, but cpu for drawn characters)"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """precision of the weights (default: bfloat16 on a GPU)"""
+    precision: Literal["fp8", "int8"] | None = None
+    """let large layers compute in eight bits: faster on recent GPUs, nearly the same video"""
+    attention: Literal["auto", "flash", "efficient", "cudnn", "math", "flash3", "flash3_fp8", "sage"] = "auto"
+    """kernel of attention; auto is the fastest exact one, as `talkingdit info` tells"""
     parallel: Annotated[str, Flag("LAYOUT")] = ""
     """how the processes of torchrun share the work: guidance=2,ulysses=4,ring=1,vae=split (default: by their number)"""
 
@@ -147,7 +152,7 @@ def prepare(argv: Sequence[str]) -> Request:
     inputs = read_inputs(
         Job(
             image=flags.image,
-            audio=flags.audio,
+            audio=_sound(values, flags, options),
             output=output,
             live=flags.live or pipe is not None or str(flags.audio) == "-",
             pipe=pipe,
@@ -161,7 +166,7 @@ def prepare(argv: Sequence[str]) -> Request:
 
     from talkingdit.distributed.layout import Layout
 
-    layout, memory = Layout.parse(flags.parallel), _memory(options)
+    layout, memory = Layout.parse(flags.parallel), _memory(options, flags.precision)
     settings = family.checkpoint.read_settings(_folder(flags))
     outline = family.outline.outline(inputs, settings, options)
     outline = checked(flags.lora, flags.lora_partial, family, _folder(flags), outline)
@@ -191,6 +196,23 @@ def _target(flags: Flags) -> tuple[Path, int | None]:
     folder = tempfile.mkdtemp(prefix="talkingdit-", dir=large if large.is_dir() else None)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder) / "output.mp4", pipe
+
+
+def _sound(values: Values, flags: Flags, options: GenerationOptions) -> Path:
+    """The sound of the video: the one recording, or all voices together, in a file that goes with this process."""
+    voices = options.voices()
+    if flags.audio is None and not voices:
+        values.refuse("the following arguments are required: --audio")
+    if flags.audio is not None and voices:
+        values.refuse("--audio must be left out where speakers bring their recordings")
+    if flags.audio is not None or len(voices) == 1:
+        return flags.audio or voices[0]
+
+    from talkingdit.media.mixing import mix_voices
+
+    folder = tempfile.mkdtemp(prefix="talkingdit-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return mix_voices(voices, Path(folder) / "voices.flac")
 
 
 def _read(argv: Sequence[str]) -> tuple[Family, Values]:
@@ -286,7 +308,7 @@ def _generate(request: Request, team: Team) -> None:
             family.pipeline.open_pipeline(checkpoint, parallel),
             curves=None if family.preview is None else family.preview.Curves(),
             talk=Talk(progress=progress, warn=warn),
-            variant=_variant(request.memory),
+            variant=_variant(flags, request.memory),
         )
     if not team.rank:
         _report(result, flags)
@@ -311,6 +333,7 @@ def _load(request: Request, family: Family, team: Team) -> Any:
         fit(checkpoint, memory, device, family.units)
     if not merge:
         apply(*loras, checkpoint.transformer, merge=False)
+    _choose_attention(checkpoint.transformer, request.flags.attention, device)
     return checkpoint
 
 
@@ -340,22 +363,51 @@ def _folder(flags: Flags) -> Path:
     return default_checkpoint() if flags.checkpoint is None else flags.checkpoint
 
 
-def _memory(options: GenerationOptions) -> Memory | None:
-    """What is traded for memory, where the family offers that."""
+def _memory(options: GenerationOptions, precision: str | None) -> Memory | None:
+    """What is traded for memory, where the family offers that, and for precision."""
     words = getattr(options, "memory", "")
-    if not words:
+    if not words and precision is None:
         return None
     from talkingdit.pipelines.memory import Memory
 
     try:
-        return Memory.parse(words)
+        memory = Memory.parse(words)
+        if precision is None:
+            return memory
+        if memory.precision not in ("native", precision):
+            raise ValueError(f"precision must be that of --precision, {precision}, got {memory.precision!r}")
+        return replace(memory, precision=precision)
     except ValueError as error:
         raise UserError(f"generate: --memory: {str(error).removeprefix('Memory: ')}.") from error
 
 
-def _variant(memory: Memory | None) -> str:
+def _choose_attention(transformer: Any, backend: str, device: torch.device) -> None:
+    """Let a model's attention go to a backend.
+
+    Raises:
+        UserError: it is not installed, does not run there, or the model has no such choice.
+    """
+    if backend == "auto":
+        return
+    from talkingdit.nn import attention_backends
+
+    try:
+        attention_backends.check(backend, device)
+    except ValueError as error:
+        raise UserError(f"generate: --attention: {str(error).removeprefix('attention: ')}.") from error
+    if "attention_backend" not in transformer.config:
+        raise UserError(f"generate: --attention: {type(transformer).__name__} has no choice of attention kernels.")
+    transformer.register_to_config(attention_backend=backend)
+
+
+def _variant(flags: Flags, memory: Memory | None) -> str:
     """What changes frames, not only time and room: clips made with another one are not gone on from."""
-    return "" if memory is None else f"{memory.weights} {memory.residual} {memory.absorb_audio} {memory.vae}"
+    words = [] if memory is None else [memory.weights, memory.residual, str(memory.absorb_audio), memory.vae]
+    if memory is not None and memory.precision != "native":
+        words.append(memory.precision)
+    if flags.attention in ("flash3_fp8", "sage"):
+        words.append(flags.attention)
+    return " ".join(words)
 
 
 def _heads(folder: Path) -> int | None:

@@ -84,6 +84,8 @@ def check_shapes(sample: Sample, about: dict[str, Any], shard: str) -> None:
     found = {name: getattr(sample, name) for name in wanted}
     for name, value in sample.regions.items():
         found[f"regions.{name}"], wanted[f"regions.{name}"] = value, (frames, *side)
+    for name, value in sample.voices.items():
+        found[f"voices.{name}"], wanted[f"voices.{name}"] = value, wanted["audio"]
     for name, value in sample.outside.items():
         found[f"outside.{name}"], wanted[f"outside.{name}"] = value, (None, None, None, None)  # of a size of their own
     for name, value in sample.inside.items():

@@ -72,6 +72,19 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A box that the preview shows on its first frame.
+
+    Args:
+        name: that stands beside it; "" is a box without one, drawn faint.
+        box: x0, y0, x1, y1 in pixels of the video.
+    """
+
+    name: str
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
 class Outline:
     """What video will be made, known before any model is loaded. A family's `outline` makes it.
 
@@ -90,6 +103,9 @@ class Outline:
         crf: quality of the encoder, lower is better.
         warnings: sentences about what is done differently from what may be expected.
         when_too_large: what does not fit where memory runs out, and what to try.
+        work: denoising steps of each clip, where they differ; empty: `steps` of each. A clip without any, or one that
+            shows no frames, is a stage of the work on a video that is denoised as a whole.
+        marks: boxes that the preview shows.
         details: the family's own.
     """
 
@@ -106,6 +122,8 @@ class Outline:
     crf: int = 16
     warnings: tuple[str, ...] = ()
     when_too_large: str = "its clips"
+    work: tuple[int, ...] = ()
+    marks: tuple[Mark, ...] = ()
     details: Any = None
 
 

@@ -121,7 +121,8 @@ def _clips(
     pipeline: ClipPipeline, conditions: Any, inputs: Inputs, outline: Outline, store: SharedClipStore, talk: Talk
 ) -> Iterator[GeneratedClip]:
     """The clips that are not finished yet, with progress."""
-    done, total = store.finished * outline.steps, outline.clips * outline.steps
+    work = outline.work or (outline.steps,) * outline.clips
+    done, total = sum(work[: store.finished]), sum(work)
     spoken, team = inputs.job.spoken, pipeline.parallel.team
 
     def advance() -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from talkingdit.encoders.speech import Sound, is_long, pieces
 from talkingdit.media.files import SPEECH_RATE, VideoWriter
-from talkingdit.media.sheet import preview_sheet, sample_frames
+from talkingdit.media.sheet import COLOURS, FAINT, preview_sheet, sample_frames
 from talkingdit.media.track import EncodedTrack
-from talkingdit.pipelines.inputs import Frames, Inputs, Outline
+from talkingdit.pipelines.inputs import Frames, Inputs, Mark, Outline
 from talkingdit.pipelines.live import LiveSound
 from talkingdit.pipelines.resume import ClipStore, NoStore
 
@@ -150,7 +150,7 @@ class VideoSink:
         if inputs.job.live and self.first_after is not None:
             title += f": first frame after {self.first_after:.1f} s"
         preview_sheet(
-            np.stack(self._shown.frames),
+            marked(np.stack(self._shown.frames), self._outline.marks),
             waveform,
             rate,
             fps,
@@ -172,6 +172,24 @@ def write_video(
     with VideoSink(inputs, outline, curves) as sink:
         for frames in store.frames():
             sink.add(frames)
+
+
+def marked(frames: Frames, marks: Sequence[Mark]) -> Frames:
+    """Frames [n, H, W, 3], the first one with boxes and their names."""
+    if not marks:
+        return frames
+    from PIL import Image, ImageDraw, ImageFont
+
+    image = Image.fromarray(frames[0])
+    draw = ImageDraw.Draw(image)
+    thick = max(1, min(image.size) // 60)  # seen also in the small pictures of a sheet
+    font = ImageFont.load_default(max(10, min(image.size) // 10))
+    for number, mark in enumerate(marks):
+        colour = COLOURS[number % len(COLOURS)] if mark.name else FAINT
+        draw.rectangle(mark.box, outline=colour, width=thick)
+        if mark.name:
+            draw.text((mark.box[0] + 2 * thick, mark.box[1] + thick), mark.name, fill=colour, font=font)
+    return np.concatenate([np.asarray(image)[None], frames[1:]])
 
 
 @dataclass(frozen=True)
