@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from talkingdit.data.sample import Sample
-from talkingdit.families.training import EDITED, TrainAnchor, TrainBatch, TrainClip
+from talkingdit.families.training import TrainAnchor, TrainBatch, TrainClip
 from training.conditions import Draws, cell_weights, draw, noisy_history, normal
 from training.losses import add_noise, velocity_loss
 from training.sections import StageConfig
@@ -98,7 +98,6 @@ def assemble(
         ),
         task=draws.task,
         given=sample.given if "reference" in draws.kept else None,
-        made=sample.regions.get(EDITED),
     )
     cells = cell_weights(sample, stage, draws, progress)
     return TrainingInputs(sample, draws, noise, cells, level_weight(draws.sigma, stage.objective), clip)

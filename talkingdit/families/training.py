@@ -48,8 +48,7 @@ class TrainClip:
     image: Tensor | None = None  # [L, image_dim] features of the reference
     anchors: tuple[TrainAnchor, ...] = ()
     task: str = GENERATE
-    given: Tensor | None = None  # [C, T, H, W] the clip, grey in `made`
-    made: Tensor | None = None  # [T, H, W] one where the model makes it
+    given: Tensor | None = None  # [C, T, H, W] the clip, grey in its region `EDITED`
 
 
 @dataclass(frozen=True, kw_only=True)

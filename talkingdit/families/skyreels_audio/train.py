@@ -19,7 +19,7 @@ from torch import Tensor
 
 from talkingdit.errors import UserError
 from talkingdit.families.skyreels_audio.load import LOADER
-from talkingdit.families.training import TrainBatch, TrainClip, TrainRun
+from talkingdit.families.training import EDITED, TrainBatch, TrainClip, TrainRun
 from talkingdit.families.wan_i2v import train as base
 from talkingdit.families.wan_i2v.train import MAX_GROUPS, ModelClip, attention_tokens, count_tokens, open_validator
 
@@ -103,12 +103,13 @@ def velocities(transformer: Any, batch: TrainBatch) -> Tensor | Sequence[Tensor]
 def model_clip(transformer: Any, clip: TrainClip, text: Tensor, device: torch.device) -> ModelClip:
     """What the model is given of a training clip."""
     whole = base.model_clip(transformer, clip, text, device)
-    if clip.task != EDIT or clip.given is None or clip.made is None or clip.reference is None or clip.prefix:
+    made = clip.regions.get(EDITED)
+    if clip.task != EDIT or clip.given is None or made is None or clip.reference is None or clip.prefix:
         return whole
     condition = whole.inputs.condition
     assert condition is not None
     condition, channels = condition.clone(), condition.shape[1] - clip.given.shape[0]
-    condition[0, :channels, 1:] = 1 - clip.made.to(condition)
+    condition[0, :channels, 1:] = 1 - made.to(condition)
     condition[0, channels:, 1:] = clip.given.to(condition)
     return dataclasses.replace(whole, inputs=dataclasses.replace(whole.inputs, condition=condition))
 

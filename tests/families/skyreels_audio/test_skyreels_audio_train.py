@@ -26,7 +26,7 @@ from talkingdit.families.skyreels_audio.clips import encode_clip
 from talkingdit.families.skyreels_audio.known import Given
 from talkingdit.families.skyreels_audio.pipeline import SkyReelsAudioPipeline, _columns
 from talkingdit.families.skyreels_audio.train import EDIT, model_clip, velocities
-from talkingdit.families.training import TrainBatch, TrainClip
+from talkingdit.families.training import EDITED, TrainBatch, TrainClip
 from talkingdit.families.wan_i2v.clips import PictureEncoders
 from talkingdit.media.files import read_video
 
@@ -54,7 +54,7 @@ def edited(**changes) -> TrainClip:
     made[:, 2:, 1:4] = 1
     given = dict(
         latents=draw(16, 3, 4, 6), timestep=torch.full((3,), 400.0), reference=draw(16, 1, 4, 6), image=draw(5, 20),
-        audio=draw(2, 10, 12), task=EDIT, given=draw(16, 3, 4, 6, seed=9), made=made,
+        audio=draw(2, 10, 12), task=EDIT, given=draw(16, 3, 4, 6, seed=9), regions={EDITED: made},
     )  # fmt: skip
     return TrainClip(**given | changes)
 
@@ -66,7 +66,9 @@ def batch(*clips, packed):
 def test_a_window_of_generation_is_given_what_training_gives(model) -> None:
     clip = edited()
     trained = model_clip(model, clip, draw(3, 12), CPU)
-    whole = Given(torch.cat([clip.reference, clip.given], 1)[None], torch.cat([torch.zeros(1, 4, 6), clip.made]))
+    whole = Given(
+        torch.cat([clip.reference, clip.given], 1)[None], torch.cat([torch.zeros(1, 4, 6), clip.regions[EDITED]])
+    )
     condition = whole.condition(torch.arange(4), clip.reference[None], 4)
     assert torch.equal(trained.inputs.condition, condition)
     assert trained.held == 1
@@ -78,7 +80,7 @@ def test_a_window_of_generation_is_given_what_training_gives(model) -> None:
     pipeline.settings = families.get("skyreels_audio").checkpoint.read_settings(Path("nowhere"))
     animated = model_clip(model, edited(task="animate"), draw(3, 12), CPU)
     assert torch.equal(animated.inputs.condition, pipeline.known_condition(clip.reference[None], None, 4))
-    for changes in ({"reference": None}, {"given": None}, {"made": None}):
+    for changes in ({"reference": None}, {"given": None}, {"regions": {}}):
         other = edited(**changes)
         plain = model_clip(model, dataclasses.replace(other, task="animate"), draw(3, 12), CPU)
         assert torch.equal(model_clip(model, other, draw(3, 12), CPU).inputs.condition, plain.inputs.condition)
