@@ -27,7 +27,7 @@ from bench import record
 _ROOT = Path(__file__).resolve().parent.parent
 RESULTS = _ROOT / "bench" / "results" / "ablations.json"
 # Modules with a `STUDY`.
-STUDIES = {"gloria": "bench.gloria_rows"}
+STUDIES = {"gloria": "bench.gloria_rows", "skyreels_audio": "bench.skyreels_rows"}
 
 Measured = Mapping[str, float]  # by name
 
@@ -142,7 +142,7 @@ def run_training(chosen: Study, row: Row, folder: Path, budget: Budget) -> None:
     config = read_toml(_ROOT / "training" / "configs" / chosen.config)
     config.run.out = folder / f"{chosen.name}_{row.name}"
     config.run.seed = budget.seed
-    config.model.start = str(folder / f"{chosen.name}_start")
+    config.model.start = folder / f"{chosen.name}_start"
     for source in config.data.sources.values():
         source.path = folder / f"{chosen.name}_clips"
     config.run.minutes = 0.0 if budget.quick else budget.minutes
