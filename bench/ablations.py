@@ -27,7 +27,7 @@ from bench import record
 _ROOT = Path(__file__).resolve().parent.parent
 RESULTS = _ROOT / "bench" / "results" / "ablations.json"
 # Modules with a `STUDY`.
-STUDIES = {"gloria": "bench.gloria_rows"}
+STUDIES = {"gloria": "bench.gloria_rows", "skyreels_audio": "bench.skyreels_rows"}
 
 Measured = Mapping[str, float]  # by name
 
