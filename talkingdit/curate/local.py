@@ -162,9 +162,7 @@ def _work(task: Task, end: Connection) -> None:
 
 
 def one_thread() -> None:
-    """Workers are as many as there are cores; each uses one."""
+    """Workers are as many as there are cores; each uses one. Torch goes by OMP_NUM_THREADS."""
     import cv2
-    import torch
 
     cv2.setNumThreads(1)
-    torch.set_num_threads(1)
