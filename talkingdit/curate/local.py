@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Watch videos in processes of this machine.
 
-One process writes, the others watch; a worker is handed one video at a time. So a worker that dies, as a decoder may take
-it down, costs the video that it had, which is tried once more by a new one; and a driver that dies leaves what it noted.
+One process writes, the others watch; a worker is handed one video at a time. So a worker that dies, as a decoder may
+take it down, costs the video that it had, which is tried once more by a new one; and a driver that dies leaves what it
+noted.
 """
 
 from __future__ import annotations

@@ -129,7 +129,8 @@ def test_a_driver_that_is_killed_loses_and_doubles_nothing(tmp_path: Path, worke
         process.wait()
     before = noted(tmp_path)
     outcome, seen = run(job(tmp_path, tmp_path / "videos", sleep=0.05))
-    assert len(before) >= 3 and not set(before) & set(seen)
+    assert len(before) >= 3
+    assert not set(before) & set(seen)
     assert names(noted(tmp_path)) == wanted
     assert len(outcome.decisions.kept) == len(wanted)
 

@@ -63,9 +63,12 @@ def test_limits_and_samples_are_no_reason_to_watch_anew() -> None:
 
 
 def test_limits_keep_what_lies_within() -> None:
-    assert Limit(at_least=1, at_most=2).keeps(1) and Limit(at_least=1, at_most=2).keeps(2)
-    assert not Limit(at_least=1).keeps(0.999) and not Limit(at_most=2).keeps(2.001)
-    assert Limit(at_least=1).keeps(None) and not Limit(at_least=1, required=True).keeps(None)
+    assert Limit(at_least=1, at_most=2).keeps(1)
+    assert Limit(at_least=1, at_most=2).keeps(2)
+    assert not Limit(at_least=1).keeps(0.999)
+    assert not Limit(at_most=2).keeps(2.001)
+    assert Limit(at_least=1).keeps(None)
+    assert not Limit(at_least=1, required=True).keeps(None)
     assert Limit(at_least=1, required=True, off=True).keeps(None)
 
 
