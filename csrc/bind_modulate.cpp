@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "bind.h"
+#include "bind_eight_bit.h"
 #include "core/modulate.h"
 
 namespace td {
@@ -93,6 +93,30 @@ void modulate_forward_run(const TensorView& x, const Optional& y, const Optional
   TD_CALL(modulate_forward, x, args);
 }
 
+DType layer_dtype(const char* op, const std::string& name) {
+  check(name == "float32" || name == "bfloat16" || name == "float16", op, ": dtype must not be ", name);
+  return name == "float32" ? DType::float32 : name == "bfloat16" ? DType::bfloat16 : DType::float16;
+}
+
+// The norm in eight bits, of what layers of `dtype` would be given.
+void modulate_eight_bit_run(const TensorView& x, const Optional& y, const Optional& gate, const TensorView& scale,
+                            const TensorView& shift, const Optional& residual, const TensorView& codes,
+                            const TensorView& scales, const std::string& kind, bool exact, const std::string& dtype,
+                            int64_t per_group, const std::vector<int64_t>& ends, int64_t token_offset, double eps) {
+  const char* op = "modulate_eight_bit";
+  check(bool(y) == bool(gate) && bool(residual) == bool(y), op, ": arguments do not go together");
+  const Shape shape = shape_of(op, x, scale.shape[1]);
+  check(!shape.wide, op, ": x must not be float64");
+  auto args = args_of<ModulateArgs>(shape, y, residual, gate, scale, per_group, ends, token_offset, eps);
+  args.x = shape.rows(x, "x");
+  args.shift = shape.modulation(shift, "shift");
+  shape.has(codes, "codes", shape.tokens);
+  args.codes = code_rows(op, x, codes, scales, kind, exact);
+  args.out.dtype = layer_dtype(op, dtype);
+  if (x.numel() == 0) return;
+  TD_CALL(modulate_forward, x, args);
+}
+
 // Rows of the workspace `partial` [B, rows, 3, dim] that modulate_backward needs for x [B, N, dim]. CPU kernels use
 // that many for every sample, those of a GPU share all of them.
 int64_t rows_per_sample(const TensorView& x, const TokenChunks& chunks) {
@@ -137,6 +161,7 @@ void modulate_backward_run(const Optional& residual, const Optional& y, const Op
 
 TD_BINDINGS(modulate) {
   m.def("modulate_forward", &modulate_forward_run);
+  m.def("modulate_eight_bit", &modulate_eight_bit_run);
   m.def("modulate_chunks", &modulate_chunks);
   m.def("modulate_backward", &modulate_backward_run);
 }

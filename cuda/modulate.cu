@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "modulate.cuh"
 
+#include "code_rows.cuh"
+
 namespace td::cuda {
 namespace {
 
@@ -8,13 +10,13 @@ constexpr int kVectors = 4;          // of kWidth elements, held by a thread
 constexpr int kVectorThreads = 512;  // at most: a thread may have 128 registers
 constexpr int kWarps = 16;
 constexpr int64_t kForwardShare = 2;  // tokens of a block, at least
-constexpr int kScratch = 2 * kWarps * int(sizeof(float));
+constexpr int kScratch = 3 * kWarps * int(sizeof(float));
 
-// residual = x + gate y, and what the norm makes of it (Norm). A block takes one token: of three or four rows per token
-// many blocks have their loads in flight, more than fit into shared memory ahead of time.
-template <class X, class L, bool Norm>
+// residual = x + gate y, and what the norm makes of it (Norm), in eight bits if Q says so. A block takes one token: of
+// three or four rows per token many blocks have their loads in flight, more than fit into shared memory ahead of time.
+template <class X, class L, bool Norm, EightBit Q>
 __global__ void __launch_bounds__(kVectorThreads) gate_kernel(const __grid_constant__ ModulateArgs args) {
-  __shared__ float scratch[2 * kWarps];
+  __shared__ float scratch[3 * kWarps];
   const Columns<kVectors> columns(args.dim);
   int64_t b, n;
   locate(blockIdx.x, args.tokens, b, n);
@@ -60,7 +62,6 @@ __global__ void __launch_bounds__(kVectorThreads) gate_kernel(const __grid_const
     const float factor = rsqrtf(total[0] / float(args.dim) + float(args.eps));
     const float* scales = group_row<float>(args.scale, b, g) + columns.first;
     const float* shifts = group_row<float>(args.shift, b, g) + columns.first;
-    L* out = static_cast<L*>(args.out.data) + at(args.out, b, n) + columns.first;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (!columns.inside[i]) continue;
@@ -68,7 +69,15 @@ __global__ void __launch_bounds__(kVectorThreads) gate_kernel(const __grid_const
       const Vector<float, kWidth> shift = group_vector(shifts, columns.step(i));
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) row[i][j] = row[i][j] * factor * (1.0f + scale.get(j)) + shift.get(j);
-      store_vector(out + columns.step(i), row[i]);
+    }
+    if constexpr (Q == EightBit::none) {
+      L* out = static_cast<L*>(args.out.data) + at(args.out, b, n) + columns.first;
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        if (columns.inside[i]) store_vector(out + columns.step(i), row[i]);
+      }
+    } else {
+      store_codes<Q, kWarps, L>(args.codes, b, n, row, columns, reinterpret_cast<uint32_t*>(scratch + 2 * kWarps));
     }
   }
 }
@@ -92,7 +101,7 @@ struct Modulation {
 
 // The norm alone: a block takes an equal share of the tokens, in order, and holds one in registers, while the next one
 // is on its way to shared memory. X is the residual stream, L what layers take.
-template <class X, class L>
+template <class X, class L, EightBit Q>
 __global__ void __launch_bounds__(kVectorThreads, 1)
     row_kernel(const __grid_constant__ ModulateArgs args, const __grid_constant__ Shares shares) {
   using StagedX = Staged<X, kVectors, 0>;
@@ -104,7 +113,7 @@ __global__ void __launch_bounds__(kVectorThreads, 1)
   Track<L> out;
   Modulation scale, shift;
   const auto place_targets = [&] {
-    out.place(args.out, at, columns.first);
+    if constexpr (Q == EightBit::none) out.place(args.out, at, columns.first);
     scale.enter(args.scale, at.b, at.g, columns, 1.0f);
     shift.enter(args.shift, at.b, at.g, columns, 0.0f);
   };
@@ -156,13 +165,39 @@ __global__ void __launch_bounds__(kVectorThreads, 1)
       if (!columns.inside[i]) continue;
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) row[i][j] = row[i][j] * factor * scale.values[i][j] + shift.values[i][j];
-      store_vector(out.row + columns.step(i), row[i]);
+      if constexpr (Q == EightBit::none) store_vector(out.row + columns.step(i), row[i]);
+    }
+    if constexpr (Q != EightBit::none) {
+      // Samples follow each other without a gap. The token's number is made anew: registers are scarce.
+      const int64_t items = args.batch * args.tokens, last = (blockIdx.x + 1) * shares.share;
+      const int64_t item = (last < items ? last : items) - at.left - 1;
+      store_codes<Q, kWarps, L>(args.codes, 0, item, row, columns, reinterpret_cast<uint32_t*>(scratch + 2 * kWarps));
     }
     if (!leaves) {
-      out.step(args.out);
+      if constexpr (Q == EightBit::none) out.step(args.out);
     } else if (more) {
       place_targets();
     }
+  }
+}
+
+// result(i) of a row in eight bits; it is asked for twice.
+template <class Result>
+__device__ __forceinline__ void store_any_codes(const ModulateArgs& args, int64_t b, int64_t n, const Result& result,
+                                                uint32_t* scratch) {
+  const auto value = [&](int i) {
+    const float found = result(i);
+    if (!args.codes.exact || args.out.dtype == DType::float32) return found;
+    return args.out.dtype == DType::bfloat16 ? float(bf16(found)) : float(fp16(found));
+  };
+  uint32_t largest = 0;
+  for (int i = int(threadIdx.x); i < args.dim; i += kScalarThreads) largest = larger(largest, magnitude_bits(value(i)));
+  const RowScale scale(block_largest<kScalarThreads / 32>(largest, scratch), args.codes.kind);
+  const CodeRows& codes = args.codes;
+  if (threadIdx.x == 0) codes.scales[b * codes.scale_batch_stride + n * codes.scale_token_stride] = scale.scale;
+  uint8_t* target = codes.data + b * codes.batch_stride + n * codes.token_stride;
+  for (int i = int(threadIdx.x); i < args.dim; i += kScalarThreads) {
+    target[i] = uint8_t(code_of(value(i) * scale.factor, codes.kind));
   }
 }
 
@@ -193,7 +228,7 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_kernel(const __grid_con
       if constexpr (Keep) row[i] = value;
       sum += value;
     }
-    if (args.out.data == nullptr) continue;
+    if (!args.norms()) continue;
     const C mean = block_sum(sum, scratch) / C(args.dim);
     C squares = C(0);
     for (int i = int(threadIdx.x); i < args.dim; i += kScalarThreads) {
@@ -202,35 +237,56 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_kernel(const __grid_con
     }
     const C factor = inverse_root(block_sum(squares, scratch) / C(args.dim) + C(args.eps));
     const C *scale = group_row<C>(args.scale, b, g), *shift = group_row<C>(args.shift, b, g);
-    for (int i = int(threadIdx.x); i < args.dim; i += kScalarThreads) {
+    const auto result = [&](int i) {
       const C normal = (again(i) - mean) * factor;
-      store_as(args.out, at(args.out, b, n) + i, normal + (normal * scale[i] + shift[i]));
+      return normal + (normal * scale[i] + shift[i]);
+    };
+    if (args.out.data) {
+      for (int i = int(threadIdx.x); i < args.dim; i += kScalarThreads) {
+        store_as(args.out, at(args.out, b, n) + i, result(i));
+      }
+    } else if constexpr (sizeof(C) == 4) {
+      store_any_codes(args, b, n, result, reinterpret_cast<uint32_t*>(scratch));
     }
   }
 }
 
+template <class X, class L, EightBit Q>
+void launch_norm(const ModulateArgs& args, cudaStream_t stream) {
+  const int threads = row_threads(args.dim, kVectors);
+  const auto kernel = row_kernel<X, L, Q>;
+  const size_t bytes = size_t(kScratch + threads * kVectors * kWidth * int(sizeof(X)));
+  const int64_t most = resident_blocks("modulate_forward", kernel, threads, bytes, kMaxBlocks);
+  const TokenShares shares(args.batch * args.tokens, most, kForwardShare);
+  launch("modulate_forward", kernel, unsigned(shares.blocks), threads, bytes, stream, args, Shares(shares, args));
+}
+
 // Whole vectors, and types that have a kernel: launched, true.
 bool launch_rows(const ModulateArgs& args, cudaStream_t stream) {
-  const DType layers = args.out.data ? args.out.dtype : args.y.dtype;
+  const DType layers = args.norms() ? args.out.dtype : args.y.dtype;
   const bool fits = args.dim % kWidth == 0 && row_threads(args.dim, kVectors) <= kVectorThreads && whole(args.x) &&
-                    whole(args.y) && whole(args.residual) && whole(args.out) && whole(args.gate) && whole(args.scale) &&
-                    whole(args.shift) && has(args.residual, args.x.dtype) && has(args.y, layers) &&
-                    walks_in_int(args) && (args.y.data == nullptr) == (args.residual.data == nullptr);
+                    whole(args.y) && whole(args.residual) && whole(args.out) && whole(args.codes) && whole(args.gate) &&
+                    whole(args.scale) && whole(args.shift) && has(args.residual, args.x.dtype) && has(args.y, layers) &&
+                    walks_in_int(args) && (args.y.data == nullptr) == (args.residual.data == nullptr) &&
+                    without_gaps(args.codes, args.tokens);
   if (!fits) return false;
   const int threads = row_threads(args.dim, kVectors);
+  const auto gate = [&](auto kernel) {
+    launch("modulate_forward", kernel, unsigned(args.batch * args.tokens), threads, 0, stream, args);
+  };
   return dispatch_stream(args.x.dtype, layers, [&](auto x_tag, auto layer_tag) {
     using X = typename decltype(x_tag)::type;
     using L = typename decltype(layer_tag)::type;
-    if (args.y.data) {
-      const unsigned tokens = unsigned(args.batch * args.tokens);
-      const auto kernel = args.out.data ? gate_kernel<X, L, true> : gate_kernel<X, L, false>;
-      return launch("modulate_forward", kernel, tokens, threads, 0, stream, args);
+    if (args.codes.data) {
+      dispatch_kind(args.codes.kind, [&](auto kind) {
+        constexpr EightBit Q = decltype(kind)::value;
+        args.y.data ? gate(gate_kernel<X, L, true, Q>) : launch_norm<X, L, Q>(args, stream);
+      });
+    } else if (args.y.data) {
+      gate(args.out.data ? gate_kernel<X, L, true, EightBit::none> : gate_kernel<X, L, false, EightBit::none>);
+    } else {
+      launch_norm<X, L, EightBit::none>(args, stream);
     }
-    const auto kernel = row_kernel<X, L>;
-    const size_t bytes = size_t(kScratch + threads * kVectors * kWidth * int(sizeof(X)));
-    const int64_t most = resident_blocks("modulate_forward", kernel, threads, bytes, kMaxBlocks);
-    const TokenShares shares(args.batch * args.tokens, most, kForwardShare);
-    launch("modulate_forward", kernel, unsigned(shares.blocks), threads, bytes, stream, args, Shares(shares, args));
   });
 }
 

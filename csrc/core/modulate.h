@@ -3,6 +3,7 @@
 // what an op does not have is a null pointer. The contract is in talkingdit/ops/modulate.py.
 #pragma once
 
+#include "core/eight_bit.h"
 #include "core/kernel.h"
 
 namespace td {
@@ -135,14 +136,19 @@ struct GroupRows {
   int64_t batch_stride, group_stride;
 };
 
-// residual = x + gate * y (when y is given); out = layer_norm(residual) * (1 + scale) + shift (when out is given).
+// residual = x + gate * y (when y is given); out = layer_norm(residual) * (1 + scale) + shift (when out is given). With
+// codes in the place of out, whose data is null then, the result goes there in eight bits; out.dtype is the type that
+// layers have.
 struct ModulateArgs {
   int64_t batch, tokens, token_offset;
   int dim;
   double eps;
   TokenGroups groups;
   Rows x, y, residual, out;
+  CodeRows codes;
   GroupRows gate, scale, shift;
+
+  TD_HD bool norms() const { return out.data != nullptr || codes.data != nullptr; }
 };
 
 // Backward. `residual` is the forward result (x itself in norm_modulate). total = grad_residual + d(out)/d(residual);

@@ -2,6 +2,7 @@
 #include "core/modulate.h"
 
 #include "core/parallel.h"
+#include "cpu/code_rows.h"
 #include "cpu/row_ops.h"
 
 namespace td::TD_ISA {
@@ -22,6 +23,21 @@ TD_INLINE void modulate_row(const Rows& out, int64_t b, int64_t n, const T* row,
       put<Stream>(target + i, normal + (normal * load(scale + i, part) + load(shift + i, part)), part);
     });
   });
+}
+
+// The same where it is asked for: as numbers, or as codes of what would have been stored as numbers.
+template <bool Stream, class T, class C>
+TD_INLINE void norm_row(const ModulateArgs& args, int64_t b, int64_t n, const T* row, const C* scale, const C* shift) {
+  if (args.out.data != nullptr) modulate_row<Stream>(args.out, b, n, row, scale, shift, args.dim, args.eps);
+  if constexpr (sizeof(C) == 4) {
+    if (args.codes.data == nullptr) return;
+    const DType dtype = args.codes.exact ? args.out.dtype : DType::float32;
+    alignas(64) float memory[kMaxModulatedDim];
+    modulate_row<false>(Rows{memory, 0, 0, dtype}, 0, 0, row, scale, shift, args.dim, args.eps);
+    dispatch_storage<C>(dtype, [&](auto tag) {
+      code_row(args.codes, b, n, reinterpret_cast<const typename decltype(tag)::type*>(memory), args.dim);
+    });
+  }
 }
 
 // row = x + gate * y
@@ -51,13 +67,13 @@ void forward(const ModulateArgs& args) {
       if (args.y.data == nullptr) {
         dispatch_storage<C>(args.x.dtype, [&](auto tag) {
           const auto* x = row_pointer<typename decltype(tag)::type>(args.x, b, n);
-          modulate_row<Stream>(args.out, b, n, x, scale, shift, dim, args.eps);
+          norm_row<Stream>(args, b, n, x, scale, shift);
         });
         continue;
       }
       gated_row(args, b, n, g, row);
       if (args.residual.data != nullptr) store_row<Stream>(args.residual, b, n, row, dim);
-      if (args.out.data != nullptr) modulate_row<Stream>(args.out, b, n, row, scale, shift, dim, args.eps);
+      norm_row<Stream>(args, b, n, row, scale, shift);
     }
     if constexpr (Stream) stream_fence();
   });

@@ -7,8 +7,12 @@ loaded, and what needs no torch before that is.
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -43,12 +47,17 @@ class Flags:
 
     image: Annotated[Path, Flag("PNG")]
     """the portrait"""
-    audio: Annotated[Path, Flag("WAV")]
-    """the voice: WAV, FLAC, MP3, OGG, ..."""
+    audio: Annotated[Path | None, Flag("WAV")] = None
+    """the voice: WAV, FLAC, MP3, OGG, ... (required where no other flag brings voices); - is standard input, spoken
+    while the video is made"""
+    audio_rate: Annotated[int | None, Flag("HZ")] = None
+    """of raw 16-bit mono sound on --audio - (default: any container)"""
     prompt: Annotated[str, Flag("WORDS")] = ""
     """what to show"""
     output: Annotated[Path, Flag("MP4", also=("-o",))]
-    """the video to write; a run that was interrupted goes on after its last clip"""
+    """the video to write; a run that was interrupted goes on after its last clip; - is standard output"""
+    live: bool = False
+    """let the video be watched while it is made: it grows under its name (always so with - for voice or video)"""
     checkpoint: Annotated[Path | None, Flag("DIR")] = None
     """folder of the model to use (default: the one shipped, of drawn characters)"""
     lora: Annotated[tuple[LoraChoice, ...], Flag("FILE[:STRENGTH]", read_choice, many=True)] = ()
@@ -65,12 +74,16 @@ class Flags:
     """cpu, cuda, cuda:1, ... (default: cuda if there, but cpu for drawn characters)"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """precision of the weights (default: bfloat16 on a GPU)"""
+    precision: Literal["fp8", "int8"] | None = None
+    """let large layers compute in eight bits: faster on recent GPUs, nearly the same video"""
+    attention: Literal["auto", "flash", "efficient", "cudnn", "math", "flash3", "flash3_fp8", "sage"] = "auto"
+    """kernel of attention; auto is the fastest exact one, as `talkingdit info` tells"""
     parallel: Annotated[str, Flag("LAYOUT")] = ""
     """how the processes of torchrun share the work: guidance=2,ulysses=4,ring=1,vae=split (default: by their number)"""
 
     def __post_init__(self) -> None:
         check_options(self, "generate")
-        for name in ("upscale", "threads"):
+        for name in ("upscale", "threads", "audio_rate"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"generate: {name} must be at least 1, got {value}")
@@ -135,11 +148,15 @@ def prepare(argv: Sequence[str]) -> Request:
 
     from talkingdit.pipelines.inputs import Job, check_enlarged, read_inputs
 
+    output, pipe = _target(flags)
     inputs = read_inputs(
         Job(
             image=flags.image,
-            audio=flags.audio,
-            output=flags.output,
+            audio=_sound(values, flags, options),
+            output=output,
+            live=flags.live or pipe is not None or str(flags.audio) == "-",
+            pipe=pipe,
+            audio_rate=flags.audio_rate,
             sheet=flags.sheet,
             prompt=flags.prompt,
             upscale=flags.upscale,
@@ -149,7 +166,7 @@ def prepare(argv: Sequence[str]) -> Request:
 
     from talkingdit.distributed.layout import Layout
 
-    layout, memory = Layout.parse(flags.parallel), _memory(options)
+    layout, memory = Layout.parse(flags.parallel), _memory(options, flags.precision)
     settings = family.checkpoint.read_settings(_folder(flags))
     outline = family.outline.outline(inputs, settings, options)
     outline = checked(flags.lora, flags.lora_partial, family, _folder(flags), outline)
@@ -160,11 +177,49 @@ def prepare(argv: Sequence[str]) -> Request:
     return Request(flags, family.name, options, layout, inputs, outline, memory)
 
 
+def _target(flags: Flags) -> tuple[Path, int | None]:
+    """Where the video is written, and the descriptor of the pipe that it goes into instead, if it does.
+
+    Whatever else writes to standard output writes to standard error from then on.
+
+    Raises:
+        UserError: standard output is a terminal.
+    """
+    if str(flags.output) != "-":
+        return flags.output, None
+    if os.isatty(1):
+        raise UserError("output -: expected a pipe or a file, got a terminal.")
+    sys.stdout.flush()
+    pipe = os.dup(1)
+    os.dup2(2, 1)
+    large = Path("/var/tmp")  # on a disk, where that for temporary files may be in memory
+    folder = tempfile.mkdtemp(prefix="talkingdit-", dir=large if large.is_dir() else None)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder) / "output.mp4", pipe
+
+
+def _sound(values: Values, flags: Flags, options: GenerationOptions) -> Path:
+    """The sound of the video: the one recording, or all voices together, in a file that goes with this process."""
+    voices = options.voices()
+    if flags.audio is None and not voices:
+        values.refuse("the following arguments are required: --audio")
+    if flags.audio is not None and voices:
+        values.refuse("--audio must be left out where speakers bring their recordings")
+    if flags.audio is not None or len(voices) == 1:
+        return flags.audio or voices[0]
+
+    from talkingdit.media.mixing import mix_voices
+
+    folder = tempfile.mkdtemp(prefix="talkingdit-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return mix_voices(voices, Path(folder) / "voices.flac")
+
+
 def _read(argv: Sequence[str]) -> tuple[Family, Values]:
     """The family of the checkpoint, which decides what flags there are, and their values."""
     folder = checkpoint_in(argv)
     family = families.get(families.DEFAULT) if folder is None else families.of_folder(folder)
-    values = read(COMMAND, ABOUT, _groups(family), argv)
+    values = read(COMMAND, ABOUT, _groups(family), _with_portrait(argv))
     for word in values.unknown:
         owners = [other.title for other in _families() if _flag_in(word, other.options)]
         if owners:
@@ -178,12 +233,23 @@ def _read(argv: Sequence[str]) -> tuple[Family, Values]:
 
 def checkpoint_in(argv: Sequence[str]) -> Path | None:
     """The folder that `--checkpoint` names, before flags are known."""
+    found = _value_in(argv, "--checkpoint")
+    return Path(found).expanduser() if found else None
+
+
+def _value_in(argv: Sequence[str], flag: str) -> str | None:
     found = None
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         name, given, value = word.partition("=")
-        if name == "--checkpoint" and (given or not following.startswith("-")):
+        if name == flag and (given or not following.startswith("-")):
             found = value if given else following
-    return Path(found).expanduser() if found else None
+    return found
+
+
+def _with_portrait(argv: Sequence[str]) -> Sequence[str]:
+    """A video that is changed shows the person: it stands for the portrait where none is given."""
+    video = _value_in(argv, "--video")
+    return [*argv, f"--image={video}"] if video and _value_in(argv, "--image") is None else argv
 
 
 def _families() -> list[Family]:
@@ -242,7 +308,7 @@ def _generate(request: Request, team: Team) -> None:
             family.pipeline.open_pipeline(checkpoint, parallel),
             curves=None if family.preview is None else family.preview.Curves(),
             talk=Talk(progress=progress, warn=warn),
-            variant=_variant(request.memory),
+            variant=_variant(flags, request.memory),
         )
     if not team.rank:
         _report(result, flags)
@@ -267,6 +333,7 @@ def _load(request: Request, family: Family, team: Team) -> Any:
         fit(checkpoint, memory, device, family.units)
     if not merge:
         apply(*loras, checkpoint.transformer, merge=False)
+    _choose_attention(checkpoint.transformer, request.flags.attention, device)
     return checkpoint
 
 
@@ -296,22 +363,51 @@ def _folder(flags: Flags) -> Path:
     return default_checkpoint() if flags.checkpoint is None else flags.checkpoint
 
 
-def _memory(options: GenerationOptions) -> Memory | None:
-    """What is traded for memory, where the family offers that."""
+def _memory(options: GenerationOptions, precision: str | None) -> Memory | None:
+    """What is traded for memory, where the family offers that, and for precision."""
     words = getattr(options, "memory", "")
-    if not words:
+    if not words and precision is None:
         return None
     from talkingdit.pipelines.memory import Memory
 
     try:
-        return Memory.parse(words)
+        memory = Memory.parse(words)
+        if precision is None:
+            return memory
+        if memory.precision not in ("native", precision):
+            raise ValueError(f"precision must be that of --precision, {precision}, got {memory.precision!r}")
+        return replace(memory, precision=precision)
     except ValueError as error:
         raise UserError(f"generate: --memory: {str(error).removeprefix('Memory: ')}.") from error
 
 
-def _variant(memory: Memory | None) -> str:
+def _choose_attention(transformer: Any, backend: str, device: torch.device) -> None:
+    """Let a model's attention go to a backend.
+
+    Raises:
+        UserError: it is not installed, does not run there, or the model has no such choice.
+    """
+    if backend == "auto":
+        return
+    from talkingdit.nn import attention_backends
+
+    try:
+        attention_backends.check(backend, device)
+    except ValueError as error:
+        raise UserError(f"generate: --attention: {str(error).removeprefix('attention: ')}.") from error
+    if "attention_backend" not in transformer.config:
+        raise UserError(f"generate: --attention: {type(transformer).__name__} has no choice of attention kernels.")
+    transformer.register_to_config(attention_backend=backend)
+
+
+def _variant(flags: Flags, memory: Memory | None) -> str:
     """What changes frames, not only time and room: clips made with another one are not gone on from."""
-    return "" if memory is None else f"{memory.weights} {memory.residual} {memory.absorb_audio} {memory.vae}"
+    words = [] if memory is None else [memory.weights, memory.residual, str(memory.absorb_audio), memory.vae]
+    if memory is not None and memory.precision != "native":
+        words.append(memory.precision)
+    if flags.attention in ("flash3_fp8", "sage"):
+        words.append(flags.attention)
+    return " ".join(words)
 
 
 def _heads(folder: Path) -> int | None:
@@ -341,9 +437,12 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
 
 def _report(result: Result, flags: Flags) -> None:
-    sys.stdout.write(
-        f"{result.path}: {result.frames} frames, {result.seconds:.2f} s of video at {result.fps} fps, "
-        f"made in {result.took:.1f} s\n"
+    piped = str(flags.output) == "-"
+    out = sys.stderr if piped else sys.stdout
+    first = "" if result.first_after is None else f", the first frame after {result.first_after:.1f} s"
+    out.write(
+        f"{'standard output' if piped else result.path}: {result.frames} frames, {result.seconds:.2f} s of video at "
+        f"{result.fps} fps, made in {result.took:.1f} s{first}\n"
     )
     if flags.sheet is not None:
-        sys.stdout.write(f"{flags.sheet}: preview\n")
+        out.write(f"{flags.sheet}: preview\n")

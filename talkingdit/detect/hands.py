@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from talkingdit.detect.boxes import Box, overlap
 from talkingdit.detect.tflite import Floats, back_to_frame, run, sigmoid, turned_crop, weights_of
 
 PALM, HAND = "palm_detection/palm_detection_full", "hand_landmark/hand_landmark_full"
@@ -36,7 +37,7 @@ class Hand:
     side: Literal["left", "right"]
 
     @property
-    def box(self) -> tuple[float, float, float, float]:
+    def box(self) -> Box:
         """x0, y0, x1, y1 around its points; it may reach out of the picture."""
         (x0, y0), (x1, y1) = self.points.min(0), self.points.max(0)
         return float(x0), float(y0), float(x1), float(y1)
@@ -104,16 +105,6 @@ def _apart(found: list[Hand]) -> list[Hand]:
         if all(overlap(hand.box, other.box) < 0.5 for other in kept):
             kept.append(hand)
     return kept
-
-
-def overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
-    """What two boxes have in common, as a share of both together."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    both = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
-    return width * height / max(both, 1e-9)
 
 
 @lru_cache(maxsize=1)

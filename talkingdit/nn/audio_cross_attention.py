@@ -68,8 +68,8 @@ class CrossAttention(nn.Module):
         self.norm_q = RMSNorm(inner, eps) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(inner, eps) if qk_norm else nn.Identity()
 
-    def query(self, x: Tensor) -> Tensor:
-        """[..., dim] -> [..., heads, head_dim]."""
+    def query(self, x: Tensor | ops.EightBitRows) -> Tensor:
+        """[..., dim], for a layer in eight bits also rows of it -> [..., heads, head_dim]."""
         return self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
 
     def key_value(self, context: Tensor) -> tuple[Tensor, Tensor]:

@@ -241,7 +241,7 @@ class GeneratedClip:
     """A finished clip."""
 
     index: int
-    frames: Tensor  # [1, 3, n, H, W] float32 in -1..1
+    frames: Tensor  # [1, 3, n, H, W] float32 in -1..1, or uint8
     carry: Carry | None  # None after the last clip
 
 
@@ -282,7 +282,7 @@ class ClipPipeline(Protocol):
 def generate_clips(
     pipeline: ClipPipeline,
     conditions: Any,
-    count: int,
+    count: int | Callable[[int], int],
     first: int = 0,
     carry: Carry | None = None,
     progress: Callable[[], None] | None = None,
@@ -292,7 +292,8 @@ def generate_clips(
     Args:
         pipeline: of a family.
         conditions: from its `encode`.
-        count: clips of the whole video.
+        count: clips of the whole video; or called with the number of the next clip, as often as there is one, for their
+            number as far as it is known by then, where a voice is still being spoken.
         first: clip to begin with.
         carry: of the clip before `first`; None at the beginning.
         progress: called after every denoising step.
@@ -302,7 +303,9 @@ def generate_clips(
     """
     if (carry is None) != (first == 0):
         raise ValueError(f"generate: clip {first} {'needs' if first else 'takes no'} carry")
-    for index in range(first, count):
-        clip = pipeline.clip(conditions, index, carry, last=index == count - 1, progress=progress)
+    index = first
+    while index < (total := count(index) if callable(count) else count):
+        clip = pipeline.clip(conditions, index, carry, last=index == total - 1, progress=progress)
         carry = clip.carry
         yield clip
+        index += 1

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("native", "cast_fp8", "fp8", "int8")
 OFFLOAD = ("none", "block", "leaf")
+PRECISION = ("native", "fp8", "int8")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Memory:
         absorb_audio: fold the output projection of audio attention into its values: less time, more memory per clip.
         text_encoder: "device", or "cpu" to encode prompts on the host.
         vae: "whole", or "tiled" to decode in tiles that overlap, whose seams can be seen in theory.
+        precision: "native", or "fp8" or "int8": large layers compute in eight bits (docs/precision.md), their weights
+            kept so too. Goes with native weights only.
     """
 
     weights: str = "native"
@@ -45,6 +48,7 @@ class Memory:
     absorb_audio: bool = False
     text_encoder: str = "device"
     vae: str = "whole"
+    precision: str = "native"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -53,9 +57,15 @@ class Memory:
             ("residual", ("float32", "compute")),
             ("text_encoder", ("device", "cpu")),
             ("vae", ("whole", "tiled")),
+            ("precision", PRECISION),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Memory: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.precision != "native" and self.weights != "native":
+            raise ValueError(
+                f"Memory: weights must be native where precision is {self.precision}, which keeps them in eight bits "
+                f"itself, got {self.weights!r}"
+            )
 
     @staticmethod
     def parse(text: str) -> Memory:
@@ -125,6 +135,10 @@ def _fit_transformer(model: Any, memory: Memory, device: torch.device, units: Un
     import torch
 
     _set_switches(model, memory)
+    if memory.precision != "native":
+        from talkingdit.nn.eight_bit import quantise
+
+        quantise(model, units.UNITS, memory.precision)
     if memory.weights in ("int8", "fp8"):
         _quantise(model, memory.weights, units)
     elif memory.weights == "cast_fp8":

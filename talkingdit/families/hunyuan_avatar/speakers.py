@@ -114,12 +114,11 @@ def _box_of(text: str) -> Box | None:
     return sides[0], sides[1], sides[2], sides[3]
 
 
-def check_speakers(speakers: Sequence[Speaker], turns: bool, audio: bool) -> None:
+def check_speakers(speakers: Sequence[Speaker], turns: bool) -> None:
     """Does everybody have one voice?
 
     Args:
         turns: one recording holds all voices, and turns say whose they are.
-        audio: there is one recording besides those of the speakers.
 
     Raises:
         ValueError: two of one name, a voice that is missing, or one too many.
@@ -130,17 +129,12 @@ def check_speakers(speakers: Sequence[Speaker], turns: bool, audio: bool) -> Non
         raise ValueError(f"generate: speaker must have a name of its own each, got {twice[0]!r} twice")
     voiced = [speaker.name for speaker in speakers if speaker.voice is not None]
     mute = [speaker.name for speaker in speakers if speaker.voice is None]
-    if turns:
-        if voiced:
-            raise ValueError(
-                "generate: speaker must have no recording beside turns, which divide that of --audio, "
-                f"got one for {voiced[0]!r}"
-            )
-        if not audio:
-            raise ValueError("generate: turns must come with --audio, the recording that they divide, got none")
-    elif voiced and audio:
-        raise ValueError("generate: speaker must bring its recording or leave that to --audio, got both")
-    elif mute and (voiced or len(mute) > 1 or not audio):
+    if turns and voiced:
+        raise ValueError(
+            "generate: speaker must have no recording beside turns, which divide that of --audio, "
+            f"got one for {voiced[0]!r}"
+        )
+    if not turns and mute and (voiced or len(mute) > 1):
         raise ValueError(
             f"generate: speaker must have a recording, NAME=voice.wav, unless there are turns, got none for {mute[0]!r}"
         )
@@ -185,6 +179,7 @@ def place_speakers(
     faces: Sequence[Box],
     size: tuple[int, int],
     masks: Sequence[Mask | None],
+    area: float = FACE_AREA,
 ) -> tuple[list[Place], list[str]]:
     """Where everybody's face is.
 
@@ -193,6 +188,7 @@ def place_speakers(
         faces: that were found in the portrait, largest first or in any order.
         size: height and width of the portrait.
         masks: [H, W] of every speaker who has one as a picture.
+        area: width and height of what a voice moves, in those of a face that was found.
 
     Returns:
         A place for each, and sentences about what may not be expected.
@@ -224,7 +220,7 @@ def place_speakers(
         if mask is not None or speaker.box is not None:
             places.append(Place(speaker.box, speaker.box, mask))
         elif i in taken:
-            places.append(Place(enlarged(taken[i], faces, size), taken[i]))
+            places.append(Place(enlarged(taken[i], faces, size, area), taken[i]))
         else:
             places.append(Place())
     return places, remarks

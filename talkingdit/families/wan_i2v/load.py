@@ -33,12 +33,14 @@ class Loader:
         classes: names of it in config.json.
         complete: see `talkingdit.families.wan_i2v.config.complete`.
         mark: how the name of a weight begins that a single file must hold to be of this family.
+        never: how names begin that such a file has none of.
     """
 
     model: Callable[[], Any]
     classes: tuple[str, ...]
     complete: Callable[[Mapping[str, Any], Weights, object], dict[str, Any]]
     mark: str
+    never: str = "casual_audio_encoder."
 
     def load(
         self,
@@ -119,6 +121,8 @@ class Loader:
                 ]
                 return bool(found) and self.says(read_json(found[0]))
             shapes = configs.native(open_weights(source)).shapes
+            if any(name.startswith(self.never) for name in shapes):
+                return False
             return any(name.startswith(self.mark) for name in shapes) and self._wider(shapes)
         except UserError:
             return False
@@ -178,5 +182,5 @@ class Loader:
         return model.eval()
 
 
-LOADER = Loader(_model, CLASSES, configs.complete, mark="patch_embedding.")
+LOADER = Loader(_model, CLASSES, configs.complete, mark="patch_embedding.", never="audio_proj.")
 load, read_config, empty, loads = LOADER.load, LOADER.read_config, LOADER.empty, LOADER.loads

@@ -15,8 +15,9 @@ from talkingdit.families.wan_s2v.sequence import SequenceShard
 from talkingdit.families.wan_s2v.units import FFN_TOKENS
 from talkingdit.nn.attention import attention
 from talkingdit.nn.audio_cross_attention import CrossAttention
+from talkingdit.nn.eight_bit import gate_residual_norm_modulate, norm_modulate
 from talkingdit.nn.layers import Float32Linear, LayerNorm, RMSNorm, lend
-from talkingdit.ops import RopeLayout
+from talkingdit.ops import EightBitRows, RopeLayout
 
 Groups = int | list[int]  # tokens per group, or where groups end
 
@@ -61,7 +62,7 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+    def forward(self, x: Tensor | EightBitRows, inputs: BlockInputs) -> Tensor:
         """x [B, N, dim], the tokens of a shard -> [B, N, dim]."""
         q, k, v = (linear(x).unflatten(-1, (self.num_heads, -1)) for linear in (self.q, self.k, self.v))
         out = (q, k) if overwrites() else None
@@ -83,7 +84,9 @@ class SelfAttention(nn.Module):
 class TextCrossAttention(CrossAttention):
     """Attention of every token to the text; of a packed sequence to that of its clip."""
 
-    def forward(self, x: Tensor, text: Tensor, inputs: BlockInputs, key_value: KeyValue | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor | EightBitRows, text: Tensor, inputs: BlockInputs, key_value: KeyValue | None = None
+    ) -> Tensor:
         """x [B, N, dim], text [B, L, dim] (or its `key_value`) -> [B, N, dim]; x [1, N, dim] if it is packed."""
         key_value = self.key_value(text) if key_value is None else key_value
         return self.o(attend_clips(self.query(x), key_value, inputs, inputs.text_mask))
@@ -141,38 +144,37 @@ class WanBlock(nn.Module):
         dtype, groups, begin = text.dtype, inputs.groups, inputs.token_offset
         # Hooks around a block, such as caches of steps, may look at what it was given.
         inplace = inputs.inplace and overwrites() and not hasattr(self, "_diffusers_hook")
-
-        def residual(y: Tensor) -> tuple[Tensor, Tensor] | None:
-            return (x, torch.empty_like(y, dtype=dtype)) if inplace else None
-
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.to(time.dtype)[:, None] + time).unbind(2)
-        y = ops.norm_modulate(x, scale1, shift1, groups, self.eps, begin, dtype)
+        place = (groups, self.eps, begin, dtype)
+        y: Any = norm_modulate(self.self_attn.q, x, scale1, shift1, *place)
         y = self.self_attn(y, inputs)
         # An affine norm is a modulated one with the same scale and shift everywhere.
         weight, bias = lend(self.norm3)
         scale, shift = (weight - 1).expand_as(gate1), bias.expand_as(gate1)
-        x, y = ops.gate_residual_norm_modulate(
-            x, y, gate1, scale, shift, groups, self.eps, begin, dtype, out=residual(y)
-        )
+        x, y = gate_residual_norm_modulate(self._context_query(), x, y, gate1, scale, shift, *place, inplace)
         y = self.attend_context(y, text, inputs, text_kv, *more)
         one = torch.ones_like(gate1)
-        x, y = ops.gate_residual_norm_modulate(
-            x, y, one, scale2, shift2, groups, self.eps, begin, dtype, out=residual(y)
-        )
+        x, y = gate_residual_norm_modulate(self.ffn[0], x, y, one, scale2, shift2, *place, inplace)
         return ops.gate_residual(x, self._feed_forward(y), gate2, groups, begin, out=x if inplace else None)
 
     def attend_context(self, y: Tensor, text: Tensor, inputs: BlockInputs, text_kv: KeyValue | None) -> Tensor:
         """What attention to text, and in other models to more, adds: normalised y [B, N, dim] -> [B, N, dim]."""
         return self.cross_attn(y, text, inputs, text_kv)
 
-    def _feed_forward(self, y: Tensor) -> Tensor:
+    def _context_query(self) -> Any:
+        """The one layer that multiplies what `attend_context` is given; None in blocks that give it to more."""
+        return self.cross_attn.q if type(self).attend_context is WanBlock.attend_context else None
+
+    def _feed_forward(self, y: Tensor | EightBitRows) -> Tensor:
         """The ffn of y, which it may overwrite: without gradients in slices, so that its wide middle stays small."""
         if not overwrites() or y.shape[1] <= FFN_TOKENS:
             return self.ffn(y)
+        out = torch.empty(y.shape, dtype=y.dtype, device=y.codes.device) if isinstance(y, EightBitRows) else y
         for begin in range(0, y.shape[1], FFN_TOKENS):
-            part = y[:, begin : begin + FFN_TOKENS]
-            part.copy_(self.ffn(part))
-        return y
+            end = min(begin + FFN_TOKENS, y.shape[1])
+            part = y.narrow(begin, end) if isinstance(y, EightBitRows) else y[:, begin:end]
+            out[:, begin:end] = self.ffn(part)
+        return out
 
 
 class Head(nn.Module):

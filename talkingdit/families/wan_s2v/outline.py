@@ -206,6 +206,7 @@ def outline(inputs: Inputs, settings: WanS2VSettings, options: Options) -> Outli
         steps=sampling.steps,
         predictions=sampling.predictions,
         frames=length.frames,
+        clip_frames=sampling.clip_frames,
         lead=length.lead,
         skip=length.skip,
         settings=_kept_settings(sampling, length, options),
