@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import signal
@@ -84,16 +85,15 @@ def trial(videos: Path, work: Path, settings: Path, options: argparse.Namespace)
             shutil.rmtree(out, ignore_errors=True)
         runs += 1
         process = start(videos, out, settings, how)
-        time.sleep(draw.uniform(0.3, options.longest))
-        victims = children(process.pid)
-        if process.poll() is None and victims and hits["worker"] <= hits["driver"]:
-            try:
-                signal.pidfd_send_signal(pidfd(draw.choice(victims)), signal.SIGKILL)
-                hits["worker"] += 1
-            except OSError:
-                pass
-            time.sleep(draw.uniform(0.0, options.longest))
-        if process.poll() is None and sum(hits.values()) < options.kills:
+        worker = hits["worker"] <= hits["driver"]
+        while worker and process.poll() is None and not children(process.pid):
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0.0, options.longest))
+        victims = children(process.pid) if process.poll() is None else []
+        if worker and victims and killed(draw.choice(victims)):
+            hits["worker"] += 1
+            time.sleep(draw.uniform(0.0, options.longest))  # it goes on, and may be killed itself
+        if process.poll() is None and sum(hits.values()) < options.kills and hits["driver"] < hits["worker"]:
             process.kill()
             hits["driver"] += 1
         process.wait()
@@ -106,10 +106,13 @@ def trial(videos: Path, work: Path, settings: Path, options: argparse.Namespace)
     return {"hits": hits, "runs": runs + 1, **noted(out)}
 
 
-def pidfd(process: int) -> int:
-    import os
-
-    return os.pidfd_open(process)
+def killed(process: int) -> bool:
+    """Kill a process, if it is still there."""
+    try:
+        os.kill(process, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def all_done(out: Path, videos: Path) -> bool:
