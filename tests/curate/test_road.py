@@ -69,7 +69,7 @@ def test_from_a_folder_to_a_judged_video(tmp_path: Path, capsys: pytest.CaptureF
     shards = PrecomputedShards(tmp_path / "data")
     assert len(shards) > 0
     shape = shards.shape(0)
-    sample = shards.sample(0, np.random.default_rng(0), ClipRequest(shape.frames, shape.history))
+    sample = shards.sample(0, np.random.default_rng(0), ClipRequest(frames=shape.frames))
     assert {"face", "lips", "lower_face"} <= set(sample.regions)
     assert {"global", "front"} <= set(sample.outside)
 
