@@ -107,11 +107,16 @@ def fits(attn: Any, x: Tensor, rotary: Rotary) -> bool:
 
 def _layout(rotary: Rotary, like: Tensor, text: int) -> TableLayout:
     """Rotations of the image tokens, from tables that hold every value twice; `text` tokens behind stay as they are."""
-    cos, sin = (table.to(like.device)[:, ::2] for table in rotary)
-    if text:
-        cos = torch.cat([cos, cos.new_ones(text, cos.shape[1])])
-        sin = torch.cat([sin, sin.new_zeros(text, sin.shape[1])])
-    return token_rows(cos, sin, like.dtype)
+    # All blocks of a forward are given the same tables: what is made of them is kept with them, and goes with them.
+    kept = {} if torch.compiler.is_compiling() else rotary[0].__dict__.setdefault("_talkingdit_layouts", {})
+    key = (id(rotary[1]), text, like.dtype, like.device)
+    if key not in kept:
+        cos, sin = (table.to(like.device)[:, ::2] for table in rotary)
+        if text:
+            cos = torch.cat([cos, cos.new_ones(text, cos.shape[1])])
+            sin = torch.cat([sin, sin.new_zeros(text, sin.shape[1])])
+        kept[key] = token_rows(cos, sin, like.dtype)
+    return kept[key]
 
 
 def _normalised(attn: Any, q: Tensor, k: Tensor, layout: TableLayout) -> tuple[Tensor, Tensor]:
@@ -126,14 +131,12 @@ class _Rows:
     """Shifts, scales and gates of the groups of tokens of a stream, [B, G, dim] each."""
 
     def __init__(self, norm: Any, count: int, temb: Tensor, first: tuple[Tensor, int] | None, tokens: int):
-        rows = [norm.linear(norm.silu(temb))]
+        rows = norm.linear(norm.silu(temb))[:, None]
         self.groups: list[int] | None = None
         if first is not None:  # of tokens that are given clean, in front
-            rows.insert(0, norm.linear(norm.silu(first[0])))
+            rows = torch.cat([norm.linear(norm.silu(first[0]))[:, None], rows], dim=1)
             self.groups = [min(first[1], tokens), tokens]
-        self.rows = [
-            torch.stack(parts, dim=1) for parts in zip(*(row.chunk(count, dim=1) for row in rows), strict=True)
-        ]
+        self.rows = rows.chunk(count, dim=-1)
 
 
 def _double(
