@@ -17,6 +17,8 @@ from talkingdit.nn.accelerate.rotation import TableLayout, token_rows
 BLOCK = "double block: norms, modulation and gates"
 SINGLE = "single block: norm, modulation and gate"
 ATTENTION = "attention: norm and rotation of q and k"
+CALL = "attention: its processor called without reading its signature"
+SMALL = 1 << 16  # elements of a stream on the CPU below which calling kernels takes longer than what they save
 Rotary = tuple[Tensor, Tensor]
 
 
@@ -54,9 +56,10 @@ class HunyuanVideoProcessor:
         image_rotary_emb: Rotary | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         given = (attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        if encoder_hidden_states is None or image_rotary_emb is None or not fits(attn, hidden_states, image_rotary_emb):
-            result: tuple[Tensor, Tensor | None] = self.original(*given)
-            return result
+        if encoder_hidden_states is None or image_rotary_emb is None or is_small(hidden_states):
+            return self.original(*given)  # type: ignore[no-any-return]
+        if not fits(attn, hidden_states, image_rotary_emb):
+            return self.original(*given)  # type: ignore[no-any-return]
         length = hidden_states.shape[1]
         if attn.add_q_proj is None:
             both = torch.cat([hidden_states, encoder_hidden_states], dim=1)
@@ -122,6 +125,23 @@ def _layout(rotary: Rotary, like: Tensor, text: int) -> TableLayout:
 def _normalised(attn: Any, q: Tensor, k: Tensor, layout: TableLayout) -> tuple[Tensor, Tensor]:
     weights = attn.norm_q.weight, attn.norm_k.weight
     return ops.qk_norm_rope3d(q, k, *weights, layout, eps=attn.norm_q.eps, norm="per_head")
+
+
+def _attention(
+    attn: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    **cross_attention_kwargs: Any,
+) -> Any:
+    known = isinstance(attn.processor, HunyuanVideoProcessor) and cross_attention_kwargs.keys() <= {"image_rotary_emb"}
+    run = attn.processor if known else type(attn).forward
+    return run(attn, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
+
+
+def is_small(x: Tensor) -> bool:
+    """Is a stream so small that its block is better left as it is?"""
+    return x.device.type == "cpu" and x.numel() < SMALL
 
 
 # ---- what runs in place of the blocks --------------------------------------------------------------------------------
@@ -212,6 +232,8 @@ def _hunyuan_block(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
+    if is_small(hidden_states):
+        return type(block).forward(block, hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis)
     return _double(block, hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, None)
 
 
@@ -225,6 +247,8 @@ def _hunyuan_single(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
+    if is_small(hidden_states):
+        return type(block).forward(block, hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb)
     return _single(block, hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb, None)
 
 
@@ -306,6 +330,8 @@ def _replace_processor(attn: Any, report: Report) -> None:
     else:
         attn.set_processor(HunyuanVideoProcessor(processor))
         report.replaced[ATTENTION] += 1
+        if parameters_of(type(attn).forward) == parameters_of(_attention):
+            replace_method(attn, _attention, report, CALL)
 
 
 def _has_known_qk_norm(attn: Any) -> bool:
