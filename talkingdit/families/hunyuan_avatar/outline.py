@@ -21,17 +21,8 @@ from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.emotions import Emotion, emotion_index
 from talkingdit.families.hunyuan_avatar.guidance import Guidance
 from talkingdit.families.hunyuan_avatar.options import Options
-from talkingdit.families.hunyuan_avatar.speakers import (
-    Box,
-    Mask,
-    Place,
-    Speaker,
-    check_boxes,
-    draw_mask,
-    named_by_turns,
-    place_speakers,
-    scaled,
-)
+from talkingdit.families.hunyuan_avatar.places import Mask, Place, draw_mask, place_speakers, scaled
+from talkingdit.families.hunyuan_avatar.speakers import Box, Speaker, check_boxes, named_by_turns
 from talkingdit.families.hunyuan_avatar.turns import Solo, Turn, names_in, read_turns
 from talkingdit.media.files import SPEECH_RATE, read_image
 from talkingdit.pipelines.inputs import Frames, Inputs, Mark, Outline, read_voice
