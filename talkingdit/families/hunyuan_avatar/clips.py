@@ -25,7 +25,8 @@ from talkingdit.data.encoders import CheckpointEncoders, Encoders, PlainSettings
 from talkingdit.data.encoding import clip_reader
 from talkingdit.data.sample import Sample
 from talkingdit.families.hunyuan_avatar.checkpoint import find_parts, load_audio_encoder, load_vae, read_settings
-from talkingdit.families.hunyuan_avatar.train import NOT_OF_THE_CLIP, STILL, sample_columns
+from talkingdit.families.hunyuan_avatar.names import NOT_OF_THE_CLIP, STILL
+from talkingdit.families.hunyuan_avatar.train import sample_columns
 
 if TYPE_CHECKING:
     from talkingdit.families.hunyuan_avatar.words import TextEncoder

@@ -25,6 +25,7 @@ from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.checkpoint import HunyuanAvatarSettings
 from talkingdit.families.hunyuan_avatar.config import RELEASED
 from talkingdit.families.hunyuan_avatar.inputs import AvatarInputs
+from talkingdit.families.hunyuan_avatar.names import EMOTION, FACE, NOT_OF_THE_CLIP, STILL
 from talkingdit.families.hunyuan_avatar.packed import PackedClip
 from talkingdit.families.hunyuan_avatar.sequence import MAX_CLIPS, tokens_of
 from talkingdit.families.training import TrainBatch, TrainClip, TrainRun, Validator
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
 EXTRAS: frozenset[str] = frozenset()
 MAX_GROUPS = 2 * MAX_CLIPS  # batches count two per clip, of which there is one here
-FACE, STILL, EMOTION = "face", "still", "emotion"  # names in `Sample.regions` and `Sample.outside`
-NOT_OF_THE_CLIP = 3  # columns of features in front of the first video frame
 TYPICAL_TEXT = 256  # tokens
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
