@@ -179,13 +179,22 @@ class SkyReelsAudioPipeline(WanI2VPipeline):
         begin, stop = frames_of(first + given, end)
         video = video[:, :, : min(stop, conditions.frames) - begin]
         if details.edit is not None and self.parallel.team.rank == 0:
-            video = _composed(details.edit, video, begin)
+            video = self.composed(details.edit, video, begin)
         kept = None
         if not last:
             keep = max(sampling.overlap, lookback(self.checkpoint.vae))
             latents = x if past is None else torch.cat([past.to(x), new], dim=2)
             kept = {"latents": latents[:, :, -keep:]}
         return GeneratedClip(index, video, kept)
+
+    def composed(self, edit: Edit, video: Tensor, begin: int) -> Tensor:
+        """Frames [1, 3, n, h, w] from number `begin` on, composed into those of the video: uint8 [1, 3, n, H, W]."""
+        made, found = to_frames(video), []
+        for number, frame in enumerate(edit.video.read(begin, len(made))):
+            # The first frame of the video is what the others go on from: it stays as it is.
+            mask = edit.region.masks(begin + number, 1)[0]
+            found.append(compose(frame, made[number], mask, edit.crop) if begin + number else frame)
+        return torch.from_numpy(np.stack(found)).permute(3, 0, 1, 2)[None]
 
     def _denoise(
         self,
@@ -325,13 +334,3 @@ def _columns(features: Features, first: int, end: int) -> Tensor:
     if first == 0:
         columns = torch.cat([columns[..., :1].expand(-1, -1, FRAMES_PER_LATENT - 1), columns], dim=-1)
     return columns.float()
-
-
-def _composed(edit: Edit, video: Tensor, begin: int) -> Tensor:
-    """Frames [1, 3, n, h, w] that the model made, composed into those of the video: uint8 [1, 3, n, H, W]."""
-    made, found = to_frames(video), []
-    for number, frame in enumerate(edit.video.read(begin, len(made))):
-        # The first frame of the video is what the others go on from: it stays as it is.
-        mask = edit.region.masks(begin + number, 1)[0]
-        found.append(compose(frame, made[number], mask, edit.crop) if begin + number else frame)
-    return torch.from_numpy(np.stack(found)).permute(3, 0, 1, 2)[None]

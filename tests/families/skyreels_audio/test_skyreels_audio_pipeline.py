@@ -122,7 +122,8 @@ def test_the_mouth_is_grey_and_the_mask_covers_all_that_it_touches(files: Path) 
     assert pixels.shape == (1, 3, 13, 64, 96)
     assert made.shape == (4, 8, 12)
     assert not made[0].any()  # the first frame is given whole
-    assert not pixels[0, :, 1:, 30:60, 30:66].any()
+    assert not pixels[0, :, 1:, 24:64, 24:72].any()  # whole cells
+    assert pixels[0, :, 1:, :24].all(0).any()
     np.testing.assert_array_equal(((pixels[0, :, 0] + 1) * 127.5).round().permute(1, 2, 0), next(Edited.video.read()))
     wanted = np.zeros((8, 12))
     wanted[3:8, 3:9] = 1
