@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from talkingdit.eval.clip import Clip, Frames
-from talkingdit.eval.finders import Finder, Found
+from talkingdit.eval.found import Finder, Found
 from talkingdit.eval.slots import Backbone
 from talkingdit.eval.tracks import Track, crops, match
 

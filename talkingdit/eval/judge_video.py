@@ -16,7 +16,8 @@ import numpy.typing as npt
 from talkingdit.errors import UserError
 from talkingdit.eval.clip import Frames, digest_of, read_clip, read_truth
 from talkingdit.eval.evidence import Evidence, NotMeasured
-from talkingdit.eval.finders import FINDERS, Found
+from talkingdit.eval.finders import FINDERS
+from talkingdit.eval.found import Found
 from talkingdit.eval.job import Pair
 from talkingdit.eval.metric import Metric
 from talkingdit.eval.protocol import Name, metrics_of
