@@ -47,6 +47,7 @@ class Sampling:
         negative_prompt: what not to show.
         window, overlap, windows, fusion: see `Options`.
         video_steps: steps that see all of an edited video.
+        match_colour: bring the colours of later clips back to those of the first.
         seed: each clip has noise of its own, which follows from the seed and its number.
         batched: all predictions in one forward pass.
 
@@ -65,6 +66,7 @@ class Sampling:
     windows: int
     fusion: Fusion
     video_steps: int
+    match_colour: bool = False
     seed: int = 0
     batched: bool = True
 
@@ -98,6 +100,7 @@ class Sampling:
             windows=options.windows,
             fusion=options.fusion,
             video_steps=steps if options.video_steps is None else options.video_steps,
+            match_colour=options.match_colour,
             seed=options.seed,
             batched=not options.sequential,
         )
@@ -183,9 +186,9 @@ def _edit(inputs: Inputs, settings: SkyReelsAudioSettings, options: Options, sam
     spare = Fraction(len(inputs.sound), SPEECH_RATE) - frames / video.rate
     if spare > Fraction(1, 10):
         warnings.append(f"{inputs.job.audio}: {float(spare):.1f} s of the voice are left out, the video is shorter.")
-    for name in ("size", "cover"):
+    for name in ("size", "cover", "match_colour"):
         if getattr(options, name):
-            warnings.append(f"`--{name}` has no effect on a video that is edited.")
+            warnings.append(f"`--{name.replace('_', '-')}` has no effect on a video that is edited.")
     details = Details(sampling, options, latents_of_frames(frames), video.rate, Edit(video, region, crop))
     kept = {"video": _digest(video.path), "region": region.name, "crop": list(vars(crop).values())}
     return _outlined(details, video.size, frames, video.rate, warnings, kept)
