@@ -8,6 +8,7 @@ it is turned away, from where it was last to where it is next.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ class Boxes:
 
     @property
     def name(self) -> str:
-        return f"boxes {np.round(self.boxes, 3).tolist()}"
+        return _named("boxes", np.round(self.boxes, 3))
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,12 @@ class Painted:
 
     @property
     def name(self) -> str:
-        return f"painted {np.packbits(self.mask).tobytes().hex()}" if self.mask.size < 4096 else self._hashed
+        return _named("painted", self.mask)
 
-    @property
-    def _hashed(self) -> str:
-        import hashlib
 
-        return f"painted {hashlib.sha256(np.packbits(self.mask).tobytes()).hexdigest()[:32]}"
+def _named(kind: str, values: NDArray[Any]) -> str:
+    found = hashlib.sha256(f"{values.shape}".encode() + np.ascontiguousarray(values).tobytes())
+    return f"{kind} {found.hexdigest()[:32]}"
 
 
 def read_box(text: str) -> Box | None:

@@ -175,6 +175,11 @@ def _animation(inputs: Inputs, settings: SkyReelsAudioSettings, options: Options
 def _edit(inputs: Inputs, settings: SkyReelsAudioSettings, options: Options, sampling: Sampling) -> Outline:
     assert options.video is not None
     video = open_edited(options.video)
+    height, width = video.size
+    if height % 2 or width % 2:
+        raise UserError(
+            f"video {str(options.video)!r}: expected an even width and height, as H.264 has, got {width} x {height}."
+        )
     region = given_region(options.mask, video) if options.mask else found_region(video, _faces())
     area = settings.max_area if options.max_area is None else options.max_area
     try:
@@ -186,6 +191,8 @@ def _edit(inputs: Inputs, settings: SkyReelsAudioSettings, options: Options, sam
     spare = Fraction(len(inputs.sound), SPEECH_RATE) - frames / video.rate
     if spare > Fraction(1, 10):
         warnings.append(f"{inputs.job.audio}: {float(spare):.1f} s of the voice are left out, the video is shorter.")
+    if inputs.job.image != options.video:
+        warnings.append("`--image` has no effect beside `--video`, whose first frame shows the person.")
     for name in ("size", "cover", "match_colour"):
         if getattr(options, name):
             warnings.append(f"`--{name.replace('_', '-')}` has no effect on a video that is edited.")
