@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Content anchors (Gloria, sections 3 and 6): pictures of a person from four sides and with eight expressions.
 
-A viewpoint is the angle between the body and the camera, by the pose network, or the turn of the head where only that is
-to be seen; its picture is the body cut out. An expression needs a classifier (`models.expression`), may be looked at
+A viewpoint is the angle between the body and the camera, by the pose network, or the turn of the head where only that
+is to be seen; its picture is the body cut out. An expression needs a classifier (`models.expression`), may be looked at
 again by a second model (`models.verify`), and its picture is the head cut out. Global anchors are times; `write.py`
 chooses them.
 """

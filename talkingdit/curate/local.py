@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Watch videos in processes of this machine.
 
-One process writes, the others watch; a worker is handed one video at a time. So a worker that dies, as a decoder may take
-it down, costs the video that it had, which is tried once more by a new one; and a driver that dies leaves what it noted.
+One process writes, the others watch; a worker is handed one video at a time. So a worker that dies, as a decoder may
+take it down, costs the video that it had, which is tried once more by a new one; and a driver that dies leaves what it
+noted.
 """
 
 from __future__ import annotations
@@ -162,9 +163,7 @@ def _work(task: Task, end: Connection) -> None:
 
 
 def one_thread() -> None:
-    """Workers are as many as there are cores; each uses one."""
+    """Workers are as many as there are cores; each uses one. Torch goes by OMP_NUM_THREADS."""
     import cv2
-    import torch
 
     cv2.setNumThreads(1)
-    torch.set_num_threads(1)

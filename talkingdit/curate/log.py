@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records of videos, a line each in `figures.jsonl`, written by one process: what is in it is done.
 
-A line is there as a whole or not at all (`append_line`). The last one of a video counts, if the file is still the one that
-was watched and the settings are the same.
+A line is there as a whole or not at all (`append_line`). The last one of a video counts, if the file is still the one
+that was watched and the settings are the same.
 """
 
 from __future__ import annotations

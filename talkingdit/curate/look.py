@@ -112,13 +112,16 @@ def unpacked(video: Path, data: bytes) -> tuple[Look, list[tuple[float, float]]]
     return look, spoken
 
 
-def looks(path: Path, watch: Watch, start: float = 0.0, end: float | None = None) -> Iterator[Look]:
+def looks(
+    path: Path, watch: Watch, start: float = 0.0, end: float | None = None, find_cuts: bool = True
+) -> Iterator[Look]:
     """The clips of a video: its shots, and parts of shots that are longer than `watch.clip_seconds`.
 
     Args:
         path: the video.
         watch: how to watch it.
         start, end: seconds after its first picture, of the part that is watched.
+        find_cuts: divide it into shots; otherwise it is one.
 
     Raises:
         UserError, MediaError: it cannot be read.
@@ -133,7 +136,7 @@ def looks(path: Path, watch: Watch, start: float = 0.0, end: float | None = None
     last = None if end is None else round((end - start) * fps)
     sound = _Sound(path, begins) if has_sound else None
     wanted = (begins + n / fps for n in itertools.count())
-    cutter = _Cutter(path, watch, fps, start, sound)
+    cutter = _Cutter(path, watch, fps, start, sound, Cuts(watch.cut) if find_cuts else None)
     try:
         for number, frame in enumerate(read_pictures(path, wanted)):
             if number == last:
@@ -154,6 +157,7 @@ class _Cutter:
     fps: Fraction
     start: float
     sound: _Sound | None
+    finder: Cuts | None
     number: int = 0
     shot: int = 0
     first: int = 0  # picture of the clip that is being kept
@@ -164,7 +168,6 @@ class _Cutter:
     cuts: deque[int] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        self.finder = Cuts(self.watch.cut)
         self.longest = max(1, round(self.watch.clip_seconds * self.fps))
         self.still_every = max(1, round(self.watch.still_every * self.fps))
 
@@ -174,11 +177,15 @@ class _Cutter:
             self.stills.append(Still(self.seen, _reduced(frame, self.watch.still_side)))
         self.pictures.append(_reduced(frame, self.watch.side))
         self.seen += 1
+        if self.finder is None:
+            yield from self._complete(self.seen)
+            return
         self.cuts.extend(at for at, _ in self.finder.add(self.pictures[-1]))
         yield from self._complete(self.finder.settled)
 
     def finish(self) -> Iterator[Look]:
-        self.cuts.extend(at for at, _ in self.finder.finish())
+        if self.finder is not None:
+            self.cuts.extend(at for at, _ in self.finder.finish())
         yield from self._complete(self.seen)
         if self.seen > self.first:
             yield self._take(self.seen)

@@ -24,6 +24,8 @@ from talkingdit.curate.anchors import Anchors
 from talkingdit.curate.look import Look, looks
 from talkingdit.curate.settings import Watch
 from talkingdit.curate.stages import Found, Stage, make_stages
+from talkingdit.detect.packages import NotInstalledError
+from talkingdit.detect.shots import Cuts
 from talkingdit.errors import UserError
 
 FORM = 1  # of records; others are of an earlier version
@@ -69,6 +71,13 @@ class Watcher:
         self._watch, self._folder = watch, folder
         self.stages, self.lacking = make_stages(watch, gpu)
         self._anchors = Anchors(watch) if anchors else None
+        self._find_cuts = watch.cut > 0
+        try:
+            if self._find_cuts:
+                Cuts(watch.cut)
+        except NotInstalledError as error:
+            self._find_cuts = False
+            self.lacking["shots"] = str(error)
 
     def record(self, video: Video, keep: Keep | None = None) -> Record:
         """Everything that is measured of a video, of types that JSON has.
@@ -85,7 +94,7 @@ class Watcher:
         clips: list[dict[str, Any]] = []
         error = ""
         try:
-            for look in looks(video.path, self._watch, video.start, video.end):
+            for look in looks(video.path, self._watch, video.start, video.end, self._find_cuts):
                 clips.append(self._clip(video, look, keep))
             if not clips:
                 error = f"{video.path} has no frames."

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Watch videos on Ray: the same stages, in actors on this machine or on a cluster.
 
-What Ray Data does that shapes this file (2.60, as run): a block whose worker dies is done again, without end, and not by
-rows; rows come back in any order; readers and actors share processors, and wait for each other without a word; `init`
-takes SIGTERM over; and an actor's libraries see one thread. So every block is one video; what a video writes has names
-of its own; the driver notes each video once; a video that keeps killing its workers is given up after some tries, which
-are counted in files; a processor is left for reading; and the handler is put back.
+What Ray Data does that shapes this file (2.60, as run): a block whose worker dies is done again, without end, and not
+by rows; rows come back in any order; readers and actors share processors, and wait for each other without a word;
+`init` takes SIGTERM over; and an actor's libraries see one thread. So every block is one video; what a video writes has
+names of its own; the driver notes each video once; a video that keeps killing its workers is given up after some tries,
+which are counted in files; a processor is left for reading; and the handler is put back.
 
 Stages that want a card run behind the others, in actors of their own, on what the others have decoded.
 """

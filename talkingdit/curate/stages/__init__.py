@@ -94,7 +94,7 @@ def stage_of(name: str) -> type[Any]:
     Raises:
         UserError: there is none.
     """
-    module, colon, kind = STAGES.get(name, name).partition(":")
+    module, _, kind = STAGES.get(name, name).partition(":")
     try:
         found: type[Any] = getattr(importlib.import_module(module), kind)
     except (ImportError, AttributeError, ValueError) as error:

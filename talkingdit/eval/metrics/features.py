@@ -85,7 +85,8 @@ def _frames_of(slot: str) -> Callable[[Evidence, str], tuple[FloatArray, FloatAr
 def _clips(evidence: Evidence, region: str) -> tuple[FloatArray, FloatArray]:
     """Features of every 16 frames in a row; a rest is left out, a video of fewer frames is filled with its last one."""
     network = evidence.network("i3d")
-    gen, truth = [], []
+    gen: list[FloatArray] = []
+    truth: list[FloatArray] = []
     for view in evidence.views(region):
         for frames, into in ((view.gen, gen), (view.need_truth(), truth)):
             into.append(network(np.stack(_windows(frames, view))))

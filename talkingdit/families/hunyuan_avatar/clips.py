@@ -62,6 +62,12 @@ class AvatarClipEncoders(Encoders):
         pixels = to_video(video) if isinstance(video, np.ndarray) else video
         return self.codec.encode(pixels)[0].cpu()
 
+    def text(self, caption: str) -> Tensor | None:
+        """The empty caption with a grey picture; others need one, see `captioned`."""
+        if caption:
+            return None
+        return self._texts.get("", lambda: self.captioned("", np.full((64, 64, 3), 128, np.uint8)))
+
     def captioned(self, caption: str, image: np.ndarray) -> Tensor | None:
         """Features [1 + L, dim] of a caption with a picture: the pooled ones, then tokens, zeros where none is."""
         if self.words is None:

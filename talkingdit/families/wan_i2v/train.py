@@ -141,9 +141,7 @@ def velocities_of(
     transformer: Any, batch: TrainBatch, make: Callable[[Any, TrainClip, Tensor, torch.device], ModelClip]
 ) -> Tensor | Sequence[Tensor]:
     """The same for a family that gives clips to its model in another way."""
-    clips = [
-        make(transformer, clip, text, batch.device) for clip, text in zip(batch.clips, batch.texts, strict=True)
-    ]
+    clips = [make(transformer, clip, text, batch.device) for clip, text in zip(batch.clips, batch.texts, strict=True)]
     if batch.packed:
         found = transformer.denoise_packed(
             [clip.latents for clip in clips],
