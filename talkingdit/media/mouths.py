@@ -192,7 +192,7 @@ def _follow(
         if before is None:
             face = max(faces, key=lambda f: (f.box[2] - f.box[0]) * (f.box[3] - f.box[1]))
         else:
-            face = max(faces, key=lambda f: _shared(f.box, before))  # type: ignore[misc]
+            face = max(faces, key=lambda f: _shared(f.box, before))
             if not _shared(face.box, before):
                 continue
         before = face.box
@@ -219,6 +219,6 @@ def cell_masks(masks: Mask) -> NDArray[np.float32]:
     count, height, width = masks.shape
     if count % 4 != 1 or height % 8 or width % 8:
         raise ValueError(f"cell_masks: masks must be [1 + 4 n, 8 h, 8 w], got {list(masks.shape)}")
-    cells = masks.reshape(count, height // 8, 8, width // 8, 8).any((2, 4))
-    rest = cells[1:].reshape(-1, 4, *cells.shape[1:]).any(1)
+    cells = masks.reshape(count, height // 8, 8, width // 8, 8).max(axis=(2, 4))
+    rest = cells[1:].reshape(-1, 4, *cells.shape[1:]).max(axis=1)
     return np.concatenate([cells[:1], rest]).astype(np.float32)

@@ -227,7 +227,7 @@ def _outlined(
     height, width = size if details.edit is None else details.edit.crop.size
     return Outline(
         size=size,
-        fps=fps,  # type: ignore[arg-type]
+        fps=fps,
         clips=sampling.clips(details.latents),
         steps=sampling.steps,
         predictions=len(sampling.branches),
