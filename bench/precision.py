@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight-bit layers on the drawn world: whole videos against float32, not ops.
 
-    python -m bench.precision [--videos 8x3x2 50x1x1] [--out bench/results]
+    python -m bench.precision [--videos 8x4x3 50x2x1] [--out bench/results]
 
 Videos are STEPSxCLIPSxCHARACTERS: so many denoising steps, so many clips long, of so many characters.
 
@@ -102,38 +102,44 @@ def generate(pipeline: Any, job: Job, steps: int) -> np.ndarray:
     return np.concatenate([to_frames(clip.frames) for clip in clips])
 
 
-def run(videos: Sequence[Videos], variants: Sequence[Variant] = VARIANTS) -> dict[str, Any]:
-    """Rows of all variants, the first of which is what the others are compared with."""
+def run(videos: Sequence[Videos], variants: Sequence[Variant] = VARIANTS, path: Path | None = None) -> dict[str, Any]:
+    """Rows of all variants, the first of which is what the others are compared with; written as they come."""
     result: dict[str, Any] = {**record.header("precision", torch.device("cpu"), quick=False), "rows": []}
-    truth: dict[tuple[Videos, int], np.ndarray] = {}
-    for variant in variants:
-        pipeline = open_pipeline(variant)
-        for asked in videos:
-            found = []
-            for character in range(asked.characters):
-                job = job_of(pipeline, asked.clips, FIRST_CHARACTER + character)
-                frames = generate(pipeline, job, asked.steps)
-                reference = truth.setdefault((asked, character), frames)
-                found.append({"psnr": psnr(frames, reference), **measure(job, frames)})
-            row: dict[str, Any] = {"variant": str(variant), **asked._asdict(), "frames": len(frames)}
-            if variant is not variants[0]:
-                row["psnr"] = round(float(np.mean([one["psnr"] for one in found])), 2)
-                row["worst"] = round(min(one["psnr"] for one in found), 2)
-            row |= {name: round(float(np.mean([one[name] for one in found])), 4) for name in _SEEN}
-            result["rows"].append(row)
-            print(json.dumps(row), file=sys.stderr, flush=True)
+    for asked in videos:
+        truth: dict[int, np.ndarray] = {}
+        for variant in variants:
+            result["rows"].append(_row(variant, asked, truth))
+            print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
+            if path is not None:
+                record.write(path, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _row(variant: Variant, asked: Videos, truth: dict[int, np.ndarray]) -> dict[str, Any]:
+    """What videos of a variant are like. The first one's frames are kept in `truth`, by character."""
+    pipeline, found, first = open_pipeline(variant), [], not truth
+    for character in range(asked.characters):
+        job = job_of(pipeline, asked.clips, FIRST_CHARACTER + character)
+        frames = generate(pipeline, job, asked.steps)
+        if first:
+            truth[character] = frames
+        found.append({"psnr": psnr(frames, truth[character]), **measure(job, frames)})
+    row: dict[str, Any] = {"variant": str(variant), **asked._asdict(), "frames": len(frames) * len(found)}
+    if not first:
+        row["psnr"] = round(float(np.mean([one["psnr"] for one in found])), 2)
+        row["worst"] = round(min(one["psnr"] for one in found), 2)
+    return row | {name: round(float(np.mean([one[name] for one in found])), 4) for name in _SEEN}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.precision", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--videos", type=Videos.parse, nargs="+", default=[Videos(8, 3, 2), Videos(50, 1, 1)], metavar="SxCxN"
+        "--videos", type=Videos.parse, nargs="+", default=[Videos(8, 4, 3), Videos(50, 2, 1)], metavar="SxCxN"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", default=_RESULTS)
     options = parser.parse_args(arguments)
     path = options.out / "cpu-precision.json"
-    record.write(path, json.dumps(run(options.videos), indent=1) + "\n")
+    run(options.videos, path=path)
     print(path)
     return 0
 
