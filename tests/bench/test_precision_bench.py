@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from bench import attention_cpu
 from bench.precision import Variant, Videos, run
 
 
@@ -12,3 +13,8 @@ def test_rows_tell_what_eight_bits_cost() -> None:
     assert 20 < narrow["psnr"] == narrow["worst"] < 80
     assert abs(narrow["r"] - whole["r"]) < 0.1
     assert Videos.parse("8x3x2") == Videos(8, 3, 2)
+
+
+def test_attention_on_a_processor_is_measured_and_right() -> None:
+    (row,) = attention_cpu.run([33], 2, 16, turns=1)["rows"]
+    assert all(row[name] > 0 for name in attention_cpu.CONTESTANTS)
