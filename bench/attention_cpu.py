@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention on a processor may be: PyTorch's flash kernel in bfloat16 and in float32, and plain products in slices.
+"""What attention on a processor may be: PyTorch's flash kernel, also on float32 copies, and products in slices.
 
     python -m bench.attention_cpu [--tokens 512 2048] [--heads 12] [--dim 128] [--out bench/results]
 
