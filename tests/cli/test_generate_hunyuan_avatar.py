@@ -113,6 +113,7 @@ def test_found_faces_are_those_of_the_picture(inputs: Path, folder: Path, tmp_pa
     assert not (anna * ben).any()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_video(
     inputs: Path, folder: Path, whole: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
