@@ -43,7 +43,7 @@ def _voices(
         if conditions.idle_audio is None:
             return video
         nothing = video.new_zeros(video.shape[0], 1, 0, dtype=torch.float32)
-        spans = (FrameSpan(0, 1, 1),)
+        spans: tuple[FrameSpan, ...] = (FrameSpan(0, 1, 1),)
         ran = model.run_layer(adapter, video[:, :0], conditions.idle_audio, nothing, spans, None, absorb, False)
         return torch.cat([video, ran], dim=1)
     memory = None if conditions.audio_memory is None else conditions.audio_memory[index]

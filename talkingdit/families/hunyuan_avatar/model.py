@@ -21,7 +21,7 @@ from talkingdit.families.hunyuan_avatar.checks import check_config, check_latent
 from talkingdit.families.hunyuan_avatar.embed import encode
 from talkingdit.families.hunyuan_avatar.emotion import EmotionAdapter, EmotionEmbedder
 from talkingdit.families.hunyuan_avatar.hearing import hear
-from talkingdit.families.hunyuan_avatar.injection import PatchEmbed, with_channels
+from talkingdit.families.hunyuan_avatar.injection import PatchEmbed, copy_bias, with_channels
 from talkingdit.families.hunyuan_avatar.inputs import AvatarConditions, AvatarInputs
 from talkingdit.families.hunyuan_avatar.packed import PackedClip, encode_packed
 from talkingdit.families.hunyuan_avatar.sequence import scatter_ranges, take_ranges
@@ -65,6 +65,11 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
     Raises:
         ValueError: for settings that contradict each other.
     """
+
+    if TYPE_CHECKING:
+        config: Any
+        ref_in: PatchEmbed | None
+        before_proj: nn.Linear | None
 
     forward_methods: ClassVar = ("encode_conditions", "denoise_packed")  # for `register_fsdp_forward_method`
     _supports_gradient_checkpointing = True
@@ -142,6 +147,7 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Linear):
                 if isinstance(module, Float32Linear) and name.split(".")[0] != "final_layer":
@@ -157,7 +163,7 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
         if self.ref_in is not None:  # the picture's tokenizer begins as the video's
             with torch.no_grad():
                 self.ref_in.proj.weight.copy_(self.img_in.proj.weight[:, : self.config.in_channels])
-                self.ref_in.proj.bias.copy_(self.img_in.proj.bias)
+                copy_bias(self.img_in.proj, self.ref_in.proj)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As of diffusers; UserError for a model with adapters, which such a folder has no place for."""
@@ -207,7 +213,7 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
         else:
             inputs = text
             if not isinstance(inputs, AvatarInputs):
-                inputs = AvatarInputs(text, text_mask, pooled_text, **given)
+                inputs = AvatarInputs(inputs, text_mask, pooled_text, **given)
             size = (latents.shape[2], latents.shape[3], latents.shape[4])
             conditions = encode(self, inputs, size, precompute=False, context=context)
         frames, rows, columns = conditions.grid
