@@ -132,6 +132,10 @@ def outline(inputs: Inputs, settings: HunyuanAvatarSettings, options: Options) -
     Raises:
         UserError: an option is impossible, or speakers, turns, faces and pictures do not fit together.
     """
+    if inputs.job.spoken:
+        raise UserError(
+            "audio -: HunyuanVideo-Avatar makes all of a video together, so the voice must be a whole file."
+        )
     try:
         guidance = _guidance(settings, options)
     except ValueError as error:

@@ -6,15 +6,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from talkingdit.errors import UserError
+from talkingdit.families.hunyuan_avatar.checkpoint import HunyuanAvatarSettings
 from talkingdit.families.hunyuan_avatar.conditions import small_masks, sound_frames
 from talkingdit.families.hunyuan_avatar.guidance import Guidance, View
-from talkingdit.families.hunyuan_avatar.outline import stages_of, video_length
+from talkingdit.families.hunyuan_avatar.options import Options
+from talkingdit.families.hunyuan_avatar.outline import outline, stages_of, video_length
 from talkingdit.families.hunyuan_avatar.pipeline import noise_levels
+from talkingdit.pipelines.inputs import Inputs, Job
 from talkingdit.pipelines.long_video import ShiftFusion, denoise
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "long_video.safetensors"
@@ -97,6 +102,13 @@ def test_lengths() -> None:
 def test_windows_hear_their_frames_around_the_end_of_the_video() -> None:
     assert sound_frames(torch.tensor([0, 1, 2]), 5).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8]
     assert sound_frames(torch.tensor([4, 0, 1]), 5).tolist() == [16, 17, 18, 19, 0, 1, 2, 3, 4]
+
+
+def test_a_voice_that_is_being_spoken_is_refused(tmp_path: Path) -> None:
+    job = Job(image=tmp_path / "a.png", audio=Path("-"), output=tmp_path / "out.mp4")
+    inputs = Inputs(job, np.zeros((64, 64, 3), np.uint8), np.zeros(1600, np.float32))
+    with pytest.raises(UserError, match="audio -: HunyuanVideo-Avatar makes all of a video together"):
+        outline(inputs, HunyuanAvatarSettings(), Options())
 
 
 def test_stages_hold_all_steps() -> None:
