@@ -19,6 +19,7 @@ from talkingdit.families.hunyuan_avatar.guidance import Guidance, View
 from talkingdit.families.hunyuan_avatar.options import Options
 from talkingdit.families.hunyuan_avatar.outline import outline, stages_of, video_length
 from talkingdit.families.hunyuan_avatar.pipeline import noise_levels
+from talkingdit.families.hunyuan_avatar.step_cache import computes
 from talkingdit.pipelines.inputs import Inputs, Job
 from talkingdit.pipelines.long_video import ShiftFusion, denoise
 
@@ -117,6 +118,8 @@ def test_stages_hold_all_steps() -> None:
         assert ends[-1] == steps
         assert len(ends) <= 10
         assert list(ends) == sorted(set(ends))
+        assert all(computes(end, steps) for end in stages_of(steps, cached=True)[:-1])
+    assert stages_of(50, cached=True) == stages_of(50)  # where the released cache computes, too
 
 
 def test_masks_are_interpolated_to_latents() -> None:
