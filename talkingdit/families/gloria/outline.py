@@ -97,8 +97,8 @@ def outline(inputs: Inputs, settings: GloriaSettings, options: Options) -> Outli
             f"generate: chunk_latents must be more than the {settings.prefix_latents} that chunks share, "
             f"got {sampling.chunk_latents}."
         )
-    if options.attention is not None:
-        check_writable(options.attention)
+    if options.attention_figure is not None:
+        check_writable(options.attention_figure)
     plan = chunk_plan(sampling.chunk_latents, settings.prefix_latents)
     latents = latents_of_frames(video_frames(inputs, settings.fps, options))
     chunks = len(list(plan.stages(latents)))
@@ -109,7 +109,7 @@ def outline(inputs: Inputs, settings: GloriaSettings, options: Options) -> Outli
     kept = {anchor.name: _digest(anchor.image) for anchor in anchors}
     return replace(
         plain,
-        settings={**plain.settings, "anchors": kept, "attention figure": options.attention is not None},
+        settings={**plain.settings, "anchors": kept, "attention figure": options.attention_figure is not None},
         details=Details(sampling, options, latents, anchors, plan),
     )
 

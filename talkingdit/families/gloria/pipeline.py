@@ -68,10 +68,12 @@ class GloriaPipeline(WanI2VPipeline):
         """As of Wan I2V; and where no figure can be made."""
         details: Details = outline.details
         found = super().warnings(inputs, outline)
-        if details.options.attention is not None and self.parallel.context is not None:
-            found += ("`--attention` has no effect where processes share the sequence: none of them has all keys.",)
-        elif details.options.attention is not None and not details.anchors:
-            found += ("`--attention` has no effect without anchors.",)
+        if details.options.attention_figure is not None and self.parallel.context is not None:
+            found += (
+                "`--attention-figure` has no effect where processes share the sequence: none of them has all keys.",
+            )
+        elif details.options.attention_figure is not None and not details.anchors:
+            found += ("`--attention-figure` has no effect without anchors.",)
         return found
 
     def encode(self, inputs: Inputs, outline: Outline) -> GloriaConditions:
@@ -99,7 +101,7 @@ class GloriaPipeline(WanI2VPipeline):
             plan=details.plan,
             anchors=tuple(anchor.name for anchor in details.anchors),
             decoder=_Decoder(self._vae.stream()),
-            figure=details.options.attention,
+            figure=details.options.attention_figure,
         )
 
     def anchor_tokens(self, anchors: tuple[AnchorImage, ...]) -> tuple[ExtraTokens, ...]:
