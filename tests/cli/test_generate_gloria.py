@@ -123,6 +123,10 @@ def test_what_is_wrong_with_anchors_is_said(
     assert "kind of view must be one of front, back, left, right, got 'top'" in said
     said = refused([*words, "--anchor", f"view/back={back}", "--anchor", f"view/back={back}"], capsys)
     assert f"anchor view/back: given twice, as {back} and {back}; take one." in said
+    over = [*words, "--anchor", f"view/back={back}", "--attention-figure", back]
+    assert f"attention_figure {back!r}: expected a file of its own, got the one given as anchor view/back" in refused(
+        over, capsys
+    )
     assert "nowhere.png" in refused([*words, "--anchor", "global=nowhere.png"], capsys)
     assert list(tmp_path.iterdir()) == []
 
