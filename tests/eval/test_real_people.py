@@ -94,6 +94,35 @@ def test_the_presenters_known_offset_and_a_shift_of_200_ms(presenter: Clip) -> N
     assert measure(Evidence(late, None, RealFinder(), FACE), "face").value == pytest.approx(as_filmed - 200, abs=40)
 
 
+def test_identity_tells_people_apart(presenter: Clip) -> None:
+    need_detectors("dlib", "face_recognition_models")
+    from talkingdit.eval.backbones import DlibIdentity
+    from talkingdit.eval.tracks import crops
+
+    embeddings = []
+    for clip in (few(presenter, 0, 2, 60), few(read_clip(real_clip(MOODS)), 0, 2, 200)):
+        (track,) = RealFinder()(clip, FACE).tracks["face"]
+        found = DlibIdentity()(crops(clip.frames, track, 256, 2.0))
+        embeddings.append(found / np.linalg.norm(found, axis=1, keepdims=True))
+    man, woman = embeddings
+    strangers = (man @ woman.T).max()
+    assert min(man[0] @ man[1], woman[0] @ woman[1]) > strangers + 0.03
+
+
+def test_noise_lowers_the_opinion_of_a_voice() -> None:
+    need_detectors("speechmos", "librosa", "onnxruntime", "pandas")
+    from talkingdit.eval.backbones import Dnsmos
+    from talkingdit.media.files import read_audio
+    from talkingdit.puppets import VOICE
+
+    voice = read_audio(VOICE)[: 4 * RATE]
+    noise = np.random.default_rng(0).normal(0, 0.1, len(voice)).astype(np.float32)
+    scores = [Dnsmos()(voice + level * noise) for level in (0, 0.3, 1)]
+    assert scores[0] is not None
+    assert scores == sorted(scores, reverse=True)  # type: ignore[type-var]
+    assert Dnsmos()(0 * voice) is None
+
+
 def test_the_mesh_lies_on_the_face_and_does_not_see_the_heads_turn(presenter: Clip) -> None:
     from talkingdit.detect.faces import faces
     from talkingdit.detect.mesh import mesh
