@@ -296,7 +296,7 @@ STUDY = Study(
     config="skyreels_drawn.toml",
     rows=(
         Row("full"),
-        Row("no_rope", {"model.audio_rope": False}),
+        Row("no_rope", {"model.settings.audio_rope": False}),
         Row("no_mask_loss", {"objective.gate": 0.0}),
         Row("guidance_1", options={"audio_guidance": "1"}, model="full"),
         Row("guidance_3", options={"audio_guidance": "3"}, model="full"),

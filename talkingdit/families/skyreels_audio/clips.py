@@ -8,7 +8,7 @@ encoded with that part grey, behind the same first frame: what the model is give
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from talkingdit.families.wan_i2v.clips import PictureEncoders, WanI2VEncoders, e
 class SkyReelsAudioEncoders(WanI2VEncoders):
     """Autoencoder, UMT5, picture encoder and Whisper of a SkyReels-Audio checkpoint."""
 
-    OFFERS = ("latents", "text", "audio")
+    OFFERS: ClassVar[tuple[str, ...]] = ("latents", "text", "audio")
     hears = False  # not the speech encoder of the base
 
     def read_settings(self) -> Any:

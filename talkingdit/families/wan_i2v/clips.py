@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,8 +40,8 @@ class PictureEncoders(Encoders):
 class WanI2VEncoders(CheckpointEncoders):
     """Autoencoder, UMT5 and, where it is there, picture encoder of a Wan I2V checkpoint; the last goes with latents."""
 
-    OFFERS = ("latents", "text")
-    hears = False
+    OFFERS: ClassVar[tuple[str, ...]] = ("latents", "text")
+    hears: ClassVar[bool] = False
 
     def read_settings(self) -> Any:
         return read_settings(self.folder)
