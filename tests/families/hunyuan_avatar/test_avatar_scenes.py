@@ -105,6 +105,7 @@ def test_an_interrupted_cache_goes_on_and_gives_good_samples(
         precompute(DrawnScenes(**{**vars(scenes), "vae": Path("nowhere")}))
 
 
+@pytest.mark.slow
 def test_a_short_run_makes_a_model_that_is_measured(
     voices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
