@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
-
 import attention_libraries
 import pytest
 import torch
@@ -20,11 +18,11 @@ HALF = torch.bfloat16
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Tensors of the host count as a Hopper's, and no library is installed; what was found is forgotten."""
     monkeypatch.setattr(attention_backends, "_capability_of", lambda q: (9, 0))
     monkeypatch.setattr(attention_backends, "_FOUND", {})
-    yield monkeypatch
+    return monkeypatch
 
 
 @pytest.fixture
