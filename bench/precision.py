@@ -102,8 +102,17 @@ def generate(pipeline: Any, job: Job, steps: int) -> np.ndarray:
     return np.concatenate([to_frames(clip.frames) for clip in clips])
 
 
-def run(videos: Sequence[Videos], variants: Sequence[Variant] = VARIANTS, path: Path | None = None) -> dict[str, Any]:
-    """Rows of all variants, the first of which is what the others are compared with; written as they come."""
+def run(
+    videos: Sequence[Videos],
+    variants: Sequence[Variant] = VARIANTS,
+    path: Path | None = None,
+    kept: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """Rows of all variants, the first of which is what the others are compared with; written as they come.
+
+    Args:
+        kept: rows of an earlier run, which stand first.
+    """
     result: dict[str, Any] = {**record.header("precision", torch.device("cpu"), quick=False), "rows": [*kept]}
     for asked in videos:
         truth: dict[int, np.ndarray] = {}
