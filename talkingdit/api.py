@@ -30,6 +30,8 @@ def generate(
     device: torch.device | str = "cpu",
     sheet: str | PathLike[str] | None = None,
     upscale: int = 1,
+    live: bool = False,
+    audio_rate: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     warn: Callable[[str], None] | None = None,
     **options: Any,
@@ -38,7 +40,7 @@ def generate(
 
     Args:
         image: the portrait, an image file.
-        audio: the voice, any format, rate and number of channels.
+        audio: the voice, any format, rate and number of channels; "-" is standard input, heard while it is spoken.
         output: the .mp4 to write.
         prompt: what to show.
         checkpoint: a folder, or what `talkingdit.models.load_checkpoint` gave; None is the model that ships with the
@@ -46,6 +48,8 @@ def generate(
         dtype, device: where a folder is loaded.
         sheet: a PNG with a preview to write.
         upscale: enlarge the frames so many times.
+        live: let the video be watched while it is made; always so with a voice from standard input.
+        audio_rate: of raw 16-bit mono sound on standard input, in Hz; None for sound in a container.
         progress: called with the number of denoising steps done and of all of them.
         warn: called with a sentence about what was done differently from what may be expected.
         options: of the checkpoint's family, such as `seed`, `steps` or `guidance`: see its `Options`.
@@ -71,6 +75,8 @@ def generate(
         sheet=None if sheet is None else Path(sheet),
         prompt=prompt,
         upscale=upscale,
+        live=live or str(audio) == "-",
+        audio_rate=audio_rate,
     )
     inputs = read_inputs(job, chosen.files())
     outline = family.outline.outline(inputs, family.checkpoint.read_settings(folder), chosen)

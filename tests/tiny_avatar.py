@@ -162,6 +162,10 @@ def save_released(root: Path, **changes: Any) -> Path:
     video = ckpts / "hunyuan-video-t2v-720p"
     save_vae(video / "vae")
     (video / "transformers").mkdir(parents=True)
-    state = make_transformer(**changes).state_dict()
-    torch.save({"module": state}, video / "transformers" / "mp_rank_00_model_states.pt")
+    model = make_transformer(**changes)
+    torch.save({"module": model.state_dict()}, video / "transformers" / "mp_rank_00_model_states.pt")
+    said = {
+        name: model.config[name] for name in ("rope_dim_list", "audio_blocks", "audio_channels")
+    }  # shapes do not tell
+    (video / "transformers" / "config.json").write_text(json.dumps(said))
     return root

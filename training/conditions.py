@@ -98,6 +98,8 @@ def draw(sample: Sample, number: int, stage: StageConfig, seed: int, progress: f
 def present(sample: Sample) -> set[str]:
     """The conditions that a sample has; a caption without words is none."""
     has = {name for name in ("audio", "reference", "history", "pose") if getattr(sample, name) is not None}
+    if sample.voices:
+        has.add("audio")
     if sample.caption.strip() or sample.text is not None:
         has.add("text")
     return has
@@ -125,7 +127,7 @@ def draw_task(tasks: Mapping[str, Ramp], seed: int, number: int, progress: float
 
 
 def draw_anchors(sample: Sample, config: AnchorsConfig, seed: int, number: int, progress: float) -> tuple[Anchor, ...]:
-    """Frames from outside the clip: some of every type in `always`, and of one or all of the others.
+    """Frames from all over the video: some of every type in `always`, and of one or all of the others.
 
     The type is drawn evenly from those that the sample has, then how many (1 to `most`), then that many different
     kinds by their weights (evenly without), then one frame of each. So a kind of which a video shows much is not drawn
@@ -134,7 +136,8 @@ def draw_anchors(sample: Sample, config: AnchorsConfig, seed: int, number: int, 
     if not config.types:
         return ()
     rng = random(seed, number, "anchors")
-    there = {kind: frames.shape[1] for kind, frames in sample.outside.items() if frames.shape[1] > 0}
+    there = {kind: _usable(sample, kind, config.of) for kind in sample.outside}
+    there = {kind: places for kind, places in there.items() if places}
     types = {name: [kind for kind in kinds if kind in there] for name, kinds in config.types.items()}
     types = {name: kinds for name, kinds in types.items() if kinds}
     chosen = [name for name in types if name in config.always]
@@ -148,8 +151,17 @@ def draw_anchors(sample: Sample, config: AnchorsConfig, seed: int, number: int, 
         weights = np.array([config.weights.get(kind, 1.0) for kind in kinds])
         count = int(rng.integers(1, min(config.most.get(name, len(kinds)), len(kinds)) + 1))
         for i in sorted(rng.choice(len(kinds), count, replace=False, p=weights / weights.sum())):
-            anchors.append(Anchor(name, kinds[i], int(rng.integers(there[kinds[i]]))))
+            places = there[kinds[i]]
+            anchors.append(Anchor(name, kinds[i], places[int(rng.integers(len(places)))]))
     return tuple(anchors)
+
+
+def _usable(sample: Sample, kind: str, of: str) -> list[int]:
+    """Which frames of a kind may be drawn. Of a frame that nothing says it of, it is not of the clip."""
+    count = sample.outside[kind].shape[1]
+    if of == "video":
+        return list(range(count))
+    return [] if kind not in sample.inside else [int(i) for i in sample.inside[kind].nonzero()]
 
 
 def noisy_history(sample: Sample, draws: Draws, seed: int) -> Tensor | None:

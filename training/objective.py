@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from talkingdit.data.sample import Sample
-from talkingdit.families.training import TrainBatch, TrainClip
+from talkingdit.families.training import TrainAnchor, TrainBatch, TrainClip
 from training.conditions import Draws, cell_weights, draw, noisy_history, normal
 from training.losses import add_noise, velocity_loss
 from training.sections import StageConfig
@@ -88,6 +88,16 @@ def assemble(
         reference=sample.reference if "reference" in draws.kept else None,
         history=noisy_history(sample, draws, seed),
         pose=sample.pose if "pose" in draws.kept else None,
+        voices=sample.voices if hears else {},
+        regions=sample.regions,
+        outside=sample.outside,
+        image=sample.image if "reference" in draws.kept else None,
+        anchors=tuple(
+            TrainAnchor(anchor.type, anchor.kind, sample.outside[anchor.kind][:, anchor.index : anchor.index + 1])
+            for anchor in draws.anchors
+        ),
+        task=draws.task,
+        given=sample.given if "reference" in draws.kept else None,
     )
     cells = cell_weights(sample, stage, draws, progress)
     return TrainingInputs(sample, draws, noise, cells, level_weight(draws.sigma, stage.objective), clip)

@@ -145,7 +145,7 @@ class JointDrop:
 
 @dataclass
 class AnchorsConfig:
-    """Frames from outside the clip (Gloria, section 4.1), drawn from `Sample.outside`; none without `types`."""
+    """Frames from all over the video (Gloria, section 4.1), drawn from `Sample.outside`; none without `types`."""
 
     types: dict[str, list[str]] = field(default_factory=dict)  # type: the kinds in `Sample.outside` that belong to it
     always: list[str] = field(default_factory=list)  # types that every sample gets if it has them
@@ -153,6 +153,7 @@ class AnchorsConfig:
     single: Ramp = 1.0  # share of those that get one type only, drawn evenly from what the sample has
     most: dict[str, int] = field(default_factory=dict)  # type: most anchors of a sample; 1 to this many are drawn
     weights: dict[str, float] = field(default_factory=dict)  # kind: weight in the draw, to balance rare kinds; or 1
+    of: Literal["video", "clip"] = "video"  # where frames may be from: all of the video, or the clip alone (ablation)
 
 
 @dataclass

@@ -146,6 +146,8 @@ def to_video(frames: NDArray[np.uint8]) -> Tensor:
 
 
 def to_frames(video: Tensor) -> NDArray[np.uint8]:
-    """Video [1, 3, F, H, W] in -1..1 to frames [F, H, W, 3] uint8."""
-    pixels = ((video[0].float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    """Video [1, 3, F, H, W] in -1..1, or of frames that are uint8 already, to frames [F, H, W, 3] uint8."""
+    pixels = video[0]
+    if pixels.dtype != torch.uint8:
+        pixels = ((pixels.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(1, 2, 3, 0).contiguous().cpu().numpy()

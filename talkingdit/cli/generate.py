@@ -7,8 +7,12 @@ loaded, and what needs no torch before that is.
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -43,12 +47,17 @@ class Flags:
 
     image: Annotated[Path, Flag("PNG")]
     """the portrait"""
-    audio: Annotated[Path, Flag("WAV")]
-    """the voice: WAV, FLAC, MP3, OGG, ..."""
+    audio: Annotated[Path | None, Flag("WAV")] = None
+    """the voice: WAV, FLAC, MP3, OGG, ... (required where no other flag brings voices); - is standard input, spoken
+    while the video is made"""
+    audio_rate: Annotated[int | None, Flag("HZ")] = None
+    """of raw 16-bit mono sound on --audio - (default: any container)"""
     prompt: Annotated[str, Flag("WORDS")] = ""
     """what to show"""
     output: Annotated[Path, Flag("MP4", also=("-o",))]
-    """the video to write; a run that was interrupted goes on after its last clip"""
+    """the video to write; a run that was interrupted goes on after its last clip; - is standard output"""
+    live: bool = False
+    """let the video be watched while it is made: it grows under its name (always so with - for voice or video)"""
     checkpoint: Annotated[Path | None, Flag("DIR")] = None
     """folder of the model to use (default: the one shipped, of drawn characters)"""
     lora: Annotated[tuple[LoraChoice, ...], Flag("FILE[:STRENGTH]", read_choice, many=True)] = ()
@@ -74,7 +83,7 @@ class Flags:
 
     def __post_init__(self) -> None:
         check_options(self, "generate")
-        for name in ("upscale", "threads"):
+        for name in ("upscale", "threads", "audio_rate"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"generate: {name} must be at least 1, got {value}")
@@ -139,11 +148,15 @@ def prepare(argv: Sequence[str]) -> Request:
 
     from talkingdit.pipelines.inputs import Job, check_enlarged, read_inputs
 
+    output, pipe = _target(flags)
     inputs = read_inputs(
         Job(
             image=flags.image,
-            audio=flags.audio,
-            output=flags.output,
+            audio=_sound(values, flags, options),
+            output=output,
+            live=flags.live or pipe is not None or str(flags.audio) == "-",
+            pipe=pipe,
+            audio_rate=flags.audio_rate,
             sheet=flags.sheet,
             prompt=flags.prompt,
             upscale=flags.upscale,
@@ -164,11 +177,49 @@ def prepare(argv: Sequence[str]) -> Request:
     return Request(flags, family.name, options, layout, inputs, outline, memory)
 
 
+def _target(flags: Flags) -> tuple[Path, int | None]:
+    """Where the video is written, and the descriptor of the pipe that it goes into instead, if it does.
+
+    Whatever else writes to standard output writes to standard error from then on.
+
+    Raises:
+        UserError: standard output is a terminal.
+    """
+    if str(flags.output) != "-":
+        return flags.output, None
+    if os.isatty(1):
+        raise UserError("output -: expected a pipe or a file, got a terminal.")
+    sys.stdout.flush()
+    pipe = os.dup(1)
+    os.dup2(2, 1)
+    large = Path("/var/tmp")  # on a disk, where that for temporary files may be in memory
+    folder = tempfile.mkdtemp(prefix="talkingdit-", dir=large if large.is_dir() else None)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder) / "output.mp4", pipe
+
+
+def _sound(values: Values, flags: Flags, options: GenerationOptions) -> Path:
+    """The sound of the video: the one recording, or all voices together, in a file that goes with this process."""
+    voices = options.voices()
+    if flags.audio is None and not voices:
+        values.refuse("the following arguments are required: --audio")
+    if flags.audio is not None and voices:
+        values.refuse("--audio must be left out where speakers bring their recordings")
+    if flags.audio is not None or len(voices) == 1:
+        return flags.audio or voices[0]
+
+    from talkingdit.media.mixing import mix_voices
+
+    folder = tempfile.mkdtemp(prefix="talkingdit-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return mix_voices(voices, Path(folder) / "voices.flac")
+
+
 def _read(argv: Sequence[str]) -> tuple[Family, Values]:
     """The family of the checkpoint, which decides what flags there are, and their values."""
     folder = checkpoint_in(argv)
     family = families.get(families.DEFAULT) if folder is None else families.of_folder(folder)
-    values = read(COMMAND, ABOUT, _groups(family), argv)
+    values = read(COMMAND, ABOUT, _groups(family), _with_portrait(argv))
     for word in values.unknown:
         owners = [other.title for other in _families() if _flag_in(word, other.options)]
         if owners:
@@ -182,12 +233,23 @@ def _read(argv: Sequence[str]) -> tuple[Family, Values]:
 
 def checkpoint_in(argv: Sequence[str]) -> Path | None:
     """The folder that `--checkpoint` names, before flags are known."""
+    found = _value_in(argv, "--checkpoint")
+    return Path(found).expanduser() if found else None
+
+
+def _value_in(argv: Sequence[str], flag: str) -> str | None:
     found = None
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         name, given, value = word.partition("=")
-        if name == "--checkpoint" and (given or not following.startswith("-")):
+        if name == flag and (given or not following.startswith("-")):
             found = value if given else following
-    return Path(found).expanduser() if found else None
+    return found
+
+
+def _with_portrait(argv: Sequence[str]) -> Sequence[str]:
+    """A video that is changed shows the person: it stands for the portrait where none is given."""
+    video = _value_in(argv, "--video")
+    return [*argv, f"--image={video}"] if video and _value_in(argv, "--image") is None else argv
 
 
 def _families() -> list[Family]:
@@ -375,9 +437,12 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
 
 def _report(result: Result, flags: Flags) -> None:
-    sys.stdout.write(
-        f"{result.path}: {result.frames} frames, {result.seconds:.2f} s of video at {result.fps} fps, "
-        f"made in {result.took:.1f} s\n"
+    piped = str(flags.output) == "-"
+    out = sys.stderr if piped else sys.stdout
+    first = "" if result.first_after is None else f", the first frame after {result.first_after:.1f} s"
+    out.write(
+        f"{'standard output' if piped else result.path}: {result.frames} frames, {result.seconds:.2f} s of video at "
+        f"{result.fps} fps, made in {result.took:.1f} s{first}\n"
     )
     if flags.sheet is not None:
-        sys.stdout.write(f"{flags.sheet}: preview\n")
+        out.write(f"{flags.sheet}: preview\n")

@@ -17,7 +17,9 @@ VERBS = {
     "generate": "make a video of a portrait speaking",
     "plan": "predict memory and time of a model on a card, or of its training on a cluster",
     "calibrate": "fit the step cache to a checkpoint",
+    "eval": "judge videos region by region, against the truth and each other",
     "info": "say what was built and what was found",
+    "curate": "find clips worth training on in a pile of videos",
     "precompute": "encode training videos once, into shards",
 }
 

@@ -54,8 +54,12 @@ class Sample:
     history: Tensor | None = None  # [C, n, H, W], newest last
     audio_history: Tensor | None = None  # [layers, dim, n] columns before `audio`, newest last
     pose: Tensor | None = None  # [C, T, H, W]
+    image: Tensor | None = None  # [L, image_dim] features of the reference, of a picture encoder
+    given: Tensor | None = None  # [C, T, H, W] the clip, grey where a model that edits is to make it
     regions: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # name: [T, H, W] in 0..1
-    outside: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # kind: [C, n, H, W], frames not of the clip
+    voices: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # name: as `audio`, of several who speak
+    outside: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # kind: [C, n, h, w], single frames
+    inside: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # kind: [n], 1 for those that the clip has
     kind: str = VIDEO
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -83,12 +87,16 @@ def flaw(sample: Sample) -> str | None:
         "audio": (None, None, 4 * frames),
         "audio_history": (None, None, None),
         "text": (None, None),
+        "image": (None, None),
         "pose": (channels, frames, height, width),
+        "given": (channels, frames, height, width),
         "reference": (channels, 1, height, width),
         "history": (channels, None, height, width),
     }
+    voices = {f"voices.{name}": tensor for name, tensor in sample.voices.items()}
+    wanted |= dict.fromkeys(voices, wanted["audio"])
     for name, shape in wanted.items():
-        tensor = getattr(sample, name)
+        tensor = voices[name] if name in voices else getattr(sample, name)
         if tensor is None:
             continue
         got = tuple(tensor.shape)

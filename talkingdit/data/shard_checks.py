@@ -78,12 +78,19 @@ def check_shapes(sample: Sample, about: dict[str, Any], shard: str) -> None:
         "audio": (None, None, 4 * frames),
         "audio_history": (None, None, None),
         "text": (None, None),
+        "image": (None, None),
+        "given": (None, frames, *side),
     }
     found = {name: getattr(sample, name) for name in wanted}
     for name, value in sample.regions.items():
         found[f"regions.{name}"], wanted[f"regions.{name}"] = value, (frames, *side)
+    for name, value in sample.voices.items():
+        found[f"voices.{name}"], wanted[f"voices.{name}"] = value, wanted["audio"]
     for name, value in sample.outside.items():
-        found[f"outside.{name}"], wanted[f"outside.{name}"] = value, (None, None, *side)
+        found[f"outside.{name}"], wanted[f"outside.{name}"] = value, (None, None, None, None)  # of a size of their own
+    for name, value in sample.inside.items():
+        count = sample.outside[name].shape[1:2] if name in sample.outside else (0,)
+        found[f"inside.{name}"], wanted[f"inside.{name}"] = value, tuple(count)
     for name, value in found.items():
         if value is None:
             continue

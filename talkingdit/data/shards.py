@@ -35,8 +35,8 @@ from talkingdit.data.shard_checks import check_description, check_shapes, read_d
 from talkingdit.errors import UserError
 
 EMPTY_TEXT = "empty_text.safetensors"
-GROUPS = ("regions", "outside")
-SINGLE = ("latents", "audio", "text", "reference", "history", "audio_history", "pose")
+GROUPS = ("regions", "voices", "outside", "inside")
+SINGLE = ("latents", "audio", "text", "reference", "history", "audio_history", "pose", "image", "given")
 _CUT = re.compile(r"-\d+[hsb]$")  # what `Cut.key` puts behind the key of the row
 CHECKSUM = "crc32"  # of the member of tensors, in the description
 
@@ -255,7 +255,9 @@ class PrecomputedShards:
             caption=about["caption"],
             kind=about["kind"],
             regions=_group(tensors, "regions"),
+            voices=_group(tensors, "voices"),
             outside=_group(tensors, "outside"),
+            inside=_group(tensors, "inside"),
             **tensors,  # what is left has the names of fields
         )
         check_shapes(sample, about, shard)
@@ -297,6 +299,7 @@ def _shorter(sample: Sample, frames: int, keep_history: bool) -> Sample:
     sample.audio = None if sample.audio is None else sample.audio[..., : 4 * frames]
     sample.pose = None if sample.pose is None else sample.pose[:, :frames]
     sample.regions = {name: region[:frames] for name, region in sample.regions.items()}
+    sample.voices = {name: voice[..., : 4 * frames] for name, voice in sample.voices.items()}
     if not keep_history:
         sample.history = sample.audio_history = None
     return sample

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from talkingdit.detect.boxes import Box, overlap
 from talkingdit.detect.tflite import Floats, back_to_frame, run, sigmoid, turned_crop, weights_of
 
 PALM, HAND = "palm_detection/palm_detection_full", "hand_landmark/hand_landmark_full"
@@ -36,7 +37,7 @@ class Hand:
     side: Literal["left", "right"]
 
     @property
-    def box(self) -> tuple[float, float, float, float]:
+    def box(self) -> Box:
         """x0, y0, x1, y1 around its points; it may reach out of the picture."""
         (x0, y0), (x1, y1) = self.points.min(0), self.points.max(0)
         return float(x0), float(y0), float(x1), float(y1)
@@ -73,13 +74,13 @@ def _palms(frame: NDArray[np.uint8], threshold: float) -> list[tuple[Floats, Flo
     raw, logits = run(PALM, crop, ("Identity", "Identity_1"))
     scores = sigmoid(logits.reshape(-1))
     seen = np.nonzero(scores >= threshold)[0]
-    raw = raw.reshape(-1, 18)[seen] / PALM_SIZE
+    raw = raw.reshape(-1, 18)[seen] / np.float32(PALM_SIZE)
     anchors = _anchors()[seen]
     to_frame = np.array([frame.shape[1] / 2, frame.shape[0] / 2], np.float32) - side / 2
     middle, sides = (raw[:, :2] + anchors) * side + to_frame, raw[:, 2:4] * side
     points = (raw[:, 4:].reshape(-1, 7, 2) + anchors[:, None]) * side + to_frame
     corners = np.concatenate([middle - sides / 2, sides], 1)
-    kept = cv2.dnn.NMSBoxes(corners, scores[seen], threshold, OVERLAP)
+    kept = cv2.dnn.NMSBoxes(corners.tolist(), scores[seen].tolist(), threshold, OVERLAP)
     boxes = np.concatenate([middle, sides], 1)
     return [(boxes[i], points[i]) for i in np.asarray(kept, int).reshape(-1) if sides[i].min() >= LEAST_SIDE]
 
@@ -92,8 +93,8 @@ def _hand(frame: NDArray[np.uint8], box: Floats, palm: Floats) -> Hand:
     centre = (float(box[0] + towards[0]), float(box[1] + towards[1]))
     crop, back = turned_crop(frame, centre, WIDER * side, angle, HAND_SIZE)
     points, score, right = run(HAND, crop, ("Identity", "Identity_1", "Identity_2"))
-    # The network was trained on pictures of a mirror: what it calls right is the left hand of others.
-    which: Literal["left", "right"] = "left" if float(right.reshape(-1)[0]) > 0.5 else "right"
+    # Programs that call this number the probability of a left hand look at a picture of a mirror.
+    which: Literal["left", "right"] = "right" if float(right.reshape(-1)[0]) > 0.5 else "left"
     return Hand(back_to_frame(points.reshape(POINTS, 3)[:, :2], back), float(score.reshape(-1)[0]), which)
 
 
@@ -104,16 +105,6 @@ def _apart(found: list[Hand]) -> list[Hand]:
         if all(overlap(hand.box, other.box) < 0.5 for other in kept):
             kept.append(hand)
     return kept
-
-
-def overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
-    """What two boxes have in common, as a share of both together."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    both = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
-    return width * height / max(both, 1e-9)
 
 
 @lru_cache(maxsize=1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""468 points on a face (MediaPipe's face mesh, arXiv:1907.06724): how far a mouth is open, and what a face expresses."""
+"""468 points on a face (MediaPipe's face mesh, arXiv:1907.06724): how far a mouth is open, what a face expresses."""
 
 from __future__ import annotations
 

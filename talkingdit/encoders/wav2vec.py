@@ -159,7 +159,7 @@ class Wav2VecEncoder(nn.Module):
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the progress bar and the table of weights left out that transformers prints."""
     from transformers.utils import logging
 
@@ -195,7 +195,7 @@ def load_speech_encoder(
     processor = folder if (folder / "preprocessor_config.json").is_file() or not beside.is_dir() else beside
     try:
         extractor = Wav2Vec2FeatureExtractor.from_pretrained(processor, local_files_only=True)
-        with _quiet():
+        with quiet():
             loaded: Any = Wav2Vec2Model.from_pretrained(
                 folder, local_files_only=True, dtype=dtype, output_loading_info=True
             )

@@ -99,7 +99,8 @@ class WhisperEncoder(nn.Module):
         result = torch.zeros(frames, WINDOW, self.layers, self.audio_dim)
         if heard:
             last = frame_state(heard - 1, self.fps) - BEFORE + WINDOW
-            result[:heard] = around_frames(self.states(waveform, max(len(waveform), last * HOP)), 0, heard, self.fps)
+            states = self.states(waveform, max(len(waveform), last * HOP))
+            result[:heard] = around(states, torch.arange(heard), self.fps)
         return result
 
     def forward(self, waveform: Sound, frames: int) -> Tensor:
@@ -125,12 +126,9 @@ def frame_state(frame: int, fps: float) -> int:
     return round(frame * STATE_RATE / fps)
 
 
-def around_frames(states: Tensor, first: int, last: int, fps: float) -> Tensor:
-    """What the video frames first .. last - 1 see of states [n, layers, dim]: [last - first, 10, layers, dim].
-
-    States before the beginning and past the end are zero.
-    """
-    at = torch.tensor([frame_state(frame, fps) for frame in range(first, last)], dtype=torch.long)
+def around(states: Tensor, frames: Tensor, fps: float) -> Tensor:
+    """What video frames int64 [n] see of states [m, layers, dim]: [n, 10, layers, dim]; zeros where there is none."""
+    at = torch.tensor([frame_state(frame, fps) for frame in frames.tolist()], dtype=torch.long)
     index = at[:, None] - BEFORE + torch.arange(WINDOW)
     inside = (index >= 0) & (index < len(states))
     return torch.where(inside[..., None, None], states[index.clamp(0, len(states) - 1)], 0)

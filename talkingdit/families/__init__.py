@@ -25,6 +25,9 @@ _MODULES = {
     "puppet": "talkingdit.families.puppet",
     "wan_s2v": "talkingdit.families.wan_s2v",
     "wan_i2v": "talkingdit.families.wan_i2v",
+    "hunyuan_avatar": "talkingdit.families.hunyuan_avatar",
+    "skyreels_audio": "talkingdit.families.skyreels_audio",
+    "gloria": "talkingdit.families.gloria",
 }
 
 

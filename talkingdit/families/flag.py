@@ -84,6 +84,10 @@ class GenerationOptions:
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"generate: steps must be at least 1, got {self.steps}")
 
+    def voices(self) -> tuple[Path, ...]:
+        """Recordings among the options that take the place of the one voice; they are heard together."""
+        return ()
+
     def files(self) -> dict[str, Path]:
         """The files and folders among the options, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Path)}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from talkingdit.nn.context_parallel import ContextParallel
 
 GENERATE = "generate"  # the task that every model has: the whole clip, from its conditions
+EDITED = "lower_face"  # region of a sample that a model that edits makes anew
 ANCHORS = "anchors"  # frames from outside of the clip, which some models take
+
+
+@dataclass(frozen=True)
+class TrainAnchor:
+    """A frame that stands beside a clip."""
+
+    type: str
+    kind: str  # of the type
+    latents: Tensor  # [C, 1, h, w]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +42,13 @@ class TrainClip:
     reference: Tensor | None = None  # [C, 1, H, W]
     history: Tensor | None = None  # [C, n, H, W], the newest last
     pose: Tensor | None = None  # [C, T, H, W]
+    voices: Mapping[str, Tensor] = field(default_factory=dict)  # as `audio`, of several who speak, by name
+    regions: Mapping[str, Tensor] = field(default_factory=dict)  # [T, H, W] in 0..1, by name
+    outside: Mapping[str, Tensor] = field(default_factory=dict)  # [C, n, H, W], by kind
+    image: Tensor | None = None  # [L, image_dim] features of the reference
+    anchors: tuple[TrainAnchor, ...] = ()
+    task: str = GENERATE
+    given: Tensor | None = None  # [C, T, H, W] the clip, grey in its region `EDITED`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,9 @@
 """Colours of later clips brought back to those of the first one.
 
 Every clip goes on from frames that were generated, decoded and encoded again, and a small shift of colour on each of
-these ways adds up over a long video. Matching mean and spread per channel in Lab (Reinhard et al., "Color Transfer
-between Images", 2001) to the first clip removes what adds up and leaves the motion alone.
+these ways adds up over a long video; videos that are denoised in windows drift too, mostly into the dark. Matching mean
+and spread per channel in Lab (Reinhard et al., "Color Transfer between Images", 2001) to the first clip removes what
+adds up and leaves the motion alone.
 """
 
 from __future__ import annotations
@@ -83,9 +84,57 @@ def match_colours(video: Tensor, wanted: Tensor) -> Tensor:
     Returns:
         [1, 3, F, H, W] float32 in -1..1 on the same device. Contrast changes by a quarter at most.
     """
-    (mean, spread), (target, target_spread) = colours(video), wanted.cpu()
+    gain, shift = _correction(colours(video), wanted.cpu())
+    return _corrected(video, gain.expand(video.shape[2], 3), shift.expand(video.shape[2], 3))
+
+
+def _correction(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Gain and shift [3] of Lab channels by which the mean and spread that were found become those wanted."""
+    (mean, spread), (target, target_spread) = found, wanted
     gain = (target_spread / spread.clamp(min=LEAST_SPREAD)).clamp(1 / MOST_GAIN, MOST_GAIN)
     gain = torch.where(torch.minimum(spread, target_spread) < LEAST_SPREAD, torch.ones(3), gain)
-    mean, target, gain = (row.to(video.device).view(1, 3, 1, 1, 1) for row in (mean, target, gain))
-    parts = video.split(CHUNK, dim=2)
-    return torch.cat([_from_lab((_to_lab(part) - mean) * gain + target) for part in parts], dim=2)
+    return gain, target - mean * gain
+
+
+def _corrected(video: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    """A video [1, 3, F, H, W] with a gain and a shift of its own [F, 3] for every frame."""
+    done = []
+    for part, gains, shifts in zip(video.split(CHUNK, dim=2), gain.split(CHUNK), shift.split(CHUNK), strict=True):
+        rates, offsets = (row.T.to(video.device)[None, :, :, None, None] for row in (gains, shifts))
+        done.append(_from_lab(_to_lab(part) * rates + offsets))
+    return torch.cat(done, dim=2)
+
+
+class ColourUnifier:
+    """Colours of a long video kept as they are at its beginning, part by part, as parts of it become final.
+
+    The color unification of SkyReels-Audio (arXiv:2506.00830, section 2.4), which does not say how. Here every part is
+    brought to the mean and spread of the first one, and what changes from one part's correction to the next does so
+    evenly over the frames, so that no border is seen. It knows nothing of what comes later, and keeps a few numbers.
+
+    Args:
+        wanted: [2, 3] from `colours`, such as those of the reference picture; None takes those of the first part.
+        strength: 1 corrects all, 0 nothing.
+
+    Raises:
+        ValueError: another strength.
+    """
+
+    def __init__(self, wanted: Tensor | None = None, strength: float = 1.0) -> None:
+        if not 0 <= strength <= 1:
+            raise ValueError(f"colours: strength must be 0 to 1, got {strength}")
+        self.wanted, self.strength = wanted, strength
+        self._before: Tensor | None = None  # gain and shift [2, 3] of the end of the last part
+
+    def __call__(self, video: Tensor) -> Tensor:
+        """The next part [1, 3, F, H, W] in -1..1, corrected: float32."""
+        if self.wanted is None:
+            self.wanted = colours(video)
+        gain, shift = _correction(colours(video), self.wanted.cpu())
+        now = torch.stack([1 + self.strength * (gain - 1), self.strength * shift])
+        before = now if self._before is None else self._before
+        # The correction of a part holds in its middle; it reaches the one of this part there and keeps it.
+        rise = ((torch.arange(video.shape[2]) + 0.5) / (video.shape[2] / 2)).clamp(max=1)[:, None, None]
+        rows = before + rise * (now - before)
+        self._before = now
+        return _corrected(video, rows[:, 0], rows[:, 1])

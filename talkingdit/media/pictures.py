@@ -25,7 +25,12 @@ BT709, BT470BG, LIMITED = 1, 5, 1  # code points of ITU-T H.273; the second is B
 
 
 def add_pictures(
-    container: OutputContainer, fps: Fraction, size: tuple[int, int], crf: int, preset: str = "medium"
+    container: OutputContainer,
+    fps: Fraction,
+    size: tuple[int, int],
+    crf: int,
+    preset: str = "medium",
+    live: bool = False,
 ) -> VideoStream:
     """A track of H.264 (yuv420p) for frames of `to_yuv`.
 
@@ -35,10 +40,13 @@ def add_pictures(
         size: height and width, both even.
         crf: quality, lower is better.
         preset: of x264.
+        live: every frame leaves the encoder at once, and about once a second one begins that needs no others.
     """
     stream: VideoStream = container.add_stream("libx264", rate=fps)
     stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
     options: dict[str, Any] = {"crf": str(crf), "preset": preset}
+    if live:
+        options |= {"tune": "zerolatency", "g": str(max(1, round(fps)))}
     stream.options = options | repeatable()
     codec: Any = stream.codec_context
     codec.color_range = LIMITED

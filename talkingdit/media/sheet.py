@@ -85,7 +85,7 @@ def preview_sheet(
     if lines:
         sheet.draw_curves(lines, fps)
     sheet.draw_time_axis()
-    _save(sheet.image, target)
+    save_png(sheet.image, target, "sheet")
 
 
 def sample_frames(count: int, most: int) -> np.ndarray:
@@ -209,9 +209,10 @@ def _runs(good: np.ndarray) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True) if b - a > 1]
 
 
-def _save(image: Image.Image, target: Path) -> None:
+def save_png(image: Image.Image, target: Path, name: str) -> None:
+    """Write an image, whole or not at all; UserError with the name of what it is where that fails."""
     try:
         with whole_file(target, prefix=f".{target.stem[:40]}.", suffix=".part") as temporary:
             image.save(temporary, "PNG", optimize=True)
     except OSError as error:
-        raise UserError(f"sheet {str(target)!r}: could not be written ({reason_of(error)})") from None
+        raise UserError(f"{name} {str(target)!r}: could not be written ({reason_of(error)})") from None

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -32,6 +32,7 @@ LOWEST_MP3 = 16000  # Hz, in an MP4
 SETTLE = Fraction(1, 10)  # seconds of sound kept, and not played, before a beginning: decoders need them to start
 
 
+@runtime_checkable
 class Track(Protocol):
     """Sound that is written beside pictures."""
 

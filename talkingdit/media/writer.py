@@ -7,13 +7,16 @@ import contextlib
 import os
 from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 from talkingdit.atomic import WholeFile
 from talkingdit.errors import UserError
 from talkingdit.media.checks import reason_of
+from talkingdit.media.growing import OPTIONS, GrowingFile, Pipe
 from talkingdit.media.opening import as_target
 from talkingdit.media.pictures import add_pictures, to_yuv
 from talkingdit.media.sound import SPEECH_RATE
@@ -25,9 +28,10 @@ class VideoWriter:
     """Stream frames and one sound track into an MP4 (H.264 yuv420p, index in front), in constant memory.
 
     The file is written under a temporary name beside the target and renamed by `close`; leaving the `with` block by an
-    exception removes it. The sound starts with the first frame and is cut to the length of the video. A sound file is
-    copied as it is, all channels, where an MP4 may hold its codec; it is encoded otherwise (see `track.py`). Equal
-    frames and sound give equal files.
+    exception removes it. With `live` it is a fragmented MP4 that plays while it grows, under its name from the first
+    fragment on, and an exception leaves what was written, ended properly. The sound starts with the first frame and is
+    cut to the length of the video. A sound file is copied as it is, all channels, where an MP4 may hold its codec; it
+    is encoded otherwise (see `track.py`). Equal frames and sound give equal files.
 
         with VideoWriter("out.mp4", fps=16, size=(96, 96), audio=waveform, rate=16000, upscale=4) as video:
             for clip in clips:
@@ -37,12 +41,13 @@ class VideoWriter:
         path: target; an existing file is replaced.
         fps: frames per second, any positive number.
         size: (height, width) of the frames given to `write`.
-        audio: float [samples] mono, or a sound file, or None for a video without sound.
+        audio: float [samples] mono, or a sound file, or a `track.Track`, or None for a video without sound.
         rate: of an `audio` array, in Hz; a rate that AAC does not know is resampled.
         upscale: integer factor for small frames.
         resample: "nearest" or "lanczos", used when upscale > 1.
         crf: H.264 quality, lower is better.
         skip: seconds of a sound file that are left out at its beginning.
+        live: True, or the descriptor of a pipe that the video goes into instead; `path` is then its name in messages.
 
     Raises:
         UserError: a side is odd after upscaling (yuv420p needs even ones), an argument is out of range, or the target
@@ -54,16 +59,16 @@ class VideoWriter:
         path: str | os.PathLike[str],
         fps: float,
         size: tuple[int, int],
-        audio: np.ndarray | str | os.PathLike[str] | None = None,
+        audio: np.ndarray | str | os.PathLike[str] | Track | None = None,
         rate: int = SPEECH_RATE,
         upscale: int = 1,
         resample: str = "lanczos",
         crf: int = 16,
         skip: float | Fraction = 0,
+        live: bool | int = False,
     ) -> None:
-        import av
-
-        self.path = check_writable(path)
+        piped = live is not False and live is not True
+        self.path = Path(path) if piped else check_writable(path)
         if not fps > 0:
             raise UserError(f"video {str(self.path)!r}: fps must be positive, got {fps}")
         if upscale < 1 or resample not in ("nearest", "lanczos"):
@@ -81,22 +86,41 @@ class VideoWriter:
         self.frames = 0
         self._fps = Fraction(fps).limit_denominator(1001)
         self._sound: Track | None = None
-        if audio is not None:
+        if isinstance(audio, Track):
+            self._sound = audio
+        elif audio is not None:
             self._sound = open_track(audio, int(rate), Fraction(skip), self.path)
+        self._live = live is not False
+        self._open(int(live) if piped else None, (height, width), crf)
+
+    def _open(self, descriptor: int | None, size: tuple[int, int], crf: int) -> None:
+        """The container with its streams, at its target."""
+        import av
+
+        target: Any
         try:
-            self._whole = WholeFile(self.path, prefix=f".{self.path.stem[:40]}.", suffix=".part")
+            if not self._live:
+                self._whole = WholeFile(self.path, prefix=f".{self.path.stem[:40]}.", suffix=".part")
+                target, options = as_target(self._whole.path), {"movflags": "+faststart"}
+            else:
+                self._growing = GrowingFile(self.path) if descriptor is None else Pipe(descriptor)
+                target, options = self._growing, OPTIONS
         except OSError as error:
             raise UserError(f"video {str(self.path)!r}: could not be written ({reason_of(error)})") from None
         try:
-            self._container = av.open(
-                as_target(self._whole.path), "w", format="mp4", options={"movflags": "+faststart"}
-            )
-            self._video = add_pictures(self._container, self._fps, (height, width), crf)
+            self._container = av.open(target, "w", format="mp4", options=options)
+            self._video = add_pictures(self._container, self._fps, size, crf, live=self._live)
             if self._sound is not None:
                 self._sound.add_to(self._container)
         except BaseException:
-            self._whole.abort()
+            self._release()
             raise
+
+    def _release(self) -> None:
+        if self._live:
+            self._growing.close()
+        else:
+            self._whole.abort()
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -144,22 +168,32 @@ class VideoWriter:
             self.abort()
             raise UserError(f"video {str(self.path)!r}: expected at least one frame, got none")
         with self._writing():
-            self._container.mux(self._video.encode(None))
-            if self._sound is not None:
-                self._sound.send(self.frames / self._fps, last=True)
-                self._sound.close()
-            self._container.close()
-            self._whole.finish()
+            self._end()
+            if self._live:
+                self._growing.close()
+            else:
+                self._whole.finish()
+
+    def _end(self) -> None:
+        """What the encoders still hold, and the index."""
+        self._container.mux(self._video.encode(None))
+        if self._sound is not None:
+            self._sound.send(self.frames / self._fps, last=True)
+            self._sound.close()
+        self._container.close()
 
     def abort(self) -> None:
-        """Give up: remove what was written so far; an older file at the target stays."""
+        """Give up: remove what was written so far, and an older file at the target stays; end it where it is live."""
         import av
 
         with contextlib.suppress(av.FFmpegError, OSError, ValueError):
-            self._container.close()
+            if self._live and self.frames:
+                self._end()
+            else:
+                self._container.close()
         if self._sound is not None:
             self._sound.close()
-        self._whole.abort()
+        self._release()
 
     def _enlarge(self, frame: np.ndarray) -> np.ndarray:
         if self.upscale == 1:

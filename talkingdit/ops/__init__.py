@@ -9,6 +9,7 @@ What is public in a module stands in its ``__all__``; here is a line per module.
 from talkingdit.ops._framepack_segments import *
 from talkingdit.ops._rope_layout import *
 from talkingdit.ops.audio_attention import *
+from talkingdit.ops.audio_rope import *
 from talkingdit.ops.eight_bit import *
 from talkingdit.ops.frame_linear import *
 from talkingdit.ops.framepack import *

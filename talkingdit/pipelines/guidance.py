@@ -11,8 +11,8 @@ the condition itself, the forms are rows of coefficients:
 
 "text_first" is that of Sonic and EchoMimicV3, and with equal strengths the single one of Wan-S2V and
 HunyuanVideo-Avatar; "audio_first" is StableAvatar's. "printed" is equation 3 of SkyReels-Audio (arXiv:2506.00830) with
-1 + omega for a strength: its coefficients sum to 2, which doubles the conditioned velocity where there is no guidance. Without one v_t0 too
-many it is "text_first", the default. There v_00 is denied the pictures too.
+1 + omega for a strength: its coefficients sum to 2, which doubles the conditioned velocity where there is no guidance.
+Without one v_t0 too many it is "text_first", the default. There v_00 is denied the pictures too.
 
 A prediction with weight zero is not computed: strengths (1, 1) cost one evaluation, (1, g) two, (g, g) two, else three.
 """
@@ -91,8 +91,8 @@ class Guidance:
         Raises:
             ValueError: as `guidance_branches`.
         """
-        strengths = (schedule(strength)(step, self.steps) for strength in (self.text, self.audio))
-        return guidance_branches(*strengths, form=self.form)
+        text, audio = schedule(self.text), schedule(self.audio)
+        return guidance_branches(text(step, self.steps), audio(step, self.steps), self.form)
 
     def coefficients(self, step: int) -> list[float]:
         """The weights of a step, as `long_video.denoise` takes them."""
@@ -139,7 +139,7 @@ def guided_predict(
 
 @dataclass(frozen=True)
 class Hybrid(Generic[T]):
-    """Hybrid inference (SkyReels-Audio, equation 4): a whole video conditions the first steps, its first frame the rest.
+    """Hybrid inference (SkyReels-Audio, equation 4): a video conditions the first steps, its first frame the rest.
 
     The first steps keep the structure of the source, the others let the lips follow the voice. What is conditioned
     on, the latents with their mask, is the caller's.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from numpy.typing import NDArray
 from talkingdit.checkpoints.bounds import MOST_VIDEO
 from talkingdit.encoders.speech import Sound, is_long
 from talkingdit.errors import UserError
+from talkingdit.media.edited import open_edited
 from talkingdit.media.files import SPEECH_RATE, read_image, sound_blocks
 from talkingdit.media.sound import check_voice
 from talkingdit.media.targets import check_apart, check_writable
+from talkingdit.pipelines.live import LiveSound
 from talkingdit.pipelines.rows import Rows
 
 Frames = NDArray[np.uint8]
+STANDARD_INPUT = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +36,11 @@ class Job:
 
     Args:
         image: the portrait, a file.
-        audio: the voice, any format, rate and number of channels.
+        audio: the voice, any format, rate and number of channels; "-" is standard input, of any length.
         output: the .mp4 to write.
+        live: the video may be watched while it is made: it grows, fragment by fragment (`media/growing.py`).
+        pipe: descriptor of a pipe that it goes into instead of `output`, beside which things are kept meanwhile.
+        audio_rate: of raw 16-bit mono sound on standard input, in Hz; None for sound in a container.
         sheet: a PNG with a preview to write.
         prompt: what to show.
         upscale: enlarge the frames so many times.
@@ -45,6 +52,14 @@ class Job:
     sheet: Path | None = None
     prompt: str = ""
     upscale: int = 1
+    live: bool = False
+    pipe: int | None = None
+    audio_rate: int | None = None
+
+    @property
+    def spoken(self) -> bool:
+        """Does the voice come from a pipe while the video is made?"""
+        return str(self.audio) == "-"
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,20 @@ class Inputs:
 
     job: Job
     image: Frames  # [H, W, 3]
-    sound: Sound  # [samples] at 16 kHz: an array, or where it is long `Rows` on the disk of the output
+    sound: Sound  # [samples] at 16 kHz: an array, where it is long `Rows` on the disk of the output, or `LiveSound`
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A box that the preview shows on its first frame.
+
+    Args:
+        name: that stands beside it; "" is a box without one, drawn faint.
+        box: x0, y0, x1, y1 in pixels of the video.
+    """
+
+    name: str
+    box: tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -62,30 +90,40 @@ class Outline:
 
     Args:
         size: height and width in pixels.
-        fps: frames per second.
+        fps: frames per second, a fraction where a video that is changed has such a rate.
         clips: how many are generated.
         steps: denoising steps per clip.
         predictions: of the model per step, with and without conditions.
         frames: that the video shows.
+        clip_frames: of every clip, where clips are made one after the other and no more of the voice must be known than
+            theirs; 0 where all of it must be.
         lead: frames at its beginning that repeat the first one.
         skip: frames' worth of sound that is left out at the beginning.
         settings: what finished clips depend on, by names that a person knows, of plain JSON types.
+        crf: quality of the encoder, lower is better.
         warnings: sentences about what is done differently from what may be expected.
         when_too_large: what does not fit where memory runs out, and what to try.
+        work: denoising steps of each clip, where they differ; empty: `steps` of each. A clip without any, or one that
+            shows no frames, is a stage of the work on a video that is denoised as a whole.
+        marks: boxes that the preview shows.
         details: the family's own.
     """
 
     size: tuple[int, int]
-    fps: int
+    fps: int | Fraction
     clips: int
     steps: int
     predictions: int
     frames: int
+    clip_frames: int = 0
     lead: int = 0
     skip: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    crf: int = 16
     warnings: tuple[str, ...] = ()
     when_too_large: str = "its clips"
+    work: tuple[int, ...] = ()
+    marks: tuple[Mark, ...] = ()
     details: Any = None
 
 
@@ -103,10 +141,25 @@ def read_inputs(job: Job, others: Mapping[str, Path] | None = None) -> Inputs:
         raise UserError(f"output {str(job.output)!r}: expected a name that ends in .mp4, got {job.output.suffix!r}")
     if job.sheet is not None and job.sheet.suffix.lower() != ".png":
         raise UserError(f"sheet {str(job.sheet)!r}: expected a name that ends in .png, got {job.sheet.suffix!r}")
-    check_apart({"output": job.output, "sheet": job.sheet}, {"image": job.image, "audio": job.audio, **(others or {})})
+    read = {"image": job.image, "audio": None if job.spoken else job.audio, **(others or {})}
+    check_apart({"output": job.output, "sheet": job.sheet}, read)
     for target in (job.output, *([] if job.sheet is None else [job.sheet])):
         check_writable(target)
-    return Inputs(job, read_image(job.image), read_voice(job.audio, job.output.parent))
+    image = first_picture(job.image) if job.image == (others or {}).get("video") else read_image(job.image)
+    if job.spoken:
+        sound = LiveSound(STANDARD_INPUT, job.output.parent, job.audio_rate)
+        sound.wait(1)  # if nothing ever comes, that is told before a model is loaded
+        return Inputs(job, image, sound)
+    return Inputs(job, image, read_voice(job.audio, job.output.parent))
+
+
+def first_picture(path: Path) -> Frames:
+    """The first picture of a video, which stands for the portrait where the video is changed.
+
+    Raises:
+        UserError: no such file, or not a video.
+    """
+    return next(open_edited(path).read(0, 1))
 
 
 def check_enlarged(job: Job, outline: Outline) -> None:

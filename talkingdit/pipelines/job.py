@@ -4,6 +4,8 @@
     read inputs -> outline -> encode -> denoise and decode, clip by clip -> write
     inputs.py      family     family    long_video.py, family               write.py
 
+A live job writes every clip as soon as it is finished, so that the video can be watched while it is made.
+
 Each stage takes and gives one small frozen object. Around the road, not in it: finished clips are kept beside the
 output and an interrupted job goes on after them (`resume.py`), and the processes of torchrun share the work, of which
 rank 0 alone reads and writes files and tells (`distributed`).
@@ -16,20 +18,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from talkingdit.autoencoders.streaming import to_frames
 from talkingdit.encoders.speech import Sound, pieces
 from talkingdit.errors import UserError
+from talkingdit.media.sound import SPEECH_RATE
 from talkingdit.pipelines.inputs import Inputs, Outline
+from talkingdit.pipelines.live import LiveSound
 from talkingdit.pipelines.long_video import ClipPipeline, GeneratedClip, generate_clips
 from talkingdit.pipelines.memory import out_of_memory
-from talkingdit.pipelines.resume import ClipStore, SharedClipStore
-from talkingdit.pipelines.write import PreviewCurves, write_video
+from talkingdit.pipelines.resume import ClipStore, NoStore, SharedClipStore
+from talkingdit.pipelines.write import PreviewCurves, VideoSink, write_video
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,13 @@ class Result:
 
     path: Path
     frames: int
-    fps: int
+    fps: int | Fraction
     took: float  # seconds
+    first_after: float | None = None  # seconds until the first frames of a live video were written
 
     @property
     def seconds(self) -> float:
-        return self.frames / self.fps
+        return float(self.frames / self.fps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,33 +101,119 @@ def make_video(
     team = pipeline.parallel.team
     talk = Talk() if talk is None or team.rank else talk
     talk.say((*outline.warnings, *pipeline.warnings(inputs, outline)))
+    if inputs.job.spoken and not outline.clip_frames:
+        raise UserError("audio -: expected a voice from a file, as this model makes all of a video together.")
     store = _open_store(inputs, outline, pipeline, talk, variant)
-    with _kept(store, outline):
+    with _kept(store, outline), _shown(inputs, outline, curves, started, store) as live:
         if store.finished < outline.clips:
             with _in_memory("what all clips share: the portrait, the words and the voice"):
                 conditions = pipeline.encode(inputs, outline)
             with _in_memory(outline.when_too_large):
-                for clip in _clips(pipeline, conditions, outline, store, talk):
-                    store.add(lambda clip=clip: to_frames(clip.frames), clip.carry)  # type: ignore[misc]
+                for clip in _clips(pipeline, conditions, inputs, outline, store, talk, live.show):
+                    store.add(lambda clip=clip: live.add(clip.frames), clip.carry)  # type: ignore[misc]
             talk.say(pipeline.remarks(conditions, outline))
-        team.on_rank_0(lambda: write_video(inputs, outline, store.local, curves))
+        frames, first_after = team.on_rank_0(lambda: live.finish(curves))
         store.remove()
-    return Result(inputs.job.output, outline.frames, outline.fps, time.monotonic() - started)
+    took = time.monotonic() - started
+    return Result(inputs.job.output, frames, outline.fps, took, first_after)
 
 
 def _clips(
-    pipeline: ClipPipeline, conditions: Any, outline: Outline, store: SharedClipStore, talk: Talk
+    pipeline: ClipPipeline,
+    conditions: Any,
+    inputs: Inputs,
+    outline: Outline,
+    store: SharedClipStore,
+    talk: Talk,
+    show: Callable[[Tensor], None],
 ) -> Iterator[GeneratedClip]:
     """The clips that are not finished yet, with progress."""
-    done, total = store.finished * outline.steps, outline.clips * outline.steps
+    work = outline.work or (outline.steps,) * outline.clips
+    done, total = sum(work[: store.finished]), sum(work)
+    spoken, team = inputs.job.spoken, pipeline.parallel.team
 
     def advance() -> None:
         nonlocal done
         done += 1
         if talk.progress is not None:
-            talk.progress(done, total)
+            talk.progress(done, -(-done // outline.steps) * outline.steps if spoken else total)
 
-    return generate_clips(pipeline, conditions, outline.clips, store.finished, store.carry, advance)
+    def known(index: int) -> int:
+        return team.on_rank_0(lambda: _clips_known(inputs.sound, outline, index))
+
+    count = known if spoken else outline.clips
+    shown = show if inputs.job.live else None
+    return generate_clips(pipeline, conditions, count, store.finished, store.carry, advance, shown)
+
+
+def _clips_known(sound: Sound, outline: Outline, index: int) -> int:
+    """How many clips a voice that is being spoken takes, once its sound for clip `index` is there."""
+    assert isinstance(sound, LiveSound)
+    last = -(-(index + 1) * outline.clip_frames * SPEECH_RATE // outline.fps)
+    there = sound.wait(last + 1)
+    if there > last:
+        return outline.clips
+    frames = -(-there * outline.fps // SPEECH_RATE)
+    return min(outline.clips, max(1, -(-frames // outline.clip_frames)))
+
+
+# ---- Live, beside the road -------------------------------------------------------------------------------------------
+
+
+class _Shown:
+    """The finished clips of a job on rank 0, on their way into the video: at once where it is live, else in the end."""
+
+    def __init__(self, inputs: Inputs, outline: Outline, store: SharedClipStore) -> None:
+        self._inputs, self._outline, self._store = inputs, outline, store
+        self.sink: VideoSink | None = None
+        self._pieces: list[NDArray[np.uint8]] = []  # of the clip that is being decoded
+
+    def open(self, curves: PreviewCurves | None, started: float) -> None:
+        """A live video, with what an earlier run has made."""
+        self.sink = VideoSink(self._inputs, self._outline, curves, started)
+        for frames in self._store.local.frames():
+            self.sink.add(frames)
+
+    def show(self, video: Tensor) -> None:
+        """Frames [1, 3, n, H, W] of a clip that is not whole yet; only rank 0 does anything with them."""
+        if self.sink is not None:
+            self._pieces.append(to_frames(video))
+            self.sink.add(self._pieces[-1])
+
+    def add(self, video: Tensor) -> NDArray[np.uint8]:
+        """The frames [1, 3, n, H, W] of the next clip -> [n, H, W, 3]."""
+        if self._pieces:
+            frames, self._pieces = np.concatenate(self._pieces), []
+            return frames
+        frames = to_frames(video)
+        if self.sink is not None:
+            self.sink.add(frames)
+        return frames
+
+    def finish(self, curves: PreviewCurves | None) -> tuple[int, float | None]:
+        """End the video -> its frames, and seconds until the first ones were written."""
+        if self.sink is None:
+            write_video(self._inputs, self._outline, self._store.local, curves)
+            return self._outline.frames, None
+        sink, self.sink = self.sink, None
+        sink.finish()
+        return sink.seen, sink.first_after
+
+
+@contextmanager
+def _shown(
+    inputs: Inputs, outline: Outline, curves: PreviewCurves | None, started: float, store: SharedClipStore
+) -> Iterator[_Shown]:
+    """See `_Shown`. An error leaves a live video that plays as far as it was made."""
+    shown = _Shown(inputs, outline, store)
+    try:
+        if inputs.job.live:
+            store.team.on_rank_0(lambda: shown.open(curves, started))
+        yield shown
+    except BaseException:
+        if shown.sink is not None:
+            shown.sink.abort()
+        raise
 
 
 # ---- Resume, around the road -----------------------------------------------------------------------------------------
@@ -129,7 +222,9 @@ def _clips(
 def _open_store(inputs: Inputs, outline: Outline, pipeline: ClipPipeline, talk: Talk, variant: str) -> SharedClipStore:
     """The finished clips of an earlier run of this job, or an empty store."""
 
-    def opened() -> ClipStore:
+    def opened() -> ClipStore | NoStore:
+        if inputs.job.spoken or inputs.job.pipe is not None:
+            return NoStore()
         store = ClipStore(inputs.job.output, _fingerprint(inputs, outline, pipeline, variant), talk.warn)
         if store.finished:
             talk.say(

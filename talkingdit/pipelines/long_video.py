@@ -241,15 +241,23 @@ class GeneratedClip:
     """A finished clip."""
 
     index: int
-    frames: Tensor  # [1, 3, n, H, W] float32 in -1..1
+    frames: Tensor  # [1, 3, n, H, W] float32 in -1..1, or uint8
     carry: Carry | None  # None after the last clip
 
 
 class ClipPipeline(Protocol):
-    """What makes the clips of a video; a family's pipeline. It keeps no state: several videos may be made at once."""
+    """What makes the clips of a video; a family's pipeline. It keeps no state: several videos may be made at once.
+
+    Attributes:
+        checkpoint: its models.
+        parallel: how processes share the work.
+        shows: `clip` takes `show`, which it calls with frames [1, 3, n, H, W] of the clip as they are decoded,
+            in order; together they are the clip's frames.
+    """
 
     checkpoint: Any
     parallel: Parallel
+    shows: bool = False
 
     def warnings(self, inputs: Inputs, outline: Outline) -> tuple[str, ...]:
         """What is done differently from what may be expected, as the models tell: sentences."""
@@ -282,27 +290,33 @@ class ClipPipeline(Protocol):
 def generate_clips(
     pipeline: ClipPipeline,
     conditions: Any,
-    count: int,
+    count: int | Callable[[int], int],
     first: int = 0,
     carry: Carry | None = None,
     progress: Callable[[], None] | None = None,
+    show: Callable[[Tensor], None] | None = None,
 ) -> Iterator[GeneratedClip]:
     """The clips of a video from `first` on, generated as they are asked for.
 
     Args:
         pipeline: of a family.
         conditions: from its `encode`.
-        count: clips of the whole video.
+        count: clips of the whole video; or called with the number of the next clip, as often as there is one, for their
+            number as far as it is known by then, where a voice is still being spoken.
         first: clip to begin with.
         carry: of the clip before `first`; None at the beginning.
         progress: called after every denoising step.
+        show: called with frames as they are decoded, before the clip is whole, where the pipeline can tell them.
 
     Raises:
         ValueError: a carry is missing, or there is one at the beginning.
     """
     if (carry is None) != (first == 0):
         raise ValueError(f"generate: clip {first} {'needs' if first else 'takes no'} carry")
-    for index in range(first, count):
-        clip = pipeline.clip(conditions, index, carry, last=index == count - 1, progress=progress)
+    index = first
+    while index < (total := count(index) if callable(count) else count):
+        more = {"show": show} if show is not None and getattr(pipeline, "shows", False) else {}
+        clip = pipeline.clip(conditions, index, carry, last=index == total - 1, progress=progress, **more)
         carry = clip.carry
         yield clip
+        index += 1

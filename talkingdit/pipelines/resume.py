@@ -43,6 +43,7 @@ Frames = NDArray[np.uint8]
 OURS = re.compile(r"settings\.json|clip-\d{4,9}\.mkv|carry-\d{4,9}\.safetensors")
 LEFT = re.compile(r"\.tmp\w{6}")  # in the midst of safetensors' save
 LOCK = "lock"
+NO_FRAMES = b"no frames\n"  # the file of a clip that shows none
 MOST_FRAMES = 4096  # of a clip that is read; no model makes as many at once
 
 
@@ -142,6 +143,8 @@ class ClipStore:
     def add(self, frames: Frames, carry: Carry | None) -> None:
         """Keep the next finished clip: frames [n, H, W, 3], and what it hands on (None after the last clip).
 
+        A clip may show no frames (n = 0), as stages of the work on a video do.
+
         Raises:
             UserError: the disk is full or cannot be written; the clips before are kept.
         """
@@ -149,7 +152,10 @@ class ClipStore:
         tensors = {} if carry is None else carry
         try:
             with whole_file(self._clip(index)) as path:
-                _write_lossless(path, frames)
+                if len(frames):
+                    _write_lossless(path, frames)
+                else:
+                    path.write_bytes(NO_FRAMES)
             with whole_file(self._carry(index)) as path:
                 save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
             self.finished = index + 1
@@ -176,7 +182,7 @@ class ClipStore:
             raise UserError(f"{path}: damaged; delete {self.folder} to start over.") from error
 
     def frames(self) -> Iterator[Frames]:
-        """Frames of every finished clip, [n, H, W, 3] each.
+        """Frames of every finished clip that shows any, [n, H, W, 3] each.
 
         Raises:
             UserError: a file is damaged.
@@ -184,6 +190,8 @@ class ClipStore:
         for index in range(self.finished):
             path = self._clip(index)
             try:
+                if path.stat().st_size == len(NO_FRAMES) and path.read_bytes() == NO_FRAMES:
+                    continue
                 frames = self._decoded(path)
             except (OSError, av.FFmpegError, IndexError, ValueError) as error:
                 raise UserError(f"{path}: damaged; delete {self.folder} to start over.") from error
@@ -222,6 +230,27 @@ class ClipStore:
         remove_left(self.folder)
 
 
+class NoStore:
+    """In the place of a `ClipStore` where nothing can be gone on from: clips pass."""
+
+    folder: Path | None = None
+    finished = 0
+
+    def carry(self) -> Carry | None:
+        return None
+
+    def add(self, frames: Frames, carry: Carry | None) -> None:
+        """The clip has been written where it goes."""
+
+    def frames(self) -> Iterator[Frames]:
+        return iter(())
+
+    def remove(self) -> None:
+        """There is nothing."""
+
+    remove_if_empty = close = remove
+
+
 class SharedClipStore:
     """The finished clips for every process of a team; rank 0 alone touches the disk.
 
@@ -238,9 +267,9 @@ class SharedClipStore:
         UserError: from `opened`.
     """
 
-    def __init__(self, opened: Callable[[], ClipStore], team: Team = ALONE):
-        self._team = team
-        self._store: ClipStore | None = None
+    def __init__(self, opened: Callable[[], ClipStore | NoStore], team: Team = ALONE):
+        self.team = team
+        self._store: ClipStore | NoStore | None = None
 
         def found() -> tuple[int, Carry | None]:
             self._store = opened()
@@ -258,14 +287,14 @@ class SharedClipStore:
         return None if self._store is None else self._store.folder
 
     @property
-    def local(self) -> ClipStore:
+    def local(self) -> ClipStore | NoStore:
         """The store, on rank 0."""
         assert self._store is not None
         return self._store
 
     def add(self, frames: Callable[[], Frames], carry: Carry | None) -> None:
         """Keep the next finished clip, of which rank 0 makes the frames. See `ClipStore.add`."""
-        self._team.on_rank_0(lambda: self.local.add(frames(), carry))
+        self.team.on_rank_0(lambda: self.local.add(frames(), carry))
         self.finished += 1
 
     def remove(self) -> None:

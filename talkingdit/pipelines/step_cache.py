@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from talkingdit.atomic import write_whole
@@ -65,10 +66,18 @@ PUBLISHED = {
 }
 
 
-def relative_change(now: Tensor, before: Tensor) -> Tensor:
-    """Mean of |now - before| over the mean of |before|, a scalar in float32."""
+def relative_change(now: Tensor, before: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Mean of |now - before| over the mean of |before|, a scalar in float32.
+
+    Args:
+        group: of processes that have a shard of both each, of any length; all get that of the whole.
+    """
     now, before = now.float(), before.float()
-    return (now - before).abs().mean() / before.abs().mean()
+    if group is None:
+        return (now - before).abs().mean() / before.abs().mean()
+    sums = torch.stack([(now - before).abs().sum(), before.abs().sum()])
+    dist.all_reduce(sums, group=group)
+    return sums[0] / sums[1]
 
 
 class TeaCache:
@@ -105,12 +114,16 @@ class TeaCache:
         self._step = 0
         self._before: Tensor | None = None
 
-    def compute(self, modulated: Tensor) -> bool:
-        """Whether the step of this modulated input must be computed; reads one number from its device."""
+    def compute(self, modulated: Tensor, group: dist.ProcessGroup | None = None) -> bool:
+        """Whether the step of this modulated input must be computed; reads one number from its device.
+
+        Args:
+            group: of context parallelism, whose processes have a shard of the input each. They decide as one.
+        """
         before, self._before = self._before, modulated.detach()
         if before is None or self._always(self._step):
             return self._decide(None)
-        return self._decide(float(relative_change(self._before, before)))
+        return self._decide(float(relative_change(self._before, before, group)))
 
     def plan(self, modulated: Sequence[Tensor]) -> list[bool]:
         """As many decisions as inputs are given; the device is read once."""
@@ -260,6 +273,44 @@ class CachedSteps:
             if cache is not None and self._recorder is not None:
                 self._recorder.changes_in += self._changes
                 self._recorder.changes_out += cache.measured
+
+
+class WindowCaches:
+    """What is kept for every window of a long video, and for every branch: windows do not mix.
+
+    For plans whose windows stay where they are from step to step (`OverlapBlend`, `ChunkPrefix`). Where they move on
+    (`ShiftFusion`), `denoise(computed=...)` keeps what was predicted for every frame instead, which also takes far less
+    memory: latents, not tokens.
+
+    Args:
+        branches: forward passes per window and step.
+        computed: a decision per step.
+        host: what is kept waits in host memory, so that the device holds that of one window.
+    """
+
+    def __init__(self, branches: int, computed: Sequence[bool], host: bool = False) -> None:
+        self.computed, self._branches, self._host = computed, branches, host
+        self._caches: dict[tuple[int, int], list[BlockCache]] = {}
+
+    def begin(self, step: int, frames: Tensor, device: torch.device | str | None = None) -> list[BlockCache]:
+        """What the forward passes of a window are given.
+
+        Args:
+            frames: [f] of the window, as `long_video.denoise` tells them.
+            device: of the model, with `host`.
+        """
+        key = (int(frames[0]), len(frames))
+        caches = self._caches.setdefault(key, [BlockCache() for _ in range(self._branches)])
+        for cache in caches:
+            cache.compute = self.computed[step]
+            if device is not None and cache.kept is not None:
+                cache.kept = cache.kept.to(device)
+        return caches
+
+    def end(self, frames: Tensor) -> None:
+        """After the forward passes of a window."""
+        for cache in self._caches[int(frames[0]), len(frames)] if self._host else ():
+            cache.kept = None if cache.kept is None else cache.kept.cpu()
 
 
 def decide(inputs: Tensor, threshold: float, fitted: Fitted) -> list[bool]:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last stage of a video job: the video from its finished clips, with its sound, and a preview."""
+"""The last stage of a video job: the video from its clips, with its sound, and a preview."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,9 +15,11 @@ from numpy.typing import NDArray
 
 from talkingdit.encoders.speech import Sound, is_long, pieces
 from talkingdit.media.files import SPEECH_RATE, VideoWriter
-from talkingdit.media.sheet import preview_sheet, sample_frames
-from talkingdit.pipelines.inputs import Frames, Inputs, Outline
-from talkingdit.pipelines.resume import ClipStore
+from talkingdit.media.sheet import COLOURS, FAINT, preview_sheet, sample_frames
+from talkingdit.media.track import EncodedTrack
+from talkingdit.pipelines.inputs import Frames, Inputs, Mark, Outline
+from talkingdit.pipelines.live import LiveSound
+from talkingdit.pipelines.resume import ClipStore, NoStore
 
 SHEET_FRAMES = 20  # at most, on a preview sheet
 
@@ -30,42 +34,164 @@ class PreviewCurves(Protocol):
         """Name to [frames] values, of all frames that were added and the sound [samples] at 16 kHz."""
 
 
-def write_video(inputs: Inputs, outline: Outline, store: ClipStore, curves: PreviewCurves | None = None) -> None:
-    """Write the video and, if the job asks for one, its preview.
+class _Shown:
+    """Frames for the preview, evenly over the video; where its length is not known, over what there has been so far.
+
+    Args:
+        count: frames of the video; None where nobody knows.
+    """
+
+    def __init__(self, count: int | None) -> None:
+        self._wanted = None if count is None else set(sample_frames(count, SHEET_FRAMES).tolist())
+        self._step = 1
+        self.frames: list[Frames] = []  # [H, W, 3] each
+        self.numbers: list[int] = []
+
+    def add(self, first: int, frames: Frames) -> None:
+        """Frames [n, H, W, 3] of which the first has this number."""
+        for number, frame in enumerate(frames, first):
+            if number in self._wanted if self._wanted is not None else number % self._step == 0:
+                self.frames.append(frame.copy())
+                self.numbers.append(number)
+            if self._wanted is None and len(self.numbers) > SHEET_FRAMES:
+                self._step *= 2
+                self.frames, self.numbers = self.frames[::2], self.numbers[::2]
+
+
+class VideoSink:
+    """Where the frames of a video go, clip by clip: into the file or the pipe, and some of them onto the preview.
+
+    Leaving the `with` block by an exception leaves what `VideoWriter` does, and no preview.
+
+    Args:
+        inputs: of the job.
+        outline: of the video.
+        curves: what the preview shows besides frames and sound.
+        started: `time.monotonic()` at the beginning of the job.
+
+    Attributes:
+        seen: frames so far.
+        first_after: seconds from the beginning of the job until the first frames were written; None before.
+
+    Raises:
+        UserError: a target cannot be written.
+    """
+
+    def __init__(
+        self, inputs: Inputs, outline: Outline, curves: PreviewCurves | None = None, started: float = 0.0
+    ) -> None:
+        job, skip = inputs.job, Fraction(outline.skip, outline.fps)
+        self._inputs, self._outline, self._curves, self._started = inputs, outline, curves, started
+        self._shown = _Shown(None if job.spoken else outline.frames)
+        sound: Any = job.audio
+        if isinstance(inputs.sound, LiveSound):
+            sound = EncodedTrack(inputs.sound.blocks(skip), SPEECH_RATE, 1)
+        name = job.output if job.pipe is None else "standard output"
+        live = job.live if job.pipe is None else job.pipe
+        self._writer = VideoWriter(
+            name, outline.fps, outline.size, sound, upscale=job.upscale, crf=outline.crf, skip=skip, live=live
+        )
+        self.seen = 0
+        self.first_after: float | None = None
+
+    def add(self, frames: Frames) -> None:
+        """The frames of the next clip, [n, H, W, 3].
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        if self.seen == 0 and self._outline.lead:
+            frames = np.concatenate([frames[:1].repeat(self._outline.lead, axis=0), frames])
+        if isinstance(self._inputs.sound, LiveSound) and self._inputs.sound.ended:
+            frames = frames[: max(0, self._until_end() - self.seen)]
+        if not len(frames):
+            return
+        self._writer.write(frames)
+        if self.first_after is None:
+            self.first_after = time.monotonic() - self._started
+        if self._inputs.job.sheet is not None:
+            self._shown.add(self.seen, frames)
+            if self._curves is not None:
+                self._curves.add(frames)
+        self.seen += len(frames)
+
+    def _until_end(self) -> int:
+        """Frames of a video whose voice has ended."""
+        samples, fps = len(self._inputs.sound), self._outline.fps
+        return max(1, -(-samples * fps // SPEECH_RATE) - self._outline.skip)
+
+    def __enter__(self) -> VideoSink:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.abort()
+
+    def abort(self) -> None:
+        """See `VideoWriter.abort`."""
+        self._writer.abort()
+
+    def finish(self) -> None:
+        """End the video, and draw its preview.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        self._writer.close()
+        if self._inputs.job.sheet is not None:
+            self._draw_sheet(self._inputs.job.sheet)
+
+    def _draw_sheet(self, path: Path) -> None:
+        inputs, fps, skip = self._inputs, self._outline.fps, self._outline.skip
+        sound: Sound = _Behind(inputs.sound, skip * SPEECH_RATE // fps) if skip else inputs.sound
+        sound = sound if len(sound) else np.zeros(1, np.float32)
+        waveform, rate = _outline_of(sound)
+        title = inputs.job.output.name if inputs.job.pipe is None else "standard output"
+        if inputs.job.live and self.first_after is not None:
+            title += f": first frame after {self.first_after:.1f} s"
+        preview_sheet(
+            marked(np.stack(self._shown.frames), self._outline.marks),
+            waveform,
+            rate,
+            fps,
+            {} if self._curves is None else self._curves.curves(sound, fps),
+            path,
+            title=title,
+            times=[(number + 0.5) / fps for number in self._shown.numbers],
+        )
+
+
+def write_video(
+    inputs: Inputs, outline: Outline, store: ClipStore | NoStore, curves: PreviewCurves | None = None
+) -> None:
+    """Write the video from its finished clips and, if the job asks for one, its preview.
 
     Raises:
         UserError: a target cannot be written, or a kept clip is damaged.
     """
-    job, fps = inputs.job, outline.fps
-    wanted = sample_frames(outline.frames, SHEET_FRAMES)
-    chosen: list[Frames] = []
-    seen = 0
-    skip = Fraction(outline.skip, fps)
-    with VideoWriter(job.output, fps, outline.size, job.audio, upscale=job.upscale, skip=skip) as writer:
-        for number, frames in enumerate(store.frames()):
-            if number == 0 and outline.lead:
-                frames = np.concatenate([frames[:1].repeat(outline.lead, axis=0), frames])
-            writer.write(frames)
-            if job.sheet is not None:
-                here = wanted[(wanted >= seen) & (wanted < seen + len(frames))]
-                chosen.append(frames[here - seen])
-                if curves is not None:
-                    curves.add(frames)
-            seen += len(frames)
-    if job.sheet is not None:
-        sound: Sound = _Behind(inputs.sound, outline.skip * SPEECH_RATE // fps) if outline.skip else inputs.sound
-        sound = sound if len(sound) else np.zeros(1, np.float32)
-        waveform, rate = _outline_of(sound)
-        preview_sheet(
-            np.concatenate(chosen),
-            waveform,
-            rate,
-            fps,
-            {} if curves is None else curves.curves(sound, fps),
-            job.sheet,
-            title=job.output.name,
-            times=[(int(i) + 0.5) / fps for i in wanted],
-        )
+    with VideoSink(inputs, outline, curves) as sink:
+        for frames in store.frames():
+            sink.add(frames)
+
+
+def marked(frames: Frames, marks: Sequence[Mark]) -> Frames:
+    """Frames [n, H, W, 3], the first one with boxes and their names."""
+    if not marks:
+        return frames
+    from PIL import Image, ImageDraw, ImageFont
+
+    image = Image.fromarray(frames[0])
+    draw = ImageDraw.Draw(image)
+    thick = max(1, min(image.size) // 60)  # seen also in the small pictures of a sheet
+    font = ImageFont.load_default(max(10, min(image.size) // 10))
+    for number, mark in enumerate(marks):
+        colour = COLOURS[number % len(COLOURS)] if mark.name else FAINT
+        draw.rectangle(mark.box, outline=colour, width=thick)
+        if mark.name:
+            draw.text((mark.box[0] + 2 * thick, mark.box[1] + thick), mark.name, fill=colour, font=font)
+    return np.concatenate([np.asarray(image)[None], frames[1:]])
 
 
 @dataclass(frozen=True)

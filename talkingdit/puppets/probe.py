@@ -11,9 +11,9 @@ Everything is analysis by synthesis or linear photometry, nothing is learned, so
 - expression: the face is compared with drawings of the eight expressions of the measured identity and opening;
 - logo: its shape and colour are those of the drawing that fits best, on a shirt of the measured colour
   (`measure_logo`);
-- speaker: of two people, the one whose mouth moves more within half a second.
+- speaker: of several people, the one whose mouth moves most within half a second.
 
-The layout of the scene is assumed: front view, one person or two side by side, as `Scene.placements` puts them.
+The layout of the scene is assumed: front view, one person or several side by side, as `Scene.placements` puts them.
 `measure_probe_error` states the probe's own error on drawn frames.
 """
 
@@ -32,6 +32,7 @@ from talkingdit.puppets.world import (
     HAIR_STYLES,
     LOGO_COLOUR,
     LOGOS,
+    PLACEMENTS,
     SHIRT,
     SKIN,
     Character,
@@ -46,7 +47,7 @@ from talkingdit.puppets.world import (
 CLOSED_HEIGHT = 0.0161
 OPENING_HEIGHT = 0.1510
 
-_CANONICAL = 96  # persons of a two-people scene are resampled to this size before measuring
+_CANONICAL = 96  # persons of a scene of several are resampled to this size before measuring
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def probe(frames: Image, people: int = 1, fps: int = 16) -> Reading:
 
     Args:
         frames: [F, H, W, 3] uint8 RGB, square.
-        people: one or two, placed as in `Scene.placements`.
+        people: one to three, placed as in `Scene.placements`.
         fps: frame rate, for the half second over which a speaker is decided.
 
     Raises:
@@ -209,11 +210,10 @@ def probe(frames: Image, people: int = 1, fps: int = 16) -> Reading:
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.shape[1] != frames.shape[2] or frames.dtype != np.uint8:
         raise ValueError(f"probe: frames must be square uint8 RGB [F, S, S, 3], got {frames.dtype} {frames.shape}")
     crops = [frames]
-    if people == 2:
+    if people > 1:
         size = frames.shape[1]
-        sample = Scene((Character.random(np.random.default_rng(0)),) * 2, ("neutral",) * 2)
         crops = []
-        for x, y, scale in sample.placements():
+        for x, y, scale in PLACEMENTS[people]:
             matrix = np.array([[scale, 0, (x - 0.5 * scale) * size], [0, scale, y * size]], np.float32)
             matrix[:, :2] *= size / _CANONICAL
             flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP

@@ -62,6 +62,12 @@ VIEWPOINTS = ("front", "left", "right", "back")
 Viewpoint = Literal["front", "left", "right", "back"]
 
 HELD_OUT_SHARE = 0.15
+# Where people stand, by their number: (x, y, scale).
+PLACEMENTS: dict[int, tuple[tuple[float, float, float], ...]] = {
+    1: ((0.5, 0.0, 1.0),),
+    2: ((0.27, 0.38, 0.62), (0.73, 0.38, 0.62)),
+    3: ((0.19, 0.54, 0.46), (0.5, 0.54, 0.46), (0.81, 0.54, 0.46)),
+}
 
 
 @dataclass(frozen=True)
@@ -121,8 +127,8 @@ class Scene:
     moving_background: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.characters) <= 2:
-            raise ValueError(f"Scene: characters must be one or two people, got {len(self.characters)}")
+        if not 1 <= len(self.characters) <= len(PLACEMENTS):
+            raise ValueError(f"Scene: characters must be one, two or three people, got {len(self.characters)}")
         if len(self.expressions) != len(self.characters):
             raise ValueError(
                 f"Scene: expressions must have one entry per character ({len(self.characters)}), "
@@ -161,10 +167,8 @@ class Scene:
         return replace(self, viewpoint=viewpoint)
 
     def placements(self) -> list[tuple[float, float, float]]:
-        """(x, y, scale) of each person: scale 1 fills the frame, two people stand side by side."""
-        if len(self.characters) == 1:
-            return [(0.5, 0.0, 1.0)]
-        return [(0.27, 0.38, 0.62), (0.73, 0.38, 0.62)]
+        """(x, y, scale) of each person: scale 1 fills the frame, several people stand side by side."""
+        return list(PLACEMENTS[len(self.characters)])
 
 
 @dataclass

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from talkingdit.encoders.whisper import WhisperEncoder, around_frames, load_whisper
+from talkingdit.encoders.whisper import WhisperEncoder, around, load_whisper
 from talkingdit.errors import UserError
 
 
@@ -93,7 +93,7 @@ def test_long_voices_go_on(folder: Path) -> None:
 
 def test_states_outside_are_zero() -> None:
     states = torch.randn(6, 2, 3)
-    found = around_frames(states, 0, 2, 25.0)
+    found = around(states, torch.tensor([0, 1]), 25.0)
     assert torch.equal(found[0], torch.cat([torch.zeros(4, 2, 3), states]))
     assert torch.equal(found[1, :8], torch.cat([torch.zeros(2, 2, 3), states]))
     assert not found[1, 8:].any()

@@ -50,5 +50,5 @@ def test_a_family_fulfils_its_protocols(name: str, part: str) -> None:
 
 
 def test_a_name_that_is_no_family_is_told() -> None:
-    with pytest.raises(ValueError, match="family: expected one of puppet, wan_s2v, got 'gloria'"):
-        families.get("gloria")
+    with pytest.raises(ValueError, match=r"family: expected one of puppet, wan_s2v, .*, got 'sora'"):
+        families.get("sora")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from talkingdit.media.colour import colours, match_colours
+from talkingdit.media.colour import ColourUnifier, colours, match_colours
 
 
 def scene(shift: int = 0) -> Tensor:
@@ -57,3 +57,28 @@ def test_grey_pictures_do_not_become_coloured() -> None:
     grey = scene()[:, :1].repeat(1, 3, 1, 1, 1)
     matched = match_colours(grey * 0.8, colours(grey))
     assert (matched[:, 0] - matched[:, 2]).abs().max() < 0.02
+
+
+def test_a_video_that_darkens_part_by_part_keeps_its_colours_without_steps() -> None:
+    plain = scene().repeat(1, 1, 10, 1, 1)
+    drift = torch.linspace(0, 0.3, 40).view(1, 1, 40, 1, 1)
+    unify = ColourUnifier()
+    parts = [unify(part) for part in (plain - drift).clamp(-1, 1).split(4, dim=2)]
+    video = torch.cat(parts, dim=2)
+    brightness, before = video.mean((0, 1, 3, 4)), (plain - drift).mean((0, 1, 3, 4))
+    assert (brightness - brightness[0]).abs().max() < 0.25 * (before - before[0]).abs().max()
+    # Borders of parts are no larger steps than those inside.
+    steps = brightness.diff().abs()
+    borders = steps[3::4]
+    assert borders.max() <= 1.1 * max(float(steps.max()), 1e-6)
+    assert borders.mean() < 2 * steps.mean() + 1e-3
+
+
+def test_colours_that_do_not_drift_are_left_alone_and_the_reference_may_be_given() -> None:
+    video = scene()
+    unify = ColourUnifier()
+    for _ in range(2):
+        torch.testing.assert_close(unify(video), video, rtol=0, atol=1e-4)
+    darker = ColourUnifier(wanted=colours(video))((video - 0.2).clamp(-1, 1))
+    assert (darker - video).abs().mean() < 0.05
+    torch.testing.assert_close(ColourUnifier(colours(video), 0.0)(video - 0.2), video - 0.2, rtol=0, atol=1e-3)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -323,3 +325,27 @@ def test_what_does_not_fit_is_named(sentence: str, changes: dict[str, Any]) -> N
 def test_plans_name_what_is_out_of_range(plan: Any, arguments: Sequence[Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         plan(*arguments)
+
+
+def test_a_step_holds_the_predictions_of_few_windows_however_long_the_video_is() -> None:
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most: dict[int, int] = {}
+
+    def predict(window: Tensor, frames: Tensor, step: int) -> list[Tensor]:
+        made = [window.clone(), window.clone()]
+        alive.update(made)
+        most[length] = max(most.get(length, 0), len(alive))
+        return made
+
+    for length in (50, 400):
+        denoise(noise(length), SIGMAS[:3], OverlapBlend(8, 2), predict, lambda step: [2.0, -1.0])
+    assert most[400] <= most[50] <= 8
+
+
+def test_latents_may_lie_in_a_file(tmp_path: Path) -> None:
+    x = noise(20, torch.float32)
+    mapped = torch.from_file(str(tmp_path / "latents"), shared=True, size=x.numel()).view(x.shape)
+    mapped.copy_(x)
+    result = run(mapped, OverlapBlend(6, 2), in_place=True)
+    assert result.data_ptr() == mapped.data_ptr()
+    assert torch.equal(result, run(x, OverlapBlend(6, 2)))

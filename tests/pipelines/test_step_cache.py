@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from distributed import Processes
 from safetensors import safe_open
 
-from talkingdit.pipelines.step_cache import PUBLISHED, TeaCache, fit
+from talkingdit.pipelines.long_video import OverlapBlend, denoise
+from talkingdit.pipelines.step_cache import PUBLISHED, BlockCache, TeaCache, WindowCaches, fit
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "teacache.safetensors"
 
@@ -108,3 +111,56 @@ def test_a_fit_finds_the_polynomial_that_made_the_changes() -> None:
     assert len(fit([0.1, 0.2, 0.2], [0.3, 0.5, 0.5])) == 2
     with pytest.raises(ValueError, match="two different ones"):
         fit([0.1, 0.1], [0.2, 0.3])
+
+
+# ---- Several processes, several windows ------------------------------------------------------------------------------
+INPUTS = [torch.full((7, 3), 1.0 + 0.05 * i) + 0.1 * torch.arange(21).view(7, 3) for i in range(8)]
+
+
+def _decisions_of_shards(cuts: list[int]) -> list[bool]:
+    begin = cuts[dist.get_rank()]
+    end = cuts[dist.get_rank() + 1]
+    cache = TeaCache([8.0, 0.0], 0.3, steps=8)
+    return [cache.compute(x[begin:end], dist.group.WORLD) for x in INPUTS]
+
+
+def test_processes_that_share_the_tokens_decide_as_one(processes: Processes) -> None:
+    alone = TeaCache([8.0, 0.0], 0.3, steps=8)
+    wanted = [alone.compute(x) for x in INPUTS]
+    assert len(set(wanted)) == 2
+    assert processes(2, _decisions_of_shards, [0, 5, 7]) == [wanted, wanted]
+
+
+@pytest.mark.parametrize("host", [False, True])
+def test_windows_keep_what_is_theirs(host: bool) -> None:
+    computed, sigmas = [True, False, True, False], [1.0, 0.7, 0.5, 0.2, 0.0]
+    caches, ran = WindowCaches(2, computed, host), []
+
+    def blocks(x: torch.Tensor, branch: int, cache: BlockCache) -> torch.Tensor:
+        if not cache.skips:
+            ran.append(branch)
+            cache.keep(x.sin() * (1 + branch) + x.mean())
+        return x * 0.5 + cache.kept
+
+    def predict(window: torch.Tensor, frames: torch.Tensor, step: int) -> list[torch.Tensor]:
+        found = [blocks(window, k, cache) for k, cache in enumerate(caches.begin(step, frames, "cpu"))]
+        caches.end(frames)
+        return found
+
+    x = torch.randn(2, 14, 2, 2, dtype=torch.float64)
+    plan = OverlapBlend(6, 2)
+    got = denoise(x, sigmas, plan, predict, lambda step: [1.5, -0.5])
+    kept: dict[tuple[int, int], torch.Tensor] = {}
+    for step in range(4):
+        windows, result = plan.windows(14, step), torch.zeros_like(x)
+        for i, start in enumerate(windows.starts):
+            shown = x[:, start : start + 6]
+            for k in range(2):
+                if computed[step]:
+                    kept[i, k] = shown.sin() * (1 + k) + shown.mean()
+            v = 1.5 * (shown * 0.5 + kept[i, 0]) - 0.5 * (shown * 0.5 + kept[i, 1])
+            weights = windows.weights[i, :, None, None]
+            result[:, start : start + 6] += weights * (shown + (sigmas[step + 1] - sigmas[step]) * v)
+        x = result
+    torch.testing.assert_close(got, x, rtol=1e-11, atol=1e-11)
+    assert len(ran) == 2 * 2 * 3  # steps, branches, windows

@@ -105,7 +105,7 @@ def test_frames_scale_with_the_size_asked_for():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Scene(()), "one or two people, got 0"),
+        (lambda: Scene(()), "one, two or three people, got 0"),
         (lambda: Scene((Character.random(np.random.default_rng(0)),), ("bored",)), "expression must be one of neutral"),
         (lambda: Scene((Character.random(np.random.default_rng(0)),), ()), "one entry per character"),
         (

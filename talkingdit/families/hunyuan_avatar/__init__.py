@@ -3,4 +3,4 @@
 
 from talkingdit.families.family import Family
 
-FAMILY = Family("hunyuan_avatar", "HunyuanVideo-Avatar", __name__)
+FAMILY = Family("hunyuan_avatar", "HunyuanVideo-Avatar", __name__, sources=("scenes",))

@@ -10,7 +10,9 @@ The released layout, from its ckpts/ down, and ours, which only names folders ot
     whisper-tiny/                                                                               audio_encoder/
     pipeline.json, optional: `HunyuanAvatarSettings`                                            the same
 
-A folder of the released repository, with ckpts/ in it, is taken as that ckpts/.
+A folder of the released repository, with ckpts/ in it, is taken as that ckpts/. Without text encoders a checkpoint
+takes text features from a file. One of the drawn world has its autoencoder (of Wan's kind), its prompt encoder for both
+text encoders, and no speech encoder: its features are computed (`features` in pipeline.json).
 """
 
 from __future__ import annotations
@@ -28,15 +30,16 @@ from talkingdit.families.hunyuan_avatar.presets import CLASSES
 
 if TYPE_CHECKING:
     import torch
-    from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
 
     from talkingdit.families.hunyuan_avatar.model import HunyuanAvatarModel
+    from talkingdit.families.hunyuan_avatar.words import TextEncoder
 
 NEGATIVE_PROMPT = (
     "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
-    "bad eyes, bad limbs, distortion, blurring, text, subtitles, static, picture, black border."
+    "bad eyes, bad limbs, distortion, blurring, Lens changes"
 )
 PROMPT_PREFIX = "Authentic, Realistic, Natural, High-quality, Lens-Fixed, "
+FEATURES = ("whisper", "speech")
 _RELEASED = "hunyuan-video-t2v-720p"
 
 
@@ -58,13 +61,17 @@ class HunyuanAvatarSettings:
     early_steps: int = 10  # in which faces are masked with `early_mask`
     early_mask: float = 0.6
     face_area: float = 3.0  # of a face's box that hears its voice, in sides of the box
-    max_area: int = 704 * 704  # most pixels of a frame
-    size_multiple: int = 16  # height and width are multiples of this many pixels
+    image_size: int = 704  # the shorter side of a frame, pixels
+    size_multiple: int = 64  # height and width are multiples of this many pixels
+    text_guidance: float | None = None  # separate constant strengths of text and voice in place of the schedule
+    audio_guidance: float | None = None
+    features: str = "whisper"  # of a voice: "whisper", or "speech", which need no encoder
+    silence: str = "zeros"  # what audio guidance leads away from: features of zeros, or "none", nothing heard at all
     prompt_prefix: str = PROMPT_PREFIX
     negative_prompt: str = NEGATIVE_PROMPT
 
     def __post_init__(self) -> None:
-        for name in ("fps", "window", "steps", "max_area", "size_multiple"):
+        for name in ("fps", "window", "steps", "image_size", "size_multiple"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"pipeline.json: {name} must be an integer of at least 1, got {value!r}")
@@ -76,6 +83,16 @@ class HunyuanAvatarSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"pipeline.json: {name} must be a number of at least 0, got {value!r}")
+        for name in ("text_guidance", "audio_guidance"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+                raise ValueError(f"pipeline.json: {name} must be a number of at least 0, got {value!r}")
+        if self.window < 2:
+            raise ValueError(f"pipeline.json: window must be at least 2, got {self.window}")
+        if self.features not in FEATURES:
+            raise ValueError(f"pipeline.json: features must be one of {', '.join(FEATURES)}, got {self.features!r}")
+        if self.silence not in ("zeros", "none"):
+            raise ValueError(f"pipeline.json: silence must be zeros or none, got {self.silence!r}")
         if self.shift == 0:
             raise ValueError("pipeline.json: shift must be a number above 0, got 0")
         if self.size_multiple % 16:
@@ -112,23 +129,22 @@ class HunyuanAvatarCheckpoint:
     """Everything that generation needs, in evaluation mode."""
 
     transformer: HunyuanAvatarModel
-    vae: AutoencoderKLHunyuanVideo
-    text_encoder: Any  # talkingdit.encoders.llava.LlavaEncoder
-    pooled_encoder: Any  # talkingdit.encoders.llava.ClipPooled
-    audio_encoder: Any  # talkingdit.encoders.whisper.WhisperEncoder
+    vae: Any  # AutoencoderKLHunyuanVideo, or AutoencoderKLWan
+    text_encoder: TextEncoder  # of prompts with a picture, see `words.py`
+    audio_encoder: Any  # talkingdit.encoders.whisper.WhisperEncoder, or SpeechFeatures
     settings: HunyuanAvatarSettings
     folder: Path
 
 
 @dataclass(frozen=True)
 class CheckpointPaths:
-    """Where the parts of a checkpoint lie."""
+    """Where the parts of a checkpoint lie; None for what it may lack."""
 
     transformer: Path
     vae: Path
-    text_encoder: Path
-    pooled_encoder: Path
-    audio_encoder: Path
+    text_encoder: Path | None
+    pooled_encoder: Path | None
+    audio_encoder: Path | None
 
 
 def owns(folder: Path) -> bool:
@@ -153,7 +169,7 @@ def read_settings(folder: Path) -> HunyuanAvatarSettings:
     Raises:
         UserError: pipeline.json is not such a file, or has an impossible value.
     """
-    file = folder / "pipeline.json"
+    file = _root(folder) / "pipeline.json"
     return HunyuanAvatarSettings.load(file) if file.is_file() else HunyuanAvatarSettings()
 
 
@@ -174,11 +190,15 @@ def find_parts(folder: Path) -> CheckpointPaths:
             "text_encoder_2",
             "whisper-tiny",
         )
-    what = ("the transformer", "the autoencoder", "the text encoder", "the pooled text encoder", "the speech encoder")
-    for place, name in zip(places, what, strict=True):
-        if not (root / place).is_dir():
-            raise UserError(f"{root}: not a whole checkpoint, {place}/, {name}, is missing in it.")
-    return CheckpointPaths(*(root / place for place in places))
+    needed = {0: "the transformer", 1: "the autoencoder"}
+    if read_settings(folder).features == "whisper":
+        needed[4] = "the speech encoder"
+    for number, name in needed.items():
+        if not (root / places[number]).is_dir():
+            raise UserError(f"{root}: not a whole checkpoint, {places[number]}/, {name}, is missing in it.")
+    transformer, vae, *encoders = (root / place for place in places)
+    text, pooled, audio = (path if path.is_dir() else None for path in encoders)
+    return CheckpointPaths(transformer, vae, text, pooled, audio)
 
 
 def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device | str) -> HunyuanAvatarCheckpoint:
@@ -193,25 +213,46 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device | str
     Raises:
         UserError: a part is missing or does not load, or the parts do not fit each other.
     """
-    import torch
 
-    from talkingdit.autoencoders.hunyuan import load_hunyuan_vae
-    from talkingdit.encoders.llava import load_clip, load_llava
-    from talkingdit.encoders.whisper import load_whisper
     from talkingdit.families.hunyuan_avatar.load import load
+    from talkingdit.families.hunyuan_avatar.words import load_text_encoder
 
     parts = find_parts(folder)
     settings = read_settings(folder)
-    audio_encoder = load_whisper(parts.audio_encoder, device, fps=settings.fps)
-    vae = load_hunyuan_vae(parts.vae, torch.float32, device).requires_grad_(False)
-    transformer = load(parts.transformer, dtype, device)
-    text_encoder = load_llava(parts.text_encoder, dtype, device)
-    pooled_encoder = load_clip(parts.pooled_encoder, dtype, device)
     checkpoint = HunyuanAvatarCheckpoint(
-        transformer, vae, text_encoder, pooled_encoder, audio_encoder, settings, folder
+        audio_encoder=load_audio_encoder(parts, settings, device),
+        vae=load_vae(parts.vae, device).requires_grad_(False),
+        transformer=load(parts.transformer, dtype, device),
+        text_encoder=load_text_encoder(folder, parts.text_encoder, parts.pooled_encoder, dtype, device),
+        settings=settings,
+        folder=folder,
     )
     check_fit(checkpoint)
     return checkpoint
+
+
+def load_vae(folder: Path, device: torch.device | str) -> Any:
+    """HunyuanVideo's autoencoder, or one of Wan's kind."""
+    import torch
+
+    from talkingdit.autoencoders import wan
+    from talkingdit.autoencoders.hunyuan import load_hunyuan_vae
+    from talkingdit.checkpoints.weights import read_json
+
+    config = folder / "config.json"
+    if config.is_file() and read_json(config).get("_class_name") == "AutoencoderKLWan":
+        return wan.load_vae(folder, torch.float32, device)
+    return load_hunyuan_vae(folder, torch.float32, device)
+
+
+def load_audio_encoder(parts: CheckpointPaths, settings: HunyuanAvatarSettings, device: torch.device | str) -> Any:
+    from talkingdit.encoders.log_mel import SpeechFeatures
+    from talkingdit.encoders.whisper import load_whisper
+
+    if settings.features == "speech":
+        return SpeechFeatures(fps=settings.fps)
+    assert parts.audio_encoder is not None
+    return load_whisper(parts.audio_encoder, device, fps=settings.fps)
 
 
 def check_fit(checkpoint: HunyuanAvatarCheckpoint) -> None:
@@ -220,21 +261,35 @@ def check_fit(checkpoint: HunyuanAvatarCheckpoint) -> None:
     Raises:
         UserError: two do not.
     """
+    from talkingdit.families.hunyuan_avatar.voices import feature_shape
+
     root, model = checkpoint.folder, checkpoint.transformer.config
     vae: Any = checkpoint.vae.config
-    audio, text, pooled = checkpoint.audio_encoder, checkpoint.text_encoder, checkpoint.pooled_encoder
+    wan = "z_dim" in vae
+    window, blocks, channels = feature_shape(checkpoint.audio_encoder)
+    text_dim, pooled_dim = checkpoint.text_encoder.dims or (model.text_states_dim, model.text_states_dim_2)
     pairs = (
-        ("in_channels", model.in_channels, "the autoencoder has latent channels", vae.latent_channels),
-        ("text_states_dim", model.text_states_dim, "the text encoder has width", text.text_dim),
-        ("text_states_dim_2", model.text_states_dim_2, "the pooled text encoder has width", pooled.text_dim),
-        ("audio_channels", model.audio_channels, "the speech encoder has width", audio.audio_dim),
-        ("audio_blocks", model.audio_blocks, "the speech encoder has hidden states", audio.layers),
+        (
+            "in_channels",
+            model.in_channels,
+            "the autoencoder has latent channels",
+            vae["z_dim" if wan else "latent_channels"],
+        ),
+        ("text_states_dim", model.text_states_dim, "the text encoder has width", text_dim),
+        ("text_states_dim_2", model.text_states_dim_2, "the pooled text encoder has width", pooled_dim),
+        ("audio_channels", model.audio_channels, "the features of a voice have width", channels),
+        ("audio_blocks", model.audio_blocks, "the features of a voice have hidden states", blocks),
+        ("audio_window", model.audio_window, "the features of a voice have places in time", window),
     )
     for name, wanted, what, got in pairs:
         if wanted != got:
             raise UserError(f"{root}: the transformer has {name} {wanted} but {what} {got}.")
-    if (vae.spatial_compression_ratio, vae.temporal_compression_ratio) != (8, 4):
+    names = (
+        ("scale_factor_spatial", "scale_factor_temporal")
+        if wan
+        else ("spatial_compression_ratio", "temporal_compression_ratio")
+    )
+    if (found := tuple(vae[name] for name in names)) != (8, 4):
         raise UserError(
-            f"{root}: the autoencoder must shrink frames 8 times and time 4 times, "
-            f"got {vae.spatial_compression_ratio} and {vae.temporal_compression_ratio}."
+            f"{root}: the autoencoder must shrink frames 8 times and time 4 times, got {found[0]} and {found[1]}."
         )

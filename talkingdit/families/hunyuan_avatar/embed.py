@@ -45,6 +45,7 @@ def encode(
     reference, added = picture_tokens(model, inputs, clip, shard.reference[0], shard.video[0])
     audio, weights = voices(model, inputs, clip, shard.frames[0], shard.video[0])
     emotion, strength = emotions(model, inputs)
+    idled = idle(model, len(lengths), audio, emotion)
     scenes = ()
     if emotion is not None:
         scenes = tuple(scenes_of(emotion_rows(inputs, frames), clip.per_frame, *shard.video[0]))
@@ -54,7 +55,7 @@ def encode(
         layouts=layouts(config, [clip]),
         text=text,
         text_mask=text_mask,
-        vec=step_vector(model, inputs),
+        vec=step_vector(model, *vector_inputs(config, inputs)),
         reference=(reference,),
         added=(added,),
         channels=(inputs.reference if config.reference_channels else None,),
@@ -67,6 +68,7 @@ def encode(
         emotion_strength=strength,
         emotion_scenes=scenes,
         emotion_memory=emotion_memory,
+        **idled,
     )
 
 
@@ -78,23 +80,23 @@ def clip_span(config: Any, size: tuple[int, int, int], reference: bool, text: in
     )
 
 
-def step_vector(model: HunyuanAvatarModel, inputs: AvatarInputs) -> Tensor:
-    """All of the vector of a step but its timestep: [B, dim] float32."""
+def vector_inputs(config: Any, inputs: AvatarInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """pooled_text, motion_exp, motion_pose and fps, with what stands for those that are not given."""
     batch, device = inputs.text.shape[0], inputs.text.device
-    pooled = inputs.pooled_text
-    if pooled is None:
-        pooled = torch.zeros(batch, model.config.text_states_dim_2, device=device)
-    with torch.autocast(device.type, enabled=False):
-        vec = model.vector_in(pooled)
-        scalars = (
-            (model.motion_exp, inputs.motion_exp, MOTION_EXP),
-            (model.motion_pose, inputs.motion_pose, MOTION_POSE),
-        )
-        for embedder, value, usual in scalars:
-            value = torch.full((batch, 4), usual, device=device) if value is None else value.float()
-            vec = vec + embedder(value).flatten(1)
-        fps = torch.full((batch,), FPS, device=device) if inputs.fps is None else inputs.fps.float()
-        return vec + model.fps_proj(fps)
+    pooled, exp, pose, fps = inputs.pooled_text, inputs.motion_exp, inputs.motion_pose, inputs.fps
+    return (
+        torch.zeros(batch, config.text_states_dim_2, device=device) if pooled is None else pooled,
+        torch.full((batch, 4), MOTION_EXP, device=device) if exp is None else exp.float(),
+        torch.full((batch, 4), MOTION_POSE, device=device) if pose is None else pose.float(),
+        torch.full((batch,), FPS, device=device) if fps is None else fps.float(),
+    )
+
+
+def step_vector(model: HunyuanAvatarModel, pooled: Tensor, exp: Tensor, pose: Tensor, fps: Tensor) -> Tensor:
+    """All of the vector of a step but its timestep: [B, dim] float32."""
+    with torch.autocast(pooled.device.type, enabled=False):
+        moved = model.motion_exp(exp).flatten(1) + model.motion_pose(pose).flatten(1)
+        return model.vector_in(pooled) + moved + model.fps_proj(fps)
 
 
 def picture_tokens(
@@ -127,14 +129,17 @@ def voices(
         return None, None
     if audio.dim() == 5:
         audio = audio[:, None]
-    batch, speakers = audio.shape[:2]
     tokens = model.audio_proj.latent_tokens(audio)[:, :, slice(*frames)]
-    strength = inputs.strength
+    return tokens, heard_by(inputs, audio.shape[1], clip, audio.device)[:, :, slice(*video)]
+
+
+def heard_by(inputs: AvatarInputs, speakers: int, clip: ClipSpan, device: torch.device) -> Tensor:
+    """How much of every speaker each video token of a clip hears: [B, P, tokens] float32."""
+    batch, strength = inputs.text.shape[0], inputs.strength
     if not isinstance(strength, Tensor):
         strength = torch.tensor(1.0 if strength is None else float(strength))
-    strength = strength.to(audio.device).expand(batch, speakers)
-    weights = speaker_weights(inputs.face_mask, strength, speakers, (batch, *clip.grid))
-    return tokens, weights[:, :, slice(*video)]
+    strength = strength.to(device).expand(batch, speakers)
+    return speaker_weights(inputs.face_mask, strength, speakers, (batch, *clip.grid))
 
 
 def emotions(model: HunyuanAvatarModel, inputs: AvatarInputs) -> tuple[Tensor | None, Tensor | None]:
@@ -167,6 +172,27 @@ def touch(tokens: Tensor, *modules: nn.Module | None) -> Tensor:
     if not weights or not torch.is_grad_enabled():
         return tokens
     return tokens + torch.stack([weight.flatten()[:0].sum() for weight in weights]).sum().to(tokens.dtype)
+
+
+def idle(model: HunyuanAvatarModel, batch: int, audio: Tensor | None, emotion: Tensor | None) -> dict[str, Tensor]:
+    """What the layers for voices and emotions are run with, on no token, where there are none.
+
+    Processes that share the work must run the same layers, also where one has a voice and another one has none, and
+    reduce the gradients of all weights.
+    """
+    config, weight = model.config, model.img_in.proj.weight
+    found = {}
+    if audio is None and _shares(model.audio_proj):
+        silence = weight.new_zeros(batch, 1, 1, config.audio_window, config.audio_blocks, config.audio_channels)
+        found["idle_audio"] = model.audio_proj.latent_tokens(silence)
+    if emotion is None and model.emotion_in is not None and _shares(model.emotion_adapter_blocks[0]):
+        found["idle_emotion"] = touch(weight.new_zeros(batch, 1, 1, config.hidden_size), model.emotion_in)
+    return found
+
+
+def _shares(module: nn.Module) -> bool:
+    """May this module have to run although its result is not wanted?"""
+    return torch.is_grad_enabled() or isinstance(module, FSDPModule)
 
 
 def for_blocks(

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 
 from talkingdit.pipelines.guidance import Branch, guidance_branches
 
-EARLY_STEPS = 10
-EARLY_END, LATE_SCALE, LATE_END = 2.0, 3.0, 3.5
+EARLY_END = 2.0  # towards which the strength of the first steps falls
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,9 @@ class Guidance:
 
     Args:
         steps: of the denoising.
-        scale: of the released schedule at its beginning; at most 1 is no guidance.
-        text, audio: separate strengths in its place; None for both is the released schedule.
+        start: strength of the released schedule at its beginning; at most 1 is no guidance.
+        high, low: between which the strength falls over all steps, used behind the first `early_steps`.
+        text, audio: separate strengths in place of the schedule; None for both is the schedule, for one of them 1.
         early_mask: of the face masks in the first steps.
 
     Raises:
@@ -44,13 +44,16 @@ class Guidance:
     """
 
     steps: int
-    scale: float = 7.5
+    start: float = 7.5
+    high: float = 6.5
+    low: float = 3.5
     text: float | None = None
     audio: float | None = None
+    early_steps: int = 10
     early_mask: float = 0.6
 
     def __post_init__(self) -> None:
-        for name, value in (("guidance", self.scale), ("text_guidance", self.text), ("audio_guidance", self.audio)):
+        for name, value in (("guidance", self.start), ("text_guidance", self.text), ("audio_guidance", self.audio)):
             if value is not None and (not math.isfinite(value) or value < 0):
                 raise ValueError(f"generate: {name} must be a number of at least 0, got {value}")
 
@@ -64,15 +67,15 @@ class Guidance:
         if self.separate:
             return tuple(View(branch.text, branch.audio) for branch in self._branches())
         given = View(text=True, audio=True)
-        if self.scale <= 1:
+        if self.start <= 1:
             return (given,)
-        return View(text=step >= EARLY_STEPS, audio=False), given
+        return View(text=step >= self.early_steps, audio=False), given
 
     def coefficients(self, step: int) -> list[float]:
         """Weights of the predictions of a step; they add up to one."""
         if self.separate:
             return [branch.weight for branch in self._branches()]
-        if self.scale <= 1:
+        if self.start <= 1:
             return [1.0]
         scale = self.scale_at(step)
         return [1.0 - scale, scale]
@@ -80,11 +83,13 @@ class Guidance:
     def scale_at(self, step: int) -> float:
         """The strength of the released schedule."""
         rest = 1 - step / self.steps
-        return rest * (self.scale - EARLY_END) + EARLY_END if step < EARLY_STEPS else rest * LATE_SCALE + LATE_END
+        if step < self.early_steps:
+            return rest * (self.start - EARLY_END) + EARLY_END
+        return rest * (self.high - self.low) + self.low
 
     def mask_at(self, step: int) -> float:
         """What face masks are multiplied with."""
-        return self.early_mask if step < EARLY_STEPS else 1.0
+        return self.early_mask if step < self.early_steps else 1.0
 
     @property
     def predictions(self) -> int:

@@ -93,6 +93,8 @@ class AvatarConditions:
     emotion_strength: Tensor | None = None  # [B or clips, E]
     emotion_scenes: tuple[Scene, ...] = ()
     emotion_memory: tuple[KeyValue, ...] | None = None  # per adapter
+    idle_audio: Tensor | None = None  # [B, 1, 1, A, dim], for layers that must run although nobody speaks
+    idle_emotion: Tensor | None = None  # [B, 1, 1, dim], likewise
 
     @property
     def grid(self) -> tuple[int, int, int]:

@@ -18,13 +18,15 @@ from talkingdit.checkpoints.adapters import refuse_adapters
 from talkingdit.families.hunyuan_avatar.audio import AudioProjector, FaceAudioAdapter
 from talkingdit.families.hunyuan_avatar.blocks import BlockInputs, DoubleBlock, FinalLayer, SingleBlock
 from talkingdit.families.hunyuan_avatar.checks import check_config, check_latents
-from talkingdit.families.hunyuan_avatar.embed import encode, touch
+from talkingdit.families.hunyuan_avatar.embed import encode
 from talkingdit.families.hunyuan_avatar.emotion import EmotionAdapter, EmotionEmbedder
 from talkingdit.families.hunyuan_avatar.injection import PatchEmbed, with_channels
 from talkingdit.families.hunyuan_avatar.inputs import AvatarConditions, AvatarInputs
+from talkingdit.families.hunyuan_avatar.packed import PackedClip, encode_packed
 from talkingdit.families.hunyuan_avatar.sequence import scatter_ranges, take_ranges
 from talkingdit.families.hunyuan_avatar.text import ScalarEmbedder, TextRefiner, VectorEmbedder
 from talkingdit.families.hunyuan_avatar.units import ROOT, UNITS, hears
+from talkingdit.nn.audio_cross_attention import FrameSpan
 from talkingdit.nn.context_parallel import ContextParallel, gather
 from talkingdit.nn.hooks import like_forward
 from talkingdit.nn.layers import Float32Linear, wide
@@ -235,6 +237,42 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
         """
         return encode(self, inputs, precompute=precompute, context=context)
 
+    def denoise_packed(self, clips: Sequence[PackedClip], *, context: ContextParallel | None = None) -> list[Tensor]:
+        """Velocities [out_channels, T, H, W] of clips of any sizes, which go through the model as one sequence.
+
+        The result is that of each clip alone, without padding in between. It is meant for training; conditions are made
+        for this call alone. Sharding needs every rank to pass some clips.
+
+        Args:
+            clips: the samples.
+            context: as in `forward`: the sequence of all clips is cut into shards.
+
+        Raises:
+            ValueError: for no clip, too many, or one that does not fit; the message names it.
+        """
+        conditions = encode_packed(self, clips, context)
+        timestep = torch.stack([clip.timestep for clip in clips])
+        return [velocity[0] for velocity in self._denoise([clip.latents[None] for clip in clips], timestep, conditions)]
+
+    @property
+    def dummy_inputs(self) -> dict[str, Any]:
+        """Arguments of one small forward that goes through every layer, zeros: hooks of offloading learn from it."""
+        c = self.config
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(1, *shape)
+
+        picture = zeros(c.in_channels, 1, 4, 4)
+        given: dict[str, Any] = {
+            "latents": picture,
+            "timestep": zeros(),
+            "text": zeros(1, c.text_states_dim),
+            "pooled_text": zeros(c.text_states_dim_2),
+            "reference": picture,
+            "audio": zeros(1, c.audio_window, c.audio_blocks, c.audio_channels),
+        }
+        return given | ({"emotion": picture[:, None]} if c.emotion else {})
+
     def _denoise(
         self,
         latents: Sequence[Tensor],
@@ -316,26 +354,13 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
 
     def _hear(self, index: int, image: Tensor, conditions: AvatarConditions) -> Tensor:
         """Image tokens [B, n, dim] with what voices and emotions add to the video's; without gradients in place."""
-        voice = self.audio_adapter_blocks[index]
-        feel = None if self.emotion_adapter_blocks is None else self.emotion_adapter_blocks[index]
-        if conditions.audio is None and conditions.emotion is None:
-            return touch(image, voice, feel)
         ranges, trains = conditions.shard.video_ranges, torch.is_grad_enabled()
         video = before = take_ranges(image, ranges)
-        if conditions.audio is None:
-            video = touch(video, voice)
-        else:
-            memory = None if conditions.audio_memory is None else conditions.audio_memory[index]
-            audio = conditions.audio if memory is None else None
-            spans, weights = conditions.shard.frame_spans, conditions.audio_weights
-            video = self._run(voice, video, audio, weights, spans, memory, self.config.audio_absorb, not trains)
-        if feel is not None and conditions.emotion is None:
-            video = touch(video, feel)
-        elif feel is not None:
-            memory = None if conditions.emotion_memory is None else conditions.emotion_memory[index]
-            emotion = conditions.emotion if memory is None else None
-            strength, scenes = conditions.emotion_strength, conditions.emotion_scenes
-            video = self._run(feel, video, emotion, strength, scenes, memory)
+        video = self._hear_voices(index, video, conditions, inplace=not trains)
+        if self.emotion_adapter_blocks is not None:
+            video = self._feel(index, video, conditions)
+        if video is before and len(ranges) == 1:  # unchanged, or in place
+            return image
         if trains:
             return image + scatter_ranges(video - before, ranges, image.shape[1])
         if len(ranges) > 1:
@@ -344,6 +369,32 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
         elif video is not before:
             before.copy_(video)
         return image
+
+    def _hear_voices(self, index: int, video: Tensor, conditions: AvatarConditions, inplace: bool) -> Tensor:
+        adapter, absorb = self.audio_adapter_blocks[index], self.config.audio_absorb
+        if conditions.audio is None:
+            if conditions.idle_audio is None:
+                return video
+            nothing = video.new_zeros(video.shape[0], 1, 0, dtype=torch.float32)
+            spans = (FrameSpan(0, 1, 1),)
+            ran = self._run(adapter, video[:, :0], conditions.idle_audio, nothing, spans, None, absorb, False)
+            return torch.cat([video, ran], dim=1)
+        memory = None if conditions.audio_memory is None else conditions.audio_memory[index]
+        audio = conditions.audio if memory is None else None
+        spans, weights = conditions.shard.frame_spans, conditions.audio_weights
+        return self._run(adapter, video, audio, weights, spans, memory, absorb, inplace)
+
+    def _feel(self, index: int, video: Tensor, conditions: AvatarConditions) -> Tensor:
+        assert self.emotion_adapter_blocks is not None
+        adapter = self.emotion_adapter_blocks[index]
+        if conditions.emotion is None:
+            if conditions.idle_emotion is None:
+                return video
+            strength = video.new_zeros(video.shape[0], 1, dtype=torch.float32)
+            return self._run(adapter, video, conditions.idle_emotion, strength, (), None)
+        memory = None if conditions.emotion_memory is None else conditions.emotion_memory[index]
+        emotion = conditions.emotion if memory is None else None
+        return self._run(adapter, video, emotion, conditions.emotion_strength, conditions.emotion_scenes, memory)
 
     def _velocities(self, y: Tensor, conditions: AvatarConditions) -> list[Tensor]:
         """Patches of the video tokens here [B, n, 4 * out_channels] -> latents of every clip."""

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from talkingdit.families.flag import SIDES, Flag, GenerationOptions
 from talkingdit.families.hunyuan_avatar.emotions import Emotion, read_emotion
-from talkingdit.families.hunyuan_avatar.speakers import Speaker, read_speaker
+from talkingdit.families.hunyuan_avatar.speakers import Speaker, check_speakers, read_speaker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,8 @@ class Options(GenerationOptions):
     """features of prompt and negative prompt from a file, in place of the text encoders"""
     sequential: bool = False
     """less memory, more time: one prediction after the other"""
+    step_cache: bool = False
+    """most of the later steps run the last block alone, on what went into it before, by the released schedule"""
     memory: Annotated[str, Flag("SWITCHES")] = ""
     """fit a smaller card, in words that `plan` suggests: weights=cast_fp8,offload=block,text_encoder=cpu,vae=tiled"""
     compile: bool = False
@@ -54,6 +56,7 @@ class Options(GenerationOptions):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"generate: {name} must be a number of at least 0, got {value}")
+        check_speakers(self.speaker, self.turns is not None)
         if self.guidance is not None and (self.text_guidance is not None or self.audio_guidance is not None):
             raise ValueError("generate: guidance must be left out beside separate strengths of text and audio")
         if self.image_size is not None and self.image_size < 64:

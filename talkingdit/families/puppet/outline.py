@@ -101,7 +101,8 @@ def outline(inputs: Inputs, settings: PuppetSettings, options: Options) -> Outli
     """
     from talkingdit.encoders.log_mel import loudness_gain
 
-    loudness_gain(pieces(inputs.sound))  # there is something to hear
+    if not inputs.job.spoken:
+        loudness_gain(pieces(inputs.sound))  # there is something to hear
     try:
         sampling = Sampling.of(options, settings)
         predictions = len(sampling.branches)
@@ -126,6 +127,7 @@ def outline(inputs: Inputs, settings: PuppetSettings, options: Options) -> Outli
         steps=sampling.steps,
         predictions=predictions,
         frames=frames,
+        clip_frames=clip_frames(settings),
         settings={name.replace("_", " "): value for name, value in values.items()},
         warnings=tuple(warnings),
         details=Details(sampling),

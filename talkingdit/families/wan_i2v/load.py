@@ -15,7 +15,7 @@ from talkingdit.checkpoints.folder import check_class
 from talkingdit.checkpoints.weights import Weights, open_weights, read_bounded, read_json
 from talkingdit.errors import UserError
 from talkingdit.families.wan_i2v import config as configs
-from talkingdit.families.wan_i2v.presets import CLASSES
+from talkingdit.families.wan_i2v.presets import CLASSES, names_model
 
 
 def _model() -> Any:
@@ -33,12 +33,14 @@ class Loader:
         classes: names of it in config.json.
         complete: see `talkingdit.families.wan_i2v.config.complete`.
         mark: how the name of a weight begins that a single file must hold to be of this family.
+        never: how names begin that such a file has none of.
     """
 
     model: Callable[[], Any]
     classes: tuple[str, ...]
     complete: Callable[[Mapping[str, Any], Weights, object], dict[str, Any]]
     mark: str
+    never: str = "casual_audio_encoder."
 
     def load(
         self,
@@ -117,22 +119,13 @@ class Loader:
                 found = [
                     file for file in (source / "config.json", source / "transformer" / "config.json") if file.is_file()
                 ]
-                return bool(found) and self.says(read_json(found[0]))
+                return bool(found) and names_model(read_json(found[0]), self.classes)
             shapes = configs.native(open_weights(source)).shapes
+            if any(name.startswith(self.never) for name in shapes):
+                return False
             return any(name.startswith(self.mark) for name in shapes) and self._wider(shapes)
         except UserError:
             return False
-
-    def says(self, values: Mapping[str, Any]) -> bool:
-        """Is this the config.json of a model of the family? Classes of all Wan models are told apart by channels."""
-        if values.get("_class_name") not in self.classes:
-            return False
-        if values.get("_class_name") == self.classes[0]:
-            return True
-        channels = values.get("in_dim", values.get("in_channels", 16))
-        return values.get("model_type", "i2v") == "i2v" and channels > values.get(
-            "out_dim", values.get("out_channels", 16)
-        )
 
     def open_transformer(self, path: Path) -> tuple[Weights, dict[str, Any]]:
         """Weights of a transformer under native names, and what its configuration says, without reading a tensor.
@@ -178,5 +171,5 @@ class Loader:
         return model.eval()
 
 
-LOADER = Loader(_model, CLASSES, configs.complete, mark="patch_embedding.")
+LOADER = Loader(_model, CLASSES, configs.complete, mark="patch_embedding.", never="audio_proj.")
 load, read_config, empty, loads = LOADER.load, LOADER.read_config, LOADER.empty, LOADER.loads

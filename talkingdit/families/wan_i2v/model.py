@@ -25,9 +25,10 @@ from talkingdit.families.wan_i2v.blocks import ImageEmbedding, WanI2VBlock
 from talkingdit.families.wan_i2v.checks import check_config, check_latents
 from talkingdit.families.wan_i2v.conditions import WanI2VConditions, WanI2VInputs
 from talkingdit.families.wan_i2v.encode import encode
+from talkingdit.families.wan_i2v.timesteps import packed_time
 from talkingdit.families.wan_i2v.units import ROOT, UNITS
 from talkingdit.families.wan_s2v.blocks import BlockInputs, Head
-from talkingdit.families.wan_s2v.timesteps import StepTime, clip_time, packed_time
+from talkingdit.families.wan_s2v.timesteps import StepTime, clip_time
 from talkingdit.families.wan_s2v.trunk import WanTrunk
 from talkingdit.nn.context_parallel import ContextParallel
 from talkingdit.nn.hooks import like_forward
@@ -242,6 +243,7 @@ class WanI2VModel(WanTrunk):
         timesteps: Sequence[Tensor],
         clips: Sequence[WanI2VInputs],
         *,
+        held: Sequence[int] | None = None,
         context: ContextParallel | None = None,
     ) -> list[Tensor]:
         """Velocities of clips of any sizes, each a sample of its own, in one sequence without padding.
@@ -250,6 +252,7 @@ class WanI2VModel(WanTrunk):
             latents: [out_dim, T, H, W] of each clip, at least one.
             timesteps: [] of each in 0..1000, or [T], one per latent frame.
             clips: what they are made from, with a batch axis of one.
+            held: latent frames at the beginning of each clip that are clean, at timestep 0; None: none.
             context: as in `forward`.
 
         Returns:
@@ -267,7 +270,7 @@ class WanI2VModel(WanTrunk):
             check_latents(self, one[None], timestep[None])
         sizes = [(one.shape[1], one.shape[2], one.shape[3]) for one in latents]
         conditions = encode(self, clips, sizes, precompute=False, context=context, packed=True)
-        time = packed_time(self, timesteps, conditions.shard.clips)
+        time = packed_time(self, timesteps, held or [0] * len(clips), conditions.shard.clips)
         return [velocity[0] for velocity in self._denoise([one[None] for one in latents], time, conditions)]
 
     @property

@@ -166,14 +166,15 @@ def find_parts(root: Path) -> CheckpointPaths:
         return parts
     return CheckpointPaths(
         transformer=root,
-        vae=_one(root, "*VAE*.pth", "Wan2.1_VAE.pth, the autoencoder,"),
-        text_encoder=_one(root, "models_t5*.pth", "models_t5_umt5-xxl-enc-bf16.pth, the text encoder,"),
-        tokenizer=_one(root, "google/umt5*", "google/umt5-xxl/, the tokenizer of the text encoder,"),
-        audio_encoder=_one(root, "wav2vec2*", "wav2vec2-large-xlsr-53-english/, the speech encoder,"),
+        vae=one_file(root, "*VAE*.pth", "Wan2.1_VAE.pth, the autoencoder,"),
+        text_encoder=one_file(root, "models_t5*.pth", "models_t5_umt5-xxl-enc-bf16.pth, the text encoder,"),
+        tokenizer=one_file(root, "google/umt5*", "google/umt5-xxl/, the tokenizer of the text encoder,"),
+        audio_encoder=one_file(root, "wav2vec2*", "wav2vec2-large-xlsr-53-english/, the speech encoder,"),
     )
 
 
-def _one(root: Path, pattern: str, what: str) -> Path:
+def one_file(root: Path, pattern: str, what: str) -> Path:
+    """The one file or folder of a checkpoint that a pattern fits; UserError where there is none or more."""
     found = sorted(root.glob(pattern))
     if not found:
         raise UserError(f"{root}: not a whole checkpoint, {what} is missing in it.")

@@ -240,7 +240,7 @@ def speech(config: Mapping[str, Any], folder: Path | None = None) -> SpeechCost:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kept:
+class Kept:
     """Of a kind of unit: bytes kept for its backward by mode of checkpointing, and all that is alive in it."""
 
     off: float
@@ -269,8 +269,8 @@ def activations(config: Mapping[str, Any], run: Run, mesh: MeshSizes, size: int)
     whole = (saved + (hidden + 1) * wide) * narrow + 3 * stream
     if ring > 1:
         whole = max(whole, (4 * ring + 8) * narrow + 2 * stream)
-    block = _Kept((saved + hidden * wide) * narrow + 2 * stream, (9 + wide) * narrow, whole)
-    injection = _Kept(4 * only_noisy, 3 * only_noisy, 8 * only_noisy + 2 * stream)
+    block = Kept((saved + hidden * wide) * narrow + 2 * stream, (9 + wide) * narrow, whole)
+    injection = Kept(4 * only_noisy, 3 * only_noisy, 8 * only_noisy + 2 * stream)
     kinds = {path: block if path.startswith("blocks.") else injection for path in walk(config)}
     kept = {path: kind.kept(run.checkpointing) for path, kind in kinds.items()}
     return Activations(

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole of it: find the videos, watch those that are missing, decide, and write what comes out."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from talkingdit.atomic import write_whole
+from talkingdit.curate.decide import Decisions, decide
+from talkingdit.curate.local import Task, watch_here, watch_in_processes
+from talkingdit.curate.log import Log
+from talkingdit.curate.measure import Record, Video
+from talkingdit.curate.report import REPORT, write_report
+from talkingdit.curate.settings import Settings
+from talkingdit.curate.stages import stage_of
+from talkingdit.curate.write import write_manifest, write_table
+from talkingdit.data.manifest import IMAGES, read_manifest
+from talkingdit.errors import UserError
+from talkingdit.lock import RunLock
+
+LOCK, BROKEN = ".curate.lock", "broken.jsonl"
+VIDEOS = (
+    ".mp4",
+    ".mov",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".m4v",
+    ".ts",
+    ".mts",
+    ".mpg",
+    ".mpeg",
+    ".flv",
+    ".wmv",
+    ".3gp",
+    ".ogv",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done.
+
+    Args:
+        source: a folder of videos, looked through with all folders below it, or a manifest.
+        folder: of the results.
+        settings: what counts.
+        workers: processes.
+        ray: run on Ray: "" starts one here, an address joins a cluster, None does without.
+        gpus: cards for stages that want one, on Ray.
+        again: watch broken videos again.
+    """
+
+    source: Path
+    folder: Path
+    settings: Settings
+    workers: int = 1
+    ray: str | None = None
+    gpus: float = 0.0
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it.
+
+    Args:
+        decisions: about all clips.
+        videos, broken: how many there are, and how many of them could not be watched.
+        lacking: stages that did not measure, and what they need.
+    """
+
+    decisions: Decisions
+    videos: int
+    broken: int
+    lacking: dict[str, str]
+
+
+def find_videos(source: Path) -> list[Video]:
+    """The videos of a folder or a manifest, with names that do not depend on where the folder is.
+
+    Raises:
+        UserError: there is none.
+    """
+    if source.is_dir():
+        files = sorted(p for p in source.rglob("*") if p.suffix.lower() in VIDEOS and not p.name.startswith("."))
+        if not files:
+            raise UserError(f"curate: {source}: expected videos ({', '.join(VIDEOS[:4])}, ...), found none.")
+        return [Video(_key(path.relative_to(source)), path.resolve()) for path in files]
+    if not source.exists():
+        raise UserError(f"curate: {source}: expected a folder of videos or a manifest, found nothing there.")
+    entries = [entry for entry in read_manifest(source).entries if entry.video.suffix.lower() not in IMAGES]
+    if not entries:
+        raise UserError(f"curate: {source}: expected videos, found images only.")
+    return [Video(e.key, Path(os.path.abspath(e.video)), e.start, e.end, e.caption) for e in entries]
+
+
+def _key(path: Path) -> str:
+    """A name that is good for files and manifests, and differs where paths do."""
+    import hashlib
+    import re
+
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
+    stem = re.sub(r"\W+", "_", str(path.with_suffix("")), flags=re.ASCII).strip("_")
+    return f"{stem[-60:]}-{digest}" if stem else digest
+
+
+def curate(job: Job, started: Callable[[int, int], None], watched: Callable[[Record], None]) -> Outcome:
+    """Carry out the job.
+
+    Args:
+        job: what to do.
+        started: told how many videos there are, and how many of them are still to be watched.
+        watched: told of every video that was.
+
+    Raises:
+        UserError: something is wrong with the source, the settings or the folder.
+    """
+    videos = find_videos(job.source)
+    for name in job.settings.watch.stages:
+        stage_of(name)
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(job.folder / LOCK, job.folder, "talkingdit curate")
+    except OSError as error:
+        raise UserError(f"curate: {job.folder}: cannot be written to ({error.strerror or error}).") from None
+    with lock:
+        log = Log(job.folder)
+        missing = log.missing(videos, job.settings.watch, job.again)
+        started(len(videos), len(missing))
+
+        def note(record: Record) -> None:
+            log.add(record)
+            watched(record)
+
+        try:
+            if missing:
+                _watch(job, missing, note)
+            return _finish(job, videos, log)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise UserError(
+                    f"curate: {job.folder}: {error.strerror}; what is done is kept, the same command goes on there."
+                ) from error
+            raise
+
+
+def _watch(job: Job, missing: list[Video], note: Callable[[Record], None]) -> None:
+    task = Task(job.settings.watch, job.folder.resolve(), job.settings.write.anchors)
+    if job.ray is not None:
+        from talkingdit.curate.on_ray import Cluster, watch_on_ray
+
+        watch_on_ray(task, missing, Cluster(job.ray, job.workers, job.gpus), note)
+    elif job.workers == 1:
+        watch_here(task, missing, note)
+    else:
+        watch_in_processes(task, missing, job.workers, note)
+
+
+def _finish(job: Job, videos: list[Video], log: Log) -> Outcome:
+    """Decide, and write what comes out, from what is noted."""
+    records = list(log.records(videos))
+    decisions = decide(records, job.settings)
+    broken = [record for record in records if record["error"]]
+    lacking: dict[str, str] = {}
+    for record in records:
+        lacking.update(record["lacking"])
+    lines = [json.dumps({"id": r["key"], "video": r["path"], "reason": r["error"]}) + "\n" for r in broken]
+    write_whole(job.folder / BROKEN, "".join(lines).encode())
+    write_manifest(job.folder, decisions, videos, job.settings.write)
+    write_table(job.folder, decisions)
+    outcome = Outcome(decisions, len(videos), len(broken), lacking)
+    write_report(job.folder, decisions, len(videos), broken, lacking)
+    return outcome
+
+
+__all__ = ["REPORT", "Job", "Outcome", "curate", "find_videos"]

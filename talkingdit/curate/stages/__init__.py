@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured of a clip: a class each, figures out.
+
+A stage is made once per process, with the settings, and asked once per clip. What an earlier stage has found, a later
+one uses: `Found`. Figures are numbers, texts or lists under dotted names; a limit of the settings goes by such a name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from talkingdit.curate.look import Look
+from talkingdit.curate.settings import Watch
+from talkingdit.errors import UserError
+
+Figures = dict[str, Any]
+
+
+@dataclass
+class Person:
+    """Somebody who is followed through a clip.
+
+    Args:
+        boxes: float32 [F, 4], x0, y0, x1, y1 of the face in pixels of the small pictures, filled in between where it
+            was found.
+        presence: share of the pictures in which faces were searched where this one was found.
+        roll: float32 [F], radians by which the eyes are turned.
+        opening, yaw, likely: float32 [F] of the mouth, degrees of the head, and how much it looks like a face.
+        mouth: float32 [F, 4], box around the lips.
+    """
+
+    boxes: NDArray[np.float32]
+    presence: float
+    roll: NDArray[np.float32]
+    opening: NDArray[np.float32] | None = None
+    mouth: NDArray[np.float32] | None = None
+    yaw: NDArray[np.float32] | None = None
+    likely: NDArray[np.float32] | None = None
+
+
+@dataclass
+class Found:
+    """What stages have found in a clip so far.
+
+    Args:
+        people: largest face first.
+        spoken: seconds (from, to) in which somebody speaks.
+        hands: of stills, (number of the still, x0, y0, x1, y1 in pixels of the still).
+        bodies: boxes of the person by the number of the still, in pixels of the still.
+        facing: degrees of the body by the number of the still; see `detect.pose`.
+    """
+
+    people: list[Person] = field(default_factory=list)
+    spoken: list[tuple[float, float]] = field(default_factory=list)
+    hands: list[tuple[int, float, float, float, float]] = field(default_factory=list)
+    bodies: dict[int, tuple[float, float, float, float]] = field(default_factory=dict)
+    facing: dict[int, float] = field(default_factory=dict)
+
+
+class Stage(Protocol):
+    """Measures clips. `gpu` says that it wants a card: such stages run together, in workers of their own."""
+
+    gpu: bool
+
+    def measure(self, look: Look, found: Found) -> Figures:
+        """Figures of a clip."""
+
+
+# Names of the settings, and where the class of each is.
+STAGES = {
+    "picture": "talkingdit.curate.stages.picture:PictureStage",
+    "people": "talkingdit.curate.stages.people:PeopleStage",
+    "body": "talkingdit.curate.stages.body:BodyStage",
+    "sharpness": "talkingdit.curate.stages.picture:SharpnessStage",
+    "motion": "talkingdit.curate.stages.picture:MotionStage",
+    "text": "talkingdit.curate.stages.picture:TextStage",
+    "speech": "talkingdit.curate.stages.sound:SpeechStage",
+    "voices": "talkingdit.curate.stages.sound:VoicesStage",
+    "sync": "talkingdit.curate.stages.sync:SyncStage",
+    "language": "talkingdit.curate.stages.slots:LanguageStage",
+    "caption": "talkingdit.curate.stages.slots:CaptionStage",
+    "signature": "talkingdit.curate.stages.signature:SignatureStage",
+}
+
+
+def stage_of(name: str) -> type[Any]:
+    """The class of a stage: a name of `STAGES`, or "module:Class".
+
+    Raises:
+        UserError: there is none.
+    """
+    module, _, kind = STAGES.get(name, name).partition(":")
+    try:
+        found: type[Any] = getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError, ValueError) as error:
+        known = ", ".join(STAGES)
+        raise UserError(f"curate: expected a stage of {known}, or 'module:Class', got {name!r} ({error}).") from error
+    return found
+
+
+def make_stages(watch: Watch, gpu: bool | None = None) -> tuple[dict[str, Stage], dict[str, str]]:
+    """The stages of the settings, and of those that lack a model what to install or to give.
+
+    Args:
+        watch: settings.
+        gpu: only those that want a card, or only the others.
+    """
+    from talkingdit.detect.packages import NotInstalledError
+
+    made: dict[str, Stage] = {}
+    lacking: dict[str, str] = {}
+    for name in watch.stages:
+        kind = stage_of(name)
+        if gpu is not None and bool(getattr(kind, "gpu", False)) != gpu:
+            continue
+        try:
+            made[name] = kind(watch)
+        except NotInstalledError as error:
+            lacking[name] = str(error)
+    return made, lacking

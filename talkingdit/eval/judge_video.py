@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Judge one video: every metric in every region, what could not be measured and why, and pictures for the report."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from talkingdit.errors import UserError
+from talkingdit.eval.clip import Frames, digest_of, read_clip, read_truth
+from talkingdit.eval.evidence import Evidence, NotMeasured
+from talkingdit.eval.finders import FINDERS
+from talkingdit.eval.found import Found
+from talkingdit.eval.job import Pair
+from talkingdit.eval.metric import Metric
+from talkingdit.eval.protocol import Name, metrics_of
+from talkingdit.eval.slots import Backbone, resolve_all
+
+SHEET_FRAMES, SHEET_HEIGHT = 8, 120  # of the contact sheet
+COLOURS = {"face": (64, 160, 255), "hands": (255, 160, 32), "left_hand": (255, 96, 96), "right_hand": (255, 200, 0)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How videos are judged; it crosses to worker processes.
+
+    Attributes:
+        metrics: names of metrics.
+        regions: names of regions.
+        backbones: files and folders that the user gives, by slot.
+        finder: name of a finder.
+        protocol: "jwb" or "jwb-compat".
+    """
+
+    metrics: tuple[str, ...]
+    regions: tuple[str, ...]
+    backbones: Mapping[str, Path] = field(default_factory=dict)
+    finder: str = "real"
+    protocol: Name = "jwb"
+
+
+@dataclass(frozen=True)
+class Tools:
+    """A plan made real in a process."""
+
+    metrics: tuple[Metric, ...]
+    regions: tuple[str, ...]
+    backbones: Mapping[str, Backbone]
+    finder: Any
+
+    @staticmethod
+    def of(plan: Plan) -> Tools:
+        """Raises UserError: names that do not exist, backbones that are not there."""
+        known = metrics_of(plan.protocol)
+        for name in plan.metrics:
+            if name not in known:
+                raise UserError(f"eval: no metric is called {name!r}; expected some of {', '.join(known)}.")
+        if plan.finder not in FINDERS:
+            raise UserError(f"eval: no finder is called {plan.finder!r}; expected one of {', '.join(FINDERS)}.")
+        metrics = tuple(known[name] for name in plan.metrics)
+        finder = FINDERS[plan.finder]()
+        own = {slot: backbone for slot, backbone in finder.backbones.items() if slot not in plan.backbones}
+        return Tools(metrics, plan.regions, resolve_all(plan.backbones) | own, finder)
+
+    def not_available(self) -> dict[str, str]:
+        """Metrics and regions that cannot be measured here, with the line that says what to give."""
+        lacking = {metric.title: line for metric in self.metrics if (line := metric.missing(self.backbones))}
+        regions = {f"region {name}": line for name, line in self.finder.missing().items() if name in self.regions}
+        return lacking | regions
+
+    def possible(self) -> list[tuple[Metric, str]]:
+        """Metrics with each of their regions that can be measured here."""
+        absent = self.finder.missing()
+        return [
+            (metric, region)
+            for metric in self.metrics
+            if not metric.missing(self.backbones)
+            for region in metric.regions
+            if (region == "sound" or region in self.regions) and region not in absent
+        ]
+
+
+@dataclass
+class Judged:
+    """What is known of one video; JSON but for the features.
+
+    Attributes:
+        values: {"ssim|face": {"value", "curve", "note"}} by full name and region; {"missing": why} where there is none.
+        features: {"fid[...]|whole": (of the video, of the truth)} for metrics of sets.
+        facts: frames, fps, seconds, size, people, share of frames by region.
+        sheet: contact sheet as JPEG in base64.
+    """
+
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    features: dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    sheet: str = ""
+
+
+def judge(pair: Pair, tools: Tools, skip: Sequence[str] = ()) -> Judged:
+    """Measure what is possible of one video.
+
+    Args:
+        pair: video and truth.
+        tools: metrics and networks.
+        skip: keys of values that are known already.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    clip = read_clip(pair.gen)
+    if pair.truth is None or pair.truth == pair.gen:
+        truth = None if pair.truth is None else clip
+    else:
+        truth = read_truth(pair.truth, clip)
+    wanted = [(metric, region) for metric, region in tools.possible() if key_of(metric, region, tools) not in skip]
+    regions = frozenset(region for _, region in tools.possible())
+    key = "" if pair.truth is None else digest_of(pair.truth)
+    evidence = Evidence(clip, truth, tools.finder, regions, tools.backbones, pair.text.words, key)
+    out = Judged()
+    for metric, region in wanted:
+        key = key_of(metric, region, tools)
+        try:
+            if metric.truth and truth is None:
+                raise NotMeasured("needs a true video")
+            if metric.measure is not None:
+                value = metric.measure(evidence, region)
+                out.values[key] = {"value": value.value, "curve": _rounded(value.curve), "note": value.note}
+            elif metric.collect is not None:
+                out.features[key] = metric.collect(evidence, region)
+        except NotMeasured as why:
+            out.values[key] = {"missing": str(why)}
+    out.facts = _facts(evidence)
+    out.sheet = contact_sheet(evidence)
+    return out
+
+
+def key_of(metric: Metric, region: str, tools: Tools) -> str:
+    """The key of a value: full name and region."""
+    return f"{metric.full_name(tools.backbones)}|{region}"
+
+
+def _facts(evidence: Evidence) -> dict[str, Any]:
+    clip = evidence.gen
+    facts: dict[str, Any] = {
+        "frames": len(clip.frames),
+        "fps": round(clip.fps, 4),
+        "seconds": round(clip.seconds, 3),
+        "width": clip.frames.shape[2],
+        "height": clip.frames.shape[1],
+        "sound": clip.sound is not None,
+    }
+    if evidence.truth is not None:
+        facts["compared"] = evidence.frames
+        if len(evidence.truth.frames) < len(clip.frames):
+            facts["note"] = f"the true video ends {len(clip.frames) - len(evidence.truth.frames)} frames earlier"
+    if "found" in evidence.__dict__:
+        facts["people"] = evidence.found.people
+    return facts
+
+
+def _rounded(curve: Sequence[float | None]) -> list[float | None]:
+    return [None if value is None else float(f"{value:.5g}") for value in curve]
+
+
+def contact_sheet(evidence: Evidence) -> str:
+    """Eight frames with the boxes of what was found, above those of the truth: a JPEG in base64."""
+    n = evidence.frames
+    chosen = np.unique(np.round(np.linspace(0, n - 1, min(n, SHEET_FRAMES))).astype(int))
+    rows = [_row(evidence.gen.frames, evidence.__dict__.get("found"), chosen)]
+    if evidence.truth is not None:
+        rows.append(_row(evidence.truth.frames, evidence.__dict__.get("found_in_truth"), chosen))
+    width = max(row.shape[1] for row in rows)
+    padded = [cv2.copyMakeBorder(row, 0, 4, 0, width - row.shape[1], cv2.BORDER_CONSTANT) for row in rows]
+    ok, data = cv2.imencode(".jpg", np.concatenate(padded)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
+    return base64.b64encode(data.tobytes()).decode() if ok else ""
+
+
+def _row(frames: Frames, found: Found | None, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    scale = SHEET_HEIGHT / frames.shape[1]
+    tiles = []
+    for f in chosen:
+        size = (max(1, round(frames.shape[2] * scale)), SHEET_HEIGHT)
+        tile = np.ascontiguousarray(cv2.resize(frames[f], size, interpolation=cv2.INTER_AREA))
+        for region, tracks in (found.tracks if found is not None else {}).items():
+            for track in tracks:
+                if region in COLOURS and f < len(track.boxes) and track.found[f]:
+                    x0, y0, x1, y1 = np.round(track.boxes[f] * scale).astype(int).tolist()
+                    cv2.rectangle(tile, (x0, y0), (x1, y1), COLOURS[region], 1, cv2.LINE_AA)
+        tiles.append(tile)
+    return np.concatenate(tiles, axis=1)

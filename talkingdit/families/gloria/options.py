@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may be said about a video of a Gloria checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from talkingdit.families.flag import Flag
+from talkingdit.families.gloria.anchors import AnchorFile, read_anchor
+from talkingdit.families.wan_i2v.options import Options as WanOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(WanOptions):
+    """None takes what the checkpoint suggests."""
+
+    anchor: Annotated[tuple[AnchorFile, ...], Flag("TYPE[/KIND]=FILE", read_anchor, many=True)] = ()
+    """a frame that shows the character: global=FILE (default: the picture), view/front, view/back, view/left,
+    view/right, expression/happy and so on; may be given again"""
+    no_global_anchor: bool = False
+    """leave the global anchor out; a long video drifts then"""
+    audio_guidance: Annotated[float | None, Flag("G")] = None
+    """how strongly to follow the voice (default: of the checkpoint, 4.5)"""
+    attention: Annotated[Path | None, Flag("PNG")] = None
+    """a figure to write: how much the video looks at each anchor, over time"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_guidance("audio_guidance")
+        if self.attention is not None and self.attention.suffix.lower() != ".png":
+            raise ValueError(f"generate: attention must be a name that ends in .png, got {str(self.attention)!r}")
+
+    def files(self) -> dict[str, Path]:
+        """The anchors, which are read; the figure is written."""
+        return {f"anchor {anchor.name}": anchor.path for anchor in self.anchor}

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gloria (arXiv:2603.29931): picture, anchors, voice and words to a long video, chunk by chunk (section 4.3).
+
+Latent 0 of the video is its first frame, the picture, which stays clean. Every chunk but the first begins with the last
+four latents of the one before it, clean at all steps, and is blended over these linearly at the end (section 7.2). As
+the prefix is clean, both sides of the blend are the same up to rounding: it says what happens, and costs nothing.
+All anchors stand beside every chunk.
+
+Latent k >= 1 shows the frames 4 k - 3 .. 4 k and hears the speech features of these frames; latent 0, one frame, hears
+that of its own four times.
+
+A chunk hands on to the next, as its carry:
+
+    tail       [C, 4, H, W] latents that the next one begins with
+    past       [1, C, n, H, W] those before them that the decoder still looks at
+    attention  [anchors, latents so far] where a figure was asked for
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from talkingdit.autoencoders.streaming import to_video
+from talkingdit.autoencoders.tail import lookback
+from talkingdit.distributed.layout import Parallel
+from talkingdit.families.gloria.attention import AnchorAttention, draw_figure
+from talkingdit.families.gloria.audio import WINDOW
+from talkingdit.families.gloria.outline import AnchorImage, Details
+from talkingdit.families.wan_i2v.conditions import ExtraTokens
+from talkingdit.families.wan_i2v.pipeline import ClipInputs, VideoConditions, WanI2VPipeline
+from talkingdit.media.framing import fit_image
+from talkingdit.pipelines.chunks import lay_over
+from talkingdit.pipelines.features import Features, encode_voice
+from talkingdit.pipelines.long_video import Carry, GeneratedClip
+from talkingdit.pipelines.plans import ChunkPrefix, Stage
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from talkingdit.families.wan_i2v.checkpoint import WanI2VCheckpoint
+    from talkingdit.pipelines.inputs import Inputs, Outline
+
+
+@dataclass(frozen=True, kw_only=True)
+class GloriaConditions(VideoConditions):
+    """What all chunks of a video have in common, made once."""
+
+    plan: ChunkPrefix
+    anchors: tuple[str, ...]  # names, in the order of `extra`
+    decoder: _Decoder
+    figure: Path | None = None
+
+
+def open_pipeline(checkpoint: WanI2VCheckpoint, parallel: Parallel | None = None) -> GloriaPipeline:
+    """What makes the chunks of videos with a checkpoint."""
+    return GloriaPipeline(checkpoint, parallel)
+
+
+class GloriaPipeline(WanI2VPipeline):
+    """Generates chunks with a checkpoint. It keeps no state; several videos may be made at once."""
+
+    def encode(self, inputs: Inputs, outline: Outline) -> GloriaConditions:
+        """Encode what all chunks share, from the files of a job."""
+        details: Details = outline.details
+        image, _ = fit_image(inputs.image, outline.size, details.options.cover)
+        frames = 1 + WINDOW * (details.latents - 1)
+        features = encode_voice(self.checkpoint.audio_encoder, inputs, frames, self.settings.fps, self.parallel.team)
+        return self.video(image, inputs.job.prompt, details, features, frames=outline.frames)
+
+    @torch.no_grad()
+    def video(self, image: Any, prompt: str, details: Details, features: Features, *, frames: int) -> GloriaConditions:
+        """Encode what all chunks share.
+
+        Args:
+            image: [H, W, 3] uint8 RGB, the first frame, sides multiples of 16.
+            prompt: what to show.
+            details: of the outline, with the anchors.
+            features: [layers, audio_dim, F] of the speech encoder, one column per frame.
+            frames: that the video lasts.
+        """
+        plain = self.conditions(image, prompt, details.sampling, frames=frames, latents=details.latents)
+        return GloriaConditions(
+            **{**vars(plain), "features": features, "extra": self.anchor_tokens(details.anchors)},
+            plan=details.plan,
+            anchors=tuple(anchor.name for anchor in details.anchors),
+            decoder=_Decoder(self._vae.stream()),
+            figure=details.options.attention,
+        )
+
+    def anchor_tokens(self, anchors: tuple[AnchorImage, ...]) -> tuple[ExtraTokens, ...]:
+        """Anchors as the model takes them: each encoded alone, at its place in time."""
+        return tuple(
+            ExtraTokens(
+                self._vae.encode(to_video(anchor.image[None]).to(self._vae.device)).to(self.device),
+                [self.checkpoint.transformer.anchor_time(anchor.type, anchor.kind)],
+            )
+            for anchor in anchors
+        )
+
+    @torch.no_grad()
+    def clip(  # type: ignore[override]
+        self,
+        conditions: GloriaConditions,
+        index: int,
+        carry: Carry | None = None,
+        *,
+        last: bool = False,
+        progress: Callable[[], None] | None = None,
+    ) -> GeneratedClip:
+        """Chunk `index`, see `ClipPipeline.clip`."""
+        stage = _stage(conditions, index)
+        given = conditions.first if carry is None else carry["tail"][None].to(self.device)
+        length = stage.last - stage.first
+        known = given[:, :, :length]
+        clip = ClipInputs(index, self.known_condition(known, None, length), known, self.chunk_audio(conditions, stage))
+        watched = AnchorAttention(self.checkpoint.transformer, conditions) if conditions.figure else None
+        if watched is None:
+            x = self.denoise(conditions, clip, length, progress)
+        else:
+            with watched:
+                x = self.denoise(conditions, clip, length, progress)
+        if carry is not None:
+            curve = torch.tensor(stage.blend[:length], dtype=torch.float64)
+            overlap = len(curve)
+            x = torch.cat([lay_over(known[0, :, :overlap], x[0, :, :overlap], curve)[None], x[:, :, overlap:]], dim=2)
+        count = stage.final - stage.first
+        past = conditions.first[:, :, :0] if carry is None else carry["past"]
+        video = conditions.decoder(index, past, x[:, :, :count])
+        shown = video[:, :, : conditions.frames - _frames_before(stage.first)]
+        seen = None if watched is None else _joined(carry, watched.weights[:, :count])
+        if last:
+            if conditions.figure is not None and self.parallel.team.rank == 0:
+                draw_figure(conditions.figure, seen, conditions.anchors, self.settings.fps)
+            return GeneratedClip(index, shown, None)
+        looked = torch.cat([past.to(x.device), x[:, :, :count]], dim=2)[:, :, -lookback(self.checkpoint.vae) :]
+        handed = {"tail": x[0, :, count:], "past": looked}
+        return GeneratedClip(index, shown, handed if seen is None else {**handed, "attention": seen})
+
+    def chunk_audio(self, conditions: GloriaConditions, stage: Stage) -> Tensor:
+        """Features [1, layers, audio_dim, 4 T] of a chunk: latent 0 of the video hears its one frame four times."""
+        features = conditions.features
+        assert features is not None
+        first, last = (WINDOW * latent - WINDOW + 1 for latent in (stage.first, stage.last))
+        columns = features[..., max(first, 0) : last]
+        missing = last - max(first, 0) - columns.shape[-1]  # behind the end of the voice
+        if missing:
+            columns = torch.cat([columns, columns[..., -1:].expand(-1, -1, missing)], dim=-1)
+        if first < 0:
+            columns = torch.cat([columns[..., :1].expand(-1, -1, -first), columns], dim=-1)
+        return columns[None]
+
+
+def _stage(conditions: GloriaConditions, index: int) -> Stage:
+    """Of the plan of the video, without going through those before it."""
+    plan, length = conditions.plan, conditions.latents
+    return next(stage for i, stage in enumerate(plan.stages(length)) if i == index)
+
+
+def _frames_before(latents: int) -> int:
+    """Frames of the video that lie in its first latents."""
+    return max(0, 1 + WINDOW * (latents - 1))
+
+
+def _joined(carry: Carry | None, weights: Tensor) -> Tensor:
+    """Attention so far [anchors, latents], with that of a chunk behind."""
+    return weights if carry is None else torch.cat([carry["attention"].to(weights.device), weights], dim=1)
+
+
+class _Decoder:
+    """The decoder of a video, which remembers the chunks it has decoded. Anywhere else it begins from the past."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self._next: int | None = None
+
+    def __call__(self, index: int, past: Tensor, latents: Tensor) -> Tensor:
+        """Frames [1, 3, n, 8 H, 8 W] of chunk `index`, behind the latents [1, C, k, H, W] before it."""
+        if self._next != index:
+            self._stream.resume(past)
+        self._next = index + 1
+        return self._stream(latents)

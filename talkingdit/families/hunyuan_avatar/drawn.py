@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The drawn world as a source of clips with several people, each with a voice or silent, and a mood that is told.
+
+A clip is T latents, 4 T - 3 frames, encoded by itself, as generation decodes a window. One to three people stand side
+by side. Some talk, each with a voice; of those who do not, some hear silence and some have no voice at all. In some
+clips a picture of somebody else tells the mood of all; in the others people keep the mood of the portrait.
+
+Clips are drawn once, in parts, so that an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from talkingdit.atomic import write_whole
+from talkingdit.autoencoders.codec import codec, still
+from talkingdit.autoencoders.streaming import to_video
+from talkingdit.checkpoints.saving import save_tensors
+from talkingdit.data.sample import ClipRequest, Sample, Shape
+from talkingdit.encoders.log_mel import SpeechFeatures
+from talkingdit.errors import UserError
+from talkingdit.families.hunyuan_avatar.samples import EMOTION, NOT_OF_THE_CLIP, STILL
+from talkingdit.families.puppet.drawn import Voice, mouth_cells, read_voices
+from talkingdit.families.training import TrainRun
+from talkingdit.puppets.render import mouth_boxes
+from talkingdit.puppets.scenes import Play, face_boxes, plain_caption, portrait_of
+from talkingdit.puppets.world import EXPRESSIONS, Character, Motion, Scene
+
+PEOPLE = 3  # places for voices in a clip; those without a person have no room
+SHARES = (0.3, 0.5, 0.2)  # of scenes with one, two and three people
+TALKS, HEARS_SILENCE, TOLD = 0.75, 0.5, 0.6  # chances: that somebody talks, that who does not hears silence, of a mood
+PART = 50  # clips in a file
+SPATIAL = 8  # pixels per latent pixel
+
+
+@dataclass(frozen=True)
+class DrawnScenes:
+    """What clips are drawn, and where they and what they are made of lie."""
+
+    voices: Path  # made by `python -m training.voices`
+    vae: Path
+    cache: Path
+    clips: int
+    latents: int  # of a clip
+    size: int  # side of a frame, pixels
+    fps: int
+
+    @staticmethod
+    def of(run: TrainRun) -> DrawnScenes:
+        """Those of a run: as many clips as it has videos, long or short."""
+        data = run.data
+        clips = data["long_videos"] + data["short_videos"]
+        return DrawnScenes(
+            data["voices"], data["vae"], data["cache"], clips, run.clip_latents, data["size"], data["fps"]
+        )
+
+    @property
+    def frames(self) -> int:
+        return 4 * self.latents - 3
+
+    @property
+    def parts(self) -> int:
+        return -(-self.clips // PART)
+
+    def part(self, number: int) -> Path:
+        return self.cache / f"part-{number:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class DrawnClip:
+    """One clip before it is encoded.
+
+    Attributes:
+        play: what happens.
+        portrait: [S, S, 3].
+        mood_picture: [S, S, 3] of somebody else; None where no mood is told.
+        columns: [PEOPLE, blocks, window * channels, 4 T] of voices.
+        masks: [PEOPLE, h, w] of their faces; zeros where there is nobody, or nobody who hears.
+    """
+
+    play: Play
+    portrait: np.ndarray
+    mood_picture: np.ndarray | None
+    columns: Tensor
+    masks: Tensor
+
+
+def draw_clip(rng: np.random.Generator, voices: list[Voice], scenes: DrawnScenes) -> DrawnClip:
+    """A clip for training."""
+    people = int(rng.choice([1, 2, 3], p=SHARES))
+    scene = Scene.random(rng, "train", people)
+    frames = scenes.frames
+    openings, widths = np.zeros((people, frames), np.float32), np.full((people, frames), 0.5, np.float32)
+    silence = SpeechFeatures(fps=scenes.fps)(torch.zeros(1600), frames + NOT_OF_THE_CLIP)
+    columns = torch.zeros(PEOPLE, *silence.shape)
+    masks = torch.zeros(PEOPLE, scenes.size // SPATIAL, scenes.size // SPATIAL)
+    for i, box in enumerate(face_boxes(people)):
+        if rng.random() < TALKS:
+            voice = _long_enough(rng, voices, frames + NOT_OF_THE_CLIP)
+            start = int(rng.integers(len(voice.opening) - frames - NOT_OF_THE_CLIP + 1)) + NOT_OF_THE_CLIP
+            span = slice(start, start + frames)
+            openings[i], widths[i] = voice.opening[span], voice.width[span]
+            columns[i] = voice.features[..., start - NOT_OF_THE_CLIP : start + frames]
+        elif rng.random() < HEARS_SILENCE:
+            columns[i] = silence
+        else:
+            continue
+        masks[i] = box_mask(box, masks.shape[1])
+    mood_picture = moods = None
+    if rng.random() < TOLD:
+        mood = str(rng.choice(EXPRESSIONS))
+        moods = [mood] * frames
+        other = Scene((Character.random(rng, "train"),), (mood,), background=scene.background)
+        mood_picture = portrait_of(other, scenes.size)
+    motion = [Motion.random(rng, frames, scenes.fps) for _ in range(people)]
+    play = Play(scene, openings, widths, motion, moods)
+    return DrawnClip(play, portrait_of(scene, scenes.size), mood_picture, columns, masks)
+
+
+def _long_enough(rng: np.random.Generator, voices: list[Voice], frames: int) -> Voice:
+    fitting = [voice for voice in voices if len(voice.opening) >= frames]
+    if not fitting:
+        raise UserError(f"data.voices: expected a recording of {frames} frames at least, got none.")
+    return fitting[rng.integers(len(fitting))]
+
+
+def box_mask(box: tuple[float, float, float, float], cells: int) -> Tensor:
+    """A box in frame sizes as a mask [cells, cells] of latent pixels, bright where half of one is inside."""
+    x0, y0, x1, y1 = (round(side * cells) for side in box)
+    mask = torch.zeros(cells, cells)
+    mask[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = 1
+    return mask
+
+
+@torch.no_grad()
+def precompute(scenes: DrawnScenes, seed: int = 0) -> None:
+    """Draw and encode all clips into the cache, those that are not there yet for these settings.
+
+    Raises:
+        UserError: there are no voices or no autoencoder.
+    """
+    weights = scenes.vae / "diffusion_pytorch_model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"data.vae: expected the folder of an autoencoder, got {scenes.vae}.")
+    wanted = {
+        "latents": scenes.latents,
+        "size": scenes.size,
+        "fps": scenes.fps,
+        "seed": seed,
+        "vae": weights.stat().st_size,
+    }
+    stamp = scenes.cache / "stamp.json"
+    scenes.cache.mkdir(parents=True, exist_ok=True)
+    if not stamp.exists() or json.loads(stamp.read_text()) != wanted:
+        for old in scenes.cache.glob("part-*.safetensors"):
+            old.unlink()
+        write_whole(stamp, json.dumps(wanted).encode())
+    missing = [number for number in range(scenes.parts) if not scenes.part(number).exists()]
+    if not missing:
+        return
+    model = AutoencoderKLWan.from_pretrained(scenes.vae).eval()
+    voices = read_voices(scenes.voices, "train", scenes.fps)
+    for number in tqdm(missing, desc="drawing scenes"):
+        tensors: dict[str, list[Tensor]] = {}
+        captions = []
+        for index in range(number * PART, min((number + 1) * PART, scenes.clips)):
+            drawn = draw_clip(np.random.default_rng((seed, scenes.latents, index)), voices, scenes)
+            for name, tensor in encode_drawn(model, drawn, scenes).items():
+                tensors.setdefault(name, []).append(tensor)
+            captions.append(plain_caption(drawn.play.scene))
+        stacked = {name: torch.stack(rows) for name, rows in tensors.items()}
+        save_tensors(stacked, scenes.part(number), {"captions": json.dumps(captions)})
+
+
+@torch.no_grad()
+def encode_drawn(model: Any, drawn: DrawnClip, scenes: DrawnScenes) -> Mapping[str, Tensor]:
+    """The tensors of a clip as they are kept."""
+    one = codec(model)
+
+    def encoded(video: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return one.encode(video)[0].to(torch.bfloat16)
+
+    cells = scenes.size // SPATIAL
+    boxes = mouth_boxes(drawn.play.scene, drawn.play.motion)
+    mouths = torch.stack([mouth_cells(each, cells) for each in boxes]).any(0)
+    told = drawn.mood_picture is not None
+    mood = drawn.portrait if drawn.mood_picture is None else drawn.mood_picture
+    return {
+        "latents": encoded(to_video(drawn.play.draw(scenes.size))),
+        "still": encoded(still(to_video(drawn.portrait[None]), scenes.latents)),
+        "emotion": encoded(to_video(mood[None])),
+        "told": torch.tensor(told),
+        "audio": drawn.columns.to(torch.float16),
+        "masks": drawn.masks.to(torch.float16),
+        "mouths": mouths,
+    }
+
+
+class Scenes:
+    """A source (`talkingdit.data.sample.Source`) of the clips in a cache.
+
+    Args:
+        scenes: what `precompute` has drawn.
+        name: of the source.
+
+    Raises:
+        ValueError: a part is missing.
+    """
+
+    cuts = False  # every clip is one
+
+    def __init__(self, scenes: DrawnScenes, name: str = "scenes") -> None:
+        self.scenes, self.name = scenes, name
+        missing = [number for number in range(scenes.parts) if not scenes.part(number).exists()]
+        if missing:
+            raise ValueError(f"scenes: {scenes.part(missing[0])} is missing; the clips are not complete")
+        self._files: dict[int, Any] = {}
+        self._captions: dict[int, list[str]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}  # every process opens them itself
+
+    def __len__(self) -> int:
+        return self.scenes.clips
+
+    def group(self, index: int) -> str:
+        """Every clip is a video of its own."""
+        return str(index)
+
+    def shape(self, index: int) -> Shape:
+        cells = self.scenes.size // SPATIAL
+        return Shape(self.scenes.latents, cells, cells, fps=float(self.scenes.fps))
+
+    def sample(self, index: int, rng: np.random.Generator, clip: ClipRequest) -> Sample:
+        """A clip, whole.
+
+        Raises:
+            ValueError: another length or size is asked for.
+        """
+        cells = self.scenes.size // SPATIAL
+        wanted = (clip.frames or self.scenes.latents, clip.height or cells, clip.width or cells)
+        if wanted != (self.scenes.latents, cells, cells):
+            raise ValueError(
+                f"scenes: clips have {self.scenes.latents} x {cells} x {cells} latents, asked for {wanted}"
+            )
+        part, row = divmod(index, PART)
+        if part not in self._files:
+            self._files[part] = safe_open(self.scenes.part(part), "pt")
+            self._captions[part] = json.loads(self._files[part].metadata()["captions"])
+        file = self._files[part]
+
+        def read(name: str) -> Tensor:
+            return file.get_slice(name)[row : row + 1][0].float()
+
+        still_latents, masks, audio = read("still"), read("masks"), read("audio")
+        names = [f"voice {i}" for i in range(PEOPLE)]
+        regions = {name: masks[i].expand(self.scenes.latents, -1, -1) for i, name in enumerate(names)}
+        outside = {STILL: still_latents}
+        if bool(read("told")):
+            outside[EMOTION] = read("emotion")
+        return Sample(
+            key=f"scenes/{index}",
+            source=self.name,
+            latents=read("latents"),
+            voices={name: audio[i] for i, name in enumerate(names)},
+            caption=self._captions[part][row],
+            reference=still_latents[:, :1],
+            regions={**regions, "mouth": read("mouths")},
+            outside=outside,
+        )

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command with a folder of Gloria: a video with anchors, resumed where it was killed; and one of Wan I2V."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import soundfile
+from tiny_i2v import make_i2v
+
+from talkingdit.cli.main import main
+from talkingdit.media.files import read_video
+
+SECONDS = 1.4  # 23 frames, 7 latents: chunks of 4 latents that share 2 begin at 0, 2 and 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    widths = {"audio_dim": 16, "audio_layers": 25, "audio_width": 12, "audio_inject_layers": (0,)}
+    settings = {"prefix_latents": 2, "anchor_area": 32 * 48, "guidance": 2.0, "audio_guidance": 3.0}
+    return make_i2v(tmp_path_factory.mktemp("gloria"), "gloria_tiny", settings, **widths)
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A portrait, anchors and a voice."""
+    work = tmp_path_factory.mktemp("media")
+    for number, (name, size) in enumerate({"face": (60, 70), "back": (90, 30), "happy": (40, 40)}.items()):
+        image = np.random.default_rng(number).integers(0, 255, (*size, 3), dtype=np.uint8)
+        cv2.imwrite(str(work / f"{name}.png"), cv2.GaussianBlur(image, (9, 9), 3))
+    sound = 0.2 * np.sin(np.arange(int(SECONDS * 16000)) * 0.08) * (np.arange(int(SECONDS * 16000)) % 4000 < 2000)
+    soundfile.write(work / "voice.wav", sound, 16000)
+    return work
+
+
+def arguments(media: Path, folder: Path, out: Path, *more: str) -> list[str]:
+    files = ["--image", str(media / "face.png"), "--audio", str(media / "voice.wav"), "-o", str(out)]
+    return [
+        "generate",
+        *files,
+        "--checkpoint",
+        str(folder),
+        "--prompt",
+        "a person talking",
+        "--max-area",
+        "64x64",
+        *more,
+    ]
+
+
+def anchored(media: Path) -> list[str]:
+    given = {"view/back": "back", "expression/happy": "happy"}
+    return [word for name, file in given.items() for word in ("--anchor", f"{name}={media / file}.png")]
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, media: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The video of a run that nobody stopped, with a figure."""
+    work = tmp_path_factory.mktemp("whole")
+    figure = ["--attention", str(work / "seen.png")]
+    assert main(arguments(media, folder, work / "out.mp4", *anchored(media), *figure)) == 0
+    return work
+
+
+def test_a_folder_and_anchors_make_a_video_and_a_figure(whole: Path) -> None:
+    assert read_video(whole / "out.mp4")[0].shape == (23, 64, 64, 3)
+    assert {path.name for path in whole.iterdir()} == {"out.mp4", "seen.png", "seen.csv"}
+    assert cv2.imread(str(whole / "seen.png")) is not None
+    rows = (whole / "seen.csv").read_text().splitlines()
+    assert rows[0] == "seconds,global,view/back,expression/happy"
+    numbers = np.array([[float(cell) for cell in row.split(",")] for row in rows[1:]])
+    assert len(numbers) == 7
+    assert ((numbers[:, 1:] > 0) & (numbers[:, 1:] < 1)).all()
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_video(
+    folder: Path, media: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from talkingdit.cli import main as cli\n"
+        "from talkingdit.families.gloria.pipeline import GloriaPipeline\n"
+        "clip = GloriaPipeline.clip\n"
+        "def killed(self, conditions, index, *rest, **more):\n"
+        "    if index == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return clip(self, conditions, index, *rest, **more)\n"
+        "GloriaPipeline.clip = killed\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    figure = ["--attention", str(tmp_path / "seen.png")]
+    words = arguments(media, folder, tmp_path / "out.mp4", *anchored(media), *figure)
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=600)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert main(words) == 0
+    assert "going on after 2 of 3 clips" in capsys.readouterr().err
+    np.testing.assert_array_equal(read_video(tmp_path / "out.mp4")[0], read_video(whole / "out.mp4")[0])
+    assert (tmp_path / "seen.csv").read_text() == (whole / "seen.csv").read_text()
+
+
+def test_other_anchors_are_another_video(folder: Path, media: Path, whole: Path, tmp_path: Path) -> None:
+    assert main(arguments(media, folder, tmp_path / "out.mp4", "--frames", "13", "--no-global-anchor")) == 0
+    video = read_video(tmp_path / "out.mp4")[0]
+    assert (video.astype(int) - read_video(whole / "out.mp4")[0][:13] != 0).any()
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(words) != 0
+    return capsys.readouterr().err
+
+
+def test_what_is_wrong_with_anchors_is_said(
+    folder: Path, media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments(media, folder, tmp_path / "out.mp4")
+    back = str(media / "back.png")
+    said = refused([*words, "--anchor", f"view/top={back}"], capsys)
+    assert "kind of view must be one of front, back, left, right, got 'top'" in said
+    said = refused([*words, "--anchor", f"view/back={back}", "--anchor", f"view/back={back}"], capsys)
+    assert f"anchor view/back: given twice, as {back} and {back}; take one." in said
+    assert "nowhere.png" in refused([*words, "--anchor", "global=nowhere.png"], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wan_i2v_makes_a_video_as_long_as_the_sound(
+    media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_i2v(tmp_path / "i2v")
+    assert main(arguments(media, folder, tmp_path / "out.mp4")) == 0
+    assert "this model does not hear" in capsys.readouterr().err
+    assert read_video(tmp_path / "out.mp4")[0].shape == (23, 64, 64, 3)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many videos: broken ones, workers and drivers that die, a full disk. Nothing is lost and nothing done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clip_files import draw, voice, write_video
+
+from talkingdit.curate.job import Job, curate
+from talkingdit.curate.settings import Limit, Settings, Watch
+from talkingdit.errors import UserError
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers find `planted.py`, too."""
+    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
+
+
+def make_videos(folder: Path, names: list[str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        write_video(folder / f"{name}.mp4", draw(16), 16, voice(1.0))
+    return folder
+
+
+def job(tmp_path: Path, videos: Path, stage: str = "Quick", **more: Any) -> Job:
+    models = {"marks": str(tmp_path), "sleep": str(more.pop("sleep", 0))}
+    watch = Watch(stages=(f"planted:{stage}",), models=models, min_seconds=0.5, cut=0)
+    settings = Settings(watch, more.pop("limits", {"clip.seconds": Limit(at_least=0.5)}))
+    return Job(videos, tmp_path / "out", settings, **more)
+
+
+def run(what: Job) -> tuple[Any, list[str]]:
+    """The outcome, and the keys of the videos that were watched."""
+    seen: list[str] = []
+    outcome = curate(what, lambda *_: None, lambda record: seen.append(record["key"]))
+    return outcome, seen
+
+
+def noted(tmp_path: Path) -> list[str]:
+    return sorted(json.loads(line)["key"] for line in (tmp_path / "out/figures.jsonl").read_text().splitlines())
+
+
+def names(keys: list[str]) -> list[str]:
+    return sorted(key.rsplit("-", 1)[0] for key in keys)
+
+
+def test_what_is_watched_is_not_watched_again(tmp_path: Path) -> None:
+    videos = make_videos(tmp_path / "videos", ["a", "b"])
+    (videos / "broken.mp4").write_bytes(b"no video at all")
+    outcome, seen = run(job(tmp_path, videos))
+    assert names(seen) == ["a", "b", "broken"]
+    assert (len(outcome.decisions.kept), outcome.videos, outcome.broken) == (2, 3, 1)
+    (row,) = map(json.loads, (tmp_path / "out/broken.jsonl").read_text().splitlines())
+    assert "broken.mp4" in row["reason"]
+    # Other limits only decide; a new video is watched, a changed one again, a broken one when it is asked for.
+    outcome, seen = run(job(tmp_path, videos, limits={"clip.seconds": Limit(at_least=5)}))
+    assert (len(outcome.decisions.kept), seen) == (0, [])
+    make_videos(videos, ["c"])
+    write_video(videos / "a.mp4", draw(24), 16, voice(1.5))
+    outcome, seen = run(job(tmp_path, videos))
+    assert (names(seen), len(outcome.decisions.kept)) == (["a", "c"], 3)
+    assert names(run(job(tmp_path, videos, again=True))[1]) == ["broken"]
+    assert not [file.name for file in (tmp_path / "out").iterdir() if file.name.startswith(".")]
+
+
+def test_a_stage_that_falls_over_costs_a_video(tmp_path: Path) -> None:
+    outcome, _ = run(job(tmp_path, make_videos(tmp_path / "videos", ["a", "wrong"]), "Deadly"))
+    assert (len(outcome.decisions.kept), outcome.broken) == (1, 1)
+    assert "RuntimeError: a model fell over" in (tmp_path / "out/broken.jsonl").read_text()
+
+
+def test_a_worker_that_dies_costs_nothing_and_one_that_always_dies_its_video(tmp_path: Path) -> None:
+    videos = make_videos(tmp_path / "videos", ["a", "always", "b", "once"])
+    outcome, seen = run(job(tmp_path, videos, "Deadly", workers=2))
+    assert names(seen) == ["a", "always", "b", "once"]
+    assert names(noted(tmp_path)) == ["a", "always", "b", "once"]
+    assert (len(outcome.decisions.kept), outcome.broken) == (3, 1)
+    assert "2 workers died while they watched it (signal 9)" in (tmp_path / "out/broken.jsonl").read_text()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_ends_the_work_in_a_sentence_and_keeps_what_is_done(tmp_path: Path, workers: int) -> None:
+    videos = make_videos(tmp_path / "videos", ["a", "full"])
+    with pytest.raises(UserError, match="No space left on device; what is done is kept"):
+        run(job(tmp_path, videos, "Deadly", workers=workers))
+    (videos / "full.mp4").unlink()
+    assert len(run(job(tmp_path, videos, "Deadly"))[0].decisions.kept) == 1
+
+
+DRIVER = """
+import sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+import test_run
+if __name__ == "__main__":
+    test_run.run(test_run.job(Path({tmp!r}), Path({tmp!r}) / "videos", sleep=0.05, workers={workers}))
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_driver_that_is_killed_loses_and_doubles_nothing(tmp_path: Path, workers: int) -> None:
+    wanted = [f"v{n}" for n in range(8)]
+    make_videos(tmp_path / "videos", wanted)
+    script = tmp_path / "driver.py"
+    paths = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
+    script.write_text(DRIVER.format(paths=paths, tmp=str(tmp_path), workers=workers))
+    log = tmp_path / "out/figures.jsonl"
+    for lines in (1, 3):  # killed when so many videos are noted
+        process = subprocess.Popen([sys.executable, str(script)])
+        deadline = time.monotonic() + 120
+        while (not log.exists() or log.read_bytes().count(b"\n") < lines) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = noted(tmp_path)
+    outcome, seen = run(job(tmp_path, tmp_path / "videos", sleep=0.05))
+    assert len(before) >= 3
+    assert not set(before) & set(seen)
+    assert names(noted(tmp_path)) == wanted
+    assert len(outcome.decisions.kept) == len(wanted)
+
+
+@pytest.mark.slow
+def test_ray_does_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("ray.data", reason="needs ray")
+    before = signal.getsignal(signal.SIGTERM)
+    videos = make_videos(tmp_path / "videos", ["a", "once", "b"])
+    (videos / "broken.mp4").write_bytes(b"no video at all")
+    outcome, seen = run(job(tmp_path, videos, "Deadly", ray="local", workers=1))
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert names(seen) == names(noted(tmp_path)) == ["a", "b", "broken", "once"]
+    assert (len(outcome.decisions.kept), outcome.broken) == (3, 1)
+    assert run(job(tmp_path, videos, "Deadly", ray="local"))[1] == []
+    here = run(job(tmp_path / "here", videos, "Quick"))[0]
+    assert [c.figures for c in here.decisions.clips] == [c.figures for c in outcome.decisions.clips]
+
+
+def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="found nothing there"):
+        run(job(tmp_path, tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="expected videos"):
+        run(job(tmp_path, tmp_path / "empty"))
+    with pytest.raises(UserError, match="expected a stage of"):
+        run(job(tmp_path, make_videos(tmp_path / "videos", ["a"]), "NoSuchStage"))

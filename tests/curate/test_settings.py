@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The TOML file: what it may say, and one sentence for what it may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from talkingdit.curate.settings import LIMITS, Limit, Settings, Watch, read_settings
+from talkingdit.curate.stages import STAGES, stage_of
+from talkingdit.errors import UserError
+
+
+def test_a_file_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "curate.toml"
+    file.write_text(
+        '[watch]\nfps = 12\nstages = ["picture"]\n[watch.models]\nlanguage = "whisper"\n'
+        '[limits]\n"faces.share" = { at_least = 0.5 }\n"mine.figure" = { at_most = 2, required = true }\n'
+        "[limits.speech]\nshare = { off = true }\n[write]\nwanted_languages = ['en']\n"
+    )
+    settings = read_settings(file)
+    assert settings.watch == Watch(fps=12.0, stages=("picture",), models={"language": "whisper"})
+    assert settings.limits == LIMITS | {
+        "faces.share": Limit(at_least=0.5),
+        "mine.figure": Limit(at_most=2, required=True),
+        "speech.share": Limit(off=True),
+    }
+    assert settings.write.wanted_languages == ("en",)
+    assert read_settings(None) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[watch]\nfps = 'many'", "watch.fps: expected float, got 'many'"),
+        ("[watch]\nfps = nan", "watch.fps: expected float, got nan"),
+        ("[watch]\nspeed = 1", "expected one of fps"),
+        ("[limits]\n'faces.share' = { least = 1 }", "expected one of at_least"),
+        ("[limits]\n'faces.share' = 3", "limits.faces.share: expected a table"),
+        ("[decide]\n", "expected the tables watch, limits and write, got 'decide'"),
+        ("[watch", "not TOML"),
+        ("[watch]\nstages = 'picture'", "watch.stages: expected a list of texts"),
+        ("[write]\nanchors = 1", "write.anchors: expected bool"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "curate.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"curate\.toml") as caught:
+        read_settings(file)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected a TOML file"):
+        read_settings(tmp_path / "none.toml")
+
+
+def test_limits_and_samples_are_no_reason_to_watch_anew() -> None:
+    assert Watch(samples=0.1).digest() == Watch().digest() != Watch(fps=10).digest()
+
+
+def test_limits_keep_what_lies_within() -> None:
+    assert Limit(at_least=1, at_most=2).keeps(1)
+    assert Limit(at_least=1, at_most=2).keeps(2)
+    assert not Limit(at_least=1).keeps(0.999)
+    assert not Limit(at_most=2).keeps(2.001)
+    assert Limit(at_least=1).keeps(None)
+    assert not Limit(at_least=1, required=True).keeps(None)
+    assert Limit(at_least=1, required=True, off=True).keeps(None)
+
+
+def test_every_stage_of_the_list_is_there() -> None:
+    for name in STAGES:
+        assert hasattr(stage_of(name), "measure"), name
+    with pytest.raises(UserError, match="expected a stage of"):
+        stage_of("no_such_stage")

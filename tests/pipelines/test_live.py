@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Videos that are watched while they are made, of voices that are heard while they are spoken."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import soundfile
+from numpy.typing import NDArray
+from tiny_checkpoint import make_checkpoint
+
+import talkingdit
+from talkingdit.encoders.log_mel import SpeechFeatures
+from talkingdit.errors import UserError
+from talkingdit.families.puppet.pipeline import PuppetPipeline
+from talkingdit.media.files import VideoWriter, read_video
+from talkingdit.pipelines import inputs
+from talkingdit.pipelines.features import LEVEL_SECONDS, LiveFeatures
+from talkingdit.pipelines.live import LiveSound
+
+RATE, FPS, CLIP = 16000, 16, 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def voice() -> NDArray[np.int16]:
+    """4.2 s of noise that comes and goes."""
+    time = np.arange(round(4.2 * RATE)) / RATE
+    noise = np.random.default_rng(1).normal(size=len(time))
+    return (0.1 * noise * (1 + np.sin(9 * time)) * 2**14).astype(np.int16)
+
+
+@pytest.fixture
+def portrait(tmp_path: Path) -> Path:
+    cv2.imwrite(str(tmp_path / "face.png"), np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+    return tmp_path / "face.png"
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[NDArray[np.uint8]]:
+    """The frames that are written, before their compression."""
+    written: list[NDArray[np.uint8]] = []
+    write = VideoWriter.write
+
+    def record(self: VideoWriter, frames: NDArray[np.uint8]) -> None:
+        written.append(frames)
+        write(self, frames)
+
+    monkeypatch.setattr(VideoWriter, "write", record)
+    return written
+
+
+@pytest.fixture
+def spoken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[int], None]], None]]:
+    """Standard input is a pipe that a function writes to, given its descriptor, in a thread of its own."""
+    threads: list[threading.Thread] = []
+
+    def speak(say: Callable[[int], None]) -> None:
+        out, into = os.pipe()
+
+        def run() -> None:
+            try:
+                say(into)
+            finally:
+                os.close(into)
+
+        monkeypatch.setattr(inputs, "STANDARD_INPUT", out)
+        threads.append(threading.Thread(target=run))
+        threads[-1].start()
+
+    yield speak
+    for thread in threads:
+        thread.join()
+
+
+def generate(portrait: Path, audio: Path | str, output: str, checkpoint: Path, **more: Any) -> Any:
+    target = portrait.with_name(output)
+    return talkingdit.generate(portrait, audio, target, checkpoint=checkpoint, steps=1, **more)
+
+
+def put(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def test_a_live_video_is_the_video_and_grows_clip_by_clip(
+    portrait: Path, checkpoint: Path, voice: NDArray[np.int16], recorded: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soundfile.write(portrait.with_name("voice.wav"), voice[: 2 * RATE], RATE)
+    file, live = portrait.with_name("voice.wav"), portrait.with_name("live.mp4")
+    generate(portrait, file, "whole.mp4", checkpoint)
+    whole = np.concatenate(recorded)
+    clip, seen = PuppetPipeline.clip, {}
+
+    def watched(self: Any, conditions: Any, index: int, *given: Any, **more: Any) -> Any:
+        seen[index] = len(read_video(live)[0]) if live.exists() else 0
+        if index == 3:
+            raise KeyboardInterrupt
+        return clip(self, conditions, index, *given, **more)
+
+    monkeypatch.setattr(PuppetPipeline, "clip", watched)
+    recorded.clear()
+    with pytest.raises(KeyboardInterrupt, match="3 of 4 clips are kept"):
+        generate(portrait, file, "live.mp4", checkpoint, live=True)
+    assert all(index * CLIP - FPS / 2 <= seen[index] <= index * CLIP for index in range(4))
+    assert len(read_video(live)[0]) == 3 * CLIP  # what an interrupt leaves plays to its end
+    np.testing.assert_array_equal(np.concatenate(recorded), whole[: 3 * CLIP])
+
+    monkeypatch.setattr(PuppetPipeline, "clip", clip)
+    recorded.clear()
+    result = generate(portrait, file, "live.mp4", checkpoint, live=True, sheet=portrait.with_name("sheet.png"))
+    np.testing.assert_array_equal(np.concatenate(recorded), whole)
+    assert 0 < result.first_after <= result.took
+    assert {path.name for path in portrait.parent.iterdir()} == {
+        *("face.png", "voice.wav", "whole.mp4", "live.mp4", "sheet.png")
+    }
+
+
+def test_a_voice_is_seen_while_it_is_spoken_and_its_end_is_the_end(
+    portrait: Path, checkpoint: Path, voice: NDArray[np.int16], recorded: list[Any], spoken: Any
+) -> None:
+    """The pipe stalls until the first clips can be watched, and ends in the middle of a clip."""
+    live, watched = portrait.with_name("slow.mp4"), []
+
+    def slowly(pipe: int) -> None:
+        put(pipe, voice[: 13 * RATE // 4].tobytes())
+        until = time.monotonic() + 120
+        while not live.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        watched.append(len(read_video(live)[0]))
+        for begin in range(13 * RATE // 4, len(voice), 1000):
+            put(pipe, voice[begin : begin + 1000].tobytes())
+
+    spoken(slowly)
+    sheet = portrait.with_name("sheet.png")
+    result = generate(portrait, "-", "slow.mp4", checkpoint, audio_rate=RATE, sheet=sheet)
+    assert watched[0] > 0
+    assert result.frames == 68 == len(read_video(live)[0])  # ceil(4.2 s * 16)
+    slow, other = np.concatenate(recorded), io.BytesIO()
+    assert sheet.exists()
+
+    recorded.clear()
+    soundfile.write(other, voice, RATE, format="WAV", subtype="PCM_16")
+    spoken(lambda pipe: put(pipe, other.getvalue()))  # at once, in a container
+    generate(portrait, "-", "fast.mp4", checkpoint)
+    np.testing.assert_array_equal(np.concatenate(recorded), slow)
+    sound = read_video(live)[1]
+    assert sound is not None
+    assert abs(len(sound) / RATE - 4.25) < 0.15
+
+
+def test_features_of_a_spoken_voice_are_those_of_the_recording(
+    tmp_path: Path, voice: NDArray[np.int16], spoken: Any
+) -> None:
+    encoder, samples = SpeechFeatures(fps=FPS), voice.astype(np.float32) / 2**15
+    spoken(lambda pipe: put(pipe, voice.tobytes()))
+    features = LiveFeatures(encoder, LiveSound(inputs.STANDARD_INPUT, tmp_path, RATE), FPS)
+    level = encoder.level([samples[: LEVEL_SECONDS * RATE]])
+    wanted = encoder.part(level(samples), 0, len(samples), 0, 80)  # silence behind its end
+    got = np.concatenate([features[..., first : first + 8].numpy() for first in range(0, 80, 8)], axis=2)
+    np.testing.assert_allclose(got, wanted.numpy(), rtol=1e-5, atol=1e-5)
+    assert features.shape[:2] == (encoder.layers, encoder.audio_dim)
+
+
+def test_another_rate_is_brought_to_that_of_speech(tmp_path: Path, spoken: Any) -> None:
+    tone = np.sin(2 * np.pi * 300 * np.arange(48000) / 48000)
+    spoken(lambda pipe: put(pipe, (tone * 2**14).astype("<i2").tobytes()))
+    sound = LiveSound(inputs.STANDARD_INPUT, tmp_path, 48000)
+    got = sound[0 : 2 * RATE]
+    assert sound.ended
+    assert abs(len(got) - RATE) <= 1
+    wanted = 0.5 * np.sin(2 * np.pi * 300 * np.arange(len(got)) / RATE)
+    assert np.abs(got - wanted)[200:-200].max() < 1e-3
+
+
+@pytest.mark.parametrize("data", [b"", b"no sound at all, and no container either"])
+def test_a_pipe_without_sound_is_told(portrait: Path, checkpoint: Path, spoken: Any, data: bytes) -> None:
+    spoken(lambda pipe: put(pipe, data))
+    with pytest.raises(UserError, match=r"audio -: expected sound, raw with `--audio-rate` or in a container, got "):
+        generate(portrait, "-", "out.mp4", checkpoint)
+    assert {path.name for path in portrait.parent.iterdir()} == {"face.png"}
