@@ -2,6 +2,7 @@
 """A fused step of all windows against the loops of released programs, and memory against the length of a video.
 
     python -m bench.long_video [--threads 2] [--out bench/results]     steps: time and bytes
+    python -m bench.long_video --first                                 the first frame of a live video
     python -m bench.long_video --minutes 1 30                          videos: peak memory of `talkingdit generate`
 
 Steps: guidance of two predictions, an Euler update and the fusion of one denoising step, in float32, as StableAvatar
@@ -9,6 +10,9 @@ Steps: guidance of two predictions, an Euler update and the fusion of one denois
 PyTorch, and as `ops.fused_window_step` does. The predictions are there; no model runs. Both are called in turns; the
 numbers are medians. Bytes are those that operators read and write (`bench/traffic.py`). Differences to the loop are
 stated.
+
+The first frame: with models loaded, seconds until the first frames of a live video are written, beside those of the
+denoising of its first clip; medians.
 
 Videos: the model that ships speaks its voice again and again for so many minutes, as a live video in a process of its
 own, whose largest resident memory is stated. Rows are kept in the result as they come, and those that are there are not
@@ -142,6 +146,41 @@ def _fused(x: Tensor, given: Tensor, rates: list[float], windows: Windows, out: 
     return ops.fused_window_step(x, given, rates, windows.starts, windows.weights, out=out)
 
 
+# ---- The first frame -------------------------------------------------------------------------------------------------
+def first_frame(repeats: int) -> dict[str, Any]:
+    """Seconds until the first frames of a live video of the model that ships, and of its first clip's denoising."""
+    from talkingdit import families
+    from talkingdit.families.puppet.options import Options
+    from talkingdit.pipelines.inputs import Job, read_inputs
+    from talkingdit.pipelines.job import make_video
+
+    family, assets = families.get("puppet"), default_checkpoint().parent
+    checkpoint = family.checkpoint.load_checkpoint(default_checkpoint(), torch.float32, "cpu")
+    pipeline = family.pipeline.open_pipeline(checkpoint)
+    denoise, spent = pipeline._denoise, []
+
+    def timed(*arguments: Any) -> Any:
+        begin = time.perf_counter()
+        result = denoise(*arguments)
+        spent.append(time.perf_counter() - begin)
+        return result
+
+    pipeline._denoise = timed
+    after, clips = [], []
+    with tempfile.TemporaryDirectory(prefix="long-video-") as folder:
+        job = Job(
+            image=assets / "portrait.png", audio=assets / "voice.flac", output=Path(folder) / "out.mp4", live=True
+        )
+        inputs = read_inputs(job)
+        outline = family.outline.outline(inputs, checkpoint.settings, Options())
+        for _ in range(repeats):
+            spent.clear()
+            after.append(make_video(inputs, outline, pipeline).first_after or 0.0)
+            clips.append(spent[0])
+    first, clip = statistics.median(after), statistics.median(clips)
+    return {"first_frame_s": round(first, 3), "clip_denoising_s": round(clip, 3), "ratio": round(first / clip, 3)}
+
+
 # ---- Memory ----------------------------------------------------------------------------------------------------------
 def peak_of_video(minutes: float, steps: int) -> dict[str, Any]:
     """Largest resident memory of a process that makes a live video of so many minutes."""
@@ -199,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, metavar="N")
     parser.add_argument("--repeats", type=int, default=30, metavar="N")
     parser.add_argument("--minutes", type=float, nargs="+", metavar="M", help="make videos of these lengths instead")
+    parser.add_argument("--first", action="store_true", help="time the first frame of a live video instead")
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="denoising steps of the videos")
     parser.add_argument("--out", type=Path, metavar="DIR", default=_RESULTS)
     options = parser.parse_args(arguments)
@@ -206,6 +246,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.minutes:
         path = options.out / "cpu-long_video_memory.json"
         result = videos(options.minutes, options.steps, path)
+    elif options.first:
+        path = options.out / "cpu-long_video_first.json"
+        row = first_frame(min(options.repeats, 5))
+        result = {**record.header("long_video_first", torch.device("cpu"), quick=False), "steps": [row]}
+        record.write(path, json.dumps(result, indent=1) + "\n")
     else:
         path = options.out / "cpu-long_video.json"
         result = run(SCHEMES, options.repeats, quick=False)

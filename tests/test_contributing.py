@@ -15,7 +15,14 @@ from talkingdit.families.family import Family, Part
 
 PAGE = read_page(ROOT / "CONTRIBUTING.md")
 OPS = sorted({getattr(ops, name).__module__.rpartition(".")[2] for name in vars(ops) if name.endswith("_reference")})
-FAMILIES = ("puppet", "wan_s2v", "wan_i2v", "gloria", "skyreels_audio", "hunyuan_avatar")  # a test may have registered others
+FAMILIES = (
+    "puppet",
+    "wan_s2v",
+    "wan_i2v",
+    "gloria",
+    "skyreels_audio",
+    "hunyuan_avatar",
+)  # a test may have registered others
 FOLDER = ROOT / "talkingdit" / "families"
 NAMING = (
     "talkingdit/models.py",  # public names of classes, for people

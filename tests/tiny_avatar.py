@@ -164,6 +164,8 @@ def save_released(root: Path, **changes: Any) -> Path:
     (video / "transformers").mkdir(parents=True)
     model = make_transformer(**changes)
     torch.save({"module": model.state_dict()}, video / "transformers" / "mp_rank_00_model_states.pt")
-    said = {name: model.config[name] for name in ("rope_dim_list", "audio_blocks", "audio_channels")}  # shapes do not tell
+    said = {
+        name: model.config[name] for name in ("rope_dim_list", "audio_blocks", "audio_channels")
+    }  # shapes do not tell
     (video / "transformers" / "config.json").write_text(json.dumps(said))
     return root

@@ -13,6 +13,7 @@ from talkingdit.atomic import whole_folder
 from talkingdit.errors import UserError
 from training.config import Config
 from training.family import family_of, settings_of, train_run
+from training.float8 import use_float8
 from training.frozen import check_frozen, narrow
 from training.lora import add_adapters
 from training.networks import Networks
@@ -47,6 +48,7 @@ def sharded_networks(config: Config, mesh: ProcessMesh, resumes: bool) -> Networ
     trained, units = trained_names(config, networks), networks.family.units
     check_frozen(config.model, config.lora.rank, trained)
     narrow(networks.transformer, units, config.model, trained, mesh.device, config.parallel.offload)
+    use_float8(networks, config.parallel, mesh.device)
     shard(networks, mesh, config.parallel, narrow=config.model.frozen != "float32")
     if start is not None and not (resumes and config.lora.rank == 0):
         load_weights(networks, _whole_start(start, config))

@@ -96,6 +96,8 @@ def assemble(
             TrainAnchor(anchor.type, anchor.kind, sample.outside[anchor.kind][:, anchor.index : anchor.index + 1])
             for anchor in draws.anchors
         ),
+        task=draws.task,
+        given=sample.given if "reference" in draws.kept else None,
     )
     cells = cell_weights(sample, stage, draws, progress)
     return TrainingInputs(sample, draws, noise, cells, level_weight(draws.sigma, stage.objective), clip)

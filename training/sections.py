@@ -59,6 +59,9 @@ class ParallelConfig:
     ring: int = 1  # context parallelism over the sequence
     ring_mode: Literal["gather", "ring"] = "gather"
     precision: Literal["bf16", "fp32"] = "bf16"
+    float8: Literal["off", "forward", "rowwise"] = (
+        "off"  # products of large layers: of the forward, of inputs' gradients too
+    )
     activation_checkpointing: Literal["full", "selective", "off"] = "off"
     inputs: Literal["float32", "bf16", "host", "host_bf16"] = "float32"  # of checkpointed blocks, where they wait
     offload: bool = False  # shards of parameters, gradients and optimiser states on the host

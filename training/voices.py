@@ -95,10 +95,12 @@ def fetch_package(name: str, out: Path) -> Path:
 
 
 def decode_g722(path: Path) -> np.ndarray:
-    """Decode a headerless G.722 file to float32 samples at 16 kHz."""
+    """Decode a headerless G.722 file to float32 samples at 16 kHz; some prompts are empty, which PyAV does not open."""
+    if not path.stat().st_size:
+        return np.zeros(0, np.float32)
     with open_media(path, format="g722") as container:
         parts = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
-    return np.concatenate([np.zeros(0, np.int16), *parts]).astype(np.float32) / 32768.0  # some prompts are empty
+    return np.concatenate([np.zeros(0, np.int16), *parts]).astype(np.float32) / 32768.0
 
 
 def trim(samples: np.ndarray, margin: float = 0.04) -> np.ndarray:

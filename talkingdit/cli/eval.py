@@ -147,7 +147,7 @@ def _check(flags: Flags, values: Values) -> None:
 
 
 def _plan(flags: Flags, values: Values) -> Plan:
-    from talkingdit.eval.finders import REGIONS
+    from talkingdit.eval.found import REGIONS
     from talkingdit.eval.judge_video import Plan
     from talkingdit.eval.protocol import metrics_of
 

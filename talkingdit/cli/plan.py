@@ -77,6 +77,8 @@ class GenerationFlags:
     """no guidance: one prediction per step"""
     memory: Annotated[str, Flag("SWITCHES")] = ""
     """e.g. offload=block,text_encoder=cpu"""
+    precision: Literal["fp8", "int8"] | None = None
+    """large layers compute in eight bits"""
     seconds: Annotated[float | None, Flag("S")] = None
     """of the voice: what hearing it takes, and how many clips it makes"""
     audio: Annotated[Path | None, Flag("WAV")] = None
@@ -225,6 +227,8 @@ def _generate(
     from talkingdit.plan.report import generation_report
 
     memory = Memory.parse(how.memory)
+    if how.precision is not None:
+        memory = replace(memory, precision=how.precision)
     weights = weigh(transformer, getattr(torch, how.dtype), flags.checkpoint)
 
     voice = None if seconds is None else hear(transformer, clip, seconds, flags.checkpoint)

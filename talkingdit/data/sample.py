@@ -55,6 +55,7 @@ class Sample:
     audio_history: Tensor | None = None  # [layers, dim, n] columns before `audio`, newest last
     pose: Tensor | None = None  # [C, T, H, W]
     image: Tensor | None = None  # [L, image_dim] features of the reference, of a picture encoder
+    given: Tensor | None = None  # [C, T, H, W] the clip, grey where a model that edits is to make it
     regions: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # name: [T, H, W] in 0..1
     voices: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # name: as `audio`, of several who speak
     outside: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # kind: [C, n, h, w], single frames
@@ -88,6 +89,7 @@ def flaw(sample: Sample) -> str | None:
         "text": (None, None),
         "image": (None, None),
         "pose": (channels, frames, height, width),
+        "given": (channels, frames, height, width),
         "reference": (channels, 1, height, width),
         "history": (channels, None, height, width),
     }

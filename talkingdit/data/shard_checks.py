@@ -79,6 +79,7 @@ def check_shapes(sample: Sample, about: dict[str, Any], shard: str) -> None:
         "audio_history": (None, None, None),
         "text": (None, None),
         "image": (None, None),
+        "given": (None, frames, *side),
     }
     found = {name: getattr(sample, name) for name in wanted}
     for name, value in sample.regions.items():

@@ -36,7 +36,7 @@ from talkingdit.errors import UserError
 
 EMPTY_TEXT = "empty_text.safetensors"
 GROUPS = ("regions", "voices", "outside", "inside")
-SINGLE = ("latents", "audio", "text", "reference", "history", "audio_history", "pose", "image")
+SINGLE = ("latents", "audio", "text", "reference", "history", "audio_history", "pose", "image", "given")
 _CUT = re.compile(r"-\d+[hsb]$")  # what `Cut.key` puts behind the key of the row
 CHECKSUM = "crc32"  # of the member of tensors, in the description
 

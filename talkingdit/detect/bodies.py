@@ -26,8 +26,8 @@ def person_mask(frame: NDArray[np.uint8]) -> NDArray[np.float32]:
     """
     import cv2
 
-    small = cv2.resize(frame, (SIZE, SIZE), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
-    (mask,) = run(NETWORK, small, ("activation_10",))
+    small = np.asarray(cv2.resize(frame, (SIZE, SIZE), interpolation=cv2.INTER_AREA), np.float32)
+    (mask,) = run(NETWORK, small / np.float32(255), ("activation_10",))
     size = (frame.shape[1], frame.shape[0])
     return np.asarray(cv2.resize(mask.reshape(SIZE, SIZE), size, interpolation=cv2.INTER_LINEAR), np.float32)
 

@@ -22,6 +22,7 @@ from talkingdit.errors import UserError
 STRIDE = 4  # pixels per cell of the detector's maps
 MULTIPLE = 32  # sides that it takes
 OVERLAP = 0.3  # boxes with more in common are one face
+Maps = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]  # [channels, h, w]
 OUTPUTS = ("537", "538", "539", "540")  # heat, size, offset, landmarks, as the file names them
 
 
@@ -74,7 +75,7 @@ def faces(frame: NDArray[np.uint8], threshold: float = 0.5, longest: int = 960) 
 
     height, width = frame.shape[:2]
     scale = min(1.0, longest / max(height, width))
-    small = frame
+    small: Any = frame
     if scale < 1:
         sides = max(1, round(width * scale)), max(1, round(height * scale))
         small = cv2.resize(frame, sides, interpolation=cv2.INTER_AREA)
@@ -88,10 +89,11 @@ def faces(frame: NDArray[np.uint8], threshold: float = 0.5, longest: int = 960) 
     limits = np.array([width, height], np.float32)
     boxes = np.clip(boxes.reshape(-1, 2, 2) * ratio, 0, limits)
     landmarks = landmarks * ratio
-    found = [
-        Face(*map(float, boxes[i].reshape(-1)), float(scores[i]), tuple((float(x), float(y)) for x, y in landmarks[i]))
-        for i in _separate(boxes.reshape(-1, 4), scores)
-    ]
+    found = []
+    for i in _separate(boxes.reshape(-1, 4), scores):
+        (x0, y0), (x1, y1) = boxes[i].tolist()
+        points = tuple((float(x), float(y)) for x, y in landmarks[i])
+        found.append(Face(x0, y0, x1, y1, float(scores[i]), points))
     return [face for face in found if face.x1 > face.x0 and face.y1 > face.y0]
 
 
@@ -130,12 +132,13 @@ def _network() -> Any:
         raise UserError(f"{file}: OpenCV {cv2.__version__} does not read this face detector.") from error
 
 
-def _run(picture: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
-    """Maps [channels, h, w] of a picture [1, 3, H, W], RGB from 0 to 255."""
+def _run(picture: NDArray[np.float32]) -> Maps:
+    """Maps of a picture [1, 3, H, W], RGB from 0 to 255."""
     with _ONE_AT_A_TIME:
         network = _network()
         network.setInput(np.ascontiguousarray(picture))
-        return tuple(np.array(output[0]) for output in network.forward(OUTPUTS))
+        heat, size, offset, landmarks = (np.array(output[0]) for output in network.forward(OUTPUTS))
+    return heat, size, offset, landmarks
 
 
 def _decode(
@@ -158,5 +161,7 @@ def _separate(boxes: NDArray[np.float32], scores: NDArray[np.float32]) -> list[i
     """Of boxes that overlap much, the best one."""
     import cv2
 
-    kept = cv2.dnn.NMSBoxes(np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1), scores, 0.0, OVERLAP)
+    corners_and_sides: Any = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+    each: Any = scores
+    kept = cv2.dnn.NMSBoxes(corners_and_sides, each, 0.0, OVERLAP)
     return [int(i) for i in np.asarray(kept).reshape(-1)]

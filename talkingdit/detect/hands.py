@@ -74,13 +74,13 @@ def _palms(frame: NDArray[np.uint8], threshold: float) -> list[tuple[Floats, Flo
     raw, logits = run(PALM, crop, ("Identity", "Identity_1"))
     scores = sigmoid(logits.reshape(-1))
     seen = np.nonzero(scores >= threshold)[0]
-    raw = raw.reshape(-1, 18)[seen] / PALM_SIZE
+    raw = raw.reshape(-1, 18)[seen] / np.float32(PALM_SIZE)
     anchors = _anchors()[seen]
     to_frame = np.array([frame.shape[1] / 2, frame.shape[0] / 2], np.float32) - side / 2
     middle, sides = (raw[:, :2] + anchors) * side + to_frame, raw[:, 2:4] * side
     points = (raw[:, 4:].reshape(-1, 7, 2) + anchors[:, None]) * side + to_frame
     corners = np.concatenate([middle - sides / 2, sides], 1)
-    kept = cv2.dnn.NMSBoxes(corners, scores[seen], threshold, OVERLAP)
+    kept = cv2.dnn.NMSBoxes(corners.tolist(), scores[seen].tolist(), threshold, OVERLAP)
     boxes = np.concatenate([middle, sides], 1)
     return [(boxes[i], points[i]) for i in np.asarray(kept, int).reshape(-1) if sides[i].min() >= LEAST_SIDE]
 
@@ -93,8 +93,8 @@ def _hand(frame: NDArray[np.uint8], box: Floats, palm: Floats) -> Hand:
     centre = (float(box[0] + towards[0]), float(box[1] + towards[1]))
     crop, back = turned_crop(frame, centre, WIDER * side, angle, HAND_SIZE)
     points, score, right = run(HAND, crop, ("Identity", "Identity_1", "Identity_2"))
-    # The network was trained on pictures of a mirror: what it calls right is the left hand of others.
-    which: Literal["left", "right"] = "left" if float(right.reshape(-1)[0]) > 0.5 else "right"
+    # Programs that call this number the probability of a left hand look at a picture of a mirror.
+    which: Literal["left", "right"] = "right" if float(right.reshape(-1)[0]) > 0.5 else "left"
     return Hand(back_to_frame(points.reshape(POINTS, 3)[:, :2], back), float(score.reshape(-1)[0]), which)
 
 

@@ -91,7 +91,7 @@ def turned_crop(
     half = size / 2
     back = np.array([[cos, -sin, centre[0] - half * (cos - sin)], [sin, cos, centre[1] - half * (sin + cos)]])
     crop = cv2.warpAffine(frame, back, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-    return np.asarray(crop, np.float32) / 255, back
+    return np.asarray(crop, np.float32) / np.float32(255), back.astype(np.float64)
 
 
 def back_to_frame(points: Floats, back: NDArray[np.float64]) -> NDArray[np.float64]:

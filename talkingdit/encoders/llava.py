@@ -185,14 +185,14 @@ def load_clip(folder: Path, dtype: torch.dtype, device: torch.device | str = "cp
 
 
 def _load(cls: Any, folder: Path, dtype: torch.dtype, what: str, unused: tuple[str, ...]) -> Any:
-    from talkingdit.encoders.wav2vec import _quiet
+    from talkingdit.encoders.wav2vec import quiet
 
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: {what} is missing; the checkpoint is not complete.")
     read_bounded(folder / "config.json")
     check_index(folder)
     try:
-        with _quiet():
+        with quiet():
             model, report = cls.from_pretrained(folder, local_files_only=True, dtype=dtype, output_loading_info=True)
     except Exception as error:  # damaged files raise whatever their reader does
         reason = " ".join(str(error).split())

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from talkingdit.errors import UserError
 from talkingdit.eval.clip import Clip, Frames
-from talkingdit.eval.finders import Found
+from talkingdit.eval.found import Found
 from talkingdit.eval.slots import Backbone
 from talkingdit.eval.tracks import Track
 

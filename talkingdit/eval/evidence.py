@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from talkingdit.eval.clip import Clip, Frames
-from talkingdit.eval.finders import Finder, Found
+from talkingdit.eval.found import Finder, Found
 from talkingdit.eval.slots import Backbone
-from talkingdit.eval.tracks import crops, match
+from talkingdit.eval.tracks import Track, crops, match
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -36,12 +36,14 @@ class View:
         truth: likewise, of the same size; None without a truth.
         shown: [F], frames in which the region was found in both (in the video alone without a truth).
         person: which of the people in the video.
+        native: pixels of the video that a side of `gen` shows; fewer than it has where crops are enlarged.
     """
 
     gen: Frames
     truth: Frames | None
     shown: npt.NDArray[np.bool_]
     person: int = 0
+    native: int = 0
 
     def need_truth(self) -> Frames:
         if self.truth is None:
@@ -60,6 +62,8 @@ class Evidence:
         regions: that will be asked for.
         backbones: by slot.
         text: words that are spoken, or "".
+        truth_key: tells the true video from others in this process, so that several systems' videos share what was
+            found in it; "" where nothing is shared.
     """
 
     gen: Clip
@@ -68,6 +72,7 @@ class Evidence:
     regions: frozenset[str]
     backbones: Mapping[str, Backbone] = field(default_factory=dict)
     text: str = ""
+    truth_key: str = ""
     _views: dict[str, list[View]] = field(default_factory=dict)
     _features: dict[tuple[str, str, int, bool], FloatArray] = field(default_factory=dict)
 
@@ -84,7 +89,16 @@ class Evidence:
     def found_in_truth(self) -> Found:
         if self.truth is None:
             raise NotMeasured("needs a true video")
-        return self.finder(self.truth, self.regions)
+        if self.truth is self.gen:
+            return self.found
+        if not self.truth_key:
+            return self.finder(self.truth, self.regions)
+        key = (self.truth_key, len(self.truth.frames), self.truth.fps, self.finder.name, self.regions)
+        if key not in _FOUND:
+            while len(_FOUND) >= MOST_FOUND:
+                del _FOUND[next(iter(_FOUND))]
+            _FOUND[key] = self.finder(self.truth, self.regions)
+        return _FOUND[key]
 
     @cached_property
     def partners(self) -> dict[str, list[int]]:
@@ -146,7 +160,13 @@ class Evidence:
         if self.truth is None:
             tracks = self.found.tracks.get(region, ())
             return [
-                View(crops(self.gen.frames[:n], track, CROP, margin), None, track.found[:n], person)
+                View(
+                    crops(self.gen.frames[:n], track, CROP, margin),
+                    None,
+                    track.found[:n],
+                    person,
+                    _native(track, margin),
+                )
                 for person, track in enumerate(tracks)
             ]
         views = []
@@ -163,12 +183,19 @@ class Evidence:
                     crops(self.truth.frames[:n], true, CROP, margin),
                     track.found[:n] & true.found[:n],
                     person,
+                    _native(track, margin),
                 )
             )
         return [view for view in views if view.shown.any()]
 
 
+def _native(track: Track, margin: float) -> int:
+    return max(8, round(margin * float(np.nanmedian((track.boxes[:, 2:] - track.boxes[:, :2]).max(1)))))
+
+
 _NETWORKS: dict[str, Any] = {}  # of this process
+MOST_FOUND = 4  # true videos of which what was found is remembered
+_FOUND: dict[tuple[Any, ...], Found] = {}
 
 
 def spread(shown: npt.NDArray[np.bool_], most: int) -> npt.NDArray[np.int64]:

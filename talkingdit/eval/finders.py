@@ -1,67 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who and what is where in a video: faces with their mouths and expressions, hands, bodies."""
+"""Who and what is where in a video of real people: faces with their mouths and expressions, hands, bodies."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from talkingdit.detect.boxes import Box
 from talkingdit.eval.clip import Clip, Frames
+from talkingdit.eval.drawn import DrawnFinder
+from talkingdit.eval.found import Finder, FloatArray, Found
 from talkingdit.eval.tracks import Track, link
-
-FloatArray = npt.NDArray[np.float64]
-REGIONS = ("whole", "body", "face", "hands", "left_hand", "right_hand")
-ABOUT_REGIONS = {
-    "whole": "the whole frame, which the published tables call whole body",
-    "body": "the box around everybody",
-    "face": "each face",
-    "hands": "both hands in one box",
-    "left_hand": "the left hand of the person",
-    "right_hand": "the right hand of the person",
-}
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a finder saw in a video of F frames.
-
-    Attributes:
-        tracks: by region; "whole" is not among them. Every person has a track of their own.
-        openings: [F] of each face's mouth, 0 closed; NaN in frames without it.
-        expressions: [F, d] of each face: numbers that change with the expression and not with the person's place.
-        hand_scores: [F], mean score of the hands that were found; NaN without a hand.
-        hand_points: [F, 42, 2] points of the left and the right hand over the frame's height; NaN likewise.
-        people: the median count of faces over the frames that have one, 0 without any.
-    """
-
-    tracks: dict[str, tuple[Track, ...]]
-    openings: tuple[FloatArray, ...] = ()
-    expressions: tuple[FloatArray, ...] = ()
-    hand_scores: FloatArray = field(default_factory=lambda: np.zeros(0))
-    hand_points: FloatArray = field(default_factory=lambda: np.zeros((0, 42, 2)))
-    people: int = 0
-
-
-class Finder(Protocol):
-    """Looks for people. `name` and `version` stand in the results and in the keys of the cache.
-
-    `backbones` are networks that go with it, by slot, in place of those that packages bring.
-    """
-
-    name: str
-    version: int
-    backbones: Mapping[str, Any]
-
-    def missing(self) -> dict[str, str]:
-        """Regions that it cannot find here, each with the one line that says what to give."""
-
-    def __call__(self, clip: Clip, regions: frozenset[str]) -> Found:
-        """Look at every frame of a clip for what these regions need."""
 
 
 class RealFinder:
@@ -150,10 +101,4 @@ def _around(boxes: list[Box]) -> Box:
     return float(x0), float(y0), float(x1), float(y1)
 
 
-def _drawn() -> Finder:
-    from talkingdit.eval.drawn import DrawnFinder
-
-    return DrawnFinder()
-
-
-FINDERS: dict[str, Callable[[], Finder]] = {"real": RealFinder, "drawn": _drawn}
+FINDERS: dict[str, Callable[[], Finder]] = {"real": RealFinder, "drawn": DrawnFinder}

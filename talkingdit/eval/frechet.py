@@ -80,8 +80,7 @@ def _short(rows: FloatArray) -> FloatArray:
     """At most d rows with the same X^T X, so that the product stays small when there are many samples."""
     if len(rows) <= rows.shape[1]:
         return rows
-    triangle: FloatArray = np.linalg.qr(rows, mode="r")
-    return triangle
+    return np.asarray(np.linalg.qr(rows, mode="r"), np.float64)
 
 
 def check_pair(first: FloatArray, second: FloatArray, least: int) -> None:

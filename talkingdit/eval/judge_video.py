@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from talkingdit.errors import UserError
-from talkingdit.eval.clip import Frames, read_clip, read_truth
+from talkingdit.eval.clip import Frames, digest_of, read_clip, read_truth
 from talkingdit.eval.evidence import Evidence, NotMeasured
-from talkingdit.eval.finders import FINDERS, Found
+from talkingdit.eval.finders import FINDERS
+from talkingdit.eval.found import Found
 from talkingdit.eval.job import Pair
 from talkingdit.eval.metric import Metric
 from talkingdit.eval.protocol import Name, metrics_of
@@ -115,10 +116,14 @@ def judge(pair: Pair, tools: Tools, skip: Sequence[str] = ()) -> Judged:
         UserError: a file cannot be read.
     """
     clip = read_clip(pair.gen)
-    truth = None if pair.truth is None else read_truth(pair.truth, clip)
+    if pair.truth is None or pair.truth == pair.gen:
+        truth = None if pair.truth is None else clip
+    else:
+        truth = read_truth(pair.truth, clip)
     wanted = [(metric, region) for metric, region in tools.possible() if key_of(metric, region, tools) not in skip]
     regions = frozenset(region for _, region in tools.possible())
-    evidence = Evidence(clip, truth, tools.finder, regions, tools.backbones, pair.text.words)
+    key = "" if pair.truth is None else digest_of(pair.truth)
+    evidence = Evidence(clip, truth, tools.finder, regions, tools.backbones, pair.text.words, key)
     out = Judged()
     for metric, region in wanted:
         key = key_of(metric, region, tools)

@@ -104,5 +104,7 @@ def over_people(values: list[tuple[float, FloatArray]]) -> Value:
     curves = np.stack([curve for _, curve in values])
     known = ~np.isnan(curves)
     mean = np.where(known, curves, 0).sum(0) / np.maximum(known.sum(0), 1)
-    curve = tuple(float(v) if seen else None for v, seen in zip(mean, known.any(0), strict=True))
+    curve = tuple(
+        float(v) if seen else None for v, seen in zip(mean.tolist(), np.any(known, axis=0).tolist(), strict=True)
+    )
     return Value(float(np.mean([value for value, _ in values])), curve)

@@ -13,7 +13,7 @@ Name = Literal["jwb", "jwb-compat"]
 PROTOCOLS: tuple[Name, ...] = ("jwb", "jwb-compat")
 
 # The rows of the published table, then those of other papers, then our own.
-ROWS = ("SC", "BC", "MS", "DD", "AQ", "IQ", "FID", "FVD", "SSIM", "PSNR", "E-FID", "CSIM")
+ROWS: tuple[str, ...] = ("SC", "BC", "MS", "DD", "AQ", "IQ", "FID", "FVD", "SSIM", "PSNR", "E-FID", "CSIM")
 ROWS += ("Sync-C", "Sync-D", "HKC", "HKV", "expression similarity", "CLIP-I", "DINO-I", "WER", "speech MOS")
 REGION_ROWS = ("whole", "face", "hands", "left_hand", "right_hand", "body", "sound")
 

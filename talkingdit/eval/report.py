@@ -17,7 +17,7 @@ from talkingdit.eval.tables import ARROWS, TITLES, best_of, by_category, number
 
 MOST_VIDEOS = 200
 WIDTH, HEIGHT = 260, 64  # of a curve, in pixels
-CURVES = ("SSIM", "PSNR", "CSIM", "sync r", "mouth r", "MS", "expression error", "HKC")
+CURVES = ("SSIM", "PSNR", "CSIM", "sync r", "MS", "expression error", "HKC")
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --dim: #888; --best: #2a7a3f; --bad: #b3261e; }
@@ -27,7 +27,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; } .wide {
 th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
 th:nth-child(-n+2), td:nth-child(-n+2), .left th, .left td { text-align: left; }
 td small, .dim { color: var(--dim); } td small { display: block; white-space: nowrap; }
-.best { font-weight: 700; color: var(--best); } .worse, .error { color: var(--bad); } .better { color: var(--best); }
+.best { font-weight: 700; color: var(--best); } .best small { font-weight: 400; }
+.worse, .error { color: var(--bad); } .better { color: var(--best); }
 tr.region td { border-top: 2px solid var(--dim); }
 article { border: 1px solid var(--line); border-radius: 8px; padding: 0.8rem 1rem; margin: 1rem 0; }
 article h3 { margin: 0 0 0.4rem; font-size: 1rem; } article img { max-width: 100%; display: block; }
@@ -170,7 +171,7 @@ def _video(verdict: Verdict, rows: Sequence[Row]) -> str:
 
 
 def _caption(row: Row) -> str:
-    shown = {"sync r": "mouth opening", "mouth r": "mouth opening"}.get(row.metric.title, row.metric.title)
+    shown = {"sync r": "mouth opening"}.get(row.metric.title, row.metric.title)
     return f"{TITLES[row.region].lower()}: {shown} by frame"
 
 

@@ -89,11 +89,16 @@ def run(
         report(verdict)
 
     if workers <= 1 or len(pairs) <= 1:
-        for i, pair in enumerate(pairs):
-            done(i, _one(pair, tools, keep))
+        for i in _order(pairs):
+            done(i, _one(pairs[i], tools, keep))
     else:
         _in_processes(pairs, plan, keep, workers, done)
     return Results([verdict for verdict in verdicts if verdict is not None], tools, tools.not_available())
+
+
+def _order(pairs: Sequence[Pair]) -> list[int]:
+    """By name, so that videos of one truth follow each other and share what was found in it."""
+    return sorted(range(len(pairs)), key=lambda i: pairs[i].name)
 
 
 def _in_processes(
@@ -103,7 +108,7 @@ def _in_processes(
     threads = max(1, (os.cpu_count() or 1) // workers)
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _prepare, (plan, threads))
     try:
-        waiting = {pool.submit(_in_worker, pair, keep): i for i, pair in enumerate(pairs)}
+        waiting = {pool.submit(_in_worker, pairs[i], keep): i for i in _order(pairs)}
         for future in concurrent.futures.as_completed(waiting):
             done(waiting[future], future.result())
     except BrokenProcessPool:

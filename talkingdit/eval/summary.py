@@ -102,8 +102,8 @@ def _mean_cell(key: str, verdicts: Sequence[Verdict]) -> Cell | None:
     if not np.isfinite(values).all():
         return Cell(float(np.mean(values)), None, None, len(values), missing)
     found = interval(values)
-    ends = (found.low, found.high) if found.n > 1 else (None, None)
-    return Cell(found.mean, *ends, found.n, missing)
+    low, high = (found.low, found.high) if found.n > 1 else (None, None)
+    return Cell(found.mean, low, high, found.n, missing)
 
 
 def _set_cell(metric: Metric, key: str, verdicts: Sequence[Verdict]) -> Cell | None:
@@ -128,13 +128,16 @@ def _distance(both: Sequence[tuple[np.ndarray, np.ndarray]], chosen: np.ndarray)
 
 
 def comparisons(results: Results, rows: Sequence[Row], baseline: str) -> list[Comparison]:
-    """Every other system against the baseline on the videos that both have, p adjusted over all of them."""
+    """Every other system against the baseline on the videos that both have, p adjusted over all rows.
+
+    Rows without a better direction, and distances of sets, which no single video has, are left out.
+    """
     found: list[tuple[Row, str, Difference]] = []
     by_system = {
         system: [verdict for verdict in results.verdicts if verdict.pair.system == system] for system in results.systems
     }
     for row in rows:
-        if row.metric.collect is not None:
+        if row.metric.collect is not None or row.metric.better == "neither":
             continue
         base = values_of(row.key, by_system.get(baseline, []))
         for system, verdicts in by_system.items():

@@ -41,7 +41,7 @@ def number(value: float) -> str:
 def as_json(results: Results, rows: Sequence[Row], compared: Sequence[Comparison], protocol: Name) -> dict[str, Any]:
     """Everything but features and pictures."""
     backbones = results.tools.backbones.values()
-    return plain(  # type: ignore[no-any-return]
+    content: dict[str, Any] = plain(
         {
             "protocol": protocol,
             "finder": f"{results.tools.finder.name}/{results.tools.finder.version}",
@@ -68,6 +68,7 @@ def as_json(results: Results, rows: Sequence[Row], compared: Sequence[Comparison
             ],
         }
     )
+    return content
 
 
 def _cell(cell: Cell) -> dict[str, Any]:
@@ -118,7 +119,8 @@ def best_of(row: Row) -> set[str]:
     if row.metric.better == "neither" or len(cells) < 2:
         return set()
     best = (max if row.metric.better == "higher" else min)(cells.values())
-    return {system for system, value in cells.items() if value == best}
+    found = {system for system, value in cells.items() if value == best}
+    return found if len(found) < len(cells) else set()
 
 
 def markdown(results: Results, rows: Sequence[Row]) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from talkingdit.nn.context_parallel import ContextParallel
 
 GENERATE = "generate"  # the task that every model has: the whole clip, from its conditions
+EDITED = "lower_face"  # region of a sample that a model that edits makes anew
 ANCHORS = "anchors"  # frames from outside of the clip, which some models take
 
 
@@ -46,6 +47,8 @@ class TrainClip:
     outside: Mapping[str, Tensor] = field(default_factory=dict)  # [C, n, H, W], by kind
     image: Tensor | None = None  # [L, image_dim] features of the reference
     anchors: tuple[TrainAnchor, ...] = ()
+    task: str = GENERATE
+    given: Tensor | None = None  # [C, T, H, W] the clip, grey in its region `EDITED`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ spread smoothly into the mask and added.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -47,13 +48,13 @@ class Crop:
     def see_mask(self, mask: Mask) -> Mask:
         """A mask bool [H, W], likewise; what any pixel of is in the mask is."""
         found = self._resized(mask[self.part].astype(np.float32), self.size)
-        return found > 0
+        return np.asarray(found > 0)
 
     def back(self, frame: Frames) -> Frames:
         """What the model made, uint8 [*size, 3], at its place's size: [height, width, 3]."""
         return self._resized(frame, (self.height, self.width))
 
-    def _resized(self, image: NDArray[np.generic], size: tuple[int, int]) -> NDArray[np.generic]:
+    def _resized(self, image: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
         if image.shape[:2] == size:
             return image
         smaller = size[0] * size[1] < image.shape[0] * image.shape[1]
@@ -142,4 +143,4 @@ def _spread(difference: NDArray[np.float32], inside: Mask) -> NDArray[np.float32
     sigma = max(1.0, SPREAD * min(rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1))
     known = cv2.GaussianBlur(around, (0, 0), sigma, borderType=cv2.BORDER_REFLECT)
     sums = cv2.GaussianBlur(difference * around[..., None], (0, 0), sigma, borderType=cv2.BORDER_REFLECT)
-    return sums / np.maximum(known, 1e-3)[..., None]
+    return (sums / np.maximum(known, 1e-3)[..., None]).astype(np.float32)

@@ -8,6 +8,7 @@ it is turned away, from where it was last to where it is next.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ class Boxes:
 
     @property
     def name(self) -> str:
-        return f"boxes {np.round(self.boxes, 3).tolist()}"
+        return _named("boxes", np.round(self.boxes, 3))
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,12 @@ class Painted:
 
     @property
     def name(self) -> str:
-        return f"painted {np.packbits(self.mask).tobytes().hex()}" if self.mask.size < 4096 else self._hashed
+        return _named("painted", self.mask)
 
-    @property
-    def _hashed(self) -> str:
-        import hashlib
 
-        return f"painted {hashlib.sha256(np.packbits(self.mask).tobytes()).hexdigest()[:32]}"
+def _named(kind: str, values: NDArray[Any]) -> str:
+    found = hashlib.sha256(f"{values.shape}".encode() + np.ascontiguousarray(values).tobytes())
+    return f"{kind} {found.hexdigest()[:32]}"
 
 
 def read_box(text: str) -> Box | None:
@@ -192,7 +192,7 @@ def _follow(
         if before is None:
             face = max(faces, key=lambda f: (f.box[2] - f.box[0]) * (f.box[3] - f.box[1]))
         else:
-            face = max(faces, key=lambda f: _shared(f.box, before))  # type: ignore[misc]
+            face = max(faces, key=lambda f: _shared(f.box, before))
             if not _shared(face.box, before):
                 continue
         before = face.box
@@ -219,6 +219,6 @@ def cell_masks(masks: Mask) -> NDArray[np.float32]:
     count, height, width = masks.shape
     if count % 4 != 1 or height % 8 or width % 8:
         raise ValueError(f"cell_masks: masks must be [1 + 4 n, 8 h, 8 w], got {list(masks.shape)}")
-    cells = masks.reshape(count, height // 8, 8, width // 8, 8).any((2, 4))
-    rest = cells[1:].reshape(-1, 4, *cells.shape[1:]).any(1)
+    cells = masks.reshape(count, height // 8, 8, width // 8, 8).max(axis=(2, 4))
+    rest = cells[1:].reshape(-1, 4, *cells.shape[1:]).max(axis=1)
     return np.concatenate([cells[:1], rest]).astype(np.float32)

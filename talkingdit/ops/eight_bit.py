@@ -45,6 +45,7 @@ CONTRACTS = ("exact", "close")
 _LAYERS = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST = 1e-30  # a row of smaller numbers is scaled as if this were its largest
 _MAX_DIM = 1 << 16
+SUMS = 1 << 27  # bytes of int32 sums of a product that there are at once
 _CHUNK = 1 << 16  # elements that go through an exact activation on the CPU at once, to stay in its caches
 
 
@@ -187,10 +188,12 @@ def _linear(
         )
         return out.to(dtype)
     if codes.dtype == torch.int8 and (codes.is_cpu or _int8_product(codes, weight)):
-        few = max(0, 32 - len(codes)) if codes.is_cuda else 0  # the library's product asks for more than 16 rows
-        sums = torch._int_mm(F.pad(codes, (0, 0, 0, few)) if few else codes, weight.t())[: len(codes)]
-        out = empty(sums.shape, sums, dtype)
-        native.rescale(sums, scale, weight_scale, None if bias is None else bias.float(), out)
+        out = empty((len(codes), len(weight)), scale, dtype)
+        bias = None if bias is None else bias.float()
+        step = max(1024, SUMS // (4 * max(1, len(weight))))
+        for begin in range(0, len(codes), step):
+            part = slice(begin, begin + step)
+            native.rescale(_sums(codes[part], weight), scale[part], weight_scale, bias, out[part])
         return out
     # Where there is no product of eight bits it is made in float32, whose products of two codes are exact.
     product = codes.float() @ weight.float().t()
@@ -207,6 +210,12 @@ _linear_op = register(
     _linear,
     lambda codes, scale, weight, weight_scale, bias, dtype: scale.new_empty(len(codes), len(weight), dtype=dtype),
 )
+
+
+def _sums(codes: Tensor, weight: Tensor) -> Tensor:
+    """codes weight^T, int32."""
+    few = max(0, 32 - len(codes)) if codes.is_cuda else 0  # the library's product asks for more than 16 rows
+    return torch._int_mm(F.pad(codes, (0, 0, 0, few)) if few else codes, weight.t())[: len(codes)]
 
 
 def _float8_product(codes: Tensor, weight: Tensor) -> bool:

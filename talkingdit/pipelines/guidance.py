@@ -91,8 +91,8 @@ class Guidance:
         Raises:
             ValueError: as `guidance_branches`.
         """
-        strengths = (schedule(strength)(step, self.steps) for strength in (self.text, self.audio))
-        return guidance_branches(*strengths, form=self.form)
+        text, audio = schedule(self.text), schedule(self.audio)
+        return guidance_branches(text(step, self.steps), audio(step, self.steps), self.form)
 
     def coefficients(self, step: int) -> list[float]:
         """The weights of a step, as `long_video.denoise` takes them."""

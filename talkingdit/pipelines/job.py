@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from talkingdit.autoencoders.streaming import to_frames
 from talkingdit.encoders.speech import Sound, pieces
@@ -108,8 +109,8 @@ def make_video(
             with _in_memory("what all clips share: the portrait, the words and the voice"):
                 conditions = pipeline.encode(inputs, outline)
             with _in_memory(outline.when_too_large):
-                for clip in _clips(pipeline, conditions, inputs, outline, store, talk):
-                    store.add(lambda clip=clip: live.add(to_frames(clip.frames)), clip.carry)  # type: ignore[misc]
+                for clip in _clips(pipeline, conditions, inputs, outline, store, talk, live.show):
+                    store.add(lambda clip=clip: live.add(clip.frames), clip.carry)  # type: ignore[misc]
             talk.say(pipeline.remarks(conditions, outline))
         frames, first_after = team.on_rank_0(lambda: live.finish(curves))
         store.remove()
@@ -118,7 +119,13 @@ def make_video(
 
 
 def _clips(
-    pipeline: ClipPipeline, conditions: Any, inputs: Inputs, outline: Outline, store: SharedClipStore, talk: Talk
+    pipeline: ClipPipeline,
+    conditions: Any,
+    inputs: Inputs,
+    outline: Outline,
+    store: SharedClipStore,
+    talk: Talk,
+    show: Callable[[Tensor], None],
 ) -> Iterator[GeneratedClip]:
     """The clips that are not finished yet, with progress."""
     work = outline.work or (outline.steps,) * outline.clips
@@ -135,7 +142,8 @@ def _clips(
         return team.on_rank_0(lambda: _clips_known(inputs.sound, outline, index))
 
     count = known if spoken else outline.clips
-    return generate_clips(pipeline, conditions, count, store.finished, store.carry, advance)
+    shown = show if inputs.job.live else None
+    return generate_clips(pipeline, conditions, count, store.finished, store.carry, advance, shown)
 
 
 def _clips_known(sound: Sound, outline: Outline, index: int) -> int:
@@ -158,6 +166,7 @@ class _Shown:
     def __init__(self, inputs: Inputs, outline: Outline, store: SharedClipStore) -> None:
         self._inputs, self._outline, self._store = inputs, outline, store
         self.sink: VideoSink | None = None
+        self._pieces: list[NDArray[np.uint8]] = []  # of the clip that is being decoded
 
     def open(self, curves: PreviewCurves | None, started: float) -> None:
         """A live video, with what an earlier run has made."""
@@ -165,8 +174,18 @@ class _Shown:
         for frames in self._store.local.frames():
             self.sink.add(frames)
 
-    def add(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The frames of the next clip, which are given back."""
+    def show(self, video: Tensor) -> None:
+        """Frames [1, 3, n, H, W] of a clip that is not whole yet; only rank 0 does anything with them."""
+        if self.sink is not None:
+            self._pieces.append(to_frames(video))
+            self.sink.add(self._pieces[-1])
+
+    def add(self, video: Tensor) -> NDArray[np.uint8]:
+        """The frames [1, 3, n, H, W] of the next clip -> [n, H, W, 3]."""
+        if self._pieces:
+            frames, self._pieces = np.concatenate(self._pieces), []
+            return frames
+        frames = to_frames(video)
         if self.sink is not None:
             self.sink.add(frames)
         return frames

@@ -123,7 +123,7 @@ def _raw(descriptor: int, rate: int) -> Iterator[NDArray[np.float32]]:
         data = os.read(descriptor, BLOCK)
         rest += data
         whole = len(rest) - len(rest) % 2
-        samples = np.frombuffer(rest[:whole], "<i2").astype(np.float32) / 2**15
+        samples = np.frombuffer(rest[:whole], "<i2").astype(np.float32) * np.float32(2**-15)
         rest = rest[whole:]
         if stream is not None:
             samples = stream.resample_chunk(samples, last=not data)
@@ -155,6 +155,6 @@ def _contained(descriptor: int) -> Iterator[NDArray[np.float32]]:
         resampler = av.AudioResampler(format="fltp", layout="mono", rate=SPEECH_RATE)
         for frame in container.decode(container.streams.audio[0]):
             for piece in resampler.resample(frame):
-                yield piece.to_ndarray().reshape(-1)
+                yield np.asarray(piece.to_ndarray(), np.float32).reshape(-1)
         for piece in resampler.resample(None):
-            yield piece.to_ndarray().reshape(-1)
+            yield np.asarray(piece.to_ndarray(), np.float32).reshape(-1)

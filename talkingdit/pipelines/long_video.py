@@ -246,10 +246,18 @@ class GeneratedClip:
 
 
 class ClipPipeline(Protocol):
-    """What makes the clips of a video; a family's pipeline. It keeps no state: several videos may be made at once."""
+    """What makes the clips of a video; a family's pipeline. It keeps no state: several videos may be made at once.
+
+    Attributes:
+        checkpoint: its models.
+        parallel: how processes share the work.
+        shows: `clip` takes `show`, which it calls with frames [1, 3, n, H, W] of the clip as they are decoded,
+            in order; together they are the clip's frames.
+    """
 
     checkpoint: Any
     parallel: Parallel
+    shows: bool = False
 
     def warnings(self, inputs: Inputs, outline: Outline) -> tuple[str, ...]:
         """What is done differently from what may be expected, as the models tell: sentences."""
@@ -286,6 +294,7 @@ def generate_clips(
     first: int = 0,
     carry: Carry | None = None,
     progress: Callable[[], None] | None = None,
+    show: Callable[[Tensor], None] | None = None,
 ) -> Iterator[GeneratedClip]:
     """The clips of a video from `first` on, generated as they are asked for.
 
@@ -297,6 +306,7 @@ def generate_clips(
         first: clip to begin with.
         carry: of the clip before `first`; None at the beginning.
         progress: called after every denoising step.
+        show: called with frames as they are decoded, before the clip is whole, where the pipeline can tell them.
 
     Raises:
         ValueError: a carry is missing, or there is one at the beginning.
@@ -305,7 +315,8 @@ def generate_clips(
         raise ValueError(f"generate: clip {first} {'needs' if first else 'takes no'} carry")
     index = first
     while index < (total := count(index) if callable(count) else count):
-        clip = pipeline.clip(conditions, index, carry, last=index == total - 1, progress=progress)
+        more = {"show": show} if show is not None and getattr(pipeline, "shows", False) else {}
+        clip = pipeline.clip(conditions, index, carry, last=index == total - 1, progress=progress, **more)
         carry = clip.carry
         yield clip
         index += 1

@@ -274,12 +274,12 @@ class _Fusion:
             # Slots outside the run have weight 0; where those inside begin, the others fall anywhere.
             starts += [self._start(i, first, last, whole) for i in rows]
         predictions = [_joined([seen.predictions[k] for seen in used]) for k in range(len(used[0].predictions))]
-        rows, weights = _joined([seen.rows for seen in used]), torch.cat(tables)
+        gains, weights = _joined([seen.rows for seen in used]), torch.cat(tables)
         here = self._x[:, first:last]
         if whole:
-            ops.fused_window_step(here, predictions, rows, starts, weights, out=self._x)
+            ops.fused_window_step(here, predictions, gains, starts, weights, out=self._x)
         else:
-            here.copy_(ops.fused_window_step(here, predictions, rows, starts, weights))
+            here.copy_(ops.fused_window_step(here, predictions, gains, starts, weights))
 
     def _start(self, index: int, first: int, last: int, whole: bool) -> int:
         """First frame of a window in the run's own count."""

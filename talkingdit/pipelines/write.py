@@ -104,8 +104,10 @@ class VideoSink:
             frames = np.concatenate([frames[:1].repeat(self._outline.lead, axis=0), frames])
         if isinstance(self._inputs.sound, LiveSound) and self._inputs.sound.ended:
             frames = frames[: max(0, self._until_end() - self.seen)]
+        if not len(frames):
+            return
         self._writer.write(frames)
-        if self.first_after is None and len(frames):
+        if self.first_after is None:
             self.first_after = time.monotonic() - self._started
         if self._inputs.job.sheet is not None:
             self._shown.add(self.seen, frames)

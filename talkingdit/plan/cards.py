@@ -20,6 +20,7 @@ CARDS: dict[str, tuple[float, float]] = {
     "h200": (141, 989),
 }
 EFFICIENCY = 0.5  # of the stated speed that large products and attention reach
+EIGHT_BIT_SPEED = 2.0  # of products in eight bits, by that of bfloat16, as the makers state it
 HOST_TO_DEVICE = 20e9  # bytes per second over PCIe 4, pinned
 HOST_MEMORY = 200e9  # bytes per second of a machine's memory, for optimisers that work there
 CONTEXT = 0.8 * GIB  # driver context, library workspaces

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from talkingdit.encoders.speech import OVERLAP_SECONDS, WHOLE_SECONDS
 from talkingdit.nn.units import Unit, large_prefixes, unit_of
 from talkingdit.pipelines.memory import Memory
-from talkingdit.plan.cards import EFFICIENCY, HOST_TO_DEVICE, needed
+from talkingdit.plan.cards import EFFICIENCY, EIGHT_BIT_SPEED, HOST_TO_DEVICE, needed
 from talkingdit.plan.clip import ClipShape
 from talkingdit.plan.cost import TEXT_ENCODER, FrozenParts
 from talkingdit.plan.transformer import Transformer
@@ -142,7 +142,11 @@ def predict(
     work = clip.branches * transformer.flops(clip, memory)
     seconds = None
     if tflops is not None:
-        step = work / (tflops * 1e12 * EFFICIENCY)
+        timed = work
+        if memory.precision != "native":
+            attention = clip.branches * cost.attention_flops(config, clip)
+            timed = attention + (work - attention) / EIGHT_BIT_SPEED
+        step = timed / (tflops * 1e12 * EFFICIENCY)
         if memory.offload != "none":
             forwards = 1 if clip.batched else clip.branches
             moved = _resident(transformer, weights, replace(memory, offload="none"))["transformer"]
@@ -163,6 +167,10 @@ def _resident(transformer: Transformer, weights: WeightBytes, memory: Memory) ->
             narrow = name.startswith(large) and name.endswith(kinds) and "norm" not in name
             if narrow or (cast and name.startswith(transformer.cost.CAST)):
                 sizes[name] //= weights.size
+    if memory.precision != "native":
+        for name, (shape, _) in transformer.parameters.items():
+            if name.startswith(large) and name.endswith(".weight") and len(shape) == 2:
+                sizes[name] = math.prod(shape) + 4 * shape[0]  # codes, and a scale for every output
     total = float(sum(sizes.values()))
     if memory.offload != "none":
         moved = _moved(sizes, units, memory.offload)

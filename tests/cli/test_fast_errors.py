@@ -44,7 +44,7 @@ def run(*argv: str) -> tuple[int, str, set[str]]:
         (["generate", *FILES, "--threads", "1000000000"], "--threads must be at most 4096, got 1000000000"),
         (["precompute", "--manifest", "a.csv", "--checkpoint", ".", "-o", "b", "--fps", "1000000000"],
          "--fps must be at most 240, got 1000000000"),
-        (["generate", *FILES, "--cover"], "--cover is for checkpoints of Wan-S2V only"),
+        (["generate", *FILES, "--cover"], "--cover is for checkpoints of Wan-S2V"),
         (["generate", *FILES[:-2]], "the following arguments are required: -o/--output"),
         (["generate", *FILES[:-1], "out.avi"], "expected a name that ends in .mp4"),
         (["plan", "--preset", "nope"], "nope: neither a folder nor a preset"),

@@ -54,12 +54,12 @@ def test_help_without_a_checkpoint_shows_the_flags_of_all_families(
     toy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = said(capsys, "--help")
-    common, _, own = text.partition("drawn characters options")
+    common, _, own = text.partition("drawn characters, ")
     assert "--seed N" in common
     assert "--sequential" in common  # every family has it
     assert "--text-guidance G how strictly to follow the prompt (default: of the checkpoint)" in own
     assert "toys options --bounce X how high it jumps" in own
-    assert "Wan-S2V, toys options --guidance G how strictly to follow prompt and voice" in own
+    assert re.search("Wan-S2V, [^:]*toys options --guidance G how strictly to follow prompt and voice", own)
     for flag in ("--seed ", "--sequential ", " --guidance "):
         assert text.count(flag) == 1
 
@@ -76,10 +76,10 @@ def test_help_with_a_checkpoint_shows_those_of_its_family(toy: Path, capsys: pyt
     ("argv", "sentence"),
     [
         (["--bounce", "3"], "--bounce is for checkpoints of toys only, and the shipped one is none of these"),
-        (["--guidance=3"], "--guidance is for checkpoints of Wan-S2V, toys only, and the shipped one is none of these"),
+        (["--guidance=3"], "--guidance is for checkpoints of Wan-S2V, "),
         (["--start-from-ref"], "--start-from-ref is for checkpoints of Wan-S2V only, and the shipped one"),
         (["--bounce", "3", "--checkpoint", "TOY"], "image 'nowhere.png': expected an existing file, got none"),
-        (["--audio-guidance", "3", "--checkpoint=TOY"], "--audio-guidance is for checkpoints of drawn characters only"),
+        (["--audio-guidance", "3", "--checkpoint=TOY"], "--audio-guidance is for checkpoints of drawn characters"),
         (["--checkpoint", "nowhere"], "nowhere: the checkpoint must be a folder"),
         (["--checkpoint"], "argument --checkpoint: expected one value"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
@@ -115,4 +115,4 @@ def test_the_command_names_its_verbs(capsys: pytest.CaptureFixture[str]) -> None
         assert f"\n  {verb} " in out
     for argv in ([], ["generat"]):
         assert main(argv) == 2
-        assert "expected a verb, one of generate, plan, calibrate, info, precompute" in capsys.readouterr().err
+        assert f"expected a verb, one of {', '.join(VERBS)}" in capsys.readouterr().err

@@ -113,6 +113,7 @@ def test_found_faces_are_those_of_the_picture(inputs: Path, folder: Path, tmp_pa
     assert not (anna * ben).any()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_video(
     inputs: Path, folder: Path, whole: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,7 +153,8 @@ def test_turns_divide_one_recording(inputs: Path, folder: Path, whole: np.ndarra
 def test_emotions_and_strengths_change_the_video(inputs: Path, folder: Path, whole: np.ndarray, tmp_path: Path) -> None:
     happy = ["--emotion", f"{inputs / 'happy.png'}@0-0.5"]
     found = []
-    for more in (happy, [*happy, "--emotion-strength", "0"], ["--audio-strength", "0"], ["--audio-guidance", "2"]):
+    others = (["--audio-strength", "0"], ["--audio-guidance", "2"], ["--step-cache"])
+    for more in (happy, [*happy, "--emotion-strength", "0"], *others):
         out = tmp_path / f"{len(found)}.mp4"
         assert run(inputs, folder, out, *voices(inputs), *more) == 0
         found.append(read_video(out)[0])

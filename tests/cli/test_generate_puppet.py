@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -262,3 +263,20 @@ def test_info_says_what_was_built(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     for word in ("version", "torch", "cpu isa", "cuda", "threads"):
         assert re.search(rf"^{word} +\S", said, re.MULTILINE), word
+
+
+def test_a_spoken_voice_becomes_a_video_on_standard_output(work: Path, checkpoint: Path) -> None:
+    """Raw sound in, a video out: nothing else on standard output, the sentence on the other one, nothing left."""
+    voice = (0.1 * np.random.default_rng(1).normal(size=20000) * 2**15).astype("<i2")
+    command = [sys.executable, "-m", "talkingdit", "generate", "--image", str(work / "portrait.png")]
+    command += ["--checkpoint", str(checkpoint), "--audio", "-", "--audio-rate", "16000", "-o", "-", "--steps", "1"]
+    done = subprocess.run(command, input=voice.tobytes(), capture_output=True, timeout=300)
+    assert done.returncode == 0
+    with av.open(io.BytesIO(done.stdout)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 20
+    said = done.stderr.decode()
+    assert re.search(r"standard output: 20 frames, 1\.25 s .* the first frame after [0-9.]+ s", said)
+    assert left(work) == {"portrait.png", "voice.wav"}
+    nothing = subprocess.run(command, input=b"", capture_output=True, timeout=300)
+    assert (nothing.returncode, nothing.stdout) == (2, b"")
+    assert b"audio -: expected sound" in nothing.stderr

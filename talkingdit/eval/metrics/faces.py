@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from talkingdit.eval.clip import envelope
 from talkingdit.eval.evidence import Evidence, NotMeasured
@@ -14,6 +15,7 @@ FACE = ("face",)
 REACH = 0.5  # seconds by which sound and mouth are shifted against each other
 LEAST_SECONDS = 1.0
 EXPRESSION_SAMPLES = 2048
+IDENTITY_FRAMES = 16  # of a video, evenly spread
 
 
 def lagged(mouth: FloatArray, loud: FloatArray, reach: int) -> dict[int, float]:
@@ -87,7 +89,7 @@ def _mouth_r(evidence: Evidence, region: str) -> Value:
     return over_people(values)
 
 
-def _expressions(evidence: Evidence) -> list[tuple[FloatArray, FloatArray, FloatArray]]:
+def _expressions(evidence: Evidence) -> list[tuple[FloatArray, FloatArray, npt.NDArray[np.int64]]]:
     """For each person expressions [m, d] of the video and of the truth, and which frames [m] they are of."""
     n, out = evidence.frames, []
     found, true = evidence.found.expressions, evidence.found_in_truth.expressions
@@ -97,7 +99,7 @@ def _expressions(evidence: Evidence) -> list[tuple[FloatArray, FloatArray, Float
         a, b = found[partner][:n], true[i][:n]
         known = np.nonzero(~np.isnan(a[:, 0]) & ~np.isnan(b[:, 0]))[0]
         if len(known):
-            out.append((a[known], b[known], known))
+            out.append((a[known], b[known], known.astype(np.int64)))
     if not out:
         raise NotMeasured("no face was found in both videos")
     return out
@@ -110,7 +112,7 @@ def _expression_error(evidence: Evidence, region: str) -> Value:
         dims = 3 if gen.shape[1] % 3 == 0 else 1
         gaps = np.linalg.norm((gen - truth).reshape(len(gen), -1, dims), axis=-1).mean(1)
         curve = np.full(evidence.frames, np.nan)
-        curve[frames.astype(int)] = gaps
+        curve[frames] = gaps
         values.append((float(gaps.mean()), curve))
     return over_people(values)
 
@@ -118,7 +120,8 @@ def _expression_error(evidence: Evidence, region: str) -> Value:
 def _expression_set(evidence: Evidence, region: str) -> tuple[FloatArray, FloatArray]:
     """Geometry of the face at fewer points: brows, eyes, mouth, which is what expressions are made of."""
     pairs = _expressions(evidence)
-    return tuple(np.concatenate([_reduced(pair[i]) for pair in pairs]) for i in (0, 1))  # type: ignore[return-value]
+    gen = np.concatenate([_reduced(one) for one, _, _ in pairs])
+    return gen, np.concatenate([_reduced(true) for _, true, _ in pairs])
 
 
 MOVING = (13, 14, 61, 291, 0, 17, 78, 308, 159, 145, 386, 374, 105, 334, 107, 336, 70, 300, 152, 205, 425)
@@ -144,7 +147,7 @@ METRICS = [
         regions=FACE,
         slot="identity",
         truth=True,
-        measure=alike("identity"),
+        measure=alike("identity", IDENTITY_FRAMES),
         perfect=1.0,
     ),
     Metric(

@@ -20,14 +20,14 @@ def _unit(features: FloatArray) -> FloatArray:
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
-def alike(slot: str) -> Callable[[Evidence, str], Value]:
-    """Mean cosine of the features of frames and of the true frames."""
+def alike(slot: str, most: int = MOST_FRAMES) -> Callable[[Evidence, str], Value]:
+    """Mean cosine of the features of frames and of the true frames, of at most so many of them."""
 
     def of(evidence: Evidence, region: str) -> Value:
         values = []
         for view in evidence.views(region):
             view.need_truth()
-            chosen = spread(view.shown, MOST_FRAMES)
+            chosen = spread(view.shown, most)
             if not len(chosen):
                 continue
             gen = evidence.features(slot, region, view, False, chosen)
@@ -85,7 +85,8 @@ def _frames_of(slot: str) -> Callable[[Evidence, str], tuple[FloatArray, FloatAr
 def _clips(evidence: Evidence, region: str) -> tuple[FloatArray, FloatArray]:
     """Features of every 16 frames in a row; a rest is left out, a video of fewer frames is filled with its last one."""
     network = evidence.network("i3d")
-    gen, truth = [], []
+    gen: list[FloatArray] = []
+    truth: list[FloatArray] = []
     for view in evidence.views(region):
         for frames, into in ((view.gen, gen), (view.need_truth(), truth)):
             into.append(network(np.stack(_windows(frames, view))))

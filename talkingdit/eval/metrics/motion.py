@@ -25,13 +25,13 @@ def _greys(view: View) -> list[Grey]:
     greys = []
     for frame in view.gen:
         small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if scale < 1 else frame
-        greys.append(cv2.cvtColor(np.ascontiguousarray(small), cv2.COLOR_RGB2GRAY))
+        greys.append(np.asarray(cv2.cvtColor(np.ascontiguousarray(small), cv2.COLOR_RGB2GRAY), np.uint8))
     return greys
 
 
 def _flow(a: Grey, b: Grey) -> npt.NDArray[np.float32]:
-    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-    return np.asarray(dis.calc(a, b, None))
+    dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    return np.asarray(dis.calc(a, b, None))  # type: ignore[call-overload]
 
 
 def _smoothness(evidence: Evidence, region: str) -> Value:

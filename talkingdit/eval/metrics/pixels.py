@@ -8,7 +8,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from talkingdit.eval.evidence import Evidence, NotMeasured
+from talkingdit.eval.evidence import Evidence, NotMeasured, View
 from talkingdit.eval.metric import PICTURES, FloatArray, Metric, Value, over_people
 from talkingdit.eval.similarity import Frame, cosine, peak_signal_to_noise, structural_similarity
 
@@ -44,9 +44,17 @@ def _sharpness(evidence: Evidence, region: str) -> Value:
     for view in evidence.views(region):
         curve: FloatArray = np.full(len(view.gen), np.nan)
         for f in np.nonzero(view.shown)[0]:
-            curve[f] = np.log10(1 + sharpness_of(view.gen[f]))
+            curve[f] = np.log10(1 + sharpness_of(_as_filmed(view, int(f))))
         values.append((float(np.nanmean(curve)), curve))
     return over_people(values)
+
+
+def _as_filmed(view: View, f: int) -> Frame:
+    """A frame without the enlargement of its crop, which looks like blur."""
+    frame = view.gen[f]
+    if not view.native or view.native >= len(frame):
+        return frame
+    return np.asarray(cv2.resize(frame, (view.native, view.native), interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def _found(evidence: Evidence, region: str) -> Value:

@@ -13,12 +13,13 @@ from torch import Tensor
 from talkingdit import ops
 from talkingdit.atomic import write_whole
 from talkingdit.families.wan_s2v.blocks import BlockInputs
+from talkingdit.nn.layers import lend
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from talkingdit.families.gloria.model import GloriaModel
     from talkingdit.families.gloria.pipeline import GloriaConditions
+    from talkingdit.families.wan_i2v.model import WanI2VModel
 
 QUERIES = 64  # tokens of a latent frame that are asked; evenly spread
 
@@ -35,7 +36,7 @@ class AnchorAttention:
         conditions: of the video, with its anchors as extra tokens.
     """
 
-    def __init__(self, model: GloriaModel, conditions: GloriaConditions):
+    def __init__(self, model: WanI2VModel, conditions: GloriaConditions):
         self._model = model
         self._counts = [extra.tokens for extra in conditions.extra]
         self._sum: Tensor | None = None
@@ -68,10 +69,9 @@ class AnchorAttention:
         assert shard is not None
         if shard.context is not None:
             return
-        q, k = (linear(x[:1]).unflatten(-1, (attention.num_heads, -1)) for linear in (attention.q, attention.k))
-        q, k = ops.qk_norm_rope3d(
-            q, k, attention.norm_q.weight, attention.norm_k.weight, inputs.layout, eps=attention.eps
-        )
+        q, k = (linear(x)[:1].unflatten(-1, (attention.num_heads, -1)) for linear in (attention.q, attention.k))
+        weights = lend(attention.norm_q)[0], lend(attention.norm_k)[0]
+        q, k = ops.qk_norm_rope3d(q, k, *weights, inputs.layout, eps=attention.eps)
         frames, per_frame = shard.clips[0].grid[0], shard.clips[0].per_frame
         found = []
         for frame in range(frames):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from talkingdit.families.gloria.load import LOADER
+from talkingdit.families.gloria.presets import CLASSES
 from talkingdit.families.wan_i2v.checkpoint import WanI2VCheckpoint, WanI2VSettings, load_parts, owned
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class GloriaSettings(WanI2VSettings):
 
 def owns(folder: Path) -> bool:
     """Is this folder a whole checkpoint of Gloria? By the class that its config.json names."""
-    return owned(folder, LOADER)
+    return owned(folder, CLASSES)
 
 
 def read_settings(folder: Path) -> GloriaSettings:
@@ -60,4 +60,6 @@ def read_settings(folder: Path) -> GloriaSettings:
 
 def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device | str) -> WanI2VCheckpoint:
     """A whole checkpoint; see `talkingdit.families.wan_i2v.checkpoint.load_checkpoint`."""
+    from talkingdit.families.gloria.load import LOADER
+
     return load_parts(folder, LOADER, read_settings(folder), dtype, device, audio=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,8 +37,8 @@ DRAWN = 3  # global frames of a video whose row names none
 class GloriaEncoders(WanI2VEncoders):
     """Autoencoder, UMT5, picture encoder and wav2vec 2.0 of a Gloria checkpoint."""
 
-    OFFERS = ("latents", "text", "audio")
-    hears = True
+    OFFERS: ClassVar[tuple[str, ...]] = ("latents", "text", "audio")
+    hears: ClassVar[bool] = True
 
     def read_settings(self) -> Any:
         return read_settings(self.folder)
@@ -84,7 +84,8 @@ def _anchors(reader: ClipReader, kind: str, frames: Sequence[Path | float]) -> T
     images = [_image(reader, frame) for frame in frames]
     size = reader.size
     if kind != GLOBAL:
-        area = reader.encoders.settings.anchor_area
+        settings: Any = reader.encoders.settings
+        area = settings.anchor_area
         size = output_size(images[0].shape[0], images[0].shape[1], area, LEAST)
     return reader.encoders.stills(np.stack([fit_image(image, size, cover=True)[0] for image in images]))
 

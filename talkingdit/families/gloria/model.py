@@ -92,11 +92,9 @@ class GloriaModel(WanI2VModel):
 
     def _silence_audio(self) -> None:
         """Audio begins without effect: its values are zero (section 4.4, stage I)."""
-        for block in self.blocks:
-            if block.audio_attn is not None:
-                nn.init.zeros_(block.audio_attn.v.weight)
-                nn.init.zeros_(block.audio_attn.v.bias)
-                nn.init.zeros_(block.audio_attn.o.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("audio_attn.v.weight", "audio_attn.v.bias", "audio_attn.o.bias")):
+                nn.init.zeros_(parameter)
 
     def anchor_time(self, type: str, kind: str) -> float:
         """Place in time of an anchor's tokens; ValueError for one that does not exist."""

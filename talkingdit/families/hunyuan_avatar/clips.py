@@ -3,7 +3,7 @@
 
 HunyuanVideo-Avatar knows no history: a clip begins where its autoencoder begins, with a latent of one video frame. So
 of the 4 T frames of a cut the last 4 T - 3 are the clip. The picture is encoded as a video that stands still, as in
-generation. Columns of speech are those of the 4 T frames, see `train.py`.
+generation. Columns of speech are those of the 4 T frames, see `samples.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from talkingdit.data.encoders import CheckpointEncoders, Encoders, PlainSettings
 from talkingdit.data.encoding import clip_reader
 from talkingdit.data.sample import Sample
 from talkingdit.families.hunyuan_avatar.checkpoint import find_parts, load_audio_encoder, load_vae, read_settings
-from talkingdit.families.hunyuan_avatar.train import NOT_OF_THE_CLIP, STILL, sample_columns
+from talkingdit.families.hunyuan_avatar.samples import NOT_OF_THE_CLIP, STILL, sample_columns
 
 if TYPE_CHECKING:
     from talkingdit.families.hunyuan_avatar.words import TextEncoder
@@ -61,6 +61,12 @@ class AvatarClipEncoders(Encoders):
         """See `Encoders`."""
         pixels = to_video(video) if isinstance(video, np.ndarray) else video
         return self.codec.encode(pixels)[0].cpu()
+
+    def text(self, caption: str) -> Tensor | None:
+        """The empty caption with a grey picture; others need one, see `captioned`."""
+        if caption:
+            return None
+        return self._texts.get("", lambda: self.captioned("", np.full((64, 64, 3), 128, np.uint8)))
 
     def captioned(self, caption: str, image: np.ndarray) -> Tensor | None:
         """Features [1 + L, dim] of a caption with a picture: the pooled ones, then tokens, zeros where none is."""

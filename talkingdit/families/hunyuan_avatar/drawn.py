@@ -30,7 +30,7 @@ from talkingdit.checkpoints.saving import save_tensors
 from talkingdit.data.sample import ClipRequest, Sample, Shape
 from talkingdit.encoders.log_mel import SpeechFeatures
 from talkingdit.errors import UserError
-from talkingdit.families.hunyuan_avatar.train import EMOTION, NOT_OF_THE_CLIP, STILL
+from talkingdit.families.hunyuan_avatar.samples import EMOTION, NOT_OF_THE_CLIP, STILL
 from talkingdit.families.puppet.drawn import Voice, mouth_cells, read_voices
 from talkingdit.families.training import TrainRun
 from talkingdit.puppets.render import mouth_boxes

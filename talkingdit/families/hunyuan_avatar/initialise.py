@@ -116,8 +116,9 @@ def initialise_from_video_model(model: HunyuanAvatarModel, source: str | Path) -
     """Take the weights of a HunyuanVideo model into a HunyuanVideo-Avatar model, which keeps its own for the rest.
 
     The picture's tokenizer begins as the video's (arXiv:2505.20156, section 3.2). Input channels that the video model
-    does not have (a reference behind the channels) begin at zero, so that the model begins as the video model. The
-    embedding of a guidance scale, which distilled models have, is left aside.
+    does not have (a reference behind the channels) begin at zero, so that the model begins as the video model; those of
+    an image-to-video model beyond the noisy latents' are left aside, and so is the embedding of a guidance scale, which
+    distilled models have.
 
     Args:
         model: on any device, in any dtype; changed in place.
@@ -137,16 +138,17 @@ def initialise_from_video_model(model: HunyuanAvatarModel, source: str | Path) -
         raise UserError(f"{source}: already a HunyuanVideo-Avatar model ({some(trained)}); load it instead.")
     wanted = {name: tuple(p.shape) for name, p in parameters.items() if not NEW.match(name)}
     found = dict(shapes)
-    if _is_narrower(found.get(PATCHES, ()), wanted[PATCHES]):
+    if _other_channels(found.get(PATCHES, ()), wanted[PATCHES]):
         found[PATCHES] = wanted[PATCHES]
     check_names(wanted, found, weights.source, "a HunyuanVideo model of this size")
 
     with torch.no_grad():
         for name, tensor in _native_tensors(weights) if renamed else weights.stream():
             target = parameters[name]
-            if name == PATCHES and tensor.shape[1] < target.shape[1]:
+            if name == PATCHES:
                 target.zero_()
-                target = target[:, : tensor.shape[1]]
+                shared = min(tensor.shape[1], target.shape[1])
+                tensor, target = tensor[:, :shared], target[:, :shared]
             target.copy_(tensor)
         derived = _derive_tokenizer(model)
     new = tuple(name for name in parameters if NEW.match(name) and name not in derived)
@@ -225,6 +227,6 @@ def _open(path: Path) -> Weights:
     return native(open_weights(path))
 
 
-def _is_narrower(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """The same convolution with fewer input channels?"""
-    return len(found) == len(wanted) and found[1] < wanted[1] and found[:1] + found[2:] == wanted[:1] + wanted[2:]
+def _other_channels(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """The same convolution, but for the number of input channels?"""
+    return len(found) == len(wanted) and found[:1] + found[2:] == wanted[:1] + wanted[2:]

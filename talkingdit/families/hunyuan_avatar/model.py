@@ -359,7 +359,7 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
         video = self._hear_voices(index, video, conditions, inplace=not trains)
         if self.emotion_adapter_blocks is not None:
             video = self._feel(index, video, conditions)
-        if video is before:
+        if video is before and len(ranges) == 1:  # unchanged, or in place
             return image
         if trains:
             return image + scatter_ranges(video - before, ranges, image.shape[1])

@@ -43,6 +43,8 @@ class Options(GenerationOptions):
     """features of prompt and negative prompt from a file, in place of the text encoders"""
     sequential: bool = False
     """less memory, more time: one prediction after the other"""
+    step_cache: bool = False
+    """most of the later steps run the last block alone, on what went into it before, by the released schedule"""
     memory: Annotated[str, Flag("SWITCHES")] = ""
     """fit a smaller card, in words that `plan` suggests: weights=cast_fp8,offload=block,text_encoder=cpu,vae=tiled"""
     compile: bool = False

@@ -21,17 +21,8 @@ from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.emotions import Emotion, emotion_index
 from talkingdit.families.hunyuan_avatar.guidance import Guidance
 from talkingdit.families.hunyuan_avatar.options import Options
-from talkingdit.families.hunyuan_avatar.speakers import (
-    Box,
-    Mask,
-    Place,
-    Speaker,
-    check_boxes,
-    draw_mask,
-    named_by_turns,
-    place_speakers,
-    scaled,
-)
+from talkingdit.families.hunyuan_avatar.places import Mask, Place, draw_mask, place_speakers, scaled
+from talkingdit.families.hunyuan_avatar.speakers import Box, Speaker, check_boxes, named_by_turns
 from talkingdit.families.hunyuan_avatar.turns import Solo, Turn, names_in, read_turns
 from talkingdit.media.files import SPEECH_RATE, read_image
 from talkingdit.pipelines.inputs import Frames, Inputs, Mark, Outline, read_voice
@@ -308,6 +299,7 @@ def _kept_settings(details: Details, turns: tuple[Turn, ...], settings: HunyuanA
     return {
         "steps": guidance.steps,
         "guidance": list(astuple(guidance)),
+        "step cache": options.step_cache,
         "negative prompt": details.negative_prompt,
         "prompt prefix": settings.prompt_prefix,
         "shift": settings.shift,

@@ -28,6 +28,7 @@ from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.conditions import VideoConditions
 from talkingdit.families.hunyuan_avatar.encode import encode
 from talkingdit.families.hunyuan_avatar.outline import Details
+from talkingdit.families.hunyuan_avatar.step_cache import FrameCache, computes
 from talkingdit.pipelines.long_video import Carry, ClipPipeline, GeneratedClip, ShiftFusion, denoise
 
 if TYPE_CHECKING:
@@ -119,17 +120,23 @@ class HunyuanAvatarPipeline(ClipPipeline):
         guidance, settings, parallel = conditions.details.guidance, self.settings, self.parallel
         model, fps = self.checkpoint.transformer, settings.fps
         sigmas = noise_levels(guidance.steps, settings.shift)
-        batched = not conditions.details.options.sequential
+        options = conditions.details.options
+        # By prediction. A stage begins without, so that it is the same after an interruption.
+        caches: dict[int, FrameCache] = {}
 
         def predict(window: Tensor, frames: Tensor, step: int) -> list[Tensor]:
             views = guidance.views(step)
             own = list(parallel.own(views))
             found = []
-            for some in [own] if batched else [[view] for view in own]:
+            for number, some in enumerate([[view] for view in own] if options.sequential else [own]):
                 given = conditions.arguments(frames, some, guidance.mask_at(step), fps)
                 x = window[None].expand(len(some), *window.shape)
                 timestep = (1000.0 * sigmas[step]).expand(len(some)).to(x.device)
-                found.append(model(x, timestep, context=parallel.context, **given))
+                cache = None
+                if options.step_cache:
+                    cache = caches.setdefault(number, FrameCache())
+                    cache.at(frames.tolist(), computes(step, guidance.steps))
+                found.append(model(x, timestep, context=parallel.context, cache=cache, **given))
             return list(parallel.exchange(torch.cat(found).float(), len(views)))
 
         def after(stage: int, step: int, x: Tensor) -> None:

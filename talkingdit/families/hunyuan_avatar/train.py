@@ -1,15 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How HunyuanVideo-Avatar is trained: what becomes of a batch, and which files a run begins from and ends with.
-
-A sample brings its voice in `audio` with the face in the region "face", or several in `voices` with faces in regions of
-the same names; a picture in `reference`, with what the autoencoder makes of it as a still video in `outside["still"]`;
-and in `outside["emotion"]` the picture whose expression the clip shows. Of text features the first row holds the pooled
-ones, with zeros behind, where these have another width; otherwise they are the mean of the rows. Rows of zeros are
-padding.
-
-The four columns of features of a latent frame are the four video frames that it ends with; the first latent frame is
-one video frame, so that the first three columns are not of the clip.
-"""
+"""How HunyuanVideo-Avatar is trained: what becomes of a batch (`samples.py`), and its files."""
 
 from __future__ import annotations
 
@@ -26,6 +16,7 @@ from talkingdit.families.hunyuan_avatar.checkpoint import HunyuanAvatarSettings
 from talkingdit.families.hunyuan_avatar.config import RELEASED
 from talkingdit.families.hunyuan_avatar.inputs import AvatarInputs
 from talkingdit.families.hunyuan_avatar.packed import PackedClip
+from talkingdit.families.hunyuan_avatar.samples import EMOTION, FACE, STILL, split_text, voice_features
 from talkingdit.families.hunyuan_avatar.sequence import MAX_CLIPS, tokens_of
 from talkingdit.families.training import TrainBatch, TrainClip, TrainRun, Validator
 
@@ -37,8 +28,6 @@ if TYPE_CHECKING:
 
 EXTRAS: frozenset[str] = frozenset()
 MAX_GROUPS = 2 * MAX_CLIPS  # batches count two per clip, of which there is one here
-FACE, STILL, EMOTION = "face", "still", "emotion"  # names in `Sample.regions` and `Sample.outside`
-NOT_OF_THE_CLIP = 3  # columns of features in front of the first video frame
 TYPICAL_TEXT = 256  # tokens
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
@@ -188,18 +177,6 @@ def _clip(config: Any, clip: TrainClip, text: Tensor, batch: TrainBatch) -> Pack
     )
 
 
-def split_text(config: Any, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Features [L, text_states_dim] of a sample as tokens, their mask [L], and the pooled features."""
-    width = config.text_states_dim_2
-    tokens = text if width == config.text_states_dim else text[1:]
-    if len(tokens) == 0:
-        tokens = text.new_zeros(1, text.shape[1])
-    mask = tokens.any(-1)
-    if width == config.text_states_dim:
-        return tokens, mask, tokens.sum(0) / mask.sum().clamp(min=1)
-    return tokens, mask, text[0, :width]
-
-
 def _voices(config: Any, clip: TrainClip) -> tuple[Tensor | None, Tensor | None]:
     """Features of voices [S, 4 T - 3, window, blocks, channels] and masks [S, T, H, W] of a clip."""
     found = dict(sorted(clip.voices.items())) or ({} if clip.audio is None else {FACE: clip.audio})
@@ -210,17 +187,6 @@ def _voices(config: Any, clip: TrainClip) -> tuple[Tensor | None, Tensor | None]
         return voices, None
     everywhere = torch.ones(clip.latents.shape[1:])
     return voices, torch.stack([clip.regions.get(name, everywhere).float() for name in found])
-
-
-def voice_features(config: Any, columns: Tensor) -> Tensor:
-    """Columns [blocks, window * channels, 4 T] of a sample -> features [4 T - 3, window, blocks, channels]."""
-    columns = columns[..., NOT_OF_THE_CLIP:]
-    return columns.unflatten(1, (config.audio_window, config.audio_channels)).permute(3, 1, 0, 2)
-
-
-def sample_columns(features: Tensor) -> Tensor:
-    """Features of video frames [n, window, blocks, channels] -> columns [blocks, window * channels, n] of a sample."""
-    return features.permute(2, 1, 3, 0).flatten(1, 2)
 
 
 def _kind(clip: PackedClip) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ pipeline.json    `PuppetSettings`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from talkingdit.atomic import write_whole
 from talkingdit.checkpoints.saving import save_model
 from talkingdit.errors import UserError
+from talkingdit.families.wan_s2v.presets import CLASSES
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +128,13 @@ def save_checkpoint(
 
 
 def owns(folder: Path) -> bool:
-    """Is this folder a checkpoint of drawn characters? By its text encoder, or how it says it is used."""
+    """Is this folder a checkpoint of drawn characters? By its text encoder, or how it says it is used.
+
+    Other families have models of the drawn world too, of other transformers.
+    """
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # told when it is loaded
+        if json.loads((folder / "transformer" / "config.json").read_text())["_class_name"] not in CLASSES:
+            return False
     for file, mark in (
         (folder / "text_encoder" / "config.json", "PromptEncoder"),
         (folder / "pipeline.json", "clip_latents"),

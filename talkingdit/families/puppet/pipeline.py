@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from talkingdit.autoencoders.latents import FRAMES_PER_LATENT
 from talkingdit.autoencoders.streaming import to_frames, to_video
 from talkingdit.autoencoders.tail import lookback
 from talkingdit.distributed.layout import Parallel
@@ -101,6 +102,8 @@ class PuppetPipeline(ClipPipeline):
         parallel: how several processes share the work. Each then has a pipeline and makes the same calls, and gets the
             same clips.
     """
+
+    shows = True
 
     def __init__(self, checkpoint: PuppetCheckpoint, parallel: Parallel | None = None):
         self.checkpoint = checkpoint
@@ -238,14 +241,22 @@ class PuppetPipeline(ClipPipeline):
         *,
         last: bool = False,
         progress: Callable[[], None] | None = None,
+        show: Callable[[Tensor], None] | None = None,
     ) -> GeneratedClip:
         """Clip `index`, see `ClipPipeline.clip`."""
         past = conditions.reference if carry is None else carry["latents"].to(self._device)
         encoded = self._encode(conditions, index, past)
         x = self._denoise(conditions, index, encoded, progress)
-        video = conditions.decoder(index, past, x)[:, :, : conditions.frames - index * self.clip_frames]
+        frames = min(self.clip_frames, conditions.frames - index * self.clip_frames)
+        video = conditions.decoder(index, past, x[:, :, : -(-frames // FRAMES_PER_LATENT)])
+        parts = []
+        for part in video:  # a latent's frames each, which are finished by themselves whoever watches
+            left = frames - FRAMES_PER_LATENT * len(parts)
+            parts.append(conditions.finish(part[:, :, :left]))
+            if show is not None:
+                show(parts[-1])
         kept = None if last else {"latents": torch.cat([past, x], dim=2)[:, :, -self._kept :]}
-        return GeneratedClip(index, conditions.finish(video), kept)
+        return GeneratedClip(index, torch.cat(parts, dim=2), kept)
 
     def _encode(self, conditions: VideoConditions, index: int, past: Tensor) -> list[Any]:
         """What the model needs to know for a clip, for each group of predictions."""
@@ -321,13 +332,14 @@ class _Decoder:
         self._stream = stream
         self._next: int | None = None
 
-    def __call__(self, index: int, past: Tensor, latents: Tensor) -> Tensor:
-        """Frames [1, 3, 4 n, 8 H, 8 W] of clip `index`, behind the latents [1, C, k, H, W] before it."""
+    def __call__(self, index: int, past: Tensor, latents: Tensor) -> Iterator[Tensor]:
+        """Frames [1, 3, 4, 8 H, 8 W] of every latent of clip `index`, behind the latents [1, C, k, H, W] before it."""
         if self._next != index:
             # At the beginning the past is the portrait itself: decoded, not shown.
             self._stream.resume(past)
         self._next = index + 1
-        return self._stream(latents)
+        for latent in latents.split(1, dim=2):  # no bit depends on how many are given at once
+            yield self._stream(latent)
 
 
 def _as_it_is(video: Tensor) -> Tensor:

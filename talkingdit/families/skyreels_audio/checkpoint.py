@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from talkingdit.errors import UserError
-from talkingdit.families.skyreels_audio.load import LOADER
+from talkingdit.families.skyreels_audio.presets import CLASSES
 from talkingdit.families.wan_i2v import checkpoint as base
 from talkingdit.families.wan_i2v.checkpoint import WanI2VCheckpoint, WanI2VSettings
 
@@ -53,7 +53,7 @@ class SkyReelsAudioSettings(WanI2VSettings):
 
 def owns(folder: Path) -> bool:
     """Is this folder a SkyReels-Audio checkpoint? By the class that its config.json names."""
-    return base.owned(folder, LOADER)
+    return base.owned(folder, CLASSES)
 
 
 def read_settings(folder: Path) -> SkyReelsAudioSettings:
@@ -90,6 +90,7 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device | str
     """
     from talkingdit.encoders.whisper import load_whisper
     from talkingdit.families.skyreels_audio.audio import WhisperTokens
+    from talkingdit.families.skyreels_audio.load import LOADER
 
     settings, speech = read_settings(folder), speech_folder(folder)
     without = base.load_parts(folder, LOADER, settings, dtype, device)

@@ -2,10 +2,10 @@
 """What of a video is given to the model: latents of the given pixels, and a mask of what it is to make (section 2.3).
 
 The paper makes one model of two tasks by a binary mask: of an animated picture the first frame is given and the others
-are not, of an edited video all frames are, but for boxes on lower faces. Pixels that are not given are grey. The mask
-is max-pooled to the size of latents; the text leaves open of which kind the ones are. Here a cell is to be made if any
-of its pixels is, in any of its four frames: so nothing of a mouth stays given. The model sees one minus that, as in the
-base, where one is what is given; it stands in all mask channels, of which the base has four.
+are not, of an edited video all frames are, but for boxes on lower faces. What is not given is grey. The mask is
+max-pooled to the size of latents; the text leaves open of which kind its ones are. Here a cell is to be made if any of
+its pixels is, in any of its four frames, and all of it is grey: so nothing of a mouth stays given. The model sees one
+minus that, as in the base, where one is what is given; it stands in all mask channels, of which the base has four.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from talkingdit.autoencoders.latents import FRAMES_PER_LATENT
+from talkingdit.autoencoders.latents import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from talkingdit.autoencoders.streaming import to_video
 from talkingdit.autoencoders.strips import Autoencoder
 from talkingdit.families.skyreels_audio.outline import Edit
@@ -53,10 +53,11 @@ class Given:
         return torch.cat([given.to(latents).expand(1, channels, *given.shape), latents], dim=1)
 
 
-def grey_out(frames: Frames, masks: Mask) -> Tensor:
-    """Frames uint8 [F, H, W, 3] as the autoencoder takes them, [1, 3, F, H, W], grey where masks [F, H, W] are true."""
-    video = to_video(frames)
-    return video.masked_fill(torch.from_numpy(np.ascontiguousarray(masks))[None, None], 0.0)
+def grey_out(video: Tensor, made: Tensor) -> Tensor:
+    """Pixels [1, 3, 1 + 4 n, 8 H, 8 W] in -1..1, grey in the cells made [1 + n, H, W] that the model makes."""
+    rows = torch.cat([made[:1], made[1:].repeat_interleave(FRAMES_PER_LATENT, 0)]) > 0
+    pixels = rows.repeat_interleave(PIXELS_PER_LATENT, 1).repeat_interleave(PIXELS_PER_LATENT, 2)
+    return video.masked_fill(pixels.to(video.device), 0.0)
 
 
 def read_frames(edit: Edit, first: int, count: int) -> tuple[Frames, Mask]:
@@ -85,10 +86,10 @@ def masked_clip(edit: Edit, first: int, last: int) -> tuple[Tensor, Tensor]:
     """
     begin = max(0, first - 1 - WARM_UP)
     frames, masks = read_frames(edit, FRAMES_PER_LATENT * begin, 1 + FRAMES_PER_LATENT * (last - 1 - begin))
-    masks = masks.copy()
+    made = torch.from_numpy(cell_masks(masks))
     if begin == 0:
-        masks[0] = False
-    return grey_out(frames, masks), torch.from_numpy(cell_masks(masks)[first - begin :])
+        made[0] = 0
+    return grey_out(to_video(frames), made), made[first - begin :]
 
 
 def given_of(pixels: Tensor, made: Tensor, vae: Autoencoder) -> Given:

@@ -16,5 +16,5 @@ def _model() -> Any:
     return SkyReelsAudioModel
 
 
-LOADER = Loader(_model, CLASSES, complete, mark="audio_proj.")
+LOADER = Loader(_model, CLASSES, complete, mark="audio_proj.1.")
 load, read_config, empty, loads = LOADER.load, LOADER.read_config, LOADER.empty, LOADER.loads

@@ -128,7 +128,7 @@ class SkyReelsAudioModel(WanI2VModel):
             ValueError: features of another shape.
         """
         c: Any = self.config
-        weight = self.audio_proj[1].weight
+        weight: Any = self.audio_proj[1].weight
         found = []
         hears = heard(tuple(frames), FRAMES_PER_LATENT * c.audio_layers, c.audio_window)
         for clip, count, tokens in zip(clips, frames, hears, strict=True):

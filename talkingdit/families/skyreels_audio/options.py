@@ -49,6 +49,8 @@ class Options(GenerationOptions):
     """of what windows share: both (bidirectional), one (the earlier one decides), none (the later one replaces it)"""
     windows: Annotated[int, Flag("N")] = 4
     """windows that are denoised together, and kept as a finished clip"""
+    match_colour: bool = False
+    """bring the colours of later clips of a portrait back to those of the first"""
     sequential: bool = False
     """less memory, more time: one prediction after the other"""
     memory: Annotated[str, Flag("SWITCHES")] = ""

@@ -47,6 +47,7 @@ class Sampling:
         negative_prompt: what not to show.
         window, overlap, windows, fusion: see `Options`.
         video_steps: steps that see all of an edited video.
+        match_colour: bring the colours of later clips back to those of the first.
         seed: each clip has noise of its own, which follows from the seed and its number.
         batched: all predictions in one forward pass.
 
@@ -65,6 +66,7 @@ class Sampling:
     windows: int
     fusion: Fusion
     video_steps: int
+    match_colour: bool = False
     seed: int = 0
     batched: bool = True
 
@@ -98,6 +100,7 @@ class Sampling:
             windows=options.windows,
             fusion=options.fusion,
             video_steps=steps if options.video_steps is None else options.video_steps,
+            match_colour=options.match_colour,
             seed=options.seed,
             batched=not options.sequential,
         )
@@ -172,6 +175,11 @@ def _animation(inputs: Inputs, settings: SkyReelsAudioSettings, options: Options
 def _edit(inputs: Inputs, settings: SkyReelsAudioSettings, options: Options, sampling: Sampling) -> Outline:
     assert options.video is not None
     video = open_edited(options.video)
+    height, width = video.size
+    if height % 2 or width % 2:
+        raise UserError(
+            f"video {str(options.video)!r}: expected an even width and height, as H.264 has, got {width} x {height}."
+        )
     region = given_region(options.mask, video) if options.mask else found_region(video, _faces())
     area = settings.max_area if options.max_area is None else options.max_area
     try:
@@ -183,9 +191,11 @@ def _edit(inputs: Inputs, settings: SkyReelsAudioSettings, options: Options, sam
     spare = Fraction(len(inputs.sound), SPEECH_RATE) - frames / video.rate
     if spare > Fraction(1, 10):
         warnings.append(f"{inputs.job.audio}: {float(spare):.1f} s of the voice are left out, the video is shorter.")
-    for name in ("size", "cover"):
+    if inputs.job.image != options.video:
+        warnings.append("`--image` has no effect beside `--video`, whose first frame shows the person.")
+    for name in ("size", "cover", "match_colour"):
         if getattr(options, name):
-            warnings.append(f"`--{name}` has no effect on a video that is edited.")
+            warnings.append(f"`--{name.replace('_', '-')}` has no effect on a video that is edited.")
     details = Details(sampling, options, latents_of_frames(frames), video.rate, Edit(video, region, crop))
     kept = {"video": _digest(video.path), "region": region.name, "crop": list(vars(crop).values())}
     return _outlined(details, video.size, frames, video.rate, warnings, kept)
@@ -217,7 +227,7 @@ def _outlined(
     height, width = size if details.edit is None else details.edit.crop.size
     return Outline(
         size=size,
-        fps=fps,  # type: ignore[arg-type]
+        fps=fps,
         clips=sampling.clips(details.latents),
         steps=sampling.steps,
         predictions=len(sampling.branches),

@@ -32,6 +32,7 @@ from talkingdit.families.skyreels_audio.known import Given, given_of, masked_cli
 from talkingdit.families.skyreels_audio.outline import Details, Edit, Sampling, clip_span, frames_of
 from talkingdit.families.wan_i2v.conditions import WanI2VConditions, WanI2VInputs
 from talkingdit.families.wan_i2v.pipeline import WanI2VPipeline
+from talkingdit.media.colour import colours, match_colours
 from talkingdit.media.compose import compose
 from talkingdit.media.framing import fit_image
 from talkingdit.pipelines.features import encode_voice
@@ -178,14 +179,26 @@ class SkyReelsAudioPipeline(WanI2VPipeline):
             video = self._vae.decode_after(past.to(self._vae.device), new.to(self._vae.device))
         begin, stop = frames_of(first + given, end)
         video = video[:, :, : min(stop, conditions.frames) - begin]
+        anchor = None if carry is None else carry.get("colours")
         if details.edit is not None and self.parallel.team.rank == 0:
-            video = _composed(details.edit, video, begin)
+            video = self.composed(details.edit, video, begin)
+        elif details.edit is None and sampling.match_colour:
+            anchor, video = (colours(video), video) if anchor is None else (anchor, match_colours(video, anchor))
         kept = None
         if not last:
             keep = max(sampling.overlap, lookback(self.checkpoint.vae))
             latents = x if past is None else torch.cat([past.to(x), new], dim=2)
-            kept = {"latents": latents[:, :, -keep:]}
+            kept = {"latents": latents[:, :, -keep:]} | ({} if anchor is None else {"colours": anchor})
         return GeneratedClip(index, video, kept)
+
+    def composed(self, edit: Edit, video: Tensor, begin: int) -> Tensor:
+        """Frames [1, 3, n, h, w] from number `begin` on, composed into those of the video: uint8 [1, 3, n, H, W]."""
+        made, found = to_frames(video), []
+        for number, frame in enumerate(edit.video.read(begin, len(made))):
+            # The first frame of the video is what the others go on from: it stays as it is.
+            mask = edit.region.masks(begin + number, 1)[0]
+            found.append(compose(frame, made[number], mask, edit.crop) if begin + number else frame)
+        return torch.from_numpy(np.stack(found)).permute(3, 0, 1, 2)[None]
 
     def _denoise(
         self,
@@ -325,13 +338,3 @@ def _columns(features: Features, first: int, end: int) -> Tensor:
     if first == 0:
         columns = torch.cat([columns[..., :1].expand(-1, -1, FRAMES_PER_LATENT - 1), columns], dim=-1)
     return columns.float()
-
-
-def _composed(edit: Edit, video: Tensor, begin: int) -> Tensor:
-    """Frames [1, 3, n, h, w] that the model made, composed into those of the video: uint8 [1, 3, n, H, W]."""
-    made, found = to_frames(video), []
-    for number, frame in enumerate(edit.video.read(begin, len(made))):
-        # The first frame of the video is what the others go on from: it stays as it is.
-        mask = edit.region.masks(begin + number, 1)[0]
-        found.append(compose(frame, made[number], mask, edit.crop) if begin + number else frame)
-    return torch.from_numpy(np.stack(found)).permute(3, 0, 1, 2)[None]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from talkingdit.families.wan_s2v.blocks import BlockInputs, TextCrossAttention, WanBlock, attend_clips
 from talkingdit.families.wan_s2v.conditions import KeyValue
 from talkingdit.nn.layers import LayerNorm, RMSNorm
+from talkingdit.ops import EightBitRows
 
 
 class AudioAttention(Protocol):
@@ -59,7 +60,7 @@ class TextImageCrossAttention(TextCrossAttention):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | EightBitRows,
         text: Tensor,
         inputs: BlockInputs,
         key_value: KeyValue | None = None,
@@ -90,7 +91,7 @@ class WanI2VBlock(WanBlock):
         super().__init__(dim, ffn_dim, num_heads, eps, TextImageCrossAttention(dim, num_heads, eps, image))
         self.audio_attn = audio_attn
 
-    def attend_context(  # type: ignore[override]
+    def attend_context(
         self,
         y: Tensor,
         text: Tensor,

@@ -16,13 +16,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from talkingdit.atomic import write_whole
 from talkingdit.errors import UserError
-from talkingdit.families.wan_i2v.load import LOADER, Loader
+from talkingdit.families.wan_i2v.presets import CLASSES, names_model
 from talkingdit.families.wan_s2v.checkpoint import NEGATIVE_PROMPT, SOLVERS, one_file
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from talkingdit.encoders.clip import PictureEncoder
     from talkingdit.encoders.umt5 import UMT5Encoder
+    from talkingdit.families.wan_i2v.load import Loader
     from talkingdit.families.wan_i2v.model import WanI2VModel
 
 UNKNOWN = ("grey", "zeros")
@@ -140,17 +142,17 @@ class CheckpointPaths:
 
 def owns(folder: Path) -> bool:
     """Is this folder a whole checkpoint of Wan I2V? By the class and the channels that its config.json names."""
-    return owned(folder, LOADER)
+    return owned(folder, CLASSES)
 
 
-def owned(folder: Path, loader: Loader) -> bool:
-    """Does the config.json of a checkpoint's transformer name a model of a loader?"""
+def owned(folder: Path, classes: Sequence[str]) -> bool:
+    """Does the config.json of a checkpoint's transformer name one of these classes?"""
     for file in (folder / "config.json", folder / "transformer" / "config.json"):
         try:
             values = json.loads(file.read_text())
         except (OSError, ValueError):
             continue  # what is wrong with it is told when it is loaded
-        return isinstance(values, dict) and loader.says(values)
+        return isinstance(values, dict) and names_model(values, classes)
     return False
 
 
@@ -201,6 +203,8 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device | str
     Raises:
         UserError: a part is missing or does not load, or the parts do not fit each other.
     """
+    from talkingdit.families.wan_i2v.load import LOADER
+
     return load_parts(folder, LOADER, read_settings(folder), dtype, device)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,8 +40,8 @@ class PictureEncoders(Encoders):
 class WanI2VEncoders(CheckpointEncoders):
     """Autoencoder, UMT5 and, where it is there, picture encoder of a Wan I2V checkpoint; the last goes with latents."""
 
-    OFFERS = ("latents", "text")
-    hears = False
+    OFFERS: ClassVar[tuple[str, ...]] = ("latents", "text")
+    hears: ClassVar[bool] = False
 
     def read_settings(self) -> Any:
         return read_settings(self.folder)
@@ -96,16 +96,19 @@ def encode_clip(
         return encoded(reader, source)
 
 
+def first_frame(reader: ClipReader) -> Frames:
+    """The frame before a clip, uint8 [1, *size, 3]."""
+    # Read as of a clip that starts from it; the name of the clip stays that of the cut.
+    return dataclasses.replace(reader, cut=dataclasses.replace(reader.cut, still=True)).reference()
+
+
 def encoded(reader: ClipReader, source: str, **more: Any) -> Sample:
     """The sample of a reader, with the frame before its clip as the reference.
 
     Args:
         more: further fields of `Sample`.
     """
-    encoders = reader.encoders
-    # Read as of a clip that starts from the frame before it; its name stays that of the cut.
-    first = dataclasses.replace(reader, cut=dataclasses.replace(reader.cut, still=True)).reference()
-    frames = reader.frames()
+    encoders, first, frames = reader.encoders, first_frame(reader), reader.frames()
     if reader.item.entry.is_image:
         latents = encoders.latents(frames)
         latents = torch.cat([latents, latents], dim=1)

@@ -15,7 +15,7 @@ from talkingdit.checkpoints.folder import check_class
 from talkingdit.checkpoints.weights import Weights, open_weights, read_bounded, read_json
 from talkingdit.errors import UserError
 from talkingdit.families.wan_i2v import config as configs
-from talkingdit.families.wan_i2v.presets import CLASSES
+from talkingdit.families.wan_i2v.presets import CLASSES, names_model
 
 
 def _model() -> Any:
@@ -119,24 +119,13 @@ class Loader:
                 found = [
                     file for file in (source / "config.json", source / "transformer" / "config.json") if file.is_file()
                 ]
-                return bool(found) and self.says(read_json(found[0]))
+                return bool(found) and names_model(read_json(found[0]), self.classes)
             shapes = configs.native(open_weights(source)).shapes
             if any(name.startswith(self.never) for name in shapes):
                 return False
             return any(name.startswith(self.mark) for name in shapes) and self._wider(shapes)
         except UserError:
             return False
-
-    def says(self, values: Mapping[str, Any]) -> bool:
-        """Is this the config.json of a model of the family? Classes of all Wan models are told apart by channels."""
-        if values.get("_class_name") not in self.classes:
-            return False
-        if values.get("_class_name") == self.classes[0]:
-            return True
-        channels = values.get("in_dim", values.get("in_channels", 16))
-        return values.get("model_type", "i2v") == "i2v" and channels > values.get(
-            "out_dim", values.get("out_channels", 16)
-        )
 
     def open_transformer(self, path: Path) -> tuple[Weights, dict[str, Any]]:
         """Weights of a transformer under native names, and what its configuration says, without reading a tensor.

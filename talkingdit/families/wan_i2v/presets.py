@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Class names in config.json: ours, that of the official program, that of diffusers. The latter two are those of text to
@@ -45,3 +46,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "image_dim": 32,
     },
 }
+
+
+def names_model(values: Mapping[str, Any], classes: Sequence[str]) -> bool:
+    """Is this the config.json of a model of one of these classes? Channels tell those of all Wan models apart."""
+    if values.get("_class_name") not in classes:
+        return False
+    if values["_class_name"] == classes[0]:
+        return True
+    channels = values.get("in_dim", values.get("in_channels", 16))
+    outside = values.get("out_dim", values.get("out_channels", 16))
+    return bool(values.get("model_type", "i2v") == "i2v" and channels > outside)

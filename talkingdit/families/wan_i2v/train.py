@@ -134,9 +134,14 @@ class ModelClip:
 
 def velocities(transformer: Any, batch: TrainBatch) -> Tensor | Sequence[Tensor]:
     """Velocities of all clips, [n, C, T, H, W] of those of equal shapes, or of each of a packed sequence."""
-    clips = [
-        model_clip(transformer, clip, text, batch.device) for clip, text in zip(batch.clips, batch.texts, strict=True)
-    ]
+    return velocities_of(transformer, batch, model_clip)
+
+
+def velocities_of(
+    transformer: Any, batch: TrainBatch, make: Callable[[Any, TrainClip, Tensor, torch.device], ModelClip]
+) -> Tensor | Sequence[Tensor]:
+    """The same for a family that gives clips to its model in another way."""
+    clips = [make(transformer, clip, text, batch.device) for clip, text in zip(batch.clips, batch.texts, strict=True)]
     if batch.packed:
         found = transformer.denoise_packed(
             [clip.latents for clip in clips],

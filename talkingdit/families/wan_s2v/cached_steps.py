@@ -22,12 +22,12 @@ from talkingdit.pipelines.step_cache import (
 )
 
 if TYPE_CHECKING:
-    from talkingdit.families.wan_s2v.model import WanS2VModel
+    from talkingdit.families.wan_s2v.trunk import WanTrunk
 
 BACKBONE, WIDTH = "wan2.1-t2v-14b", 5120  # whose coefficients serve a checkpoint of its width without its own
 
 
-def fitted_for(model: WanS2VModel, folder: Path) -> Fitted:
+def fitted_for(model: WanTrunk, folder: Path) -> Fitted:
     """Coefficients for a checkpoint.
 
     Raises:
@@ -43,7 +43,7 @@ def fitted_for(model: WanS2VModel, folder: Path) -> Fitted:
 
 
 def cached_steps(
-    model: WanS2VModel,
+    model: WanTrunk,
     timesteps: Tensor,
     branches: int,
     threshold: float,

@@ -43,6 +43,7 @@ VAE_ENCODE = {4: 3310, 2: 3507}
 TILE = 256  # pixels of a side of diffusers' tiles
 TEXT_PARAMETERS = 5_680_910_336  # the encoder of UMT5-XXL
 SPEECH_PARAMETERS = 315_438_720  # wav2vec2-large
+INT8_SUMS = 1 << 27  # bytes of a product's int32 sums that `ops.eight_bit_linear` has at once
 SPEECH_HEARING = 13.2e6  # bytes alive per second of voice at its worst moment, counted
 
 # ---- The model and its clips -----------------------------------------------------------------------------------------
@@ -191,11 +192,14 @@ def step(config: Mapping[str, Any], clip: ClipShape, memory: Memory, size: int) 
     if memory.offload != "none":
         residual *= 2  # hooks keep what a block was given beside what it makes
     weights = noisy * config["num_heads"] * _audio_tokens(config)
+    hidden = min(total, clip.batch * FFN_TOKENS) * config["ffn_dim"]
+    codes = total * dim  # of the input, where layers compute in eight bits: beside what they make, not overwritten
+    eight_bit = memory.precision != "native"
     moments = [
         # normalised input, q, k, v and the result, with the statistics of the softmax
-        residual + 5 * whole + 4 * total * config["num_heads"],
+        residual + 4 * whole + (codes if eight_bit else whole) + 4 * total * config["num_heads"],
         # input and a slice of the hidden layer before and behind the activation
-        residual + whole + 2 * min(total, clip.batch * FFN_TOKENS) * config["ffn_dim"] * size,
+        residual + whole + (codes + hidden * (size + 1) if eight_bit else 2 * hidden * size),
         # normalised input, query and result; absorbed: scores and softmax too
         residual + 3 * only_noisy + (2 * weights * (size + wide) if memory.absorb_audio else 0),
         # the head in float32
@@ -203,8 +207,9 @@ def step(config: Mapping[str, Any], clip: ClipShape, memory: Memory, size: int) 
         # at the beginning: patches beside the whole sequence, narrow and wide
         residual + whole + only_noisy,
     ]
+    sums = min(INT8_SUMS, 4 * max(codes, hidden)) if memory.precision == "int8" else 0
     copies = 6 + clip.batch  # of the latents in float32: what a solver of second order keeps, and the input
-    return max(moments) + 4 * copies * config["in_dim"] * clip.latents * clip.pixels / 64
+    return max(moments) + sums + 4 * copies * config["in_dim"] * clip.latents * clip.pixels / 64
 
 
 def autoencoder(clip: ClipShape, memory: Memory, width: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.options import Options
@@ -128,6 +128,26 @@ class VideoLength:
     skip: int = 0
 
 
+class SizeSettings(Protocol):
+    """What settings of a checkpoint say about sizes."""
+
+    @property
+    def size_multiple(self) -> int: ...
+
+    @property
+    def max_area(self) -> int: ...
+
+
+class SizeOptions(Protocol):
+    """What options say about them."""
+
+    @property
+    def size(self) -> tuple[int, int] | None: ...
+
+    @property
+    def max_area(self) -> int | None: ...
+
+
 def video_length(samples: int, fps: int, clip_frames: int, dropped: int, options: Options) -> VideoLength:
     """How long the video of a voice is.
 
@@ -154,7 +174,7 @@ def video_length(samples: int, fps: int, clip_frames: int, dropped: int, options
     return VideoLength(shown + dropped, shown)
 
 
-def video_size(image: Frames, settings: WanS2VSettings, options: Options) -> tuple[int, int]:
+def video_size(image: Frames, settings: SizeSettings, options: SizeOptions) -> tuple[int, int]:
     """Height and width of the video.
 
     Raises:

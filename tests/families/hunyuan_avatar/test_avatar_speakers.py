@@ -10,15 +10,12 @@ import pytest
 
 from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.emotions import Emotion, emotion_index, read_emotion
+from talkingdit.families.hunyuan_avatar.places import Place, draw_mask, enlarged, place_speakers
 from talkingdit.families.hunyuan_avatar.speakers import (
-    Place,
     Speaker,
     check_boxes,
     check_speakers,
-    draw_mask,
-    enlarged,
     named_by_turns,
-    place_speakers,
     read_speaker,
 )
 from talkingdit.families.hunyuan_avatar.turns import Solo, Turn, names_in, read_turns

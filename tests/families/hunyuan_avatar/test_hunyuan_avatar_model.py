@@ -15,7 +15,7 @@ from talkingdit.families.hunyuan_avatar.inputs import AvatarInputs
 from talkingdit.families.hunyuan_avatar.model import HunyuanAvatarModel
 from talkingdit.families.hunyuan_avatar.packed import PackedClip
 from talkingdit.families.hunyuan_avatar.presets import PRESETS
-from talkingdit.families.hunyuan_avatar.step_cache import RELEASED_STEPS, LastBlockCache, computes
+from talkingdit.families.hunyuan_avatar.step_cache import RELEASED_STEPS, FrameCache, LastBlockCache, computes
 from talkingdit.families.hunyuan_avatar.units import ROOT, UNITS, walk
 from talkingdit.nn.units import unit_of
 
@@ -183,6 +183,27 @@ def test_a_step_from_the_cache_is_the_official_one(golden, official):
     assert relative(out, tensors[f"{case}/cache/out"]) < TOLERANCE
 
 
+def test_windows_find_what_their_frames_left_whichever_window_they_were_in():
+    model, cache = tiny(), FrameCache()
+    windows = [inputs(3, batch=1, seed=seed) for seed in (1, 2)]
+    entered = []
+    hook = model.single_blocks[-1].register_forward_pre_hook(lambda _, given: entered.append(given[0].clone()))
+    with torch.no_grad():
+        want = []
+        for frames, given in zip(([0, 1, 2], [3, 4, 5]), windows, strict=True):
+            cache.at(frames, compute=True)
+            want.append(model(**given, cache=cache))
+        cache.at([3, 4, 5], compute=False)
+        assert relative(model(**windows[1], cache=cache), want[1]) < 1e-12
+        cache.at([2, 3, 4], compute=False)
+        model(**windows[1], cache=cache)
+        cache.at([5, 6, 7], compute=False)
+        assert not cache.skips
+    hook.remove()
+    first, second, mixed = (x[:, 6:24].unflatten(1, (3, 6)) for x in (entered[0], entered[1], entered[3]))
+    assert torch.equal(mixed, torch.cat([first[:, 2:], second[:, :2]], dim=1))
+
+
 def test_the_released_schedule_of_the_cache():
     assert [step for step in range(50) if computes(step, 50)] == sorted(RELEASED_STEPS)
     assert [computes(step, 10) for step in (0, 9)] == [True, True]
@@ -332,13 +353,16 @@ def test_packed_clips_give_what_each_gives_alone():
         ),
         inputs(2, 6, 4, 1, speakers=2, seed=2),
         {k: v for k, v in inputs(1, 4, 4, 1, seed=3).items() if k not in ("reference", "audio", "face_mask")},
+        inputs(1, 4, 4, 1, seed=4),
     ]
+    alike = [inputs(2, 4, 6, 1, seed=seed) for seed in (5, 6)]
     clips[1]["text_mask"] = None
-    packed = [PackedClip(**{k: v[0] for k, v in clip.items() if v is not None}) for clip in clips]
-    for trains in (False, True):
-        with torch.set_grad_enabled(trains):
-            for got, clip in zip(model.denoise_packed(packed), clips, strict=True):
-                assert relative(got[None], model(**clip)) < 1e-6  # sums in float32 parts of the vector differ
+    for batch in (clips, alike):
+        packed = [PackedClip(**{k: v[0] for k, v in clip.items() if v is not None}) for clip in batch]
+        for trains in (False, True):
+            with torch.set_grad_enabled(trains):
+                for got, clip in zip(model.denoise_packed(packed), batch, strict=True):
+                    assert relative(got[None], model(**clip)) < 1e-6  # parts of the vector are sums in float32
 
 
 @pytest.mark.parametrize(

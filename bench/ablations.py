@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the papers claim of their parts, measured on the drawn world: a table of ablations, one command, resumable.
+
+    python -m bench.ablations [--only gloria anchors_hold_identity ...] [--minutes 30] [--folder runs/ablations]
+
+A `Study` is a family's: it prepares data, trains a model for each of its rows, and measures its claims. A row is
+trained once and may serve several claims. Whatever is finished is kept in the folder: drawn clips, checkpoints of
+training, and each measured cell, which also goes into bench/results/ablations.json at once. The same command goes on.
+
+`--quick` goes through all of it in minutes with numbers that mean nothing, for tests; nothing is written to results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench import record
+
+_ROOT = Path(__file__).resolve().parent.parent
+RESULTS = _ROOT / "bench" / "results" / "ablations.json"
+# Modules with a `STUDY`.
+STUDIES = {"gloria": "bench.gloria_rows", "skyreels_audio": "bench.skyreels_rows"}
+
+Measured = Mapping[str, float]  # by name
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is done.
+
+    Args:
+        minutes: of training per row.
+        clips: drawn for training.
+        video_minutes: of the long videos.
+        cases: videos per claim and row.
+        seed: of everything.
+        quick: as little as goes through.
+    """
+
+    minutes: float = 30.0
+    clips: int = 1200
+    video_minutes: float = 5.0
+    cases: int = 8
+    seed: int = 0
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model of a study.
+
+    Args:
+        name: of the row.
+        config: changes of the configuration, by dotted key: {"conditions.anchors.of": "clip"}.
+        options: what is said in generation, by name.
+        model: the row whose weights it takes; empty: it is trained itself.
+    """
+
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of a paper.
+
+    Args:
+        name: in the table.
+        says: the claim, in words.
+        rows: names of the rows that are compared, the full model first.
+        measure: of a row, its exported model, and the budget; the same cases for each row.
+        better: names of measures, with True where more is better.
+    """
+
+    name: str
+    says: str
+    rows: tuple[str, ...]
+    measure: Callable[[Row, Path, Budget], Measured]
+    better: Mapping[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """The ablations of a family.
+
+    Args:
+        name: of the family.
+        config: file of training/configs that all rows start from.
+        rows, claims: what is trained and measured.
+        prepare: writes what training reads into a folder; called again, it goes on.
+    """
+
+    name: str
+    config: str
+    rows: tuple[Row, ...]
+    claims: tuple[Claim, ...]
+    prepare: Callable[[Path, Budget], None]
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+
+def study(name: str) -> Study:
+    """A study by its name."""
+    found: Study = importlib.import_module(STUDIES[name]).STUDY
+    return found
+
+
+def train(chosen: Study, row: Row, folder: Path, budget: Budget) -> Path:
+    """The exported model of a row; trained in a process of its own, which goes on where an earlier one was stopped."""
+    if row.model:
+        return train(chosen, chosen.row(row.model), folder, budget)
+    out = folder / f"{chosen.name}_{row.name}"
+    if not (out / "model" / "config.json").is_file():
+        words = ["--train", f"{chosen.name}/{row.name}", "--folder", str(folder), *_words(budget)]
+        subprocess.run([sys.executable, "-m", "bench.ablations", *words], check=True, cwd=_ROOT)
+    return out / "model"
+
+
+def _words(budget: Budget) -> list[str]:
+    names = ("minutes", "clips", "video_minutes", "cases", "seed")
+    words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(budget, name)))]
+    return [*words, "--quick"] if budget.quick else words
+
+
+def run_training(chosen: Study, row: Row, folder: Path, budget: Budget) -> None:
+    """Train a row in this process, to the end."""
+    from training import parallel
+    from training.config import read_toml
+    from training.loop import Trainer
+
+    config = read_toml(_ROOT / "training" / "configs" / chosen.config)
+    config.run.out = folder / f"{chosen.name}_{row.name}"
+    config.run.seed = budget.seed
+    config.model.start = folder / f"{chosen.name}_start"
+    for source in config.data.sources.values():
+        source.path = folder / f"{chosen.name}_clips"
+    config.run.minutes = 0.0 if budget.quick else budget.minutes
+    config.run.steps = 2
+    for key, value in row.config.items():
+        change(config, key, value)
+    Trainer(config, parallel.start(config.parallel, "cpu")).run()
+    parallel.stop()
+
+
+def change(section: Any, key: str, value: Any) -> None:
+    """Set a value within a configuration: `change(config, "conditions.anchors.of", "clip")`; parts may be tables.
+
+    Raises:
+        ValueError: there is no such key.
+    """
+    first, _, rest = key.partition(".")
+    table = isinstance(section, dict)
+    if not table and not hasattr(section, first):
+        raise ValueError(f"ablations: a configuration has no {key!r} in {type(section).__name__}")
+    if rest:
+        change(section[first] if table else getattr(section, first), rest, value)
+    elif table:
+        section[first] = value
+    else:
+        setattr(section, first, value)
+
+
+@dataclass
+class Table:
+    """What was measured, kept after each cell."""
+
+    file: Path
+    results: Path | None
+    cells: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @staticmethod
+    def open(folder: Path, results: Path | None) -> Table:
+        file = folder / "cells.json"
+        return Table(file, results, json.loads(file.read_text()) if file.is_file() else {})
+
+    def add(self, key: str, cell: dict[str, Any]) -> None:
+        self.cells[key] = cell
+        text = json.dumps(self.cells, indent=1) + "\n"
+        record.write(self.file, text)
+        if self.results is not None:
+            record.write(self.results, text)
+
+
+def run(names: Sequence[str], folder: Path, budget: Budget, results: Path | None) -> Table:
+    """All claims of the studies that are named, or those claims alone; what is measured already stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = Table.open(folder, results)
+    wanted = [(chosen, claim) for chosen in map(study, STUDIES) for claim in chosen.claims]
+    if names:
+        wanted = [(chosen, claim) for chosen, claim in wanted if chosen.name in names or claim.name in names]
+    for chosen, claim in wanted:
+        for name in claim.rows:
+            key = f"{chosen.name}/{claim.name}/{name}/{budget.seed}"
+            said = {"budget": vars(budget)}
+            if table.cells.get(key, {}).get("budget") == said["budget"]:
+                continue
+            row = chosen.row(name)
+            chosen.prepare(folder, budget)
+            model = train(chosen, row, folder, budget)
+            found = dict(claim.measure(row, model, budget))
+            table.add(key, {"measured": found, "says": claim.says, "better": dict(claim.better), **said})
+            print(key, json.dumps(found), file=sys.stderr, flush=True)
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.ablations", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="studies or claims (default: all)")
+    parser.add_argument("--folder", type=Path, default=_ROOT / "runs" / "ablations", metavar="DIR")
+    parser.add_argument("--train", metavar="STUDY/ROW", help="train one row and stop")
+    for name, default in vars(Budget()).items():
+        if name != "quick":
+            parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, metavar="N")
+    parser.add_argument("--quick", action="store_true", help="as little as goes through; nothing goes to results")
+    options = parser.parse_args(arguments)
+    budget = Budget(**{name: getattr(options, name) for name in vars(Budget())})
+    if budget.quick:
+        budget = Budget(0.0, 4, 0.02, 1, budget.seed, True)
+    if options.train:
+        name, _, row = options.train.partition("/")
+        run_training(study(name), study(name).row(row), options.folder.resolve(), budget)
+        return 0
+    run(options.only, options.folder.resolve(), budget, None if budget.quick else RESULTS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What attention on a processor may be: PyTorch's flash kernel, also on float32 copies, and products in slices.
+
+    python -m bench.attention_cpu [--tokens 512 2048] [--heads 12] [--dim 128] [--out bench/results]
+
+Contestants take turns, the fastest turn counts: run it on a machine at rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import record
+
+_RESULTS = Path(__file__).resolve().parent / "results"
+_SCORES = 1 << 22  # elements of the matrix of weights that plain products have at once
+
+Contestant = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def widened(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The flash kernel on float32 copies."""
+    return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+
+
+def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Products of bfloat16, some queries after the other, with the softmax in float32."""
+    scale, step = q.shape[-1] ** -0.5, max(1, _SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    parts = [((part @ k.mT).float() * scale).softmax(-1).to(v.dtype) @ v for part in q.split(step, dim=2)]
+    return torch.cat(parts, dim=2)
+
+
+CONTESTANTS: dict[str, Contestant] = {
+    "flash": F.scaled_dot_product_attention,
+    "flash, float32 copies": widened,
+    "products in slices": products,
+}
+
+
+@torch.no_grad()
+def run(tokens: Sequence[int], heads: int, dim: int, turns: int = 7) -> dict[str, Any]:
+    """Milliseconds and errors against float64 of every contestant, in bfloat16."""
+    result: dict[str, Any] = {**record.header("attention_cpu", torch.device("cpu"), quick=turns < 3), "rows": []}
+    for length in tokens:
+        q, k, v = torch.randn(3, 1, heads, length, dim).bfloat16()
+        truth = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+        best = dict.fromkeys(CONTESTANTS, float("inf"))
+        for _ in range(turns):
+            for name, function in CONTESTANTS.items():
+                begin = time.perf_counter()
+                out = function(q, k, v)
+                best[name] = min(best[name], time.perf_counter() - begin)
+                assert float((out.double() - truth).norm() / truth.norm()) < 2e-2, name
+        row = {"tokens": length, "heads": heads, "dim": dim, **{n: round(1e3 * s, 3) for n, s in best.items()}}
+        result["rows"].append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.attention_cpu", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192], metavar="N")
+    parser.add_argument("--heads", type=int, default=12, metavar="N")
+    parser.add_argument("--dim", type=int, default=128, metavar="N")
+    parser.add_argument("--out", type=Path, metavar="DIR", default=_RESULTS)
+    options = parser.parse_args(arguments)
+    path = options.out / "cpu-attention_cpu.json"
+    record.write(path, json.dumps(run(options.tokens, options.heads, options.dim), indent=1) + "\n")
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drawn scenes of several people: what training is given, a short run from voices to a model, and its measures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from talkingdit.data.sample import ClipRequest, flaw
+from talkingdit.errors import UserError
+from talkingdit.families.hunyuan_avatar import evaluate
+from talkingdit.families.hunyuan_avatar.drawn import PEOPLE, DrawnScenes, Scenes, box_mask, draw_clip, precompute
+from talkingdit.families.puppet.drawn import read_voices
+from talkingdit.puppets import MODEL, VOICE
+from talkingdit.puppets.probe import probe
+from talkingdit.puppets.scenes import face_boxes
+
+CONFIG = Path(__file__).parents[3] / "training" / "configs" / "hunyuan_avatar_scenes.toml"
+
+
+@pytest.fixture(scope="module")
+def voices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One recording of each split, from that which ships."""
+    folder = tmp_path_factory.mktemp("voices")
+    samples, rate = soundfile.read(VOICE, dtype="float32")
+    rows = []
+    for split, part in (("train", samples[: 4 * rate]), ("held_out", samples[2 * rate : 6 * rate])):
+        soundfile.write(folder / f"{split}.flac", part, rate)
+        rows.append({"path": f"{split}.flac", "speaker": split, "language": "en", "split": split})
+    (folder / "index.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scenes(voices: Path, tmp_path_factory: pytest.TempPathFactory) -> DrawnScenes:
+    return DrawnScenes(voices, MODEL / "vae", tmp_path_factory.mktemp("cache"), clips=4, latents=3, size=64, fps=16)
+
+
+def test_clips_show_what_their_voices_say(scenes: DrawnScenes) -> None:
+    """The mouths of those who hear follow the sound of their column; nobody else moves; masks hold the faces."""
+    voices = read_voices(scenes.voices, "train", 16)
+    seen: set[tuple[int, bool]] = set()
+    wide = DrawnScenes(**{**vars(scenes), "latents": 7, "size": 128})
+    for seed in range(12):
+        clip = draw_clip(np.random.default_rng(seed), voices, wide)
+        people = len(clip.play.scene.characters)
+        seen.add((people, clip.mood_picture is not None))
+        assert clip.columns.shape == (PEOPLE, 2, 160, 28)
+        assert clip.play.openings.shape == (people, 25)
+        opening = probe(clip.play.draw(128), people).opening
+        for i in range(PEOPLE):
+            if i >= people:
+                assert not clip.masks[i].any()
+                assert not clip.columns[i].any()
+            elif clip.play.openings[i].any():
+                assert clip.masks[i].any()
+                at = [voice for voice in voices for start in range(len(voice.opening) - 27)
+                      if torch.equal(clip.columns[i], voice.features[..., start : start + 28])
+                      and np.array_equal(clip.play.openings[i], voice.opening[start + 3 : start + 28])]  # fmt: skip
+                assert at, "the first three columns are not of the clip"
+            else:
+                assert opening[i].std() < 0.03
+        if clip.play.moods is not None:
+            assert len(set(clip.play.moods)) == 1
+    assert {people for people, _ in seen} == {1, 2, 3}
+    assert {told for _, told in seen} == {True, False}
+    mask = box_mask(face_boxes(2)[0], 16)
+    assert mask.any()
+    assert not mask[:, 8:].any()
+
+
+def test_an_interrupted_cache_goes_on_and_gives_good_samples(
+    scenes: DrawnScenes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from talkingdit.families.hunyuan_avatar import drawn
+
+    monkeypatch.setattr(drawn, "PART", 2)
+    precompute(scenes)
+    first = scenes.part(0).read_bytes()
+    scenes.part(1).unlink()
+    with pytest.raises(ValueError, match=r"part-00001.safetensors is missing"):
+        Scenes(scenes)
+    precompute(scenes)
+    assert scenes.part(0).read_bytes() == first
+    source = Scenes(scenes)
+    assert len(source) == 4
+    for index in range(4):
+        sample = source.sample(index, np.random.default_rng(0), ClipRequest())
+        assert flaw(sample) is None
+        assert sample.latents.shape == (16, 3, 8, 8)
+        assert set(sample.voices) == {"voice 0", "voice 1", "voice 2"} <= set(sample.regions)
+        assert sample.outside["still"].shape == sample.latents.shape
+        assert torch.equal(sample.reference, sample.outside["still"][:, :1])
+        assert "talking" in sample.caption
+    with pytest.raises(ValueError, match="clips have 3 x 8 x 8 latents"):
+        source.sample(0, np.random.default_rng(0), ClipRequest(frames=2))
+    with pytest.raises(UserError, match=r"data\.vae: expected the folder of an autoencoder"):
+        precompute(DrawnScenes(**{**vars(scenes), "vae": Path("nowhere")}))
+
+
+@pytest.mark.slow
+def test_a_short_run_makes_a_model_that_is_measured(
+    voices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command with two steps, then every row of the measures; a second evaluation takes what is there."""
+    settings = {
+        "run.out": tmp_path / "run", "run.minutes": 0, "run.steps": 2, "run.device": "cpu", "run.threads": 1,
+        "model.clip-latents": 3, "data.voices": voices, "data.vae": MODEL / "vae", "data.cache": tmp_path / "cache",
+        "data.short-videos": 4, "data.size": 64, "batch.count": 1, "batch.size": 2, "optim.warmup-steps": 1,
+        "sample.steps": 2,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "training.train", "--config", str(CONFIG)]
+    for name, value in settings.items():
+        command += [f"--{name}", str(value)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    (exported,) = {path.parent for path in (tmp_path / "run").rglob("pipeline.json")}
+    assert {path.name for path in exported.iterdir()} >= {"transformer", "vae", "text_encoder", "pipeline.json"}
+    assert sum(path.stat().st_size for path in exported.rglob("*") if path.is_file()) < 2 * 12e6  # float32
+
+    out = tmp_path / "result.json"
+    asked = ["--checkpoint", str(exported), "--voices", str(voices), "--out", str(out), "--scenes", "1"]
+    asked += ["--seconds", "2", "--steps", "1", "--injection", f"same={exported}"]
+    assert evaluate.main(asked) == 0
+    table = capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    assert set(rows) == {*evaluate.ROWS, "injection same"}
+    assert rows["injection same"] == rows["injection"]
+    assert all(isinstance(value, float) for row in rows.values() for value in row.values())
+    assert "| seams | ratio" in table
+    monkeypatch.setattr(evaluate, "ROWS", dict.fromkeys(evaluate.ROWS))  # nothing is made again
+    assert evaluate.main(asked) == 0
+    assert capsys.readouterr().out == table
+    assert evaluate.main([*asked[:1], str(MODEL), *asked[2:]]) == 2
+    assert "expected a HunyuanVideo-Avatar checkpoint, got one of drawn characters" in capsys.readouterr().err
+
+
+def test_borders_are_those_of_the_last_step() -> None:
+    """Windows of 3 latents that move on by 1, three steps: the last ones begin at latents 1 and 4."""
+    assert evaluate.borders(25, window=3, shift=1, steps=3) == [1, 13]
+    assert evaluate.borders(25, window=3, shift=1, steps=1) == [9, 21]
