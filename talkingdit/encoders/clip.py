@@ -63,7 +63,7 @@ class PictureEncoder(nn.Module):
             raise ValueError(f"PictureEncoder: images must be uint8 [n, H, W, 3], got {images.dtype} {images.shape}")
         weight = next(self.model.parameters())
         pixels = torch.from_numpy(np.ascontiguousarray(images)).to(weight.device).permute(0, 3, 1, 2).float() / 255
-        side = int(self.model.config.image_size)
+        side: Any = self.model.config.image_size
         pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", align_corners=False)
         mean, std = (torch.tensor(values, device=weight.device).view(1, 3, 1, 1) for values in (MEAN, STD))
         states = self.model(pixel_values=((pixels - mean) / std).to(weight.dtype), output_hidden_states=True)
