@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight-bit layers on the drawn world: whole videos against float32, not ops.
 
-    python -m bench.precision [--videos 8x4x3 50x2x1] [--out bench/results]
+    python -m bench.precision [--videos 8x4x3 50x2x1] [--variants NAME...] [--more] [--out bench/results]
 
 Videos are STEPSxCLIPSxCHARACTERS: so many denoising steps, so many clips long, of so many characters.
 
@@ -102,9 +102,18 @@ def generate(pipeline: Any, job: Job, steps: int) -> np.ndarray:
     return np.concatenate([to_frames(clip.frames) for clip in clips])
 
 
-def run(videos: Sequence[Videos], variants: Sequence[Variant] = VARIANTS, path: Path | None = None) -> dict[str, Any]:
-    """Rows of all variants, the first of which is what the others are compared with; written as they come."""
-    result: dict[str, Any] = {**record.header("precision", torch.device("cpu"), quick=False), "rows": []}
+def run(
+    videos: Sequence[Videos],
+    variants: Sequence[Variant] = VARIANTS,
+    path: Path | None = None,
+    kept: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """Rows of all variants, the first of which is what the others are compared with; written as they come.
+
+    Args:
+        kept: rows of an earlier run, which stand first.
+    """
+    result: dict[str, Any] = {**record.header("precision", torch.device("cpu"), quick=False), "rows": [*kept]}
     for asked in videos:
         truth: dict[int, np.ndarray] = {}
         for variant in variants:
@@ -136,10 +145,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--videos", type=Videos.parse, nargs="+", default=[Videos(8, 4, 3), Videos(50, 2, 1)], metavar="SxCxN"
     )
+    named = {str(variant): variant for variant in VARIANTS}
+    parser.add_argument("--variants", nargs="+", choices=named, default=list(named), help="the first is the reference")
+    parser.add_argument("--more", action="store_true", help="keep the rows of an earlier run")
     parser.add_argument("--out", type=Path, metavar="DIR", default=_RESULTS)
     options = parser.parse_args(arguments)
     path = options.out / "cpu-precision.json"
-    run(options.videos, path=path)
+    kept = json.loads(path.read_text())["rows"] if options.more else []
+    run(options.videos, [named[name] for name in options.variants], path, kept)
     print(path)
     return 0
 

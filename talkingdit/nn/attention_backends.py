@@ -52,6 +52,7 @@ LIBRARIES = {
 }
 BACKENDS = (*TORCH, *LIBRARIES)
 HOPPER = (9, 0)
+_FOUND: dict[str, bool] = {}  # which libraries are installed, of those that were looked for
 
 
 class Choice(NamedTuple):
@@ -86,7 +87,7 @@ def choose(backend: str, q: Tensor, masked: bool, gradients: bool, ring: bool = 
         return backend
     if capability is None:
         return "torch"
-    return _automatic(capability, _takes(LIBRARIES["flash3"], q, masked) and not (gradients and ring))
+    return _on_gpu(capability, _takes(LIBRARIES["flash3"], q, masked) and not (gradients and ring)).backend
 
 
 def torch_kernels(choice: str) -> AbstractContextManager[None]:
@@ -146,10 +147,11 @@ def check(backend: str, device: torch.device) -> None:
         _check_usable(backend, LIBRARIES[backend], device, capability)
 
 
-@functools.cache
 def installed(name: str) -> bool:
-    """Can the library behind a backend be imported?"""
-    return _place(name) is not None
+    """Can the library behind a backend be imported? It is looked for once."""
+    if name not in _FOUND:
+        _FOUND[name] = _place(name) is not None
+    return _FOUND[name]
 
 
 def _place(name: str) -> str | None:
@@ -191,11 +193,6 @@ def _takes(library: Library, q: Tensor, masked: bool) -> bool:
     return half and not masked and q.shape[-1] <= library.head_dim and q.shape[-1] % 8 == 0
 
 
-@torch.compiler.assume_constant_result  # what is installed does not change while a graph lives
-def _automatic(capability: tuple[int, int], takes: bool) -> str:
-    return _on_gpu(capability, takes).backend
-
-
 def _on_gpu(capability: tuple[int, int], takes: bool) -> Choice:
     """Of "auto"; `takes`: FlashAttention 3 takes such a call."""
     if capability != HOPPER:
@@ -212,9 +209,9 @@ def _capability_of(q: Tensor) -> tuple[int, int] | None:
     return _capability(q.device.index or 0) if q.is_cuda else None
 
 
-@functools.cache
 def _capability(device: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    found = torch.cuda.get_device_properties(device)  # the one of these functions that graphs take for a constant
+    return found.major, found.minor
 
 
 def _float8_heads(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,3 +219,8 @@ def _float8_heads(x: Tensor) -> tuple[Tensor, Tensor]:
     most = torch.finfo(torch.float8_e4m3fn).max
     scale = x.abs().amax((1, 3)).float().clamp(min=1e-12) / most
     return (x / scale[:, None, :, None]).clamp(-most, most).to(torch.float8_e4m3fn), scale
+
+
+if torch.cuda.is_available():  # looked for now, not while a graph is being traced
+    for _name in LIBRARIES:
+        installed(_name)

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from collections.abc import Iterator
 
 import attention_libraries
 import pytest
@@ -19,12 +19,11 @@ HALF = torch.bfloat16
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Tensors of the host count as a Hopper's, and no library is installed; what was found is forgotten."""
     monkeypatch.setattr(attention_backends, "_capability_of", lambda q: (9, 0))
-    attention_backends.installed.cache_clear()
-    yield monkeypatch
-    attention_backends.installed.cache_clear()
+    monkeypatch.setattr(attention_backends, "_FOUND", {})
+    return monkeypatch
 
 
 @pytest.fixture
@@ -140,7 +139,7 @@ def test_what_cannot_be_is_refused(with_libraries: pytest.MonkeyPatch) -> None:
         attention(q.detach(), k, v, backend="flash3_fp8")
     for name in attention_libraries.modules():
         with_libraries.delitem(sys.modules, name)
-    attention_backends.installed.cache_clear()
+    attention_backends._FOUND.clear()
     with pytest.raises(ValueError, match="backend sage needs the package sageattention, which is not installed"):
         attention(q.detach(), k, v, backend="sage")
 
@@ -149,6 +148,12 @@ def test_cudnn_first_leaves_the_others_as_a_way_out(on_gpu: pytest.MonkeyPatch) 
     """PyTorch passes over kernels that cannot run, here cuDNN on the host."""
     q, k, v = tensors()
     assert error(attention(q, k, v), exact(q, k, v)) < 4e-3
+
+
+def test_importing_the_choice_brings_no_compiler_in() -> None:
+    """Which takes seconds."""
+    code = "import sys, talkingdit.nn; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_info_tells_the_choice_and_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
