@@ -125,13 +125,13 @@ def test_a_cut_is_found_to_the_picture(at: int) -> None:
 
 
 def test_two_voices_are_told_apart() -> None:
-    """The second voice is the first one, higher by a quarter in pitch and formants."""
+    """The second voice is the first one, half as high again in pitch and formants."""
     need_stages("voices")
     from talkingdit.detect.voices import count_voices, embed, likeness_of_parts
 
     voice = normalise_loudness(soundfile.read(VOICE, dtype="float32")[0])
     half = 4 * RATE
-    places = np.arange(0, half * 1.3, 1.3)[:half]
+    places = np.arange(0, half * 1.5, 1.5)[:half]
     other = np.interp(places, np.arange(len(voice)), voice).astype(np.float32)
     one = embed(voice, [(0.0, 8.0)], 0.2)
     two = embed(np.concatenate([voice[:half], other]), [(0.0, 8.0)], 0.2)
