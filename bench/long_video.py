@@ -156,7 +156,7 @@ def first_frame(repeats: int) -> dict[str, Any]:
 
     family, assets = families.get("puppet"), default_checkpoint().parent
     checkpoint = family.checkpoint.load_checkpoint(default_checkpoint(), torch.float32, "cpu")
-    pipeline = family.pipeline.open_pipeline(checkpoint)
+    pipeline: Any = family.pipeline.open_pipeline(checkpoint)
     denoise, spent = pipeline._denoise, []
 
     def timed(*arguments: Any) -> Any:

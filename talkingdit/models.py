@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
 
     from talkingdit.encoders.text import TextFeatures
+    from talkingdit.families.hunyuan_avatar.inputs import AvatarInputs
+    from talkingdit.families.hunyuan_avatar.model import HunyuanAvatarModel
     from talkingdit.families.puppet.text import PromptEncoder
     from talkingdit.families.wan_s2v.conditions import WanConditions, WanInputs
     from talkingdit.families.wan_s2v.model import WanS2VModel
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from talkingdit.families.wan_s2v.sequence import tokens_of
 
 _HOMES = {
+    "AvatarInputs": "talkingdit.families.hunyuan_avatar.inputs",
+    "HunyuanAvatarModel": "talkingdit.families.hunyuan_avatar.model",
     "PackedClip": "talkingdit.families.wan_s2v.packed",
     "PromptEncoder": "talkingdit.families.puppet.text",
     "TextFeatures": "talkingdit.encoders.text",
@@ -31,6 +35,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "AvatarInputs",
+    "HunyuanAvatarModel",
     "PackedClip",
     "PromptEncoder",
     "TextFeatures",

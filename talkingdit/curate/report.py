@@ -98,13 +98,14 @@ def _histogram(step: Step, clips: list[Clip]) -> str:
     if len(set(values)) < 3:
         return ""
     low, high = min(values), max(values)
-    counts = [0] * BARS
+    counts, good = [0] * BARS, [0] * BARS
     for value in values:
-        counts[min(BARS - 1, int((value - low) / (high - low) * BARS))] += 1
+        bar = min(BARS - 1, int((value - low) / (high - low) * BARS))
+        counts[bar] += 1
+        good[bar] += step.limit.keeps(value)
     bars = []
     for i, count in enumerate(counts):
-        middle = low + (i + 0.5) / BARS * (high - low)
-        colour = "var(--good)" if step.limit.keeps(middle) else "var(--bad)"
+        colour = "var(--good)" if 2 * good[i] > count else "var(--bad)"
         tall = 40 * math.sqrt(count / max(counts))
         bars.append(f'<rect x="{i * 10}" y="{42 - tall:.1f}" width="9" height="{tall:.1f}" fill="{colour}"/>')
     ends = f'<text x="0" y="53" font-size="9" fill="currentColor">{low:.3g}</text>'

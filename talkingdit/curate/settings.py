@@ -53,7 +53,7 @@ class Watch:
     face_every: float = 0.24
     clip_seconds: float = 20.0
     min_seconds: float = 1.0
-    cut: float = 0.5
+    cut: float = 0.4
     same_voice: float = 0.645
     largest_lag: float = 0.6
     stages: tuple[str, ...] = (
@@ -105,7 +105,7 @@ LIMITS: dict[str, Limit] = {
     "clip.seconds": Limit(at_least=2.0, required=True),
     "clip.height": Limit(at_least=128),
     "faces.people": Limit(at_least=1, at_most=1, required=True),
-    "faces.share": Limit(at_least=0.9, required=True),
+    "faces.share": Limit(at_least=0.85, required=True),
     "faces.height": Limit(at_least=0.08),
     "body.head_share": Limit(at_least=0.06, at_most=1.0),
     "sharpness.face": Limit(at_least=25.0),

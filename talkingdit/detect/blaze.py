@@ -60,12 +60,11 @@ def large_faces(frame: NDArray[np.uint8], threshold: float = 0.5) -> list[Face]:
     points = (points * SIDE - offset) / scale
     boxes = corners.reshape(-1, 4)
     kept = _separate(boxes.astype(np.float32), score[chosen].astype(np.float32))
-    found = [
-        Face(
-            *map(float, boxes[i]), float(score[chosen[i]]), tuple((float(x), float(y)) for x, y in points[i][[*POINTS]])
-        )
-        for i in kept
-    ]
+    found = []
+    for i in kept:
+        x0, y0, x1, y1 = map(float, boxes[i])
+        marks = tuple((float(x), float(y)) for x, y in points[i][[*POINTS]])
+        found.append(Face(x0, y0, x1, y1, float(score[chosen[i]]), marks))
     return [face for face in found if face.x1 > face.x0 and face.y1 > face.y0]
 
 

@@ -16,7 +16,7 @@ class Flow:
         import cv2
 
         self._side = side
-        self._search: Any = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
+        self._search: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
 
     def __call__(self, before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[np.float32]:
         """How far each place moves: float32 [h, w, 2] in parts of the longer side; pictures are uint8 [H, W, 3]."""

@@ -57,7 +57,7 @@ class VideoWriter:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        fps: float,
+        fps: float | Fraction,
         size: tuple[int, int],
         audio: np.ndarray | str | os.PathLike[str] | Track | None = None,
         rate: int = SPEECH_RATE,

@@ -26,7 +26,13 @@ from talkingdit.ops._rope_layout import RopeLayout, Segment
 from talkingdit.ops.audio_attention import audio_attention, audio_attention_reference
 from talkingdit.ops.rope3d import rope3d, rope3d_reference
 
-__all__ = ["HeardTokens", "audio_rope_attention", "audio_rope_attention_reference", "heard_tokens"]
+__all__ = [
+    "HeardTokens",
+    "audio_rope_attention",
+    "audio_rope_attention_reference",
+    "audio_rope_layout",
+    "heard_tokens",
+]
 
 
 class HeardTokens(NamedTuple):
@@ -70,23 +76,35 @@ def _layout(positions: tuple[float, ...], dim: int, theta: float) -> RopeLayout:
     return RopeLayout([Segment(positions)], split=(dim,), theta=theta)
 
 
-def _key_layout(name: str, k: Tensor, positions: Tensor, theta: float) -> RopeLayout:
+def audio_rope_layout(positions: Tensor, dim: int, theta: float = 10000.0) -> RopeLayout:
+    """How keys of these positions, float [F, A] on the host, are turned: what a compiled graph is given of them.
+
+    Args:
+        dim: channels of a head, even.
+        theta: base of the frequencies.
+    """
+    return _layout(tuple(positions.double().flatten().tolist()), dim, float(theta))
+
+
+def _key_layout(name: str, k: Tensor, positions: Tensor | RopeLayout, theta: float) -> RopeLayout:
     if k.dim() != 5:
         raise ValueError(f"{name}: k must be [B, F, A, H, D], got shape {tuple(k.shape)}")
+    if isinstance(positions, RopeLayout):
+        return positions
     if tuple(positions.shape) != tuple(k.shape[1:3]):
         raise ValueError(
             f"{name}: positions must have shape [F, A] = {tuple(k.shape[1:3])}, got {tuple(positions.shape)}"
         )
     if positions.device.type != "cpu":
         raise ValueError(f"{name}: positions must be on the host, got {positions.device}")
-    return _layout(tuple(positions.double().flatten().tolist()), k.shape[4], float(theta))
+    return audio_rope_layout(positions, k.shape[4], theta)
 
 
 def audio_rope_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    positions: Tensor,
+    positions: Tensor | RopeLayout,
     tokens_per_frame: int,
     token_offset: int = 0,
     kv_lens: Tensor | None = None,
@@ -98,7 +116,8 @@ def audio_rope_attention(
     Args:
         q: [B, N, H, D], not rotated; D even.
         k, v: [B, F, A, H, D], what each frame hears, see `heard_tokens`.
-        positions: float [F, A] on the host: time of each audio token minus that of its frame, in any unit.
+        positions: float [F, A] on the host: time of each audio token minus that of its frame, in any unit. Or the
+            `audio_rope_layout` of such.
         tokens_per_frame, token_offset, kv_lens, scale: as of `audio_attention`.
         theta: base of the frequencies; channels (2 i, 2 i + 1) turn by position * theta ** (-2 i / D).
 

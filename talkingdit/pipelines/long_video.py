@@ -96,10 +96,10 @@ def denoise(
         sigmas: S + 1 noise levels, from the highest to the last.
         plan: `ShiftFusion`, `OverlapBlend`, `ChunkPrefix`, `ClipPrefix`, or any `plans.Plan`.
         predict: called as ``predict(window [C, f, H, W], frames [f], step)``, in the order of the windows, and gives
-            one to four predictions [C, f, H, W] of the velocity, a list of tensors (a single tensor is one
-            prediction). `frames` are the frames of the video under the window's slots, int64 on the host, already
-            modulo L. With ``batch > 1`` it is called with windows [n, C, f, H, W] and frames [n, f], n from 1 to
-            batch, and gives predictions [n, C, f, H, W].
+            one to four predictions [C, f, H, W] of the velocity, a list of tensors (a single tensor is one prediction)
+            of any floating-point type. `frames` are the frames of the video under the window's slots, int64 on the
+            host, already modulo L. With ``batch > 1`` it is called with windows [n, C, f, H, W] and frames [n, f], n
+            from 1 to batch, and gives predictions [n, C, f, H, W].
         coefficients: ``coefficients(step)`` gives K numbers for K predictions, w above: `pipelines.guidance` has the
             forms of the papers. K + 1 numbers (a, b_1, ..., b_K) are instead the whole update of a linear sampler, a
             x + sum_k b_k p_k.

@@ -168,8 +168,13 @@ class StageStep:
                 )
         if not found:
             raise ValueError(f"denoise: predict must give at least one prediction, got none in step {step}")
-        found = [p if p.dim() == 5 else p[None] for p in found]
+        found = [self._typed(p if p.dim() == 5 else p[None]) for p in found]
         return [_pad(p, windows.frames) for p in found]
+
+    def _typed(self, prediction: Tensor) -> Tensor:
+        """In the type of the latents, but for 16-bit predictions of float32 latents, which are read as they are."""
+        narrow = self.x.dtype == torch.float32 and prediction.dtype in (torch.bfloat16, torch.float16)
+        return prediction if narrow else prediction.to(self.x.dtype)
 
     # ---- Predictions that are used again -----------------------------------------------------------------------------
     def _keep(self, windows: Windows, group: range, predictions: list[Tensor]) -> None:

@@ -30,7 +30,7 @@ class PreviewCurves(Protocol):
     def add(self, frames: Frames) -> None:
         """The next frames [n, H, W, 3]."""
 
-    def curves(self, sound: Sound, fps: int) -> Mapping[str, NDArray[np.float32]]:
+    def curves(self, sound: Sound, fps: float) -> Mapping[str, NDArray[np.float32]]:
         """Name to [frames] values, of all frames that were added and the sound [samples] at 16 kHz."""
 
 
@@ -155,8 +155,8 @@ class VideoSink:
             marked(np.stack(self._shown.frames), self._outline.marks),
             waveform,
             rate,
-            fps,
-            {} if self._curves is None else self._curves.curves(sound, fps),
+            float(fps),
+            {} if self._curves is None else self._curves.curves(sound, float(fps)),
             path,
             title=title,
             times=[(number + 0.5) / fps for number in self._shown.numbers],

@@ -63,7 +63,7 @@ def anchored(media: Path) -> list[str]:
 def whole(folder: Path, media: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The video of a run that nobody stopped, with a figure."""
     work = tmp_path_factory.mktemp("whole")
-    figure = ["--attention", str(work / "seen.png")]
+    figure = ["--attention-figure", str(work / "seen.png")]
     assert main(arguments(media, folder, work / "out.mp4", *anchored(media), *figure)) == 0
     return work
 
@@ -93,7 +93,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_video(
         "GloriaPipeline.clip = killed\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
-    figure = ["--attention", str(tmp_path / "seen.png")]
+    figure = ["--attention-figure", str(tmp_path / "seen.png")]
     words = arguments(media, folder, tmp_path / "out.mp4", *anchored(media), *figure)
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -123,6 +123,10 @@ def test_what_is_wrong_with_anchors_is_said(
     assert "kind of view must be one of front, back, left, right, got 'top'" in said
     said = refused([*words, "--anchor", f"view/back={back}", "--anchor", f"view/back={back}"], capsys)
     assert f"anchor view/back: given twice, as {back} and {back}; take one." in said
+    over = [*words, "--anchor", f"view/back={back}", "--attention-figure", back]
+    assert f"attention_figure {back!r}: expected a file of its own, got the one given as anchor view/back" in refused(
+        over, capsys
+    )
     assert "nowhere.png" in refused([*words, "--anchor", "global=nowhere.png"], capsys)
     assert list(tmp_path.iterdir()) == []
 

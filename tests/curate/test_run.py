@@ -150,6 +150,24 @@ def test_ray_does_the_same(tmp_path: Path) -> None:
     assert [c.figures for c in here.decisions.clips] == [c.figures for c in outcome.decisions.clips]
 
 
+def test_stages_with_a_card_get_what_others_have_decoded(tmp_path: Path) -> None:
+    """As Ray passes it from actor to actor, without Ray."""
+    from talkingdit.curate.local import Task
+    from talkingdit.curate.on_ray import Actor, CardActor
+
+    make_videos(tmp_path / "videos", ["a"])
+    stages = ("planted:Quick", "planted:Card")
+    task = Task(Watch(stages=stages, cut=0, min_seconds=0.5, card_pictures=4), tmp_path, anchors=False)
+    row = {"key": "a", "path": str(tmp_path / "videos/a.mp4"), "start": 0.0, "end": None, "caption": ""}
+    first = Actor(task, False)({"video": [json.dumps(row)]})
+    figures = json.loads(first["record"][0])["clips"][0]["figures"]
+    assert "card.pictures" not in figures
+    (record,) = CardActor(task)(first)["record"]
+    (clip,) = json.loads(record)["clips"]
+    assert (clip["figures"]["card.pictures"], clip["figures"]["card.heard"]) == (4, figures["heard"])
+    assert set(clip["took"]) == set(stages)
+
+
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="found nothing there"):
         run(job(tmp_path, tmp_path / "none"))

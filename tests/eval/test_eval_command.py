@@ -135,6 +135,26 @@ def test_two_workers_find_the_same(root: Path) -> None:
     assert results(root) == before
 
 
+def test_a_damaged_file_of_what_is_known_is_measured_again(root: Path) -> None:
+    assert main(words(root)) == 0
+    before = results(root)
+    kept = sorted((root / "out" / "videos").glob("*.json"))
+    kept[0].write_bytes(kept[0].read_bytes()[:100])
+    kept[1].with_suffix(".safetensors").write_bytes(b"")
+    assert main(words(root)) == 0
+    assert results(root) == before
+    assert not list((root / "out").rglob("*.part*"))
+
+
+def test_win_rates_of_a_judge(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = root / "judge.sh"
+    program.write_text('#!/bin/sh\ncase "$1" in *sharp*) echo 1;; *) echo 2;; esac\n')
+    program.chmod(0o755)
+    assert main(words(root, "--judge", str(program))) == 0
+    assert "win rate of sharp against soft: 100.0 % of 2" in capsys.readouterr().out
+    assert json.loads((root / "out" / "win_rates.json").read_text())["systems"]["sharp"]["n"] == 2
+
+
 def test_a_broken_video_costs_itself_alone(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = root / "broken"
     shutil.copytree(root / "soft", folder)

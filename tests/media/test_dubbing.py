@@ -10,7 +10,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from painted_faces import painted_face
 
+from talkingdit.detect.faces import available, faces
 from talkingdit.errors import UserError
 from talkingdit.media.compose import Crop, compose, crop_around, soft
 from talkingdit.media.edited import open_edited
@@ -88,6 +90,22 @@ def test_a_face_is_followed_over_gaps_and_others_are_not(video: Path) -> None:
     np.testing.assert_allclose(boxes[:, 1], 40)
     with pytest.raises(UserError, match="no face was found"):
         found_region(edited, lambda frame: [])
+
+
+@pytest.mark.skipif(not available(), reason="the weights of the face detector are not installed")
+def test_a_painted_face_is_found_and_its_mouth_is_in_the_mask(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "face.mp4", 25, (192, 256), crf=4) as writer:
+        for number in range(9):
+            frame = np.full((192, 256, 3), (90, 110, 130), np.uint8)
+            frame[16:176, 30 + 3 * number : 190 + 3 * number] = painted_face(160)
+            writer.write(frame)
+    region = found_region(open_edited(tmp_path / "face.mp4"), faces)
+    for number in (0, 4, 8):
+        mask = region.masks(number, 1)[0]
+        mouth = 16 + round(160 * (0.5 + 0.55 * 0.44)), 30 + 3 * number + 80
+        eyes = 16 + round(160 * (0.5 - 0.15 * 0.44))
+        assert mask[mouth[0] - 6 : mouth[0] + 6, mouth[1] - 14 : mouth[1] + 14].all()
+        assert not mask[:eyes].any()
 
 
 def test_masks_are_max_pooled_as_the_autoencoder_shrinks_frames() -> None:

@@ -107,3 +107,16 @@ def test_bad_input(tmp_path: Path, changes: dict, said: str) -> None:
 def test_unwritable_target(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected an existing folder"):
         draw(tmp_path / "nowhere" / "a.png")
+
+
+def test_boxes_are_shown_on_the_first_frame_alone():
+    from talkingdit.pipelines.inputs import Mark
+    from talkingdit.pipelines.write import marked
+
+    frames = np.zeros((3, 60, 80, 3), np.uint8)
+    shown = marked(frames, (Mark("anna", (10.0, 5.0, 40.0, 50.0)), Mark("", (50.0, 5.0, 70.0, 50.0))))
+    assert np.array_equal(shown[1:], frames[1:])
+    assert shown[0, 5, 10:41].any(1).all()
+    assert shown[0, 5:51, 70].any(1).all()
+    assert not shown[0, 30:45, 15:35].any()  # inside of a box, below its name
+    assert marked(frames, ()) is frames

@@ -88,6 +88,16 @@ def test_error_is_at_most_twice_that_of_turning_both_eagerly(dtype: torch.dtype)
     assert error <= 2 * theirs
 
 
+def test_it_is_one_graph_with_a_layout() -> None:
+    q, k, v = make()
+    heard = ops.heard_tokens(5, 4, 0)
+    k, v = k[:, heard.index], v[:, heard.index]
+    layout = ops.audio_rope_layout(heard.positions, 32)
+    compiled = torch.compile(ops.audio_rope_attention, fullgraph=True, backend="eager")
+    wanted = ops.audio_rope_attention(q, k, v, heard.positions, 6)
+    torch.testing.assert_close(compiled(q, k, v, layout, 6), wanted)
+
+
 def test_what_does_not_fit_is_told() -> None:
     q, k, v = make()
     with pytest.raises(ValueError, match=r"positions must have shape \[F, A\] = \(5, 4\), got \(5, 3\)"):

@@ -186,6 +186,9 @@ def test_latents_of_lower_precision_and_a_samplers_own_update() -> None:
     assert rounded.dtype == torch.bfloat16
     exact = run(x.bfloat16().double(), OverlapBlend(6, 2))
     assert float((rounded.double() - exact).norm() / exact.norm()) < 1e-2
+    plan, double = OverlapBlend(6, 2), lambda w, f, s: network(w.double(), f, s)
+    wide = denoise(x.float(), SIGMAS, plan, double, lambda s: WEIGHTS)
+    torch.testing.assert_close(wide, run(x.float(), OverlapBlend(6, 2)), rtol=1e-4, atol=1e-4)
     update = denoise(x, [1.0, 0.5], ShiftFusion(6, 6, 4), lambda w, f, s: [w, w], lambda s: [0.5, 0.2, 0.1])
     torch.testing.assert_close(update, 0.8 * x, rtol=1e-12, atol=1e-12)
 

@@ -24,7 +24,8 @@ class BodyStage:
             raise NotInstalledError(f"body: the weights of bodies and hands are not installed, {tflite.GET}.")
 
     def measure(self, look: Look, found: Found) -> Figures:
-        shares, figures = [], {"body.stills": len(look.stills)}
+        shares: list[float] = []
+        figures: Figures = {"body.stills": len(look.stills)}
         person = found.people[0] if found.people else None
         tracked = 0
         for number, still in enumerate(look.stills):

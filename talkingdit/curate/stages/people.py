@@ -157,7 +157,7 @@ def _roll(face: Face) -> float:
 
 def _scaled(face: Face, ratio: float) -> Face:
     points = tuple((x * ratio, y * ratio) for x, y in face.landmarks)
-    return Face(*(side * ratio for side in face.box), face.score, points)
+    return Face(face.x0 * ratio, face.y0 * ratio, face.x1 * ratio, face.y1 * ratio, face.score, points)
 
 
 def _area(boxes: NDArray[np.float32]) -> float:

@@ -83,7 +83,7 @@ def read_anchor(text: str) -> AnchorFile:
     return AnchorFile(type, kind, Path(path))
 
 
-def check_apart(anchors: tuple[AnchorFile, ...]) -> None:
+def check_once(anchors: tuple[AnchorFile, ...]) -> None:
     """Is each anchor given once? There are then at most one global, four views and eight expressions.
 
     Raises:

@@ -57,10 +57,9 @@ class AnchorAttention:
             hook.remove()
 
     @property
-    def weights(self) -> Tensor:
-        """[anchors, latent frames] in 0..1."""
-        assert self._sum is not None
-        return self._sum / self._times
+    def weights(self) -> Tensor | None:
+        """[anchors, latent frames] in 0..1; None where they could not be seen."""
+        return None if self._sum is None else self._sum / self._times
 
     @torch.no_grad()
     def _watch(self, attention: Any, given: tuple[Tensor, BlockInputs]) -> None:

@@ -23,14 +23,16 @@ class Options(WanOptions):
     """leave the global anchor out; a long video drifts then"""
     audio_guidance: Annotated[float | None, Flag("G")] = None
     """how strongly to follow the voice (default: of the checkpoint, 4.5)"""
-    attention: Annotated[Path | None, Flag("PNG")] = None
+    attention_figure: Annotated[Path | None, Flag("PNG")] = None
     """a figure to write: how much the video looks at each anchor, over time"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_guidance("audio_guidance")
-        if self.attention is not None and self.attention.suffix.lower() != ".png":
-            raise ValueError(f"generate: attention must be a name that ends in .png, got {str(self.attention)!r}")
+        if self.attention_figure is not None and self.attention_figure.suffix.lower() != ".png":
+            raise ValueError(
+                f"generate: attention_figure must be a name that ends in .png, got {str(self.attention_figure)!r}"
+            )
 
     def files(self) -> dict[str, Path]:
         """The anchors, which are read; the figure is written."""

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from talkingdit.errors import UserError
-from talkingdit.families.gloria.anchors import GLOBAL, KINDS, AnchorFile, check_apart
+from talkingdit.families.gloria.anchors import GLOBAL, KINDS, AnchorFile, check_once
 from talkingdit.families.gloria.options import Options
 from talkingdit.families.wan_i2v.outline import Details as WanDetails
 from talkingdit.families.wan_i2v.outline import latents_of_frames, outlined, sampling_of, video_frames
 from talkingdit.media.files import read_image
 from talkingdit.media.framing import fit_image, output_size
-from talkingdit.media.targets import check_writable
+from talkingdit.media.targets import check_apart, check_writable
 from talkingdit.pipelines.inputs import Frames, Inputs, Outline
 from talkingdit.pipelines.plans import ChunkPrefix
 
@@ -69,7 +69,7 @@ def read_anchors(
     Raises:
         UserError: a file is none, an anchor is given twice, or no size fits.
     """
-    check_apart(files)
+    check_once(files)
     found = []
     for anchor in sorted(files, key=lambda one: (list(KINDS).index(one.type), KINDS[one.type].index(one.kind))):
         image = read_image(anchor.path)
@@ -97,8 +97,13 @@ def outline(inputs: Inputs, settings: GloriaSettings, options: Options) -> Outli
             f"generate: chunk_latents must be more than the {settings.prefix_latents} that chunks share, "
             f"got {sampling.chunk_latents}."
         )
-    if options.attention is not None:
-        check_writable(options.attention)
+    if options.attention_figure is not None:
+        figure, job = options.attention_figure, inputs.job
+        written = {"attention_figure": figure, "attention_figure's numbers": figure.with_suffix(".csv")}
+        read = {"image": job.image, "audio": job.audio, **options.files()}
+        check_apart({"output": job.output, "sheet": job.sheet, **written}, read)
+        for target in written.values():
+            check_writable(target)
     plan = chunk_plan(sampling.chunk_latents, settings.prefix_latents)
     latents = latents_of_frames(video_frames(inputs, settings.fps, options))
     chunks = len(list(plan.stages(latents)))
@@ -109,7 +114,7 @@ def outline(inputs: Inputs, settings: GloriaSettings, options: Options) -> Outli
     kept = {anchor.name: _digest(anchor.image) for anchor in anchors}
     return replace(
         plain,
-        settings={**plain.settings, "anchors": kept, "attention figure": options.attention is not None},
+        settings={**plain.settings, "anchors": kept, "attention figure": options.attention_figure is not None},
         details=Details(sampling, options, latents, anchors, plan),
     )
 

@@ -64,6 +64,18 @@ def open_pipeline(checkpoint: WanI2VCheckpoint, parallel: Parallel | None = None
 class GloriaPipeline(WanI2VPipeline):
     """Generates chunks with a checkpoint. It keeps no state; several videos may be made at once."""
 
+    def warnings(self, inputs: Inputs, outline: Outline) -> tuple[str, ...]:
+        """As of Wan I2V; and where no figure can be made."""
+        details: Details = outline.details
+        found = super().warnings(inputs, outline)
+        if details.options.attention_figure is not None and self.parallel.context is not None:
+            found += (
+                "`--attention-figure` has no effect where processes share the sequence: none of them has all keys.",
+            )
+        elif details.options.attention_figure is not None and not details.anchors:
+            found += ("`--attention-figure` has no effect without anchors.",)
+        return found
+
     def encode(self, inputs: Inputs, outline: Outline) -> GloriaConditions:
         """Encode what all chunks share, from the files of a job."""
         details: Details = outline.details
@@ -89,7 +101,7 @@ class GloriaPipeline(WanI2VPipeline):
             plan=details.plan,
             anchors=tuple(anchor.name for anchor in details.anchors),
             decoder=_Decoder(self._vae.stream()),
-            figure=details.options.attention,
+            figure=details.options.attention_figure,
         )
 
     def anchor_tokens(self, anchors: tuple[AnchorImage, ...]) -> tuple[ExtraTokens, ...]:
@@ -118,7 +130,8 @@ class GloriaPipeline(WanI2VPipeline):
         length = stage.last - stage.first
         known = given[:, :, :length]
         clip = ClipInputs(index, self.known_condition(known, None, length), known, self.chunk_audio(conditions, stage))
-        watched = AnchorAttention(self.checkpoint.transformer, conditions) if conditions.figure else None
+        watches = conditions.figure is not None and conditions.anchors and self.parallel.context is None
+        watched = AnchorAttention(self.checkpoint.transformer, conditions) if watches else None
         if watched is None:
             x = self.denoise(conditions, clip, length, progress)
         else:
@@ -132,7 +145,9 @@ class GloriaPipeline(WanI2VPipeline):
         past = conditions.first[:, :, :0] if carry is None else carry["past"]
         video = conditions.decoder(index, past, x[:, :, :count])
         shown = video[:, :, : conditions.frames - _frames_before(stage.first)]
-        seen = None if watched is None else _joined(carry, watched.weights[:, :count])
+        seen = None
+        if watched is not None and watched.weights is not None:
+            seen = _joined(carry, watched.weights[:, :count])
         if last:
             if conditions.figure is not None and self.parallel.team.rank == 0:
                 draw_figure(conditions.figure, seen, conditions.anchors, self.settings.fps)

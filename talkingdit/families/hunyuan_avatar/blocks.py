@@ -76,6 +76,15 @@ class DoubleBlock(nn.Module):
         dim, num_heads, mlp_dim: width, heads, inner width of the feed-forwards.
     """
 
+    img_mod: Modulation
+    txt_mod: Modulation
+    img_attn_qkv: nn.Module
+    txt_attn_qkv: nn.Module
+    img_attn_q_norm: nn.Module
+    img_attn_k_norm: nn.Module
+    txt_attn_q_norm: nn.Module
+    txt_attn_k_norm: nn.Module
+
     def __init__(self, dim: int, num_heads: int, mlp_dim: int):
         super().__init__()
         self.num_heads = num_heads

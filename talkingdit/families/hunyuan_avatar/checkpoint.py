@@ -263,7 +263,8 @@ def check_fit(checkpoint: HunyuanAvatarCheckpoint) -> None:
     """
     from talkingdit.families.hunyuan_avatar.voices import feature_shape
 
-    root, model = checkpoint.folder, checkpoint.transformer.config
+    root = checkpoint.folder
+    model: Any = checkpoint.transformer.config
     vae: Any = checkpoint.vae.config
     wan = "z_dim" in vae
     window, blocks, channels = feature_shape(checkpoint.audio_encoder)

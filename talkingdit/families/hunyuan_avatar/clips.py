@@ -54,7 +54,7 @@ class AvatarClipEncoders(Encoders):
     """
 
     def __init__(self, vae: Any, settings: Any, words: TextEncoder | None, audio: Any):
-        super().__init__(vae, settings, None, None if audio is None else _Columns(audio))  # type: ignore[arg-type]
+        super().__init__(vae, settings, None, None if audio is None else _Columns(audio))
         self.words, self.codec = words, codec(vae)
 
     def latents(self, video: Tensor | np.ndarray) -> Tensor:

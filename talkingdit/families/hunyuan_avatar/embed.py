@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from talkingdit.families.hunyuan_avatar.audio import VoiceMemory, speaker_weights
 from talkingdit.families.hunyuan_avatar.checks import clip_size
-from talkingdit.families.hunyuan_avatar.emotion import KeyValue, scenes_of
+from talkingdit.families.hunyuan_avatar.emotion import KeyValue, Scene, scenes_of
 from talkingdit.families.hunyuan_avatar.injection import over_time
 from talkingdit.families.hunyuan_avatar.inputs import FPS, MOTION_EXP, MOTION_POSE, AvatarConditions, AvatarInputs
 from talkingdit.families.hunyuan_avatar.rope import layouts
@@ -46,7 +46,7 @@ def encode(
     audio, weights = voices(model, inputs, clip, shard.frames[0], shard.video[0])
     emotion, strength = emotions(model, inputs)
     idled = idle(model, len(lengths), audio, emotion)
-    scenes = ()
+    scenes: tuple[Scene, ...] = ()
     if emotion is not None:
         scenes = tuple(scenes_of(emotion_rows(inputs, frames), clip.per_frame, *shard.video[0]))
     audio_memory, emotion_memory = for_blocks(model, audio, emotion, precompute)
@@ -115,7 +115,7 @@ def picture_tokens(
         picture = reference[:, :, :1]
         picture = torch.cat([picture, picture], dim=1) if config.reference_channels else picture
         tokens = model.img_in(picture, held)
-    if model.ref_in is None:
+    if model.ref_in is None or model.before_proj is None:
         return tokens, None
     return tokens, model.before_proj(model.ref_in(over_time(reference, clip.grid[0]), video))
 
@@ -150,6 +150,7 @@ def emotions(model: HunyuanAvatarModel, inputs: AvatarInputs) -> tuple[Tensor | 
     if not isinstance(strength, Tensor):
         strength = torch.tensor(1.0 if strength is None else float(strength))
     strength = strength.to(inputs.emotion.device, torch.float32).expand(inputs.emotion.shape[:2])
+    assert model.emotion_in is not None  # checked with the shapes
     return model.emotion_in(inputs.emotion), strength
 
 
@@ -174,18 +175,19 @@ def touch(tokens: Tensor, *modules: nn.Module | None) -> Tensor:
     return tokens + torch.stack([weight.flatten()[:0].sum() for weight in weights]).sum().to(tokens.dtype)
 
 
-def idle(model: HunyuanAvatarModel, batch: int, audio: Tensor | None, emotion: Tensor | None) -> dict[str, Tensor]:
+def idle(model: HunyuanAvatarModel, batch: int, audio: Tensor | None, emotion: Tensor | None) -> dict[str, Any]:
     """What the layers for voices and emotions are run with, on no token, where there are none.
 
     Processes that share the work must run the same layers, also where one has a voice and another one has none, and
     reduce the gradients of all weights.
     """
     config, weight = model.config, model.img_in.proj.weight
-    found = {}
+    found: dict[str, Any] = {}
+    feeling = model.emotion_adapter_blocks
     if audio is None and _shares(model.audio_proj):
         silence = weight.new_zeros(batch, 1, 1, config.audio_window, config.audio_blocks, config.audio_channels)
         found["idle_audio"] = model.audio_proj.latent_tokens(silence)
-    if emotion is None and model.emotion_in is not None and _shares(model.emotion_adapter_blocks[0]):
+    if emotion is None and feeling is not None and len(feeling) and _shares(feeling[0]):
         found["idle_emotion"] = touch(weight.new_zeros(batch, 1, 1, config.hidden_size), model.emotion_in)
     return found
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ def _words(
 
 
 def _check_words(checkpoint: HunyuanAvatarCheckpoint, words: Words, details: Details) -> None:
-    config = checkpoint.transformer.config
+    config: Any = checkpoint.transformer.config
     for name, wanted, got in (
         ("text", config.text_states_dim, words.features.shape[2]),
         ("pooled", config.text_states_dim_2, words.pooled.shape[1]),

@@ -16,6 +16,7 @@ from talkingdit.checkpoints.fill import check_names
 from talkingdit.checkpoints.weights import Weights, open_weights, some
 from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.config import native
+from talkingdit.families.hunyuan_avatar.injection import copy_bias
 
 if TYPE_CHECKING:
     from talkingdit.families.hunyuan_avatar.model import HunyuanAvatarModel
@@ -144,7 +145,7 @@ def initialise_from_video_model(model: HunyuanAvatarModel, source: str | Path) -
 
     with torch.no_grad():
         for name, tensor in _native_tensors(weights) if renamed else weights.stream():
-            target = parameters[name]
+            target: Tensor = parameters[name]
             if name == PATCHES:
                 target.zero_()
                 shared = min(tensor.shape[1], target.shape[1])
@@ -211,7 +212,7 @@ def _derive_tokenizer(model: HunyuanAvatarModel) -> tuple[str, ...]:
         return ()
     channels = model.ref_in.proj.weight.shape[1]
     model.ref_in.proj.weight.copy_(model.img_in.proj.weight[:, :channels])
-    model.ref_in.proj.bias.copy_(model.img_in.proj.bias)
+    copy_bias(model.img_in.proj, model.ref_in.proj)
     return ("ref_in.proj.weight", "ref_in.proj.bias")
 
 

@@ -33,6 +33,13 @@ class PatchEmbed(nn.Module):
         return self.proj(latents, tokens)
 
 
+def copy_bias(source: nn.Module, target: nn.Module) -> None:
+    """Give a layer the bias of another one."""
+    assert isinstance(source.bias, Tensor)
+    assert isinstance(target.bias, Tensor)
+    target.bias.copy_(source.bias)
+
+
 def over_time(reference: Tensor, frames: int) -> Tensor:
     """A reference [B, C, 1 or T, H, W] with as many latent frames as the video; one is repeated."""
     return reference.expand(-1, -1, frames, -1, -1) if reference.shape[2] == 1 else reference

@@ -20,13 +20,13 @@ from talkingdit.families.hunyuan_avatar.blocks import BlockInputs, DoubleBlock, 
 from talkingdit.families.hunyuan_avatar.checks import check_config, check_latents
 from talkingdit.families.hunyuan_avatar.embed import encode
 from talkingdit.families.hunyuan_avatar.emotion import EmotionAdapter, EmotionEmbedder
-from talkingdit.families.hunyuan_avatar.injection import PatchEmbed, with_channels
+from talkingdit.families.hunyuan_avatar.hearing import hear
+from talkingdit.families.hunyuan_avatar.injection import PatchEmbed, copy_bias, with_channels
 from talkingdit.families.hunyuan_avatar.inputs import AvatarConditions, AvatarInputs
 from talkingdit.families.hunyuan_avatar.packed import PackedClip, encode_packed
 from talkingdit.families.hunyuan_avatar.sequence import scatter_ranges, take_ranges
 from talkingdit.families.hunyuan_avatar.text import ScalarEmbedder, TextRefiner, VectorEmbedder
 from talkingdit.families.hunyuan_avatar.units import ROOT, UNITS, hears
-from talkingdit.nn.audio_cross_attention import FrameSpan
 from talkingdit.nn.context_parallel import ContextParallel, gather
 from talkingdit.nn.hooks import like_forward
 from talkingdit.nn.layers import Float32Linear, wide
@@ -65,6 +65,11 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
     Raises:
         ValueError: for settings that contradict each other.
     """
+
+    if TYPE_CHECKING:
+        config: Any
+        ref_in: PatchEmbed | None
+        before_proj: nn.Linear | None
 
     forward_methods: ClassVar = ("encode_conditions", "denoise_packed")  # for `register_fsdp_forward_method`
     _supports_gradient_checkpointing = True
@@ -142,6 +147,7 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Linear):
                 if isinstance(module, Float32Linear) and name.split(".")[0] != "final_layer":
@@ -157,7 +163,7 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
         if self.ref_in is not None:  # the picture's tokenizer begins as the video's
             with torch.no_grad():
                 self.ref_in.proj.weight.copy_(self.img_in.proj.weight[:, : self.config.in_channels])
-                self.ref_in.proj.bias.copy_(self.img_in.proj.bias)
+                copy_bias(self.img_in.proj, self.ref_in.proj)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As of diffusers; UserError for a model with adapters, which such a folder has no place for."""
@@ -207,7 +213,7 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
         else:
             inputs = text
             if not isinstance(inputs, AvatarInputs):
-                inputs = AvatarInputs(text, text_mask, pooled_text, **given)
+                inputs = AvatarInputs(inputs, text_mask, pooled_text, **given)
             size = (latents.shape[2], latents.shape[3], latents.shape[4])
             conditions = encode(self, inputs, size, precompute=False, context=context)
         frames, rows, columns = conditions.grid
@@ -306,7 +312,7 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
             x = self._through_blocks(latents, timestep, active, inputs, conditions)
             if cache is not None:
                 cache.keep(x, shard)
-        x = self._run(self.single_blocks[-1], x, active, inputs) if len(self.single_blocks) else x
+        x = self.run_layer(self.single_blocks[-1], x, active, inputs) if len(self.single_blocks) else x
         image, _ = shard.split(x)
         y = self.final_layer(take_ranges(image, shard.video_ranges), vec, shard.ends("video"), shard.offset("video"))
         return self._velocities(y, conditions)
@@ -322,13 +328,13 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
         """The residual stream [B, n, dim] in front of the last block."""
         image, text = self._embed(latents, timestep, conditions)
         for i, block in enumerate(self.double_blocks):
-            image, text = self._run(block, image, text, vec, inputs)
+            image, text = self.run_layer(block, image, text, vec, inputs)
             if hears(i):
-                image = self._hear(i // 2, image, conditions)
+                image = hear(self, i // 2, image, conditions)
         x = inputs.shard.join(image, text)
         del image, text
         for block in self.single_blocks[:-1]:
-            x = self._run(block, x, vec, inputs)
+            x = self.run_layer(block, x, vec, inputs)
         return x
 
     def _embed(
@@ -351,50 +357,6 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
         stream = wide(dtype) if self.config.residual_dtype == "float32" else dtype
         # Blocks write over what they are given, which must not be the conditions'.
         return torch.cat([part.to(stream) for part in parts], dim=1), text.to(stream).contiguous()
-
-    def _hear(self, index: int, image: Tensor, conditions: AvatarConditions) -> Tensor:
-        """Image tokens [B, n, dim] with what voices and emotions add to the video's; without gradients in place."""
-        ranges, trains = conditions.shard.video_ranges, torch.is_grad_enabled()
-        video = before = take_ranges(image, ranges)
-        video = self._hear_voices(index, video, conditions, inplace=not trains)
-        if self.emotion_adapter_blocks is not None:
-            video = self._feel(index, video, conditions)
-        if video is before and len(ranges) == 1:  # unchanged, or in place
-            return image
-        if trains:
-            return image + scatter_ranges(video - before, ranges, image.shape[1])
-        if len(ranges) > 1:
-            for (begin, end), part in zip(ranges, video.split([b - a for a, b in ranges], 1), strict=True):
-                image[:, begin:end] = part
-        elif video is not before:
-            before.copy_(video)
-        return image
-
-    def _hear_voices(self, index: int, video: Tensor, conditions: AvatarConditions, inplace: bool) -> Tensor:
-        adapter, absorb = self.audio_adapter_blocks[index], self.config.audio_absorb
-        if conditions.audio is None:
-            if conditions.idle_audio is None:
-                return video
-            nothing = video.new_zeros(video.shape[0], 1, 0, dtype=torch.float32)
-            spans = (FrameSpan(0, 1, 1),)
-            ran = self._run(adapter, video[:, :0], conditions.idle_audio, nothing, spans, None, absorb, False)
-            return torch.cat([video, ran], dim=1)
-        memory = None if conditions.audio_memory is None else conditions.audio_memory[index]
-        audio = conditions.audio if memory is None else None
-        spans, weights = conditions.shard.frame_spans, conditions.audio_weights
-        return self._run(adapter, video, audio, weights, spans, memory, absorb, inplace)
-
-    def _feel(self, index: int, video: Tensor, conditions: AvatarConditions) -> Tensor:
-        assert self.emotion_adapter_blocks is not None
-        adapter = self.emotion_adapter_blocks[index]
-        if conditions.emotion is None:
-            if conditions.idle_emotion is None:
-                return video
-            strength = video.new_zeros(video.shape[0], 1, dtype=torch.float32)
-            return self._run(adapter, video, conditions.idle_emotion, strength, (), None)
-        memory = None if conditions.emotion_memory is None else conditions.emotion_memory[index]
-        emotion = conditions.emotion if memory is None else None
-        return self._run(adapter, video, emotion, conditions.emotion_strength, conditions.emotion_scenes, memory)
 
     def _velocities(self, y: Tensor, conditions: AvatarConditions) -> list[Tensor]:
         """Patches of the video tokens here [B, n, 4 * out_channels] -> latents of every clip."""
@@ -421,7 +383,8 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
             y.shape[0], self.config.out_channels, frames, 2 * rows, 2 * columns
         )
 
-    def _run(self, module: nn.Module, *arguments: Any) -> Any:
+    def run_layer(self, module: nn.Module, *arguments: Any) -> Any:
+        """A layer's result, through the checkpointing of activations where it is on."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             assert self._gradient_checkpointing_func is not None  # enable_gradient_checkpointing sets it
             return self._gradient_checkpointing_func(module, *arguments)

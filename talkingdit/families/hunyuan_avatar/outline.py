@@ -120,10 +120,21 @@ def video_size(image: Frames, settings: HunyuanAvatarSettings, options: Options)
     return at(math.sqrt(area / (sides[0] * sides[1]))) if height * width > area else (height, width)
 
 
-def stages_of(steps: int) -> tuple[int, ...]:
-    """The step with which each stage ends (not included)."""
+def stages_of(steps: int, cached: bool = False) -> tuple[int, ...]:
+    """The step with which each stage ends (not included).
+
+    Args:
+        steps: of the denoising.
+        cached: by the released step cache. What it keeps is not handed on, so a stage begins with a step that is
+            computed.
+    """
     size = -(-steps // STAGES)
-    return (*range(size, steps, size), steps)
+    ends = range(size, steps, size)
+    if not cached:
+        return (*ends, steps)
+    from talkingdit.families.hunyuan_avatar.step_cache import computes
+
+    return (*(end for end in ends if computes(end, steps)), steps)
 
 
 def outline(inputs: Inputs, settings: HunyuanAvatarSettings, options: Options) -> Outline:
@@ -132,6 +143,10 @@ def outline(inputs: Inputs, settings: HunyuanAvatarSettings, options: Options) -
     Raises:
         UserError: an option is impossible, or speakers, turns, faces and pictures do not fit together.
     """
+    if inputs.job.spoken:
+        raise UserError(
+            "audio -: HunyuanVideo-Avatar makes all of a video together, so the voice must be a whole file."
+        )
     try:
         guidance = _guidance(settings, options)
     except ValueError as error:
@@ -144,7 +159,7 @@ def outline(inputs: Inputs, settings: HunyuanAvatarSettings, options: Options) -
     masks = [draw_mask(place, portrait, size) for place in places]
     voices = tuple(Voice(*parts) for parts in zip(speakers, sounds, masks, strict=True))
     emotions = tuple(read_image(emotion.picture) for emotion in options.emotion)
-    stages = stages_of(guidance.steps)
+    stages = stages_of(guidance.steps, options.step_cache)
     parts = -(-max(length.kept - 1, 1) // DECODED_LATENTS)
     negative = settings.negative_prompt if options.negative_prompt is None else options.negative_prompt
     details = Details(

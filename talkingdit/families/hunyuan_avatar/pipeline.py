@@ -15,7 +15,7 @@ A stage or part hands on to the next, as its carry:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -69,14 +69,15 @@ class HunyuanAvatarPipeline(ClipPipeline):
             UserError: emotions are asked for, and the model has no module for them.
         """
         details: Details = outline.details
-        if details.emotions and not self.checkpoint.transformer.config.emotion:
+        config: Any = self.checkpoint.transformer.config
+        if details.emotions and not config.emotion:
             raise UserError(
                 f"{self.checkpoint.folder}: this checkpoint has no emotion module (the released model has none); leave "
                 "`--emotion` out."
             )
         if details.options.text_features is not None:
             return ()
-        encoder = self.checkpoint.text_encoder
+        encoder: Any = self.checkpoint.text_encoder
         found = cut_warning(encoder, details.prompt)
         if details.guidance.predictions > 1:
             found += cut_warning(encoder, details.negative_prompt, "the negative prompt")

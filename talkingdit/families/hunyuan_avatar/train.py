@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How HunyuanVideo-Avatar is trained: what becomes of a batch (`samples.py`), and its files."""
+"""How HunyuanVideo-Avatar is trained: what becomes of a batch (`samples.py`), which files begin and end a run."""
 
 from __future__ import annotations
 

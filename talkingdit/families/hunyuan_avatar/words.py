@@ -193,7 +193,7 @@ def read_words(path: Path) -> tuple[Words, Words]:
 
 def save_words(path: Path, prompt: Words, negative: Words) -> None:
     """Write a file of features, whole or not at all."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for prefix, words in (("", prompt), ("negative_", negative)):
         tensors |= {prefix + name: tensor[0].cpu().contiguous() for name, tensor in zip(NAMES, words, strict=True)}
     save_tensors(tensors, path)

@@ -249,7 +249,7 @@ class PuppetPipeline(ClipPipeline):
         x = self._denoise(conditions, index, encoded, progress)
         frames = min(self.clip_frames, conditions.frames - index * self.clip_frames)
         video = conditions.decoder(index, past, x[:, :, : -(-frames // FRAMES_PER_LATENT)])
-        parts = []
+        parts: list[Tensor] = []
         for part in video:  # a latent's frames each, which are finished by themselves whoever watches
             left = frames - FRAMES_PER_LATENT * len(parts)
             parts.append(conditions.finish(part[:, :, :left]))

@@ -27,10 +27,10 @@ class MouthCurves:
 
         self._openings.append(((measure_height(frames) - CLOSED_HEIGHT) / OPENING_HEIGHT).astype(np.float32))
 
-    def curves(self, sound: Sound, fps: int) -> dict[str, NDArray[np.float32]]:
+    def curves(self, sound: Sound, fps: float) -> dict[str, NDArray[np.float32]]:
         """What was measured, and what the sound [samples] at 16 kHz says."""
         measured = np.concatenate(self._openings)
-        voice = np.concatenate(list(_openings_of(sound, fps, len(measured))))
+        voice = np.concatenate(list(_openings_of(sound, round(fps), len(measured))))
         return {"mouth in the video": measured, "mouth of the voice": voice}
 
 

@@ -162,7 +162,7 @@ def outline(inputs: Inputs, settings: SkyReelsAudioSettings, options: Options) -
 
 
 def _animation(inputs: Inputs, settings: SkyReelsAudioSettings, options: Options, sampling: Sampling) -> Outline:
-    size = video_size(inputs.image, settings, options)  # type: ignore[arg-type]
+    size = video_size(inputs.image, settings, options)
     _, black = fit_image(inputs.image, size, options.cover)
     warnings = []
     if black:

@@ -57,9 +57,9 @@ class HunyuanVideoProcessor:
     ) -> tuple[Tensor, Tensor | None]:
         given = (attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         if encoder_hidden_states is None or image_rotary_emb is None or is_small(hidden_states):
-            return self.original(*given)  # type: ignore[no-any-return]
+            return self.original(*given)
         if not fits(attn, hidden_states, image_rotary_emb):
-            return self.original(*given)  # type: ignore[no-any-return]
+            return self.original(*given)
         length = hidden_states.shape[1]
         if attn.add_q_proj is None:
             both = torch.cat([hidden_states, encoder_hidden_states], dim=1)

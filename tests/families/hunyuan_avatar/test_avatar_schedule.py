@@ -6,15 +6,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from talkingdit.errors import UserError
+from talkingdit.families.hunyuan_avatar.checkpoint import HunyuanAvatarSettings
 from talkingdit.families.hunyuan_avatar.conditions import small_masks, sound_frames
 from talkingdit.families.hunyuan_avatar.guidance import Guidance, View
-from talkingdit.families.hunyuan_avatar.outline import stages_of, video_length
+from talkingdit.families.hunyuan_avatar.options import Options
+from talkingdit.families.hunyuan_avatar.outline import outline, stages_of, video_length
 from talkingdit.families.hunyuan_avatar.pipeline import noise_levels
+from talkingdit.families.hunyuan_avatar.step_cache import computes
+from talkingdit.pipelines.inputs import Inputs, Job
 from talkingdit.pipelines.long_video import ShiftFusion, denoise
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "long_video.safetensors"
@@ -99,12 +105,21 @@ def test_windows_hear_their_frames_around_the_end_of_the_video() -> None:
     assert sound_frames(torch.tensor([4, 0, 1]), 5).tolist() == [16, 17, 18, 19, 0, 1, 2, 3, 4]
 
 
+def test_a_voice_that_is_being_spoken_is_refused(tmp_path: Path) -> None:
+    job = Job(image=tmp_path / "a.png", audio=Path("-"), output=tmp_path / "out.mp4")
+    inputs = Inputs(job, np.zeros((64, 64, 3), np.uint8), np.zeros(1600, np.float32))
+    with pytest.raises(UserError, match="audio -: HunyuanVideo-Avatar makes all of a video together"):
+        outline(inputs, HunyuanAvatarSettings(), Options())
+
+
 def test_stages_hold_all_steps() -> None:
     for steps in (1, 2, 9, 10, 11, 49, 50):
         ends = stages_of(steps)
         assert ends[-1] == steps
         assert len(ends) <= 10
         assert list(ends) == sorted(set(ends))
+        assert all(computes(end, steps) for end in stages_of(steps, cached=True)[:-1])
+    assert stages_of(50, cached=True) == stages_of(50)  # where the released cache computes, too
 
 
 def test_masks_are_interpolated_to_latents() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from talkingdit import models
+from talkingdit.cli.main import main
 from talkingdit.errors import UserError
 from talkingdit.families import of_preset
 from talkingdit.families.skyreels_audio.blocks import AudioRopeAttention
@@ -132,6 +133,13 @@ def test_it_comes_back_from_a_folder_and_is_told_from_its_base(model, tmp_path):
     close(again(latents, timestep, inputs), model(latents, timestep, inputs))
     assert of_preset("skyreels_audio").name == "skyreels_audio"
     assert models.load(tmp_path).__class__ is model.__class__
+
+
+def test_it_is_planned(capsys):
+    assert main(["plan", "--preset", "skyreels_audio_tiny", "--seconds", "10"]) == 0
+    shown = capsys.readouterr().out
+    assert "speech encoder" in shown
+    assert "fits" in shown
 
 
 def test_what_does_not_fit_is_told(model):
