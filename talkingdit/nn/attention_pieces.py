@@ -204,9 +204,10 @@ class _Library(_Kernel):
     name: str
 
     @classmethod
-    def forward(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Piece:  # type: ignore[override]
+    def forward(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Piece:
         assert mask is None  # `choose` gives calls with a mask to others
-        out, lse = attention_backends.attend(cls.name, *(x.transpose(1, 2) for x in (q, k, v)), lse=True)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = attention_backends.attend(cls.name, q, k, v, lse=True)
         assert lse is not None
         return Piece(out.transpose(1, 2), lse, ())
 

@@ -156,7 +156,8 @@ def _both_into(
 
 def _both(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     residual = empty(x.shape, x)
-    return residual, *_both_into(x, *others, residual)
+    codes, scales = _both_into(x, *others, residual=residual)
+    return residual, codes, scales
 
 
 _STREAM = "Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift"
@@ -299,7 +300,8 @@ def norm_modulate_eight_bit(
     _check_how(op, kind, contract, x, x.new_empty(0, dtype=dtype), scale, shift)
     wide = modulate._modulations(op, x, scale=scale, shift=shift)
     place = modulate._place(op, x, groups, scale.shape[1], token_offset)
-    return EightBitRows(*_norm_op(x, *wide, *place, eps, kind, contract == "exact", dtype), dtype)
+    codes, scales = _norm_op(x, *wide, *place, eps, kind, contract == "exact", dtype)
+    return EightBitRows(codes, scales, dtype)
 
 
 def gate_residual_norm_modulate_eight_bit(
