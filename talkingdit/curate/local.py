@@ -69,7 +69,7 @@ def watch_in_processes(task: Task, videos: Iterable[Video], workers: int, note: 
     """
     left = deque(videos)
     tries: dict[str, int] = {}
-    context = multiprocessing.get_context(START)
+    context: Any = multiprocessing.get_context(START)  # its type has no Process
     running: dict[Connection, _Worker] = {}
 
     def start() -> None:

@@ -38,7 +38,7 @@ __all__ = [
 class HeardTokens(NamedTuple):
     """Which of the audio tokens [F, A] of a clip each of its F frames hears: K of them, the first `lens` are valid."""
 
-    index: Tensor  # int64 [F, K] in 0 .. F A - 1
+    tokens: Tensor  # int64 [F, K] in 0 .. F A - 1
     positions: Tensor  # float64 [F, K], of the token minus that of the middle of the frame, in tokens
     lens: Tensor  # int64 [F]
 

@@ -156,7 +156,7 @@ def _both_into(
 
 def _both(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     residual = empty(x.shape, x)
-    codes, scales = _both_into(x, *others, residual=residual)
+    codes, scales = _both_into(x, *others, residual)
     return residual, codes, scales
 
 

@@ -48,7 +48,7 @@ def test_turned_keys_are_the_papers_attention_with_gradients(window: int | None)
     q, k, v = inputs
     heard = ops.heard_tokens(5, 4, window)
     lens = heard.lens.expand(2, -1)
-    out = ops.audio_rope_attention(q, k[:, heard.index], v[:, heard.index], heard.positions, 6, kv_lens=lens)
+    out = ops.audio_rope_attention(q, k[:, heard.tokens], v[:, heard.tokens], heard.positions, 6, kv_lens=lens)
     wanted = whole_sequence(*inputs, 6, window)
     torch.testing.assert_close(out, wanted)
     grad = torch.randn(out.shape, dtype=torch.float64)
@@ -62,7 +62,7 @@ def test_a_shard_that_cuts_a_frame_is_a_part_of_the_whole_and_the_reference_agre
     q, k, v = make()
     heard = ops.heard_tokens(5, 4, 1)
     lens = heard.lens.expand(2, -1)
-    k, v = k[:, heard.index], v[:, heard.index]
+    k, v = k[:, heard.tokens], v[:, heard.tokens]
     whole = ops.audio_rope_attention(q, k, v, heard.positions, 6, kv_lens=lens)
     part = ops.audio_rope_attention(q[:, 7:20], k, v, heard.positions, 6, token_offset=7, kv_lens=lens)
     torch.testing.assert_close(part, whole[:, 7:20])
@@ -77,7 +77,7 @@ def test_error_is_at_most_twice_that_of_turning_both_eagerly(dtype: torch.dtype)
     exact = whole_sequence(q, k, v, 6, None)
     heard = ops.heard_tokens(5, 4)
     cast = [x.to(dtype) for x in (q, k, v)]
-    mine = ops.audio_rope_attention(cast[0], cast[1][:, heard.index], cast[2][:, heard.index], heard.positions, 6)
+    mine = ops.audio_rope_attention(cast[0], cast[1][:, heard.tokens], cast[2][:, heard.tokens], heard.positions, 6)
     frame = torch.arange(30) // 6
     eager = torch.nn.functional.scaled_dot_product_attention(
         turned(cast[0].double(), frame * 4 + 1.5).to(dtype).transpose(1, 2),
@@ -91,7 +91,7 @@ def test_error_is_at_most_twice_that_of_turning_both_eagerly(dtype: torch.dtype)
 def test_it_is_one_graph_with_a_layout() -> None:
     q, k, v = make()
     heard = ops.heard_tokens(5, 4, 0)
-    k, v = k[:, heard.index], v[:, heard.index]
+    k, v = k[:, heard.tokens], v[:, heard.tokens]
     layout = ops.audio_rope_layout(heard.positions, 32)
     compiled = torch.compile(ops.audio_rope_attention, fullgraph=True, backend="eager")
     wanted = ops.audio_rope_attention(q, k, v, heard.positions, 6)

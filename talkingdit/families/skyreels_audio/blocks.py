@@ -19,12 +19,12 @@ from talkingdit.ops import HeardTokens, heard_tokens
 def heard(frames: tuple[int, ...], per_frame: int, window: int | None) -> tuple[HeardTokens, ...]:
     """`heard_tokens` of clips of so many latent frames, all filled up to the K of the one that hears most."""
     each = [heard_tokens(count, per_frame, window) for count in frames]
-    most = max(one.index.shape[1] for one in each)
+    most = max(one.tokens.shape[1] for one in each)
 
     def filled(x: Tensor) -> Tensor:
         return torch.cat([x, x[:, -1:].expand(-1, most - x.shape[1])], dim=1)
 
-    return tuple(HeardTokens(filled(one.index), filled(one.positions), one.lens) for one in each)
+    return tuple(HeardTokens(filled(one.tokens), filled(one.positions), one.lens) for one in each)
 
 
 @functools.lru_cache(maxsize=64)

@@ -131,11 +131,11 @@ class SkyReelsAudioModel(WanI2VModel):
         weight: Any = self.audio_proj[1].weight
         found = []
         hears = heard(tuple(frames), FRAMES_PER_LATENT * c.audio_layers, c.audio_window)
-        for clip, count, tokens in zip(clips, frames, hears, strict=True):
+        for clip, count, places in zip(clips, frames, hears, strict=True):
             shape = (len(clip.text), c.audio_layers, c.audio_dim, FRAMES_PER_LATENT * count)
             check_shape(type(self).__name__, "audio", clip.audio, shape)
             audio = torch.zeros(shape, dtype=weight.dtype) if clip.audio is None else clip.audio
             audio = audio.to(clip.text.device, weight.dtype)
             sequence = self.audio_proj(audio.permute(0, 3, 1, 2).flatten(1, 2))
-            found.append(sequence[:, tokens.index.to(sequence.device)])
+            found.append(sequence[:, places.tokens.to(sequence.device)])
         return found

@@ -320,7 +320,7 @@ class _SharedPose:
         self._team = pipeline.parallel.team
         self._frames, self._size = details.sampling.clip_frames, outline.size
         self._video = (
-            PoseVideo(self.path, outline.fps, details.options.official_timing) if self._team.rank == 0 else None
+            PoseVideo(self.path, float(outline.fps), details.options.official_timing) if self._team.rank == 0 else None
         )
         self._next = 0
         self._clips: Iterator[Tensor] = iter(())
