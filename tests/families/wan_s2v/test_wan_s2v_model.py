@@ -542,5 +542,5 @@ def test_contradictory_settings_are_refused(changes, message):
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match="name must be one of .*puppet_tiny, .*wan_s2v_14b, got 'wan'"):
+    with pytest.raises(ValueError, match=r"name must be one of .*puppet_tiny, .*wan_s2v_14b, got 'wan'"):
         preset("wan")
