@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from talkingdit import families
 from talkingdit.errors import UserError
 from talkingdit.models import default_checkpoint, load_checkpoint
-from talkingdit.pipelines.inputs import Job, check_enlarged, read_inputs
+from talkingdit.pipelines.inputs import Job, check_enlarged, check_heard, read_inputs
+from talkingdit.pipelines.tuning import Tuning, load_tuned
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,8 @@ def generate(
     checkpoint: str | PathLike[str] | Any = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    precision: Literal["fp8", "int8"] | None = None,
+    attention: str = "auto",
     sheet: str | PathLike[str] | None = None,
     upscale: int = 1,
     live: bool = False,
@@ -46,20 +49,23 @@ def generate(
         checkpoint: a folder, or what `talkingdit.models.load_checkpoint` gave; None is the model that ships with the
             package.
         dtype, device: where a folder is loaded.
+        precision: let large layers of a folder that is loaded compute in eight bits.
+        attention: kernel of its attention, one of `talkingdit.nn.attention_backends`; "auto" is the fastest exact one.
         sheet: a PNG with a preview to write.
         upscale: enlarge the frames so many times.
         live: let the video be watched while it is made; always so with a voice from standard input.
         audio_rate: of raw 16-bit mono sound on standard input, in Hz; None for sound in a container.
         progress: called with the number of denoising steps done and of all of them.
         warn: called with a sentence about what was done differently from what may be expected.
-        options: of the checkpoint's family, such as `seed`, `steps` or `guidance`: see its `Options`.
+        options: of the checkpoint's family, such as `seed`, `steps` or `guidance`: see its `Options`. Those that
+            change the model itself (`memory`, `compile`) need a folder, too.
 
     Returns:
         Path, number of frames and rate of the video, and the seconds it took.
 
     Raises:
         UserError: a file or an option is not good, memory runs out, or the video cannot be written. Files are checked
-            before a model is loaded.
+            before a model is loaded. Or a loaded checkpoint is to be changed.
         TypeError: the family has no such option.
     """
     folder = Path(default_checkpoint() if checkpoint is None else getattr(checkpoint, "folder", checkpoint))
@@ -80,10 +86,24 @@ def generate(
     )
     inputs = read_inputs(job, chosen.files())
     outline = family.outline.outline(inputs, family.checkpoint.read_settings(folder), chosen)
+    check_heard(job, outline)
     check_enlarged(job, outline)
+    tuning = Tuning.of(getattr(chosen, "memory", ""), precision, attention)
+    compiled = getattr(chosen, "compile", False)
     from talkingdit.pipelines.job import Talk, make_video
 
-    loaded = checkpoint if hasattr(checkpoint, "folder") else load_checkpoint(folder, dtype, device)
+    if hasattr(checkpoint, "folder"):
+        if tuning != Tuning() or compiled:
+            raise UserError(
+                "generate: precision, attention, memory and compile change a model while it is loaded: expected the "
+                "folder of a checkpoint with them, got one that is loaded."
+            )
+        loaded = checkpoint
+    else:
+        loaded = load_tuned(lambda place: load_checkpoint(folder, dtype, place), tuning, device, family.units)
+        if compiled:
+            loaded.transformer.compile_repeated_blocks(fullgraph=True)
     curves = None if family.preview is None else family.preview.Curves()
     pipeline = family.pipeline.open_pipeline(loaded)
-    return make_video(inputs, outline, pipeline, curves=curves, talk=Talk(progress=progress, warn=warn))
+    talk = Talk(progress=progress, warn=warn)
+    return make_video(inputs, outline, pipeline, curves=curves, talk=talk, variant=tuning.variant)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from talkingdit.distributed.team import Team
     from talkingdit.pipelines.inputs import Inputs, Outline
     from talkingdit.pipelines.job import Result
-    from talkingdit.pipelines.memory import Memory
+    from talkingdit.pipelines.tuning import Tuning
 
 COMMAND = "talkingdit generate"
 ABOUT = "Make a video of a portrait speaking a voice recording."
@@ -99,7 +99,7 @@ class Request:
     layout: Layout
     inputs: Inputs
     outline: Outline
-    memory: Memory | None
+    tuning: Tuning
 
     @property
     def folder(self) -> Path:
@@ -146,7 +146,7 @@ def prepare(argv: Sequence[str]) -> Request:
     flags, options = values.make(Flags), values.make(family.options)
     check_files(flags.lora)
 
-    from talkingdit.pipelines.inputs import Job, check_enlarged, read_inputs
+    from talkingdit.pipelines.inputs import Job, check_enlarged, check_heard, read_inputs
 
     output, pipe = _target(flags)
     inputs = read_inputs(
@@ -165,16 +165,19 @@ def prepare(argv: Sequence[str]) -> Request:
     )
 
     from talkingdit.distributed.layout import Layout
+    from talkingdit.pipelines.tuning import Tuning
 
-    layout, memory = Layout.parse(flags.parallel), _memory(options, flags.precision)
+    layout = Layout.parse(flags.parallel)
+    tuning = Tuning.of(getattr(options, "memory", ""), flags.precision, flags.attention)
     settings = family.checkpoint.read_settings(_folder(flags))
     outline = family.outline.outline(inputs, settings, options)
     outline = checked(flags.lora, flags.lora_partial, family, _folder(flags), outline)
+    check_heard(inputs.job, outline)
     check_enlarged(inputs.job, outline)
     layout.resolved(processes(), outline.predictions, _heads(_folder(flags)))
     if processes() == 1 and layout.vae is not None:
         outline = replace(outline, warnings=(*outline.warnings, "`--parallel vae=` has no effect on one process."))
-    return Request(flags, family.name, options, layout, inputs, outline, memory)
+    return Request(flags, family.name, options, layout, inputs, outline, tuning)
 
 
 def _target(flags: Flags) -> tuple[Path, int | None]:
@@ -308,33 +311,27 @@ def _generate(request: Request, team: Team) -> None:
             family.pipeline.open_pipeline(checkpoint, parallel),
             curves=None if family.preview is None else family.preview.Curves(),
             talk=Talk(progress=progress, warn=warn),
-            variant=_variant(flags, request.memory),
+            variant=request.tuning.variant,
         )
     if not team.rank:
         _report(result, flags)
 
 
 def _load(request: Request, family: Family, team: Team) -> Any:
-    """The checkpoint on the device of this process; where memory is short by way of the host."""
+    """The checkpoint on the device of this process."""
     import torch
 
-    from talkingdit.pipelines.memory import fit
+    from talkingdit.pipelines.tuning import load_tuned
 
-    device = _device(request, team)
-    name = request.flags.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    dtype = getattr(torch, name)
-    memory, loras = request.memory, (request.flags.lora, request.flags.lora_partial)
-    checkpoint = family.checkpoint.load_checkpoint(request.folder, dtype, device if memory is None else "cpu")
-    # Beside weights that are to be narrower: the change of a LoRA is often smaller than their steps.
-    merge = memory is None or memory.weights == "native"
-    if merge:
-        apply(*loras, checkpoint.transformer, merge=True)
-    if memory is not None:
-        fit(checkpoint, memory, device, family.units)
-    if not merge:
-        apply(*loras, checkpoint.transformer, merge=False)
-    _choose_attention(checkpoint.transformer, request.flags.attention, device)
-    return checkpoint
+    device, flags = _device(request, team), request.flags
+    dtype = getattr(torch, flags.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    return load_tuned(
+        lambda place: family.checkpoint.load_checkpoint(request.folder, dtype, place),
+        request.tuning,
+        device,
+        family.units,
+        lambda transformer, merge: apply(flags.lora, flags.lora_partial, transformer, merge=merge),
+    )
 
 
 def _device(request: Request, team: Team) -> torch.device:
@@ -361,53 +358,6 @@ def _folder(flags: Flags) -> Path:
     from talkingdit.models import default_checkpoint
 
     return default_checkpoint() if flags.checkpoint is None else flags.checkpoint
-
-
-def _memory(options: GenerationOptions, precision: str | None) -> Memory | None:
-    """What is traded for memory, where the family offers that, and for precision."""
-    words = getattr(options, "memory", "")
-    if not words and precision is None:
-        return None
-    from talkingdit.pipelines.memory import Memory
-
-    try:
-        memory = Memory.parse(words)
-        if precision is None:
-            return memory
-        if memory.precision not in ("native", precision):
-            raise ValueError(f"precision must be that of --precision, {precision}, got {memory.precision!r}")
-        return replace(memory, precision=precision)
-    except ValueError as error:
-        raise UserError(f"generate: --memory: {str(error).removeprefix('Memory: ')}.") from error
-
-
-def _choose_attention(transformer: Any, backend: str, device: torch.device) -> None:
-    """Let a model's attention go to a backend.
-
-    Raises:
-        UserError: it is not installed, does not run there, or the model has no such choice.
-    """
-    if backend == "auto":
-        return
-    from talkingdit.nn import attention_backends
-
-    try:
-        attention_backends.check(backend, device)
-    except ValueError as error:
-        raise UserError(f"generate: --attention: {str(error).removeprefix('attention: ')}.") from error
-    if "attention_backend" not in transformer.config:
-        raise UserError(f"generate: --attention: {type(transformer).__name__} has no choice of attention kernels.")
-    transformer.register_to_config(attention_backend=backend)
-
-
-def _variant(flags: Flags, memory: Memory | None) -> str:
-    """What changes frames, not only time and room: clips made with another one are not gone on from."""
-    words = [] if memory is None else [memory.weights, memory.residual, str(memory.absorb_audio), memory.vae]
-    if memory is not None and memory.precision != "native":
-        words.append(memory.precision)
-    if flags.attention in ("flash3_fp8", "sage"):
-        words.append(flags.attention)
-    return " ".join(words)
 
 
 def _heads(folder: Path) -> int | None:

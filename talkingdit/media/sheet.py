@@ -34,6 +34,7 @@ def preview_sheet(
     fps: float,
     curves: Mapping[str, np.ndarray],
     path: str | os.PathLike[str],
+    *,
     title: str = "",
     times: Sequence[float] | None = None,
     columns: int = 10,

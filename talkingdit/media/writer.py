@@ -61,6 +61,7 @@ class VideoWriter:
         size: tuple[int, int],
         audio: np.ndarray | str | os.PathLike[str] | Track | None = None,
         rate: int = SPEECH_RATE,
+        *,
         upscale: int = 1,
         resample: str = "lanczos",
         crf: int = 16,

@@ -177,6 +177,18 @@ def check_enlarged(job: Job, outline: Outline) -> None:
         )
 
 
+def check_heard(job: Job, outline: Outline) -> None:
+    """Can the video be made while its voice is spoken, if that is asked for?
+
+    Raises:
+        UserError: it cannot.
+    """
+    if job.spoken and not outline.clip_frames:
+        raise UserError(
+            "audio -: expected a voice from a file, as this model must have all of it before it makes the first frame."
+        )
+
+
 def read_voice(path: Path, folder: Path) -> Sound:
     """A voice [samples] float32 at 16 kHz, mono, of which never more than some minutes are in memory.
 

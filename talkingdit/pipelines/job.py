@@ -30,7 +30,7 @@ from talkingdit.autoencoders.streaming import to_frames
 from talkingdit.encoders.speech import Sound, pieces
 from talkingdit.errors import UserError
 from talkingdit.media.sound import SPEECH_RATE
-from talkingdit.pipelines.inputs import Inputs, Outline
+from talkingdit.pipelines.inputs import Inputs, Outline, check_heard
 from talkingdit.pipelines.live import LiveSound
 from talkingdit.pipelines.long_video import ClipPipeline, GeneratedClip, generate_clips
 from talkingdit.pipelines.memory import out_of_memory
@@ -101,8 +101,7 @@ def make_video(
     team = pipeline.parallel.team
     talk = Talk() if talk is None or team.rank else talk
     talk.say((*outline.warnings, *pipeline.warnings(inputs, outline)))
-    if inputs.job.spoken and not outline.clip_frames:
-        raise UserError("audio -: expected a voice from a file, as this model makes all of a video together.")
+    check_heard(inputs.job, outline)
     store = _open_store(inputs, outline, pipeline, talk, variant)
     with _kept(store, outline), _shown(inputs, outline, curves, started, store) as live:
         if store.finished < outline.clips:

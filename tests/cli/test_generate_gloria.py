@@ -131,6 +131,22 @@ def test_what_is_wrong_with_anchors_is_said(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_voice_that_is_still_spoken_is_refused_before_a_model_is_loaded(
+    folder: Path, media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from talkingdit.families.gloria import checkpoint
+    from talkingdit.pipelines import inputs
+
+    monkeypatch.setattr(checkpoint, "load_checkpoint", None)
+    words = arguments(media, folder, tmp_path / "out.mp4")
+    words[words.index("--audio") + 1] = "-"
+    with (media / "voice.wav").open("rb") as voice:
+        monkeypatch.setattr(inputs, "STANDARD_INPUT", voice.fileno())
+        said = refused(words, capsys)
+    assert "audio -: expected a voice from a file, as this model must have all of it before" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_wan_i2v_makes_a_video_as_long_as_the_sound(
     media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 from tiny_checkpoint import make_checkpoint
 
-from talkingdit.cli.generate import _variant, prepare
+from talkingdit.cli.generate import prepare
 from talkingdit.cli.main import main
 from talkingdit.media.files import read_video
 from talkingdit.nn.eight_bit import EightBitLinear
@@ -55,8 +55,7 @@ def test_a_kernel_may_be_named(arguments: list[str], tmp_path: Path) -> None:
 
 def test_clips_of_another_precision_are_not_gone_on_from(arguments: list[str], tmp_path: Path) -> None:
     def variant(*more: str) -> str:
-        request = prepare([*arguments, "-o", str(tmp_path / "c.mp4"), *more])
-        return _variant(request.flags, request.memory)
+        return prepare([*arguments, "-o", str(tmp_path / "c.mp4"), *more]).tuning.variant
 
     assert variant() == variant("--attention", "math") == ""
     assert len({variant("--precision", "int8"), variant("--precision", "fp8"), variant("--attention", "sage"), ""}) == 4

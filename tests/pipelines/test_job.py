@@ -110,3 +110,29 @@ def test_impossible_options_and_files_are_refused_before_a_model_is_loaded(
     (work / "voice.wav").unlink()
     with pytest.raises(UserError, match="expected an existing file"):
         make(work, checkpoint)
+
+
+def test_a_program_may_ask_for_eight_bits_and_a_kernel(work: Path, checkpoint: Path) -> None:
+    plain, other = make(work, checkpoint), make(work, checkpoint, precision="int8", attention="math")
+    difference = np.abs(plain.astype(int) - other.astype(int))
+    assert 0 < difference.mean() < 12
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"precision": "int4"}, "precision must be one of fp8, int8, got 'int4'"),
+        ({"attention": "fast"}, "attention must be one of auto, flash, .*, got 'fast'"),
+        ({"attention": "sage"}, "backend sage"),
+    ],
+)
+def test_a_program_is_told_what_cannot_be(work: Path, checkpoint: Path, more: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(work, checkpoint, **more)
+    assert not (work / "out.mp4").exists()
+
+
+def test_a_checkpoint_that_is_loaded_is_not_changed(work: Path, checkpoint: Path) -> None:
+    loaded = talkingdit.models.load_checkpoint(checkpoint)
+    with pytest.raises(UserError, match="expected the folder of a checkpoint with them, got one that is loaded"):
+        make(work, loaded, precision="fp8")

@@ -171,7 +171,7 @@ class GloriaPipeline(WanI2VPipeline):
 
 
 def _stage(conditions: GloriaConditions, index: int) -> Stage:
-    """Of the plan of the video, without going through those before it."""
+    """Of the plan of the video."""
     plan, length = conditions.plan, conditions.latents
     return next(stage for i, stage in enumerate(plan.stages(length)) if i == index)
 
