@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     from talkingdit.eval.job import Pair, Text
     from talkingdit.eval.judge_video import Plan
     from talkingdit.eval.run import Results
+    from talkingdit.eval.win_rate import Judge
 
 COMMAND = "talkingdit eval"
+REPORT, WIN_RATES = "report.html", "win_rates.json"
 ABOUT = "Judge videos region by region, with and without true videos; run again, it goes on where it was stopped."
 
 
@@ -99,12 +102,24 @@ def eval(argv: Sequence[str]) -> None:
         sys.stdout.write(_listed(plan))
         return
     from talkingdit.eval.job import pairs_of, read_texts
+    from talkingdit.eval.win_rate import command_judge
 
+    _check_results(flags)
+    judge = None if flags.judge is None else command_judge(flags.judge)
     texts: dict[str, Text] = {} if flags.texts is None else read_texts(flags.texts)
     pairs = pairs_of(dict(flags.generated), flags.truth, texts)
-    assert flags.out is not None
-    results = _run(flags, pairs, plan)
-    _write(flags, results, pairs)
+    with _told(flags.out):
+        results = _run(flags, pairs, plan)
+        _write(flags, results, pairs, judge)
+
+
+@contextmanager
+def _told(out: Path | None) -> Iterator[None]:
+    """Raises: UserError: the folder of results cannot be written to."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"eval: results cannot be written to {out} ({error.strerror or error}).") from None
 
 
 def _calibrate(flags: Flags, values: Values) -> None:
@@ -117,11 +132,13 @@ def _calibrate(flags: Flags, values: Values) -> None:
     from talkingdit.atomic import write_whole
     from talkingdit.eval.calibration import calibrate, figure
 
-    flags.out.mkdir(parents=True, exist_ok=True)
+    with _told(flags.out):
+        flags.out.mkdir(parents=True, exist_ok=True)
     curves = calibrate()
     rows = [dataclasses.asdict(one) | {"ordered": one.ordered} for one in curves]
-    write_whole(flags.out / "calibration.json", (json.dumps(rows, indent=1) + "\n").encode())
-    write_whole(flags.out / "calibration.svg", figure(curves).encode())
+    with _told(flags.out):
+        write_whole(flags.out / "calibration.json", (json.dumps(rows, indent=1) + "\n").encode())
+        write_whole(flags.out / "calibration.svg", figure(curves).encode())
     wrong = [one for one in curves if not one.ordered]
     told = "; ".join(f"{one.metric} does not follow {one.fault}" for one in wrong)
     sys.stdout.write(f"{flags.out / 'calibration.svg'}: {len(curves) - len(wrong)} of {len(curves)} in order\n")
@@ -133,10 +150,15 @@ def _check(flags: Flags, values: Values) -> None:
     lacking = [name for name in ("generated", "out") if not getattr(flags, name)]
     if lacking:
         values.refuse(f"the following arguments are required: {', '.join('--' + name for name in lacking)}")
-    names = [name for name, _ in flags.generated]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
+    from talkingdit.eval.job import TRUTH
+
+    names, slots = [name for name, _ in flags.generated], [name for name, _ in flags.backbone]
+    if twice := {name for name in names if names.count(name) > 1}:
         values.refuse(f"argument --generated: {min(twice)!r} is the name of two systems")
+    if TRUTH in names:
+        values.refuse(f"argument --generated: {TRUTH!r} is the name of the true videos")
+    if twice := {name for name in slots if slots.count(name) > 1}:
+        values.refuse(f"argument --backbone: {min(twice)!r} is given twice")
     if flags.baseline is not None and flags.baseline not in names:
         values.refuse(f"argument --baseline: expected one of {', '.join(names)}, got {flags.baseline!r}")
     if flags.judge is not None and len(names) < 2:
@@ -144,6 +166,20 @@ def _check(flags: Flags, values: Values) -> None:
     assert flags.out is not None
     if flags.out.exists() and not flags.out.is_dir():
         values.refuse(f"argument --out/-o: expected a folder, got the file {str(flags.out)!r}")
+
+
+def _check_results(flags: Flags) -> None:
+    """Raises: UserError: results would be written over what is read, or over files of another origin."""
+    from talkingdit.eval.run import KEPT
+    from talkingdit.eval.tables import RESULTS
+    from talkingdit.media.targets import check_apart, check_folder
+
+    assert flags.out is not None
+    given = {f"--generated {name}": path for name, path in flags.generated}
+    given |= {f"--backbone {name}": path for name, path in flags.backbone}
+    read = {**given, "--truth": flags.truth, "--texts": flags.texts}
+    check_folder(flags.out, (REPORT, *RESULTS, WIN_RATES), KEPT, read)
+    check_apart({"the results' folder": flags.out / KEPT}, read)
 
 
 def _plan(flags: Flags, values: Values) -> Plan:
@@ -201,11 +237,9 @@ def _run(flags: Flags, pairs: list[Pair], plan: Plan) -> Results:
         raise KeyboardInterrupt(
             f"interrupted; what was judged is kept in {flags.out}; the same command goes on there."
         ) from None
-    except OSError as error:
-        raise UserError(f"eval: results cannot be written to {flags.out} ({error.strerror or error}).") from None
 
 
-def _write(flags: Flags, results: Results, pairs: list[Pair]) -> None:
+def _write(flags: Flags, results: Results, pairs: list[Pair], judge: Judge | None) -> None:
     from talkingdit.atomic import write_whole
     from talkingdit.eval.report import report
     from talkingdit.eval.summary import comparisons, rows_of
@@ -216,7 +250,7 @@ def _write(flags: Flags, results: Results, pairs: list[Pair]) -> None:
     baseline = flags.baseline or flags.generated[0][0]
     compared = [one for one in comparisons(results, rows, baseline) if one.system in dict(flags.generated)]
     write_all(flags.out, results, rows, compared, flags.protocol)
-    page = flags.out / "report.html"
+    page = flags.out / REPORT
     write_whole(page, report(results, rows, compared, flags.protocol).encode())
     for name, line in results.not_available.items():
         warn(f"eval: {name} is not available; {line}.")
@@ -225,23 +259,22 @@ def _write(flags: Flags, results: Results, pairs: list[Pair]) -> None:
         warn(verdict.error)
     if len(broken) == len(results.verdicts):
         raise UserError("eval: no video could be judged.")
-    if flags.judge is not None:
-        _win_rates(flags, pairs, baseline)
+    if judge is not None:
+        _win_rates(flags, pairs, baseline, judge)
     told = f"; {len(broken)} could not be read" if broken else ""
     sys.stdout.write(f"{page}: {len(results.verdicts) - len(broken)} videos judged{told}\n")
 
 
-def _win_rates(flags: Flags, pairs: list[Pair], baseline: str) -> None:
+def _win_rates(flags: Flags, pairs: list[Pair], baseline: str, judge: Judge) -> None:
     """Write win_rates.json and print a line for each system."""
     import json
 
     from talkingdit.atomic import write_whole
-    from talkingdit.eval.win_rate import command_judge, win_rate
+    from talkingdit.eval.win_rate import win_rate
 
     assert flags.out is not None
-    assert flags.judge is not None
     base = {pair.name: pair for pair in pairs if pair.system == baseline}
-    judge, out = command_judge(flags.judge), {}
+    out = {}
     for system, _ in flags.generated:
         contests = [
             (pair.gen, base[pair.name].gen, pair.text.words)
@@ -253,6 +286,5 @@ def _win_rates(flags: Flags, pairs: list[Pair], baseline: str) -> None:
         found = win_rate(contests, judge)
         out[system] = {"rate": found.rate, "low": found.low, "high": found.high, "n": len(contests)}
         sys.stdout.write(f"win rate of {system} against {baseline}: {100 * found.rate:.1f} % of {len(contests)}\n")
-    write_whole(
-        flags.out / "win_rates.json", (json.dumps({"baseline": baseline, "systems": out}, indent=1) + "\n").encode()
-    )
+    content = json.dumps({"baseline": baseline, "systems": out}, indent=1) + "\n"
+    write_whole(flags.out / WIN_RATES, content.encode())

@@ -13,15 +13,16 @@ from pathlib import Path
 from talkingdit.atomic import write_whole
 from talkingdit.curate.decide import Decisions, decide
 from talkingdit.curate.local import Task, watch_here, watch_in_processes
-from talkingdit.curate.log import Log
+from talkingdit.curate.log import FIGURES, Log
 from talkingdit.curate.measure import Record, Video
 from talkingdit.curate.report import REPORT, write_report
 from talkingdit.curate.settings import Settings
 from talkingdit.curate.stages import stage_of
-from talkingdit.curate.write import write_manifest, write_table
+from talkingdit.curate.write import MANIFEST, TABLE, write_manifest, write_table
 from talkingdit.data.manifest import IMAGES, read_manifest
 from talkingdit.errors import UserError
 from talkingdit.lock import RunLock
+from talkingdit.media.targets import check_folder
 
 LOCK, BROKEN = ".curate.lock", "broken.jsonl"
 VIDEOS = (
@@ -121,6 +122,7 @@ def curate(job: Job, started: Callable[[int, int], None], watched: Callable[[Rec
     Raises:
         UserError: something is wrong with the source, the settings or the folder.
     """
+    check_folder(job.folder, (FIGURES, MANIFEST, TABLE, BROKEN, REPORT), FIGURES, {"videos": job.source})
     videos = find_videos(job.source)
     for name in job.settings.watch.stages:
         stage_of(name)

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from talkingdit.errors import UserError
 
@@ -97,23 +99,25 @@ def read_texts(path: Path) -> dict[str, Text]:
         content = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"eval: --texts {str(path)!r} cannot be read as UTF-8 text ({error}).") from None
-    rows: Sequence[Mapping[str, str]]
+    rows: Sequence[Mapping[str, Any]]
     if path.suffix.lower() == ".csv":
-        rows = list(csv.DictReader(content.splitlines()))
-    else:
-        rows = [_row(path, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
-    out = {}
+        rows = list(csv.DictReader(io.StringIO(content, newline="")))
+    else:  # other marks that end lines of text may stand within strings
+        rows = [_row(path, number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+    out: dict[str, Text] = {}
     for number, row in enumerate(rows, 1):
-        name = row.get("name") or row.get("video")
-        if not name or row.get("text") is None:
-            raise UserError(f"eval: --texts {str(path)!r}, entry {number}: expected name and text, got {dict(row)}.")
-        out[Path(name).stem if Path(name).suffix.lower() in VIDEOS else name] = Text(
-            row["text"], row.get("category") or ""
-        )
+        where = f"eval: --texts {str(path)!r}, entry {number}"
+        name, words, category = row.get("name") or row.get("video"), row.get("text"), row.get("category") or ""
+        if not name or not all(isinstance(value, str) for value in (name, words, category)):
+            raise UserError(f"{where}: expected name and text, got {dict(row)}.")
+        name = Path(name).stem if Path(name).suffix.lower() in VIDEOS else name
+        if name in out:
+            raise UserError(f"{where}: expected one entry for each video, got {name!r} again.")
+        out[name] = Text(words, category)
     return out
 
 
-def _row(path: Path, number: int, line: str) -> Mapping[str, str]:
+def _row(path: Path, number: int, line: str) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
     except ValueError:

@@ -17,6 +17,7 @@ from talkingdit.eval.protocol import DEVIATIONS, Name
 from talkingdit.eval.run import Results, plain
 from talkingdit.eval.summary import Cell, Comparison, Row, by_category
 
+RESULTS = ("results.json", "systems.csv", "videos.csv", "table.md", "table.tex")
 TITLES = {
     "whole": "Whole body",
     "face": "Face",
@@ -221,13 +222,13 @@ def write_all(
     out: Path, results: Results, rows: Sequence[Row], compared: Sequence[Comparison], protocol: Name
 ) -> list[Path]:
     """Write results.json, systems.csv, videos.csv, table.md and table.tex; returns their paths."""
-    content = {
-        "results.json": json.dumps(as_json(results, rows, compared, protocol), indent=1, allow_nan=False) + "\n",
-        "systems.csv": systems_csv(rows),
-        "videos.csv": videos_csv(results),
-        "table.md": markdown(results, rows),
-        "table.tex": latex(results, rows),
-    }
-    for name, text in content.items():
+    content = (
+        json.dumps(as_json(results, rows, compared, protocol), indent=1, allow_nan=False) + "\n",
+        systems_csv(rows),
+        videos_csv(results),
+        markdown(results, rows),
+        latex(results, rows),
+    )
+    for name, text in zip(RESULTS, content, strict=True):
         write_whole(out / name, text.encode())
-    return [out / name for name in content]
+    return [out / name for name in RESULTS]

@@ -8,6 +8,7 @@ the first one gives 50 %.
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,16 +61,22 @@ def win_rate(contests: Sequence[tuple[Path, Path, str]], judge: Judge, seed: int
 def command_judge(command: str, seconds: float = 600) -> Judge:
     """A judge that is a program: `command FIRST SECOND TEXT` prints 1, 2 or 0 as its last word.
 
-    Raises of the judge:
-        UserError: the program is not there, fails, takes too long, or prints something else.
+    Raises:
+        UserError: the program is not there; of the judge: it fails, takes too long, or prints something else.
     """
+    try:
+        program = shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"eval: --judge {command!r}: expected words of a command ({error}).") from None
+    if not program or shutil.which(program[0]) is None:
+        raise UserError(f"eval: --judge {command!r}: there is no such program.")
 
     def judge(first: Path, second: Path, text: str) -> int:
-        words = [*shlex.split(command), str(first), str(second), text]
+        words = [*program, str(first), str(second), text]
         try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, check=True)
-        except FileNotFoundError:
-            raise UserError(f"eval: --judge {command!r}: there is no such program.") from None
+            done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=seconds, check=True)
+        except OSError as error:
+            raise UserError(f"eval: --judge {command!r} cannot be run ({error.strerror}).") from None
         except subprocess.TimeoutExpired:
             raise UserError(f"eval: --judge {command!r} took more than {seconds:g} s for {first.name}.") from None
         except subprocess.CalledProcessError as error:

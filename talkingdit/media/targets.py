@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from talkingdit.errors import UserError
@@ -83,6 +83,27 @@ def check_apart(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | 
                 raise UserError(
                     f"{name} {str(written[name])!r}: expected a file of its own, got the one given as {other}"
                 )
+
+
+def check_folder(folder: Path, names: Sequence[str], mark: str, inputs: Mapping[str, Path | None]) -> None:
+    """Make sure that results take the place of earlier results alone, and of nothing that is read.
+
+    Args:
+        folder: of the results; it may not be there yet.
+        names: of the results.
+        mark: what each run leaves in the folder; where it is missing, files of these names are somebody else's.
+        inputs: files by what a person calls them; None for those that are not given.
+
+    Raises:
+        UserError: a result would be written over something else.
+    """
+    check_apart({name: folder / name for name in names}, inputs)
+    foreign = [] if os.path.lexists(folder / mark) else [name for name in names if os.path.lexists(folder / name)]
+    if foreign:
+        raise UserError(
+            f"output {str(folder)!r}: expected a new folder or one of earlier results, got one with a {foreign[0]} of "
+            "another origin, which would be lost"
+        )
 
 
 def _same(one: Path, other: Path) -> bool:
