@@ -16,7 +16,7 @@ from talkingdit.curate.local import Task, watch_here, watch_in_processes
 from talkingdit.curate.log import FIGURES, Log
 from talkingdit.curate.measure import Record, Video
 from talkingdit.curate.report import REPORT, write_report
-from talkingdit.curate.settings import Settings
+from talkingdit.curate.settings import LIMITS, Settings
 from talkingdit.curate.stages import stage_of
 from talkingdit.curate.write import MANIFEST, TABLE, write_manifest, write_table
 from talkingdit.data.manifest import IMAGES, read_manifest
@@ -172,6 +172,7 @@ def _finish(job: Job, videos: list[Video], log: Log) -> Outcome:
     lacking: dict[str, str] = {}
     for record in records:
         lacking.update(record["lacking"])
+    lacking.update(_unknown_limits(decisions, job.settings))
     lines = [json.dumps({"id": r["key"], "video": r["path"], "reason": r["error"]}) + "\n" for r in broken]
     write_whole(job.folder / BROKEN, "".join(lines).encode())
     write_manifest(job.folder, decisions, videos, job.settings.write)
@@ -179,6 +180,13 @@ def _finish(job: Job, videos: list[Video], log: Log) -> Outcome:
     outcome = Outcome(decisions, len(videos), len(broken), lacking)
     write_report(job.folder, decisions, len(videos), broken, lacking)
     return outcome
+
+
+def _unknown_limits(decisions: Decisions, settings: Settings) -> dict[str, str]:
+    """Limits beside the usual ones on figures that no clip has, as a wrong name has them."""
+    names = {step.name for step in decisions.funnel if not step.limit.off and step.unknown == len(decisions.clips)}
+    sentence = "no stage gives a figure of this name, which a limit is on."
+    return {name: sentence for name in sorted(names - set(LIMITS)) if decisions.clips}
 
 
 __all__ = ["REPORT", "Job", "Outcome", "curate", "find_videos"]

@@ -174,9 +174,19 @@ def read_settings(path: Path | None) -> Settings:
     if unknown:
         raise UserError(f"{path}: expected the tables watch, limits and write, got {sorted(unknown)[0]!r}.")
     watch = _made(Watch, found.get("watch", {}), f"{path}: watch")
+    _check_watch(watch, path)
     return Settings(
         watch, _limits(found.get("limits", {}), path), _made(Write, found.get("write", {}), f"{path}: write")
     )
+
+
+def _check_watch(watch: Watch, path: Path) -> None:
+    for name in ("fps", "side", "still_side", "still_every", "face_every", "clip_seconds"):
+        if not getattr(watch, name) > 0:
+            raise UserError(f"{path}: watch.{name}: expected a number above 0, got {getattr(watch, name)}.")
+    for name in ("cut", "same_voice", "samples"):
+        if getattr(watch, name) > 1:
+            raise UserError(f"{path}: watch.{name}: expected 0 to 1, got {getattr(watch, name)}.")
 
 
 def _limits(found: Any, path: Path) -> dict[str, Limit]:
@@ -184,7 +194,9 @@ def _limits(found: Any, path: Path) -> dict[str, Limit]:
         raise UserError(f"{path}: limits must be a table of figures, got {found!r}.")
     limits = dict(LIMITS)
     for name, value in _flat(found):
-        limits[name] = _made(Limit, value, f"{path}: limits.{name}")
+        limit = limits[name] = _made(Limit, value, f"{path}: limits.{name}")
+        if limit.at_least is not None and limit.at_most is not None and limit.at_least > limit.at_most:
+            raise UserError(f"{path}: limits.{name}: expected at_least up to at_most, got {limit}.")
     return limits
 
 

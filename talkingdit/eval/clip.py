@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,7 +14,6 @@ import numpy.typing as npt
 from talkingdit.errors import UserError
 
 RATE = 16000  # of all sound here, in Hz
-CHUNK = 1 << 20
 
 Frames = npt.NDArray[np.uint8]
 Sound = npt.NDArray[np.float32]
@@ -40,18 +38,6 @@ class Clip:
     @property
     def seconds(self) -> float:
         return len(self.frames) / self.fps
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file's bytes; raises UserError where it cannot be read."""
-    found = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(CHUNK):
-                found.update(chunk)
-    except OSError as error:
-        raise UserError(f"eval: {str(path)!r} cannot be read ({error.strerror or error}).") from None
-    return found.hexdigest()
 
 
 def read_clip(path: Path) -> Clip:

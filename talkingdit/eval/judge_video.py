@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from talkingdit.errors import UserError
-from talkingdit.eval.clip import Frames, digest_of, read_clip, read_truth
+from talkingdit.eval.clip import Frames, read_clip, read_truth
 from talkingdit.eval.evidence import Evidence, NotMeasured
 from talkingdit.eval.finders import FINDERS
 from talkingdit.eval.found import Found
@@ -22,6 +22,7 @@ from talkingdit.eval.job import Pair
 from talkingdit.eval.metric import Metric
 from talkingdit.eval.protocol import Name, metrics_of
 from talkingdit.eval.slots import Backbone, resolve_all
+from talkingdit.media.checks import digest_of
 
 SHEET_FRAMES, SHEET_HEIGHT = 8, 120  # of the contact sheet
 COLOURS = {"face": (64, 160, 255), "hands": (255, 160, 32), "left_hand": (255, 96, 96), "right_hand": (255, 200, 0)}

@@ -24,9 +24,9 @@ import numpy.typing as npt
 
 from talkingdit.atomic import whole_file, write_whole
 from talkingdit.errors import UserError
-from talkingdit.eval.clip import digest_of
 from talkingdit.eval.job import Pair
 from talkingdit.eval.judge_video import Judged, Plan, Tools, judge, key_of
+from talkingdit.media.checks import digest_of
 
 KEPT = "videos"  # folder of what is known
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from talkingdit.errors import UserError
 from talkingdit.eval import backbones
-from talkingdit.eval.clip import digest_of
+from talkingdit.media.checks import digest_of
 
 # Files whose digests everybody knows: SHA-256, or its beginning where the file's publisher names it so.
 STANDARD = {

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -28,6 +29,22 @@ def existing_file(path: str | os.PathLike[str], what: str) -> Path:
     if source.stat().st_size == 0:
         raise UserError(f"{what} {str(source)!r}: expected {what} data, got an empty file")
     return source
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    found = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read ({reason_of(error)}).") from None
+    return found.hexdigest()
 
 
 def reason_of(error: BaseException) -> str:

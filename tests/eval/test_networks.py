@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from talkingdit.cli.main import main
 from talkingdit.detect.syncnet import SyncNet, _sync, mfcc
 from talkingdit.errors import UserError
-from talkingdit.eval.clip import digest_of
 from talkingdit.eval.metric import all_metrics
 from talkingdit.eval.slots import SLOTS, missing_line, resolve
+from talkingdit.media.checks import digest_of
 
 
 class Pool(nn.Module):

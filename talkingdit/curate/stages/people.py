@@ -16,6 +16,7 @@ from talkingdit.curate.look import Look
 from talkingdit.curate.settings import Watch
 from talkingdit.curate.stages import Figures, Found, Person
 from talkingdit.detect import blaze, faces, mesh, tflite
+from talkingdit.detect.boxes import overlap
 from talkingdit.detect.faces import Face
 from talkingdit.detect.packages import NotInstalledError
 
@@ -60,7 +61,7 @@ class PeopleStage:
                 if still.index not in found_in:
                     found_in[still.index] = blaze.large_faces(look.pictures[still.index])
                 known = found_in[still.index]
-                known += [face for face in here if all(_overlap(face, other) < LIKE for other in known)]
+                known += [face for face in here if all(overlap(face.box, other.box) < LIKE for other in known)]
                 most = max(most, len(known))
         tracks = _linked(found_in)
         stills = {still.index for still in look.stills}
@@ -123,8 +124,8 @@ def _linked(found_in: dict[int, list[Face]]) -> list[_Track]:
     for index in sorted(found_in):
         free = list(tracks)
         for face in found_in[index]:
-            best = max(free, key=lambda track: _overlap(track.seen[-1][1], face), default=None)
-            if best is not None and _overlap(best.seen[-1][1], face) >= LIKE:
+            best = max(free, key=lambda track: overlap(track.seen[-1][1].box, face.box), default=None)
+            if best is not None and overlap(best.seen[-1][1].box, face.box) >= LIKE:
                 best.seen.append((index, face))
                 free.remove(best)
             else:
@@ -162,13 +163,3 @@ def _scaled(face: Face, ratio: float) -> Face:
 
 def _area(boxes: NDArray[np.float32]) -> float:
     return float(np.mean((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])))
-
-
-def _overlap(a: Face, b: Face) -> float:
-    width = min(a.x1, b.x1) - max(a.x0, b.x0)
-    height = min(a.y1, b.y1) - max(a.y0, b.y0)
-    if width <= 0 or height <= 0:
-        return 0.0
-    inside = width * height
-    both = (a.x1 - a.x0) * (a.y1 - a.y0) + (b.x1 - b.x0) * (b.y1 - b.y0) - inside
-    return inside / both

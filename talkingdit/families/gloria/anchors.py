@@ -80,7 +80,7 @@ def read_anchor(text: str) -> AnchorFile:
     kind = kind or KINDS[GLOBAL][0]
     if kind not in KINDS[type]:
         raise ValueError(f"kind of {type} must be one of {', '.join(KINDS[type])}, got {kind!r}")
-    return AnchorFile(type, kind, Path(path))
+    return AnchorFile(type, kind, Path(path).expanduser())
 
 
 def check_once(anchors: tuple[AnchorFile, ...]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import astuple, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from talkingdit.families.hunyuan_avatar.options import Options
 from talkingdit.families.hunyuan_avatar.places import Mask, Place, draw_mask, place_speakers, scaled
 from talkingdit.families.hunyuan_avatar.speakers import Box, Speaker, check_boxes, named_by_turns
 from talkingdit.families.hunyuan_avatar.turns import Solo, Turn, names_in, read_turns
+from talkingdit.media.checks import digest_of
 from talkingdit.media.files import SPEECH_RATE, read_image
 from talkingdit.pipelines.inputs import Frames, Inputs, Mark, Outline, read_voice
 
@@ -325,31 +325,15 @@ def _kept_settings(details: Details, turns: tuple[Turn, ...], settings: HunyuanA
         "turns": [[turn.speaker, turn.start, turn.end] for turn in turns],
         "emotions": [_described(emotion) for emotion in options.emotion],
         "emotion strength": options.emotion_strength,
-        "text features": None if options.text_features is None else _file_digest(options.text_features),
+        "text features": None if options.text_features is None else digest_of(options.text_features)[:32],
     }
 
 
 def _digest_of(voice: Voice) -> str:
-    own = "" if voice.speaker.voice is None else _file_digest(voice.speaker.voice)
+    own = "" if voice.speaker.voice is None else digest_of(voice.speaker.voice)
     return hashlib.sha256(own.encode() + np.ascontiguousarray(voice.mask).tobytes()).hexdigest()[:32]
 
 
 def _described(emotion: Emotion) -> list[Any]:
     end = None if emotion.end == float("inf") else emotion.end
-    return [_file_digest(emotion.picture), emotion.start, end]
-
-
-def _file_digest(path: Path) -> str:
-    """Of a file that was found to be good before.
-
-    Raises:
-        UserError: it is gone.
-    """
-    found = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    return found.hexdigest()[:32]
+    return [digest_of(emotion.picture)[:32], emotion.start, end]

@@ -10,10 +10,8 @@ An edited video keeps its size, rate and length. The model sees the part around 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from talkingdit.autoencoders.latents import FRAMES_PER_LATENT
@@ -21,6 +19,7 @@ from talkingdit.errors import UserError
 from talkingdit.families.skyreels_audio.options import Fusion, Options
 from talkingdit.families.wan_i2v.outline import latents_of_frames, video_frames
 from talkingdit.families.wan_s2v.outline import video_size
+from talkingdit.media.checks import digest_of
 from talkingdit.media.compose import Crop, crop_around
 from talkingdit.media.edited import EditedVideo, open_edited
 from talkingdit.media.framing import fit_image
@@ -197,7 +196,7 @@ def _edit(inputs: Inputs, settings: SkyReelsAudioSettings, options: Options, sam
         if getattr(options, name):
             warnings.append(f"`--{name.replace('_', '-')}` has no effect on a video that is edited.")
     details = Details(sampling, options, latents_of_frames(frames), video.rate, Edit(video, region, crop))
-    kept = {"video": _digest(video.path), "region": region.name, "crop": list(vars(crop).values())}
+    kept = {"video": digest_of(video.path)[:32], "region": region.name, "crop": list(vars(crop).values())}
     return _outlined(details, video.size, frames, video.rate, warnings, kept)
 
 
@@ -239,14 +238,6 @@ def _outlined(
         "`--max-area` or a smaller `--window`",
         details=details,
     )
-
-
-def _digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()[:32]
 
 
 def clip_span(sampling: Sampling, index: int, latents: int) -> tuple[int, int]:
