@@ -76,6 +76,7 @@ def run_of(config: Config, stage: StageConfig, transformer: Transformer) -> Run:
         validates=config.sample.every > 0,
         trains=_trains(config, stage, transformer),
         lora_rank=config.lora.rank or 32,
+        float8=config.parallel.float8,
     )
 
 

@@ -154,6 +154,7 @@ def _what(plan: TrainPlan, transformer: Transformer, cluster: Cluster) -> Iterat
         f"switches    --parallel.activation-checkpointing {run.checkpointing} --optim.name {run.optimizer} "
         f"--batch.count {run.micro_batches}{' --parallel.offload' if run.offload else ''}"
         f"{f' --parallel.inputs {run.inputs}' if run.inputs != 'float32' else ''}"
+        f"{f' --parallel.float8 {run.float8}' if run.float8 != 'off' else ''}"
         f"{f' --model.frozen {run.frozen}' if run.frozen != 'float32' else ''}"
         f"{f' --model.swap {run.swap}' if run.swap else ''}"
         f"{f' --lora.rank {run.lora_rank}' if run.trains == 'lora' else ''}{'' if run.averages else ' --optim.ema 0'}"

@@ -18,6 +18,7 @@ CHECKPOINTING = ("full", "selective", "off")
 FROZEN = ("float32", "bf16", "int8", "fp8")  # how weights that never train are stored
 EIGHT_BITS = ("int8", "fp8")
 INPUTS = {"float32": (4, False), "bf16": (2, False), "host": (4, True), "host_bf16": (2, True)}  # bytes, on the host?
+FLOAT8 = ("off", "forward", "rowwise")  # which products of large layers are in float8
 CONSTANTS = ("efficiency", "inside", "between")  # of a cluster, that can be measured
 
 
@@ -116,6 +117,8 @@ class Run:
         validates: videos of the family's usual size are generated with the averages on the way.
         trains: "all" parameters, "lora" (adapters on the linear layers), or a part that the family names.
         lora_rank: of the adapters.
+        float8: which products of large layers are in float8, one of FLOAT8: none, those of the forward, those of the
+            gradients of inputs as well.
 
     Raises:
         ValueError: another name of an optimiser or of checkpointing. What trains is checked against the family by
@@ -135,9 +138,11 @@ class Run:
     validates: bool = True
     trains: str = "all"
     lora_rank: int = 32
+    float8: str = "off"
 
     def __post_init__(self) -> None:
         known = {"optimizer": OPTIMIZERS, "checkpointing": CHECKPOINTING, "frozen": FROZEN, "inputs": tuple(INPUTS)}
+        known["float8"] = FLOAT8
         for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"plan: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

@@ -10,7 +10,7 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from talkingdit.plan.cards import HOST_MEMORY, HOST_TO_DEVICE, needed
+from talkingdit.plan.cards import EIGHT_BIT_SPEED, HOST_MEMORY, HOST_TO_DEVICE, needed
 from talkingdit.plan.communication import Sent, communication
 from talkingdit.plan.run import EIGHT_BITS, Cluster, MeshSizes, Run
 from talkingdit.plan.training_memory import host, margins, memory, moments, states, validation
@@ -62,6 +62,14 @@ def work(transformer: Transformer, sizes: UnitSizes, run: Run) -> tuple[float, f
     return mathematics, executed
 
 
+def in_float8(transformer: Transformer, run: Run) -> float:
+    """Of the executed operations of a micro-batch those that multiply in float8; layers stored in eight bits do not."""
+    if run.float8 == "off" or run.eight_bits:
+        return 0.0
+    products = transformer.flops(run.clip) - transformer.cost.attention_flops(transformer.config, run.clip)
+    return products * (1 + (run.checkpointing == "full") + (run.float8 == "rowwise"))
+
+
 def predict(transformer: Transformer, sizes: UnitSizes, run: Run, cluster: Cluster, mesh: MeshSizes) -> TrainPlan:
     """Memory, communication and time of one layout.
 
@@ -71,7 +79,8 @@ def predict(transformer: Transformer, sizes: UnitSizes, run: Run, cluster: Clust
     sent = communication(transformer, sizes, run, mesh, cluster.gpus)
     mine = run.per_rank(mesh)
     mathematics, executed = work(transformer, sizes, run)
-    compute = executed * mine / mesh.context / (cluster.tflops * 1e12 * cluster.efficiency)
+    timed = executed - in_float8(transformer, run) * (1 - 1 / EIGHT_BIT_SPEED)
+    compute = timed * mine / mesh.context / (cluster.tflops * 1e12 * cluster.efficiency)
     sharding = sum(sent[name].seconds(cluster) for name in ("gather", "reduce", "replicas"))
     seconds = {
         "computing": compute,

@@ -58,6 +58,7 @@ def moments(
     restored = activations.stream if run.inputs != "float32" else 0.0  # that of the block at work
     # A matrix in eight bits is made wide in float32 and then narrower; where it waits on the host its codes come too.
     widened = (4 + size + (run.offload or run.swap > 0)) * sizes.largest_eight
+    rounded = 0.0 if run.float8 == "off" else _rounded(*sizes.widest, transformer.tokens(run.clip)[1] / mesh.context)
     kept = sum(stream + activations.kept[name] for name in back)
     done = sum(gradient.values()) if several else sum(gradient[name] for name in sizes.last)
     # What the unit before this one is still reducing.
@@ -68,13 +69,19 @@ def moments(
         following = sizes.units[back[i - 1]] if i and ranks > 1 else UnitSize()
         first = size * max(unit.matrices, default=0)  # the first gradient, before it is part of what is reduced
         gathered = always + size * (unit.elements(ranks) + following.elements(ranks)) + before + first
-        working = activations.working[name] + restored + widened
+        working = activations.working[name] + restored + widened + rounded
         found.append({"gradients": done, "gathered": gathered, "kept": kept, "at work": working})
         kept -= stream + activations.kept[name]
         before = 4.0 * unit.elements(ranks, trained=True)
         done += 0.0 if several else gradient[name]
     found.append({"gradients": sum(gradient.values()), **_update(sizes, run, ranks)})
     return [{**moment, "gradients": 0.0} for moment in found] if run.offload else found
+
+
+def _rounded(inputs: int, elements: int, tokens: float) -> float:
+    """Bytes while torchao rounds what a layer multiplies to float8: both by way of two copies in float32, in turn."""
+    rows = tokens * inputs
+    return max(8 * rows, rows + 8 * elements)
 
 
 def margins(mesh: MeshSizes, moments: Sequence[Mapping[str, float]]) -> dict[str, float]:

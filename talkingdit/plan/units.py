@@ -99,6 +99,12 @@ class UnitSizes:
         return max((rows * columns for unit in self.units.values() for rows, columns in unit.eight), default=0)
 
     @property
+    def widest(self) -> tuple[int, int]:
+        """Of the layers of large units that are not stored in eight bits: most inputs, and most elements."""
+        shapes = [shape for path in self.walk for shape, _ in self.units[path].shapes if len(shape) == 2]
+        return max((shape[1] for shape in shapes), default=0), max(map(math.prod, shapes), default=0)
+
+    @property
     def largest_matrix(self) -> int:
         """Elements of the largest matrix that Muon works on."""
         return max((size for unit in self.units.values() for size in unit.matrices), default=0)

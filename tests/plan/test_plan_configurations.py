@@ -198,3 +198,21 @@ def test_the_clip_fills_the_budget_of_tokens() -> None:
         config.batch.mode, config.batch.tokens, config.batch.frames = "pack", tokens, [20, 8]
         clip = command.clip_of(config, config.stages[0], RELEASED)
         assert 0.9 * tokens < RELEASED.tokens(clip)[1] <= tokens
+
+
+@pytest.mark.parametrize(("kind", "checkpointing", "share"), [("forward", "off", 1), ("rowwise", "full", 3)])
+def test_a_configuration_in_float8_takes_half_the_time_where_it_multiplies_so(
+    kind: str, checkpointing: str, share: int
+) -> None:
+    config = read_toml(ROOT / "training" / "configs" / "wan_s2v.toml")
+    config = replace(config, parallel=replace(config.parallel, activation_checkpointing=checkpointing))
+    cluster, stage = Cluster(1, 8), config.stages[0]
+    plain = command.predict_stage(config, stage, RELEASED, cluster)
+    config = replace(config, parallel=replace(config.parallel, float8=kind))
+    rounded = command.predict_stage(config, stage, RELEASED, cluster)
+    products = RELEASED.flops(plain.run.clip) - RELEASED.cost.attention_flops(RELEASED.config, plain.run.clip)
+    speed = cluster.tflops * 1e12 * cluster.efficiency
+    saved = share * products / 2 * plain.run.per_rank(plain.mesh) / plain.mesh.context / speed
+    assert plain.seconds["computing"] - rounded.seconds["computing"] == pytest.approx(saved)
+    assert rounded.peak > plain.peak
+    assert f"--parallel.float8 {kind}" in training_report(rounded, True, RELEASED, cluster, given=True)
