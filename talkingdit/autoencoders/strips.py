@@ -306,3 +306,26 @@ class SharedStream:
             self._decoder.resume(past)
         else:
             shared.team.on_rank_0(lambda: self._decoder.resume(past))
+
+
+class ClipDecoder:
+    """The decoder of a video that is made clip by clip, which remembers the clips that it has decoded.
+
+    Args:
+        stream: with nothing decoded yet.
+    """
+
+    def __init__(self, stream: SharedStream):
+        self._stream = stream
+        self._next: int | None = None
+
+    def behind(self, index: int, past: Tensor) -> SharedStream:
+        """What decodes clip `index`; after any other than the one before it it begins from the past.
+
+        Args:
+            past: [1, C, k, H, W], the latents before the clip.
+        """
+        if self._next != index:
+            self._stream.resume(past)
+        self._next = index + 1
+        return self._stream

@@ -291,6 +291,22 @@ def _header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, text
 
 
+def stored_config(weights: Weights) -> dict[str, Any]:
+    """The configuration in the metadata of a single file, empty where there is none."""
+    text = weights.metadata.get("config")
+    if text is None:
+        return {}
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{weights.source}: the configuration in its metadata is not JSON ({error}).") from error
+    # Some programs wrap it in the name of the part.
+    inner = values.get("transformer", values) if isinstance(values, dict) else None
+    if not isinstance(inner, dict):
+        raise UserError(f"{weights.source}: the configuration in its metadata must be a JSON object.")
+    return inner
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 

@@ -9,8 +9,10 @@ has a function for that, `torch.distributed.fsdp.register_fsdp_forward_method`; 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+from torch.distributed.fsdp import FSDPModule
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,3 +45,8 @@ def _offloading_hooks(module: Any) -> list[Any]:
     registry = getattr(module, "_diffusers_hook", None)
     found = (getattr(module, "_hf_hook", None), None if registry is None else registry.get_hook("group_offloading"))
     return [hook for hook in found if hook is not None]
+
+
+def resident(layers: Iterable[Any]) -> bool:
+    """Do the layers hold their weights outside of their forward, too?"""
+    return not any(isinstance(layer, FSDPModule) or hasattr(layer, "_diffusers_hook") for layer in layers)

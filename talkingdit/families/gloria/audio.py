@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from talkingdit.families.wan_s2v.blocks import BlockInputs
-from talkingdit.families.wan_s2v.sequence import scatter_ranges, take_ranges
 from talkingdit.nn.audio_cross_attention import AudioCrossAttention
 from talkingdit.nn.layers import Float32Linear, wide
+from talkingdit.nn.ranges import scatter_ranges, take_ranges
 
 WINDOW = 4  # features per latent frame: the temporal compression of the autoencoder
 

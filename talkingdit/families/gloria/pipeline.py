@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from talkingdit.autoencoders.streaming import to_video
+from talkingdit.autoencoders.strips import ClipDecoder
 from talkingdit.autoencoders.tail import lookback
 from talkingdit.distributed.layout import Parallel
 from talkingdit.families.gloria.attention import AnchorAttention, draw_figure
@@ -52,7 +53,7 @@ class GloriaConditions(VideoConditions):
 
     plan: ChunkPrefix
     anchors: tuple[str, ...]  # names, in the order of `extra`
-    decoder: _Decoder
+    decoder: ClipDecoder
     figure: Path | None = None
 
 
@@ -100,7 +101,7 @@ class GloriaPipeline(WanI2VPipeline):
             **{**vars(plain), "features": features, "extra": self.anchor_tokens(details.anchors)},
             plan=details.plan,
             anchors=tuple(anchor.name for anchor in details.anchors),
-            decoder=_Decoder(self._vae.stream()),
+            decoder=ClipDecoder(self._vae.stream()),
             figure=details.options.attention_figure,
         )
 
@@ -143,7 +144,7 @@ class GloriaPipeline(WanI2VPipeline):
             x = torch.cat([lay_over(known[0, :, :overlap], x[0, :, :overlap], curve)[None], x[:, :, overlap:]], dim=2)
         count = stage.final - stage.first
         past = conditions.first[:, :, :0] if carry is None else carry["past"]
-        video = conditions.decoder(index, past, x[:, :, :count])
+        video = conditions.decoder.behind(index, past)(x[:, :, :count])
         shown = video[:, :, : conditions.frames - _frames_before(stage.first)]
         seen = None
         if watched is not None and watched.weights is not None:
@@ -184,18 +185,3 @@ def _frames_before(latents: int) -> int:
 def _joined(carry: Carry | None, weights: Tensor) -> Tensor:
     """Attention so far [anchors, latents], with that of a chunk behind."""
     return weights if carry is None else torch.cat([carry["attention"].to(weights.device), weights], dim=1)
-
-
-class _Decoder:
-    """The decoder of a video, which remembers the chunks it has decoded. Anywhere else it begins from the past."""
-
-    def __init__(self, stream: Any):
-        self._stream = stream
-        self._next: int | None = None
-
-    def __call__(self, index: int, past: Tensor, latents: Tensor) -> Tensor:
-        """Frames [1, 3, n, 8 H, 8 W] of chunk `index`, behind the latents [1, C, k, H, W] before it."""
-        if self._next != index:
-            self._stream.resume(past)
-        self._next = index + 1
-        return self._stream(latents)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -82,21 +81,6 @@ def complete(values: Mapping[str, Any], weights: Weights, where: object) -> dict
     for name in ("patch_size", "rope_dim_list"):
         config[name] = tuple(config[name])
     return config
-
-
-def stored(weights: Weights) -> dict[str, Any]:
-    """The configuration in the metadata of a single file, empty where there is none."""
-    text = weights.metadata.get("config")
-    if text is None:
-        return {}
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{weights.source}: the configuration in its metadata is not JSON ({error}).") from error
-    inner = values.get("transformer", values) if isinstance(values, dict) else None
-    if not isinstance(inner, dict):
-        raise UserError(f"{weights.source}: the configuration in its metadata must be a JSON object.")
-    return inner
 
 
 def from_shapes(weights: Weights, said: Mapping[str, Any], where: object) -> dict[str, Any]:

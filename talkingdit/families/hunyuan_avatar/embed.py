@@ -15,8 +15,10 @@ from talkingdit.families.hunyuan_avatar.emotion import KeyValue, Scene, scenes_o
 from talkingdit.families.hunyuan_avatar.injection import over_time
 from talkingdit.families.hunyuan_avatar.inputs import FPS, MOTION_EXP, MOTION_POSE, AvatarConditions, AvatarInputs
 from talkingdit.families.hunyuan_avatar.rope import layouts
-from talkingdit.families.hunyuan_avatar.sequence import ClipSpan, Range, sequence_shard
+from talkingdit.families.hunyuan_avatar.sequence import ClipSpan, sequence_shard
 from talkingdit.families.hunyuan_avatar.text import used_text
+from talkingdit.nn.hooks import resident
+from talkingdit.nn.ranges import Range
 
 if TYPE_CHECKING:
     from talkingdit.families.hunyuan_avatar.model import HunyuanAvatarModel
@@ -201,10 +203,6 @@ def for_blocks(
     model: HunyuanAvatarModel, audio: Tensor | None, emotion: Tensor | None, precompute: bool
 ) -> tuple[tuple[VoiceMemory, ...] | None, tuple[KeyValue, ...] | None]:
     """With `precompute`, keys and values of voices and emotions for every adapter."""
-
-    def resident(layers: list[Any]) -> bool:
-        """Do the layers hold their weights outside of their forward, too?"""
-        return not any(isinstance(layer, FSDPModule) or hasattr(layer, "_diffusers_hook") for layer in layers)
 
     voice_layers: list[Any] = list(model.audio_adapter_blocks)
     emotion_layers: list[Any] = list(model.emotion_adapter_blocks or [])

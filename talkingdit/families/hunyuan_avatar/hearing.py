@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from talkingdit.families.hunyuan_avatar.inputs import AvatarConditions
-from talkingdit.families.hunyuan_avatar.sequence import scatter_ranges, take_ranges
 from talkingdit.nn.audio_cross_attention import FrameSpan
+from talkingdit.nn.ranges import scatter_ranges, take_ranges
 
 if TYPE_CHECKING:
     from talkingdit.families.hunyuan_avatar.model import HunyuanAvatarModel

@@ -11,7 +11,7 @@ import torch
 
 from talkingdit.checkpoints.fill import build_empty, fill
 from talkingdit.checkpoints.folder import check_class
-from talkingdit.checkpoints.weights import Weights, open_weights, read_bounded, read_json
+from talkingdit.checkpoints.weights import Weights, open_weights, read_bounded, read_json, stored_config
 from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar import config as configs
 from talkingdit.families.hunyuan_avatar.presets import CLASSES
@@ -143,7 +143,7 @@ def open_transformer(path: Path) -> tuple[Weights, dict[str, Any]]:
         weights = open_weights(path)
     else:
         weights = open_weights(path)
-        values = configs.stored(weights)
+        values = stored_config(weights)
         beside = path.with_name("config.json")
         if not values and path.suffix == ".pt" and beside.is_file():
             values = read_bounded(beside)

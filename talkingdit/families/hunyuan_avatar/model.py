@@ -24,12 +24,12 @@ from talkingdit.families.hunyuan_avatar.hearing import hear
 from talkingdit.families.hunyuan_avatar.injection import PatchEmbed, copy_bias, with_channels
 from talkingdit.families.hunyuan_avatar.inputs import AvatarConditions, AvatarInputs
 from talkingdit.families.hunyuan_avatar.packed import PackedClip, encode_packed
-from talkingdit.families.hunyuan_avatar.sequence import scatter_ranges, take_ranges
 from talkingdit.families.hunyuan_avatar.text import ScalarEmbedder, TextRefiner, VectorEmbedder
 from talkingdit.families.hunyuan_avatar.units import ROOT, UNITS, hears
 from talkingdit.nn.context_parallel import ContextParallel, gather
 from talkingdit.nn.hooks import like_forward
 from talkingdit.nn.layers import Float32Linear, wide
+from talkingdit.nn.ranges import scatter_ranges, take_ranges
 
 if TYPE_CHECKING:
     from talkingdit.families.hunyuan_avatar.step_cache import LastBlockCache

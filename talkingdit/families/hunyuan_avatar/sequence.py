@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from talkingdit.nn.audio_cross_attention import FrameSpan
+from talkingdit.nn.ranges import Range
 
 if TYPE_CHECKING:
     from talkingdit.nn.context_parallel import ContextParallel
 
-Range = tuple[int, int]
 # Clips in a packed sequence: each is a group of tokens with a modulation of its own, which the kernels tell apart.
 MAX_CLIPS = 128
 
@@ -192,23 +191,6 @@ def _frames_of(clips: Sequence[ClipSpan], video: Sequence[Range]) -> tuple[tuple
     if not spans:  # modules must run all the same, or their weights would get no gradient here
         frames[0], spans = (0, 1), [FrameSpan(0, 1, clips[0].per_frame)]
     return tuple(frames), tuple(spans)
-
-
-def take_ranges(x: Tensor, ranges: Sequence[Range]) -> Tensor:
-    """These ranges of the tokens x [B, n, dim], behind each other; a view where there is one."""
-    parts = [x[:, begin:end] for begin, end in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def scatter_ranges(y: Tensor, ranges: Sequence[Range], tokens: int) -> Tensor:
-    """The inverse of `take_ranges` for n = `tokens`: zeros elsewhere."""
-    if len(ranges) == 1:
-        return F.pad(y, (0, 0, ranges[0][0], tokens - ranges[0][1]))
-    parts, filled, used = [], 0, 0
-    for begin, end in ranges:
-        parts += [y.new_zeros(y.shape[0], begin - filled, y.shape[2]), y[:, used : used + end - begin]]
-        filled, used = end, used + end - begin
-    return torch.cat([*parts, y.new_zeros(y.shape[0], tokens - filled, y.shape[2])], dim=1)
 
 
 def tokens_of(config: Mapping[str, Any], frames: int, height: int, width: int, reference: bool, text: int = 0) -> int:

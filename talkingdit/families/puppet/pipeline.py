@@ -29,6 +29,7 @@ from torch import Tensor
 
 from talkingdit.autoencoders.latents import FRAMES_PER_LATENT
 from talkingdit.autoencoders.streaming import to_frames, to_video
+from talkingdit.autoencoders.strips import ClipDecoder
 from talkingdit.autoencoders.tail import lookback
 from talkingdit.distributed.layout import Parallel
 from talkingdit.encoders.log_mel import SpeechFeatures
@@ -80,7 +81,7 @@ class VideoConditions:
     groups: tuple[tuple[Branch, ...], ...]  # the predictions of this process, those of one forward pass together
     texts: tuple[Tensor, ...]  # [branches, L, text_dim] of each group
     frames: int  # that the video lasts
-    decoder: _Decoder
+    decoder: ClipDecoder
     finish: Callable[[Tensor], Tensor]  # what is done to frames [1, 3, n, size, size] in the end
 
     @property
@@ -200,7 +201,7 @@ class PuppetPipeline(ClipPipeline):
             groups=groups,
             texts=tuple(self._text(prompt, branches) for branches in groups),
             frames=frames,
-            decoder=_Decoder(self._vae.stream()),
+            decoder=ClipDecoder(self._vae.stream()),
             finish=keep_clothes(picture) if sampling.keep_clothes else _as_it_is,
         )
 
@@ -248,11 +249,13 @@ class PuppetPipeline(ClipPipeline):
         encoded = self._encode(conditions, index, past)
         x = self._denoise(conditions, index, encoded, progress)
         frames = min(self.clip_frames, conditions.frames - index * self.clip_frames)
-        video = conditions.decoder(index, past, x[:, :, : -(-frames // FRAMES_PER_LATENT)])
+        # At the beginning the past is the portrait itself: decoded, not shown.
+        stream = conditions.decoder.behind(index, past)
         parts: list[Tensor] = []
-        for part in video:  # a latent's frames each, which are finished by themselves whoever watches
+        # A latent's frames each, which are finished by themselves whoever watches; no bit depends on it.
+        for latent in x[:, :, : -(-frames // FRAMES_PER_LATENT)].split(1, dim=2):
             left = frames - FRAMES_PER_LATENT * len(parts)
-            parts.append(conditions.finish(part[:, :, :left]))
+            parts.append(conditions.finish(stream(latent)[:, :, :left]))
             if show is not None:
                 show(parts[-1])
         kept = None if last else {"latents": torch.cat([past, x], dim=2)[:, :, -self._kept :]}
@@ -323,23 +326,6 @@ class PuppetPipeline(ClipPipeline):
     @property
     def _device(self) -> torch.device:
         return next(self.checkpoint.transformer.parameters()).device
-
-
-class _Decoder:
-    """The decoder of a video, which remembers the clips it has decoded. Anywhere else it begins from the past."""
-
-    def __init__(self, stream: Any):
-        self._stream = stream
-        self._next: int | None = None
-
-    def __call__(self, index: int, past: Tensor, latents: Tensor) -> Iterator[Tensor]:
-        """Frames [1, 3, 4, 8 H, 8 W] of every latent of clip `index`, behind the latents [1, C, k, H, W] before it."""
-        if self._next != index:
-            # At the beginning the past is the portrait itself: decoded, not shown.
-            self._stream.resume(past)
-        self._next = index + 1
-        for latent in latents.split(1, dim=2):  # no bit depends on how many are given at once
-            yield self._stream(latent)
 
 
 def _as_it_is(video: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from talkingdit import ops
 from talkingdit.families.wan_s2v.blocks import BlockInputs
-from talkingdit.families.wan_s2v.sequence import Range, scatter_ranges, take_ranges
 from talkingdit.nn.audio_cross_attention import CrossAttention, cut, place_spans
+from talkingdit.nn.ranges import Range, scatter_ranges, take_ranges
 from talkingdit.ops import HeardTokens, heard_tokens
 
 

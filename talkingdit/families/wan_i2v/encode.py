@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from talkingdit.families.wan_i2v.checks import check_inputs
 from talkingdit.families.wan_i2v.conditions import WanI2VConditions, WanI2VInputs, clip_layout
 from talkingdit.families.wan_s2v.conditions import KeyValue, key_mask, present_frames, samples_without
-from talkingdit.families.wan_s2v.sequence import ClipSpan, Range, SequenceShard, sequence_shard
+from talkingdit.families.wan_s2v.sequence import ClipSpan, SequenceShard, sequence_shard
+from talkingdit.nn.hooks import resident
+from talkingdit.nn.ranges import Range
 from talkingdit.ops import RopeLayout
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def _for_blocks(
 ) -> tuple[tuple[KeyValue, ...] | None, tuple[KeyValue, ...] | None]:
     """Keys and values of text and picture for every block, where blocks hold their weights outside of their forward."""
     blocks: list[Any] = list(model.blocks)
-    if any(isinstance(block, FSDPModule) or hasattr(block, "_diffusers_hook") for block in blocks):
+    if not resident(blocks):
         return None, None
     text_kv = tuple(block.cross_attn.key_value(text) for block in blocks)
     return text_kv, None if image is None else tuple(block.cross_attn.image_key_value(image) for block in blocks)

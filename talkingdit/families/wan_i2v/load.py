@@ -12,7 +12,7 @@ import torch
 
 from talkingdit.checkpoints.fill import build_empty, fill
 from talkingdit.checkpoints.folder import check_class
-from talkingdit.checkpoints.weights import Weights, open_weights, read_bounded, read_json
+from talkingdit.checkpoints.weights import Weights, open_weights, read_bounded, read_json, stored_config
 from talkingdit.errors import UserError
 from talkingdit.families.wan_i2v import config as configs
 from talkingdit.families.wan_i2v.presets import CLASSES, names_model
@@ -145,7 +145,7 @@ class Loader:
             weights = open_weights(path)
         else:
             weights = open_weights(path)
-            values = configs.stored(weights)
+            values = stored_config(weights)
         return configs.native(weights), values
 
     def _wider(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:

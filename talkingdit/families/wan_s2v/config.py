@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -94,22 +93,6 @@ def translate(values: Mapping[str, Any], where: object) -> dict[str, Any]:
     if strange:
         warnings.warn(f"{where}: settings without a meaning here: {', '.join(strange)}", stacklevel=2)
     return said
-
-
-def stored(weights: Weights) -> dict[str, Any]:
-    """The configuration in the metadata of a single file, empty where there is none."""
-    text = weights.metadata.get("config")
-    if text is None:
-        return {}
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{weights.source}: the configuration in its metadata is not JSON ({error}).") from error
-    # Some programs wrap it in the name of the part.
-    inner = values.get("transformer", values) if isinstance(values, dict) else None
-    if not isinstance(inner, dict):
-        raise UserError(f"{weights.source}: the configuration in its metadata must be a JSON object.")
-    return inner
 
 
 def from_shapes(weights: Weights, said: Mapping[str, Any], where: object) -> dict[str, Any]:

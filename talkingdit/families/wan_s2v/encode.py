@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from talkingdit.families.wan_s2v.audio import FEATURES_PER_LATENT
 from talkingdit.families.wan_s2v.checks import clip_size
@@ -22,8 +21,10 @@ from talkingdit.families.wan_s2v.conditions import (
     samples_without,
     sequence_layout,
 )
-from talkingdit.families.wan_s2v.sequence import HISTORY, REFERENCE, ClipSpan, Range, sequence_shard
+from talkingdit.families.wan_s2v.sequence import HISTORY, REFERENCE, ClipSpan, sequence_shard
 from talkingdit.nn.audio_cross_attention import AudioMemory
+from talkingdit.nn.hooks import resident
+from talkingdit.nn.ranges import Range
 from talkingdit.ops import RopeLayout
 
 if TYPE_CHECKING:
@@ -212,10 +213,6 @@ def for_blocks(
     injector = model.audio_injector
     blocks: list[Any] = list(model.blocks)
     audio_layers: list[Any] = list(injector.injector)
-
-    def resident(layers: list[Any]) -> bool:
-        """Do the layers hold their weights outside of their forward, too?"""
-        return not any(isinstance(layer, FSDPModule) or hasattr(layer, "_diffusers_hook") for layer in layers)
 
     modulation = tuple(injector.shift_scale(i, vectors) for i in injector.index.values())
     text_kv = audio_kv = None

@@ -17,7 +17,7 @@ from talkingdit.families.wan_s2v.checks import check_config, check_latents
 from talkingdit.families.wan_s2v.conditions import WanConditions, WanInputs
 from talkingdit.families.wan_s2v.encode import encode
 from talkingdit.families.wan_s2v.packed import PackedClip, encode_packed
-from talkingdit.families.wan_s2v.sequence import NOISY, scatter_ranges, take_ranges
+from talkingdit.families.wan_s2v.sequence import NOISY
 from talkingdit.families.wan_s2v.timesteps import StepTime, clip_time, packed_time
 from talkingdit.families.wan_s2v.trunk import WanTrunk
 from talkingdit.families.wan_s2v.units import ROOT, UNITS
@@ -25,6 +25,7 @@ from talkingdit.nn.context_parallel import ContextParallel
 from talkingdit.nn.framepack import FramePacker
 from talkingdit.nn.hooks import like_forward
 from talkingdit.nn.layers import Float32Linear, PatchConv3d, wide
+from talkingdit.nn.ranges import scatter_ranges, take_ranges
 
 if TYPE_CHECKING:
     from talkingdit.pipelines.step_cache import BlockCache

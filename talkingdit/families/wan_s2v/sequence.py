@@ -11,17 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from talkingdit.nn.audio_cross_attention import FrameSpan
 from talkingdit.nn.framepack import packed_tokens
+from talkingdit.nn.ranges import Range
 
 if TYPE_CHECKING:
     from talkingdit.nn.context_parallel import ContextParallel
 
-Range = tuple[int, int]
 NOISY, REFERENCE, HISTORY = range(3)  # kinds of tokens, each with an embedding of its own
 
 
@@ -135,23 +131,6 @@ def _noisy_parts(
         frames[0] = (0, 1)
         ranges, spans = [(0, 0)], [FrameSpan(0, 1, clips[0].per_frame)]
     return frames, ranges, spans
-
-
-def take_ranges(x: Tensor, ranges: Sequence[Range]) -> Tensor:
-    """These ranges of the tokens x [B, N, dim], behind each other; a view where there is one."""
-    parts = [x[:, begin:end] for begin, end in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def scatter_ranges(y: Tensor, ranges: Sequence[Range], tokens: int) -> Tensor:
-    """The inverse of `take_ranges` for N = `tokens`: zeros elsewhere."""
-    if len(ranges) == 1:
-        return F.pad(y, (0, 0, ranges[0][0], tokens - ranges[0][1]))
-    parts, filled, used = [], 0, 0
-    for begin, end in ranges:
-        parts += [y.new_zeros(y.shape[0], begin - filled, y.shape[2]), y[:, used : used + end - begin]]
-        filled, used = end, used + end - begin
-    return torch.cat([*parts, y.new_zeros(y.shape[0], tokens - filled, y.shape[2])], dim=1)
 
 
 def tokens_of(

@@ -13,11 +13,12 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from talkingdit.families.wan_s2v.sequence import SequenceShard, scatter_ranges, take_ranges
+from talkingdit.families.wan_s2v.sequence import SequenceShard
 from talkingdit.families.wan_s2v.timesteps import StepTime
 from talkingdit.nn.context_parallel import gather
 from talkingdit.nn.hooks import like_forward
 from talkingdit.nn.layers import timestep_embedding
+from talkingdit.nn.ranges import scatter_ranges, take_ranges
 
 if TYPE_CHECKING:
     from talkingdit.families.wan_s2v.blocks import Head
