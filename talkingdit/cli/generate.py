@@ -175,8 +175,12 @@ def prepare(argv: Sequence[str]) -> Request:
     check_heard(inputs.job, outline)
     check_enlarged(inputs.job, outline)
     layout.resolved(processes(), outline.predictions, _heads(_folder(flags)))
+    idle = []
     if processes() == 1 and layout.vae is not None:
-        outline = replace(outline, warnings=(*outline.warnings, "`--parallel vae=` has no effect on one process."))
+        idle.append("`--parallel vae=` has no effect on one process.")
+    if flags.audio_rate is not None and not inputs.job.spoken:
+        idle.append("`--audio-rate` has no effect on a recording, which says its rate itself.")
+    outline = replace(outline, warnings=(*outline.warnings, *idle))
     return Request(flags, family.name, options, layout, inputs, outline, tuning)
 
 

@@ -10,7 +10,6 @@ from talkingdit.eval.metric import Metric, all_metrics
 from talkingdit.eval.metrics import compat
 
 Name = Literal["jwb", "jwb-compat"]
-PROTOCOLS: tuple[Name, ...] = ("jwb", "jwb-compat")
 
 # The rows of the published table, then those of other papers, then our own.
 ROWS: tuple[str, ...] = ("SC", "BC", "MS", "DD", "AQ", "IQ", "FID", "FVD", "SSIM", "PSNR", "E-FID", "CSIM")

@@ -176,3 +176,23 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
         run(job(tmp_path, tmp_path / "empty"))
     with pytest.raises(UserError, match="expected a stage of"):
         run(job(tmp_path, make_videos(tmp_path / "videos", ["a"]), "NoSuchStage"))
+
+
+def test_results_take_the_place_of_earlier_results_alone(tmp_path: Path) -> None:
+    videos, out = make_videos(tmp_path / "videos", ["a"]), tmp_path / "out"
+    out.mkdir()
+    mine = out / "manifest.jsonl"
+    mine.write_text(json.dumps({"video": str(videos / "a.mp4")}) + "\n")
+    before = mine.read_bytes()
+    with pytest.raises(UserError, match=r"a manifest.jsonl of another origin, which would be lost"):
+        run(job(tmp_path, videos))
+    with pytest.raises(UserError, match=r"manifest.jsonl.*: expected a file of its own, got the one given as videos"):
+        run(job(tmp_path, mine))
+    assert mine.read_bytes() == before
+    assert list(out.iterdir()) == [mine]
+
+
+def test_a_limit_that_no_stage_knows_is_told(tmp_path: Path) -> None:
+    videos = make_videos(tmp_path / "videos", ["a"])
+    outcome, _ = run(job(tmp_path, videos, limits={"clip.second": Limit(at_least=0.5)}))
+    assert outcome.lacking == {"clip.second": "no stage gives a figure of this name, which a limit is on."}

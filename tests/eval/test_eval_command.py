@@ -225,3 +225,86 @@ def test_mistakes_are_one_sentence(
 def _tiny():  # type: ignore[no-untyped-def]
     (script,) = videos.scripts(1, 4, 64)
     return script, script.draw()
+
+
+def test_results_take_the_place_of_earlier_results_alone(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*given: str) -> str:
+        assert main(["eval", *given]) == 2
+        return capsys.readouterr().err
+
+    soft, out = f"soft={root / 'soft'}", tmp_path / "out"
+    out.mkdir()
+    (out / "report.html").write_text("mine")
+    assert "a report.html of another origin" in refused("--generated", soft, "-o", str(out))
+    (out / "videos").mkdir()
+    texts = out / "videos.csv"
+    texts.write_text("name,text\nclip0,a\n")
+    assert "got the one given as --texts" in refused("--generated", soft, "-o", str(out), "--texts", str(texts))
+    assert "got the one given as --truth" in refused(
+        "--generated", soft, "-o", str(out), "--truth", str(out / "videos")
+    )
+    assert (out / "report.html").read_text() == "mine"
+    assert texts.read_text() == "name,text\nclip0,a\n"
+    assert {path.name for path in out.iterdir()} == {"report.html", "videos", "videos.csv"}
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--generated", "ground truth={}"], "'ground truth' is the name of the true videos"),
+        (["--backbone", "clip={}", "--backbone", "clip={}"], "'clip' is given twice"),
+        (["--generated", "b={}", "--judge", ""], "there is no such program"),
+        (["--generated", "b={}", "--judge", "no-such-program"], "there is no such program"),
+        (["--generated", "b={}", "--judge", "a 'b"], "expected words of a command"),
+        (["--calibrate", "-o", "{}/clip0.mp4"], "results cannot be written to"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_judged(
+    root: Path, tmp_path: Path, more: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(root / "soft")
+    given = ["--generated", f"a={folder}", "-o", str(tmp_path / "out"), *(word.format(folder) for word in more)]
+    assert main(["eval", *given, "--finder", "drawn"]) == 2
+    told = capsys.readouterr().err.strip()
+    assert sentence in told
+    assert "\n" not in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("a.csv", 'name,text\nclip0.mp4,"two\nlines"\n', "two\nlines"),
+        ("a.jsonl", '{"name": "clip0", "text": "a\u2028b"}\n', "a\u2028b"),
+    ],
+)
+def test_texts_may_have_lines(tmp_path: Path, name: str, content: str, found: str) -> None:
+    from talkingdit.eval.job import read_texts
+
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_texts(tmp_path / name)["clip0"].words == found
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"name": "a", "text": 3}', "entry 1: expected name and text"),
+        ('{"name": ["a"], "text": "b"}', "entry 1: expected name and text"),
+        ('{"name": "a", "text": "b"}\n{"name": "a.mp4", "text": "c"}', "entry 2: expected one entry for each video"),
+    ],
+)
+def test_texts_that_are_none_are_refused(tmp_path: Path, content: str, said: str) -> None:
+    from talkingdit.errors import UserError
+    from talkingdit.eval.job import read_texts
+
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UserError, match=said):
+        read_texts(tmp_path / "a.jsonl")
+
+
+def test_the_page_says_what_protocols_do_differently() -> None:
+    from talkingdit.eval.tables import deviations_markdown
+
+    assert deviations_markdown() in (Path(__file__).parents[2] / "docs" / "eval.md").read_text()
