@@ -108,7 +108,10 @@ class Cost(Protocol):
         """What the family generates where nothing else is said, or the checkpoint in a folder."""
 
     def frozen_parts(self, dtype: torch.dtype, folder: Path | None = None) -> FrozenParts:
-        """Of the released model, or of a folder as far as it tells; `dtype` is that of the transformer."""
+        """Of the released model, or of a folder as far as it tells; `dtype` is that of the transformer.
+
+        A family some of whose models go without a part has a function absent_parts(config) as well, which names it.
+        """
 
     def parameters(self, config: Mapping[str, Any]) -> dict[str, Parameter]:
         """Every parameter of the transformer by name. Nothing is loaded."""

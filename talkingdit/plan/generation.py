@@ -95,6 +95,10 @@ def weigh(transformer: Transformer, dtype: torch.dtype, folder: Path | None = No
         folder: of a checkpoint; what it does not tell, and all without one, is that of the family's released model.
     """
     frozen = transformer.cost.frozen_parts(dtype, folder)
+    absent_parts = getattr(transformer.cost, "absent_parts", None)
+    if absent_parts is not None:
+        absent = absent_parts(transformer.config)
+        frozen = replace(frozen, sizes={name: size for name, size in frozen.sizes.items() if name not in absent})
     return WeightBytes(transformer.bytes(dtype), frozen, dtype.itemsize)
 
 

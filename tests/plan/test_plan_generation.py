@@ -415,3 +415,9 @@ def test_a_checkpoint_folder_is_read_and_not_loaded(tmp_path, capsys):
 def test_the_command_says_what_is_wrong(arguments, message, capsys):
     assert cli.main(["plan", *arguments]) == cli.USER_ERROR
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("preset", "has"), [("wan_i2v_14b_480p", True), ("wan22_i2v_14b", False)])
+def test_a_model_without_a_picture_encoder_is_planned_without(preset, has, capsys):
+    assert cli.main(["plan", "--preset", preset]) == 0
+    assert ("picture encoder" in capsys.readouterr().out) is has

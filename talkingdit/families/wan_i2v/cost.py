@@ -106,6 +106,10 @@ class WanCost:
             found |= {name: size for name, size in parts.items() if name not in found}
         return FrozenParts(found)
 
+    def absent_parts(self, config: Mapping[str, Any]) -> frozenset[str]:
+        """A model that looks at no picture needs no encoder of them."""
+        return frozenset() if config["image_dim"] else frozenset([PICTURE_ENCODER])
+
     def parameters(self, config: Mapping[str, Any]) -> dict[str, Parameter]:
         import torch
 
@@ -258,6 +262,7 @@ CAST: tuple[str, ...] = ("text_embedding.", "img_emb.")
 
 COST = WanCost("Wan I2V", "wan_i2v_14b_480p", PRESETS, _model, _translate, _settings)
 complete, read_config, default_clip = COST.complete, COST.read_config, COST.default_clip
+absent_parts = COST.absent_parts
 frozen_parts, parameters, heads, tokens = COST.frozen_parts, COST.parameters, COST.heads, COST.tokens
 flops, attention_flops, conditions, step = COST.flops, COST.attention_flops, COST.conditions, COST.step
 autoencoder, speech, activations = COST.autoencoder, COST.speech, COST.activations
