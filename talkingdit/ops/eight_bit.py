@@ -15,17 +15,15 @@ Two contracts, for everything that makes rows of something computed:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from talkingdit._native_loader import native
 from talkingdit.ops import modulate
-from talkingdit.ops._checks import check_dims, check_same, check_shape, rows
-from talkingdit.ops._library import register
-from talkingdit.ops._memory import empty
+from talkingdit.ops._checks import check_dims, check_same, check_shape
+from talkingdit.ops._eight_bit_library import KINDS, both_op, both_out_op, linear_op, norm_op, quantise_rows_op
 
 __all__ = [
     "EightBitRows",
@@ -39,14 +37,11 @@ __all__ = [
     "quantise_rows_reference",
 ]
 
-KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 MOST = {"int8": 127.0, "fp8": 448.0}
 CONTRACTS = ("exact", "close")
 _LAYERS = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST = 1e-30  # a row of smaller numbers is scaled as if this were its largest
 _MAX_DIM = 1 << 16
-SUMS = 1 << 27  # bytes of int32 sums of a product that there are at once
-_CHUNK = 1 << 16  # elements that go through an exact activation on the CPU at once, to stay in its caches
 
 
 class EightBitRows(NamedTuple):
@@ -69,171 +64,7 @@ class EightBitRows(NamedTuple):
         return self.codes.float() * self.scale[..., None]
 
 
-# ---- registered ops --------------------------------------------------------------------------------------------------
-
-
-def _codes(shape: Any, kind: str, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for rows [..., K]: codes as bytes, and scales."""
-    return empty(shape, like, torch.uint8), empty(shape[:-1], like, torch.float32)
-
-
-def _fake_rows(shape: Any, kind: str, like: Tensor) -> tuple[Tensor, Tensor]:
-    return like.new_empty(shape, dtype=KINDS[kind]), like.new_empty(shape[:-1], dtype=torch.float32)
-
-
-def _quantise(x: Tensor, kind: str, gelu: bool, exact: bool) -> tuple[Tensor, Tensor]:
-    codes, scale = _codes(x.shape, kind, x)
-    if gelu and exact and x.device.type == "cpu":
-        # Bits of PyTorch's activation are made by PyTorch, few rows at a time.
-        step = max(1, _CHUNK // max(1, x.shape[1]))
-        for begin in range(0, len(x), step):
-            part = slice(begin, begin + step)
-            active = F.gelu(x[part], approximate="tanh")
-            native.quantise_rows(rows(active), codes[None, part], scale[None, part], kind, False, True)
-    else:
-        native.quantise_rows(rows(x), codes[None], scale[None], kind, gelu, exact)
-    return codes.view(KINDS[kind]), scale
-
-
-quantise_rows_op = register(
-    "quantise_rows(Tensor x, str kind, bool gelu, bool exact) -> (Tensor, Tensor)",
-    _quantise,
-    lambda x, kind, gelu, exact: _fake_rows(x.shape, kind, x),
-)
-
-_PLACE = "SymInt per_group, SymInt[] ends, SymInt token_offset, float eps"
-_HOW = "str kind, bool exact, ScalarType dtype"
-
-
-def _norm(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    per_group: int,
-    ends: list[int],
-    token_offset: int,
-    eps: float,
-    kind: str,
-    exact: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    codes, scales = _codes(x.shape, kind, x)
-    native.modulate_eight_bit(
-        rows(x), None, None, rows(scale), rows(shift), None, codes, scales, kind, exact, _name(dtype),
-        per_group, ends, token_offset, eps,
-    )  # fmt: skip
-    return codes.view(KINDS[kind]), scales
-
-
-_norm_op = register(
-    f"norm_modulate_eight_bit(Tensor x, Tensor scale, Tensor shift, {_PLACE}, {_HOW}) -> (Tensor, Tensor)",
-    _norm,
-    lambda x, scale, shift, per_group, ends, token_offset, eps, kind, exact, dtype: _fake_rows(x.shape, kind, x),
-)
-
-
-def _both_into(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    per_group: int,
-    ends: list[int],
-    token_offset: int,
-    eps: float,
-    kind: str,
-    exact: bool,
-    residual: Tensor,
-) -> tuple[Tensor, Tensor]:
-    codes, scales = _codes(x.shape, kind, x)
-    native.modulate_eight_bit(
-        rows(x), rows(y), rows(gate), rows(scale), rows(shift), residual, codes, scales, kind, exact, _name(y.dtype),
-        per_group, ends, token_offset, eps,
-    )  # fmt: skip
-    return codes.view(KINDS[kind]), scales
-
-
-def _both(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    residual = empty(x.shape, x)
-    codes, scales = _both_into(x, *others, residual)
-    return residual, codes, scales
-
-
-_STREAM = "Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift"
-_both_op = register(
-    f"gate_residual_norm_modulate_eight_bit({_STREAM}, {_PLACE}, str kind, bool exact) -> (Tensor, Tensor, Tensor)",
-    _both,
-    lambda x, y, gate, scale, shift, per_group, ends, token_offset, eps, kind, exact: (
-        x.new_empty(x.shape),
-        *_fake_rows(x.shape, kind, x),
-    ),
-)
-_both_out_op = register(
-    f"gate_residual_norm_modulate_eight_bit_out({_STREAM}, {_PLACE}, str kind, bool exact, Tensor(a!) residual)"
-    " -> (Tensor, Tensor)",
-    _both_into,
-    lambda x, y, gate, scale, shift, per_group, ends, token_offset, eps, kind, exact, residual: _fake_rows(
-        x.shape, kind, x
-    ),
-)
-
-
-def _linear(
-    codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    if codes.dtype == torch.float8_e4m3fn and _float8_product(codes, weight):
-        narrow = None if bias is None else bias.to(torch.bfloat16)
-        out = torch._scaled_mm(
-            codes, weight.t(), scale_a=scale[:, None], scale_b=weight_scale[None], bias=narrow, out_dtype=torch.bfloat16
-        )
-        return out.to(dtype)
-    if codes.dtype == torch.int8 and (codes.is_cpu or _int8_product(codes, weight)):
-        out = empty((len(codes), len(weight)), scale, dtype)
-        bias = None if bias is None else bias.float()
-        step = max(1024, SUMS // (4 * max(1, len(weight))))
-        for begin in range(0, len(codes), step):
-            part = slice(begin, begin + step)
-            native.rescale(_sums(codes[part], weight), scale[part], weight_scale, bias, out[part])
-        return out
-    # Where there is no product of eight bits it is made in float32, whose products of two codes are exact.
-    product = codes.float() @ weight.float().t()
-    product *= scale[:, None]
-    product *= weight_scale
-    if bias is not None:
-        product += bias
-    return product.to(dtype)
-
-
-_linear_op = register(
-    "eight_bit_linear(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype)"
-    " -> Tensor",
-    _linear,
-    lambda codes, scale, weight, weight_scale, bias, dtype: scale.new_empty(len(codes), len(weight), dtype=dtype),
-)
-
-
-def _sums(codes: Tensor, weight: Tensor) -> Tensor:
-    """codes weight^T, int32."""
-    few = max(0, 32 - len(codes)) if codes.is_cuda else 0  # the library's product asks for more than 16 rows
-    return torch._int_mm(F.pad(codes, (0, 0, 0, few)) if few else codes, weight.t())[: len(codes)]
-
-
-def _float8_product(codes: Tensor, weight: Tensor) -> bool:
-    """Has the GPU one with scales of rows? On the CPU PyTorch's is slower than one in float32."""
-    pieces = not (codes.shape[1] % 16 or weight.shape[0] % 16)
-    return codes.is_cuda and pieces and torch.cuda.get_device_capability(codes.device) >= (8, 9)
-
-
-def _int8_product(codes: Tensor, weight: Tensor) -> bool:
-    return not (codes.shape[1] % 8 or weight.shape[0] % 8)
-
-
 # ---- public ----------------------------------------------------------------------------------------------------------
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_how(op: str, kind: str, contract: str, *inputs: Tensor) -> None:
@@ -300,7 +131,7 @@ def norm_modulate_eight_bit(
     _check_how(op, kind, contract, x, x.new_empty(0, dtype=dtype), scale, shift)
     wide = modulate._modulations(op, x, scale=scale, shift=shift)
     place = modulate._place(op, x, groups, scale.shape[1], token_offset)
-    codes, scales = _norm_op(x, *wide, *place, eps, kind, contract == "exact", dtype)
+    codes, scales = norm_op(x, *wide, *place, eps, kind, contract == "exact", dtype)
     return EightBitRows(codes, scales, dtype)
 
 
@@ -335,10 +166,10 @@ def gate_residual_norm_modulate_eight_bit(
     place = modulate._place(op, x, groups, gate.shape[1], token_offset)
     how = (*place, eps, kind, contract == "exact")
     if out is None:
-        residual, codes, scales = _both_op(x, y, *wide, *how)
+        residual, codes, scales = both_op(x, y, *wide, *how)
     else:
         modulate.check_out(op, out, x.shape, x.dtype, [x, y, gate, scale, shift])
-        residual, (codes, scales) = out, _both_out_op(x, y, *wide, *how, out)
+        residual, (codes, scales) = out, both_out_op(x, y, *wide, *how, out)
     return residual, EightBitRows(codes, scales, y.dtype)
 
 
@@ -370,7 +201,7 @@ def eight_bit_linear(x: EightBitRows, weight: Tensor, weight_scale: Tensor, bias
     if bias is not None:
         check_shape(op, "bias", bias, (len(weight),), "N")
         bias = bias.detach()
-    out = _linear_op(
+    out = linear_op(
         x.codes.reshape(-1, x.codes.shape[-1]), x.scale.reshape(-1), weight, weight_scale.float(), bias, x.dtype
     )
     return out.view(*x.codes.shape[:-1], len(weight))

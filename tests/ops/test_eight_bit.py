@@ -16,7 +16,7 @@ from emulated_device import Device
 from torch import Tensor
 
 from talkingdit import ops
-from talkingdit.ops import eight_bit
+from talkingdit.ops import _eight_bit_library
 from talkingdit.ops.eight_bit import KINDS, MOST, EightBitRows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -268,8 +268,8 @@ def test_emulated_cuda_kernels_make_rows(device: Device, kind: str, dtype: torch
     for exact in (True, False):
         # What ops.quantise_rows asks the CUDA kernel for; tensors of the host go another way.
         def gelu(exact: bool = exact) -> EightBitRows:
-            codes, scale = eight_bit._codes(x.shape, kind, x)
-            eight_bit.native.quantise_rows(device.put(x), codes[None], scale[None], kind, True, exact)
+            codes, scale = _eight_bit_library.codes_for(x.shape, x)
+            _eight_bit_library.native.quantise_rows(device.put(x), codes[None], scale[None], kind, True, exact)
             return EightBitRows(codes.view(KINDS[kind]), scale, dtype)
 
         rows = emulated_rows(device, gelu)
@@ -323,7 +323,7 @@ def test_emulated_cuda_kernel_scales_sums(device: Device, dtype: torch.dtype, co
     def run() -> list[Tensor]:
         out = torch.empty(sums.shape, dtype=dtype)
         given = [device.put(v) for v in (sums, scale, weight_scale, bias)]
-        eight_bit.native.rescale(*given, out)
+        _eight_bit_library.native.rescale(*given, out)
         return [out]
 
     (out,) = device.orders(run)

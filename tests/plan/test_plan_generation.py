@@ -25,7 +25,7 @@ from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.units import UNITS
 from talkingdit.models import WanS2VModel, default_checkpoint, preset
 from talkingdit.nn.eight_bit import quantise
-from talkingdit.ops import eight_bit
+from talkingdit.ops import _eight_bit_library
 from talkingdit.pipelines.memory import Memory
 from talkingdit.plan import generation as planner
 from talkingdit.plan.cards import EFFICIENCY, GIB, HOST_TO_DEVICE, card_of
@@ -333,7 +333,7 @@ def test_layers_in_eight_bits_take_less_and_are_faster():
     plain, fp8, int8 = (released(tflops=100, memory=Memory(precision=name)) for name in ("native", "fp8", "int8"))
     assert fp8.peak < plain.peak
     assert fp8.weights["transformer"] == int8.weights["transformer"] < 0.6 * plain.weights["transformer"]
-    assert int8.phases["denoise"] - fp8.phases["denoise"] == wan_cost.INT8_SUMS == eight_bit.SUMS
+    assert int8.phases["denoise"] - fp8.phases["denoise"] == wan_cost.INT8_SUMS == _eight_bit_library.SUMS
     work = plain.flops_per_step
     attention = 2 * wan_cost.attention_flops(wan(preset("wan_s2v_14b")).config, clip_of())
     assert fp8.seconds_per_clip / plain.seconds_per_clip == pytest.approx((attention + (work - attention) / 2) / work)
