@@ -14,7 +14,6 @@ from talkingdit.errors import UserError
 from talkingdit.families.wan_i2v.presets import PRESETS
 from talkingdit.families.wan_s2v.config import HEAD_DIM
 from talkingdit.families.wan_s2v.config import native as native
-from talkingdit.families.wan_s2v.config import stored as stored
 
 RELEASED = PRESETS["wan_i2v_14b_480p"]
 COMPUTING = {"residual_dtype", "attention_backend"}  # how a model computes
