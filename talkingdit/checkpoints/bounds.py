@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from talkingdit.errors import UserError
@@ -57,6 +58,20 @@ def check_bounds(values: Any, where: object, name: str = "") -> None:
         bound = f"at most {most}" if values > 0 else f"at least {-OTHERS}"
         got = str(values) if abs(values) < 10**20 else f"one of {len(str(abs(values)))} digits"
         raise UserError(f"{where}: {name[:80]} must be {bound}, got {got}.")
+
+
+def check_counts(values: Mapping[str, Any], like: Mapping[str, Any], where: object) -> None:
+    """Are the settings of a configuration whole numbers where those of a released one are?
+
+    Raises:
+        UserError: names the setting.
+    """
+    for name, known in like.items():
+        value, least = values.get(name, known), int(name in ("dim", "num_heads"))
+        if type(known) is int and (type(value) is not int or value < least):
+            raise UserError(
+                f"{where}: {name[:80]} must be a whole number of at least {least}, got {str(value)[:40]!r}."
+            )
 
 
 def check_options(options: Any, command: str) -> None:

@@ -421,3 +421,18 @@ def test_the_command_says_what_is_wrong(arguments, message, capsys):
 def test_a_model_without_a_picture_encoder_is_planned_without(preset, has, capsys):
     assert cli.main(["plan", "--preset", preset]) == 0
     assert ("picture encoder" in capsys.readouterr().out) is has
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("[]", "must hold a JSON object"),
+        ('{"_class_name": "SkyReelsAudioModel", "num_layers": 1e9}', "num_layers must be a whole number"),
+        ('{"_class_name": "WanI2VModel", "num_heads": 0}', "num_heads must be a whole number of at least 1, got '0'"),
+        ('{"_class_name": "WanModel", "in_dim": 36, "model_type": "i2v", "dim": null}', "dim must be a whole number"),
+    ],
+)
+def test_a_configuration_that_is_none_is_one_sentence(config, said, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(config)
+    assert cli.main(["plan", "--checkpoint", str(tmp_path)]) == cli.USER_ERROR
+    assert said in capsys.readouterr().err

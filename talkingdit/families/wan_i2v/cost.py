@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from talkingdit.checkpoints.bounds import check_counts
 from talkingdit.errors import UserError
 from talkingdit.families.wan_i2v.presets import PRESETS
 from talkingdit.families.wan_i2v.units import walk
@@ -73,14 +73,14 @@ class WanCost:
         Raises:
             UserError: there is none, or it is not readable or of a variant that is not supported.
         """
+        from talkingdit.checkpoints.weights import read_bounded
+
         file = next((f for f in (folder / "config.json", folder / "transformer" / "config.json") if f.is_file()), None)
         if file is None:
             raise UserError(f"{folder}: no config.json and no transformer/config.json in it.")
-        try:
-            values = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: not a readable JSON file ({error}).") from error
-        return self.translate(values, file)
+        found = self.translate(read_bounded(file), file)
+        check_counts(found, self.presets[self.preset], file)
+        return found
 
     def default_clip(self, config: Mapping[str, Any], folder: Path | None = None) -> ClipShape:
         """832 x 480 pixels, guided; length and steps as the checkpoint has them."""

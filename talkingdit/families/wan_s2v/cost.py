@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from talkingdit.checkpoints.bounds import check_counts
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.presets import PRESETS
 from talkingdit.families.wan_s2v.units import FFN_TOKENS, walk
@@ -59,16 +59,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is not readable or of a variant that is not supported.
     """
+    from talkingdit.checkpoints.weights import read_bounded
     from talkingdit.families.wan_s2v.config import translate
 
     file = next((f for f in (folder / "config.json", folder / "transformer" / "config.json") if f.is_file()), None)
     if file is None:
         raise UserError(f"{folder}: no config.json and no transformer/config.json in it.")
-    try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not a readable JSON file ({error}).") from error
-    return translate(values, file)
+    found = translate(read_bounded(file), file)
+    check_counts(found, PRESETS["wan_s2v_14b"], file)
+    return found
 
 
 def default_clip(config: Mapping[str, Any], folder: Path | None = None) -> ClipShape:
