@@ -107,7 +107,9 @@ def read_texts(path: Path) -> dict[str, Text]:
     out: dict[str, Text] = {}
     for number, row in enumerate(rows, 1):
         where = f"eval: --texts {str(path)!r}, entry {number}"
-        name, words, category = row.get("name") or row.get("video"), row.get("text"), row.get("category") or ""
+        name: Any = row.get("name") or row.get("video")
+        words: Any = row.get("text")
+        category: Any = row.get("category") or ""
         if not name or not all(isinstance(value, str) for value in (name, words, category)):
             raise UserError(f"{where}: expected name and text, got {dict(row)}.")
         name = Path(name).stem if Path(name).suffix.lower() in VIDEOS else name
