@@ -145,17 +145,16 @@ class WanBlock(nn.Module):
         # Hooks around a block, such as caches of steps, may look at what it was given.
         inplace = inputs.inplace and overwrites() and not hasattr(self, "_diffusers_hook")
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.to(time.dtype)[:, None] + time).unbind(2)
-        place: dict[str, Any] = {"groups": groups, "eps": self.eps, "token_offset": begin, "dtype": dtype}
-        y: Any = norm_modulate(self.self_attn.q, x, scale1, shift1, **place)
+        place = (groups, self.eps, begin, dtype)
+        y: Any = norm_modulate(self.self_attn.q, x, scale1, shift1, *place)
         y = self.self_attn(y, inputs)
         # An affine norm is a modulated one with the same scale and shift everywhere.
         weight, bias = lend(self.norm3)
         scale, shift = (weight - 1).expand_as(gate1), bias.expand_as(gate1)
-        query = self._context_query()
-        x, y = gate_residual_norm_modulate(query, x, y, gate1, scale, shift, **place, inplace=inplace)
+        x, y = gate_residual_norm_modulate(self._context_query(), x, y, gate1, scale, shift, *place, inplace)
         y = self.attend_context(y, text, inputs, text_kv, *more)
         one = torch.ones_like(gate1)
-        x, y = gate_residual_norm_modulate(self.ffn[0], x, y, one, scale2, shift2, **place, inplace=inplace)
+        x, y = gate_residual_norm_modulate(self.ffn[0], x, y, one, scale2, shift2, *place, inplace)
         return ops.gate_residual(x, self._feed_forward(y), gate2, groups, begin, out=x if inplace else None)
 
     def attend_context(self, y: Tensor, text: Tensor, inputs: BlockInputs, text_kv: KeyValue | None) -> Tensor:
