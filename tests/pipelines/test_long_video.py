@@ -91,11 +91,16 @@ def test_shift_fusion_is_the_loop(length: int, window: int, stride: int, shift: 
 
 
 def test_the_shift_follows_the_released_programs_by_itself() -> None:
-    x = noise(20)
-    released = shifted_loop(x, 6, 6, 4, 6)
-    torch.testing.assert_close(run(x, ShiftFusion(6, 6, 4)), released, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(run(x, ShiftFusion(6, 3, 4)), shifted_loop(x, 6, 3, 4, 0), rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(run(x, ShiftFusion(20, 20, 4)), shifted_loop(x, 20, 20, 0, 0), rtol=1e-11, atol=1e-11)
+    """HunyuanVideo-Avatar's windows are 33 frames side by side; Sonic's are of any size and may lie side by side, too."""
+    x, long = noise(20), noise(65)
+    for window, stride in ((6, 6), (6, 3), (20, 20)):
+        sonic = shifted_loop(x, window, stride, 4, 0)
+        torch.testing.assert_close(run(x, ShiftFusion(window, stride, 4)), sonic, rtol=1e-11, atol=1e-11)
+    assert not torch.allclose(shifted_loop(long, 33, 33, 20, 33), shifted_loop(long, 33, 33, 20, 0))
+    avatar = shifted_loop(long, 33, 33, 20, 33)
+    torch.testing.assert_close(run(long, ShiftFusion(33, 33, 20)), avatar, rtol=1e-11, atol=1e-11)
+    one = shifted_loop(long[:, :33], 33, 33, 0, 0)
+    torch.testing.assert_close(run(long[:, :33], ShiftFusion(33, 33, 10)), one, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("ramp", ["linear", "log", "open", "earlier", "later"])
