@@ -170,6 +170,8 @@ class StageStep:
         if not found:
             raise ValueError(f"denoise: predict must give at least one prediction, got none in step {step}")
         found = [self._typed(p if p.dim() == 5 else p[None]) for p in found]
+        if len({p.dtype for p in found}) > 1:
+            found = [p.to(self.x.dtype) for p in found]
         return [_pad(p, windows.frames) for p in found]
 
     def _typed(self, prediction: Tensor) -> Tensor:

@@ -175,6 +175,20 @@ def test_steps_that_are_not_computed_take_the_last_predictions_of_every_frame(pl
     torch.testing.assert_close(got, x, rtol=1e-11, atol=1e-11)
 
 
+def test_predictions_may_be_of_several_types() -> None:
+    x, plan = noise(20, torch.float32), ShiftFusion(6, 4, 3)
+
+    def run_as(*types: torch.dtype) -> Tensor:
+        def predict(window: Tensor, frames: Tensor, step: int) -> list[Tensor]:
+            exact = [window.bfloat16(), (0.5 * window).half(), 2 * window.bfloat16()]
+            return [p.to(t) for p, t in zip(exact, types, strict=True)]
+
+        return denoise(x, SIGMAS, plan, predict, lambda step: [0.2, 0.3, 0.5])
+
+    mixed = run_as(torch.bfloat16, torch.float64, torch.float32)
+    torch.testing.assert_close(mixed, run_as(*[torch.float32] * 3), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("plan", [ShiftFusion(6, 6, 4), OverlapBlend(6, 2)])
 def test_windows_are_rounded_in_steps_that_are_not_computed(plan: ShiftFusion | OverlapBlend) -> None:
     """One step that is computed, one that is not: every frame is its last velocity further, and rounded."""
