@@ -35,6 +35,7 @@ class Case:
         fused: baselines that are only fast when compiled, and are never run in another way.
         direction: "backward" times the gradients of all inputs alone; "forward" and "step" time the call.
         has_out: whether the op takes a preallocated result.
+        rounding: relative error that the op has by what it does, beyond that of the dtype.
     """
 
     op: str
@@ -50,6 +51,7 @@ class Case:
     has_out: bool = True
     optional: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     fused: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    rounding: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ SCHEMES = (
 )
 QUICK = (
     Scheme("stable_avatar", OverlapBlend(5, 2), 14, 4, 6, 8),
-    Scheme("hunyuan_avatar", ShiftFusion(5, 5, 2), 14, 4, 6, 8),
+    Scheme("hunyuan_avatar", ShiftFusion(5, 5, 2, cycle=5), 14, 4, 6, 8),
 )
 
 

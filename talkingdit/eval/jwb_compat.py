@@ -44,8 +44,11 @@ def ssim(gen: Any, gt: Any) -> float:
 
 
 def csim(gen: Any, gt: Any) -> float:
-    """Mean cosine of all pixels of two frames. Not the cosine of identity embeddings that others call so."""
-    return _mean_over_frames("csim", cosine, gen, gt)
+    """Mean cosine of all pixels of two frames, 0 where either is black, also where both are.
+
+    Not the cosine of identity embeddings that others call so.
+    """
+    return _mean_over_frames("csim", lambda a, b: cosine(a, b) if a.any() else 0.0, gen, gt)
 
 
 def fid(gen: Any, gt: Any, network: Network) -> float:

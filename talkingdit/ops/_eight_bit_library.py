@@ -110,7 +110,8 @@ def _both_into(
 
 def _both(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     residual = empty(x.shape, x)
-    codes, scales = _both_into(x, *others, residual)
+    given: tuple[Any, ...] = (x, *others, residual)
+    codes, scales = _both_into(*given)
     return residual, codes, scales
 
 

@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 Ramp = Literal["linear", "log", "open", "earlier", "later"]
+HUNYUAN_AVATAR_WINDOW = 33  # latent frames; its released program knows no other
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,9 @@ class ShiftFusion:
             often.
         stride: from one window to the next; the window itself where they do not overlap.
         shift: frames that the windows move on with each step.
-        cycle: the accumulated shift is taken modulo it; 0 never. None takes the rule of the released programs: where
-            windows do not overlap, HunyuanVideo-Avatar's, which is modulo the window and no shift where one window
-            covers the video; else Sonic's, which is never.
+        cycle: the accumulated shift is taken modulo it; 0 never. None takes the rule of the released programs: for
+            HunyuanVideo-Avatar's windows of 33 frames side by side, modulo the window, and no shift where one window
+            covers the video; else Sonic's, which is never, also where its windows do not overlap.
         rounding: of each window's result, see `Windows`; such windows are averaged in the type of the latents.
     """
 
@@ -172,7 +173,7 @@ class ShiftFusion:
 
     def _moved(self, length: int, step: int) -> int:
         cycle = self.cycle
-        if cycle is None and self.stride == self.window:
+        if cycle is None and self.stride == self.window == HUNYUAN_AVATAR_WINDOW:
             cycle = self.window if self.window < length else 1
         return step * self.shift % cycle if cycle else step * self.shift
 

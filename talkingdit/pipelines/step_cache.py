@@ -85,7 +85,8 @@ class TeaCache:
 
     Args:
         coefficients: of the polynomial, highest power first (`PUBLISHED`, or those of `fit`).
-        threshold: of the accumulated change; 0 computes every step.
+        threshold: of the accumulated change; steps are skipped while the sum is below it. At 0 only those are where
+            the sum is negative, as the polynomial can be for small changes.
         steps: of a video.
         first: steps at the beginning that are always computed, at least 1.
         last: steps at the end, likewise.

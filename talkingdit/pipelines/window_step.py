@@ -9,7 +9,7 @@ video is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -119,12 +119,13 @@ class StageStep:
     def run(self, step: int) -> None:
         """One step of all windows."""
         computed = self.sampler.computed
-        if computed is not None and not computed(step) and self._last is not None:
-            self._reuse(step)
-            return
+        reused = computed is not None and not computed(step) and self._last is not None
         windows = self.plan.windows(self.x.shape[1], step)
         if windows.rounding is not None:
-            self._run_rounded(windows, step)
+            self._run_rounded(windows, self._remembered(windows, step) if reused else self._seen(windows, step))
+            return
+        if reused:
+            self._reuse(step)
             return
         fusion = _Fusion(windows, self.x)
         for seen in self._seen(windows, step):
@@ -169,6 +170,8 @@ class StageStep:
         if not found:
             raise ValueError(f"denoise: predict must give at least one prediction, got none in step {step}")
         found = [self._typed(p if p.dim() == 5 else p[None]) for p in found]
+        if len({p.dtype for p in found}) > 1:
+            found = [p.to(self.x.dtype) for p in found]
         return [_pad(p, windows.frames) for p in found]
 
     def _typed(self, prediction: Tensor) -> Tensor:
@@ -184,9 +187,10 @@ class StageStep:
             shape = self.x.shape
             self._last = [torch.zeros(shape, dtype=p.dtype, device=p.device) for p in predictions]
         slots = windows.slots(group[0])
+        begin = max(0, slots - self.x.shape[1])  # of a window that meets itself, the later slots count
         for last, prediction in zip(self._last, predictions, strict=True):
             for row, frames in enumerate(_frames(windows, group, slots, self.x.shape[1])):
-                last[:, frames.to(last.device)] = prediction[row, :, :slots]
+                last[:, frames[begin:].to(last.device)] = prediction[row, :, begin:slots]
 
     def _reuse(self, step: int) -> None:
         """A step without the model: every frame is updated by its last predictions, whatever windows there would be."""
@@ -196,11 +200,20 @@ class StageStep:
         whole = torch.ones(1, self.x.shape[1], dtype=torch.float64)
         ops.fused_window_step(self.x, [last[k] for k in counts], rows, [0], whole, out=self.x)
 
+    def _remembered(self, windows: Windows, step: int) -> Iterator[_Seen]:
+        """The last predictions of every frame as those of the step's windows."""
+        assert self._last is not None
+        for i in range(len(windows.starts)):
+            at = _frames(windows, range(i, i + 1), windows.slots(i), self.x.shape[1])[0]
+            last = [p[None, :, at.to(p.device)] for p in self._last]
+            counts, rows = self.sampler.update(step, last)
+            yield _Seen(i, [last[k] for k in counts], rows)
+
     # ---- Windows that are rounded before fusion ----------------------------------------------------------------------
-    def _run_rounded(self, windows: Windows, step: int) -> None:
+    def _run_rounded(self, windows: Windows, all_seen: Iterable[_Seen]) -> None:
         """Each window's result is rounded by itself, as by programs whose windows are in a lower precision."""
         length, parts = self.x.shape[1], []
-        for seen in self._seen(windows, step):
+        for seen in all_seen:
             for i in range(seen.first, seen.last):
                 slots, here = windows.slots(i), slice(i - seen.first, i - seen.first + 1)
                 shown = self.x[:, _frames(windows, range(i, i + 1), slots, length)[0].to(self.x.device)]

@@ -185,7 +185,7 @@ def test_a_checkpoint_that_is_damaged_says_what_is_wrong(
         (("--max-area", "100"), "does not fit into 100 pixels"),
         (("--pose", "nowhere.mp4"), "pose 'nowhere.mp4': expected an existing file"),
         (("--pose", __file__), "expected a video"),
-        (("--audio-guidance", "2"), "--audio-guidance is for checkpoints of drawn characters only"),
+        (("--audio-guidance", "2"), "--audio-guidance is for checkpoints of drawn characters, "),
         (("--device", "toaster"), "the device 'toaster' cannot be used"),
         (("--memory", "weights=tiny"), "--memory: weights must be one of native, cast_fp8, fp8, int8, got 'tiny'"),
         (("--solver", "euler"), "invalid choice: 'euler'"),
@@ -201,7 +201,10 @@ def test_impossible_options(
 def test_options_of_wan_say_that_drawn_characters_have_none(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--image", str(work / "face.png"), "--audio", str(work / "voice.wav"), "-o", str(work / "out.mp4")]
     sentence = refused(["generate", *files, "--match-colour"], capsys)
-    assert "--match-colour is for checkpoints of Wan-S2V only, and the shipped one is none of these" in sentence
+    assert (
+        "--match-colour is for checkpoints of Wan-S2V, SkyReels-Audio only, and the shipped one is none of these"
+        in sentence
+    )
 
 
 def test_a_folder_of_somebody_else_is_not_touched(work: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

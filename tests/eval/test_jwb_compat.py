@@ -87,6 +87,15 @@ def test_equal_videos_are_perfect() -> None:
     assert jwb_compat.fvd(video, video, video_network) == 0
 
 
+def test_black_frames_have_no_cosine() -> None:
+    """The program gives 0 where a frame has no length, also where both are black and so equal."""
+    black, grey = np.zeros((2, 8, 8, 3), np.uint8), np.full((2, 8, 8, 3), 9, np.uint8)
+    assert [jwb_compat.csim(*two) for two in ((black, black), (black, grey), (grey, black))] == [0, 0, 0]
+    assert jwb_compat.csim(grey, grey * 5) == pytest.approx(1, abs=1e-12)
+    half = np.concatenate([black[:1], grey[:1]])
+    assert jwb_compat.csim(half, half) == pytest.approx(0.5, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     "given", [np.zeros((4, 6, 9), np.uint8), np.zeros((4, 6, 9, 3), np.float32), np.zeros((0, 6, 9, 3), np.uint8)]
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,16 @@ def test_shift_fusion_is_the_loop(length: int, window: int, stride: int, shift: 
 
 
 def test_the_shift_follows_the_released_programs_by_itself() -> None:
-    x = noise(20)
-    released = shifted_loop(x, 6, 6, 4, 6)
-    torch.testing.assert_close(run(x, ShiftFusion(6, 6, 4)), released, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(run(x, ShiftFusion(6, 3, 4)), shifted_loop(x, 6, 3, 4, 0), rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(run(x, ShiftFusion(20, 20, 4)), shifted_loop(x, 20, 20, 0, 0), rtol=1e-11, atol=1e-11)
+    """HunyuanVideo-Avatar's windows are 33 frames side by side; Sonic's are of any size, side by side or not."""
+    x, long = noise(20), noise(65)
+    for window, stride in ((6, 6), (6, 3), (20, 20)):
+        sonic = shifted_loop(x, window, stride, 4, 0)
+        torch.testing.assert_close(run(x, ShiftFusion(window, stride, 4)), sonic, rtol=1e-11, atol=1e-11)
+    assert not torch.allclose(shifted_loop(long, 33, 33, 20, 33), shifted_loop(long, 33, 33, 20, 0))
+    avatar = shifted_loop(long, 33, 33, 20, 33)
+    torch.testing.assert_close(run(long, ShiftFusion(33, 33, 20)), avatar, rtol=1e-11, atol=1e-11)
+    one = shifted_loop(long[:, :33], 33, 33, 0, 0)
+    torch.testing.assert_close(run(long[:, :33], ShiftFusion(33, 33, 10)), one, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("ramp", ["linear", "log", "open", "earlier", "later"])
@@ -167,6 +173,39 @@ def test_steps_that_are_not_computed_take_the_last_predictions_of_every_frame(pl
         x = total / count[:, None, None]
     assert set(asked) == {0, 2}
     torch.testing.assert_close(got, x, rtol=1e-11, atol=1e-11)
+
+
+def test_predictions_may_be_of_several_types() -> None:
+    x, plan = noise(20, torch.float32), ShiftFusion(6, 4, 3)
+
+    def run_as(*types: torch.dtype) -> Tensor:
+        def predict(window: Tensor, frames: Tensor, step: int) -> list[Tensor]:
+            exact = [window.bfloat16(), (0.5 * window).half(), 2 * window.bfloat16()]
+            return [p.to(t) for p, t in zip(exact, types, strict=True)]
+
+        return denoise(x, SIGMAS, plan, predict, lambda step: [0.2, 0.3, 0.5])
+
+    mixed = run_as(torch.bfloat16, torch.float64, torch.float32)
+    torch.testing.assert_close(mixed, run_as(*[torch.float32] * 3), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("plan", [ShiftFusion(6, 6, 4), OverlapBlend(6, 2)])
+def test_windows_are_rounded_in_steps_that_are_not_computed(plan: ShiftFusion | OverlapBlend) -> None:
+    """One step that is computed, one that is not: every frame is its last velocity further, and rounded."""
+    x, kept, last = noise(20), [], torch.zeros_like(noise(20))
+    windows = plan.windows(20, 0)
+    for i, start in enumerate(windows.starts):
+        frames = (start + torch.arange(windows.slots(i))) % 20
+        last[:, frames] = guided(x[:, frames], frames, 0)
+
+    def keep(stage: int, step: int, now: Tensor) -> None:
+        kept.append(now.clone())
+
+    rounded = replace(plan, rounding=torch.bfloat16)
+    denoise(x, SIGMAS[:3], rounded, network, lambda step: WEIGHTS, computed=lambda step: step == 0, after=keep)
+    want = kept[0] + (SIGMAS[2] - SIGMAS[1]) * last
+    torch.testing.assert_close(kept[1], want, rtol=2**-8, atol=0)
+    assert torch.equal(kept[1], kept[1].to(torch.bfloat16).double())
 
 
 def test_an_interrupted_video_goes_on_at_its_step() -> None:

@@ -186,7 +186,8 @@ def speaker_weights(
 ) -> Tensor:
     """How much of every speaker each video token hears: [B, P, T * h * w] float32.
 
-    Masks of one token that add up to more than one are scaled down to one, before the strength.
+    Masks of several speakers that add up to more than one in a token are scaled down to one, before the strength. That
+    of a speaker alone overlaps with none and is taken as it is, as in the released model.
 
     Args:
         masks: [B, P, 1 or T, H, W] in 0..1, or None: everybody is heard everywhere.
@@ -201,5 +202,6 @@ def speaker_weights(
     else:
         small = F.interpolate(masks.float(), size=(masks.shape[2], rows, columns), mode="nearest")
         weights = small.expand(-1, -1, frames, -1, -1).flatten(2)
-    weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
+    if speakers > 1:
+        weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
     return weights if strength is None else weights * strength.float()[..., None]

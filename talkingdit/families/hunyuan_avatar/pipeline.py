@@ -145,7 +145,9 @@ class HunyuanAvatarPipeline(ClipPipeline):
             if progress is not None:
                 progress()
 
-        plan = ShiftFusion(settings.window, settings.window, settings.shift_offset)
+        # The released rule, for windows of any size: modulo the window, and none where one covers the video.
+        shift = settings.shift_offset if settings.window < latents.shape[2] else 0
+        plan = ShiftFusion(settings.window, settings.window, shift, cycle=settings.window)
         done = denoise(latents[0], sigmas[: end + 1], plan, predict, guidance.coefficients, begin=begin, after=after)
         return done[None]
 

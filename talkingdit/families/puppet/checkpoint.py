@@ -127,13 +127,22 @@ def save_checkpoint(
     settings.save(root / "pipeline.json")
 
 
+def _of_another(name: str) -> bool:
+    """Is this the class of a transformer of another family?"""
+    from talkingdit import families
+
+    presets = [families.get(other).part("presets") for other in families.names()]
+    return any(name in getattr(preset, "CLASSES", ()) for preset in presets)
+
+
 def owns(folder: Path) -> bool:
     """Is this folder a checkpoint of drawn characters? By its text encoder, or how it says it is used.
 
     Other families have models of the drawn world too, of other transformers.
     """
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # told when it is loaded
-        if json.loads((folder / "transformer" / "config.json").read_text())["_class_name"] not in CLASSES:
+        name = json.loads((folder / "transformer" / "config.json").read_text())["_class_name"]
+        if name not in CLASSES and _of_another(name):
             return False
     for file, mark in (
         (folder / "text_encoder" / "config.json", "PromptEncoder"),

@@ -304,6 +304,16 @@ def test_masks_keep_voices_apart_and_strength_scales_them():
     assert relative(nobody, want) > 1e-4
 
 
+def test_the_mask_of_a_single_speaker_is_taken_as_it_is():
+    """The released model multiplies with it, whatever it holds; only faces that overlap share a token."""
+    model, given = tiny(), inputs(batch=1)
+    mask = torch.ones_like(given["face_mask"])
+    with torch.no_grad():
+        want = model(**given | {"face_mask": mask, "strength": 1.5})
+        assert relative(model(**given | {"face_mask": 1.5 * mask}), want) < 1e-12
+        assert relative(model(**given | {"face_mask": mask}), want) > 1e-6
+
+
 def test_frames_follow_the_emotion_of_their_place_in_the_track():
     model, given = tiny(emotion=True, depth_double_blocks=2, depth_single_blocks=0), inputs(batch=1)
     faces = torch.randn(1, 2, 16, 1, 4, 4, dtype=torch.float64)

@@ -71,7 +71,7 @@ def test_a_block_hears_the_one_sequence_of_audio_tokens_with_rotary_time(model, 
     from talkingdit.families.skyreels_audio.blocks import heard
 
     (hears,) = heard((frames,), each, None)
-    got = module(y, tokens[:, hears.index], BlockInputs(groups=[19], layout=None, shard=shard))
+    got = module(y, tokens[:, hears.tokens], BlockInputs(groups=[19], layout=None, shard=shard))
 
     q, (k, v) = module.query(y[:, :15]), module.key_value(tokens)
     if rope:
