@@ -87,7 +87,7 @@ def _pipeline(task: Task, videos: list[Video], cluster: Cluster) -> Any:
     import ray
 
     rows = [{"video": json.dumps({**vars(video), "path": str(video.path)})} for video in videos]
-    data = ray.data.from_items(rows, override_num_blocks=len(rows))
+    data: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
     card = cluster.gpus > 0 and any(getattr(stage_of(name), "gpu", False) for name in task.watch.stages)
     data = data.map_batches(
         Actor,
