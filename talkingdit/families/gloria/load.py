@@ -7,7 +7,7 @@ from typing import Any
 
 from talkingdit.families.gloria.config import complete
 from talkingdit.families.gloria.presets import CLASSES
-from talkingdit.families.wan_i2v.load import Loader
+from talkingdit.families.wan_i2v.load import loader
 
 
 def model_class() -> Any:
@@ -16,5 +16,5 @@ def model_class() -> Any:
     return GloriaModel
 
 
-LOADER = Loader(model_class, CLASSES, complete, mark="audio_proj.place")
+LOADER = loader(model_class, CLASSES, complete, mark="audio_proj.place")
 load, read_config, empty, loads = LOADER.load, LOADER.read_config, LOADER.empty, LOADER.loads

@@ -58,9 +58,9 @@ def build_networks(arguments: Mapping[str, Any], text_encoder: str) -> tuple[Hun
 
 def open_weights(folder: Path) -> Weights:
     """Weights of any kind of checkpoint that `talkingdit.models.load` takes, under their native names."""
-    from talkingdit.families.hunyuan_avatar.load import open_transformer
+    from talkingdit.families.hunyuan_avatar.load import LOADER
 
-    return open_transformer(folder)[0]
+    return LOADER.open_transformer(folder)[0]
 
 
 def lacks_layers(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from talkingdit.families.skyreels_audio.config import complete
 from talkingdit.families.skyreels_audio.presets import CLASSES
-from talkingdit.families.wan_i2v.load import Loader
+from talkingdit.families.wan_i2v.load import loader
 
 
 def _model() -> Any:
@@ -16,5 +16,5 @@ def _model() -> Any:
     return SkyReelsAudioModel
 
 
-LOADER = Loader(_model, CLASSES, complete, mark="audio_proj.1.")
+LOADER = loader(_model, CLASSES, complete, mark="audio_proj.1.")
 load, read_config, empty, loads = LOADER.load, LOADER.read_config, LOADER.empty, LOADER.loads

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from talkingdit.encoders.clip import PictureEncoder
     from talkingdit.encoders.umt5 import UMT5Encoder
-    from talkingdit.families.wan_i2v.load import Loader
+    from talkingdit.families.loader import Loader
     from talkingdit.families.wan_i2v.model import WanI2VModel
 
 UNKNOWN = ("grey", "zeros")

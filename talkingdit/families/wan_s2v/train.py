@@ -45,9 +45,9 @@ def build_networks(arguments: Mapping[str, Any], text_encoder: str) -> tuple[Wan
 
 def open_weights(folder: Path) -> Weights:
     """Weights of any kind of checkpoint that `talkingdit.models.load` takes, under their native names."""
-    from talkingdit.families.wan_s2v.load import open_transformer
+    from talkingdit.families.wan_s2v.load import LOADER
 
-    return open_transformer(folder)[0]
+    return LOADER.open_transformer(folder)[0]
 
 
 def lacks_layers(folder: Path) -> bool:
