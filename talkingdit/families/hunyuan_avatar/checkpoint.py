@@ -17,16 +17,14 @@ text encoders, and no speech encoder: its features are computed (`features` in p
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from talkingdit.atomic import write_whole
 from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.presets import CLASSES
+from talkingdit.families.settings import PipelineSettings
 
 if TYPE_CHECKING:
     import torch
@@ -40,15 +38,27 @@ NEGATIVE_PROMPT = (
 )
 PROMPT_PREFIX = "Authentic, Realistic, Natural, High-quality, Lens-Fixed, "
 FEATURES = ("whisper", "speech")
+SILENCE = ("zeros", "none")
 _RELEASED = "hunyuan-video-t2v-720p"
 
 
 @dataclass(frozen=True)
-class HunyuanAvatarSettings:
+class HunyuanAvatarSettings(PipelineSettings):
     """How a checkpoint is used. The defaults are those of the released model and its program.
 
     A file pipeline.json in the checkpoint folder may say other values.
     """
+
+    COUNTS: ClassVar[tuple[str, ...]] = ("fps", "window", "steps", "image_size", "size_multiple")
+    NUMBERS: ClassVar[tuple[str, ...]] = (
+        "shift",
+        "guidance_start",
+        "guidance_high",
+        "guidance_low",
+        "early_mask",
+        "face_area",
+    )
+    TEXTS: ClassVar[tuple[str, ...]] = ("prompt_prefix", "negative_prompt")
 
     fps: int = 25
     window: int = 33  # latent frames that are generated at once
@@ -71,57 +81,18 @@ class HunyuanAvatarSettings:
     negative_prompt: str = NEGATIVE_PROMPT
 
     def __post_init__(self) -> None:
-        for name in ("fps", "window", "steps", "image_size", "size_multiple"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"pipeline.json: {name} must be an integer of at least 1, got {value!r}")
+        super().__post_init__()
         for name in ("shift_offset", "early_steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"pipeline.json: {name} must be an integer of at least 0, got {value!r}")
-        for name in ("shift", "guidance_start", "guidance_high", "guidance_low", "early_mask", "face_area"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"pipeline.json: {name} must be a number of at least 0, got {value!r}")
+            self.check_count(name, 0)
         for name in ("text_guidance", "audio_guidance"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
-                raise ValueError(f"pipeline.json: {name} must be a number of at least 0, got {value!r}")
+            if getattr(self, name) is not None:
+                self.check_number(name)
         if self.window < 2:
             raise ValueError(f"pipeline.json: window must be at least 2, got {self.window}")
-        if self.features not in FEATURES:
-            raise ValueError(f"pipeline.json: features must be one of {', '.join(FEATURES)}, got {self.features!r}")
-        if self.silence not in ("zeros", "none"):
-            raise ValueError(f"pipeline.json: silence must be zeros or none, got {self.silence!r}")
-        if self.shift == 0:
-            raise ValueError("pipeline.json: shift must be a number above 0, got 0")
         if self.size_multiple % 16:
             raise ValueError(f"pipeline.json: size_multiple must be a multiple of 16, got {self.size_multiple}")
-        for name in ("prompt_prefix", "negative_prompt"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"pipeline.json: {name} must be a string, got {getattr(self, name)!r}")
-
-    @staticmethod
-    def load(path: Path) -> HunyuanAvatarSettings:
-        """Read pipeline.json; a missing entry has its default, an unknown one is an error.
-
-        Raises:
-            UserError: not such a file, or an impossible value.
-        """
-        from talkingdit.checkpoints.weights import read_bounded
-
-        values = read_bounded(path)
-        known = {f.name for f in dataclasses.fields(HunyuanAvatarSettings)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UserError(f"{path}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}.")
-        try:
-            return HunyuanAvatarSettings(**values)
-        except ValueError as error:
-            raise UserError(f"{path.parent}: {error}.") from error
-
-    def save(self, path: Path) -> None:
-        write_whole(path, (json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n").encode())
+        self.check_word("features", FEATURES)
+        self.check_word("silence", SILENCE)
 
 
 @dataclass(frozen=True)

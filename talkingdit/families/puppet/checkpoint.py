@@ -10,16 +10,14 @@ pipeline.json    `PuppetSettings`
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from talkingdit.atomic import write_whole
 from talkingdit.checkpoints.saving import save_model
 from talkingdit.errors import UserError
+from talkingdit.families.settings import PipelineSettings
 from talkingdit.families.wan_s2v.presets import CLASSES
 
 if TYPE_CHECKING:
@@ -35,8 +33,11 @@ PATCH = 2  # latent pixels per token
 
 
 @dataclass(frozen=True)
-class PuppetSettings:
+class PuppetSettings(PipelineSettings):
     """How a checkpoint was trained and is best used (pipeline.json)."""
+
+    COUNTS: ClassVar[tuple[str, ...]] = ("fps", "size", "clip_latents", "audio_history", "steps")
+    NUMBERS: ClassVar[tuple[str, ...]] = ("shift", "text_guidance", "audio_guidance")
 
     fps: int = 16
     size: int = 96  # side of the square frame, pixels
@@ -49,39 +50,10 @@ class PuppetSettings:
     features: str = "speech"  # kind of audio features
 
     def __post_init__(self) -> None:
-        for name in ("fps", "size", "clip_latents", "audio_history", "steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"pipeline.json: {name} must be an integer of at least 1, got {value!r}")
+        super().__post_init__()
         if self.size % (SPATIAL * PATCH):
             raise ValueError(f"pipeline.json: size must be a multiple of {SPATIAL * PATCH} pixels, got {self.size}")
-        for name in ("shift", "text_guidance", "audio_guidance"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"pipeline.json: {name} must be a number of at least 0, got {value!r}")
-        if self.shift == 0:
-            raise ValueError("pipeline.json: shift must be above 0, got 0")
-        if self.features != "speech":
-            raise ValueError(f"pipeline.json: features must be 'speech', got {self.features!r}")
-
-    @staticmethod
-    def load(path: Path) -> PuppetSettings:
-        """Read pipeline.json; a missing entry has its default, an unknown one is an error.
-
-        Raises:
-            UserError: the file is missing, is not such a file, or a value is impossible.
-        """
-        from talkingdit.checkpoints.weights import read_bounded
-
-        values = read_bounded(path)
-        known = {f.name for f in dataclasses.fields(PuppetSettings)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UserError(f"{path}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}.")
-        try:
-            return PuppetSettings(**values)
-        except ValueError as error:
-            raise UserError(f"{path.parent}: {error}.") from error
+        self.check_word("features", ("speech",))
 
     @staticmethod
     def of_run(run: TrainRun) -> PuppetSettings:
@@ -96,9 +68,6 @@ class PuppetSettings:
             text_guidance=run.validation.text_guidance,
             audio_guidance=run.validation.audio_guidance,
         )
-
-    def save(self, path: Path) -> None:
-        write_whole(path, (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
 
 
 @dataclass(frozen=True)

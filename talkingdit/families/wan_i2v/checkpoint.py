@@ -13,16 +13,14 @@ The official layout, and that of diffusers:
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from talkingdit.atomic import write_whole
 from talkingdit.errors import UserError
+from talkingdit.families.settings import PipelineSettings
 from talkingdit.families.wan_i2v.presets import CLASSES, names_model
 from talkingdit.families.wan_s2v.checkpoint import NEGATIVE_PROMPT, SOLVERS, one_file
 
@@ -37,11 +35,9 @@ if TYPE_CHECKING:
 
 UNKNOWN = ("grey", "zeros")
 
-Settings = TypeVar("Settings", bound="WanI2VSettings")
-
 
 @dataclass(frozen=True)
-class WanI2VSettings:
+class WanI2VSettings(PipelineSettings):
     """How a Wan I2V checkpoint is used. The defaults are those of the official program for 480p.
 
     A file pipeline.json in the checkpoint folder may say other values.
@@ -49,6 +45,7 @@ class WanI2VSettings:
 
     COUNTS: ClassVar[tuple[str, ...]] = ("fps", "chunk_latents", "steps", "max_area", "size_multiple")
     NUMBERS: ClassVar[tuple[str, ...]] = ("shift", "guidance")
+    TEXTS: ClassVar[tuple[str, ...]] = ("negative_prompt",)
 
     fps: int = 16
     chunk_latents: int = 21  # latent frames generated at once: 81 frames, the given one among them
@@ -68,51 +65,14 @@ class WanI2VSettings:
         return 0
 
     def __post_init__(self) -> None:
-        for name in self.COUNTS:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"pipeline.json: {name} must be an integer of at least 1, got {value!r}")
-        for name in self.NUMBERS:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"pipeline.json: {name} must be a number of at least 0, got {value!r}")
-        if self.shift == 0:
-            raise ValueError("pipeline.json: shift must be a number above 0, got 0")
+        super().__post_init__()
         if self.chunk_latents < 2:
             raise ValueError(f"pipeline.json: chunk_latents must be at least 2, got {self.chunk_latents}")
         if self.size_multiple % 16:
             raise ValueError(f"pipeline.json: size_multiple must be a multiple of 16, got {self.size_multiple}")
-        for name, words in (("solver", SOLVERS), ("unknown", UNKNOWN)):
-            if getattr(self, name) not in words:
-                raise ValueError(
-                    f"pipeline.json: {name} must be one of {', '.join(words)}, got {getattr(self, name)!r}"
-                )
-        if not isinstance(self.held, bool):
-            raise ValueError(f"pipeline.json: held must be true or false, got {self.held!r}")
-        if not isinstance(self.negative_prompt, str):
-            raise ValueError(f"pipeline.json: negative_prompt must be a string, got {self.negative_prompt!r}")
-
-    @classmethod
-    def load(cls: type[Settings], path: Path) -> Settings:
-        """Read pipeline.json; a missing entry has its default, an unknown one is an error.
-
-        Raises:
-            UserError: not such a file, or an impossible value.
-        """
-        from talkingdit.checkpoints.weights import read_bounded
-
-        values = read_bounded(path)
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UserError(f"{path}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}.")
-        try:
-            return cls(**values)
-        except ValueError as error:
-            raise UserError(f"{path.parent}: {error}.") from error
-
-    def save(self, path: Path) -> None:
-        write_whole(path, (json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n").encode())
+        self.check_word("solver", SOLVERS)
+        self.check_word("unknown", UNKNOWN)
+        self.check_switch("held")
 
 
 @dataclass(frozen=True)

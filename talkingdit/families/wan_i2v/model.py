@@ -20,7 +20,6 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from talkingdit.checkpoints.adapters import refuse_adapters
 from talkingdit.families.wan_i2v.blocks import ImageEmbedding, WanI2VBlock
 from talkingdit.families.wan_i2v.checks import check_config, check_latents
 from talkingdit.families.wan_i2v.conditions import WanI2VConditions, WanI2VInputs
@@ -148,28 +147,7 @@ class WanI2VModel(WanTrunk):
         ones = latents.new_ones(len(latents), mask, *latents.shape[2:])
         return torch.cat([latents, ones, latents], dim=1)
 
-    def init_weights(self) -> None:
-        """Random weights by the official scheme; the head gives zero."""
-        for module in (self.blocks, self.text_embedding, self.time_embedding, self.time_projection, self.img_emb):
-            for linear in () if module is None else module.modules():
-                if isinstance(linear, nn.Linear):
-                    nn.init.xavier_uniform_(linear.weight)
-                    if linear.bias is not None:
-                        nn.init.zeros_(linear.bias)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        for module in (self.text_embedding, self.time_embedding):
-            for linear in module.modules():
-                if isinstance(linear, nn.Linear):
-                    nn.init.normal_(linear.weight, std=0.02)
-        nn.init.zeros_(self.head.head.weight)
-        nn.init.zeros_(self.head.head.bias)
-
     # ---- Forward -----------------------------------------------------------------------------------------------------
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As of diffusers; UserError for a model with adapters, which such a folder has no place for."""
-        refuse_adapters(self, save_directory)
-        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def forward(
         self,

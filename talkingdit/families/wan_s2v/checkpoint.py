@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from talkingdit.atomic import write_whole
 from talkingdit.errors import UserError
+from talkingdit.families.settings import PipelineSettings
 from talkingdit.families.wan_s2v.presets import CLASSES
 
 if TYPE_CHECKING:
@@ -41,11 +40,15 @@ NEGATIVE_PROMPT = (
 
 
 @dataclass(frozen=True)
-class WanS2VSettings:
+class WanS2VSettings(PipelineSettings):
     """How a Wan-S2V checkpoint is used. The defaults are those of the released model and its official program.
 
     A file pipeline.json in the checkpoint folder may say other values.
     """
+
+    COUNTS: ClassVar[tuple[str, ...]] = ("fps", "infer_frames", "motion_frames", "steps", "max_area", "size_multiple")
+    NUMBERS: ClassVar[tuple[str, ...]] = ("shift", "guidance")
+    TEXTS: ClassVar[tuple[str, ...]] = ("negative_prompt",)
 
     fps: int = 16
     infer_frames: int = 80  # frames generated at once, a multiple of 4
@@ -60,50 +63,15 @@ class WanS2VSettings:
     negative_prompt: str = NEGATIVE_PROMPT
 
     def __post_init__(self) -> None:
-        for name in ("fps", "infer_frames", "motion_frames", "steps", "max_area", "size_multiple"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"pipeline.json: {name} must be an integer of at least 1, got {value!r}")
-        for name, low in (("shift", "above 0"), ("guidance", "of at least 0")):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"pipeline.json: {name} must be a number {low}, got {value!r}")
-        if self.shift == 0:
-            raise ValueError("pipeline.json: shift must be a number above 0, got 0")
+        super().__post_init__()
         if self.infer_frames % 4:
             raise ValueError(f"pipeline.json: infer_frames must be a multiple of 4, got {self.infer_frames}")
         if self.motion_frames % 4 != 1:
             raise ValueError(f"pipeline.json: motion_frames must be 4 n - 3, got {self.motion_frames}")
         if self.size_multiple % 16:
             raise ValueError(f"pipeline.json: size_multiple must be a multiple of 16, got {self.size_multiple}")
-        if self.solver not in SOLVERS:
-            raise ValueError(f"pipeline.json: solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
-        if not isinstance(self.drop_first_motion, bool):
-            raise ValueError(f"pipeline.json: drop_first_motion must be true or false, got {self.drop_first_motion!r}")
-        if not isinstance(self.negative_prompt, str):
-            raise ValueError(f"pipeline.json: negative_prompt must be a string, got {self.negative_prompt!r}")
-
-    @staticmethod
-    def load(path: Path) -> WanS2VSettings:
-        """Read pipeline.json; a missing entry has its default, an unknown one is an error.
-
-        Raises:
-            UserError: not such a file, or an impossible value.
-        """
-        from talkingdit.checkpoints.weights import read_bounded
-
-        values = read_bounded(path)
-        known = {f.name for f in dataclasses.fields(WanS2VSettings)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UserError(f"{path}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}.")
-        try:
-            return WanS2VSettings(**values)
-        except ValueError as error:
-            raise UserError(f"{path.parent}: {error}.") from error
-
-    def save(self, path: Path) -> None:
-        write_whole(path, (json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n").encode())
+        self.check_word("solver", SOLVERS)
+        self.check_switch("drop_first_motion")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from talkingdit.checkpoints.adapters import refuse_adapters
 from talkingdit.families.wan_s2v.audio import AudioInjector, CausalAudioEncoder, Injection
 from talkingdit.families.wan_s2v.blocks import BlockInputs, Head, WanBlock
 from talkingdit.families.wan_s2v.checks import check_config, check_latents
@@ -143,18 +142,7 @@ class WanS2VModel(WanTrunk):
 
     def init_weights(self) -> None:
         """Random weights by the official scheme: a head that gives zero; with `zero_init` conditions have no effect."""
-        for module in (self.blocks, self.text_embedding, self.time_embedding, self.time_projection):
-            for linear in module.modules():
-                if isinstance(linear, nn.Linear):
-                    nn.init.xavier_uniform_(linear.weight)
-                    nn.init.zeros_(linear.bias)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        for module in (self.text_embedding, self.time_embedding):
-            for linear in module.modules():
-                if isinstance(linear, nn.Linear):
-                    nn.init.normal_(linear.weight, std=0.02)
-        nn.init.zeros_(self.head.head.weight)
-        nn.init.zeros_(self.head.head.bias)
+        super().init_weights()
         nn.init.constant_(self.casual_audio_encoder.weights, self.config.audio_layer_init)
         if self.config.enable_adain:
             # Without its bias a projection that begins at zero would still shift every frame.
@@ -165,11 +153,6 @@ class WanS2VModel(WanTrunk):
                 silent = name.startswith(("trainable_cond_mask.", "cond_encoder."))
                 if silent or (name.startswith("audio_injector.injector.") and ".o." in name):
                     nn.init.zeros_(parameter)
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As of diffusers; UserError for a model with adapters, which such a folder has no place for."""
-        refuse_adapters(self, save_directory)
-        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def forward(
         self,

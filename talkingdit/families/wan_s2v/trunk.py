@@ -13,6 +13,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from talkingdit.checkpoints.adapters import refuse_adapters
 from talkingdit.families.wan_s2v.sequence import SequenceShard
 from talkingdit.families.wan_s2v.timesteps import StepTime
 from talkingdit.nn.context_parallel import gather
@@ -34,6 +35,8 @@ class WanTrunk(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     if TYPE_CHECKING:
         config: Any  # a frozen dictionary with attribute access
         head: Head
+        patch_embedding: Any
+        text_embedding: nn.Module
         time_embedding: nn.Module
         time_projection: nn.Module
 
@@ -42,6 +45,28 @@ class WanTrunk(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
 
         def _through_blocks(self, x: Tensor, time: StepTime, conditions: Any) -> Tensor:
             """The residual stream [B, N, dim] behind the last block; without gradients x is written over."""
+
+    def init_weights(self) -> None:
+        """Random weights by the official scheme; the head gives zero."""
+        for name in ("blocks", "text_embedding", "time_embedding", "time_projection", "img_emb"):
+            module = getattr(self, name, None)
+            for linear in () if module is None else module.modules():
+                if isinstance(linear, nn.Linear):
+                    nn.init.xavier_uniform_(linear.weight)
+                    if linear.bias is not None:
+                        nn.init.zeros_(linear.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for module in (self.text_embedding, self.time_embedding):
+            for linear in module.modules():
+                if isinstance(linear, nn.Linear):
+                    nn.init.normal_(linear.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+        nn.init.zeros_(self.head.head.bias)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of diffusers; UserError for a model with adapters, which such a folder has no place for."""
+        refuse_adapters(self, save_directory)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     @like_forward
     def step_inputs(self, timesteps: Tensor, projected: bool = False) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from talkingdit import ops
+from talkingdit.nn.accelerate.processor import StandIn
 from talkingdit.nn.accelerate.replacement import is_norm, parameters_of, plain, replace_method
 from talkingdit.nn.accelerate.report import Report
 from talkingdit.nn.accelerate.rotation import TableLayout, token_rows
@@ -22,30 +23,11 @@ SMALL = 1 << 16  # elements of a stream on the CPU below which calling kernels t
 Rotary = tuple[Tensor, Tensor]
 
 
-class HunyuanVideoProcessor:
+class HunyuanVideoProcessor(StandIn):
     """An attention processor that normalises and rotates q and k in one pass.
 
-    The settings of the processor it replaces are those of that one, and so is all that it does not know how to do.
+    What it does not know how to do is done by the processor that it stands for.
     """
-
-    def __init__(self, original: Any):
-        self.original = original
-
-    @property
-    def _attention_backend(self) -> Any:
-        return self.original._attention_backend
-
-    @_attention_backend.setter
-    def _attention_backend(self, backend: Any) -> None:
-        self.original._attention_backend = backend
-
-    @property
-    def _parallel_config(self) -> Any:
-        return self.original._parallel_config
-
-    @_parallel_config.setter
-    def _parallel_config(self, config: Any) -> None:
-        self.original._parallel_config = config
 
     def __call__(
         self,
@@ -76,7 +58,7 @@ class HunyuanVideoProcessor:
         text_q = text_q if attn.norm_added_q is None else attn.norm_added_q(text_q)
         text_k = text_k if attn.norm_added_k is None else attn.norm_added_k(text_k)
         q, k, v = (torch.cat(pair, dim=1) for pair in ((q, text_q), (k, text_k), (v, text_v)))
-        out = self._attend(q, k, v, attention_mask)
+        out = self.attend(q, k, v, attention_mask)
         image = attn.to_out[1](attn.to_out[0](out[:, :length]))
         return image, attn.to_add_out(out[:, length:])
 
@@ -84,17 +66,10 @@ class HunyuanVideoProcessor:
         """Attention of image and text tokens [B, N + L, dim] with the same weights; the first `length` are rotated."""
         q, k, v = self._projected(attn, x, ("to_q", "to_k", "to_v"))
         q, k = _normalised(attn, q, k, _layout(rotary, q, x.shape[1] - length))
-        return self._attend(q, k, v, mask)
+        return self.attend(q, k, v, mask)
 
     def _projected(self, attn: Any, x: Tensor, names: tuple[str, str, str]) -> list[Tensor]:
         return [getattr(attn, name)(x).unflatten(2, (attn.heads, -1)) for name in names]
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        parallel = {"parallel_config": self._parallel_config} if hasattr(self.original, "_parallel_config") else {}
-        out = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self._attention_backend, **parallel)
-        return out.flatten(2, 3).to(q.dtype)
 
 
 def fits(attn: Any, x: Tensor, rotary: Rotary) -> bool:

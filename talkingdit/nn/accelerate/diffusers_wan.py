@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from talkingdit import ops
 from talkingdit.nn.accelerate.block import Modulation, run_block
+from talkingdit.nn.accelerate.processor import StandIn
 from talkingdit.nn.accelerate.replacement import is_norm, parameters_of, plain, replace_method
 from talkingdit.nn.accelerate.report import Report
 from talkingdit.nn.accelerate.rotation import token_rows
@@ -19,30 +20,11 @@ ATTENTION = "self-attention: norm and rotation of q and k"
 Rotary = tuple[Tensor, Tensor]
 
 
-class WanProcessor:
+class WanProcessor(StandIn):
     """A self-attention processor that normalises and rotates q and k in one pass.
 
-    The settings of the processor it replaces are those of that one, and so is all that it does not know how to do.
+    What it does not know how to do is done by the processor that it stands for.
     """
-
-    def __init__(self, original: Any):
-        self.original = original
-
-    @property
-    def _attention_backend(self) -> Any:
-        return self.original._attention_backend
-
-    @_attention_backend.setter
-    def _attention_backend(self, backend: Any) -> None:
-        self.original._attention_backend = backend
-
-    @property
-    def _parallel_config(self) -> Any:
-        return self.original._parallel_config
-
-    @_parallel_config.setter
-    def _parallel_config(self, config: Any) -> None:
-        self.original._parallel_config = config
 
     def __call__(
         self,
@@ -52,8 +34,6 @@ class WanProcessor:
         attention_mask: Tensor | None = None,
         rotary_emb: Rotary | None = None,
     ) -> Tensor:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
         if encoder_hidden_states is not None or rotary_emb is None or not _fits(attn, hidden_states, *rotary_emb):
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         if attn.fused_projections:
@@ -64,9 +44,7 @@ class WanProcessor:
         cos, sin = rotary_emb
         layout = token_rows(cos[0, :, 0, 0::2], sin[0, :, 0, 1::2], q.dtype)
         q, k = ops.qk_norm_rope3d(q, k, attn.norm_q.weight, attn.norm_k.weight, layout, eps=attn.norm_q.eps)
-        parallel = {"parallel_config": self._parallel_config} if hasattr(self.original, "_parallel_config") else {}
-        out = dispatch_attention_fn(q, k, v, attn_mask=attention_mask, backend=self._attention_backend, **parallel)
-        out = out.flatten(2, 3).type_as(q)
+        out = self.attend(q, k, v, attention_mask)
         return attn.to_out[1](attn.to_out[0](out))
 
 

@@ -116,7 +116,7 @@ def test_missing_or_broken_settings(folder: Path) -> None:
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"size": 40}, "size must be a multiple of 16 pixels, got 40"),
         ({"shift": -1.0}, "shift must be a number of at least 0, got -1.0"),
-        ({"features": "wav2vec2"}, "features must be 'speech', got 'wav2vec2'"),
+        ({"features": "wav2vec2"}, "features must be one of speech, got 'wav2vec2'"),
         ({"speed": 3}, "unknown setting 'speed'; known are audio_guidance, audio_history, clip_latents"),
     ):
         before = file.read_text()
