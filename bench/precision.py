@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight-bit layers on the drawn world: whole videos against float32, not ops.
 
-    python -m bench.precision [--videos 8x4x3 50x2x1] [--variants NAME...] [--more] [--out bench/results]
+    python -m bench.precision [--videos 8x4x3 50x1x1] [--variants NAME...] [--out bench/results]
 
 Videos are STEPSxCLIPSxCHARACTERS: so many denoising steps, so many clips long, of so many characters.
 
-Held-out characters speak the voice that ships, with the model that ships. PSNR is that of the frames before compression
+Held-out characters, with captions that describe them, speak the voice that ships, with the model that ships. PSNR is that of the frames before compression
 against float32, r and identity are what the probe reads from the frames (`talkingdit.puppets.measure`); all are means
 over the characters, and "worst" is the lowest PSNR. None of them depends on how busy the machine is. Products are those
 of the CPU: sums exact or in float32.
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from bench import record
-from bench.step_cache import PROMPT, psnr
+from bench.step_cache import psnr
 from talkingdit import families
 from talkingdit.autoencoders.streaming import to_frames
 from talkingdit.encoders.log_mel import normalise_loudness
@@ -97,7 +97,7 @@ def generate(pipeline: Any, job: Job, steps: int) -> np.ndarray:
     """Frames [n, S, S, 3] uint8."""
     sampling = Sampling.of(Options(steps=steps), pipeline.settings)
     features, frames = pipeline.features(job.voice.samples)
-    conditions = pipeline.conditions(job.portrait, features, PROMPT, sampling, frames=frames)
+    conditions = pipeline.conditions(job.portrait, features, job.scene.caption(), sampling, frames=frames)
     clips = generate_clips(pipeline, conditions, -(-frames // pipeline.clip_frames))
     return np.concatenate([to_frames(clip.frames) for clip in clips])
 
@@ -106,14 +106,9 @@ def run(
     videos: Sequence[Videos],
     variants: Sequence[Variant] = VARIANTS,
     path: Path | None = None,
-    kept: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Rows of all variants, the first of which is what the others are compared with; written as they come.
-
-    Args:
-        kept: rows of an earlier run, which stand first.
-    """
-    result: dict[str, Any] = {**record.header("precision", torch.device("cpu"), quick=False), "rows": [*kept]}
+    """Rows of all variants, the first of which is what the others are compared with; written as they come."""
+    result: dict[str, Any] = {**record.header("precision", torch.device("cpu"), quick=False), "rows": []}
     for asked in videos:
         truth: dict[int, np.ndarray] = {}
         for variant in variants:
@@ -143,16 +138,14 @@ def _row(variant: Variant, asked: Videos, truth: dict[int, np.ndarray]) -> dict[
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.precision", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--videos", type=Videos.parse, nargs="+", default=[Videos(8, 4, 3), Videos(50, 2, 1)], metavar="SxCxN"
+        "--videos", type=Videos.parse, nargs="+", default=[Videos(8, 4, 3), Videos(50, 1, 1)], metavar="SxCxN"
     )
     named = {str(variant): variant for variant in VARIANTS}
     parser.add_argument("--variants", nargs="+", choices=named, default=list(named), help="the first is the reference")
-    parser.add_argument("--more", action="store_true", help="keep the rows of an earlier run")
     parser.add_argument("--out", type=Path, metavar="DIR", default=_RESULTS)
     options = parser.parse_args(arguments)
     path = options.out / "cpu-precision.json"
-    kept = json.loads(path.read_text())["rows"] if options.more else []
-    run(options.videos, [named[name] for name in options.variants], path, kept)
+    run(options.videos, [named[name] for name in options.variants], path)
     print(path)
     return 0
 
