@@ -5,10 +5,10 @@
 
 Videos are STEPSxCLIPSxCHARACTERS: so many denoising steps, so many clips long, of so many characters.
 
-Held-out characters, with captions that describe them, speak the voice that ships, with the model that ships. PSNR is that of the frames before compression
-against float32, r and identity are what the probe reads from the frames (`talkingdit.puppets.measure`); all are means
-over the characters, and "worst" is the lowest PSNR. None of them depends on how busy the machine is. Products are those
-of the CPU: sums exact or in float32.
+Held-out characters, with captions that describe them, speak the voice that ships, with the model that ships. PSNR is
+that of the frames before compression against float32, r and identity are what the probe reads from the frames
+(`talkingdit.puppets.measure`); all are means over the characters, and "worst" is the lowest PSNR. None of them depends
+on how busy the machine is. Products are those of the CPU: sums exact or in float32.
 """
 
 from __future__ import annotations
