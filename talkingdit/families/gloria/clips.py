@@ -44,15 +44,7 @@ class GloriaEncoders(WanI2VEncoders):
         return read_settings(self.folder)
 
 
-def encoders(
-    folder: Path,
-    what: tuple[str, ...] = (),
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    fps: int | None = None,
-) -> GloriaEncoders:
-    """See `talkingdit.data.encoding.Clips`."""
-    return GloriaEncoders(folder, what, dtype, device, fps)
+encoders = GloriaEncoders  # see `talkingdit.data.encoding.Clips`
 
 
 def encode_clip(

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from talkingdit.families.gloria.anchors import KINDS, OFFSETS, STEP, anchor_time
 from talkingdit.families.gloria.audio import WINDOW, AudioProjection, WindowAttention
-from talkingdit.families.wan_i2v.checks import check_shape
 from talkingdit.families.wan_i2v.conditions import WanI2VInputs
 from talkingdit.families.wan_i2v.model import WanI2VModel
+from talkingdit.nn.shapes import check_shape
 
 
 class GloriaModel(WanI2VModel):

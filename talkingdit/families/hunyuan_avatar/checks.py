@@ -3,31 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from talkingdit.families.hunyuan_avatar.audio import ABSORB, FRAMES_PER_LATENT
 from talkingdit.families.hunyuan_avatar.inputs import AvatarInputs
+from talkingdit.nn.shapes import check_shape
 
 _NAME = "HunyuanAvatarModel"
-
-
-def check_shape(name: str, value: Tensor | None, shape: Sequence[int | str]) -> None:
-    """Does a tensor have this shape? Names stand for free sizes. None passes.
-
-    Raises:
-        ValueError: names the argument, the shape expected and the one that came.
-    """
-    if value is None:
-        return
-    fits = value.dim() == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(str(want) for want in shape)
-        raise ValueError(f"{_NAME}: {name} must have shape [{wanted}], got {list(value.shape)}")
 
 
 def check_config(c: Any) -> None:
@@ -61,9 +45,9 @@ def check_latents(config: Any, latents: Tensor, timestep: Tensor) -> None:
     Raises:
         ValueError: names the argument that does not fit.
     """
-    check_shape("latents", latents, ("B", config.in_channels, "T", "H", "W"))
+    check_shape(_NAME, "latents", latents, ("B", config.in_channels, "T", "H", "W"))
     _check_even("latents", latents)
-    check_shape("timestep", timestep, (latents.shape[0],))
+    check_shape(_NAME, "timestep", timestep, (latents.shape[0],))
 
 
 def clip_size(config: Any, inputs: AvatarInputs, size: tuple[int, int, int] | None = None) -> tuple[int, int, int]:
@@ -78,25 +62,25 @@ def clip_size(config: Any, inputs: AvatarInputs, size: tuple[int, int, int] | No
     """
     if not isinstance(inputs.text, Tensor):
         raise ValueError(f"{_NAME}: text must be given as a tensor, got {type(inputs.text).__name__}")
-    check_shape("text", inputs.text, ("B", "L", config.text_states_dim))
+    check_shape(_NAME, "text", inputs.text, ("B", "L", config.text_states_dim))
     batch, length = inputs.text.shape[:2]
     if length == 0:
         raise ValueError(f"{_NAME}: text must have at least one token, got none")
-    check_shape("text_mask", inputs.text_mask, (batch, length))
-    check_shape("pooled_text", inputs.pooled_text, (batch, config.text_states_dim_2))
+    check_shape(_NAME, "text_mask", inputs.text_mask, (batch, length))
+    check_shape(_NAME, "pooled_text", inputs.pooled_text, (batch, config.text_states_dim_2))
     for name in ("motion_exp", "motion_pose"):
-        check_shape(name, getattr(inputs, name), (batch, 4))
-    check_shape("fps", inputs.fps, (batch,))
+        check_shape(_NAME, name, getattr(inputs, name), (batch, 4))
+    check_shape(_NAME, "fps", inputs.fps, (batch,))
     frames, height, width = _latents_size(inputs, inputs.size or size)
     if inputs.reference is not None:
         wanted = 1 if inputs.reference.dim() == 5 and inputs.reference.shape[2] == 1 else frames
-        check_shape("reference", inputs.reference, (batch, config.in_channels, wanted, height, width))
+        check_shape(_NAME, "reference", inputs.reference, (batch, config.in_channels, wanted, height, width))
     speakers = _check_voices(config, inputs, batch, frames)
     if inputs.face_mask is not None:
         wanted = 1 if inputs.face_mask.dim() == 5 and inputs.face_mask.shape[2] == 1 else frames
-        check_shape("face_mask", inputs.face_mask, (batch, max(speakers, 0), wanted, height, width))
+        check_shape(_NAME, "face_mask", inputs.face_mask, (batch, max(speakers, 0), wanted, height, width))
     if isinstance(inputs.strength, Tensor) and inputs.strength.dim():
-        check_shape("strength", inputs.strength, (batch, speakers))
+        check_shape(_NAME, "strength", inputs.strength, (batch, speakers))
     _check_emotion(config, inputs, batch, frames)
     return frames, height, width
 
@@ -124,7 +108,7 @@ def _check_voices(config: Any, inputs: AvatarInputs, batch: int, frames: int) ->
             f"{_NAME}: audio must have features for every video frame, {needed} for {frames} latent frames, "
             f"got {audio.shape[place]}"
         )
-    check_shape("audio", audio, (*axes, needed, *feature))
+    check_shape(_NAME, "audio", audio, (*axes, needed, *feature))
     return speakers
 
 
@@ -133,7 +117,7 @@ def _check_emotion(config: Any, inputs: AvatarInputs, batch: int, frames: int) -
         return
     if not config.emotion:
         raise ValueError(f"{_NAME}: emotion needs a model with an emotion module, got a model with emotion = False")
-    check_shape("emotion", inputs.emotion, (batch, "E", config.in_channels, 1, "H", "W"))
+    check_shape(_NAME, "emotion", inputs.emotion, (batch, "E", config.in_channels, 1, "H", "W"))
     _check_even("emotion", inputs.emotion)
     references = inputs.emotion.shape[1]
     index = inputs.emotion_index
@@ -150,7 +134,7 @@ def _check_emotion(config: Any, inputs: AvatarInputs, batch: int, frames: int) -
                 f"{_NAME}: emotion_index must be -1 or one of {references} references, got {smallest} to {largest}"
             )
     if isinstance(inputs.emotion_strength, Tensor) and inputs.emotion_strength.dim():
-        check_shape("emotion_strength", inputs.emotion_strength, (batch, references))
+        check_shape(_NAME, "emotion_strength", inputs.emotion_strength, (batch, references))
 
 
 def _check_even(name: str, latents: Tensor) -> None:

@@ -106,15 +106,7 @@ class HunyuanAvatarEncoders(CheckpointEncoders):
         return AvatarClipEncoders(vae, self.settings, words, audio)
 
 
-def encoders(
-    folder: Path,
-    what: tuple[str, ...] = (),
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    fps: int | None = None,
-) -> HunyuanAvatarEncoders:
-    """See `talkingdit.families.family.Clips`."""
-    return HunyuanAvatarEncoders(folder, what, dtype, device, fps)
+encoders = HunyuanAvatarEncoders  # see `talkingdit.data.encoding.Clips`
 
 
 def encode_clip(

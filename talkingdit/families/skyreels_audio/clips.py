@@ -49,15 +49,7 @@ class SkyReelsAudioEncoders(WanI2VEncoders):
         return found
 
 
-def encoders(
-    folder: Path,
-    what: tuple[str, ...] = (),
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    fps: int | None = None,
-) -> SkyReelsAudioEncoders:
-    """See `talkingdit.data.encoding.Clips`."""
-    return SkyReelsAudioEncoders(folder, what, dtype, device, fps)
+encoders = SkyReelsAudioEncoders  # see `talkingdit.data.encoding.Clips`
 
 
 def encode_clip(

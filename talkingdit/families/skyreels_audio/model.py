@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from talkingdit.autoencoders.latents import FRAMES_PER_LATENT
 from talkingdit.families.skyreels_audio.blocks import AudioRopeAttention, heard
-from talkingdit.families.wan_i2v.checks import check_shape
 from talkingdit.families.wan_i2v.conditions import WanI2VInputs
 from talkingdit.families.wan_i2v.model import WanI2VModel
 from talkingdit.nn.layers import LayerNorm
+from talkingdit.nn.shapes import check_shape
 
 
 class SkyReelsAudioModel(WanI2VModel):

@@ -3,31 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from talkingdit.families.wan_i2v.conditions import WanI2VInputs
+from talkingdit.nn.shapes import check_shape
 
 if TYPE_CHECKING:
     from talkingdit.families.wan_i2v.model import WanI2VModel
-
-
-def check_shape(model: str, name: str, value: Tensor | None, shape: Sequence[int | str]) -> None:
-    """Does a tensor have this shape? Names stand for free sizes. None passes.
-
-    Raises:
-        ValueError: names the argument, the shape expected and the one that came.
-    """
-    if value is None:
-        return
-    fits = value.dim() == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(str(want) for want in shape)
-        raise ValueError(f"{model}: {name} must have shape [{wanted}], got {list(value.shape)}")
 
 
 def check_config(model: str, c: Any) -> None:

@@ -77,15 +77,7 @@ def has_image(folder: Path) -> bool:
     return (folder / "image_encoder").is_dir() or any(folder.glob("models_clip*.pth"))
 
 
-def encoders(
-    folder: Path,
-    what: tuple[str, ...] = (),
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    fps: int | None = None,
-) -> WanI2VEncoders:
-    """See `talkingdit.data.encoding.Clips`."""
-    return WanI2VEncoders(folder, what, dtype, device, fps)
+encoders = WanI2VEncoders  # see `talkingdit.data.encoding.Clips`
 
 
 def encode_clip(

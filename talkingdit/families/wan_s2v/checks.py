@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,22 +10,7 @@ from torch import Tensor
 from talkingdit.families.wan_s2v.audio import FEATURES_PER_LATENT
 from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.nn.audio_cross_attention import ABSORB
-
-
-def check_shape(name: str, value: Tensor | None, shape: Sequence[int | str]) -> None:
-    """Does a tensor have this shape? Names stand for free sizes. None passes.
-
-    Raises:
-        ValueError: names the argument, the shape expected and the one that came.
-    """
-    if value is None:
-        return
-    fits = value.dim() == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(str(want) for want in shape)
-        raise ValueError(f"WanS2VModel: {name} must have shape [{wanted}], got {list(value.shape)}")
+from talkingdit.nn.shapes import check_shape
 
 
 def check_config(c: Any) -> None:
@@ -66,7 +50,7 @@ def check_latents(config: Any, latents: Tensor, timestep: Tensor) -> None:
     Raises:
         ValueError: names the argument that does not fit.
     """
-    check_shape("latents", latents, ("B", config.in_dim, "T", "H", "W"))
+    check_shape("WanS2VModel", "latents", latents, ("B", config.in_dim, "T", "H", "W"))
     batch, _, frames, height, width = latents.shape
     if height % 2 or width % 2:
         raise ValueError(f"WanS2VModel: latents must have even height and width, got {height} x {width}")
@@ -89,25 +73,27 @@ def clip_size(config: Any, inputs: WanInputs, size: tuple[int, int, int] | None 
     """
     if not isinstance(inputs.text, Tensor):
         raise ValueError(f"WanS2VModel: text must be given as a tensor, got {type(inputs.text).__name__}")
-    check_shape("text", inputs.text, ("B", "L", config.text_dim))
+    check_shape("WanS2VModel", "text", inputs.text, ("B", "L", config.text_dim))
     batch, length = inputs.text.shape[:2]
     if length > config.text_len:
         raise ValueError(f"WanS2VModel: text must have at most text_len = {config.text_len} tokens, got {length}")
     frames, height, width = _latents_size(inputs, inputs.size or size)
     if inputs.pose is not None and config.cond_dim == 0:
         raise ValueError("WanS2VModel: pose needs a model with cond_dim > 0, got a model with cond_dim = 0")
-    check_shape("reference", inputs.reference, (batch, config.in_dim, 1, height, width))
-    check_shape("history", inputs.history, (batch, config.in_dim, "Th", height, width))
-    check_shape("pose", inputs.pose, (batch, config.cond_dim, frames, height, width))
-    check_shape("text_mask", inputs.text_mask, (batch, length))
+    check_shape("WanS2VModel", "reference", inputs.reference, (batch, config.in_dim, 1, height, width))
+    check_shape("WanS2VModel", "history", inputs.history, (batch, config.in_dim, "Th", height, width))
+    check_shape("WanS2VModel", "pose", inputs.pose, (batch, config.cond_dim, frames, height, width))
+    check_shape("WanS2VModel", "text_mask", inputs.text_mask, (batch, length))
     audio, features = inputs.audio, FEATURES_PER_LATENT * frames
     if audio is not None and audio.dim() == 4 and audio.shape[3] != features:
         raise ValueError(
             f"WanS2VModel: audio must have {FEATURES_PER_LATENT} features per latent frame, "
             f"{features} for {frames} frames, got {audio.shape[3]}"
         )
-    check_shape("audio", audio, (batch, config.audio_layers, config.audio_dim, features))
-    check_shape("audio_history", inputs.audio_history, (batch, config.audio_layers, config.audio_dim, "n"))
+    check_shape("WanS2VModel", "audio", audio, (batch, config.audio_layers, config.audio_dim, features))
+    check_shape(
+        "WanS2VModel", "audio_history", inputs.audio_history, (batch, config.audio_layers, config.audio_dim, "n")
+    )
     return frames, height, width
 
 

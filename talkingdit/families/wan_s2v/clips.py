@@ -70,15 +70,7 @@ class WanS2VEncoders(CheckpointEncoders):
         return Encoders(vae, self.settings, text, audio)
 
 
-def encoders(
-    folder: Path,
-    what: tuple[str, ...] = (),
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    fps: int | None = None,
-) -> WanS2VEncoders:
-    """See `talkingdit.families.family.Clips`."""
-    return WanS2VEncoders(folder, what, dtype, device, fps)
+encoders = WanS2VEncoders  # see `talkingdit.data.encoding.Clips`
 
 
 def encode_clip(
