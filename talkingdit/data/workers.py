@@ -134,11 +134,29 @@ def _follow(
     return failures
 
 
-def _interrupt_once(number: int, frame: object) -> None:
-    """A terminal interrupts workers, and so does their parent: the second time must not tear what is being finished."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    raise KeyboardInterrupt
+class _Interrupt:
+    """What a worker does when it is told to end: it stops at once and finishes its shard.
+
+    A terminal interrupts workers, and so does their parent: the second time must not tear what is being finished. An
+    exception that comes while a library runs a finaliser or a callback is dropped there; then the worker ends at its
+    next report.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def _stop(self, number: int, frame: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        self.came = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raises: KeyboardInterrupt: it came."""
+        if self.came:
+            raise KeyboardInterrupt
 
 
 def _die_with_parent() -> None:
@@ -158,11 +176,15 @@ def _work(job: Job, rank: int, world: int, threads: int, parent: Connection) -> 
     import torch
 
     _die_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt_once)
+    interrupt = _Interrupt()
     torch.set_num_threads(threads)
+
+    def report(step: Step) -> None:
+        parent.send(step)
+        interrupt.check()
+
     try:
-        precompute(job, rank, world, parent.send)
+        precompute(job, rank, world, report)
     except UserError as error:
         parent.send(str(error).removeprefix("precompute: ").rstrip("."))
         sys.exit(FAILED)

@@ -272,6 +272,26 @@ def test_workers_that_are_interrupted_finish_their_shards(
     assert not list(job.out.glob(".part-*"))
 
 
+def test_a_worker_ends_at_its_next_report_where_a_library_dropped_the_interrupt(
+    videos: Path, encoders: CheckpointEncoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dropped(job: Job, rank: int, world: int, report: Any) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        precompute(job, rank, world, report)
+
+    monkeypatch.setattr(workers, "START", "fork")  # saves imports
+    monkeypatch.setattr(workers, "precompute", dropped)
+    job = make_job(videos, encoders, tmp_path / "out")
+    prepare(job)
+    steps: list[Step] = []
+    with pytest.raises(UserError, match="ended with status 130"):
+        workers.run_workers(job, 0, 1, 2, steps.append)
+    assert len(steps) == 2 < len(job.manifest.entries)  # one each
+    assert len(PrecomputedShards(job.out)) == sum(step.clips for step in steps)
+    assert not list(job.out.glob(".part-*"))
+
+
 def test_an_interrupt_in_the_middle_of_a_clip_leaves_no_torn_shard(
     videos: Path, encoders: CheckpointEncoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
