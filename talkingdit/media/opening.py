@@ -15,6 +15,10 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     from av.container import InputContainer
 
+# libswscale keeps a scaler's threads until a frame is freed. Where a data worker was forked meanwhile, freeing it there
+# waits for threads that the worker does not have.
+SCALER_THREADS = 1
+
 
 @contextmanager
 def open_media(path: str | os.PathLike[str], format: str | None = None) -> Iterator[InputContainer]:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from talkingdit.media.opening import SCALER_THREADS
+
 if TYPE_CHECKING:
     import av
     from av.container import OutputContainer
@@ -64,7 +66,8 @@ def to_yuv(frame: np.ndarray) -> av.VideoFrame:
 
     high = frame.shape[0] > LINES_OF_601
     shown = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-    return shown.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709 if high else Colorspace.ITU601)
+    space = Colorspace.ITU709 if high else Colorspace.ITU601
+    return shown.reformat(format="yuv420p", dst_colorspace=space, threads=SCALER_THREADS)
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from talkingdit.media.container import Source
+from talkingdit.media.opening import SCALER_THREADS
 from talkingdit.media.timeline import PictureTimes, may_seek, timeline
 
 Frames = NDArray[np.uint8]
@@ -50,9 +51,11 @@ class Upright:
         if frame.colorspace == UNKNOWN and frame.height > SD_LINES:
             frame.colorspace = BT709
         if (height, width) == (frame.height, frame.width):
-            pixels = frame.to_ndarray(format="rgb24")
+            pixels = frame.to_ndarray(format="rgb24", threads=SCALER_THREADS)
         else:
-            pixels = frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+            pixels = frame.reformat(
+                width, height, "rgb24", interpolation="BICUBIC", threads=SCALER_THREADS
+            ).to_ndarray()
         across, leftwards, upwards = _turns(frame)
         pixels = pixels.transpose(1, 0, 2) if across else pixels
         pixels = pixels[:, ::-1] if leftwards else pixels

@@ -36,7 +36,7 @@ from talkingdit.atomic import remove_left, whole_file
 from talkingdit.distributed.team import ALONE, Team
 from talkingdit.errors import UserError
 from talkingdit.lock import RunLock
-from talkingdit.media.opening import as_target
+from talkingdit.media.opening import SCALER_THREADS, as_target
 from talkingdit.pipelines.long_video import Carry
 
 Frames = NDArray[np.uint8]
@@ -205,7 +205,7 @@ class ClipStore:
             if stream.codec_context.name != "ffv1" or (self._size is not None and size != self._size):
                 raise ValueError(f"got {stream.codec_context.name} of {size}")
             decoded = islice(container.decode(video=0), MOST_FRAMES)
-            frames = [frame.to_ndarray(format="rgb24") for frame in decoded]
+            frames = [frame.to_ndarray(format="rgb24", threads=SCALER_THREADS) for frame in decoded]
         if not 0 < len(frames) < MOST_FRAMES or any(list(frame.shape[:2]) != size for frame in frames):
             raise ValueError(f"got frames of {[frame.shape for frame in frames[:1]]}")
         return np.stack(frames)
