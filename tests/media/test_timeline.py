@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import multiprocessing
 import struct
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -343,3 +346,25 @@ def test_as_many_frames_are_read_as_are_counted(tmp_path: Path, suffix: str, fps
         count = frames_of(entry, video, sound, fps)
         assert abs(count - (shown[-1] + 0.02) * fps) <= 1 + 0.1 * fps
         assert len(list(read_frames(entry.video, times(0, 0, count, fps)))) == count
+
+
+def test_a_forked_data_worker_can_free_what_its_parent_has_read(tmp_path: Path) -> None:
+    """Scalers with threads made it wait for threads that it does not have."""
+    path = make(tmp_path, "mp4")
+    with Source(path) as source:
+        upright = Upright(source.pictures)
+        frames = [frame for _, frame in itertools.islice(timed_pictures(source), 3)]
+        assert len({upright(frame).shape for frame in frames}) == 1
+    time.sleep(0.1)  # for threads, if there are any, to begin to wait
+
+    def free() -> None:
+        frames.clear()
+        gc.collect()
+
+    child = multiprocessing.get_context("fork").Process(target=free)
+    child.start()
+    child.join(30)
+    stuck = child.is_alive()
+    child.kill()
+    assert not stuck
+    assert child.exitcode == 0
