@@ -27,9 +27,9 @@ class OffloadMixin:
     _offloaded = ""  # by which method
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Let the large models take turns on a device: while the encoders of words and pictures compute, the transformer
-        waits on the host, and they wait there while it does. The autoencoder and the encoder of voices are small and
-        stay on the device.
+        """Let the large models take turns on a device: while the encoders of words and pictures compute, the
+        transformer waits on the host, and they wait there while it does. The autoencoder and the encoder of voices are
+        small and stay on the device.
 
         Args:
             gpu_id: number of the device.

@@ -139,7 +139,7 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
     def _reload(self, dtype: torch.dtype, device: torch.device | str) -> None:
         if self._variant or self._loras is not None or self._offloaded:
             raise UserError(
-                f"to: expected models as they were loaded, got changed ones; say torch_dtype={dtype} to from_pretrained."
+                f"to: expected models as they were loaded, got changed ones; load with torch_dtype={dtype}."
             )
         self._checkpoint = load_checkpoint(self.folder, dtype, device)
 
