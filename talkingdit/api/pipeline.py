@@ -60,6 +60,7 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
         folder_or_name: str | PathLike[str] | None = None,
         *,
         torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         precision: Literal["fp8", "int8"] | None = None,
         attention: str = "auto",
@@ -72,6 +73,7 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
         Args:
             folder_or_name: a folder, or a name on the Hugging Face hub; None is the model that ships with the package.
             torch_dtype: of the large models; None is float32. Small ones stay float32.
+            dtype: the same, as newer versions of diffusers call it.
             device: where the models go; None is the host. `to` moves them later.
             precision: let large layers compute in eight bits.
             attention: kernel of attention, one of `talkingdit.nn.attention_backends`; "auto" is the fastest exact one.
@@ -86,7 +88,7 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
         family = families.of_folder(folder)
         tuning = Tuning.of(str(memory), precision, attention)
         checkpoint = load_tuned(
-            lambda place: load_checkpoint(folder, torch_dtype, place), tuning, device or "cpu", family.units
+            lambda place: load_checkpoint(folder, dtype or torch_dtype, place), tuning, device or "cpu", family.units
         )
         pipe = cls(checkpoint, tuning.variant)
         if compile:
