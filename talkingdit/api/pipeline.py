@@ -129,8 +129,7 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
         import torch
 
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is not None and self._offloaded:
-            raise UserError(f"to: expected models that nothing moves, got some that {self._offloaded} has offloaded.")
+        self._check_still("to")
         if dtype is not None and dtype != self.dtype:
             self._reload(dtype, self.device if device is None else device)
         elif device is not None:
@@ -139,7 +138,7 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
         return self
 
     def _reload(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        if self._variant or self._loras is not None or self._offloaded:
+        if self._variant or self._loras is not None:
             raise UserError(
                 f"to: expected models as they were loaded, got changed ones; load with torch_dtype={dtype}."
             )
