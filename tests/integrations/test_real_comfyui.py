@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nodes and the example workflows in a real ComfyUI: its server is started with the pack in `custom_nodes`.
+
+It is not on any package index, so this runs by hand: TALKINGDIT_COMFYUI is the command that starts it, with what this
+machine needs, such as "python /path/to/ComfyUI/main.py --cpu". docs/comfyui.md says which version was run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import fill
+from contract import PACK
+from workflows import to_prompt
+
+from talkingdit.media.files import read_video
+
+COMMAND = os.environ.get("TALKINGDIT_COMFYUI", "")
+pytestmark = [
+    pytest.mark.skipif(not COMMAND, reason="TALKINGDIT_COMFYUI does not say how to start ComfyUI"),
+    pytest.mark.slow,
+]
+EXAMPLES = {path.stem: json.loads(path.read_text()) for path in (PACK / "example_workflows").glob("*.json")}
+
+
+class Server:
+    """A running ComfyUI and its folders."""
+
+    def __init__(self, root: Path) -> None:
+        for name in ("custom_nodes", "input", "output", "temp", "models", "user"):
+            (root / name).mkdir(parents=True)
+        (root / "custom_nodes" / "talkingdit").symlink_to(PACK)
+        fill(root / "input")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.root, self.log = root, root / "log.txt"
+        words = [*shlex.split(COMMAND), "--port", str(self.port), "--base-directory", str(root)]
+        environment = {**os.environ, "PYTHONPATH": str(PACK.parents[1])}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+    def ask(self, path: str, data: Any = None) -> Any:
+        body = None if data is None else json.dumps(data).encode()
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", body, timeout=60) as answer:
+            text = answer.read()
+        return json.loads(text) if text else None
+
+    def wait(self, seconds: float = 400) -> Any:
+        """What its nodes are, once it answers."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                return self.ask("/object_info")
+            except OSError:
+                time.sleep(1)
+        raise AssertionError(self.log.read_text()[-3000:])
+
+    def run(self, prompt: Any, stop: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Outputs of a prompt, and the messages about it by their names."""
+        number = self.ask("/prompt", {"prompt": prompt})["prompt_id"]
+        while True:
+            history = self.ask(f"/history/{number}")
+            if history:
+                status = history[number]["status"]
+                return history[number]["outputs"], {name: about for name, about in status["messages"]}
+            if stop and self.ask("/queue")["queue_running"]:
+                self.ask("/interrupt", {})
+            time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    found = Server(tmp_path_factory.mktemp("real") / "comfyui")
+    try:
+        yield found
+    finally:
+        found.process.terminate()
+        found.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def info(server: Server) -> dict[str, Any]:
+    return {name: about["input"] for name, about in server.wait().items()}
+
+
+def test_all_nodes_are_there(server: Server, info: dict[str, Any]) -> None:
+    used = {node["type"] for graph in EXAMPLES.values() for node in graph["nodes"]} - {"MarkdownNote"}
+    assert used <= set(info)
+    assert "IMPORT FAILED" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_workflows_lack_nothing_but_files(server: Server, info: dict[str, Any], name: str) -> None:
+    try:
+        server.ask("/prompt", {"prompt": to_prompt(EXAMPLES[name], info)})
+    except urllib.error.HTTPError as refused:
+        answer = json.loads(refused.read())
+        errors = [error for node in answer["node_errors"].values() for error in node["errors"]]
+        kinds = {error["type"] for error in errors} - {"custom_validation_failed"}
+        assert kinds == {"value_not_in_list"}, answer
+        assert name != "talk"
+    else:
+        assert name == "talk"
+
+
+def test_the_first_workflow_makes_a_video_and_makes_it_once(server: Server, info: dict[str, Any]) -> None:
+    prompt = to_prompt(EXAMPLES["talk"], info)
+    outputs, messages = server.run(prompt)
+    assert "execution_success" in messages, (messages, server.log.read_text()[-3000:])
+    frames, sound, fps, rate = read_video(next((server.root / "output").rglob("*.mp4")))
+    assert len(frames) == round(fps)
+    assert sound is not None and abs(sound.shape[-1] / rate - 1) < 0.2
+    assert any("images" in shown for shown in outputs.values())
+    _, again = server.run(prompt)
+    assert set(again["execution_cached"]["nodes"]) >= set(prompt) - {"6"}
+
+
+def test_cancel(server: Server, info: dict[str, Any]) -> None:
+    prompt = to_prompt(EXAMPLES["talk"], info)
+    maker = next(node for node in prompt.values() if node["class_type"] == "TalkingDiTGenerate")
+    maker["inputs"] |= {"seed": 7, "steps": 500}
+    _, messages = server.run(prompt, stop=True)
+    assert "execution_interrupted" in messages
+
+
+def test_a_mistake_is_one_sentence(server: Server, info: dict[str, Any]) -> None:
+    prompt = to_prompt(EXAMPLES["talk"], info)
+    options = next(name for name, node in prompt.items() if node["class_type"] == "TalkingDiTOptions_puppet")
+    prompt[options] = {"class_type": "TalkingDiTOptions_wan_s2v", "inputs": {}}
+    _, messages = server.run(prompt)
+    said = messages["execution_error"]["exception_message"].strip()
+    assert said.startswith("options: expected those of")
