@@ -12,6 +12,7 @@ from typing import Any
 from talkingdit.api.materials import Materials
 from talkingdit.api.options import chosen
 from talkingdit.api.road import outlined
+from talkingdit.checkpoints.lora_choice import SETTING
 from talkingdit.errors import UserError
 from talkingdit.families import Family, GenerationOptions
 from talkingdit.pipelines.inputs import Inputs, Job, Outline
@@ -79,7 +80,7 @@ def ask(family: Family, folder: Path, wish: Wish, options: Mapping[str, Any], ad
         materials.close()
         raise
     if adapters:
-        outline = replace(outline, settings={**outline.settings, "choice of LoRAs": list(adapters)})
+        outline = replace(outline, settings={**outline.settings, SETTING: list(adapters)})
     return Asked(inputs, outline, given, materials)
 
 

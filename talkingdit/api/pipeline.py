@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from talkingdit import families
 from talkingdit.api.asking import Asked, Wish, ask, refuse_loading
+from talkingdit.api.loras import LoraMixin
+from talkingdit.api.offload import OffloadMixin
 from talkingdit.api.output import TalkingOutput
 from talkingdit.api.source import find_folder
 from talkingdit.api.steps import Callback, Watch
@@ -29,7 +31,7 @@ Progress = Callable[[int, int], None]
 Warn = Callable[[str], None]
 
 
-class TalkingPipeline:
+class TalkingPipeline(LoraMixin, OffloadMixin):
     """A checkpoint that makes talking videos. Made by `from_pretrained`.
 
         pipe = talkingdit.TalkingPipeline.from_pretrained()
@@ -113,6 +115,34 @@ class TalkingPipeline:
         """Of the transformer."""
         return self._checkpoint.transformer.dtype
 
+    def to(self, *args: Any, **kwargs: Any) -> TalkingPipeline:
+        """Move the models to a device, or take them in another dtype, as `torch.nn.Module.to` is told.
+
+        A dtype is that of `from_pretrained`: the files are read again, so that it makes no difference in which dtype
+        they were loaded before.
+
+        Raises:
+            UserError: another dtype, and the models were changed after loading; a device, and they are offloaded.
+        """
+        import torch
+
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None and self._offloaded:
+            raise UserError(f"to: expected models that nothing moves, got some that {self._offloaded} has offloaded.")
+        if dtype is not None and dtype != self.dtype:
+            self._reload(dtype, self.device if device is None else device)
+        elif device is not None:
+            for _, part in self._modules():
+                part.to(device)
+        return self
+
+    def _reload(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        if self._variant or self._loras is not None or self._offloaded:
+            raise UserError(
+                f"to: expected models as they were loaded, got changed ones; load with torch_dtype={dtype}."
+            )
+        self._checkpoint = load_checkpoint(self.folder, dtype, device)
+
     def __getattr__(self, name: str) -> Any:
         parts = self.__dict__.get("_checkpoint")
         if parts is not None and name in vars(parts) and name not in ("settings", "folder"):
@@ -158,8 +188,8 @@ class TalkingPipeline:
             progress: called with the number of denoising steps done and of all of them.
             warn: called with a sentence about what was done differently from what may be expected.
             callback_on_step_end: called as by diffusers after every denoising step, `callback(pipe, step, timestep,
-                {"latents": tensor})`; latents [1, C, n, H, W] in the dictionary that it returns take their place. Steps are
-                counted anew in every clip. Where it sets `pipe._interrupt = True`, the work stops after the step.
+                {"latents": tensor})`; latents [1, C, n, H, W] in the dictionary that it returns take their place. Every
+                clip counts its steps anew. Where it sets `pipe._interrupt = True`, the work stops after the step.
             callback_on_step_end_tensor_inputs: which tensors the dictionary holds; "latents" is the one that there is.
             options: of the family, such as `seed`, `steps` or `guidance`: see `options`.
 
@@ -221,7 +251,7 @@ class TalkingPipeline:
 
     def _ask(self, wish: Wish, options: Mapping[str, Any]) -> Asked:
         """Read what is asked for, and check everything that can be wrong with it."""
-        asked = ask(self.family, self.folder, wish, options)
+        asked = ask(self.family, self.folder, wish, options, self._adapters())
         refuse_loading(asked.options)
         return asked
 

@@ -335,7 +335,7 @@ def _fingerprint(inputs: Inputs, outline: Outline, pipeline: ClipPipeline, varia
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     listing = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return {
-        "format": 1,
+        "format": 2,
         "image": _digest(inputs.image),
         "audio": _digest_of_sound(inputs.sound),
         "checkpoint": hashlib.sha256(repr(listing).encode()).hexdigest()[:32],

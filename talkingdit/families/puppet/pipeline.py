@@ -325,7 +325,8 @@ class PuppetPipeline(ClipPipeline):
 
     @property
     def _device(self) -> torch.device:
-        return next(self.checkpoint.transformer.parameters()).device
+        """Where the transformer computes, also where its weights are loaded on demand."""
+        return self.checkpoint.transformer.device
 
 
 def _as_it_is(video: Tensor) -> Tensor:
