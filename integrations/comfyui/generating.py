@@ -182,6 +182,7 @@ def make(model: Model, asked: Mapping[str, Any], force_offload: bool) -> Outputs
                 name: files.enter_context(_file_of(value, name)) if hasattr(value, "get_components") else value
                 for name, value in asked.items()
             }
+            model.slot.check(asked)
             pipe = model.slot.ready(model.loras)
             result = pipe(**asked, progress=report, warn=logging.getLogger("talkingdit").warning)
     finally:

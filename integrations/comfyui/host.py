@@ -55,13 +55,18 @@ def output_folder() -> Path:
     return Path(folder_paths.get_output_directory())
 
 
-def scratch_file(ending: str) -> Path:
-    """A new, empty file in ComfyUI's folder for temporary ones, which it clears when it starts and stops."""
+def scratch_folder() -> Path:
+    """ComfyUI's folder for temporary files, which it clears when it starts and stops."""
     import folder_paths
 
-    folder = folder_paths.get_temp_directory()
-    os.makedirs(folder, exist_ok=True)
-    handle, name = tempfile.mkstemp(ending, "talkingdit_", folder)
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def scratch_file(ending: str) -> Path:
+    """A new, empty file there."""
+    handle, name = tempfile.mkstemp(ending, "talkingdit_", scratch_folder())
     os.close(handle)
     return Path(name)
 

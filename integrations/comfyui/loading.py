@@ -110,7 +110,7 @@ class LoadLora:
             raise UserError(f"lora: there is no file or folder {str(file)!r}.")
         if not math.isfinite(strength):
             raise UserError(f"lora: expected a finite strength, got {strength}.")
-        return (model.with_lora(Lora(file, strength)) if strength else model,)
+        return (model.with_lora(Lora(file, strength, state_of(file))) if strength else model,)
 
 
 class Accelerate:

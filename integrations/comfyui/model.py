@@ -9,7 +9,8 @@ LoRAs travel beside the models and are put on for each video.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA that is asked for."""
+    """A LoRA that is asked for; `state` is another one where its file is."""
 
     path: Path
     strength: float
+    state: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,24 @@ class Slot:
     def device(self) -> Any:
         return host.device(self.recipe.device, self.family.options.small)
 
+    def check(self, asked: Mapping[str, Any]) -> None:
+        """What is wrong with a video, told before minutes go into loading models for it. Once they are there, the
+        pipeline tells it.
+
+        Args:
+            asked: arguments of a pipeline's call.
+
+        Raises:
+            UserError: something is.
+        """
+        from talkingdit.api.asking import Wish, ask
+
+        if self._pipe is None:
+            own = {field.name for field in fields(Wish)} & set(asked)
+            options = {name: value for name, value in asked.items() if name not in own}
+            wish = Wish(**{name: asked[name] for name in own})
+            ask(self.family, self.recipe.folder, wish, options).materials.close()
+
     def ready(self, loras: tuple[Lora, ...]) -> Any:
         """The pipeline on its device, with these LoRAs and no others.
 
@@ -69,15 +89,21 @@ class Slot:
         elif self._moves:
             self._pipe.to(self.device)
         if loras != self._loras:
-            if self._loras:
-                self._pipe.unload_lora_weights()
-                self._loras = ()
-            for number, lora in enumerate(loras):
-                self._pipe.load_lora_weights(lora.path, adapter_name=f"lora_{number}")
-            if loras:
-                self._pipe.set_adapters([f"lora_{n}" for n in range(len(loras))], [lora.strength for lora in loras])
-            self._loras = loras
+            self._put_on(loras)
         return self._pipe
+
+    def _put_on(self, loras: tuple[Lora, ...]) -> None:
+        self._pipe.unload_lora_weights()
+        self._loras = ()
+        names = [f"lora_{number}" for number in range(len(loras))]
+        try:
+            for name, lora in zip(names, loras, strict=True):
+                self._pipe.load_lora_weights(lora.path, adapter_name=name)
+            self._pipe.set_adapters(names, [lora.strength for lora in loras])
+        except BaseException:
+            self._pipe.unload_lora_weights()
+            raise
+        self._loras = loras
 
     def leave(self) -> None:
         """Off its device, where something else may need the room."""

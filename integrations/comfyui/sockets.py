@@ -89,7 +89,7 @@ def image_of(frames: np.ndarray) -> torch.Tensor:
     if 4 * frames.size <= IN_MEMORY:
         images = np.empty(frames.shape, np.float32)
     else:
-        with tempfile.TemporaryFile(dir=host.scratch_file(".frames").parent) as held:
+        with tempfile.TemporaryFile(dir=host.scratch_folder()) as held:
             images = np.memmap(held, np.float32, "w+", shape=frames.shape)
     for begin in range(0, len(frames), BLOCK):
         images[begin : begin + BLOCK] = frames[begin : begin + BLOCK] * np.float32(1 / 255)

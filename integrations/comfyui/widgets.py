@@ -78,8 +78,8 @@ def values(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_default(field: Field, value: Any) -> bool:
     """Does a widget say nothing?"""
-    if field.default is None and value in (UNSET, DEFAULT, "", None):
-        return True
+    if field.default is None:
+        return value in (UNSET, DEFAULT, "", None)
     return bool(value == (field.default if field.flag.read is None else field.flag.write(field.default)))
 
 
