@@ -118,6 +118,7 @@ class Slot:
 
     def _loaded(self) -> Any:
         import torch
+
         from talkingdit import TalkingPipeline
 
         recipe, device = self.recipe, self.device

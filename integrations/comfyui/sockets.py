@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from talkingdit.errors import UserError
 
 from . import host

@@ -208,7 +208,7 @@ def test_files_among_options(asking, comfy, tmp_path):
     before = kind.IS_CHANGED(turns="turns.rttm")
     (comfy.input / "turns.rttm").write_text("SPEAKER x 1 0 2 <NA> <NA> right <NA> <NA>\n")
     assert kind.IS_CHANGED(turns="turns.rttm") != before
-    with pytest.raises(UserError, match="turns: expected a file in .* got 'none.rttm'"):
+    with pytest.raises(UserError, match=r"turns: expected a file in .* got 'none\.rttm'"):
         node(comfy, "TalkingDiTOptions_hunyuan_avatar", turns="none.rttm")
     # What is written goes into the folder of outputs, and nowhere else.
     figure = node(comfy, "TalkingDiTOptions_gloria", attention_figure="looks/figure.png")[0].values
@@ -272,7 +272,7 @@ def test_what_is_wrong_is_told_before_models_are_loaded(comfy, pack):
     silent = {"waveform": torch.zeros(1, 1, 16000), "sample_rate": 16000}
     for given, sentence in (
         ({"speakers": speakers}, "drawn characters has no option 'speaker', only HunyuanVideo-Avatar"),
-        ({"audio": silent}, "silent"),
+        ({"audio": silent}, "expected speech, got 1.0 s of silence"),
         ({}, "audio: expected a path or"),
     ):
         with pytest.raises(UserError, match=sentence):
@@ -338,8 +338,8 @@ def test_a_mask_of_a_dub_and_what_is_left(asking, comfy, film):
     pipe = asking("skyreels_audio", "TalkingDiTDub", video=VideoFromFile(str(film[0])), audio=sound(), mask=mask)
     assert set(pipe.files) == {"video", "mask"}
     assert sorted(comfy.temp.iterdir()) == before
+    usual = {"prompt": "", "seed": 0, "steps": 1}
     with pytest.raises(UserError, match="mask: expected a MASK or a box, got both"):
-        usual = {"prompt": "", "seed": 0, "steps": 1}
         node(comfy, "TalkingDiTDub", model=None, video=None, audio=sound(), mask=mask, box="1,2,3,4", **usual)
     with pytest.raises(UserError, match="video: expected a VIDEO, got str"):
         node(comfy, "TalkingDiTDub", model=None, video="film.mp4", audio=sound(), **usual)
@@ -447,6 +447,6 @@ def test_models_are_looked_for_where_comfyui_has_them(comfy, pack, tmp_path):
     assert "somebody/drawn" in pack("model").checkpoint_names()
     (model,) = node(comfy, "TalkingDiTLoad", checkpoint="somebody/drawn")
     assert model.family.name == "puppet"
-    with pytest.raises(UserError, match="checkpoint: expected a folder below .* got 'nobody'"):
+    with pytest.raises(UserError, match=r"checkpoint: expected a folder below .* got 'nobody'"):
         node(comfy, "TalkingDiTLoad", checkpoint="nobody")
     assert dataclasses.asdict(model.slot.recipe)["precision"] is None
