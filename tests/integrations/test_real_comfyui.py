@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import fill
 from contract import PACK
+from safetensors.torch import save_file
 from workflows import to_prompt
 
 from talkingdit.media.files import read_video
@@ -31,7 +33,67 @@ pytestmark = [
     pytest.mark.skipif(not COMMAND, reason="TALKINGDIT_COMFYUI does not say how to start ComfyUI"),
     pytest.mark.slow,
 ]
+# Nodes for this test: a conditioning without a text encoder, how far two latents are apart, and a latent that is given
+# on once another one is there.
+HELPERS = """
+import torch
+
+class Words:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "make", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT", {})}}
+
+    def make(self, seed):
+        return ([[torch.randn(1, 7, 4096, generator=torch.Generator().manual_seed(seed)), {}]],)
+
+class Apart:
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "measure", "test", True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"one": ("LATENT",), "other": ("LATENT",)}}
+
+    def measure(self, one, other):
+        one, other = one["samples"].double(), other["samples"].double()
+        return {"ui": {"apart": [float((one - other).norm() / one.norm())], "size": [float(one.std())]}}
+
+class After:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("LATENT",), "hand_on", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"latent": ("LATENT",), "other": ("LATENT",)}}
+
+    def hand_on(self, latent, other):
+        return (latent,)
+
+NODE_CLASS_MAPPINGS = {"Words": Words, "Apart": Apart, "After": After}
+"""
 EXAMPLES = {path.stem: json.loads(path.read_text()) for path in (PACK / "example_workflows").glob("*.json")}
+
+
+def tiny_wan() -> dict[str, torch.Tensor]:
+    """A Wan transformer of two blocks in the layout of released ones, with random weights."""
+    dim, shapes = 128, {"patch_embedding.weight": (128, 16, 1, 2, 2), "patch_embedding.bias": (128,)}
+    layers = {"text_embedding.0": (dim, 4096), "text_embedding.2": (dim, dim), "time_embedding.0": (dim, 256)}
+    layers |= {"time_embedding.2": (dim, dim), "time_projection.1": (6 * dim, dim), "head.head": (64, dim)}
+    for block in ("blocks.0", "blocks.1"):
+        for attention in ("self_attn", "cross_attn"):
+            layers |= {f"{block}.{attention}.{name}": (dim, dim) for name in "qkvo"}
+            shapes |= {f"{block}.{attention}.norm_{name}.weight": (dim,) for name in "qk"}
+        layers |= {f"{block}.ffn.0": (256, dim), f"{block}.ffn.2": (dim, 256)}
+        shapes |= {f"{block}.norm3.weight": (dim,), f"{block}.norm3.bias": (dim,), f"{block}.modulation": (1, 6, dim)}
+    shapes["head.modulation"] = (1, 2, dim)
+    for name, shape in layers.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(shape, generator=generator) * (0.3 if len(shape) == 1 else shape[-1] ** -0.5)
+        + float("norm" in name and name.endswith("weight"))
+        for name, shape in shapes.items()
+    }
 
 
 class Server:
@@ -41,6 +103,9 @@ class Server:
         for name in ("custom_nodes", "input", "output", "temp", "models", "user"):
             (root / name).mkdir(parents=True)
         (root / "custom_nodes" / "talkingdit").symlink_to(PACK)
+        (root / "custom_nodes" / "helpers.py").write_text(HELPERS)
+        (root / "models" / "diffusion_models").mkdir()
+        save_file(tiny_wan(), root / "models" / "diffusion_models" / "wan.safetensors")
         fill(root / "input")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -149,3 +214,37 @@ def test_a_mistake_is_one_sentence(server: Server, info: dict[str, Any]) -> None
     _, messages = server.run(prompt)
     said = messages["execution_error"]["exception_message"].strip()
     assert said.startswith("options: expected those of")
+
+
+def test_an_accelerated_model_samples_the_same(server: Server, info: dict[str, Any]) -> None:
+    """In float32; and who has the model without the node gets its own numbers, bit for bit, also afterwards."""
+
+    def node(kind: str, **inputs: Any) -> dict[str, Any]:
+        return {"class_type": kind, "inputs": inputs}
+
+    def sample(model: str, start: str) -> dict[str, Any]:
+        settings = dict(seed=5, steps=3, cfg=4.0, sampler_name="euler", scheduler="simple", denoise=1.0)
+        ends = dict(positive=["good", 0], negative=["bad", 0], latent_image=[start, 0])
+        return node("KSampler", model=[model, 0], **ends, **settings)
+
+    prompt = {
+        "load": node("UNETLoader", unet_name="wan.safetensors", weight_dtype="default"),
+        "fast": node("TalkingDiTAccelerate", model=["load", 0]),
+        "good": node("Words", seed=1),
+        "bad": node("Words", seed=2),
+        "empty": node("EmptyHunyuanLatentVideo", width=64, height=48, length=9, batch_size=1),
+        "before": sample("load", "empty"),
+        "then": node("After", latent=["empty", 0], other=["before", 0]),
+        "ours": sample("fast", "then"),
+        "at_last": node("After", latent=["empty", 0], other=["ours", 0]),
+        "after": sample("load", "at_last"),
+        "apart": node("Apart", one=["before", 0], other=["ours", 0]),
+        "same": node("Apart", one=["before", 0], other=["after", 0]),
+        "report": node("PreviewAny", source=["fast", 1]),
+    }
+    outputs, messages = server.run(prompt)
+    assert "execution_success" in messages, (messages, server.log.read_text()[-3000:])
+    assert 0 < outputs["apart"]["apart"][0] < 1e-5
+    assert outputs["apart"]["size"][0] > 0.1
+    assert outputs["same"]["apart"][0] == 0
+    assert "2 x block" in outputs["report"]["text"][0]
