@@ -183,6 +183,10 @@ def _in_folder(value: Any, folder: Path) -> Any:
     if isinstance(value, str) and value and Path(value).name == value and (folder / value).is_file():
         return str(folder / value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        paths = {one.name: folder / path for one in dataclasses.fields(value) if isinstance(path := getattr(value, one.name), Path)}
+        paths = {
+            one.name: folder / path
+            for one in dataclasses.fields(value)
+            if isinstance(path := getattr(value, one.name), Path)
+        }
         return dataclasses.replace(value, **paths)
     return value

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may ask the server for what. Everything passes here before gradio sees it.
 
-Gradio gives files to anyone who knows their path, and fetches what a request calls a file from anywhere. So a browser has
-a token in a cookie, a program one in a header, and a file is for the token that brought it, or for which it was made.
-Other sites' pages cannot use the server by way of a person's browser, and of gradio's addresses only those are open
-that the page needs.
+Gradio gives files to anyone who knows their path, and fetches what a request calls a file from anywhere. So a browser
+has a token in a cookie, a program one in a header, and a file is for the token that brought it, or for which it was
+made. Other sites' pages cannot use the server by way of a person's browser, and of gradio's addresses only those are
+open that the page needs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,19 @@ MOST_JSON = 4 << 20  # bytes of a request that is no upload
 API = "/gradio_api/"
 UPLOAD, FILE = API + "upload", API + "file="
 OPEN = ("/theme.css", "/config", "/static/", "/assets/", "/svelte/", "/favicon.ico", "/robots.txt", "/talkingdit/")
-OPEN_API = ("upload", "upload_progress", "file=", "queue/", "run/", "call/", "info", "heartbeat/", "cancel", "reset", "theme.css")
+OPEN_API = (
+    "upload",
+    "upload_progress",
+    "file=",
+    "queue/",
+    "run/",
+    "call/",
+    "info",
+    "heartbeat/",
+    "cancel",
+    "reset",
+    "theme.css",
+)
 OPEN_API += ("startup-events", "app_id", "api/", "openapi.json")
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "

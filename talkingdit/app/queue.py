@@ -45,7 +45,8 @@ class Worker:
 
     def make(self, run: Run, hear: Callable[[dict[str, Any]], None]) -> None:
         """Have the video of a run made; `hear` is told of everything, the end too, also where the process dies."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         order = {"folder": str(run.folder), "asked": dataclasses.asdict(run.asked)}
         with contextlib.suppress(OSError):
             self.process.stdin.write(json.dumps(order) + "\n")
