@@ -36,7 +36,7 @@ def add_endpoints(service: Service) -> None:
 
         return Wish(image, audio, prompt or "", checkpoint or "", fill)
 
-    def generate(*values: Any, request: gr.Request) -> Iterator[dict[str, Any]]:
+    def generate(request: gr.Request, *values: Any) -> Iterator[dict[str, Any]]:
         """Make a video: a report again and again, the last one at its end. A client that goes, or cancels, stops it."""
         with _told():
             run = service.start(Person.of(request), wish(*values))
@@ -48,7 +48,7 @@ def add_endpoints(service: Service) -> None:
         finally:
             service.queue.stop(run)
 
-    def plan(*values: Any, request: gr.Request) -> str:
+    def plan(request: gr.Request, *values: Any) -> str:
         with _told():
             return service.plan(Person.of(request), wish(*values))
 

@@ -32,7 +32,17 @@ YEAR = 365 * 24 * 3600
 MOST_JSON = 4 << 20  # bytes of a request that is no upload
 API = "/gradio_api/"
 UPLOAD, FILE = API + "upload", API + "file="
-OPEN = ("/theme.css", "/config", "/static/", "/assets/", "/svelte/", "/favicon.ico", "/robots.txt", "/talkingdit/")
+OPEN = (
+    "/theme.css",
+    "/config",
+    "/static/",
+    "/assets/",
+    "/svelte/",
+    "/favicon.ico",
+    "/robots.txt",
+    "/manifest.json",
+    "/talkingdit/",
+)
 OPEN_API = (
     "upload",
     "upload_progress",

@@ -46,10 +46,17 @@ class Page:
 
     def _ask(self) -> None:
         self.image = gr.Image(
-            label="Picture", type="filepath", sources=["upload", "clipboard", "webcam"], height=300, elem_id="picture"
+            label="Picture",
+            type="filepath",
+            sources=["upload", "clipboard", "webcam"],
+            height=300,
+            interactive=True,
+            elem_id="picture",
         )
-        self.audio = gr.Audio(label="Voice", type="filepath", sources=["upload", "microphone"], elem_id="voice")
-        self.prompt = gr.Textbox(label="Prompt", info="what to show", elem_id="prompt")
+        self.audio = gr.Audio(
+            label="Voice", type="filepath", sources=["upload", "microphone"], interactive=True, elem_id="voice"
+        )
+        self.prompt = gr.Textbox(label="Prompt", info="what to show", interactive=True, elem_id="prompt")
         choices = [
             (folder or "the model that ships, of drawn characters", folder) for folder in self.service.checkpoints
         ]
@@ -59,6 +66,7 @@ class Page:
             label="Checkpoint",
             info="folder of a model" if self.service.any_checkpoint else "",
             allow_custom_value=self.service.any_checkpoint,
+            interactive=True,
             elem_id="checkpoint",
         )
         options = gr.Column()
@@ -93,13 +101,13 @@ class Page:
         def wish(values: Sequence[Any]) -> Wish:
             return wish_of(form, values, len(made))
 
-        def start(*values: Any, request: gr.Request) -> tuple[Any, Any]:
+        def start(request: gr.Request, *values: Any) -> tuple[Any, Any]:
             try:
                 return self.service.start(Person.of(request), wish(values)).id, ""
             except UserError as error:
                 return gr.skip(), views.error(str(error))
 
-        def plan(*values: Any, request: gr.Request) -> tuple[str, str]:
+        def plan(request: gr.Request, *values: Any) -> tuple[str, str]:
             try:
                 words = self.service.plan(Person.of(request), wish(values))
                 return f'<h2>What it takes</h2><pre tabindex="0">{views.escaped(words)}</pre>', ""
@@ -152,13 +160,13 @@ class Page:
         self.status = gr.HTML(views.status(None, 0, False), elem_id="status")
         self.video = gr.HTML(elem_id="video")
         with gr.Row():
-            self.stop = gr.Button("Stop", interactive=False, elem_id="stop")
-            self.go_on = gr.Button("Go on", interactive=False, elem_id="go-on")
+            self.stop = gr.Button("Stop", visible=False, elem_id="stop")
+            self.go_on = gr.Button("Go on", visible=False, elem_id="go-on")
         self.sheet = gr.HTML(elem_id="sheet")
-        self.history: Any = gr.Radio([], label="Runs", elem_id="runs")
+        self.history: Any = gr.Radio([], label="Runs", interactive=True, visible=False, elem_id="runs")
         with gr.Row():
-            self.load = gr.Button("Load its settings", elem_id="load", interactive=False)
-            self.remove = gr.Button("Delete it", elem_id="delete", interactive=False)
+            self.load = gr.Button("Load its settings", elem_id="load", visible=False)
+            self.remove = gr.Button("Delete it", elem_id="delete", visible=False)
         self.timer = gr.Timer(TICK)
 
     def _listen(self) -> None:
@@ -203,9 +211,9 @@ class Page:
             if name in seen and seen[name] == value:
                 updates.append(gr.skip())
             elif name == "history":
-                updates.append(gr.Radio(choices=value[0], value=id or None))
+                updates.append(gr.Radio(choices=value[0], value=id or None, visible=bool(value[0])))
             elif isinstance(value, bool):
-                updates.append(gr.Button(interactive=value))
+                updates.append(gr.Button(visible=value))
             else:
                 updates.append(value)
         return [{**found, "source": source}, *updates]
