@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from talkingdit.app.asked import Asked, Machine
@@ -45,11 +46,8 @@ class Worker:
 
     def make(self, run: Run, hear: Callable[[dict[str, Any]], None]) -> None:
         """Have the video of a run made; `hear` is told of everything, the end too, also where the process dies."""
-        assert self.process.stdin is not None
         assert self.process.stdout is not None
-        order = {"folder": str(run.folder), "asked": dataclasses.asdict(run.asked)}
-        with contextlib.suppress(OSError):
-            self.process.stdin.write(json.dumps(order) + "\n")
+        self._order(run.folder, run.asked, warm=False)
         for line in self.process.stdout:
             event = json.loads(line)
             hear(event)
@@ -58,6 +56,16 @@ class Worker:
         code = self.process.wait()
         reason = "most often memory runs out" if code == -signal.SIGKILL else f"status {code}; see the server's log"
         hear({"end": "failed", "sentence": f"the process that makes the video has ended by itself ({reason})."})
+
+    def warm(self, asked: Asked) -> None:
+        """Have the model loaded before anything is to be made."""
+        self._order(Path(), asked, warm=True)
+
+    def _order(self, folder: Path, asked: Asked, warm: bool) -> None:
+        assert self.process.stdin is not None
+        order = {"folder": str(folder), "asked": dataclasses.asdict(asked), "warm": warm}
+        with contextlib.suppress(OSError):  # it has died, which whoever reads from it finds out
+            self.process.stdin.write(json.dumps(order) + "\n")
 
     @property
     def alive(self) -> bool:
@@ -116,6 +124,7 @@ class Queue:
         with self._changed:
             if self._worker is None and self._now is None:
                 self._replace((self.machine, _model_of(asked)))
+                self._worker.warm(asked)
 
     def add(self, run: Run) -> None:
         """Make a run wait, or go on.

@@ -7,7 +7,6 @@ import contextlib
 import ipaddress
 import os
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -92,7 +91,7 @@ def opened(settings: Settings) -> Iterator[Any]:
         service = Service(runs, queue, settings.machine, names, settings.local, own / "scratch")
         for checkpoint in names:
             service.family(checkpoint)
-        threading.Thread(target=queue.warm, args=(Asked(),), daemon=True).start()
+        queue.warm(Asked())
         yield _application(gradio, service, settings)
 
 
