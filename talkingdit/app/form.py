@@ -62,14 +62,14 @@ def components(one: Field, value: Text | None) -> list[Any]:
     """
     import gradio as gr
 
-    name: dict[str, Any] = {"label": label(one), "info": one.help, "key": one.name}
+    name: dict[str, Any] = {"label": label(one), "info": one.help}
     if one.switch:
         return [gr.Checkbox(value=one.default if value is None else bool(value), **name)]
     if one.choices:
         choices = [("as the checkpoint says", "")] * (one.default is None) + [(word, word) for word in one.choices]
         return [gr.Radio(choices, value=value or one.default or "", **name)]
     if one.kind is Path:
-        return [gr.File(label=f"{label(one)}: {one.help}", height=120, key=one.name)]
+        return [gr.File(label=f"{label(one)}: {one.help}", height=120)]
     if one.flag.many:
         words = "\n".join(value) if isinstance(value, list) else ""
         name["info"] = f"{one.flag.metavar}, one a line. {one.help}"
@@ -103,11 +103,13 @@ def collect(form: Form, values: Sequence[Any], folder: Path) -> dict[str, Text]:
     return found
 
 
-def _is_default(one: Field, text: Any) -> bool:
+def _is_default(one: Field, text: Text) -> bool:
     if one.switch:
         return text == one.default
-    written = "" if one.default is None else one.flag.write(one.default)
-    return not one.flag.many and text == written
+    try:
+        return not one.flag.many and one.reader(str(text)) == one.default
+    except ValueError:
+        return False  # which is told when the options are made
 
 
 def _text(one: Field, values: Sequence[Any], folder: Path) -> Any:

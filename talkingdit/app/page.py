@@ -20,6 +20,9 @@ from talkingdit.errors import UserError
 TICK = 1.0  # seconds
 # Of every listener on the page: quick, and none of a program's business.
 QUIETLY: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+FILES: dict[str, Any] = {"interactive": True, "buttons": ["fullscreen"]}  # none of gradio's to share things elsewhere
+SOUNDS: dict[str, Any] = {"interactive": True, "buttons": ["download"], "type": "filepath"}
+SOUNDS["sources"] = ["upload", "microphone"]
 SIDES = ("left", "top", "right", "bottom")
 
 
@@ -50,12 +53,10 @@ class Page:
             type="filepath",
             sources=["upload", "clipboard", "webcam"],
             height=300,
-            interactive=True,
             elem_id="picture",
+            **FILES,
         )
-        self.audio = gr.Audio(
-            label="Voice", type="filepath", sources=["upload", "microphone"], interactive=True, elem_id="voice"
-        )
+        self.audio = gr.Audio(label="Voice", elem_id="voice", **SOUNDS)
         self.prompt = gr.Textbox(label="Prompt", info="what to show", interactive=True, elem_id="prompt")
         choices = [
             (folder or "the model that ships, of drawn characters", folder) for folder in self.service.checkpoints
@@ -130,9 +131,7 @@ class Page:
             )
             for number, (name, sides) in enumerate(speaker_rows(words), 1):
                 row: list[Any] = [gr.Textbox(name, label=f"Speaker {number}: name")]
-                row.append(
-                    gr.Audio(label=f"Speaker {number}: voice", type="filepath", sources=["upload", "microphone"])
-                )
+                row.append(gr.Audio(label=f"Speaker {number}: voice", **SOUNDS))
                 with gr.Row():
                     row += [
                         gr.Number(side, label=f"{where} of box {number}", precision=0, minimum=0, min_width=60)

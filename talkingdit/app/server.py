@@ -7,7 +7,8 @@ import contextlib
 import ipaddress
 import os
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,10 +59,14 @@ def default_folder() -> Path:
 
 
 @contextmanager
-def opened(settings: Settings) -> Iterator[Any]:
+def opened(settings: Settings, start: Callable[[Machine, object], Any] | None = None) -> Iterator[Any]:
     """The server as an ASGI application; what it has open is closed in the end, and its own folder removed.
 
     This process stands in that folder meanwhile, because gradio may give out any file that lies where it stands.
+
+    Args:
+        settings: see there.
+        start: makes a worker, in the place of a process.
 
     Raises:
         UserError: the folder of runs cannot be used, gradio is missing, or a checkpoint is none.
@@ -79,20 +84,29 @@ def opened(settings: Settings) -> Iterator[Any]:
         os.chdir(own / "here")
         stack.callback(os.chdir, before)
 
-        from talkingdit.app.queue import Queue
+        from talkingdit.app.queue import Queue, Worker
         from talkingdit.app.runs import Runs
         from talkingdit.app.service import Service
 
         runs = Runs(settings.folder)
         stack.callback(runs.close)
-        queue = Queue(runs, settings.machine)
+        queue = Queue(runs, settings.machine, start or Worker)
         stack.callback(queue.close)
         names = ["", *map(str, settings.checkpoints)]
         service = Service(runs, queue, settings.machine, names, settings.local, own / "scratch")
         for checkpoint in names:
             service.family(checkpoint)
         queue.warm(Asked())
+        threading.Thread(target=_import, args=(service,), daemon=True).start()
         yield _application(gradio, service, settings)
+
+
+def _import(service: Any) -> None:
+    """What takes seconds to import, before the first person waits for it."""
+    from talkingdit.pipelines import inputs, tuning  # noqa: F401
+
+    for checkpoint in service.checkpoints:
+        _ = service.family(checkpoint).outline
 
 
 def _absolute(settings: Settings) -> Settings:
