@@ -29,6 +29,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 COOKIE, HEADER = "talkingdit", "x-talkingdit-token"
 TOKEN = re.compile(r"[A-Za-z0-9_-]{16,128}")
 YEAR = 365 * 24 * 3600
+FRAME = 4096  # bytes around the file in an upload
 MOST_JSON = 4 << 20  # bytes of a request that is no upload
 API = "/gradio_api/"
 UPLOAD, FILE = API + "upload", API + "file="
@@ -148,7 +149,12 @@ class Guard:
             await _refuse(send, error)
             return
         answer = _Answer(send, self._shares, scope, token, fresh)
-        await self._app(scope, receive, answer)
+        try:
+            await self._app(scope, receive, answer)
+        except Exception:
+            if not (isinstance(receive, _Counted) and receive.exceeded) or answer.started:
+                raise
+            await _refuse(send, Refused(413, self.too_large))
 
     def _check_caller(self, headers: Mapping[str, str]) -> None:
         host = headers.get("host", "")
@@ -180,9 +186,9 @@ class Guard:
             raise Refused(403, f"a program must send a header {HEADER} with 16 or more letters and digits of its own.")
         size = int(headers.get("content-length", "0") or "0") if headers.get("content-length", "0").isdecimal() else 0
         if path.rstrip("/") == UPLOAD:
-            if size > self._limit + 4096:
+            if size > self._limit + FRAME:
                 raise Refused(413, self.too_large)
-            return self._counted(receive)
+            return _Counted(receive, self._limit + FRAME)
         body = await _body(receive)
         self._check_files(body, token)
         return _replay(body, receive)
@@ -191,18 +197,6 @@ class Guard:
     def too_large(self) -> str:
         """The sentence about an upload over the limit."""
         return f"the file is too large: this server takes up to {self._limit // 1_000_000} MB."
-
-    def _counted(self, receive: Receive) -> Receive:
-        """An upload without a length, or with a wrong one, ends at the limit, too."""
-        seen = 0
-
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            return {"type": "http.disconnect"} if seen > self._limit + 4096 else message
-
-        return counted
 
     def _check_files(self, body: bytes, token: str) -> None:
         """A request may name files only that are for its token: no other's, none of the machine, none elsewhere."""
@@ -271,6 +265,22 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
+class _Counted:
+    """What comes of an upload, whose length may be unknown or wrong; over the limit it ends."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive, self._limit, self._seen = receive, limit, 0
+
+    @property
+    def exceeded(self) -> bool:
+        return self._seen > self._limit
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self._seen += len(message.get("body", b""))
+        return {"type": "http.disconnect"} if self.exceeded else message
+
+
 class _Answer:
     """Sends an answer on: with our headers, with a token for a browser that has none; uploads are written down."""
 
@@ -278,9 +288,11 @@ class _Answer:
         self._send, self._shares, self._token, self._fresh = send, shares, token, fresh
         self._upload = scope["method"] == "POST" and scope["path"].rstrip("/") == UPLOAD
         self._body = b""
+        self.started = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self.started = True
             named = {name for name, _ in HEADERS}
             headers = [(name, value) for name, value in message["headers"] if name.lower() not in named]
             if self._fresh:

@@ -110,7 +110,7 @@ def test_the_next_server_finds_runs_and_what_they_asked_for(runs: Runs, tmp_path
     ("name", "kept"),
     [
         ("voice.wav", "audio.wav"),
-        ("..hidden", "audio"),
+        ("..hidden", "audio.hidden"),
         ("a.png/../../x.JPG", "audio.jpg"),
         ("quo\"te' ;$(x).mp3", "audio.mp3"),
         ("long." + "x" * 60, "audio"),
