@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -41,7 +42,13 @@ class Worker:
         words = [sys.executable, "-m", "talkingdit.app.worker", json.dumps(dataclasses.asdict(machine))]
         # A group of its own: Ctrl-C at the terminal is for the server, which ends the worker itself.
         self.process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True
+            words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": _path()},
         )
 
     def make(self, run: Run, hear: Callable[[dict[str, Any]], None]) -> None:
@@ -91,6 +98,12 @@ class Worker:
             self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+
+def _path() -> str:
+    """Where the worker finds modules: this package first, as the server stands elsewhere than it was started."""
+    own = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join([own, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _model_of(asked: Asked) -> tuple[object, ...]:

@@ -176,4 +176,5 @@ def serve(settings: Settings) -> None:
             sys.stdout.write(f"http://{host}:{listening.getsockname()[1]}/\n")
             sys.stdout.flush()
             config = uvicorn.Config(application, log_level="warning", lifespan="on", timeout_graceful_shutdown=2)
-            uvicorn.Server(config).run(sockets=[listening])
+            with contextlib.suppress(KeyboardInterrupt):  # how a server is ended
+                uvicorn.Server(config).run(sockets=[listening])

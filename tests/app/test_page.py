@@ -25,12 +25,18 @@ pytest.importorskip("gradio", reason="needs gradio")
 api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
 
-from talkingdit.app.guard import HEADER
-from talkingdit.puppets import MODEL
+from talkingdit.app.guard import HEADER  # noqa: E402
+from talkingdit.puppets import MODEL  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-FLAGS = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    f"--{word}"
+    for word in (
+        "no-sandbox headless disable-gpu disable-quic no-first-run disable-background-networking "
+        "disable-component-update disable-sync"
+    ).split()
+]
 PORTRAIT = MODEL.parent / "portrait.png"
 PATIENT = 120_000  # milliseconds; a loaded machine takes its time
 STATE = "#status .state"
