@@ -30,13 +30,8 @@ from talkingdit.puppets import MODEL  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-FLAGS = [
-    f"--{word}"
-    for word in (
-        "no-sandbox headless disable-gpu disable-quic no-first-run disable-background-networking "
-        "disable-component-update disable-sync"
-    ).split()
-]
+QUIET = ["disable-quic", "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync"]
+FLAGS = [f"--{word}" for word in ("no-sandbox", "headless", "disable-gpu", *QUIET)]
 PORTRAIT = MODEL.parent / "portrait.png"
 PATIENT = 120_000  # milliseconds; a loaded machine takes its time
 STATE = "#status .state"
