@@ -2,7 +2,8 @@
 """Runs a function in several processes of one process group: the fixture `processes`.
 
 The workers are started once and stay, so that a test does not pay for importing torch again. Every job gets a process
-group of its own. After a failure nobody knows where the others stand, so all workers are then replaced.
+group of its own. After a failure nobody knows where the others stand, so all workers are then replaced. They are forks
+of one process that has imported what jobs import, which takes longer than most jobs, and has done nothing else.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch.distributed as dist
 
 LIMIT = 4  # as many as a CI machine bears
 START = 120.0  # seconds that a process may take until it has imported torch
+PRELOADED = ["training.loop", "diffusers.models.autoencoders.autoencoder_kl_wan", "peft", "pytest"]
 GRACE = 2.0  # seconds that the other ranks have, after one failed or hangs, to tell their side
 
 
@@ -104,9 +106,10 @@ class _Worker:
         handle, log = tempfile.mkstemp(prefix="stack-", dir=folder)
         os.close(handle)
         self.log = Path(log)
-        # Not forked: locks that torch's threads held at that moment would stay locked in the child for ever. Not a
-        # daemon: those may not have children, which a data loader starts.
-        context = get_context("spawn")
+        # Not forks of this process: locks that torch's threads held at that moment would stay locked in the child for
+        # ever. The server has no threads. Not a daemon: those may not have children, which a data loader starts.
+        context = get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, log))
         self.process.start()
