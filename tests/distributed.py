@@ -2,8 +2,7 @@
 """Runs a function in several processes of one process group: the fixture `processes`.
 
 The workers are started once and stay, so that a test does not pay for importing torch again. Every job gets a process
-group of its own. After a failure nobody knows where the others stand, so all workers are then replaced. They are forks
-of one process that has imported what jobs import, which takes longer than most jobs, and has done nothing else.
+group of its own. After a failure nobody knows where the others stand, so all workers are then replaced.
 """
 
 from __future__ import annotations
@@ -19,17 +18,16 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from forked import context
 
 LIMIT = 4  # as many as a CI machine bears
 START = 120.0  # seconds that a process may take until it has imported torch
-PRELOADED = ["training.loop", "diffusers.models.autoencoders.autoencoder_kl_wan", "peft", "pytest"]
 GRACE = 2.0  # seconds that the other ranks have, after one failed or hangs, to tell their side
 
 
@@ -107,11 +105,10 @@ class _Worker:
         os.close(handle)
         self.log = Path(log)
         # Not forks of this process: locks that torch's threads held at that moment would stay locked in the child for
-        # ever. The server has no threads. Not a daemon: those may not have children, which a data loader starts.
-        context = get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, log))
+        # ever. The fork server has none. Not a daemon: those may not have children, which a data loader starts.
+        forked = context()
+        self.connection, theirs = forked.Pipe()
+        self.process = forked.Process(target=_serve, args=(theirs, log))
         self.process.start()
         theirs.close()  # so that the worker's death is seen as the end of the pipe
 
