@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = ["training.loop", "diffusers.models.autoencoders.autoencoder_kl_wan", "peft", "pytest"]
-GRACE = 1.0  # seconds that the other ranks have to end by themselves after one has failed
+GRACE = 10.0  # seconds that the other ranks have to end by themselves after one has failed
 
 
 def context() -> ForkServerContext:
