@@ -62,6 +62,14 @@ def run(job: Callable[..., int | None], *args: Any, timeout: float = 120.0, **mo
     return process.exitcode
 
 
+def training(*options: str) -> int:
+    """`python -m training.train`, in the process that calls it."""
+    import training.train
+
+    sys.argv[1:] = options
+    return training.train.main()
+
+
 class Ranks:
     """Processes with the environment of torchrun, and, as with torchrun, an end for all after one has failed."""
 

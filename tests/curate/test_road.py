@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from forked import run
+from forked import run, training
 from needs import need_stages
 from official import make_official
 
@@ -47,7 +47,6 @@ def test_from_a_folder_to_a_judged_video(
     need_stages("people", "speech", "sync")
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "training"))
     from s2v_run import PIPELINE, SHAPE, write_config
-    from small_run import command as training
 
     draw_videos(tmp_path / "videos")
     start = make_official(tmp_path / "start", **SHAPE, audio_inject_layers=(0, 1), vae_dim=4, settings=PIPELINE)

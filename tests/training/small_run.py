@@ -6,15 +6,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 import torch
+from forked import training
 
-import training.train
 from talkingdit.families.puppet.drawn import DrawnVideos, precompute
 from training import parallel
 from training.checkpoint_files import CheckpointWriter
@@ -78,14 +77,8 @@ def read_log(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def command(*options: str) -> int:
-    """`python -m training.train`, in the process that calls it."""
-    sys.argv[1:] = options
-    return training.train.main()
-
-
 def killed(kill_at: int, *options: str) -> int:
-    """`command`; SIGKILL cuts the checkpoint of step `kill_at` off."""
+    """`training.train`; SIGKILL cuts the checkpoint of step `kill_at` off."""
     finish = CheckpointWriter.finish
 
     def die(self: CheckpointWriter, *arguments: Any, **more: Any) -> None:
@@ -94,7 +87,7 @@ def killed(kill_at: int, *options: str) -> int:
         finish(self, *arguments, **more)
 
     CheckpointWriter.finish = die  # type: ignore[method-assign]
-    return command(*options)
+    return training(*options)
 
 
 def save_config(config: Config, out: Path) -> Path:

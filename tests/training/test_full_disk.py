@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from forked import Ranks
-from small_run import command, make_world, read_log, save_config
+from forked import Ranks, training
+from small_run import make_world, read_log, save_config
 
 from training.checkpoint import Checkpoints
 from training.config import Config
@@ -55,7 +55,7 @@ def run(config: Config, disk: Path, meanwhile: Callable[[], bool]) -> tuple[list
             filled = True
 
     options = ["--config", str(file), "--run.out", str(disk / "run")]
-    return Ranks(2, command, *options, said=disk.parent / "said").wait(PATIENCE, watch)
+    return Ranks(2, training, *options, said=disk.parent / "said").wait(PATIENCE, watch)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import pytest
 import torch
 from distributed import JobFailed
 from safetensors.torch import load_file
-from small_run import command, killed, make_world, read_log, save_config, train
+from small_run import killed, make_world, read_log, save_config, train
 
 from talkingdit.models import load_checkpoint
 from training import export, parallel
@@ -97,7 +97,7 @@ def test_sigterm_saves_and_the_same_command_finishes(world: Config, straight: Pa
     config.checkpoint.every = 1000
     config.stage_tables[1]["steps"] = 4000
     file = save_config(config, tmp_path)
-    program = forked.start(command, "--config", str(file))
+    program = forked.start(forked.training, "--config", str(file))
     deadline = time.monotonic() + 90
     while (
         time.monotonic() < deadline
