@@ -17,6 +17,9 @@ FILES = ["--image", "nowhere.png", "--audio", "nowhere.wav", "-o", "out.mp4"]
 CODE = """
 import contextlib, io, json, os, sys
 from talkingdit.cli.main import main
+for words in (["generate"], ["plan"], ["precompute"]):  # what all need is imported once
+    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+        main(words)
 for line in sys.stdin:
     if child := os.fork():  # what the commands before have imported is not here
         os.waitpid(child, 0)
@@ -56,6 +59,9 @@ def run(python: subprocess.Popen[str], argv: list[str]) -> tuple[int, str, set[s
         (["generate", *FILES], "image 'nowhere.png': expected an existing file"),
         (["generate", *FILES, "--checkpoint", str(default_checkpoint())], "image 'nowhere.png': expected an existing"),
         (["generate", *FILES, "--checkpoint", "nowhere"], "nowhere: the checkpoint must be a folder"),
+        (["generate"], "the following arguments are required: --image, -o/--output"),
+        (["eval"], "the following arguments are required: --generated, --out"),
+        (["curate"], "the following arguments are required: --videos, -o/--out"),
         (["generate", *FILES, "--seed", "x"], "argument --seed: invalid integer value"),
         (["generate", *FILES, "--upscale", "1000"], "--upscale must be at most 64, got 1000"),
         (["generate", *FILES, "--steps", "1000000000"], "--steps must be at most 10000, got 1000000000"),
