@@ -172,8 +172,7 @@ def test_a_reload_finds_the_run_which_is_stopped_and_goes_on(
     assert re.search(r"stopped; [1-9]\d* of \d+ clips are kept\.", page.locator("#status").inner_text())
     page.get_by_role("button", name="Load its settings").click()
     page.locator("#picture img").wait_for()
-    page.wait_for_function("document.querySelector('[aria-label=Steps], input[type=number]') !== null")
-    assert page.get_by_label("Steps").input_value() == "8"
+    api.expect(page.get_by_label("Steps")).to_have_value("8", timeout=PATIENT)
     page.get_by_role("button", name="Go on").click()
     until(page, "done in")
     assert "going on after" in page.locator("#status").inner_text()
