@@ -132,8 +132,8 @@ class Page:
         rows: list[list[Any]] = []
         with gr.Accordion("Speakers, a voice and a box each", open=isinstance(words, list), elem_id="speakers"):
             gr.HTML(
-                '<p class="dim">In the place of the one voice. The box around a face is its left, top, right and bottom '
-                "side in pixels of the picture: type them, or choose a speaker and click two corners on the picture.</p>"
+                '<p class="dim">In the place of the one voice. The box around a face is its left, top, right and '
+                "bottom side in pixels of the picture: type them, or choose a speaker and click two corners.</p>"
             )
             which = gr.Radio(
                 [(f"speaker {n + 1}", n) for n in range(MOST_SPEAKERS)], value=0, label="Clicks draw the box of"

@@ -72,6 +72,8 @@ class Worker:
         self._say({"clips": outline.clips, "steps": outline.steps, "work": list(outline.work)})
         self.load(asked, folder)
         self._say({"doing": "hearing the voice"})
+        from talkingdit.pipelines.job import Talk
+
         talk = Talk(progress=self._progress, warn=lambda sentence: self._say({"warning": sentence}))
         variant = prepared.tuning.variant
         return made(prepared.family, self._checkpoint, prepared.inputs, outline, talk=talk, variant=variant)
