@@ -62,18 +62,20 @@ def components(one: Field, value: Text | None) -> list[Any]:
     """
     import gradio as gr
 
-    name: dict[str, Any] = {"label": label(one), "info": one.help}
+    name: dict[str, Any] = {"label": label(one), "info": one.help, "interactive": True}
     if one.switch:
         return [gr.Checkbox(value=one.default if value is None else bool(value), **name)]
     if one.choices:
         choices = [("as the checkpoint says", "")] * (one.default is None) + [(word, word) for word in one.choices]
         return [gr.Radio(choices, value=value or one.default or "", **name)]
     if one.kind is Path:
-        return [gr.File(label=f"{label(one)}: {one.help}", height=120)]
+        return [gr.File(label=f"{label(one)}: {one.help}", height=120, interactive=True)]
     if one.flag.many:
         words = "\n".join(value) if isinstance(value, list) else ""
         name["info"] = f"{one.flag.metavar}, one a line. {one.help}"
-        files = gr.File(label=f"Files that {label(one).lower()} names", file_count="multiple", height=120)
+        files = gr.File(
+            label=f"Files that {label(one).lower()} names", file_count="multiple", height=120, interactive=True
+        )
         return [gr.Textbox(words, lines=2, **name), files]
     default = "" if one.default is None else one.flag.write(one.default)
     return [gr.Textbox(str(value or default), placeholder=one.metavar, **name)]
