@@ -196,7 +196,7 @@ class Page:
         run = self.service.find(person, id)
         running, ended = run is not None and not run.ended, run is not None and run.ended
         resumable = run is not None and run.state in ("stopped", "failed")
-        found = {
+        found: dict[str, Any] = {
             "status": views.status(run, queue.before(run) if run else 0, bool(run and queue.stopping(run))),
             "video": views.video(run),
             "sheet": views.sheet(run),
