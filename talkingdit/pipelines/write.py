@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from talkingdit.encoders.speech import Sound, is_long, pieces
 from talkingdit.media.files import SPEECH_RATE, VideoWriter
-from talkingdit.media.sheet import COLOURS, FAINT, preview_sheet, sample_frames
+from talkingdit.media.sheet import preview_sheet, sample_frames
+from talkingdit.media.style import COLOURS, FAINT
 from talkingdit.media.track import EncodedTrack
 from talkingdit.pipelines.inputs import Frames, Inputs, Mark, Outline
 from talkingdit.pipelines.live import LiveSound
