@@ -19,9 +19,11 @@ demo: .venv/installed
 	  --prompt "a person with pale skin, bun red hair wearing a black shirt with a white star logo, happy, talking" \
 	  --output demo.mp4 --sheet demo.png
 
-# As many processes as cores, a thread each: most of a test is Python, which more threads do not hasten.
+# As many processes as cores, a thread each: most of a test is Python, which more threads do not hasten. Files go to
+# them in the order of tests/conftest.py. What one process has compiled the others need not.
 test: .venv-test/installed
-	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest --numprocesses auto \
+	  --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The same commands as in .pre-commit-config.yaml.
 lint: .venv-test/installed

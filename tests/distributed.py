@@ -18,13 +18,13 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from forked import context
 
 LIMIT = 4  # as many as a CI machine bears
 START = 120.0  # seconds that a process may take until it has imported torch
@@ -104,11 +104,11 @@ class _Worker:
         handle, log = tempfile.mkstemp(prefix="stack-", dir=folder)
         os.close(handle)
         self.log = Path(log)
-        # Not forked: locks that torch's threads held at that moment would stay locked in the child for ever. Not a
-        # daemon: those may not have children, which a data loader starts.
-        context = get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, log))
+        # Not forks of this process: locks that torch's threads held at that moment would stay locked in the child for
+        # ever. The fork server has none. Not a daemon: those may not have children, which a data loader starts.
+        forked = context()
+        self.connection, theirs = forked.Pipe()
+        self.process = forked.Process(target=_serve, args=(theirs, log))
         self.process.start()
         theirs.close()  # so that the worker's death is seen as the end of the pipe
 

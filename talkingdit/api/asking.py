@@ -65,14 +65,15 @@ def ask(family: Family, folder: Path, wish: Wish, options: Mapping[str, Any], ad
     materials = Materials()
     try:
         given = chosen(family, options, materials)
+        image, audio = _portrait(wish.image, given, materials), _voice(wish.audio, given, materials)
         job = Job(
-            image=_portrait(wish.image, given, materials),
-            audio=_voice(wish.audio, given, materials),
+            image=image,
+            audio=audio,
             output=_target(wish, materials),
             sheet=None if wish.sheet is None else Path(wish.sheet).expanduser(),
             prompt=_prompt(wish.prompt),
             upscale=wish.upscale,
-            live=wish.live or (str(wish.audio) == "-" and wish.output is not None),
+            live=wish.live or (str(audio) == "-" and wish.output is not None),
             audio_rate=wish.audio_rate,
         )
         inputs, outline = outlined(family, folder, job, given)

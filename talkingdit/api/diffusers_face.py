@@ -56,21 +56,22 @@ class TalkingDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, **kwargs: Any) -> Any:
-        """As `DiffusionPipeline.from_pretrained`; folders of the released layouts, which have no model_index.json, too.
+        """Load a checkpoint of any family and layout; no code that lies in it is run.
 
         Args:
             pretrained_model_name_or_path: a folder, or a name on the Hugging Face hub; None is the model that ships.
-            kwargs: for a folder without a model_index.json of ours `torch_dtype` alone.
+            kwargs: `dtype` (or `torch_dtype`) alone, of the large models.
 
         Raises:
             UserError: no such checkpoint.
         """
         folder = find_folder(pretrained_model_name_or_path)
-        if _is_ours(folder):
-            return super().from_pretrained(folder, **kwargs)
-        dtype = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         if kwargs:
-            raise UserError(f"from_pretrained: {next(iter(kwargs))!r} needs a folder that save_pretrained has written.")
+            raise UserError(
+                f"from_pretrained: {next(iter(kwargs))!r} is for DiffusionPipeline.from_pretrained of a folder that "
+                "save_pretrained has written."
+            )
         checkpoint = load_checkpoint(folder, dtype)
         pipe = cls(**{name: getattr(checkpoint, name, None) for name in PARTS})
         pipe.register_to_config(_name_or_path=str(folder))
@@ -122,11 +123,3 @@ class TalkingDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
     @property
     def _folder(self) -> Path:
         return find_folder(self.config.get("_name_or_path") or None)
-
-
-def _is_ours(folder: Path) -> bool:
-    """Has `save_pretrained` written the folder?"""
-    try:
-        return "TalkingDiffusionPipeline" in json.loads((folder / INDEX).read_text())["_class_name"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return False

@@ -45,6 +45,7 @@ class OffloadMixin:
                 _visits(part.to("cpu"), place, lambda home: transformer.to("cpu" if home else place))
             else:
                 part.to(place)
+        self._offloaded = "enable_model_cpu_offload"
 
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None
@@ -55,9 +56,11 @@ class OffloadMixin:
         Args, Raises: as of `enable_model_cpu_offload`.
         """
         place = self._begin("enable_sequential_cpu_offload", gpu_id, device)
+        self._checkpoint.transformer.to("cpu").enable_group_offload(place, offload_type="leaf_level")
         for name, part in self._modules():
-            part.to("cpu" if name in (*GUESTS, "transformer") else place)
-        self._checkpoint.transformer.enable_group_offload(place, offload_type="leaf_level")
+            if name != "transformer":
+                part.to("cpu" if name in GUESTS else place)
+        self._offloaded = "enable_sequential_cpu_offload"
 
     def enable_group_offload(
         self,
@@ -83,32 +86,34 @@ class OffloadMixin:
         Raises:
             UserError: models are offloaded already, there is no such component, or diffusers refuses.
         """
+        import torch
+
         stays = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules or ())
         if unknown := sorted(set(stays) - set(vars(self._checkpoint))):
             raise UserError(f"enable_group_offload: exclude_modules: there is no component {unknown[0]!r}.")
         place = self._begin("enable_group_offload", None, onload_device)
+        blocks = offload_type == "block_level" and num_blocks_per_group is None
+        try:
+            if "transformer" not in stays:
+                self._checkpoint.transformer.enable_group_offload(
+                    place,
+                    torch.device(offload_device),
+                    offload_type,
+                    1 if blocks else num_blocks_per_group,
+                    non_blocking,
+                    use_stream,
+                    record_stream,
+                    low_cpu_mem_usage,
+                    offload_to_disk_path,
+                )
+        except ValueError as error:
+            raise UserError(f"enable_group_offload: {str(error).rstrip('.')}.") from error
         for name, part in self._modules():
             if name in GUESTS and name not in stays:
                 _visits(part.to("cpu"), place)
             elif name != "transformer" or name in stays:
                 part.to(place)
-        if "transformer" in stays:
-            return
-        blocks = offload_type == "block_level" and num_blocks_per_group is None
-        try:
-            self._checkpoint.transformer.enable_group_offload(
-                place,
-                offload_device,
-                offload_type,
-                1 if blocks else num_blocks_per_group,
-                non_blocking,
-                use_stream,
-                record_stream,
-                low_cpu_mem_usage,
-                offload_to_disk_path,
-            )
-        except ValueError as error:
-            raise UserError(f"enable_group_offload: {str(error).rstrip('.')}.") from error
+        self._offloaded = "enable_group_offload"
 
     def enable_vae_tiling(self) -> None:
         """Let the autoencoder work in tiles that overlap: less memory, other frames at their seams.
@@ -147,10 +152,7 @@ class OffloadMixin:
         """The device to compute on."""
         import torch
 
-        hooked = any(hasattr(module, "_diffusers_hook") for module in self._checkpoint.transformer.modules())
-        if self._offloaded or hooked:
-            before = self._offloaded or "memory="
-            raise UserError(f"{how}: expected models as they were loaded, got some that {before} has offloaded.")
+        self._check_still(how)
         if device is None and not torch.accelerator.is_available():
             raise UserError(f"{how}: expected an accelerator or a device, got neither.")
         place = torch.device(torch.accelerator.current_accelerator() if device is None else device)
@@ -158,8 +160,14 @@ class OffloadMixin:
             if place.index not in (None, gpu_id):
                 raise UserError(f"{how}: expected one number of a device, got {gpu_id} and {place}.")
             place = torch.device(place.type, gpu_id)
-        self._offloaded = how
         return place
+
+    def _check_still(self, how: str) -> None:
+        """Raises: UserError: something moves or narrows the models already."""
+        hooked = any(hasattr(module, "_diffusers_hook") for module in self._checkpoint.transformer.modules())
+        if self._offloaded or hooked:
+            by = self._offloaded or "memory="
+            raise UserError(f"{how}: expected models that nothing moves, got some that {by} has offloaded.")
 
     def _vae_switch(self, method: str, what: str) -> None:
         switch = getattr(self._checkpoint.vae, method, None)

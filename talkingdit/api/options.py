@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import numbers
 import os
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from talkingdit import families
 from talkingdit.api.materials import Materials
@@ -99,7 +102,21 @@ def _value(hint: Any, value: Any, name: str, materials: Materials) -> Any:
         return str(value)  # a strength that may also be a schedule
     if isinstance(value, str) and flag.read is not None and kind is not str:
         return flag.read(value)
-    return value
+    return _plain(kind, value)
+
+
+def _plain(kind: Any, value: Any) -> Any:
+    """A value of a plain kind; others are checked by the dataclass itself."""
+    is_bool = isinstance(value, bool | np.bool_)
+    if kind is bool and not is_bool:
+        raise ValueError(f"must be True or False, got {value!r}")
+    if kind is int and (is_bool or not isinstance(value, numbers.Integral)):
+        raise ValueError(f"must be a whole number, got {value!r}")
+    if kind is float and (is_bool or not isinstance(value, numbers.Real)):
+        raise ValueError(f"must be a number, got {value!r}")
+    if kind is str and not isinstance(value, str):
+        raise ValueError(f"must be words, got {value!r}")
+    return kind(value) if kind in (bool, int, float) else value
 
 
 def _many(flag: Flag, kind: Any, value: Any, name: str, materials: Materials) -> tuple[Any, ...]:

@@ -128,7 +128,7 @@ class TalkingOutput:
         target = _named(path, ".mp4", "output")
         inputs = self._asked.inputs
         job = replace(inputs.job, output=target, sheet=None, live=False, pipe=None, upscale=upscale)
-        check_apart({"output": target}, {"image": job.image, "audio": None if job.spoken else job.audio})
+        check_apart({"output": target}, self._read)
         write_video(replace(inputs, job=job), self._as_shown, self._blocks())
         return target
 
@@ -141,9 +141,12 @@ class TalkingOutput:
         Raises:
             UserError: it cannot be written.
         """
+        from talkingdit.media.targets import check_apart, check_writable
         from talkingdit.pipelines.write import Preview
 
         target = _named(path, ".png", "sheet")
+        check_apart({"sheet": target}, self._read)
+        check_writable(target)
         if not len(self.frames):
             raise UserError("sheet: expected a video with frames, got one that was stopped before its first clip.")
         preview = Preview(self._asked.inputs, self._as_shown, self._curves())
@@ -151,6 +154,12 @@ class TalkingOutput:
             preview.add(frames)
         preview.draw(target, self._asked.inputs.job.output.name if self.path is None else self.path.name)
         return target
+
+    @property
+    def _read(self) -> dict[str, Path | None]:
+        """The files that the video was made from, by name."""
+        job = self._asked.inputs.job
+        return {"image": job.image, "audio": None if job.spoken else job.audio, **self._asked.options.files()}
 
     @property
     def _as_shown(self) -> Outline:

@@ -60,6 +60,7 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
         folder_or_name: str | PathLike[str] | None = None,
         *,
         torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         precision: Literal["fp8", "int8"] | None = None,
         attention: str = "auto",
@@ -72,6 +73,7 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
         Args:
             folder_or_name: a folder, or a name on the Hugging Face hub; None is the model that ships with the package.
             torch_dtype: of the large models; None is float32. Small ones stay float32.
+            dtype: the same, as newer versions of diffusers call it.
             device: where the models go; None is the host. `to` moves them later.
             precision: let large layers compute in eight bits.
             attention: kernel of attention, one of `talkingdit.nn.attention_backends`; "auto" is the fastest exact one.
@@ -86,7 +88,7 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
         family = families.of_folder(folder)
         tuning = Tuning.of(str(memory), precision, attention)
         checkpoint = load_tuned(
-            lambda place: load_checkpoint(folder, torch_dtype, place), tuning, device or "cpu", family.units
+            lambda place: load_checkpoint(folder, dtype or torch_dtype, place), tuning, device or "cpu", family.units
         )
         pipe = cls(checkpoint, tuning.variant)
         if compile:
@@ -127,8 +129,7 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
         import torch
 
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is not None and self._offloaded:
-            raise UserError(f"to: expected models that nothing moves, got some that {self._offloaded} has offloaded.")
+        self._check_still("to")
         if dtype is not None and dtype != self.dtype:
             self._reload(dtype, self.device if device is None else device)
         elif device is not None:
@@ -137,7 +138,7 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
         return self
 
     def _reload(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        if self._variant or self._loras is not None or self._offloaded:
+        if self._variant or self._loras is not None:
             raise UserError(
                 f"to: expected models as they were loaded, got changed ones; load with torch_dtype={dtype}."
             )

@@ -76,7 +76,11 @@ def written(loaded: Loaded, asked: Asked, talk: Talk) -> TalkingOutput:
         shown = ShownFrames(asked.inputs, asked.outline)
         frames = kept(map(shown.of, stop.kept()), asked.folder, size)
         return _output(loaded, asked, started, lambda: frames, interrupted=True)
-    return _output(loaded, asked, started, lambda: kept(all_pictures(target), target.parent, size), path=target)
+
+    def read_back() -> Frames:
+        return kept((frame[None] for frame in all_pictures(target)), target.parent, size)
+
+    return _output(loaded, asked, started, read_back, path=target)
 
 
 def _output(

@@ -90,10 +90,8 @@ def prepare(asked: Asked, folder: Path, machine: Machine) -> Prepared:
         UserError: something is wrong with what was asked for.
     """
     from talkingdit.pipelines.inputs import Job, check_heard, read_inputs
-    from talkingdit.pipelines.tuning import Tuning
 
-    family = asked.family()
-    options = options_of(family, asked.options, folder)
+    family, options, tuning = chosen(asked, folder, machine)
     files = options.files()
     image = folder / asked.image if asked.image else files.get("video")
     if image is None:
@@ -109,8 +107,20 @@ def prepare(asked: Asked, folder: Path, machine: Machine) -> Prepared:
     inputs = read_inputs(job, files)
     outline = family.outline.outline(inputs, family.checkpoint.read_settings(asked.folder), options)
     check_heard(job, outline)
-    tuning = Tuning.of(getattr(options, "memory", ""), machine.precision, machine.attention)
     return Prepared(family, options, inputs, outline, tuning)
+
+
+def chosen(asked: Asked, folder: Path, machine: Machine) -> tuple[Family, GenerationOptions, Tuning]:
+    """The family, what is said to it, and how its model is loaded.
+
+    Raises:
+        UserError: see `prepare`.
+    """
+    from talkingdit.pipelines.tuning import Tuning
+
+    family = asked.family()
+    options = options_of(family, asked.options, folder)
+    return family, options, Tuning.of(getattr(options, "memory", ""), machine.precision, machine.attention)
 
 
 def _sound(asked: Asked, options: GenerationOptions, folder: Path) -> Path:
@@ -183,6 +193,10 @@ def _in_folder(value: Any, folder: Path) -> Any:
     if isinstance(value, str) and value and Path(value).name == value and (folder / value).is_file():
         return str(folder / value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        paths = {one.name: folder / path for one in dataclasses.fields(value) if isinstance(path := getattr(value, one.name), Path)}
+        paths = {
+            one.name: folder / path
+            for one in dataclasses.fields(value)
+            if isinstance(path := getattr(value, one.name), Path)
+        }
         return dataclasses.replace(value, **paths)
     return value

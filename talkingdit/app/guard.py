@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may ask the server for what. Everything passes here before gradio sees it.
 
-Gradio gives files to anyone who knows their path, and fetches what a request calls a file from anywhere. So a browser has
-a token in a cookie, a program one in a header, and a file is for the token that brought it, or for which it was made.
-Other sites' pages cannot use the server by way of a person's browser, and of gradio's addresses only those are open
-that the page needs.
+Gradio gives files to anyone who knows their path, and fetches what a request calls a file from anywhere. So a browser
+has a token in a cookie, a program one in a header, and a file is for the token that brought it, or for which it was
+made. Other sites' pages cannot use the server by way of a person's browser, and of gradio's addresses only those are
+open that the page needs.
 """
 
 from __future__ import annotations
@@ -29,11 +29,34 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 COOKIE, HEADER = "talkingdit", "x-talkingdit-token"
 TOKEN = re.compile(r"[A-Za-z0-9_-]{16,128}")
 YEAR = 365 * 24 * 3600
+FRAME = 4096  # bytes around the file in an upload
 MOST_JSON = 4 << 20  # bytes of a request that is no upload
 API = "/gradio_api/"
 UPLOAD, FILE = API + "upload", API + "file="
-OPEN = ("/theme.css", "/config", "/static/", "/assets/", "/svelte/", "/favicon.ico", "/robots.txt", "/talkingdit/")
-OPEN_API = ("upload", "upload_progress", "file=", "queue/", "run/", "call/", "info", "heartbeat/", "cancel", "reset", "theme.css")
+OPEN = (
+    "/theme.css",
+    "/config",
+    "/static/",
+    "/assets/",
+    "/svelte/",
+    "/favicon.ico",
+    "/robots.txt",
+    "/manifest.json",
+    "/talkingdit/",
+)
+OPEN_API = (
+    "upload",
+    "upload_progress",
+    "file=",
+    "queue/",
+    "run/",
+    "call/",
+    "info",
+    "heartbeat/",
+    "cancel",
+    "reset",
+    "theme.css",
+)
 OPEN_API += ("startup-events", "app_id", "api/", "openapi.json")
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -126,7 +149,12 @@ class Guard:
             await _refuse(send, error)
             return
         answer = _Answer(send, self._shares, scope, token, fresh)
-        await self._app(scope, receive, answer)
+        try:
+            await self._app(scope, receive, answer)
+        except Exception:
+            if not (isinstance(receive, _Counted) and receive.exceeded) or answer.started:
+                raise
+            await _refuse(send, Refused(413, self.too_large))
 
     def _check_caller(self, headers: Mapping[str, str]) -> None:
         host = headers.get("host", "")
@@ -158,9 +186,9 @@ class Guard:
             raise Refused(403, f"a program must send a header {HEADER} with 16 or more letters and digits of its own.")
         size = int(headers.get("content-length", "0") or "0") if headers.get("content-length", "0").isdecimal() else 0
         if path.rstrip("/") == UPLOAD:
-            if size > self._limit + 4096:
+            if size > self._limit + FRAME:
                 raise Refused(413, self.too_large)
-            return self._counted(receive)
+            return _Counted(receive, self._limit + FRAME)
         body = await _body(receive)
         self._check_files(body, token)
         return _replay(body, receive)
@@ -169,18 +197,6 @@ class Guard:
     def too_large(self) -> str:
         """The sentence about an upload over the limit."""
         return f"the file is too large: this server takes up to {self._limit // 1_000_000} MB."
-
-    def _counted(self, receive: Receive) -> Receive:
-        """An upload without a length, or with a wrong one, ends at the limit, too."""
-        seen = 0
-
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            return {"type": "http.disconnect"} if seen > self._limit + 4096 else message
-
-        return counted
 
     def _check_files(self, body: bytes, token: str) -> None:
         """A request may name files only that are for its token: no other's, none of the machine, none elsewhere."""
@@ -249,6 +265,22 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
+class _Counted:
+    """What comes of an upload, whose length may be unknown or wrong; over the limit it ends."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive, self._limit, self._seen = receive, limit, 0
+
+    @property
+    def exceeded(self) -> bool:
+        return self._seen > self._limit
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self._seen += len(message.get("body", b""))
+        return {"type": "http.disconnect"} if self.exceeded else message
+
+
 class _Answer:
     """Sends an answer on: with our headers, with a token for a browser that has none; uploads are written down."""
 
@@ -256,9 +288,11 @@ class _Answer:
         self._send, self._shares, self._token, self._fresh = send, shares, token, fresh
         self._upload = scope["method"] == "POST" and scope["path"].rstrip("/") == UPLOAD
         self._body = b""
+        self.started = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self.started = True
             named = {name for name, _ in HEADERS}
             headers = [(name, value) for name, value in message["headers"] if name.lower() not in named]
             if self._fresh:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from talkingdit.app.asked import Asked, Machine
@@ -40,15 +42,19 @@ class Worker:
         words = [sys.executable, "-m", "talkingdit.app.worker", json.dumps(dataclasses.asdict(machine))]
         # A group of its own: Ctrl-C at the terminal is for the server, which ends the worker itself.
         self.process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True
+            words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": _path()},
         )
 
     def make(self, run: Run, hear: Callable[[dict[str, Any]], None]) -> None:
         """Have the video of a run made; `hear` is told of everything, the end too, also where the process dies."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        order = {"folder": str(run.folder), "asked": dataclasses.asdict(run.asked)}
-        with contextlib.suppress(OSError):
-            self.process.stdin.write(json.dumps(order) + "\n")
+        assert self.process.stdout is not None
+        self._order(run.folder, run.asked, warm=False)
         for line in self.process.stdout:
             event = json.loads(line)
             hear(event)
@@ -57,6 +63,16 @@ class Worker:
         code = self.process.wait()
         reason = "most often memory runs out" if code == -signal.SIGKILL else f"status {code}; see the server's log"
         hear({"end": "failed", "sentence": f"the process that makes the video has ended by itself ({reason})."})
+
+    def warm(self, asked: Asked) -> None:
+        """Have the model loaded before anything is to be made."""
+        self._order(Path(), asked, warm=True)
+
+    def _order(self, folder: Path, asked: Asked, warm: bool) -> None:
+        assert self.process.stdin is not None
+        order = {"folder": str(folder), "asked": dataclasses.asdict(asked), "warm": warm}
+        with contextlib.suppress(OSError):  # it has died, which whoever reads from it finds out
+            self.process.stdin.write(json.dumps(order) + "\n")
 
     @property
     def alive(self) -> bool:
@@ -82,6 +98,12 @@ class Worker:
             self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+
+def _path() -> str:
+    """Where the worker finds modules: this package first, as the server stands elsewhere than it was started."""
+    own = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join([own, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _model_of(asked: Asked) -> tuple[object, ...]:
@@ -115,6 +137,7 @@ class Queue:
         with self._changed:
             if self._worker is None and self._now is None:
                 self._replace((self.machine, _model_of(asked)))
+                self._worker.warm(asked)
 
     def add(self, run: Run) -> None:
         """Make a run wait, or go on.

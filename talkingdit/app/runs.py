@@ -103,7 +103,9 @@ class Run:
         values = json.loads((folder / FILE).read_bytes())
         asked = Asked(**values.pop("asked"))
         known = {one.name for one in dataclasses.fields(cls)} - {"folder", "asked", "id"}
-        return cls(id=folder.name, folder=folder, asked=asked, **{n: v for n, v in values.items() if n in known and n != "id"})
+        return cls(
+            id=folder.name, folder=folder, asked=asked, **{n: v for n, v in values.items() if n in known and n != "id"}
+        )
 
 
 class Runs:

@@ -8,6 +8,7 @@ ends the run, not the worker.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -16,11 +17,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from talkingdit.app.asked import Asked, Machine, Prepared, prepare
+from talkingdit.app.asked import Asked, Machine, chosen, prepare
 from talkingdit.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,9 +69,7 @@ class Worker:
         prepared = prepare(asked, folder, self._machine)
         outline, family = prepared.outline, prepared.family
         self._say({"clips": outline.clips, "steps": outline.steps, "work": list(outline.work)})
-        if self._pipeline is None:
-            self._say({"doing": "loading the model"})
-            self._pipeline = family.pipeline.open_pipeline(self._load(prepared, asked))
+        self.load(asked, folder)
         self._say({"doing": "hearing the voice"})
         from talkingdit.pipelines.job import Talk, make_video
 
@@ -88,24 +86,25 @@ class Worker:
         self._say({"done": done, "total": total})
         self._interrupt.check()
 
-    def _load(self, prepared: Prepared, asked: Asked) -> Any:
+    def load(self, asked: Asked, folder: Path) -> None:
+        """Load the model of a run, if it is not there."""
+        if self._pipeline is not None:
+            return
+        self._say({"doing": "loading the model"})
         import torch
 
         from talkingdit.pipelines.tuning import load_tuned
 
-        machine, family = self._machine, prepared.family
-        quick = "cpu" if prepared.options.small or not torch.cuda.is_available() else "cuda"
+        machine, (family, options, tuning) = self._machine, chosen(asked, folder, self._machine)
+        quick = "cpu" if options.small or not torch.cuda.is_available() else "cuda"
         device = torch.device(machine.device or quick)
         dtype = getattr(torch, machine.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
         checkpoint = load_tuned(
-            lambda place: family.checkpoint.load_checkpoint(asked.folder, dtype, place),
-            prepared.tuning,
-            device,
-            family.units,
+            lambda place: family.checkpoint.load_checkpoint(asked.folder, dtype, place), tuning, device, family.units
         )
-        if getattr(prepared.options, "compile", False):
+        if getattr(options, "compile", False):
             checkpoint.transformer.compile_repeated_blocks(fullgraph=True)
-        return checkpoint
+        self._pipeline = family.pipeline.open_pipeline(checkpoint)
 
 
 def main() -> None:
@@ -119,24 +118,32 @@ def main() -> None:
 
     importlib.import_module("talkingdit.pipelines.job")  # takes seconds, while nobody has asked for anything yet
     worker = Worker(Machine(**json.loads(sys.argv[1])), say, interrupt)
-    names = {one.name for one in fields(Asked)}
     while line := sys.stdin.readline():
         order = json.loads(line)
-        try:
-            interrupt.working, interrupt.asked = True, False
-            asked = Asked(**{name: value for name, value in order["asked"].items() if name in names})
-            result = worker.run(Path(order["folder"]), asked)
-            end = {"end": "done", "took": result.took, "first_after": result.first_after, "frames": result.frames}
-        except KeyboardInterrupt:
-            end = {"end": "stopped", "sentence": "stopped."}
-        except UserError as error:
-            end = {"end": "failed", "sentence": str(error)}
-        except Exception as error:
-            traceback.print_exc()
-            end = {"end": "failed", "sentence": f"{type(error).__name__}: {error} (the server's log has more)."}
+        folder, asked = Path(order["folder"]), Asked(**order["asked"])
+        if order["warm"]:
+            with contextlib.suppress(Exception):  # the first run tells
+                worker.load(asked, folder)
+            continue
+        interrupt.working, interrupt.asked = True, False
+        say(_end(worker, folder, asked, interrupt))
+
+
+def _end(worker: Worker, folder: Path, asked: Asked, interrupt: Interrupt) -> dict[str, Any]:
+    """How a run ended."""
+    try:
+        result = worker.run(folder, asked)
+        return {"end": "done", "took": result.took, "first_after": result.first_after}
+    except KeyboardInterrupt:
+        return {"end": "stopped"}
+    except UserError as error:
+        return {"end": "failed", "sentence": str(error)}
+    except Exception as error:
+        traceback.print_exc()
+        return {"end": "failed", "sentence": f"{type(error).__name__}: {error} (the server's log has more)."}
+    finally:
         interrupt.working = False
         gc.collect()
-        say(end)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def _refuse(command: str, sentence: str) -> NoReturn:
 def _without_value(argv: Sequence[str], flags: Iterable[_Field]) -> str:
     """The complaint about a flag whose value is missing."""
     takers = {spelling: one for one in flags if not one.switch for spelling in one.spellings}
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, following in zip(argv, [*argv, "--"][1:], strict=True):
         if word in takers and following.startswith("-"):
             return f"argument {takers[word].spelt}: expected one value"
     return "the arguments cannot be read"

@@ -243,7 +243,7 @@ def checkpoint_in(argv: Sequence[str]) -> Path | None:
 
 def _value_in(argv: Sequence[str], flag: str) -> str | None:
     found = None
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
         name, given, value = word.partition("=")
         if name == flag and (given or not following.startswith("-")):
             found = value if given else following

@@ -35,7 +35,8 @@ td small, .dim { color: var(--dim); } td small { display: block; white-space: no
 .best { font-weight: 700; color: var(--best); } .best small { font-weight: 400; }
 .worse, .error { color: var(--bad); } .better { color: var(--best); }
 tr.region td { border-top: 2px solid var(--dim); }
-article { background: var(--raised); border: 1px solid var(--line); border-radius: 8px; padding: 0.8rem 1rem; margin: 1rem 0; }
+article { background: var(--raised); border: 1px solid var(--line); border-radius: 8px; }
+article { padding: 0.8rem 1rem; margin: 1rem 0; }
 article h3 { margin: 0 0 0.4rem; font-size: 1rem; } article img { max-width: 100%; display: block; }
 .curves { display: flex; flex-wrap: wrap; gap: 0.6rem 1.2rem; margin-top: 0.6rem; }
 figure { margin: 0; } figcaption { font-size: 12px; color: var(--dim); }

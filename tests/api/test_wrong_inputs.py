@@ -40,7 +40,10 @@ BOX = (1, 2, 30, 40)
         ({"emotion_strength": 1.0}, "has no option 'emotion_strength', only HunyuanVideo-Avatar."),
         ({"xyz": 1}, "has no option 'xyz'; there are audio_guidance, "),
         ({"steps": 0}, "steps must be at least 1, got 0."),
-        ({"steps": "many"}, "steps"),
+        ({"steps": "many"}, "generate: steps must be a whole number, got 'many'."),
+        ({"steps": True}, "generate: steps must be a whole number, got True."),
+        ({"text_guidance": "strong"}, "generate: text_guidance must be a number, got 'strong'."),
+        ({"sequential": 1}, "generate: sequential must be True or False, got 1."),
         ({"seed": -1}, "seed must be at least 0, got -1."),
         ({"upscale": 2}, "sheet, upscale and live go with an output"),
         ({"output": "out.avi"}, "expected a name that ends in .mp4, got '.avi'"),
@@ -123,9 +126,7 @@ def test_options_take_what_a_program_holds(world: World) -> None:
             made(family, **given)
 
 
-def test_nothing_is_left_of_a_call_that_is_refused(
-    world: World, pipe: talkingdit.TalkingPipeline, scratch: Path
-) -> None:
+def test_nothing_is_left_of_a_refused_call(world: World, pipe: talkingdit.TalkingPipeline, scratch: Path) -> None:
     with pytest.raises(UserError, match="silen"):
         pipe(world.face, (np.zeros(16000), 16000))
     assert not any(scratch.iterdir())

@@ -37,6 +37,7 @@ importlib.util.find_spec = lambda name, package=None: None if name in {LACKING!r
 """
 
 
+@pytest.mark.slow
 def test_a_dry_run_does_every_step_that_needs_no_gpu(tmp_path, capsys):
     out, archive = tmp_path / "out", tmp_path / "gpu.tar.gz"
     assert gpu.main(["--dry-run", "--out", str(out), "--archive", str(archive)]) == 0, capsys.readouterr().out
@@ -57,6 +58,7 @@ def test_a_dry_run_does_every_step_that_needs_no_gpu(tmp_path, capsys):
     assert written["cpu-train_step.json"]["steps"]
 
 
+@pytest.mark.slow
 def test_a_machine_without_the_other_packages_measures_all_ops(tmp_path):
     """Such as one with a GPU, torch and pytest, and no network."""
     hidden = tmp_path / "hidden"

@@ -7,32 +7,32 @@ import errno
 import os
 import signal
 import stat
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from forked import run
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from talkingdit.checkpoints.saving import save_tensors
 
-# Killed when the library has written its temporary file and is about to rename it, and when we are.
-KILLED = """
-import os, signal, sys, torch
-import safetensors.torch
-from talkingdit.checkpoints import saving
-def killed(*arguments, **named):
-    if sys.argv[2] == "after":
-        really(*arguments, **named)
-    else:
-        open(os.path.join(os.path.dirname(arguments[1]), ".tmpAbCdEf"), "wb").write(b"x" * 5000)
-    os.kill(os.getpid(), signal.SIGKILL)
-really = safetensors.torch.save_file
-safetensors.torch.save_file = killed
-saving.save_tensors({"a": torch.ones(1000)}, sys.argv[1])
-"""
+
+def killed_save(target: Path, when: str) -> None:
+    """Killed when the library has written its temporary file and is about to rename it, and when we are."""
+    really = safetensors.torch.save_file
+
+    def killed(tensors: dict[str, torch.Tensor], path: Path, *more: Any, **named: Any) -> None:
+        if when == "after":
+            really(tensors, path, *more, **named)
+        else:
+            Path(path).with_name(".tmpAbCdEf").write_bytes(b"x" * 5000)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    safetensors.torch.save_file = killed
+    save_tensors({"a": torch.ones(1000)}, target)
 
 
 def test_a_file_has_the_mode_of_any_new_file_and_a_link_stays_one(tmp_path: Path) -> None:
@@ -66,8 +66,7 @@ def test_tensors_of_every_layout_are_written_as_they_are(tmp_path: Path) -> None
 def test_what_a_killed_save_leaves_is_removed_by_the_next(tmp_path: Path, when: str) -> None:
     target = tmp_path / "a.safetensors"
     save_tensors({"a": torch.zeros(1)}, target)
-    status = subprocess.run([sys.executable, "-c", KILLED, target, when], check=False).returncode
-    assert status == -signal.SIGKILL
+    assert run(killed_save, target, when) == -signal.SIGKILL
     assert torch.equal(load_file(target)["a"], torch.zeros(1))
     assert len(os.listdir(tmp_path)) == 2
     save_tensors({"a": torch.full((1,), 2.0)}, tmp_path / "other.safetensors")  # not whose it is

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,23 +15,42 @@ from talkingdit.models import default_checkpoint
 HEAVY = {"torch", "diffusers", "transformers", "talkingdit._native"}
 FILES = ["--image", "nowhere.png", "--audio", "nowhere.wav", "-o", "out.mp4"]
 CODE = """
-import sys
+import contextlib, io, json, os, sys
 from talkingdit.cli.main import main
-try:
-    status = main(sys.argv[1:])
-except SystemExit as stop:
-    status = stop.code or 0
-print(*sys.modules, file=sys.stderr)
-sys.exit(status)
+for words in (["generate"], ["plan"], ["precompute"]):  # what all need is imported once
+    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+        main(words)
+for line in sys.stdin:
+    if child := os.fork():  # what the commands before have imported is not here
+        os.waitpid(child, 0)
+        continue
+    said, told = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(told):
+        try:
+            status = main(json.loads(line))
+        except SystemExit as stop:
+            status = stop.code or 0
+    print(json.dumps([status, said.getvalue(), told.getvalue(), [*sys.modules]]), flush=True)
+    os._exit(0)
 """
 
 
-def run(*argv: str) -> tuple[int, str, set[str]]:
+@pytest.fixture(scope="module")
+def python() -> Iterator[subprocess.Popen[str]]:
+    """A Python that has imported the command and no more."""
+    with subprocess.Popen([sys.executable, "-c", CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as it:
+        yield it
+
+
+def run(python: subprocess.Popen[str], argv: list[str]) -> tuple[int, str, set[str]]:
     """Exit status, output and first line of the errors, and what was imported."""
-    done = subprocess.run([sys.executable, "-c", CODE, *argv], capture_output=True, text=True)
-    *told, modules = done.stderr.splitlines()
-    assert len(told) <= 1, done.stderr
-    return done.returncode, done.stdout + "".join(told), set(modules.split())
+    assert python.stdin is not None
+    assert python.stdout is not None
+    python.stdin.write(json.dumps(argv) + "\n")
+    python.stdin.flush()
+    status, said, told, modules = json.loads(python.stdout.readline())
+    assert len(told.splitlines()) <= 1, told
+    return status, said + told, set(modules)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +59,9 @@ def run(*argv: str) -> tuple[int, str, set[str]]:
         (["generate", *FILES], "image 'nowhere.png': expected an existing file"),
         (["generate", *FILES, "--checkpoint", str(default_checkpoint())], "image 'nowhere.png': expected an existing"),
         (["generate", *FILES, "--checkpoint", "nowhere"], "nowhere: the checkpoint must be a folder"),
+        (["generate"], "the following arguments are required: --image, -o/--output"),
+        (["eval"], "the following arguments are required: --generated, --out"),
+        (["curate"], "the following arguments are required: --videos, -o/--out"),
         (["generate", *FILES, "--seed", "x"], "argument --seed: invalid integer value"),
         (["generate", *FILES, "--upscale", "1000"], "--upscale must be at most 64, got 1000"),
         (["generate", *FILES, "--steps", "1000000000"], "--steps must be at most 10000, got 1000000000"),
@@ -61,8 +85,8 @@ def run(*argv: str) -> tuple[int, str, set[str]]:
         (["info", "--all"], "unrecognized arguments: --all"),
     ],
 )  # fmt: skip
-def test_mistakes(argv: list[str], sentence: str) -> None:
-    status, told, modules = run(*argv)
+def test_mistakes(python: subprocess.Popen[str], argv: list[str], sentence: str) -> None:
+    status, told, modules = run(python, argv)
     assert status == 2
     assert sentence in told
     assert not HEAVY & modules
@@ -79,8 +103,8 @@ def test_mistakes(argv: list[str], sentence: str) -> None:
         (["info", "--help"], "--help"),
     ],
 )
-def test_help(argv: list[str], word: str) -> None:
-    status, told, modules = run(*argv)
+def test_help(python: subprocess.Popen[str], argv: list[str], word: str) -> None:
+    status, told, modules = run(python, argv)
     assert status == 0
     assert word in told
     assert not (HEAVY | {"numpy", "av", "cv2"}) & modules

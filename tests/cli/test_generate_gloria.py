@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import soundfile
+from forked import run
 from tiny_i2v import make_i2v
 
 from talkingdit.cli.main import main
+from talkingdit.families.gloria.pipeline import GloriaPipeline
 from talkingdit.media.files import read_video
 
 SECONDS = 1.4  # 23 frames, 7 latents: chunks of 4 latents that share 2 begin at 0, 2 and 4
@@ -79,24 +81,24 @@ def test_a_folder_and_anchors_make_a_video_and_a_figure(whole: Path) -> None:
     assert ((numbers[:, 1:] > 0) & (numbers[:, 1:] < 1)).all()
 
 
+def killed_at_the_third_clip(words: list[str]) -> int:
+    clip = GloriaPipeline.clip
+
+    def killed(self: GloriaPipeline, conditions: Any, index: int, *rest: Any, **more: Any) -> Any:
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return clip(self, conditions, index, *rest, **more)
+
+    GloriaPipeline.clip = killed  # type: ignore[method-assign]
+    return main(words)
+
+
 def test_a_run_that_was_killed_goes_on_to_the_same_video(
     folder: Path, media: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = (
-        "import os, signal, sys\n"
-        "from talkingdit.cli import main as cli\n"
-        "from talkingdit.families.gloria.pipeline import GloriaPipeline\n"
-        "clip = GloriaPipeline.clip\n"
-        "def killed(self, conditions, index, *rest, **more):\n"
-        "    if index == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return clip(self, conditions, index, *rest, **more)\n"
-        "GloriaPipeline.clip = killed\n"
-        "sys.exit(cli.main(sys.argv[1:]))"
-    )
     figure = ["--attention-figure", str(tmp_path / "seen.png")]
     words = arguments(media, folder, tmp_path / "out.mp4", *anchored(media), *figure)
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=600)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert run(killed_at_the_third_clip, words) == -signal.SIGKILL
     assert main(words) == 0
     assert "going on after 2 of 3 clips" in capsys.readouterr().err
     np.testing.assert_array_equal(read_video(tmp_path / "out.mp4")[0], read_video(whole / "out.mp4")[0])

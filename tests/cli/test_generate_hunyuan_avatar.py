@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import soundfile
@@ -114,27 +115,27 @@ def test_found_faces_are_those_of_the_picture(inputs: Path, folder: Path, tmp_pa
     assert not (anna * ben).any()
 
 
-@pytest.mark.slow
+def killed_at_the_third_clip(words: list[str]) -> int:
+    from talkingdit.families.hunyuan_avatar.pipeline import HunyuanAvatarPipeline
+
+    clip = HunyuanAvatarPipeline.clip
+
+    def killed(self: HunyuanAvatarPipeline, conditions: Any, index: int, *rest: Any, **more: Any) -> Any:
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return clip(self, conditions, index, *rest, **more)
+
+    HunyuanAvatarPipeline.clip = killed  # type: ignore[method-assign]
+    return main(words)
+
+
 def test_a_run_that_was_killed_goes_on_to_the_same_video(
     inputs: Path, folder: Path, whole: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Killed once within the denoising, and once between two parts that are decoded."""
-    code = (
-        "import os, signal, sys\n"
-        "from talkingdit.cli import main as cli\n"
-        "from talkingdit.families.hunyuan_avatar.pipeline import HunyuanAvatarPipeline as Pipeline\n"
-        "clip = Pipeline.clip\n"
-        "def killed(self, conditions, index, *rest, **more):\n"
-        "    if index == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return clip(self, conditions, index, *rest, **more)\n"
-        "Pipeline.clip = killed\n"
-        "sys.exit(cli.main(sys.argv[2:]))"
-    )
     out = tmp_path / "out.mp4"
     files = ["--image", str(inputs / "two.png"), "-o", str(out), "--checkpoint", str(folder), "--size", "64x32"]
     words = ["generate", *files, "--prompt", "a man and a woman talking", *voices(inputs)]
-    done = subprocess.run([sys.executable, "-c", code, "2", *words], capture_output=True, text=True, timeout=600)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert forked.run(killed_at_the_third_clip, words) == -signal.SIGKILL
     assert {path.name for path in tmp_path.iterdir()} == {"out.mp4.parts"}
     assert main(words) == 0
     assert "going on after 2 of 4 clips" in capsys.readouterr().err

@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from forked import Ranks
 from official import make_official
 from test_generate_wan_s2v import arguments, frames_of, left, make_inputs
 from tiny_checkpoint import make_checkpoint
@@ -23,20 +25,6 @@ from talkingdit.cli.main import main
 from talkingdit.distributed.team import Team
 
 PATIENCE = 240.0  # seconds; the first job of a process imports everything
-
-# Runs the command, and does something to one process when it comes to the second clip.
-SCRIPT = """
-import os, signal, sys
-from talkingdit.cli import main as cli
-from talkingdit.families.wan_s2v.pipeline import WanS2VPipeline
-denoise = WanS2VPipeline._denoise
-def stopped(self, conditions, index, *rest):
-    if index == 1 and os.environ["RANK"] == {rank!r}:
-        {what}
-    return denoise(self, conditions, index, *rest)
-WanS2VPipeline._denoise = stopped
-sys.exit(cli.main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +36,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def work(tmp_path: Path) -> Path:
     make_inputs(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file for what processes say."""
+    return tmp_path_factory.mktemp("said") / "messages"
 
 
 @pytest.fixture(scope="module")
@@ -256,33 +250,62 @@ def test_torchrun_makes_the_video_of_one_process(work: Path, folder: Path, whole
     check_near(work / "out.mp4", whole)
 
 
-@pytest.mark.slow
-def test_the_death_of_a_process_ends_the_run_and_finished_clips_stay(work: Path, folder: Path, whole: Said) -> None:
-    script = work / "script.py"
-    script.write_text(SCRIPT.format(rank="1", what="os.kill(os.getpid(), signal.SIGKILL)"))
-    run = torchrun(str(script), *arguments(work, folder))
-    _, errors = run.communicate(timeout=300)
-    assert run.returncode != 0
-    assert "Signal 9 (SIGKILL)" in errors
-    assert left(work) == {"script.py", "out.mp4.parts"}
+def at_the_second_clip(rank: str, what: Callable[[], object]) -> None:
+    """Does something to one process when it comes to the second clip."""
+    from talkingdit.families.wan_s2v.pipeline import WanS2VPipeline
+
+    denoise = WanS2VPipeline._denoise
+
+    def stopped(self: WanS2VPipeline, conditions: Any, index: int, *rest: Any) -> Any:
+        if index == 1 and os.environ["RANK"] == rank:
+            what()
+        return denoise(self, conditions, index, *rest)
+
+    WanS2VPipeline._denoise = stopped  # type: ignore[method-assign]
+
+
+def killed(words: list[str]) -> int:
+    at_the_second_clip("1", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return main(words)
+
+
+def test_the_death_of_a_process_ends_the_run_and_finished_clips_stay(
+    work: Path, folder: Path, whole: Said, said: Path
+) -> None:
+    statuses, messages = Ranks(2, killed, arguments(work, folder), said=said).wait(PATIENCE)
+    assert statuses[1] == -signal.SIGKILL
+    assert statuses[0] not in (0, -signal.SIGKILL), messages  # it ended by itself
+    assert left(work) == {"out.mp4.parts"}
     rest = command(arguments(work, folder))
     assert "going on after 1 of 3 clips" in rest.messages
     check_same(rest, whole)
 
 
-@pytest.mark.slow
+def slow(words: list[str], mark: Path) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may run its jobs deaf to Ctrl-C
+
+    def wait() -> None:
+        mark.touch()
+        time.sleep(2)
+
+    at_the_second_clip("0", wait)
+    return main(words)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_all_processes_at_the_same_step(work: Path, folder: Path, number: signal.Signals) -> None:
-    script, mark = work / "script.py", work / "reached"
-    script.write_text(SCRIPT.format(rank="0", what=f"open({str(mark)!r}, 'w').close(); import time; time.sleep(2)"))
-    run = torchrun(str(script), *arguments(work, folder))
-    deadline = time.monotonic() + 200
-    while not mark.exists() and time.monotonic() < deadline and run.poll() is None:
+def test_an_interrupt_ends_all_processes_at_the_same_step(
+    work: Path, folder: Path, said: Path, number: signal.Signals
+) -> None:
+    """A terminal sends it to all; so does torchrun with one that it gets."""
+    mark = said.with_name("reached")
+    ranks = Ranks(2, slow, arguments(work, folder), mark, said=said)
+    deadline = time.monotonic() + PATIENCE
+    while not mark.exists() and time.monotonic() < deadline and ranks.running():
         time.sleep(0.1)
-    run.send_signal(number)
+    ranks.send_signal(number)
     began = time.monotonic()
-    _, errors = run.communicate(timeout=100)
+    statuses, messages = ranks.wait(100)
     assert time.monotonic() - began < 25  # before torchrun loses its patience, which is 30 s
-    assert run.returncode != 0
-    assert errors.count("talkingdit: interrupted; 1 of 3 clips are kept in") == 1
-    assert left(work) == {"script.py", "reached", "out.mp4.parts"}
+    assert statuses == [130, 130], messages
+    assert messages.count("talkingdit: interrupted; 1 of 3 clips are kept in") == 1
+    assert left(work) == {"out.mp4.parts"}

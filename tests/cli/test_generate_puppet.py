@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import soundfile
+from forked import run, start
 from tiny_checkpoint import make_checkpoint
 
 from talkingdit.cli.main import main
@@ -229,24 +230,25 @@ def test_an_existing_video_survives_a_failure(work: Path, checkpoint: Path) -> N
     assert (work / "out.mp4").read_bytes() == b"precious"
 
 
-@pytest.mark.slow
-def test_an_interrupt_is_one_line_and_leaves_whole_clips_at_most(work: Path, checkpoint: Path) -> None:
-    soundfile.write(work / "voice.wav", 0.1 * np.random.default_rng(0).normal(size=16000 * 300), 16000)
-    command = [sys.executable, "-m", "talkingdit.cli.main", *arguments(work, checkpoint)]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may run its jobs deaf to Ctrl-C
-    )
+def hears_interrupts(words: list[str]) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may run its jobs deaf to Ctrl-C
+    return main(words)
+
+
+def test_an_interrupt_is_one_line_and_leaves_whole_clips_at_most(
+    work: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    soundfile.write(work / "voice.wav", 0.1 * np.random.default_rng(0).normal(size=16000 * 120), 16000)
+    messages = tmp_path_factory.mktemp("said") / "messages"
+    process = start(hears_interrupts, arguments(work, checkpoint), said=messages)
     deadline = time.monotonic() + 120
     parts = work / "out.mp4.parts"  # with a clip in it: libraries swallow interrupts while they are being imported
-    while not any(parts.glob("clip-*")) and process.poll() is None and time.monotonic() < deadline:
+    while not any(parts.glob("clip-*")) and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    errors = messages.read_text()
     assert "Traceback" not in errors
     *_, last = errors.rstrip().splitlines()
     if left(work) == {"portrait.png", "voice.wav"}:
@@ -275,6 +277,6 @@ def test_a_spoken_voice_becomes_a_video_on_standard_output(work: Path, checkpoin
     said = done.stderr.decode()
     assert re.search(r"standard output: 20 frames, 1\.25 s .* the first frame after [0-9.]+ s", said)
     assert left(work) == {"portrait.png", "voice.wav"}
-    nothing = subprocess.run(command, input=b"", capture_output=True, timeout=300)
-    assert (nothing.returncode, nothing.stdout) == (2, b"")
-    assert b"audio -: expected sound" in nothing.stderr
+    assert run(main, command[3:], said=work / "said") == 2  # with nothing to hear
+    (sentence,) = (work / "said").read_text().splitlines()
+    assert "audio -: expected sound" in sentence

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import soundfile
+from forked import run
 from official import make_official
 
 from talkingdit.cli.main import main
@@ -77,23 +77,24 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work / "out.mp4"
 
 
+def killed_at_the_second_clip(words: list[str]) -> int:
+    from talkingdit.families.wan_s2v.pipeline import WanS2VPipeline
+
+    denoise = WanS2VPipeline._denoise
+
+    def killed(self: WanS2VPipeline, conditions: Any, index: int, *rest: Any) -> Any:
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return denoise(self, conditions, index, *rest)
+
+    WanS2VPipeline._denoise = killed  # type: ignore[method-assign]
+    return main(words)
+
+
 def test_a_run_that_was_killed_goes_on_to_the_same_video(
     work: Path, folder: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = (
-        "import os, signal, sys\n"
-        "from talkingdit.cli import main as cli\n"
-        "from talkingdit.families.wan_s2v.pipeline import WanS2VPipeline\n"
-        "denoise = WanS2VPipeline._denoise\n"
-        "def killed(self, conditions, index, *rest):\n"
-        "    if index == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return denoise(self, conditions, index, *rest)\n"
-        "WanS2VPipeline._denoise = killed\n"
-        "sys.exit(cli.main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, *arguments(work, folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert run(killed_at_the_second_clip, arguments(work, folder)) == -signal.SIGKILL
     assert left(work) == {"out.mp4.parts"}
     assert main(arguments(work, folder)) == 0
     assert "going on after 1 of 3 clips" in capsys.readouterr().err

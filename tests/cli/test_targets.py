@@ -6,8 +6,6 @@ from __future__ import annotations
 import os
 import signal
 import stat
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,8 @@ import cv2
 import numpy as np
 import pytest
 import soundfile
+from forked import run
+from PIL import Image
 from tiny_checkpoint import make_checkpoint
 
 from talkingdit.cli.main import main
@@ -24,6 +24,7 @@ from talkingdit.errors import UserError
 from talkingdit.families.puppet.pipeline import PuppetPipeline
 from talkingdit.media.files import VideoWriter, read_audio, read_image, read_video
 from talkingdit.media.pose import PoseVideo
+from talkingdit.media.sheet import preview_sheet
 
 
 @pytest.fixture(scope="module")
@@ -221,26 +222,18 @@ def test_a_nul_in_a_manifest_is_one_sentence(tmp_path: Path) -> None:
         VideoWriter("a\0b.mp4", 16, (32, 32))
 
 
-KILLED = """
-import os, signal, sys
-import numpy as np
-from talkingdit.media.files import VideoWriter
-from talkingdit.media.sheet import preview_sheet
-from PIL import Image
-if sys.argv[1] == "video":
-    writer = VideoWriter("out.mp4", 16, (32, 32))
-    writer.write(np.zeros((20, 32, 32, 3), np.uint8))
-    os.kill(os.getpid(), signal.SIGKILL)
-Image.Image.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-preview_sheet(np.zeros((2, 32, 32, 3), np.uint8), np.zeros(16000, np.float32), 16000, 16, {}, "sheet.png")
-"""
+def killed(what: str) -> None:
+    if what == "video":
+        writer = VideoWriter("out.mp4", 16, (32, 32))
+        writer.write(np.zeros((20, 32, 32, 3), np.uint8))
+        os.kill(os.getpid(), signal.SIGKILL)
+    Image.Image.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+    preview_sheet(np.zeros((2, 32, 32, 3), np.uint8), np.zeros(16000, np.float32), 16000, 16, {}, "sheet.png")
 
 
 def test_what_killed_runs_left_is_removed_by_the_next_of_the_same_target(work: Path, checkpoint: Path) -> None:
     for what in ("video", "video", "sheet"):
-        code = f"import sys; sys.path[:0] = {sys.path!r}\n{KILLED}"  # another current folder
-        done = subprocess.run([sys.executable, "-c", code, what], check=False)
-        assert done.returncode == -signal.SIGKILL
+        assert run(killed, what) == -signal.SIGKILL
     assert 2 <= len([name for name in left(work) if name.endswith(".part")]) <= 3
     assert call(checkpoint, "--sheet", "sheet.png", output="out.mp4") == 0
     assert left(work) == {"face.png", "voice.wav", "out.mp4", "sheet.png"}

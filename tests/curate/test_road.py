@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from forked import run, training
 from needs import need_stages
 from official import make_official
 
@@ -26,7 +24,6 @@ from talkingdit.puppets.render import render
 from talkingdit.puppets.visemes import visemes_from_audio
 from talkingdit.puppets.world import Motion, Scene
 
-ROOT = Path(__file__).parents[2]
 SECONDS, FPS, SIDE = 3.0, 16, 160
 
 
@@ -44,13 +41,13 @@ def draw_videos(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_from_a_folder_to_a_judged_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_a_folder_to_a_judged_video(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     need_stages("people", "speech", "sync")
-    sys.path.insert(0, str(ROOT / "tests" / "training"))
-    try:
-        from s2v_run import PIPELINE, SHAPE, write_config
-    finally:
-        sys.path.pop(0)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "training"))
+    from s2v_run import PIPELINE, SHAPE, write_config
+
     draw_videos(tmp_path / "videos")
     start = make_official(tmp_path / "start", **SHAPE, audio_inject_layers=(0, 1), vae_dim=4, settings=PIPELINE)
     stages = ["picture", "people", "sharpness", "motion", "speech", "sync", "signature"]
@@ -74,10 +71,8 @@ def test_from_a_folder_to_a_judged_video(tmp_path: Path, capsys: pytest.CaptureF
     assert {"global", "front"} <= set(sample.outside)
 
     config = write_config(tmp_path, "wan_s2v.toml", tmp_path / "tiny.toml", stages=1)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    train = [sys.executable, "-m", "training.train", "--config", str(config), "--run.steps", "2"]
-    done = subprocess.run(train, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    said = tmp_path / "said"
+    assert run(training, "--config", str(config), "--run.steps", "2", timeout=240, said=said) == 0, said.read_text()
 
     folder = Path(shutil.copytree(start, tmp_path / "whole"))
     for old in folder.glob("diffusion_pytorch_model*"):

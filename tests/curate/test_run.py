@@ -6,14 +6,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from clip_files import draw, voice, write_video
+from forked import start
 
 from talkingdit.curate.job import Job, curate
 from talkingdit.curate.settings import Limit, Settings, Watch
@@ -101,32 +100,23 @@ def test_a_full_disk_ends_the_work_in_a_sentence_and_keeps_what_is_done(tmp_path
     assert len(run(job(tmp_path, videos, "Deadly"))[0].decisions.kept) == 1
 
 
-DRIVER = """
-import sys
-sys.path[:0] = {paths!r}
-from pathlib import Path
-import test_run
-if __name__ == "__main__":
-    test_run.run(test_run.job(Path({tmp!r}), Path({tmp!r}) / "videos", sleep=0.05, workers={workers}))
-"""
+def drive(folder: Path, workers: int) -> None:
+    run(job(folder, folder / "videos", sleep=0.05, workers=workers))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_driver_that_is_killed_loses_and_doubles_nothing(tmp_path: Path, workers: int) -> None:
     wanted = [f"v{n}" for n in range(8)]
     make_videos(tmp_path / "videos", wanted)
-    script = tmp_path / "driver.py"
-    paths = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
-    script.write_text(DRIVER.format(paths=paths, tmp=str(tmp_path), workers=workers))
     log = tmp_path / "out/figures.jsonl"
     for lines in (1, 3):  # killed when so many videos are noted
-        process = subprocess.Popen([sys.executable, str(script)])
+        process = start(drive, tmp_path, workers)
         deadline = time.monotonic() + 120
-        while (not log.exists() or log.read_bytes().count(b"\n") < lines) and process.poll() is None:
+        while (not log.exists() or log.read_bytes().count(b"\n") < lines) and process.is_alive():
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     before = noted(tmp_path)
     outcome, seen = run(job(tmp_path, tmp_path / "videos", sleep=0.05))
     assert len(before) >= 3

@@ -7,6 +7,7 @@ import pickle
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import silent_clips
@@ -53,6 +54,8 @@ def test_a_family_without_history_voice_and_words(
     checkpoint: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])  # worker processes get it, too
+    forked.context()
+    monkeypatch.setattr("talkingdit.data.workers.START", "forkserver")  # saves imports
     clips = Family("silent", "silent models", "silent_clips").clips
     encoders = clips.encoders(checkpoint)
     assert encoders.what == ("latents",)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed import JobFailed, Processes
+from forked import PRELOADED, run
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -51,6 +53,15 @@ def dies_in_rank_0() -> None:
     if dist.get_rank() == 0:
         ctypes.string_at(0)
     dist.barrier()
+
+
+def what_is_not_imported() -> int:
+    return sum(name not in sys.modules for name in PRELOADED)
+
+
+def test_processes_begin_with_all_imports_done() -> None:
+    assert len(PRELOADED) > 1
+    assert run(what_is_not_imported) == 0
 
 
 def test_every_rank_runs_the_job_in_one_group(processes: Processes) -> None:

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 import soundfile
 import torch
 import toy_train
+from forked import Ranks
 from tiny_checkpoint import make_vae
 
 from talkingdit import families
@@ -27,7 +26,6 @@ from talkingdit.media.files import VideoWriter, read_video
 from talkingdit.models import load_checkpoint
 from training import export
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = """
 [run]
 device = "cpu"
@@ -85,12 +83,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(world: Path, out: Path, processes: int, kill: str = "") -> int:
-    """`training.train` over torchrun, as a user starts it; its exit status."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [toy_train.__file__, "--config", str(world / "toy.toml"), "--run.out", str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOY_KILL": kill}
-    return subprocess.run(command, env=environment, timeout=300).returncode
+def run(world: Path, out: Path, processes: int, kill: str = "") -> list[int]:
+    """Trains in so many processes; their exit statuses."""
+    options = ["--config", str(world / "toy.toml"), "--run.out", str(out)]
+    return Ranks(processes, toy_train.train, kill, *options, said=world / "said").wait(300)[0]
 
 
 def log_of(out: Path) -> list[dict[str, float]]:
@@ -99,11 +95,11 @@ def log_of(out: Path) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_it_trains_on_two_processes_and_goes_on_after_a_kill(world: Path, tmp_path: Path) -> None:
-    assert run(world, tmp_path / "straight", 2) == 0
-    assert run(world, tmp_path / "killed", 2, kill="4") != 0
+    assert run(world, tmp_path / "straight", 2) == [0, 0]
+    assert -signal.SIGKILL in run(world, tmp_path / "killed", 2, kill="4")
     names = [path.name for path in sorted((tmp_path / "killed" / "checkpoints").iterdir())]
     assert names == ["step-00000002", "step-00000004.tmp"]
-    assert run(world, tmp_path / "killed", 1) == 0
+    assert run(world, tmp_path / "killed", 1) == [0]
     straight, killed = (log_of(tmp_path / name) for name in ("straight", "killed"))
     assert [line["step"] for line in straight] == [line["step"] for line in killed] == [1, 2, 3, 4]
     for one, other in zip(straight, killed, strict=True):

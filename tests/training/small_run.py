@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run of the drawn world small enough for tests; also a program, for tests that kill it."""
+"""A run of the drawn world small enough for tests, also for those that kill it."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 import torch
+from forked import training
 
-import training.train
 from talkingdit.families.puppet.drawn import DrawnVideos, precompute
 from training import parallel
 from training.checkpoint_files import CheckpointWriter
@@ -78,8 +77,8 @@ def read_log(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def main(kill_at: int) -> int:
-    """`training.train` with the options that are left; SIGKILL cuts the checkpoint of step `kill_at` off."""
+def killed(kill_at: int, *options: str) -> int:
+    """`training.train`; SIGKILL cuts the checkpoint of step `kill_at` off."""
     finish = CheckpointWriter.finish
 
     def die(self: CheckpointWriter, *arguments: Any, **more: Any) -> None:
@@ -88,7 +87,7 @@ def main(kill_at: int) -> int:
         finish(self, *arguments, **more)
 
     CheckpointWriter.finish = die  # type: ignore[method-assign]
-    return training.train.main()
+    return training(*options)
 
 
 def save_config(config: Config, out: Path) -> Path:
@@ -96,7 +95,3 @@ def save_config(config: Config, out: Path) -> Path:
     config.run.out = out
     write_json(config, out / "configuration.json")
     return out / "configuration.json"
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv.pop(1))))

@@ -5,21 +5,18 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
-import small_run
 import torch
 from distributed import JobFailed
 from safetensors.torch import load_file
-from small_run import make_world, read_log, save_config, train
+from small_run import killed, make_world, read_log, save_config, train
 
 from talkingdit.models import load_checkpoint
 from training import export, parallel
@@ -86,18 +83,12 @@ def test_a_run_killed_while_saving_goes_on_with_another_layout(
     config = copy.deepcopy(world)
     config.checkpoint.asynchronous = asynchronous
     file = save_config(config, tmp_path)
-    command = [sys.executable, small_run.__file__, "4", "--config", str(file)]
-    program = subprocess.run(command, env=environment(), timeout=120)
-    assert program.returncode == -signal.SIGKILL
+    assert forked.run(killed, 4, "--config", str(file)) == -signal.SIGKILL
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["step-00000002", "step-00000003", "step-00000004.tmp"]
     logs = processes(2, train, copy.deepcopy(config), tmp_path, timeout=120)
     same_curve(logs[0], read_log(straight))
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
@@ -106,13 +97,17 @@ def test_sigterm_saves_and_the_same_command_finishes(world: Config, straight: Pa
     config.checkpoint.every = 1000
     config.stage_tables[1]["steps"] = 4000
     file = save_config(config, tmp_path)
-    command = [sys.executable, "-m", "training.train", "--config", str(file)]
-    program = subprocess.Popen(command, env=environment())
+    program = forked.start(forked.training, "--config", str(file))
     deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and (not (tmp_path / "log.jsonl").exists() or len(read_log(tmp_path)) < 5):
+    while (
+        time.monotonic() < deadline
+        and program.is_alive()
+        and (not (tmp_path / "log.jsonl").exists() or len(read_log(tmp_path)) < 5)
+    ):
         time.sleep(0.2)
-    program.send_signal(signal.SIGTERM)
-    assert program.wait(60) == 0
+    program.terminate()
+    program.join(60)
+    assert program.exitcode == 0
     saved = sorted((tmp_path / "checkpoints").iterdir())
     assert int(saved[-1].name.removeprefix("step-")) == len(read_log(tmp_path)) > 3  # the end of a stage is saved, too
 

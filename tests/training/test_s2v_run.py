@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from clip_files import write_voice
-from s2v_run import CONFIGS, make_world, train, write_config
+from forked import Ranks, training
+from s2v_run import make_world, train, write_config
 from safetensors.torch import load_file, save_file
 from small_run import read_log
 
@@ -60,14 +58,12 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return dict(open_weights(folder).stream())
 
 
-def test_from_videos_over_torchrun_to_a_video(world: Path, alone: Path, tmp_path: Path) -> None:
+def test_from_videos_over_two_processes_to_a_video(world: Path, alone: Path, tmp_path: Path) -> None:
     file = write_config(world, "wan_s2v.toml", tmp_path / "tiny.toml", stages=2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "training.train", "--config", str(file), "--parallel.ulysses", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(CONFIGS.parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "stage audio_encoder: trains" in done.stdout + done.stderr
+    options = ["--config", str(file), "--parallel.ulysses", "2"]
+    statuses, said = Ranks(2, training, *options, said=tmp_path / "said").wait(240)
+    assert statuses == [0, 0], said
+    assert "stage audio_encoder: trains" in said
     same_curve(read_log(tmp_path / "run"), read_log(alone.parent / "run"))
 
     model = load(tmp_path / "run" / "model")  # raises for a weight too few or too many

@@ -10,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
+import toy_run
 
 from talkingdit.errors import UserError
 from training import signals
@@ -38,11 +40,15 @@ def launch(*command: object) -> subprocess.Popen:
     return subprocess.Popen([str(word) for word in command], env=environment(), stderr=subprocess.PIPE, text=True)
 
 
+def step_of(folder: Path) -> int:
+    file = folder / "rank-0"
+    return int(file.read_text() or -1) if file.exists() else -1
+
+
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
-        file = folder / "rank-0"
-        if file.exists() and int(file.read_text() or -1) >= step:
+        if step_of(folder) >= step:
             return
         time.sleep(0.05)
     raise AssertionError(f"step {step} was not reached:\n{process.communicate(timeout=5)[1]}")
@@ -178,11 +184,16 @@ def test_a_mistake_that_every_process_sees_is_told_by_the_first_of_a_machine(cap
 
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_with_0(tmp_path):
-    process = launch(sys.executable, TOY, tmp_path, "--steps", 400, "--every", 1000, "--seconds", 0.05)
-    wait_for_step(tmp_path, 4, process)
+    said = tmp_path.with_name("said")
+    options = [str(tmp_path), "--steps", "400", "--every", "1000", "--seconds", "0.05"]
+    process = forked.start(toy_run.command, *options, said=said)
+    deadline = time.monotonic() + PATIENCE
+    while process.is_alive() and time.monotonic() < deadline and not step_of(tmp_path) >= 4:
+        time.sleep(0.05)
     process.terminate()
-    errors = process.communicate(timeout=PATIENCE)[1]
-    assert process.returncode == 0, errors
+    process.join(PATIENCE)
+    errors = said.read_text()
+    assert process.exitcode == 0, errors
     assert "training: SIGTERM: saves and ends" in errors
     stopped = max(losses_of(tmp_path)) + 1
     assert stopped < 400

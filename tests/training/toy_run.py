@@ -161,6 +161,12 @@ def train(
     return losses
 
 
+def command(*words: str) -> int:
+    """This file as a program, in the process that calls it."""
+    sys.argv[1:] = words
+    return run_guarded(main)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)

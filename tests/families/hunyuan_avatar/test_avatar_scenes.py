@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import soundfile
@@ -116,11 +115,9 @@ def test_a_short_run_makes_a_model_that_is_measured(
         "data.short-videos": 4, "data.size": 64, "batch.count": 1, "batch.size": 2, "optim.warmup-steps": 1,
         "sample.steps": 2,
     }  # fmt: skip
-    command = [sys.executable, "-m", "training.train", "--config", str(CONFIG)]
-    for name, value in settings.items():
-        command += [f"--{name}", str(value)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
+    options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    said = tmp_path / "said"
+    assert forked.run(forked.training, "--config", str(CONFIG), *options, said=said, timeout=900) == 0, said.read_text()
     (exported,) = {path.parent for path in (tmp_path / "run").rglob("pipeline.json")}
     assert {path.name for path in exported.iterdir()} >= {"transformer", "vae", "text_encoder", "pipeline.json"}
     assert sum(path.stat().st_size for path in exported.rglob("*") if path.is_file()) < 2 * 12e6  # float32
