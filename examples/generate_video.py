@@ -11,7 +11,6 @@ The command `talkingdit generate` does the same; --seconds makes a short trial o
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 
 import soundfile
@@ -33,20 +32,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        sound, rate = soundfile.read(args.audio)
-        beginning = Path(folder) / "beginning.wav"
-        soundfile.write(beginning, sound[: round(args.seconds * rate)], rate)
-        result = talkingdit.generate(
-            image=args.image,
-            audio=beginning,
-            output=args.output,
-            prompt=args.prompt,
-            checkpoint=args.checkpoint,
-            device=args.device,
-            seed=args.seed,
-        )
-    print(f"{args.output}: {result}")
+    samples, rate = soundfile.read(args.audio, dtype="float32")
+    pipe = talkingdit.TalkingPipeline.from_pretrained(args.checkpoint, device=args.device)
+    voice = (samples[: round(args.seconds * rate)], rate)
+    out = pipe(args.image, voice, args.prompt, seed=args.seed, output=args.output)
+    print(f"{out.path}: {len(out.frames)} frames, made in {out.took:.1f} s")
 
 
 if __name__ == "__main__":

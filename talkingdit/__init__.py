@@ -13,10 +13,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from talkingdit._native_loader import build_info
-    from talkingdit.api import generate
+    from talkingdit.api import TalkingOutput, TalkingPipeline, generate
     from talkingdit.nn.accelerate import accelerate, restore
 
 _LAZY = {
+    "TalkingOutput": "talkingdit.api",
+    "TalkingPipeline": "talkingdit.api",
     "accelerate": "talkingdit.nn.accelerate",
     "build_info": "talkingdit._native_loader",
     "generate": "talkingdit.api",
@@ -24,7 +26,16 @@ _LAZY = {
 }
 _SUBMODULES = ("data", "families", "media", "models", "nn", "ops", "pipelines", "plan", "puppets")
 
-__all__ = ["__version__", "accelerate", "build_info", "generate", "restore", *_SUBMODULES]
+__all__ = [
+    "TalkingOutput",
+    "TalkingPipeline",
+    "__version__",
+    "accelerate",
+    "build_info",
+    "generate",
+    "restore",
+    *_SUBMODULES,
+]
 
 
 def __getattr__(name: str) -> Any:

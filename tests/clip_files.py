@@ -79,6 +79,17 @@ def write_video(
     return path
 
 
+def write_lossless(path: Path, pictures: np.ndarray, fps: int) -> Path:
+    """A file of pictures uint8 [n, H, W, 3] that are read back as they are."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "bgr0"
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
 def write_voice(path: Path, seconds: float) -> Path:
     soundfile.write(path, voice(seconds), RATE)
     return path

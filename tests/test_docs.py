@@ -17,7 +17,19 @@ from markdown import ROOT, Page, read_page
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MOST_WORDS = 1200  # of the README
-FOLDERS = ("bench", "csrc", "cuda", "docs", "examples", "talkingdit", "tests", "tools", "training", ".ci")
+FOLDERS = (
+    "bench",
+    "csrc",
+    "cuda",
+    "docs",
+    "examples",
+    "integrations",
+    "talkingdit",
+    "tests",
+    "tools",
+    "training",
+    ".ci",
+)
 FILE = re.compile(r"\.(py|toml|json|jsonl)$")
 SOURCE = re.compile(r"[\w.-]+\.(py|cu|cuh|cpp|h|sh|sbatch)")
 ELSEWHERE = {"train_s2v.py"}  # of VideoX-Fun

@@ -8,25 +8,17 @@ required, whose absence is told here. `families/flag.py` says what a field may s
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import dataclasses
-import inspect
-import os
 import re
 import sys
-import textwrap
-import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar
 
 from talkingdit.cli.messages import UsageError, rank
-from talkingdit.families.flag import Flag
+from talkingdit.families import fields as of_options
 
 T = TypeVar("T")
-LONGEST_NAME = 255  # bytes, on the file systems that people have
 
 
 class _Refused(Exception):
@@ -163,21 +155,11 @@ def _without_value(argv: Sequence[str], flags: Iterable[_Field]) -> str:
 # ---- One field -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Field:
+@dataclass(frozen=True, kw_only=True)
+class _Field(of_options.Field):
     """A field of a dataclass as a flag."""
 
-    name: str
-    kind: Any  # its type, without Annotated and None
-    flag: Flag
-    default: Any
-    required: bool
-    help: str
     group: Group
-
-    @property
-    def switch(self) -> bool:
-        return self.kind is bool
 
     @property
     def spellings(self) -> tuple[str, ...]:
@@ -204,10 +186,10 @@ class _Field:
         about: Any = arg(help=self.help, help_behavior_hint=hint, aliases=self.flag.also or None)
         if self.switch:
             return self.name, Annotated[bool, about], self.default
-        reader = self.flag.read or _reader(self.kind)
+        reader = self.reader
         spec: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
             nargs=1,
-            metavar=self.flag.metavar or _metavar(self.kind),
+            metavar=self.metavar,
             instance_from_str=lambda words: self.read(reader, words[0]),
             is_instance=lambda value: True,
             str_from_instance=lambda value: [str(value)],
@@ -222,21 +204,9 @@ def _collect(groups: Iterable[Group]) -> dict[str, _Field]:
     """The flags of groups, by the names of their fields."""
     flags: dict[str, _Field] = {}
     for group in groups:
-        hints, helps = get_type_hints(group.kind, include_extras=True), _docstrings(group.kind)
-        for one in dataclasses.fields(group.kind):
-            if one.name in flags or one.name in group.without:
-                continue
-            kind, flag = _split(hints[one.name])
-            required = one.default is dataclasses.MISSING
-            flags[one.name] = _Field(
-                name=one.name,
-                kind=kind,
-                flag=flag,
-                default=None if required else one.default,
-                required=required,
-                help=helps.get(one.name, ""),
-                group=group,
-            )
+        for one in of_options.fields(group.kind):
+            if one.name not in flags and one.name not in group.without:
+                flags[one.name] = _Field(**vars(one), group=group)
     return flags
 
 
@@ -247,75 +217,3 @@ def _box(group: Group, flags: list[_Field]) -> Any:
     made = dataclasses.make_dataclass("Box", [one.for_tyro() for one in flags])
     made.__doc__ = group.about
     return Annotated[made, tyro.conf.arg(name=group.title)]
-
-
-def _split(hint: Any) -> tuple[Any, Flag]:
-    """The type of a field without None, and what its annotation says of the flag."""
-    flag = Flag()
-    if get_origin(hint) is Annotated:
-        hint, *more = get_args(hint)
-        flag = next((item for item in more if isinstance(item, Flag)), flag)
-    if get_origin(hint) in (Union, types.UnionType):
-        kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-        hint = kinds[0] if len(kinds) == 1 else hint
-    return hint, flag
-
-
-def _reader(kind: Any) -> Callable[[str], Any]:
-    """What makes a value of a type from a word; its ValueError says what is wrong."""
-    if get_origin(kind) is Literal:
-        return lambda text: _choice(text, get_args(kind))
-    readers: dict[Any, Callable[[str], Any]] = {str: str, int: _integer, float: _number, Path: _path}
-    if kind not in readers:
-        raise TypeError(f"flags: a field of type {kind} needs a Flag with `read`")
-    return readers[kind]
-
-
-def _metavar(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "{" + ",".join(map(str, get_args(kind))) + "}"
-    return {int: "N", float: "X", Path: "FILE"}.get(kind, "WORDS")
-
-
-def _integer(text: str) -> int:
-    with contextlib.suppress(ValueError):
-        return int(text)
-    raise ValueError(f"invalid integer value: {text!r}")
-
-
-def _number(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        return float(text)
-    raise ValueError(f"invalid number value: {text!r}")
-
-
-def _path(text: str) -> Path:
-    long = max((len(os.fsencode(part)) for part in Path(text).parts), default=0)
-    if long > LONGEST_NAME:
-        raise ValueError(f"must be a name of at most {LONGEST_NAME} bytes, got one of {long}")
-    return Path(text).expanduser()
-
-
-def _choice(text: str, choices: tuple[str, ...]) -> str:
-    if text not in choices:
-        raise ValueError(f"invalid choice: {text!r} (choose from {', '.join(choices)})")
-    return text
-
-
-def _docstrings(kind: type[Any]) -> dict[str, str]:
-    """The strings below the fields of a dataclass and of those it inherits from."""
-    found: dict[str, str] = {}
-    for home in reversed(kind.__mro__[:-1]):
-        with contextlib.suppress(OSError, TypeError):  # made without a source: flags without help
-            (body,) = ast.parse(textwrap.dedent(inspect.getsource(home))).body
-            found |= _strings_below(body)
-    return found
-
-
-def _strings_below(body: Any) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for one, below in zip(body.body, body.body[1:], strict=False):
-        match one, below:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                found[name] = " ".join(text.split())
-    return found

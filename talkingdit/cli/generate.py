@@ -10,9 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -146,34 +144,29 @@ def prepare(argv: Sequence[str]) -> Request:
     flags, options = values.make(Flags), values.make(family.options)
     check_files(flags.lora)
 
-    from talkingdit.pipelines.inputs import Job, check_enlarged, check_heard, read_inputs
+    from talkingdit.api.road import outlined
+    from talkingdit.pipelines.inputs import Job
 
     output, pipe = _target(flags)
-    inputs = read_inputs(
-        Job(
-            image=flags.image,
-            audio=_sound(values, flags, options),
-            output=output,
-            live=flags.live or pipe is not None or str(flags.audio) == "-",
-            pipe=pipe,
-            audio_rate=flags.audio_rate,
-            sheet=flags.sheet,
-            prompt=flags.prompt,
-            upscale=flags.upscale,
-        ),
-        options.files(),
+    job = Job(
+        image=flags.image,
+        audio=_sound(values, flags, options),
+        output=output,
+        live=flags.live or pipe is not None or str(flags.audio) == "-",
+        pipe=pipe,
+        audio_rate=flags.audio_rate,
+        sheet=flags.sheet,
+        prompt=flags.prompt,
+        upscale=flags.upscale,
     )
+    inputs, outline = outlined(family, _folder(flags), job, options)
 
     from talkingdit.distributed.layout import Layout
     from talkingdit.pipelines.tuning import Tuning
 
     layout = Layout.parse(flags.parallel)
     tuning = Tuning.of(getattr(options, "memory", ""), flags.precision, flags.attention)
-    settings = family.checkpoint.read_settings(_folder(flags))
-    outline = family.outline.outline(inputs, settings, options)
     outline = checked(flags.lora, flags.lora_partial, family, _folder(flags), outline)
-    check_heard(inputs.job, outline)
-    check_enlarged(inputs.job, outline)
     layout.resolved(processes(), outline.predictions, _heads(_folder(flags)))
     idle = []
     if processes() == 1 and layout.vae is not None:
@@ -199,10 +192,16 @@ def _target(flags: Flags) -> tuple[Path, int | None]:
     sys.stdout.flush()
     pipe = os.dup(1)
     os.dup2(2, 1)
-    large = Path("/var/tmp")  # on a disk, where that for temporary files may be in memory
-    folder = tempfile.mkdtemp(prefix="talkingdit-", dir=large if large.is_dir() else None)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder) / "output.mp4", pipe
+    return _scratch() / "output.mp4", pipe
+
+
+def _scratch() -> Path:
+    """A folder that goes with this process."""
+    from talkingdit.api.road import scratch_folder
+
+    folder = scratch_folder()
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def _sound(values: Values, flags: Flags, options: GenerationOptions) -> Path:
@@ -217,9 +216,7 @@ def _sound(values: Values, flags: Flags, options: GenerationOptions) -> Path:
 
     from talkingdit.media.mixing import mix_voices
 
-    folder = tempfile.mkdtemp(prefix="talkingdit-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return mix_voices(voices, Path(folder) / "voices.flac")
+    return mix_voices(voices, _scratch() / "voices.flac")
 
 
 def _read(argv: Sequence[str]) -> tuple[Family, Values]:
@@ -296,7 +293,8 @@ def _generate(request: Request, team: Team) -> None:
     """What every process does."""
     import torch
 
-    from talkingdit.pipelines.job import Talk, make_video
+    from talkingdit.api.road import made
+    from talkingdit.pipelines.job import Talk
     from talkingdit.pipelines.parallel import share_work
 
     flags, options = request.flags, request.options
@@ -309,13 +307,14 @@ def _generate(request: Request, team: Team) -> None:
         # Messages between processes stay out of the compiled parts.
         checkpoint.transformer.compile_repeated_blocks(fullgraph=parallel.context is None)
     with _progress() as progress:
-        result = make_video(
+        result = made(
+            family,
+            checkpoint,
             request.inputs,
             request.outline,
-            family.pipeline.open_pipeline(checkpoint, parallel),
-            curves=None if family.preview is None else family.preview.Curves(),
             talk=Talk(progress=progress, warn=warn),
             variant=request.tuning.variant,
+            parallel=parallel,
         )
     if not team.rank:
         _report(result, flags)

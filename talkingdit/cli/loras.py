@@ -3,29 +3,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from talkingdit.checkpoints.lora_choice import SETTING, LoraChoice, digest_of, told_apart
 from talkingdit.errors import UserError
 
 if TYPE_CHECKING:
     from talkingdit.families import Family
     from talkingdit.pipelines.inputs import Outline
-
-
-@dataclass(frozen=True)
-class LoraChoice:
-    """A LoRA file that is asked for."""
-
-    path: Path
-    strength: float = 1.0
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.strength:g}"
 
 
 def read_choice(text: str) -> LoraChoice:
@@ -74,10 +63,8 @@ def checked(choices: Sequence[LoraChoice], partial: bool, family: Family, folder
             warnings.append(f"{choice.path}: {len(file.ignored)} parts for an image branch are left aside.")
         if not choice.strength:
             warnings.append(f"{choice.path} has no effect at strength 0.")
-    kept = [f"{choice.strength:g} {_digest(choice.path)}" + " partial" * partial for choice in choices]
-    return replace(
-        outline, warnings=(*outline.warnings, *warnings), settings={**outline.settings, "choice of LoRAs": kept}
-    )
+    kept = [told_apart(choice.strength, digest_of(choice.path), partial=partial) for choice in choices]
+    return replace(outline, warnings=(*outline.warnings, *warnings), settings={**outline.settings, SETTING: kept})
 
 
 def apply(choices: Sequence[LoraChoice], partial: bool, model: Any, merge: bool) -> None:
@@ -98,12 +85,3 @@ def apply(choices: Sequence[LoraChoice], partial: bool, model: Any, merge: bool)
         loras.load(choice.path, f"lora_{number}", choice.strength, partial=partial)
     if merge:
         loras.merge(keep_originals=False)
-
-
-def _digest(path: Path) -> str:
-    found = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]:
-        with file.open("rb") as opened:
-            while block := opened.read(1 << 20):
-                found.update(block)
-    return found.hexdigest()[:32]

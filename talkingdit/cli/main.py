@@ -15,6 +15,7 @@ __all__ = ["USER_ERROR", "main"]
 
 VERBS = {
     "generate": "make a video of a portrait speaking",
+    "app": "serve a page on which videos are made",
     "plan": "predict memory and time of a model on a card, or of its training on a cluster",
     "calibrate": "fit the step cache to a checkpoint",
     "eval": "judge videos region by region, against the truth and each other",

@@ -8,7 +8,8 @@ sentence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -49,20 +50,29 @@ def read_frames(path: Path, wanted: Sequence[Fraction]) -> Iterator[Frames]:
     Raises:
         UserError: the file does not exist, is no video, is damaged, or ends before the last time.
     """
+    found = 0
+    for frame in _frames(path, wanted):
+        found += 1
+        yield frame
+    if found < len(wanted):
+        raise UserError(f"{path} ends before {float(wanted[found]):.2f} s.")
+
+
+def all_frames(path: Path, fps: int) -> Iterator[Frames]:
+    """The frames of a video from the first to the last, at another rate; otherwise as `read_frames`."""
+    yield from _frames(path, (Fraction(p, fps) for p in itertools.count()))
+
+
+def _frames(path: Path, wanted: Iterable[Fraction]) -> Iterator[Frames]:
     if not path.is_file():
         raise UserError(f"{path} does not exist.")
-    found = 0
     try:
         begins = timeline(path).pictures
-        for frame in read_pictures(path, (t + (begins or 0) for t in wanted)):
-            found += 1
-            yield frame
+        yield from read_pictures(path, (t + (begins or 0) for t in wanted))
     except NoStreamError:
         raise UserError(f"{path} has no frames.") from None
     except MediaError as error:
         raise UserError(f"{path} cannot be decoded ({error}).") from error
-    if found < len(wanted):
-        raise UserError(f"{path} ends before {float(wanted[found]):.2f} s.")
 
 
 def read_clip(path: Path, wanted: Sequence[Fraction], size: tuple[int, int]) -> Frames:

@@ -14,14 +14,19 @@ from talkingdit.eval.protocol import DEVIATIONS, Name
 from talkingdit.eval.run import Results, Verdict
 from talkingdit.eval.summary import Comparison, Row, worst_first
 from talkingdit.eval.tables import ARROWS, TITLES, best_of, by_category, number
+from talkingdit.media.style import DARK, FONTS, LIGHT, variables
 
 MOST_VIDEOS = 200
 WIDTH, HEIGHT = 260, 64  # of a curve, in pixels
 CURVES = ("SSIM", "PSNR", "CSIM", "sync r", "MS", "expression error", "HKC")
 
+THEME = f"""
+:root {{ color-scheme: light dark; {variables(LIGHT)} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }}
+body {{ font: 15px/1.5 {", ".join(FONTS)}; background: var(--paper); color: var(--ink); }}
+"""
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --dim: #888; --best: #2a7a3f; --bad: #b3261e; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
+body { max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: 0.2rem; } h2 { margin-top: 2.5rem; font-size: 1.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; } .wide { overflow-x: auto; }
 th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -30,12 +35,13 @@ td small, .dim { color: var(--dim); } td small { display: block; white-space: no
 .best { font-weight: 700; color: var(--best); } .best small { font-weight: 400; }
 .worse, .error { color: var(--bad); } .better { color: var(--best); }
 tr.region td { border-top: 2px solid var(--dim); }
-article { border: 1px solid var(--line); border-radius: 8px; padding: 0.8rem 1rem; margin: 1rem 0; }
+article { background: var(--raised); border: 1px solid var(--line); border-radius: 8px; }
+article { padding: 0.8rem 1rem; margin: 1rem 0; }
 article h3 { margin: 0 0 0.4rem; font-size: 1rem; } article img { max-width: 100%; display: block; }
 .curves { display: flex; flex-wrap: wrap; gap: 0.6rem 1.2rem; margin-top: 0.6rem; }
 figure { margin: 0; } figcaption { font-size: 12px; color: var(--dim); }
 svg { display: block; background: #8881; border-radius: 4px; }
-polyline { fill: none; stroke: #2f6fde; stroke-width: 1.4; }
+polyline { fill: none; stroke: var(--accent); stroke-width: 1.4; }
 .values { font-size: 13px; margin-top: 0.5rem; columns: 3 220px; } code { font-size: 0.92em; }
 """
 
@@ -60,7 +66,7 @@ def report(results: Results, rows: Sequence[Row], compared: Sequence[Comparison]
     ]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Evaluation</title>'
     return (
-        f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body>"
+        f"<!doctype html><html lang=en><head>{head}<style>{THEME}{STYLE}</style></head><body>"
         + "\n".join(parts)
         + "</body></html>\n"
     )

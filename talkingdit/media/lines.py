@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from talkingdit.media.sheet import COLOURS, FAINT, GRID, INK, PAPER, TIME_STEPS, save_png
+from talkingdit.media.sheet import TIME_STEPS, save_png
+from talkingdit.media.style import COLOURS, FAINT, GRID, INK, PAPER
 from talkingdit.media.targets import check_writable
 
 WIDTH, HEIGHT = 1200, 420

@@ -15,11 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from talkingdit.atomic import whole_file
 from talkingdit.errors import UserError
 from talkingdit.media.checks import reason_of
+from talkingdit.media.style import COLOURS, FAINT, GRID, INK, PAPER, WAVE
 from talkingdit.media.targets import check_writable
 
-PAPER, INK, FAINT, GRID = (252, 252, 250), (45, 48, 54), (140, 145, 152), (228, 230, 232)
-WAVE = (124, 142, 168)
-COLOURS = ((208, 72, 56), (32, 112, 180), (46, 140, 86), (148, 92, 176), (196, 132, 24))
 MARGIN, GAP = 28, 6
 LABELS = 52  # pixels left of the plots, for the scale
 WIDTH = 1400

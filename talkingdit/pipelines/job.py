@@ -32,10 +32,10 @@ from talkingdit.errors import UserError
 from talkingdit.media.sound import SPEECH_RATE
 from talkingdit.pipelines.inputs import Inputs, Outline, check_heard
 from talkingdit.pipelines.live import LiveSound
-from talkingdit.pipelines.long_video import ClipPipeline, GeneratedClip, generate_clips
+from talkingdit.pipelines.long_video import ClipPipeline, GeneratedClip, StepDone, generate_clips
 from talkingdit.pipelines.memory import out_of_memory
 from talkingdit.pipelines.resume import ClipStore, NoStore, SharedClipStore
-from talkingdit.pipelines.write import PreviewCurves, VideoSink, write_video
+from talkingdit.pipelines.write import PreviewCurves, ShownFrames, VideoSink, write_video
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,30 @@ class Talk:
     Args:
         progress: called with the number of denoising steps done and of all of them.
         warn: called with a sentence about what was done differently from what may be expected.
+        step: called after every denoising step with its number, timestep and latents, see `StepDone`; gives those to go
+            on from.
     """
 
     progress: Callable[[int, int], None] | None = None
     warn: Callable[[str], None] | None = None
+    step: StepDone | None = None
 
     def say(self, sentences: tuple[str, ...]) -> None:
         for sentence in sentences:
             if self.warn is not None:
                 self.warn(sentence)
+
+
+class Interrupted(Exception):
+    """The work is stopped after a denoising step; `Talk.step` raises it.
+
+    Attributes:
+        kept: gives the frames [n, H, W, 3] of the clips that are kept beside the video to be written.
+        place: where they are, in words.
+    """
+
+    kept: Callable[[], Iterator[NDArray[np.uint8]]] = staticmethod(lambda: iter(()))
+    place = "nothing is kept"
 
 
 def make_video(
@@ -104,17 +119,54 @@ def make_video(
     check_heard(inputs.job, outline)
     store = _open_store(inputs, outline, pipeline, talk, variant)
     with _kept(store, outline), _shown(inputs, outline, curves, started, store) as live:
-        if store.finished < outline.clips:
-            with _in_memory("what all clips share: the portrait, the words and the voice"):
-                conditions = pipeline.encode(inputs, outline)
-            with _in_memory(outline.when_too_large):
-                for clip in _clips(pipeline, conditions, inputs, outline, store, talk, live.show):
-                    store.add(lambda clip=clip: live.add(clip.frames), clip.carry)  # type: ignore[misc]
-            talk.say(pipeline.remarks(conditions, outline))
+        with _in_memory(outline.when_too_large):
+            for clip in _made(pipeline, inputs, outline, store, talk, live.show):
+                store.add(lambda clip=clip: live.add(clip.frames), clip.carry)  # type: ignore[misc]
         frames, first_after = team.on_rank_0(lambda: live.finish(curves))
         store.remove()
     took = time.monotonic() - started
     return Result(inputs.job.output, frames, outline.fps, took, first_after)
+
+
+def final_frames(
+    inputs: Inputs, outline: Outline, pipeline: ClipPipeline, talk: Talk | None = None
+) -> Iterator[NDArray[np.uint8]]:
+    """The frames of a video as they become final, clip by clip; nothing is written.
+
+    Args:
+        inputs, outline, pipeline, talk: as of `make_video`; one process alone.
+
+    Yields:
+        uint8 [n, H, W, 3], n > 0; together what `make_video` would write, before it is enlarged.
+
+    Raises:
+        UserError: memory runs out.
+    """
+    talk = Talk() if talk is None else talk
+    talk.say((*outline.warnings, *pipeline.warnings(inputs, outline)))
+    check_heard(inputs.job, outline)
+    shown = ShownFrames(inputs, outline)
+    for clip in _made(pipeline, inputs, outline, SharedClipStore(NoStore), talk):
+        if len(frames := shown.of(to_frames(clip.frames))):
+            yield frames
+
+
+def _made(
+    pipeline: ClipPipeline,
+    inputs: Inputs,
+    outline: Outline,
+    store: SharedClipStore,
+    talk: Talk,
+    show: Callable[[Tensor], None] | None = None,
+) -> Iterator[GeneratedClip]:
+    """The clips that are not finished yet, from what all clips share on."""
+    if store.finished >= outline.clips:
+        return
+    with _in_memory("what all clips share: the portrait, the words and the voice"):
+        conditions = pipeline.encode(inputs, outline)
+    with _in_memory(outline.when_too_large):
+        yield from _clips(pipeline, conditions, inputs, outline, store, talk, show)
+    talk.say(pipeline.remarks(conditions, outline))
 
 
 def _clips(
@@ -124,18 +176,19 @@ def _clips(
     outline: Outline,
     store: SharedClipStore,
     talk: Talk,
-    show: Callable[[Tensor], None],
+    show: Callable[[Tensor], None] | None,
 ) -> Iterator[GeneratedClip]:
     """The clips that are not finished yet, with progress."""
     work = outline.work or (outline.steps,) * outline.clips
     done, total = sum(work[: store.finished]), sum(work)
     spoken, team = inputs.job.spoken, pipeline.parallel.team
 
-    def advance() -> None:
+    def advance(step: int = -1, timestep: float | Tensor = 0.0, latents: Tensor | None = None) -> Tensor | None:
         nonlocal done
         done += 1
         if talk.progress is not None:
             talk.progress(done, -(-done // outline.steps) * outline.steps if spoken else total)
+        return latents if talk.step is None else talk.step(step, timestep, latents)
 
     def known(index: int) -> int:
         return team.on_rank_0(lambda: _clips_known(inputs.sound, outline, index))
@@ -192,7 +245,7 @@ class _Shown:
     def finish(self, curves: PreviewCurves | None) -> tuple[int, float | None]:
         """End the video -> its frames, and seconds until the first ones were written."""
         if self.sink is None:
-            write_video(self._inputs, self._outline, self._store.local, curves)
+            write_video(self._inputs, self._outline, self._store.local.frames(), curves)
             return self._outline.frames, None
         sink, self.sink = self.sink, None
         sink.finish()
@@ -243,15 +296,21 @@ def _kept(store: SharedClipStore, outline: Outline) -> Iterator[None]:
         store.remove_if_empty()
         if not store.finished or store.folder is None:
             raise
-        raise KeyboardInterrupt(
-            f"interrupted; {store.finished} of {outline.clips} clips are kept in {store.folder}; the same command goes "
-            "on there."
-        ) from None
+        raise KeyboardInterrupt(f"interrupted; {_where(store, outline)}; the same command goes on there.") from None
+    except Interrupted as stop:
+        store.remove_if_empty()
+        if store.finished and store.folder is not None:
+            stop.kept, stop.place = store.local.frames, _where(store, outline)
+        raise
     except BaseException:
         store.remove_if_empty()
         raise
     finally:
         store.close()
+
+
+def _where(store: SharedClipStore, outline: Outline) -> str:
+    return f"{store.finished} of {outline.clips} clips are kept in {store.folder}"
 
 
 @contextmanager
@@ -276,7 +335,7 @@ def _fingerprint(inputs: Inputs, outline: Outline, pipeline: ClipPipeline, varia
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     listing = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return {
-        "format": 1,
+        "format": 2,
         "image": _digest(inputs.image),
         "audio": _digest_of_sound(inputs.sound),
         "checkpoint": hashlib.sha256(repr(listing).encode()).hexdigest()[:32],

@@ -35,13 +35,39 @@ __all__ = [
     "OverlapBlend",
     "Part",
     "ShiftFusion",
+    "StepDone",
     "blend_chunks",
     "denoise",
     "denoise_parts",
     "generate_clips",
+    "go_on_from",
 ]
 
 Carry = Mapping[str, Tensor]  # what a clip or a stage hands on to the next
+
+
+class StepDone(Protocol):
+    """Told by a pipeline after every denoising step of a clip."""
+
+    def __call__(self, step: int = -1, timestep: float | Tensor = 0.0, latents: Tensor | None = None) -> Any:
+        """What is told may be left out.
+
+        Args:
+            step: of this clip, or where a video is denoised as a whole of it; counted from 0.
+            timestep: that the model saw, 1000 to 0.
+            latents: after the step, [1, C, n, H, W].
+
+        Returns:
+            The latents to go on from: those that were given, or others of their shape in their place.
+        """
+
+
+def go_on_from(latents: Tensor, others: Tensor) -> None:
+    """Put others in the place of the latents of `denoise`, which are written over."""
+    if others.data_ptr() != latents.data_ptr():
+        latents.copy_(others)
+
+
 Noise = Callable[[int, int], Tensor]  # first and last frame (not included) -> [C, n, H, W]
 AfterStep = Callable[[int, int, Tensor], None]  # stage, step, its latents after it
 
@@ -277,7 +303,7 @@ class ClipPipeline(Protocol):
         carry: Carry | None,
         *,
         last: bool = False,
-        progress: Callable[[], None] | None = None,
+        progress: StepDone | None = None,
     ) -> GeneratedClip:
         """Clip `index`, which goes on from the carry of the one before; None at the beginning.
 
@@ -293,7 +319,7 @@ def generate_clips(
     count: int | Callable[[int], int],
     first: int = 0,
     carry: Carry | None = None,
-    progress: Callable[[], None] | None = None,
+    progress: StepDone | None = None,
     show: Callable[[Tensor], None] | None = None,
 ) -> Iterator[GeneratedClip]:
     """The clips of a video from `first` on, generated as they are asked for.

@@ -18,6 +18,7 @@ Where several processes make a video, rank 0 has the folder, and any other numbe
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -28,9 +29,10 @@ from typing import Any
 
 import av
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from talkingdit.atomic import remove_left, whole_file
 from talkingdit.distributed.team import ALONE, Team
@@ -43,6 +45,7 @@ Frames = NDArray[np.uint8]
 OURS = re.compile(r"settings\.json|clip-\d{4,9}\.mkv|carry-\d{4,9}\.safetensors")
 LEFT = re.compile(r"\.tmp\w{6}")  # in the midst of safetensors' save
 LOCK = "lock"
+SUM = "sha256"  # of a carry, in its file
 NO_FRAMES = b"no frames\n"  # the file of a clip that shows none
 MOST_FRAMES = 4096  # of a clip that is read; no model makes as many at once
 
@@ -157,7 +160,8 @@ class ClipStore:
                 else:
                     path.write_bytes(NO_FRAMES)
             with whole_file(self._carry(index)) as path:
-                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+                kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+                save_file(kept, path, {SUM: _sum(kept)})
             self.finished = index + 1
             if index:
                 self._carry(index - 1).unlink(missing_ok=True)
@@ -174,7 +178,10 @@ class ClipStore:
             return None
         path = self._carry(self.finished - 1)
         try:
-            tensors = load_file(path)
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+                if (file.metadata() or {}).get(SUM) != _sum(tensors):
+                    raise ValueError("not what was written")
             if not all(tensor.isfinite().all() for tensor in tensors.values()):
                 raise ValueError("not finite")
             return tensors or None
@@ -316,6 +323,15 @@ class SharedClipStore:
 def _known(path: Path) -> bool:
     """May a file of this name be in the folder? A hidden one may, whoever made it."""
     return path.name.startswith(".") or path.name == LOCK or bool(OURS.fullmatch(path.name))
+
+
+def _sum(tensors: Carry) -> str:
+    """Digest of names, shapes, types and values."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _write_lossless(path: Path, frames: Frames) -> None:

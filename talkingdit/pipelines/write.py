@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from talkingdit.encoders.speech import Sound, is_long, pieces
 from talkingdit.media.files import SPEECH_RATE, VideoWriter
-from talkingdit.media.sheet import COLOURS, FAINT, preview_sheet, sample_frames
+from talkingdit.media.sheet import preview_sheet, sample_frames
+from talkingdit.media.style import COLOURS, FAINT
 from talkingdit.media.track import EncodedTrack
 from talkingdit.pipelines.inputs import Frames, Inputs, Mark, Outline
 from talkingdit.pipelines.live import LiveSound
-from talkingdit.pipelines.resume import ClipStore, NoStore
 
 SHEET_FRAMES = 20  # at most, on a preview sheet
 
@@ -34,7 +34,33 @@ class PreviewCurves(Protocol):
         """Name to [frames] values, of all frames that were added and the sound [samples] at 16 kHz."""
 
 
-class _Shown:
+class ShownFrames:
+    """The frames that a video shows, of those of its clips: the first one is repeated where the outline says so, and
+    what lies behind the end of a voice that was spoken is left out.
+
+    Attributes:
+        seen: frames so far.
+    """
+
+    def __init__(self, inputs: Inputs, outline: Outline) -> None:
+        self._sound, self._outline = inputs.sound, outline
+        self.seen = 0
+
+    def of(self, frames: Frames) -> Frames:
+        """Those of the next frames [n, H, W, 3] of clips; maybe none."""
+        if self.seen == 0 and self._outline.lead and len(frames):
+            frames = np.concatenate([frames[:1].repeat(self._outline.lead, axis=0), frames])
+        if isinstance(self._sound, LiveSound) and self._sound.ended:
+            frames = frames[: max(0, self._until_end(self._sound) - self.seen)]
+        self.seen += len(frames)
+        return frames
+
+    def _until_end(self, sound: LiveSound) -> int:
+        """Frames of a video whose voice has ended."""
+        return max(1, -(-len(sound) * self._outline.fps // SPEECH_RATE) - self._outline.skip)
+
+
+class _Sampled:
     """Frames for the preview, evenly over the video; where its length is not known, over what there has been so far.
 
     Args:
@@ -81,8 +107,9 @@ class VideoSink:
         self, inputs: Inputs, outline: Outline, curves: PreviewCurves | None = None, started: float = 0.0
     ) -> None:
         job, skip = inputs.job, Fraction(outline.skip, outline.fps)
-        self._inputs, self._outline, self._curves, self._started = inputs, outline, curves, started
-        self._shown = _Shown(None if job.spoken else outline.frames)
+        self._started = started
+        self._frames = ShownFrames(inputs, outline)
+        self._preview = None if job.sheet is None else Preview(inputs, outline, curves)
         sound: Any = job.audio
         if isinstance(inputs.sound, LiveSound):
             sound = EncodedTrack(inputs.sound.blocks(skip), SPEECH_RATE, 1)
@@ -91,8 +118,13 @@ class VideoSink:
         self._writer = VideoWriter(
             name, outline.fps, outline.size, sound, upscale=job.upscale, crf=outline.crf, skip=skip, live=live
         )
-        self.seen = 0
+        self._title = job.output.name if job.pipe is None else "standard output"
+        self._sheet, self._live = job.sheet, job.live
         self.first_after: float | None = None
+
+    @property
+    def seen(self) -> int:
+        return self._frames.seen
 
     def add(self, frames: Frames) -> None:
         """The frames of the next clip, [n, H, W, 3].
@@ -100,25 +132,14 @@ class VideoSink:
         Raises:
             UserError: they cannot be written.
         """
-        if self.seen == 0 and self._outline.lead:
-            frames = np.concatenate([frames[:1].repeat(self._outline.lead, axis=0), frames])
-        if isinstance(self._inputs.sound, LiveSound) and self._inputs.sound.ended:
-            frames = frames[: max(0, self._until_end() - self.seen)]
+        frames = self._frames.of(frames)
         if not len(frames):
             return
         self._writer.write(frames)
         if self.first_after is None:
             self.first_after = time.monotonic() - self._started
-        if self._inputs.job.sheet is not None:
-            self._shown.add(self.seen, frames)
-            if self._curves is not None:
-                self._curves.add(frames)
-        self.seen += len(frames)
-
-    def _until_end(self) -> int:
-        """Frames of a video whose voice has ended."""
-        samples, fps = len(self._inputs.sound), self._outline.fps
-        return max(1, -(-samples * fps // SPEECH_RATE) - self._outline.skip)
+        if self._preview is not None:
+            self._preview.add(frames)
 
     def __enter__(self) -> VideoSink:
         return self
@@ -140,39 +161,62 @@ class VideoSink:
             UserError: they cannot be written.
         """
         self._writer.close()
-        if self._inputs.job.sheet is not None:
-            self._draw_sheet(self._inputs.job.sheet)
+        if self._sheet is not None and self._preview is not None:
+            late = f": first frame after {self.first_after:.1f} s" if self._live and self.first_after else ""
+            self._preview.draw(self._sheet, self._title + late)
 
-    def _draw_sheet(self, path: Path) -> None:
+
+class Preview:
+    """The sheet of a video: some of its frames, its sound, and the curves of its family.
+
+    Args:
+        inputs: of the job.
+        outline: of the video.
+        curves: what is shown besides frames and sound.
+    """
+
+    def __init__(self, inputs: Inputs, outline: Outline, curves: PreviewCurves | None = None) -> None:
+        self._inputs, self._outline, self._curves = inputs, outline, curves
+        self._sampled = _Sampled(None if inputs.job.spoken else outline.frames)
+        self._seen = 0
+
+    def add(self, frames: Frames) -> None:
+        """The next frames [n, H, W, 3] of the video."""
+        self._sampled.add(self._seen, frames)
+        if self._curves is not None:
+            self._curves.add(frames)
+        self._seen += len(frames)
+
+    def draw(self, path: Path, title: str) -> None:
+        """Write the PNG.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         inputs, fps, skip = self._inputs, self._outline.fps, self._outline.skip
         sound: Sound = _Behind(inputs.sound, skip * SPEECH_RATE // fps) if skip else inputs.sound
         sound = sound if len(sound) else np.zeros(1, np.float32)
         waveform, rate = _outline_of(sound)
-        title = inputs.job.output.name if inputs.job.pipe is None else "standard output"
-        if inputs.job.live and self.first_after is not None:
-            title += f": first frame after {self.first_after:.1f} s"
         preview_sheet(
-            marked(np.stack(self._shown.frames), self._outline.marks),
+            marked(np.stack(self._sampled.frames), self._outline.marks),
             waveform,
             rate,
             float(fps),
             {} if self._curves is None else self._curves.curves(sound, float(fps)),
             path,
             title=title,
-            times=[(number + 0.5) / fps for number in self._shown.numbers],
+            times=[(number + 0.5) / fps for number in self._sampled.numbers],
         )
 
 
-def write_video(
-    inputs: Inputs, outline: Outline, store: ClipStore | NoStore, curves: PreviewCurves | None = None
-) -> None:
-    """Write the video from its finished clips and, if the job asks for one, its preview.
+def write_video(inputs: Inputs, outline: Outline, clips: Iterable[Frames], curves: PreviewCurves | None = None) -> None:
+    """Write the video from the frames of its clips and, if the job asks for one, its preview.
 
     Raises:
         UserError: a target cannot be written, or a kept clip is damaged.
     """
     with VideoSink(inputs, outline, curves) as sink:
-        for frames in store.frames():
+        for frames in clips:
             sink.add(frames)
 
 

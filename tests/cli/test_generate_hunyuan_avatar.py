@@ -14,6 +14,7 @@ import forked
 import numpy as np
 import pytest
 import soundfile
+from clip_files import write_lossless
 from PIL import Image
 from tiny_avatar import save_released
 
@@ -149,6 +150,23 @@ def test_turns_divide_one_recording(inputs: Path, folder: Path, whole: np.ndarra
     frames = read_video(out)[0]
     assert frames.shape == whole.shape
     assert not np.array_equal(frames, whole)
+
+
+def test_a_mask_may_be_a_video_and_a_voice_may_have_a_strength(
+    inputs: Path, folder: Path, whole: np.ndarray, tmp_path: Path
+) -> None:
+    left = np.asarray(Image.open(inputs / "left.png"))
+    write_lossless(
+        tmp_path / "left.mkv", left[None, ..., None].repeat(3, 0).repeat(3, 3), 25
+    )  # shorter than the voices
+    found = []
+    for strength in ("", ":0.2"):
+        ben = ["--speaker", f"ben={inputs / 'ben.wav'}@{BEN}"]
+        anna = ["--speaker", f"anna{strength}={inputs / 'anna.wav'}@{tmp_path / 'left.mkv'}"]
+        assert run(inputs, folder, tmp_path / "out.mp4", *anna, *ben) == 0
+        found.append(read_video(tmp_path / "out.mp4")[0])
+    assert np.array_equal(found[0], whole)  # the mask is the box
+    assert not np.array_equal(found[1], whole)
 
 
 def test_emotions_and_strengths_change_the_video(inputs: Path, folder: Path, whole: np.ndarray, tmp_path: Path) -> None:

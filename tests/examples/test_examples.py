@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import math
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +50,26 @@ def test_the_block_of_ops_equals_plain_pytorch(dtype: str, most: float) -> None:
 def test_a_second_of_voice_becomes_a_video(tmp_path: Path) -> None:
     example("generate_video").main(["--seconds", "1", "--output", str(tmp_path / "out.mp4")])
     assert read_video(tmp_path / "out.mp4")[0].shape == (16, 96, 96, 3)
+
+
+def test_a_pipeline_streams_and_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = example("pipeline").main(["--steps", "1", "--output", str(tmp_path / "out.mp4")])
+    assert out.interrupted
+    assert read_video(tmp_path / "out.mp4")[0].shape == (32, 96, 96, 3)
+    assert "step 0 at 1000" in capsys.readouterr().out
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last() -> None:
+    """Its code cells in order, as a kernel would: no Jupyter is needed for that."""
+    notebook = json.loads((EXAMPLES / "talking.ipynb").read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code), "keep outputs out of it"
+    names: dict[str, Any] = {}
+    for cell in code:
+        exec("".join(cell["source"]), names)
+    assert names["out"].frames.shape == (32, 96, 96, 3)
+    assert read_video(names["video"])[0].shape == (32, 384, 384, 3)
+    assert names["blocks"] == [32]
 
 
 def test_kernels_go_into_a_model_and_out_again(capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,7 +102,7 @@ def test_finished_clips_of_other_settings_are_not_gone_on_from(
 def test_impossible_options_and_files_are_refused_before_a_model_is_loaded(
     work: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("talkingdit.api.load_checkpoint", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("talkingdit.api.once.load_checkpoint", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match="steps must be at least 1, got 0"):
         make(work, checkpoint, steps=0)
     with pytest.raises(UserError, match="expected a name that ends in"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save as save_tensors
 
 from talkingdit.errors import UserError
 from talkingdit.pipelines.long_video import Carry
@@ -108,10 +109,14 @@ def test_a_write_that_fails_keeps_what_was_finished(tmp_path: Path, monkeypatch:
 def test_damaged_and_foreign_files_are_told(tmp_path: Path) -> None:
     store = ClipStore(tmp_path / "a.mp4", SETTINGS)
     store.add(frames(0), carry(0))
-    (store.folder / "carry-0000.safetensors").write_bytes(b"broken")
     store.close()
-    with pytest.raises(UserError, match=r"carry-0000.safetensors: damaged; delete .*a.mp4.parts to start over"):
-        ClipStore(tmp_path / "a.mp4", SETTINGS).carry()
+    file = store.folder / "carry-0000.safetensors"
+    whole = file.read_bytes()
+    other = {name: torch.cat([value, value]) for name, value in carry(0).items()}
+    for broken in (b"broken", whole[:-1] + bytes([whole[-1] ^ 1]), save_tensors(other)):
+        file.write_bytes(broken)
+        with pytest.raises(UserError, match=r"carry-0000.safetensors: damaged; delete .*a.mp4.parts to start over"):
+            ClipStore(tmp_path / "a.mp4", SETTINGS).carry()
     (store.folder / "clip-0000.mkv").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"clip-0000.mkv: damaged"):
         list(store.frames())

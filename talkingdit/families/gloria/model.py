@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - where diffusers finds a class, it looks for this
 from torch import Tensor, nn
 
 from talkingdit.families.gloria.anchors import KINDS, OFFSETS, STEP, anchor_time

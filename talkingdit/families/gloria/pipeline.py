@@ -18,7 +18,6 @@ A chunk hands on to the next, as its carry:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +36,7 @@ from talkingdit.families.wan_i2v.pipeline import ClipInputs, VideoConditions, Wa
 from talkingdit.media.framing import fit_image
 from talkingdit.pipelines.chunks import lay_over
 from talkingdit.pipelines.features import Features, encode_voice
-from talkingdit.pipelines.long_video import Carry, GeneratedClip
+from talkingdit.pipelines.long_video import Carry, GeneratedClip, StepDone
 from talkingdit.pipelines.plans import ChunkPrefix, Stage
 
 if TYPE_CHECKING:
@@ -123,7 +122,7 @@ class GloriaPipeline(WanI2VPipeline):
         carry: Carry | None = None,
         *,
         last: bool = False,
-        progress: Callable[[], None] | None = None,
+        progress: StepDone | None = None,
     ) -> GeneratedClip:
         """Chunk `index`, see `ClipPipeline.clip`."""
         stage = _stage(conditions, index)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from talkingdit.autoencoders.latents import FRAMES_PER_LATENT
 from talkingdit.families.hunyuan_avatar.guidance import View
-from talkingdit.families.hunyuan_avatar.outline import Details
+from talkingdit.families.hunyuan_avatar.outline import Details, Voice
 from talkingdit.families.hunyuan_avatar.voices import HeardVoice
 from talkingdit.families.hunyuan_avatar.words import Words
 
@@ -31,7 +31,8 @@ class VideoConditions:
         words: of the prompt and the negative prompt, of one length.
         reference: [1, C, window, h, w], the picture as a video that stands still.
         voices: one per speaker.
-        masks: [1, S, 1, h, w] float32, which part of the picture each of them moves.
+        masks: [1, S, 1, h, w] float32, which part of the picture each of them moves, or [1, S, latents, h, w] of
+            faces that move.
         strength: [1, S].
         emotion: [1, E, C, 1, h, w], or None.
         emotion_index: of every latent.
@@ -69,7 +70,7 @@ class VideoConditions:
             "pooled_text": torch.cat([words.pooled for words in chosen]),
             "reference": _repeat(self.reference[:, :, : len(frames)], count),
             "audio": torch.cat([audio if view.audio else torch.zeros_like(audio) for view in views]),
-            "face_mask": self.masks * masks.view(-1, 1, 1, 1, 1),
+            "face_mask": masks_of(self.masks, frames) * masks.view(-1, 1, 1, 1, 1),
             "strength": _repeat(self.strength, count),
             "fps": torch.full((count,), float(fps), device=device),
         }
@@ -105,6 +106,22 @@ def small_masks(masks: Sequence[Any], size: tuple[int, int]) -> Tensor:
     """Masks [H, W] of a video as [1, S, 1, h, w] of its latents, interpolated as in the released program."""
     stacked = torch.stack([torch.from_numpy(mask) for mask in masks])[None].float()
     return F.interpolate(stacked, size=size, mode="bilinear").unsqueeze(2)
+
+
+def cell_masks(voices: Sequence[Voice], size: tuple[int, int]) -> Tensor:
+    """Masks of all voices, [1, S, 1 or latents, h, w]; see `VideoConditions`."""
+    still = small_masks([voice.mask for voice in voices], size)
+    if all(voice.moving is None for voice in voices):
+        return still
+    moving = [None if voice.moving is None else torch.from_numpy(voice.moving) for voice in voices]
+    count = next(len(mask) for mask in moving if mask is not None)
+    found = [still[0, i].expand(count, -1, -1) if mask is None else mask for i, mask in enumerate(moving)]
+    return torch.stack(found)[None]
+
+
+def masks_of(masks: Tensor, frames: Tensor) -> Tensor:
+    """Masks [1, S, 1 or latents, h, w] of a window of latents, int64 [f] -> [1, S, 1 or f, h, w]."""
+    return masks if masks.shape[2] == 1 else masks[:, :, frames.to(masks.device)]
 
 
 def _repeat(x: Tensor, count: int) -> Tensor:

@@ -14,7 +14,7 @@ from talkingdit.autoencoders.latents import latent_size
 from talkingdit.autoencoders.streaming import to_video
 from talkingdit.distributed.layout import Parallel
 from talkingdit.errors import UserError
-from talkingdit.families.hunyuan_avatar.conditions import VideoConditions, small_masks
+from talkingdit.families.hunyuan_avatar.conditions import VideoConditions, cell_masks
 from talkingdit.families.hunyuan_avatar.outline import Details
 from talkingdit.families.hunyuan_avatar.voices import HeardVoice, feature_shape, hear
 from talkingdit.families.hunyuan_avatar.words import Words, read_words, same_length
@@ -48,7 +48,7 @@ def encode(
         words=_words(checkpoint, details, picture, parallel),
         reference=reference,
         voices=tuple(_voices(checkpoint, details, parallel)),
-        masks=small_masks([voice.mask for voice in details.voices], (rows, columns)).to(device),
+        masks=cell_masks(details.voices, (rows, columns)).to(device),
         strength=torch.tensor([strength], device=device),
         emotion=emotion,
         emotion_index=torch.tensor(details.emotion_index),

@@ -16,9 +16,9 @@ from talkingdit.families.hunyuan_avatar.speakers import Speaker, check_speakers,
 class Options(GenerationOptions):
     """None takes what the checkpoint suggests."""
 
-    speaker: Annotated[tuple[Speaker, ...], Flag("NAME=WAV[@FACE]", read_speaker, many=True)] = ()
-    """who speaks: a recording, and a mask.png or a box x0,y0,x1,y1 of the face (default: a face that is found, left to
-    right); may be given again"""
+    speaker: Annotated[tuple[Speaker, ...], Flag("NAME[:S]=WAV[@FACE]", read_speaker, many=True)] = ()
+    """who speaks, and how much the voice moves the face (default: 1): a recording, and a mask.png, a moving mask.mp4 or
+    a box x0,y0,x1,y1 of the face (default: a face that is found, left to right); may be given again"""
     turns: Annotated[Path | None, Flag("RTTM")] = None
     """who speaks when in the one recording of all, --audio"""
     emotion: Annotated[tuple[Emotion, ...], Flag("PNG[@FROM-TO]", read_emotion, many=True)] = ()

@@ -19,6 +19,7 @@ from talkingdit.encoders.speech import Sound
 from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.emotions import Emotion, emotion_index
 from talkingdit.families.hunyuan_avatar.guidance import Guidance
+from talkingdit.families.hunyuan_avatar.masks import moving_mask, read_mask
 from talkingdit.families.hunyuan_avatar.options import Options
 from talkingdit.families.hunyuan_avatar.places import Mask, Place, draw_mask, place_speakers, scaled
 from talkingdit.families.hunyuan_avatar.speakers import Box, Speaker, check_boxes, named_by_turns
@@ -57,6 +58,7 @@ class Voice:
     speaker: Speaker
     sound: Sound  # [samples] at 16 kHz
     mask: Mask  # [H, W] of the video
+    moving: Mask | None = None  # [latents, h, w] of the latents' cells, of a face that moves
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def outline(inputs: Inputs, settings: HunyuanAvatarSettings, options: Options) -
     places, found, remarks = _places(inputs, speakers, settings.face_area)
     portrait = (inputs.image.shape[0], inputs.image.shape[1])
     masks = [draw_mask(place, portrait, size) for place in places]
-    voices = tuple(Voice(*parts) for parts in zip(speakers, sounds, masks, strict=True))
+    moving = [moving_mask(s, length.latents, settings.fps, size) if s.moves else None for s in speakers]
+    voices = tuple(Voice(*parts) for parts in zip(speakers, sounds, masks, moving, strict=True))
     emotions = tuple(read_image(emotion.picture) for emotion in options.emotion)
     stages = stages_of(guidance.steps, options.step_cache)
     parts = -(-max(length.kept - 1, 1) // DECODED_LATENTS)
@@ -240,7 +243,7 @@ def _places(inputs: Inputs, speakers: tuple[Speaker, ...], area: float) -> tuple
     """
     size = (inputs.image.shape[0], inputs.image.shape[1])
     check_boxes(speakers, size, inputs.job.image)
-    masks = [None if speaker.mask is None else _read_mask(speaker, inputs) for speaker in speakers]
+    masks = [None if speaker.mask is None else read_mask(speaker, inputs) for speaker in speakers]
     found: list[Box] = []
     if any(speaker.box is None and speaker.mask is None for speaker in speakers):
         from talkingdit.detect.faces import available, faces
@@ -254,25 +257,6 @@ def _places(inputs: Inputs, speakers: tuple[Speaker, ...], area: float) -> tuple
             )
     places, remarks = place_speakers(speakers, found, size, masks, area)
     return places, found, remarks
-
-
-def _read_mask(speaker: Speaker, inputs: Inputs) -> Mask:
-    """A mask [H, W] in 0..1.
-
-    Raises:
-        UserError: no picture, one of another size than the portrait, or a black one.
-    """
-    assert speaker.mask is not None
-    mask: Mask = read_image(speaker.mask).mean(axis=2, dtype=np.float32) / 255
-    if mask.shape != inputs.image.shape[:2]:
-        (height, width), (rows, columns) = mask.shape, inputs.image.shape[:2]
-        raise UserError(
-            f"{speaker.mask}: expected a mask of {columns} x {rows} pixels, as {inputs.job.image} has, "
-            f"got {width} x {height}."
-        )
-    if mask.max() < 0.5:
-        raise UserError(f"{speaker.mask}: expected a picture that is white where the face is, got a dark one.")
-    return mask
 
 
 def _marks(
@@ -331,7 +315,8 @@ def _kept_settings(details: Details, turns: tuple[Turn, ...], settings: HunyuanA
 
 def _digest_of(voice: Voice) -> str:
     own = "" if voice.speaker.voice is None else digest_of(voice.speaker.voice)
-    return hashlib.sha256(own.encode() + np.ascontiguousarray(voice.mask).tobytes()).hexdigest()[:32]
+    mask = voice.mask if voice.moving is None else voice.moving
+    return hashlib.sha256(own.encode() + np.ascontiguousarray(mask).tobytes()).hexdigest()[:32]
 
 
 def _described(emotion: Emotion) -> list[Any]:

@@ -14,7 +14,6 @@ A stage or part hands on to the next, as its carry:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +28,15 @@ from talkingdit.families.hunyuan_avatar.conditions import VideoConditions
 from talkingdit.families.hunyuan_avatar.encode import encode
 from talkingdit.families.hunyuan_avatar.outline import Details
 from talkingdit.families.hunyuan_avatar.step_cache import FrameCache, computes
-from talkingdit.pipelines.long_video import Carry, ClipPipeline, GeneratedClip, ShiftFusion, denoise
+from talkingdit.pipelines.long_video import (
+    Carry,
+    ClipPipeline,
+    GeneratedClip,
+    ShiftFusion,
+    StepDone,
+    denoise,
+    go_on_from,
+)
 
 if TYPE_CHECKING:
     from talkingdit.families.hunyuan_avatar.checkpoint import HunyuanAvatarCheckpoint
@@ -95,7 +102,7 @@ class HunyuanAvatarPipeline(ClipPipeline):
         carry: Carry | None = None,
         *,
         last: bool = False,
-        progress: Callable[[], None] | None = None,
+        progress: StepDone | None = None,
     ) -> GeneratedClip:
         """A stage of the denoising, which shows no frames, or a part of the decoded video."""
         stages, length = conditions.details.stages, conditions.details.length
@@ -115,7 +122,7 @@ class HunyuanAvatarPipeline(ClipPipeline):
         latents: Tensor,
         begin: int,
         end: int,
-        progress: Callable[[], None] | None,
+        progress: StepDone | None,
     ) -> Tensor:
         """The steps `begin` .. `end` - 1 of a video's latents [1, C, N, h, w]."""
         guidance, settings, parallel = conditions.details.guidance, self.settings, self.parallel
@@ -143,7 +150,7 @@ class HunyuanAvatarPipeline(ClipPipeline):
         def after(stage: int, step: int, x: Tensor) -> None:
             parallel.team.raise_if_interrupted()
             if progress is not None:
-                progress()
+                go_on_from(x, progress(step, 1000.0 * sigmas[step], x[None])[0])
 
         # The released rule, for windows of any size: modulo the window, and none where one covers the video.
         shift = settings.shift_offset if settings.window < latents.shape[2] else 0

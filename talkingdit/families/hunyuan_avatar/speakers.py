@@ -13,6 +13,7 @@ from talkingdit.errors import UserError
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Speaker:
     Args:
         name: as turns name them.
         voice: a recording; None where one recording holds all voices.
-        mask: a picture of the size of the portrait, bright where the face is.
+        mask: a picture of the size of the portrait, bright where the face is, or a video of such pictures, in which the
+            face moves.
         box: of the face in the portrait, in its pixels.
         strength: how much the voice moves the face.
 
@@ -49,7 +51,13 @@ class Speaker:
     def __str__(self) -> str:
         voice = "" if self.voice is None else f"={self.voice}"
         place = "" if self.mask is None else f"@{self.mask}"
-        return f"{self.name}{voice}{place}" + ("" if self.box is None else f"@{write_box(self.box)}")
+        name = self.name if self.strength == 1.0 else f"{self.name}:{self.strength:g}"
+        return f"{name}{voice}{place}" + ("" if self.box is None else f"@{write_box(self.box)}")
+
+    @property
+    def moves(self) -> bool:
+        """Is the mask a video?"""
+        return self.mask is not None and self.mask.suffix.lower() in VIDEOS
 
 
 def write_box(box: Box) -> str:
@@ -59,6 +67,8 @@ def write_box(box: Box) -> str:
 def read_speaker(text: str) -> Speaker:
     """From NAME=voice.wav, NAME=voice.wav@mask.png, NAME=voice.wav@x0,y0,x1,y1, or these without the recording.
 
+    The mask may be a video, and a strength may stand behind the name: NAME:0.5=voice.wav.
+
     Raises:
         ValueError: something else.
     """
@@ -66,14 +76,25 @@ def read_speaker(text: str) -> Speaker:
     if not given:
         name, at, place = text.partition("@")
         rest = at + place
+    name, strength = _name_and_strength(name)
     voice, at, place = rest.rpartition("@")
     if at and (box := _box_of(place)) is not None:
-        return Speaker(name, Path(voice).expanduser() if voice else None, box=box)
-    if at and Path(place).suffix.lower() in PICTURES:
-        return Speaker(name, Path(voice).expanduser() if voice else None, mask=Path(place).expanduser())
+        return Speaker(name, Path(voice).expanduser() if voice else None, box=box, strength=strength)
+    if at and Path(place).suffix.lower() in (*PICTURES, *VIDEOS):
+        recording = Path(voice).expanduser() if voice else None
+        return Speaker(name, recording, mask=Path(place).expanduser(), strength=strength)
     if (at and not voice) or (given and not rest):
         raise ValueError(f"must be NAME=voice.wav, NAME=voice.wav@mask.png or NAME=voice.wav@x0,y0,x1,y1, got {text!r}")
-    return Speaker(name, Path(rest).expanduser() if rest else None)
+    return Speaker(name, Path(rest).expanduser() if rest else None, strength=strength)
+
+
+def _name_and_strength(text: str) -> tuple[str, float]:
+    """NAME:0.5; a colon that no number follows belongs to the name."""
+    name, given, number = text.rpartition(":")
+    try:
+        return (name, float(number)) if given else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def _box_of(text: str) -> Box | None:

@@ -44,7 +44,7 @@ from talkingdit.media.framing import fit_portrait
 from talkingdit.pipelines.features import Features, encode_voice
 from talkingdit.pipelines.guidance import Branch, guided_step
 from talkingdit.pipelines.inputs import Frames, Inputs, Outline
-from talkingdit.pipelines.long_video import Carry, ClipPipeline, GeneratedClip, generate_clips
+from talkingdit.pipelines.long_video import Carry, ClipPipeline, GeneratedClip, StepDone, generate_clips
 from talkingdit.pipelines.parallel import shared_autoencoder
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ class PuppetPipeline(ClipPipeline):
         sampling = Sampling.of(Options() if options is None else options, self.settings)
         conditions = self.conditions(portrait, features, prompt, sampling, frames=frames)
         count = -(-conditions.frames // self.clip_frames)
-        clips = generate_clips(self, conditions, count, progress=progress)
+        clips = generate_clips(self, conditions, count, progress=_counted(progress))
         return (to_frames(clip.frames) for clip in clips)
 
     @torch.no_grad()
@@ -241,7 +241,7 @@ class PuppetPipeline(ClipPipeline):
         carry: Carry | None = None,
         *,
         last: bool = False,
-        progress: Callable[[], None] | None = None,
+        progress: StepDone | None = None,
         show: Callable[[Tensor], None] | None = None,
     ) -> GeneratedClip:
         """Clip `index`, see `ClipPipeline.clip`."""
@@ -284,7 +284,7 @@ class PuppetPipeline(ClipPipeline):
         ]
 
     def _denoise(
-        self, conditions: VideoConditions, index: int, encoded: list[Any], progress: Callable[[], None] | None
+        self, conditions: VideoConditions, index: int, encoded: list[Any], progress: StepDone | None
     ) -> Tensor:
         """Latents [1, C, clip_latents, H, W] of a clip, float32."""
         model, parallel, sigmas = self.checkpoint.transformer, self.parallel, conditions.sigmas
@@ -309,7 +309,7 @@ class PuppetPipeline(ClipPipeline):
             x = guided_step(x, predictions, weights, following - sigma)
             parallel.team.raise_if_interrupted()
             if progress is not None:
-                progress()
+                x = progress(step, 1000.0 * sigma, x)
         steps.end()
         return x
 
@@ -325,7 +325,8 @@ class PuppetPipeline(ClipPipeline):
 
     @property
     def _device(self) -> torch.device:
-        return next(self.checkpoint.transformer.parameters()).device
+        """Where the transformer computes, also where its weights are loaded on demand."""
+        return self.checkpoint.transformer.device
 
 
 def _as_it_is(video: Tensor) -> Tensor:
@@ -341,3 +342,15 @@ def _given(features: Tensor, branches: tuple[Branch, ...]) -> Tensor:
     """Audio features [branches, layers, dim, n]: the voice, or zeros where a branch is denied it."""
     present = torch.tensor([float(branch.audio) for branch in branches], device=features.device)
     return features[None].float() * present.view(-1, 1, 1, 1)
+
+
+def _counted(progress: Callable[[], None] | None) -> StepDone | None:
+    """Who only counts steps goes on from the latents that there are."""
+    if progress is None:
+        return None
+
+    def count(step: int = -1, timestep: float | Tensor = 0.0, latents: Tensor | None = None) -> Tensor | None:
+        progress()
+        return latents
+
+    return count

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - where diffusers finds a class, it looks for this
 from torch import Tensor, nn
 
 from talkingdit.autoencoders.latents import FRAMES_PER_LATENT

@@ -16,7 +16,7 @@ A clip hands on to the next, as its carry, its last latents: as many as windows 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ from talkingdit.media.compose import compose
 from talkingdit.media.framing import fit_image
 from talkingdit.pipelines.features import encode_voice
 from talkingdit.pipelines.guidance import Branch
-from talkingdit.pipelines.long_video import Carry, GeneratedClip, OverlapBlend, denoise
+from talkingdit.pipelines.long_video import Carry, GeneratedClip, OverlapBlend, StepDone, denoise, go_on_from
 
 if TYPE_CHECKING:
     from talkingdit.distributed.layout import Parallel
@@ -164,7 +164,7 @@ class SkyReelsAudioPipeline(WanI2VPipeline):
         carry: Carry | None = None,
         *,
         last: bool = False,
-        progress: Callable[[], None] | None = None,
+        progress: StepDone | None = None,
     ) -> GeneratedClip:
         """Clip `index`, see `ClipPipeline.clip`."""
         sampling, details = conditions.sampling, conditions.details
@@ -207,7 +207,7 @@ class SkyReelsAudioPipeline(WanI2VPipeline):
         first: int,
         end: int,
         past: Tensor | None,
-        progress: Callable[[], None] | None,
+        progress: StepDone | None,
     ) -> Tensor:
         """Latents [1, C, end - first, H, W] of a clip, float32."""
         sampling, team, length = conditions.sampling, self.parallel.team, end - first
@@ -230,7 +230,7 @@ class SkyReelsAudioPipeline(WanI2VPipeline):
             x[:, : known.shape[1]] = torch.lerp(known.to(x), front, clip.sigmas[step + 1])
             team.raise_if_interrupted()
             if progress is not None:
-                progress()
+                go_on_from(x, progress(step, 1000.0 * clip.sigmas[step], x[None])[0])
 
         none = sampling.fusion == "none"
         plan = OverlapBlend(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - where diffusers finds a class, it looks for this
 from torch import Tensor, nn
 
 from talkingdit.families.wan_i2v.blocks import ImageEmbedding, WanI2VBlock

@@ -11,7 +11,7 @@ A clip hands on to the next, as its carry, that frame: [1, 3, 1, 8 H, 8 W] in -1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from talkingdit.families.wan_i2v.outline import Details, Sampling
 from talkingdit.families.wan_s2v import cached_steps
 from talkingdit.media.framing import fit_image
 from talkingdit.pipelines.guidance import Branch
-from talkingdit.pipelines.long_video import Carry, ClipPipeline, GeneratedClip
+from talkingdit.pipelines.long_video import Carry, ClipPipeline, GeneratedClip, StepDone
 from talkingdit.pipelines.parallel import shared_autoencoder
 from talkingdit.pipelines.solvers import flow_solver
 
@@ -169,7 +169,7 @@ class WanI2VPipeline(ClipPipeline):
         carry: Carry | None = None,
         *,
         last: bool = False,
-        progress: Callable[[], None] | None = None,
+        progress: StepDone | None = None,
     ) -> GeneratedClip:
         """Clip `index`, see `ClipPipeline.clip`."""
         size = conditions.sampling.chunk_latents
@@ -213,7 +213,7 @@ class WanI2VPipeline(ClipPipeline):
         conditions: VideoConditions,
         clip: ClipInputs,
         frames: int,
-        progress: Callable[[], None] | None = None,
+        progress: StepDone | None = None,
     ) -> Tensor:
         """Latents [1, C, frames, H, W] of a clip, float32."""
         sampling, model, parallel, device = conditions.sampling, self.checkpoint.transformer, self.parallel, self.device
@@ -253,7 +253,7 @@ class WanI2VPipeline(ClipPipeline):
             x = solver.step(velocity, timestep, x, return_dict=False)[0]
             parallel.team.raise_if_interrupted()
             if progress is not None:
-                progress()
+                x = progress(step, timestep, x)
         steps.end()
         if held is not None:
             x[:, :, :given] = held

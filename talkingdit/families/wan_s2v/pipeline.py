@@ -36,7 +36,7 @@ from talkingdit.media.colour import colours, match_colours
 from talkingdit.media.framing import fit_image
 from talkingdit.media.pose import PoseVideo
 from talkingdit.pipelines.features import Features, encode_voice
-from talkingdit.pipelines.long_video import Carry, ClipPipeline, GeneratedClip
+from talkingdit.pipelines.long_video import Carry, ClipPipeline, GeneratedClip, StepDone
 from talkingdit.pipelines.parallel import shared_autoencoder
 from talkingdit.pipelines.solvers import flow_solver
 
@@ -171,7 +171,7 @@ class WanS2VPipeline(ClipPipeline):
         carry: Carry | None = None,
         *,
         last: bool = False,
-        progress: Callable[[], None] | None = None,
+        progress: StepDone | None = None,
     ) -> GeneratedClip:
         """Clip `index`, see `ClipPipeline.clip`. No more frames are decoded than the sound lasts."""
         sampling, vae = conditions.sampling, self._vae
@@ -230,7 +230,7 @@ class WanS2VPipeline(ClipPipeline):
         conditions: VideoConditions,
         index: int,
         history: Tensor | None,
-        progress: Callable[[], None] | None,
+        progress: StepDone | None,
     ) -> Tensor:
         """Latents [1, C, n / 4, H, W] of a clip, float32."""
         sampling, model, device = conditions.sampling, self.checkpoint.transformer, self._device
@@ -287,7 +287,7 @@ class WanS2VPipeline(ClipPipeline):
             x = solver.step(velocity, timestep, x, return_dict=False)[0]
             parallel.team.raise_if_interrupted()
             if progress is not None:
-                progress()
+                x = progress(step, timestep, x)
         steps.end()
         return x
 

@@ -32,7 +32,7 @@ def run_block(
     x: Tensor,
     modulation: Modulation,
     eps: tuple[float, float],
-    norm: nn.Module,
+    norm: Callable[[Tensor], Tensor],
     self_attention: Callable[[Tensor], Tensor],
     cross_attention: Callable[[Tensor], Tensor],
     feed_forward: Callable[[Tensor], Tensor],
@@ -44,7 +44,7 @@ def run_block(
         x: the stream; the result has its dtype.
         modulation: made from the timestep.
         eps: of the norms before self-attention and before feed-forward.
-        norm: before cross-attention: a layer norm with weights, or an identity.
+        norm: before cross-attention: a layer norm with weights, or what is called as it is, such as an identity.
         self_attention, cross_attention, feed_forward: from normed tokens [B, N, dim] to what is added to the stream.
         dtype: of what they are given.
     """

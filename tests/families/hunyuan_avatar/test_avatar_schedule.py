@@ -4,21 +4,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from clip_files import write_lossless
 from safetensors import safe_open
 from torch import Tensor
 
 from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.checkpoint import HunyuanAvatarSettings
-from talkingdit.families.hunyuan_avatar.conditions import small_masks, sound_frames
+from talkingdit.families.hunyuan_avatar.conditions import cell_masks, masks_of, small_masks, sound_frames
 from talkingdit.families.hunyuan_avatar.guidance import Guidance, View
+from talkingdit.families.hunyuan_avatar.masks import moving_mask
 from talkingdit.families.hunyuan_avatar.options import Options
-from talkingdit.families.hunyuan_avatar.outline import outline, stages_of, video_length
+from talkingdit.families.hunyuan_avatar.outline import Voice, outline, stages_of, video_length
 from talkingdit.families.hunyuan_avatar.pipeline import noise_levels
+from talkingdit.families.hunyuan_avatar.speakers import Speaker
 from talkingdit.families.hunyuan_avatar.step_cache import computes
 from talkingdit.pipelines.inputs import Inputs, Job
 from talkingdit.pipelines.long_video import ShiftFusion, denoise
@@ -129,3 +133,30 @@ def test_masks_are_interpolated_to_latents() -> None:
     assert found.shape == (1, 1, 1, 4, 6)
     assert torch.equal(found[0, 0, 0, 1:3, 2:4], torch.ones(2, 2))
     assert found.sum() == 4
+
+
+def test_a_mask_that_is_a_video_moves_with_the_frames(tmp_path: Path) -> None:
+    """At another rate than the video that is made, and shorter."""
+    path = tmp_path / "mask.mkv"
+    frames = np.zeros((12, 32, 48, 3), np.uint8)
+    for number, frame in enumerate(frames):
+        frame[8:24, 8 * (number // 2) : 8 * (number // 2) + 8] = 255  # a cell to the right every two frames
+    write_lossless(path, frames, 50)
+    speaker = Speaker("anna", mask=path)
+    found = moving_mask(speaker, latents=4, fps=25, size=(32, 48))
+    assert found.shape == (4, 4, 6)
+    lit = [np.flatnonzero(cells[1] > 0.9).tolist() for cells in found]
+    assert lit == [[0], [1, 2, 3, 4], [5], [5]]  # frame 0, frames 1 to 4, frame 5, and the last stays
+    assert not found[:, 0].any()
+
+
+def test_windows_see_the_masks_of_their_frames() -> None:
+    still = Voice(Speaker("a"), np.zeros(1, np.float32), np.ones((32, 48), np.float32))
+    moving = np.arange(5, dtype=np.float32)[:, None, None].repeat(4, 1).repeat(6, 2)
+    voices = [still, replace(still, moving=moving)]
+    masks = cell_masks(voices, (4, 6))
+    assert masks.shape == (1, 2, 5, 4, 6)
+    window = masks_of(masks, torch.tensor([3, 4, 0]))
+    assert window[0, :, :, 0, 0].tolist() == [[1, 1, 1], [3, 4, 0]]
+    alone = cell_masks([still], (4, 6))
+    assert torch.equal(masks_of(alone, torch.tensor([3, 4, 0])), alone)

@@ -36,6 +36,11 @@ LEFT, MIDDLE, RIGHT = (10.0, 40.0, 30.0, 60.0), (90.0, 40.0, 112.0, 62.0), (150.
         ("anna@1,2,3,4", Speaker("anna", box=(1, 2, 3, 4))),
         ("anna@face.jpg", Speaker("anna", mask=Path("face.jpg"))),
         ("anna=@face.jpg", Speaker("anna", mask=Path("face.jpg"))),
+        ("anna=a.wav@face.MP4", Speaker("anna", Path("a.wav"), mask=Path("face.MP4"))),
+        ("anna:0.5=a.wav", Speaker("anna", Path("a.wav"), strength=0.5)),
+        ("anna:2=a.wav@1,2,3,4", Speaker("anna", Path("a.wav"), box=(1, 2, 3, 4), strength=2.0)),
+        ("anna:0@face.jpg", Speaker("anna", mask=Path("face.jpg"), strength=0.0)),
+        ("team:anna=a.wav", Speaker("team:anna", Path("a.wav"))),
     ],
 )
 def test_speakers_are_read_as_they_are_written(text: str, expected: Speaker) -> None:
@@ -50,6 +55,8 @@ def test_speakers_are_read_as_they_are_written(text: str, expected: Speaker) -> 
         ("anna=a.wav@5,2,3,4", "x0 < x1 and y0 < y1, got 5,2,3,4"),
         ("anna=", "must be NAME=voice.wav"),
         ("anna@nowhere", "must be NAME=voice.wav"),
+        ("anna:-1=a.wav", "strength of at least 0, got -1"),
+        (":2=a.wav", "must have a name"),
     ],
 )
 def test_what_is_no_speaker_is_told(text: str, sentence: str) -> None:

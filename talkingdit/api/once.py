@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from talkingdit import families
-from talkingdit.errors import UserError
+from talkingdit.api.asking import Wish, ask, refuse_loading
+from talkingdit.api.road import made
 from talkingdit.models import default_checkpoint, load_checkpoint
-from talkingdit.pipelines.inputs import Job, check_enlarged, check_heard, read_inputs
 from talkingdit.pipelines.tuning import Tuning, load_tuned
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def generate(
-    image: str | PathLike[str],
-    audio: str | PathLike[str],
+    image: Any,
+    audio: Any,
     output: str | PathLike[str],
     *,
     prompt: str = "",
@@ -42,8 +42,9 @@ def generate(
     """Make a video of a portrait speaking a voice recording.
 
     Args:
-        image: the portrait, an image file.
-        audio: the voice, any format, rate and number of channels; "-" is standard input, heard while it is spoken.
+        image: the portrait: a path, a PIL image, or uint8 [H, W, 3] RGB.
+        audio: the voice, any format, rate and number of channels; or (samples, rate); "-" is standard input, heard
+            while it is spoken.
         output: the .mp4 to write.
         prompt: what to show.
         checkpoint: a folder, or what `talkingdit.models.load_checkpoint` gave; None is the model that ships with the
@@ -64,46 +65,34 @@ def generate(
         Path, number of frames and rate of the video, and the seconds it took.
 
     Raises:
-        UserError: a file or an option is not good, memory runs out, or the video cannot be written. Files are checked
-            before a model is loaded. Or a loaded checkpoint is to be changed.
-        TypeError: the family has no such option.
+        UserError: a file or an option is not good, the family has no such option, memory runs out, or the video cannot
+            be written. Files are checked before a model is loaded. Or a loaded checkpoint is to be changed.
     """
     folder = Path(default_checkpoint() if checkpoint is None else getattr(checkpoint, "folder", checkpoint))
     family = families.of_folder(folder)
-    try:
-        chosen = family.options(**options)
-    except ValueError as error:
-        raise UserError(f"{error}.") from error
-    job = Job(
-        image=Path(image),
-        audio=Path(audio),
-        output=Path(output),
-        sheet=None if sheet is None else Path(sheet),
+    wish = Wish(
+        image=image,
+        audio=audio,
         prompt=prompt,
+        output=output,
+        sheet=sheet,
         upscale=upscale,
-        live=live or str(audio) == "-",
+        live=live,
         audio_rate=audio_rate,
     )
-    inputs = read_inputs(job, chosen.files())
-    outline = family.outline.outline(inputs, family.checkpoint.read_settings(folder), chosen)
-    check_heard(job, outline)
-    check_enlarged(job, outline)
-    tuning = Tuning.of(getattr(chosen, "memory", ""), precision, attention)
-    compiled = getattr(chosen, "compile", False)
-    from talkingdit.pipelines.job import Talk, make_video
+    asked = ask(family, folder, wish, options)
+    try:
+        tuning = Tuning.of(getattr(asked.options, "memory", ""), precision, attention)
+        if hasattr(checkpoint, "folder"):
+            refuse_loading(asked.options, tuning)
+            loaded = checkpoint
+        else:
+            loaded = load_tuned(lambda place: load_checkpoint(folder, dtype, place), tuning, device, family.units)
+            if getattr(asked.options, "compile", False):
+                loaded.transformer.compile_repeated_blocks(fullgraph=True)
+        from talkingdit.pipelines.job import Talk
 
-    if hasattr(checkpoint, "folder"):
-        if tuning != Tuning() or compiled:
-            raise UserError(
-                "generate: precision, attention, memory and compile change a model while it is loaded: expected the "
-                "folder of a checkpoint with them, got one that is loaded."
-            )
-        loaded = checkpoint
-    else:
-        loaded = load_tuned(lambda place: load_checkpoint(folder, dtype, place), tuning, device, family.units)
-        if compiled:
-            loaded.transformer.compile_repeated_blocks(fullgraph=True)
-    curves = None if family.preview is None else family.preview.Curves()
-    pipeline = family.pipeline.open_pipeline(loaded)
-    talk = Talk(progress=progress, warn=warn)
-    return make_video(inputs, outline, pipeline, curves=curves, talk=talk, variant=tuning.variant)
+        talk = Talk(progress=progress, warn=warn)
+        return made(family, loaded, asked.inputs, asked.outline, talk=talk, variant=tuning.variant)
+    finally:
+        asked.materials.close()

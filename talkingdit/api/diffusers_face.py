@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint as a pipeline of diffusers itself, for programs that hold one: `.to`, `.components`, `.save_pretrained`,
+and `DiffusionPipeline.from_pretrained` of what was saved.
+
+A saved folder is a checkpoint like others, which every door of this package opens, with two files more:
+
+    model_index.json    class of every part, with the module that has it: `AutoModel` finds our models by it
+    pipeline.py         names the class below, for `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from talkingdit.api.output import TalkingOutput
+from talkingdit.api.pipeline import TalkingPipeline
+from talkingdit.api.source import find_folder
+from talkingdit.atomic import whole_file
+from talkingdit.errors import UserError
+from talkingdit.models import load_checkpoint
+
+PARTS = ("transformer", "vae", "text_encoder", "audio_encoder", "image_encoder")
+INDEX = "model_index.json"
+REMOTE = '''"""For DiffusionPipeline.from_pretrained(..., trust_remote_code=True): pip install talkingdit"""
+
+from talkingdit.api.diffusers_face import TalkingDiffusionPipeline  # noqa: F401
+'''
+
+
+class TalkingDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """The parts of a checkpoint in a `DiffusionPipeline`. Made by `from_pretrained`, of any folder of any family.
+
+    Args:
+        transformer, vae, text_encoder, audio_encoder, image_encoder: the parts; None where a family has none of a kind.
+    """
+
+    _optional_components = ["text_encoder", "audio_encoder", "image_encoder"]  # noqa: RUF012
+    model_cpu_offload_seq = "text_encoder->image_encoder->audio_encoder->transformer->vae"
+    _callback_tensor_inputs = ("latents",)
+
+    def __init__(
+        self, transformer: Any, vae: Any, text_encoder: Any = None, audio_encoder: Any = None, image_encoder: Any = None
+    ) -> None:
+        super().__init__()
+        given = (transformer, vae, text_encoder, audio_encoder, image_encoder)
+        self.register_modules(**dict(zip(PARTS, given, strict=True)))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, **kwargs: Any) -> Any:
+        """Load a checkpoint of any family and layout; no code that lies in it is run.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a name on the Hugging Face hub; None is the model that ships.
+            kwargs: `dtype` (or `torch_dtype`) alone, of the large models.
+
+        Raises:
+            UserError: no such checkpoint.
+        """
+        folder = find_folder(pretrained_model_name_or_path)
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        if kwargs:
+            raise UserError(
+                f"from_pretrained: {next(iter(kwargs))!r} is for DiffusionPipeline.from_pretrained of a folder that "
+                "save_pretrained has written."
+            )
+        checkpoint = load_checkpoint(folder, dtype)
+        pipe = cls(**{name: getattr(checkpoint, name, None) for name in PARTS})
+        pipe.register_to_config(_name_or_path=str(folder))
+        return pipe
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
+        """Write a folder that `from_pretrained` of this class, of `DiffusionPipeline` and of `TalkingPipeline` load.
+
+        Args:
+            save_directory: the folder; parts that are in it are written over.
+            kwargs: of `DiffusionPipeline.save_pretrained`.
+
+        Raises:
+            UserError: a part is of a class that diffusers cannot save.
+        """
+        for name in PARTS:
+            part = getattr(self, name)
+            if part is not None and not isinstance(part, ModelMixin):
+                raise UserError(
+                    f"save_pretrained: expected parts that are models of diffusers, got {name} of {type(part).__name__}"
+                    "; save the transformer by itself and put it into a copy of the folder that it came from."
+                )
+        source, target = self._folder, Path(save_directory)
+        super().save_pretrained(target, **kwargs)
+        for file in source.glob("*.json"):
+            if file.name not in (INDEX, "config.json") and not (target / file.name).exists():
+                shutil.copyfile(file, target / file.name)
+        index = json.loads((target / INDEX).read_text())
+        index["_class_name"] = ["pipeline", type(self).__name__]
+        for name, text in (("pipeline.py", REMOTE), (INDEX, json.dumps(index, indent=2) + "\n")):
+            with whole_file(target / name) as path:
+                path.write_text(text)
+
+    @torch.no_grad()
+    def __call__(self, image: Any = None, audio: Any = None, prompt: str = "", **given: Any) -> TalkingOutput:
+        """Make a video, see `TalkingPipeline.__call__`; callbacks get that pipeline."""
+        return self.talking(image, audio, prompt, **given)
+
+    @property
+    def talking(self) -> TalkingPipeline:
+        """The parts, as they are now, as our own pipeline: it streams, too."""
+        folder = self._folder
+        from talkingdit import families
+
+        parts = {name: getattr(self, name) for name in PARTS}
+        settings = families.of_folder(folder).checkpoint.read_settings(folder)
+        return TalkingPipeline(SimpleNamespace(**parts, settings=settings, folder=folder))
+
+    @property
+    def _folder(self) -> Path:
+        return find_folder(self.config.get("_name_or_path") or None)

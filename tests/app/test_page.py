@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The app as people meet it: its program, a real browser, the shipped model; and programs that call it.
+
+Screenshots of docs/app.md are made where TALKINGDIT_FIGURES is set: `TALKINGDIT_FIGURES=docs/figures pytest tests/app`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import soundfile
+
+pytest.importorskip("gradio", reason="needs gradio")
+api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
+
+from talkingdit.app.guard import HEADER  # noqa: E402
+from talkingdit.puppets import MODEL  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+QUIET = ["disable-quic", "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync"]
+FLAGS = [f"--{word}" for word in ("no-sandbox", "headless", "disable-gpu", *QUIET)]
+PORTRAIT = MODEL.parent / "portrait.png"
+PATIENT = 120_000  # milliseconds; a loaded machine takes its time
+STATE = "#status .state"
+
+
+@pytest.fixture(scope="module")
+def voices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Recordings of 2.7 s, which makes two clips, and of 12 s; and a file that is none."""
+    folder = tmp_path_factory.mktemp("voices")
+    sound, rate = soundfile.read(MODEL.parent / "voice.flac")
+    soundfile.write(folder / "short.wav", sound[: int(2.7 * rate)], rate)
+    soundfile.write(folder / "long.wav", sound[: 12 * rate], rate)
+    (folder / "letter.wav").write_text("Dear friend, this is no voice at all.")
+    return {path.stem: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where the program serves."""
+    folder = tmp_path_factory.mktemp("data")
+    words = [sys.executable, "-m", "talkingdit", "app", "--port", "0", "--folder", str(folder), "--max-upload", "5"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        found = server.stdout.readline().strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", found)
+        yield found
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0
+    assert not list(Path(folder).glob("runs/*/.part-*"))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory, address: str) -> Iterator[Any]:
+    """A browser with nothing in it, which keeps its cookie; `asked` has the addresses that it asked for."""
+    with api.sync_playwright() as player:
+        context = player.chromium.launch_persistent_context(
+            str(tmp_path_factory.mktemp("profile")),
+            executable_path=CHROMIUM,
+            args=FLAGS,
+            viewport={"width": 1280, "height": 1000},
+            color_scheme="light",
+        )
+        context.set_default_timeout(PATIENT)
+        context.asked = []
+        context.on("request", lambda request: context.asked.append(request.url))
+        yield context
+        context.close()
+
+
+def opened(browser: Any, address: str) -> Any:
+    page = browser.new_page()
+    page.goto(address)
+    page.get_by_label("Seed").wait_for()
+    return page
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    page = opened(browser, address)
+    yield page
+    page.close()
+
+
+def ask(page: Any, voice: Path, steps: int) -> None:
+    page.locator("#picture input[type=file]").set_input_files(str(PORTRAIT))
+    page.locator("#picture img").wait_for()
+    page.locator("#voice input[type=file]").set_input_files(str(voice))
+    page.locator("#voice").get_by_label("Play", exact=False).first.wait_for()
+    page.get_by_label("Steps").fill(str(steps))
+    page.get_by_role("button", name="Make the video").click()
+
+
+def until(page: Any, words: str) -> str:
+    """The state of the run, once it says so."""
+    page.locator(STATE).filter(has_text=re.compile(words)).wait_for()
+    return page.locator(STATE).inner_text()
+
+
+def serious(page: Any) -> list[str]:
+    """What axe finds that keeps somebody from using the page."""
+    found = axe.Axe().run(page).response["violations"]
+    return [
+        f"{one['id']}: {node['html'][:200]}"
+        for one in found
+        if one["impact"] in ("serious", "critical")
+        for node in one["nodes"]
+    ]
+
+
+def picture(page: Any, name: str) -> None:
+    """A screenshot for the docs, where one is asked for."""
+    if os.environ.get("TALKINGDIT_FIGURES"):
+        page.screenshot(path=Path(os.environ["TALKINGDIT_FIGURES"]) / f"app-{name}.png", full_page=True)
+
+
+def test_from_an_empty_page_to_a_playing_video(page: Any, browser: Any, address: str, voices: dict[str, Path]) -> None:
+    """The first frame is on the page before the last clip is done, and nobody but the server is asked for anything."""
+    assert serious(page) == []
+    ask(page, voices["short"], steps=6)
+    page.wait_for_function("document.querySelector('#video video')?.videoWidth > 0")
+    assert "clip 2 of 2" in page.locator(STATE).inner_text() or "clip 1 of 2" in page.locator(STATE).inner_text()
+    until(page, "done in")
+    page.wait_for_function("document.querySelector('#video video').currentTime > 0.2")
+    page.locator("#sheet img").wait_for()
+    picture(page, "light")
+    assert serious(page) == []
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download the video").click()
+    with av.open(str(download.value.path())) as video:
+        assert video.streams.video[0].codec_context.name == "h264"
+    foreign = [url for url in browser.asked if not url.startswith((address, "data:", "blob:"))]
+    assert browser.asked
+    assert foreign == []
+
+
+def test_a_file_that_is_no_voice_is_one_sentence(page: Any, voices: dict[str, Path]) -> None:
+    page.locator("#picture input[type=file]").set_input_files(str(PORTRAIT))
+    page.locator("#picture img").wait_for()
+    page.locator("#voice input[type=file]").set_input_files(str(voices["letter"]))
+    page.wait_for_timeout(1000)
+    page.get_by_role("button", name="Make the video").click()
+    page.get_by_role("alert").wait_for()
+    words = page.get_by_role("alert").inner_text()
+    assert "audio.wav" in words or "voice" in words
+    assert words.count(".") <= 3
+
+
+def test_a_reload_finds_the_run_which_is_stopped_and_goes_on(
+    page: Any, browser: Any, address: str, voices: dict[str, Path]
+) -> None:
+    ask(page, voices["long"], steps=8)
+    until(page, "clip [23] of")
+    page.close()  # nobody looks for a while
+    page = opened(browser, address)
+    until(page, "clip [2-9] of")
+    page.get_by_role("button", name="Stop").click()
+    until(page, ": stopped")
+    assert re.search(r"stopped; [1-9]\d* of \d+ clips are kept\.", page.locator("#status").inner_text())
+    page.get_by_role("button", name="Load its settings").click()
+    page.locator("#picture img").wait_for()
+    page.wait_for_function("document.querySelector('[aria-label=Steps], input[type=number]') !== null")
+    assert page.get_by_label("Steps").input_value() == "8"
+    page.get_by_role("button", name="Go on").click()
+    until(page, "done in")
+    assert "going on after" in page.locator("#status").inner_text()
+    page.close()
+
+
+def test_a_phone_in_the_dark(page: Any) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.emulate_media(color_scheme="dark")
+    page.reload()
+    page.get_by_label("Seed").wait_for()
+    page.locator("#video video").wait_for()
+    page.locator("#sheet img").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    red, green, blue = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+    assert max(red, green, blue) < 60
+    picture(page, "phone")
+    assert serious(page) == []
+
+
+def test_two_programs_at_once_see_their_own_videos_alone(address: str, voices: dict[str, Path], tmp_path: Path) -> None:
+    from gradio_client import Client, handle_file
+
+    def client(name: str) -> Any:
+        return Client(
+            address, headers={HEADER: f"{name}-{'0' * 16}"}, verbose=False, download_files=str(tmp_path / name)
+        )
+
+    files = handle_file(str(PORTRAIT)), handle_file(str(voices["short"]))
+    reports: dict[str, list[Any]] = {}
+
+    def make(name: str) -> None:
+        job = client(name).submit(*files, f"a film of {name}", "", {"steps": 1}, None, api_name="/generate")
+        job.result(timeout=PATIENT / 1000)
+        reports[name] = job.outputs()
+
+    people = [threading.Thread(target=make, args=(name,)) for name in ("anna", "ben")]
+    for one in people:
+        one.start()
+    for one in people:
+        one.join()
+    for name in ("anna", "ben"):
+        assert reports[name][-1]["state"] == "done"
+        (mine,) = client(name).predict(api_name="/runs")
+        assert mine["title"] == f"a film of {name}"
+    path = client("anna").predict(reports["anna"][-1]["id"], api_name="/video")
+    with av.open(path) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 44
+    with pytest.raises(Exception, match="there is none of this name"):
+        client("ben").predict(reports["anna"][-1]["id"], api_name="/video")
