@@ -208,11 +208,13 @@ def test_a_reload_finds_the_run_which_is_stopped_and_goes_on(
     page.close()
 
 
-def test_a_phone_in_the_dark(page: Any) -> None:
+def test_a_phone_in_the_dark(page: Any, voices: dict[str, Path]) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     page.emulate_media(color_scheme="dark")
     page.reload()
     field(page, "Seed").wait_for()
+    ask(page, voices["short"], steps=1)
+    until(page, "short: done in")
     page.locator("#video video").wait_for()
     page.locator("#sheet img").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
