@@ -184,7 +184,8 @@ class Page:
         self.go_on.click(self._go_on, self.shown, self.wrong, **QUIETLY)
         self.remove.click(self._remove, self.shown, [self.shown, self.wrong], **QUIETLY)
         restored = [self.image, self.audio, self.prompt, self.checkpoint, self.restored]
-        self.load.click(self._restore, self.shown, restored, **QUIETLY)
+        # Through gradio's queue: only there does a state that has changed have the options made again.
+        self.load.click(self._restore, self.shown, restored, **{**QUIETLY, "queue": True})
 
     def _newest(self, request: gr.Request) -> str:
         run = self.service.newest(Person.of(request))
