@@ -172,6 +172,7 @@ def _serve(connection: Connection, log: str) -> None:
     """The worker's loop, until the parent closes the pipe or is gone."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would ask for the host's name, which may not resolve
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays for good; the collection after every job passes it over
     with open(log, "w") as stacks:
         faulthandler.enable(stacks)
         connection.send_bytes(b"ready")

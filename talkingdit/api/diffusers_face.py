@@ -36,7 +36,7 @@ from talkingdit.api.diffusers_face import TalkingDiffusionPipeline  # noqa: F401
 '''
 
 
-class TalkingDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
+class TalkingDiffusionPipeline(DiffusionPipeline):
     """The parts of a checkpoint in a `DiffusionPipeline`. Made by `from_pretrained`, of any folder of any family.
 
     Args:
@@ -44,7 +44,6 @@ class TalkingDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
     """
 
     _optional_components = ["text_encoder", "audio_encoder", "image_encoder"]  # noqa: RUF012
-    model_cpu_offload_seq = "text_encoder->image_encoder->audio_encoder->transformer->vae"
     _callback_tensor_inputs = ("latents",)
 
     def __init__(
@@ -104,6 +103,19 @@ class TalkingDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         for name, text in (("pipeline.py", REMOTE), (INDEX, json.dumps(index, indent=2) + "\n")):
             with whole_file(target / name) as path:
                 path.write_text(text)
+
+    # The hooks of `DiffusionPipeline` wait for calls of forward; our parts are called by other methods, too.
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: Any = None) -> None:
+        """See `TalkingPipeline.enable_model_cpu_offload`."""
+        self.talking.enable_model_cpu_offload(gpu_id, device)
+
+    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: Any = None) -> None:
+        """See `TalkingPipeline.enable_sequential_cpu_offload`."""
+        self.talking.enable_sequential_cpu_offload(gpu_id, device)
+
+    def enable_group_offload(self, onload_device: Any, *args: Any, **kwargs: Any) -> None:
+        """See `TalkingPipeline.enable_group_offload`."""
+        self.talking.enable_group_offload(onload_device, *args, **kwargs)
 
     @torch.no_grad()
     def __call__(self, image: Any = None, audio: Any = None, prompt: str = "", **given: Any) -> TalkingOutput:

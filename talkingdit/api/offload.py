@@ -155,7 +155,8 @@ class OffloadMixin:
         self._check_still(how)
         if device is None and not torch.accelerator.is_available():
             raise UserError(f"{how}: expected an accelerator or a device, got neither.")
-        place = torch.device(torch.accelerator.current_accelerator() if device is None else device)
+        accelerator = torch.accelerator.current_accelerator() if device is None else None
+        place = torch.device(device or accelerator or "cpu")
         if gpu_id is not None:
             if place.index not in (None, gpu_id):
                 raise UserError(f"{how}: expected one number of a device, got {gpu_id} and {place}.")

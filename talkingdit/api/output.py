@@ -100,11 +100,12 @@ class TalkingOutput:
     def audio(self) -> tuple[NDArray[np.float32], int]:
         """What is heard from the first frame on: float32 [n, channels] as in the recording, and its rate in Hz."""
         from talkingdit.media.sound import SPEECH_RATE, channel_blocks, sound_form
+        from talkingdit.pipelines.live import LiveSound
 
         inputs, outline = self._asked.inputs, self._asked.outline
         job, skip = inputs.job, Fraction(outline.skip, outline.fps)
-        if job.spoken:
-            return np.concatenate(list(inputs.sound.blocks(skip))), SPEECH_RATE  # type: ignore[union-attr]
+        if isinstance(inputs.sound, LiveSound):
+            return np.concatenate(list(inputs.sound.blocks(skip))), SPEECH_RATE
         return np.concatenate(list(channel_blocks(job.audio, None, skip))), sound_form(job.audio)[0]
 
     @property

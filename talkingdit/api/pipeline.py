@@ -53,6 +53,7 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
         self.family: Family = families.of_folder(self.folder)
         self._checkpoint, self._variant = checkpoint, variant
         self._interrupt = False
+        self._from_files = False  # by `from_pretrained`
 
     @classmethod
     def from_pretrained(
@@ -91,6 +92,7 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
             lambda place: load_checkpoint(folder, dtype or torch_dtype, place), tuning, device or "cpu", family.units
         )
         pipe = cls(checkpoint, tuning.variant)
+        pipe._from_files = True
         if compile:
             pipe._compile()
         return pipe
@@ -124,7 +126,7 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
         they were loaded before.
 
         Raises:
-            UserError: another dtype, and the models were changed after loading; a device, and they are offloaded.
+            UserError: another dtype, and the models were changed after loading; or they are offloaded.
         """
         import torch
 
@@ -138,9 +140,9 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
         return self
 
     def _reload(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        if self._variant or self._loras is not None:
+        if self._variant or self._loras is not None or not self._from_files:
             raise UserError(
-                f"to: expected models as they were loaded, got changed ones; load with torch_dtype={dtype}."
+                f"to: expected models as from_pretrained loads them, got changed ones; load with torch_dtype={dtype}."
             )
         self._checkpoint = load_checkpoint(self.folder, dtype, device)
 

@@ -63,7 +63,7 @@ class Watch:
             )
         shown = {name: latents for name in self._wanted}
         given = self._callback(self._pipe, step, torch.as_tensor(timestep), shown) or {}
-        replaced = given.get("latents", latents)
+        replaced: Any = given.get("latents", latents)
         if latents is None or replaced is latents:
             return latents
         _check(replaced, latents, step)

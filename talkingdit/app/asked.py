@@ -89,7 +89,8 @@ def prepare(asked: Asked, folder: Path, machine: Machine) -> Prepared:
     Raises:
         UserError: something is wrong with what was asked for.
     """
-    from talkingdit.pipelines.inputs import Job, check_heard, read_inputs
+    from talkingdit.api.road import outlined
+    from talkingdit.pipelines.inputs import Job
 
     family, options, tuning = chosen(asked, folder, machine)
     files = options.files()
@@ -104,9 +105,7 @@ def prepare(asked: Asked, folder: Path, machine: Machine) -> Prepared:
         prompt=asked.prompt,
         live=True,
     )
-    inputs = read_inputs(job, files)
-    outline = family.outline.outline(inputs, family.checkpoint.read_settings(asked.folder), options)
-    check_heard(job, outline)
+    inputs, outline = outlined(family, asked.folder, job, options)
     return Prepared(family, options, inputs, outline, tuning)
 
 

@@ -62,22 +62,21 @@ def components(one: Field, value: Text | None) -> list[Any]:
     """
     import gradio as gr
 
-    name: dict[str, Any] = {"label": label(one), "info": one.help}
+    name: dict[str, Any] = {"label": label(one), "info": one.help, "interactive": True}
     if one.switch:
         return [gr.Checkbox(value=one.default if value is None else bool(value), **name)]
     if one.choices:
         choices = [("as the checkpoint says", "")] * (one.default is None) + [(word, word) for word in one.choices]
         return [gr.Radio(choices, value=value or one.default or "", **name)]
     if one.kind is Path:
-        return [gr.File(label=f"{label(one)}: {one.help}", height=120)]
+        return [gr.File(label=f"{label(one)}: {one.help}", height=120, interactive=True)]
     if one.flag.many:
         words = "\n".join(value) if isinstance(value, list) else ""
         name["info"] = f"{one.flag.metavar}, one a line. {one.help}"
-        files = gr.File(label=f"Files that {label(one).lower()} names", file_count="multiple", height=120)
+        files = gr.File(
+            label=f"Files that {label(one).lower()} names", file_count="multiple", height=120, interactive=True
+        )
         return [gr.Textbox(words, lines=2, **name), files]
-    if one.kind in (int, float) and one.flag.read is None:
-        number = one.default if value in (None, "") else float(str(value))
-        return [gr.Number(number, precision=0 if one.kind is int else None, **name)]
     default = "" if one.default is None else one.flag.write(one.default)
     return [gr.Textbox(str(value or default), placeholder=one.metavar, **name)]
 
@@ -121,11 +120,7 @@ def _text(one: Field, values: Sequence[Any], folder: Path) -> Any:
     if one.flag.many:
         files = take_many([Path(path) for path in values[1] or ()], folder, one.name)
         return named([line.strip() for line in (value or "").splitlines() if line.strip()], files)
-    if value is None or isinstance(value, str):
-        return (value or "").strip()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
+    return (value or "").strip()
 
 
 def named(lines: Sequence[str], files: Mapping[str, str]) -> list[str]:
@@ -141,37 +136,44 @@ def named(lines: Sequence[str], files: Mapping[str, str]) -> list[str]:
 
 
 def speakers(rows: Sequence[Sequence[Any]], folder: Path) -> list[str]:
-    """Who speaks, in the words of the command line, from rows of name, voice and the four sides of a box.
+    """Who speaks, in the words of the command line, from rows of name, voice and box.
 
     Raises:
-        UserError: a voice without a name, or a box of which some sides are missing.
+        UserError: a voice without a name, or a box that is none.
     """
     found = []
-    for number, (name, voice, *sides) in enumerate(rows, 1):
+    for number, (name, voice, box) in enumerate(rows, 1):
         name = (name or "").strip()
         if not name and not voice:
             continue
-        if not name or not re.fullmatch(r"[\w .-]+", name):
+        if not re.fullmatch(r"[\w .-]+", name):
             raise UserError(f"speaker {number}: expected a name of letters, digits and blanks, got {name!r}.")
-        given = [side for side in sides if side is not None]
-        if given and len(given) < 4:
-            raise UserError(f"speaker {number}: expected four sides of the box or none, got {len(given)}.")
+        sides = read_box(box)
+        if box and sides is None:
+            raise UserError(f"speaker {number}: expected a box of four numbers, left, top, right, bottom, got {box!r}.")
         file = take(Path(voice), folder, f"voice-{number}") if voice else ""
-        place = "@" + ",".join(f"{side:g}" for side in given) if given else ""
-        found.append(name + (f"={file}" if file else "") + place)
+        found.append(name + (f"={file}" if file else "") + (f"@{write_box(sides)}" if sides else ""))
     return found
 
 
-def speaker_rows(words: Text | None) -> list[tuple[str, list[float | None]]]:
+def speaker_rows(words: Text | None) -> list[tuple[str, str]]:
     """Names and boxes of speakers again, from the words of the command line; files cannot be shown again."""
-    found: list[tuple[str, list[float | None]]] = []
+    found = []
     for word in words if isinstance(words, list) else ():
         head, _, place = word.rpartition("@")
-        sides: list[float | None] = [None] * 4
-        try:
-            numbers = [float(side) for side in place.split(",")]
-            sides = [*numbers] if len(numbers) == 4 else sides
-        except ValueError:
-            head = word
-        found.append((head.partition("=")[0], sides))
-    return [*found, *[("", [None] * 4)] * MOST_SPEAKERS][:MOST_SPEAKERS]
+        sides = read_box(place)
+        found.append(((head if sides else word).partition("=")[0], write_box(sides) if sides else ""))
+    return [*found, *[("", "")] * MOST_SPEAKERS][:MOST_SPEAKERS]
+
+
+def read_box(text: str | None) -> list[float] | None:
+    """Left, top, right and bottom; None where the words are no box."""
+    try:
+        sides = [float(side) for side in (text or "").split(",")]
+    except ValueError:
+        return None
+    return sides if len(sides) == 4 else None
+
+
+def write_box(sides: Sequence[float]) -> str:
+    return ",".join(f"{side:g}" for side in sides)

@@ -45,19 +45,9 @@ OPEN = (
     "/talkingdit/",
 )
 OPEN_API = (
-    "upload",
-    "upload_progress",
-    "file=",
-    "queue/",
-    "run/",
-    "call/",
-    "info",
-    "heartbeat/",
-    "cancel",
-    "reset",
-    "theme.css",
+    *("upload", "upload_progress", "file=", "queue/", "run/", "call/", "api/", "info", "openapi.json"),
+    *("heartbeat/", "cancel", "reset", "theme.css", "startup-events", "app_id"),
 )
-OPEN_API += ("startup-events", "app_id", "api/", "openapi.json")
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "

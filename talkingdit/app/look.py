@@ -15,6 +15,7 @@ CSS = (
     + """
 .gradio-container { max-width: 1180px !important; margin: 0 auto; padding: 0.5rem 1rem !important; }
 h1 { font-size: 1.6rem; margin: 0.6rem 0 0; } h2 { font-size: 1.2rem; margin: 0.8rem 0 0.2rem; }
+.gradio-container { --neutral-400: var(--dim); } /* gradio's times and speeds, too faint to be read */
 .dim { color: var(--dim); } .error { color: var(--bad); } .state { margin: 0.2rem 0; }
 .state.done b { color: var(--best); } .state.failed b { color: var(--bad); }
 progress { width: 100%; height: 0.6rem; accent-color: var(--accent); }

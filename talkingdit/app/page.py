@@ -13,7 +13,17 @@ from PIL import Image
 from talkingdit.app import views
 from talkingdit.app.api import add_endpoints
 from talkingdit.app.asked import Text
-from talkingdit.app.form import MOST_SPEAKERS, Form, collect, components, form_of, speaker_rows, speakers
+from talkingdit.app.form import (
+    MOST_SPEAKERS,
+    Form,
+    collect,
+    components,
+    form_of,
+    read_box,
+    speaker_rows,
+    speakers,
+    write_box,
+)
 from talkingdit.app.service import Person, Service, Wish
 from talkingdit.errors import UserError
 
@@ -23,7 +33,6 @@ QUIETLY: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visib
 FILES: dict[str, Any] = {"interactive": True, "buttons": ["fullscreen"]}  # none of gradio's to share things elsewhere
 SOUNDS: dict[str, Any] = {"interactive": True, "buttons": ["download"], "type": "filepath"}
 SOUNDS["sources"] = ["upload", "microphone"]
-SIDES = ("left", "top", "right", "bottom")
 
 
 class Page:
@@ -123,34 +132,31 @@ class Page:
         rows: list[list[Any]] = []
         with gr.Accordion("Speakers, a voice and a box each", open=isinstance(words, list), elem_id="speakers"):
             gr.HTML(
-                '<p class="dim">In the place of the one voice. Give the sides of the box around each face in pixels of '
-                "the picture, or choose a speaker and click two corners on it.</p>"
+                '<p class="dim">In the place of the one voice. The box around a face is its left, top, right and '
+                "bottom side in pixels of the picture: type them, or choose a speaker and click two corners.</p>"
             )
             which = gr.Radio(
                 [(f"speaker {n + 1}", n) for n in range(MOST_SPEAKERS)], value=0, label="Clicks draw the box of"
             )
-            for number, (name, sides) in enumerate(speaker_rows(words), 1):
-                row: list[Any] = [gr.Textbox(name, label=f"Speaker {number}: name")]
-                row.append(gr.Audio(label=f"Speaker {number}: voice", **SOUNDS))
+            for number, (name, box) in enumerate(speaker_rows(words), 1):
                 with gr.Row():
-                    row += [
-                        gr.Number(side, label=f"{where} of box {number}", precision=0, minimum=0, min_width=60)
-                        for where, side in zip(SIDES, sides, strict=True)
-                    ]
-                rows.append(row)
+                    row: list[Any] = [gr.Textbox(name, label=f"Speaker {number}: name", min_width=120)]
+                    box = gr.Textbox(
+                        box, label=f"Speaker {number}: box", placeholder="left,top,right,bottom", min_width=160
+                    )
+                rows.append([*row, gr.Audio(label=f"Speaker {number}: voice", **SOUNDS), box])
             drawn = gr.HTML(elem_id="boxes")
         corner: Any = gr.State(None)
-        names = [row[0] for row in rows]
-        numbers = [side for row in rows for side in row[2:]]
+        names, boxes = [row[0] for row in rows], [row[2] for row in rows]
 
         def click(which: int, corner: Any, event: gr.SelectData) -> list[Any]:
-            return [*place(event.index, which, corner)]
+            return place(event.index, which, corner)
 
-        def draw(picture: str | None, *values: Any) -> str:
+        def draw(picture: str | None, *values: str) -> str:
             return drawn_boxes(picture, values[: len(names)], values[len(names) :])
 
-        self.image.select(click, [which, corner], [corner, *numbers], **QUIETLY)
-        gr.on([one.change for one in (*names, *numbers)], draw, [self.image, *names, *numbers], drawn, **QUIETLY)
+        self.image.select(click, [which, corner], [corner, *boxes], **QUIETLY)
+        gr.on([one.change for one in (*names, *boxes)], draw, [self.image, *names, *boxes], drawn, **QUIETLY)
         return [one for row in rows for one in row]
 
     # ---- What comes out, on the right --------------------------------------------------------------------------------
@@ -190,7 +196,7 @@ class Page:
         run = self.service.find(person, id)
         running, ended = run is not None and not run.ended, run is not None and run.ended
         resumable = run is not None and run.state in ("stopped", "failed")
-        found = {
+        found: dict[str, Any] = {
             "status": views.status(run, queue.before(run) if run else 0, bool(run and queue.stopping(run))),
             "video": views.video(run),
             "sheet": views.sheet(run),
@@ -262,36 +268,33 @@ def wish_of(form: Form, values: Sequence[Any], options: int) -> Wish:
     """What is asked for by the values of the form: picture, voice, prompt, checkpoint, options, speakers."""
     image, audio, prompt, checkpoint, *rest = values
     made, rows = rest[:options], rest[options:]
-    size = 2 + len(SIDES)
 
     def fill(folder: Path) -> Mapping[str, Text]:
         found = collect(form, made, folder)
-        said = speakers([rows[at : at + size] for at in range(0, len(rows), size)], folder)
+        said = speakers([rows[at : at + 3] for at in range(0, len(rows), 3)], folder)
         return {**found, form.speaker.name: said} if form.speaker is not None and said else found
 
     return Wish(image, audio, prompt or "", checkpoint or "", fill)
 
 
 def place(at: Sequence[float], which: int, corner: Sequence[float] | None) -> list[Any]:
-    """A click on the picture: the first corner of a speaker's box, or the second -> the corner, and all sides."""
-    sides: list[Any] = [gr.skip()] * (4 * MOST_SPEAKERS)
+    """A click on the picture: the first corner of a speaker's box, or the second -> the corner, and all boxes."""
+    boxes: list[Any] = [gr.skip()] * MOST_SPEAKERS
     if corner is None:
-        return [list(at), *sides]
+        return [list(at), *boxes]
     (x0, x1), (y0, y1) = sorted((corner[0], at[0])), sorted((corner[1], at[1]))
-    sides[4 * which : 4 * which + 4] = [x0, y0, x1, y1]
-    return [None, *sides]
+    boxes[which] = write_box((x0, y0, x1, y1))
+    return [None, *boxes]
 
 
-def drawn_boxes(picture: str | None, names: Sequence[str], numbers: Sequence[float | None]) -> str:
-    """The picture with those boxes that have all their sides."""
-    if not picture:
-        return ""
+def drawn_boxes(picture: str | None, names: Sequence[str], boxes: Sequence[str]) -> str:
+    """The picture with those boxes that are given."""
     found = []
-    for index, name in enumerate(names):
-        sides = [side for side in numbers[4 * index : 4 * index + 4] if side is not None]
-        if len(sides) == 4 and sides[0] < sides[2] and sides[1] < sides[3]:
-            found.append((name or f"speaker {index + 1}", sides))
-    if not found:
+    for number, (name, box) in enumerate(zip(names, boxes, strict=True), 1):
+        sides = read_box(box)
+        if sides is not None and sides[0] < sides[2] and sides[1] < sides[3]:
+            found.append((name or f"speaker {number}", sides))
+    if not picture or not found:
         return ""
     try:
         with Image.open(picture) as opened:

@@ -136,8 +136,7 @@ class Queue:
         """Have a worker ready for what will most likely be asked for, before it is."""
         with self._changed:
             if self._worker is None and self._now is None:
-                self._replace((self.machine, _model_of(asked)))
-                self._worker.warm(asked)
+                self._replace((self.machine, _model_of(asked))).warm(asked)
 
     def add(self, run: Run) -> None:
         """Make a run wait, or go on.
@@ -231,10 +230,12 @@ class Queue:
             self._replace((self.machine, model))
         self._worker.make(run, lambda event: self._hear(run, event))
 
-    def _replace(self, how: tuple[Machine, object] | None) -> None:
+    def _replace(self, how: tuple[Machine, object] | None) -> Any:
+        """Another worker in the place of the one that there is, or none."""
         if self._worker is not None:
             self._worker.close()
         self._worker = None if how is None else self._start(*how)
+        return self._worker
 
     def _hear(self, run: Run, event: dict[str, Any]) -> None:
         with self._changed:
@@ -247,7 +248,7 @@ class Queue:
                 run.warnings.append(event["warning"])
             if "end" in event:
                 stopped = self.stopping(run) and event["end"] != "done"
-                state = "stopped" if stopped else event["end"]
+                state: State = "stopped" if stopped else event["end"]
                 self._end(run, state, "" if stopped else event.get("sentence", ""))
 
     def _end(self, run: Run, state: State, sentence: str) -> None:

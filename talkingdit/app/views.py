@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import html
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +32,8 @@ def status(run: Run | None, before: int, stopping: bool) -> str:
         parts.append(f'<progress {share} aria-label="Steps that are done"></progress>')
     if run.sentence:
         kind = "error" if run.state == "failed" else "dim"
-        parts.append(f'<p class="{kind}">{escaped(run.sentence)}</p>')
-    parts += [f'<p class="dim">{escaped(warning)}</p>' for warning in run.warnings]
+        parts.append(f'<p class="{kind}">{escaped(in_words_of_the_form(run.sentence))}</p>')
+    parts += [f'<p class="dim">{escaped(in_words_of_the_form(warning))}</p>' for warning in run.warnings]
     if run.state == "done":
         name = quote(f"{run.title or 'video'}.mp4")
         parts.append(f'<p><a href="{address(run, "video.mp4")}" download="{name}">Download the video</a></p>')
@@ -111,6 +112,11 @@ def boxes(picture: str, size: tuple[int, int], found: Sequence[tuple[str, Sequen
 def error(sentence: str) -> str:
     """What is wrong with what was asked for."""
     return f'<p class="error" role="alert">{escaped(sentence)}</p>' if sentence else ""
+
+
+def in_words_of_the_form(sentence: str) -> str:
+    """A sentence whose flags are spelt as the labels of fields."""
+    return re.sub(r"`--([a-z][a-z-]*)`", lambda flag: f"“{flag[1].replace('-', ' ').capitalize()}”", sentence)
 
 
 def escaped(text: object) -> str:

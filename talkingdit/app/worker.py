@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from talkingdit.api.road import made
 from talkingdit.app.asked import Asked, Machine, chosen, prepare
 from talkingdit.errors import UserError
 
@@ -57,7 +58,7 @@ class Worker:
 
     def __init__(self, machine: Machine, say: Say, interrupt: Interrupt) -> None:
         self._machine, self._say, self._interrupt = machine, say, interrupt
-        self._pipeline: Any = None
+        self._checkpoint: Any = None
 
     def run(self, folder: Path, asked: Asked) -> Result:
         """Make the video of a run.
@@ -67,20 +68,15 @@ class Worker:
             KeyboardInterrupt: with a sentence about what is kept.
         """
         prepared = prepare(asked, folder, self._machine)
-        outline, family = prepared.outline, prepared.family
+        outline = prepared.outline
         self._say({"clips": outline.clips, "steps": outline.steps, "work": list(outline.work)})
         self.load(asked, folder)
         self._say({"doing": "hearing the voice"})
-        from talkingdit.pipelines.job import Talk, make_video
+        from talkingdit.pipelines.job import Talk
 
-        return make_video(
-            prepared.inputs,
-            outline,
-            self._pipeline,
-            curves=None if family.preview is None else family.preview.Curves(),
-            talk=Talk(progress=self._progress, warn=lambda sentence: self._say({"warning": sentence})),
-            variant=prepared.tuning.variant,
-        )
+        talk = Talk(progress=self._progress, warn=lambda sentence: self._say({"warning": sentence}))
+        variant = prepared.tuning.variant
+        return made(prepared.family, self._checkpoint, prepared.inputs, outline, talk=talk, variant=variant)
 
     def _progress(self, done: int, total: int) -> None:
         self._say({"done": done, "total": total})
@@ -88,7 +84,7 @@ class Worker:
 
     def load(self, asked: Asked, folder: Path) -> None:
         """Load the model of a run, if it is not there."""
-        if self._pipeline is not None:
+        if self._checkpoint is not None:
             return
         self._say({"doing": "loading the model"})
         import torch
@@ -104,7 +100,7 @@ class Worker:
         )
         if getattr(options, "compile", False):
             checkpoint.transformer.compile_repeated_blocks(fullgraph=True)
-        self._pipeline = family.pipeline.open_pipeline(checkpoint)
+        self._checkpoint = checkpoint
 
 
 def main() -> None:

@@ -36,6 +36,8 @@ def test_what_was_saved_makes_the_same_video_by_every_door(
     ]
     np.testing.assert_array_equal(pipe(**world.given).frames, whole)
     pipe.save_pretrained(tmp_path / "again")
+    pipe.enable_group_offload("cpu")
+    np.testing.assert_array_equal(pipe(**world.given).frames, whole)
     named = DiffusionPipeline.from_pretrained(
         tmp_path / "again", custom_pipeline=str(tmp_path / "again" / "pipeline.py"), trust_remote_code=True
     )

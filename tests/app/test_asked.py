@@ -114,7 +114,7 @@ def test_what_was_typed_fills_the_form_again(folder: Path) -> None:
 
 def test_speakers_of_the_form_are_those_of_the_command_line(folder: Path) -> None:
     first, second = str(folder / "voice-1.wav"), str(folder / "voice-2.wav")
-    rows = [["Anna", first, 0, 0, 30, 40], ["Ben B.", second, None, None, None, None], ["", None, *[None] * 4]]
+    rows = [["Anna", first, "0, 0, 30, 40"], ["Ben B.", second, ""], ["", None, ""]]
     inside = folder / "run"
     inside.mkdir()
     words = speakers(rows, inside)
@@ -122,15 +122,15 @@ def test_speakers_of_the_form_are_those_of_the_command_line(folder: Path) -> Non
     options = options_of(families.get("hunyuan_avatar"), {"speaker": words}, inside)
     assert options.voices() == (inside / "voice-1.wav", inside / "voice-2.wav")
     assert options.speaker[0].box == (0, 0, 30, 40)
-    assert speaker_rows(words)[:2] == [("Anna", [0, 0, 30, 40]), ("Ben B.", [None] * 4)]
+    assert speaker_rows(words)[:2] == [("Anna", "0,0,30,40"), ("Ben B.", "")]
 
 
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        (["", "voice-1.wav", *[None] * 4], "speaker 1: expected a name of letters"),
-        (["a=/etc/passwd", None, *[None] * 4], "speaker 1: expected a name of letters"),
-        (["Anna", None, 1, 2, None, None], "speaker 1: expected four sides of the box or none, got 2"),
+        (["", "voice-1.wav", ""], "speaker 1: expected a name of letters"),
+        (["a=/etc/passwd", None, ""], "speaker 1: expected a name of letters"),
+        (["Anna", None, "1,2"], "speaker 1: expected a box of four numbers, left, top, right, bottom, got '1,2'"),
     ],
 )
 def test_a_wrong_speaker_is_one_sentence(folder: Path, row: list[Any], sentence: str) -> None:
@@ -144,3 +144,18 @@ def test_words_name_uploaded_files_by_the_names_that_they_had() -> None:
         "view/back=anchor-1.png",
         "global=anchor-2.png",
     ]
+
+
+@needs_gradio
+def test_two_clicks_on_the_picture_are_a_box(folder: Path) -> None:
+    from talkingdit.app.page import drawn_boxes, place
+
+    first = place([40, 5], 1, None)
+    assert first[0] == [40, 5]
+    second = place([10, 30], 1, first[0])
+    assert (second[0], second[2]) == (None, "10,5,40,30")
+    drawing = drawn_boxes(str(folder / "image.png"), ["", "Ben <b>", ""], ["", second[2], "9,9,1,1"])
+    assert 'viewBox="0 0 64 48"' in drawing
+    assert '<rect x="10" y="5" width="30" height="25"' in drawing
+    assert "Ben &lt;b&gt; at 10, 5, 40, 30" in drawing  # for those who do not see it
+    assert drawing.count("<rect") == 1

@@ -6,6 +6,7 @@ Screenshots of docs/app.md are made where TALKINGDIT_FIGURES is set: `TALKINGDIT
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,8 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 import soundfile
+from PIL import Image
+from tiny_avatar import save_released
+
+from tests.painted_faces import painted_people
 
 pytest.importorskip("gradio", reason="needs gradio")
 api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -46,6 +52,23 @@ def voices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     soundfile.write(folder / "long.wav", sound[: 12 * rate], rate)
     (folder / "letter.wav").write_text("Dear friend, this is no voice at all.")
     return {path.stem: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two people, a voice each, and a tiny checkpoint of the family that knows them."""
+    folder = tmp_path_factory.mktemp("scene")
+    image, _ = painted_people(96, 192, [(3, 3, 90), (99, 3, 90)])
+    Image.fromarray(image).save(folder / "two.png")
+    time = np.arange(9600) / 16_000
+    for name, pitch in (("anna", 310), ("ben", 150)):
+        soundfile.write(
+            folder / f"{name}.wav", 0.4 * np.sin(2 * np.pi * pitch * time) * (0.6 + 0.4 * np.sin(20 * time)), 16_000
+        )
+    root = save_released(folder / "weights")
+    settings = {"window": 5, "shift_offset": 2, "steps": 2, "size_multiple": 16, "early_steps": 1}
+    (root / "ckpts" / "pipeline.json").write_text(json.dumps(settings))
+    return {path.stem: path for path in folder.iterdir()} | {"weights": root}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +107,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory, address: str) -> Iterator[
 def opened(browser: Any, address: str) -> Any:
     page = browser.new_page()
     page.goto(address)
-    page.get_by_label("Seed").wait_for()
+    field(page, "Seed").wait_for()
     return page
 
 
@@ -95,12 +118,17 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     page.close()
 
 
+def field(page: Any, name: str) -> Any:
+    """What words are typed into; its help follows its name."""
+    return page.get_by_role("textbox", name=re.compile(f"^{name}"))
+
+
 def ask(page: Any, voice: Path, steps: int) -> None:
     page.locator("#picture input[type=file]").set_input_files(str(PORTRAIT))
     page.locator("#picture img").wait_for()
     page.locator("#voice input[type=file]").set_input_files(str(voice))
     page.locator("#voice").get_by_label("Play", exact=False).first.wait_for()
-    page.get_by_label("Steps").fill(str(steps))
+    field(page, "Steps").fill(str(steps))
     page.get_by_role("button", name="Make the video").click()
 
 
@@ -172,8 +200,7 @@ def test_a_reload_finds_the_run_which_is_stopped_and_goes_on(
     assert re.search(r"stopped; [1-9]\d* of \d+ clips are kept\.", page.locator("#status").inner_text())
     page.get_by_role("button", name="Load its settings").click()
     page.locator("#picture img").wait_for()
-    page.wait_for_function("document.querySelector('[aria-label=Steps], input[type=number]') !== null")
-    assert page.get_by_label("Steps").input_value() == "8"
+    api.expect(field(page, "Steps")).to_have_value("8", timeout=PATIENT)
     page.get_by_role("button", name="Go on").click()
     until(page, "done in")
     assert "going on after" in page.locator("#status").inner_text()
@@ -184,7 +211,7 @@ def test_a_phone_in_the_dark(page: Any) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     page.emulate_media(color_scheme="dark")
     page.reload()
-    page.get_by_label("Seed").wait_for()
+    field(page, "Seed").wait_for()
     page.locator("#video video").wait_for()
     page.locator("#sheet img").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -224,3 +251,30 @@ def test_two_programs_at_once_see_their_own_videos_alone(address: str, voices: d
         assert sum(1 for _ in video.decode(video=0)) == 44
     with pytest.raises(Exception, match="there is none of this name"):
         client("ben").predict(reports["anna"][-1]["id"], api_name="/video")
+
+
+def test_two_speakers_with_boxes_drawn_on_the_picture(page: Any, scene: dict[str, Path]) -> None:
+    page.locator("#picture input[type=file]").set_input_files(str(scene["two"]))
+    page.locator("#picture img").wait_for()
+    page.get_by_label("Checkpoint").fill(str(scene["weights"]))
+    page.get_by_label("Checkpoint").press("Enter")
+    page.get_by_role("button", name="Speakers").click()
+    for number, name in enumerate(("anna", "ben"), 1):
+        field(page, f"Speaker {number}: name").fill(name)
+        page.locator("#speakers input[type=file]").first.set_input_files(str(scene[name]))
+        page.locator("#speakers").get_by_label("Play", exact=False).nth(number - 1).wait_for()
+    field(page, "Speaker 1: box").fill("0,0,96,96")  # by the keyboard
+    page.get_by_label("speaker 2", exact=True).check()
+    drawn = page.locator("#picture img").bounding_box()
+    for x, y in ((0.55, 0.05), (0.95, 0.95)):  # and by two clicks
+        page.mouse.click(drawn["x"] + x * drawn["width"], drawn["y"] + y * drawn["height"])
+        page.wait_for_timeout(700)
+    left, top, right, bottom = map(float, field(page, "Speaker 2: box").input_value().split(","))
+    assert (left / 192, top / 96, right / 192, bottom / 96) == pytest.approx((0.55, 0.05, 0.95, 0.95), abs=0.03)
+    api.expect(page.locator("#boxes rect")).to_have_count(2, timeout=PATIENT)
+    assert serious(page) == []
+    page.get_by_role("button", name="More settings").click()
+    field(page, "Size").fill("64x32")
+    picture(page, "speakers")
+    page.get_by_role("button", name="Make the video").click()
+    until(page, "^video.* done in")

@@ -306,6 +306,7 @@ def test_an_interrupt_ends_all_processes_at_the_same_step(
     began = time.monotonic()
     statuses, messages = ranks.wait(100)
     assert time.monotonic() - began < 25  # before torchrun loses its patience, which is 30 s
-    assert statuses == [130, 130], messages
+    assert 130 in statuses, messages
+    assert all(statuses), messages
     assert messages.count("talkingdit: interrupted; 1 of 3 clips are kept in") == 1
     assert left(work) == {"out.mp4.parts"}
