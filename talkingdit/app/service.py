@@ -117,6 +117,9 @@ class Service:
                 run.state = "stopped"
                 self.runs.remove(run)
                 raise
+        except UserError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(str(error).replace(f"{folder}/", "")) from error  # where it lies is nobody's business
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise UserError(f"the run could not be written ({error.strerror or error}).") from error

@@ -32,8 +32,8 @@ def status(run: Run | None, before: int, stopping: bool) -> str:
         parts.append(f'<progress {share} aria-label="Steps that are done"></progress>')
     if run.sentence:
         kind = "error" if run.state == "failed" else "dim"
-        parts.append(f'<p class="{kind}">{escaped(in_words_of_the_form(run.sentence))}</p>')
-    parts += [f'<p class="dim">{escaped(in_words_of_the_form(warning))}</p>' for warning in run.warnings]
+        parts.append(f'<p class="{kind}">{escaped(in_words_of_the_form(run.sentence, run.folder))}</p>')
+    parts += [f'<p class="dim">{escaped(in_words_of_the_form(warning, run.folder))}</p>' for warning in run.warnings]
     if run.state == "done":
         name = quote(f"{run.title or 'video'}.mp4")
         parts.append(f'<p><a href="{address(run, "video.mp4")}" download="{name}">Download the video</a></p>')
@@ -114,9 +114,10 @@ def error(sentence: str) -> str:
     return f'<p class="error" role="alert">{escaped(sentence)}</p>' if sentence else ""
 
 
-def in_words_of_the_form(sentence: str) -> str:
-    """A sentence whose flags are spelt as the labels of fields."""
-    return re.sub(r"`--([a-z][a-z-]*)`", lambda flag: f"“{flag[1].replace('-', ' ').capitalize()}”", sentence)
+def in_words_of_the_form(sentence: str, folder: Path) -> str:
+    """A sentence whose flags are spelt as the labels of fields, and files of a run without its folder."""
+    words = sentence.replace(f"{folder}/", "")
+    return re.sub(r"`--([a-z][a-z-]*)`", lambda flag: f"“{flag[1].replace('-', ' ').capitalize()}”", words)
 
 
 def escaped(text: object) -> str:

@@ -167,6 +167,18 @@ def test_files_of_a_run_are_for_whom_it_was_made(server: TestClient) -> None:
         assert "event: error" in "".join(events.iter_text())
 
 
+def test_what_is_wrong_is_told_without_where_it_lies(server: TestClient) -> None:
+    image = uploaded(server, ANNA, "p.png", (MODEL.parent / "portrait.png").read_bytes())
+    voice = uploaded(server, ANNA, "v.wav", b"Dear friend, this is no voice at all.")
+    files = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in (image, voice)]
+    began = call(server, "generate", [*files, "", "", None, None], ANNA).json()
+    with server.stream("GET", f"/gradio_api/call/generate/{began['event_id']}", headers=as_(ANNA)) as events:
+        words = "".join(events.iter_text())
+    assert "event: error" in words
+    assert "audio.wav" in words
+    assert "/runs/" not in words
+
+
 def test_other_sites_and_other_names_are_turned_away(server: TestClient) -> None:
     assert server.get("/", headers={"host": "evil.example"}).status_code == 421
     assert (

@@ -39,17 +39,17 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 QUIET = ["disable-quic", "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync"]
 FLAGS = [f"--{word}" for word in ("no-sandbox", "headless", "disable-gpu", *QUIET)]
 PORTRAIT = MODEL.parent / "portrait.png"
-PATIENT = 120_000  # milliseconds; a loaded machine takes its time
+PATIENT = 200_000  # milliseconds; a loaded machine takes its time
 STATE = "#status .state"
 
 
 @pytest.fixture(scope="module")
 def voices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Recordings of 2.7 s, which makes two clips, and of 12 s; and a file that is none."""
+    """Recordings of 2.7 s, which makes two clips, and of 9 s; and a file that is none."""
     folder = tmp_path_factory.mktemp("voices")
     sound, rate = soundfile.read(MODEL.parent / "voice.flac")
     soundfile.write(folder / "short.wav", sound[: int(2.7 * rate)], rate)
-    soundfile.write(folder / "long.wav", sound[: 12 * rate], rate)
+    soundfile.write(folder / "long.wav", sound[: 9 * rate], rate)
     (folder / "letter.wav").write_text("Dear friend, this is no voice at all.")
     return {path.stem: path for path in folder.iterdir()}
 
@@ -183,14 +183,15 @@ def test_a_file_that_is_no_voice_is_one_sentence(page: Any, voices: dict[str, Pa
     page.get_by_role("button", name="Make the video").click()
     page.get_by_role("alert").wait_for()
     words = page.get_by_role("alert").inner_text()
-    assert "audio.wav" in words or "voice" in words
+    assert words.startswith("audio")
+    assert "/" not in words.split(" ")[0]
     assert words.count(".") <= 3
 
 
 def test_a_reload_finds_the_run_which_is_stopped_and_goes_on(
     page: Any, browser: Any, address: str, voices: dict[str, Path]
 ) -> None:
-    ask(page, voices["long"], steps=8)
+    ask(page, voices["long"], steps=30)
     until(page, "clip [23] of")
     page.close()  # nobody looks for a while
     page = opened(browser, address)
@@ -200,18 +201,20 @@ def test_a_reload_finds_the_run_which_is_stopped_and_goes_on(
     assert re.search(r"stopped; [1-9]\d* of \d+ clips are kept\.", page.locator("#status").inner_text())
     page.get_by_role("button", name="Load its settings").click()
     page.locator("#picture img").wait_for()
-    api.expect(field(page, "Steps")).to_have_value("8", timeout=PATIENT)
+    api.expect(field(page, "Steps")).to_have_value("30", timeout=PATIENT)
     page.get_by_role("button", name="Go on").click()
     until(page, "done in")
     assert "going on after" in page.locator("#status").inner_text()
     page.close()
 
 
-def test_a_phone_in_the_dark(page: Any) -> None:
+def test_a_phone_in_the_dark(page: Any, voices: dict[str, Path]) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     page.emulate_media(color_scheme="dark")
     page.reload()
     field(page, "Seed").wait_for()
+    ask(page, voices["short"], steps=1)
+    until(page, "short: done in")
     page.locator("#video video").wait_for()
     page.locator("#sheet img").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
