@@ -192,8 +192,9 @@ def _plain_block(kind: type[Any]) -> Any:
 
 
 def _block_part(block: Any) -> _Part:
-    forward = type(block).forward
-    plain_forward = _plain_block(type(block)).forward
+    kind: Any = type(block)
+    forward = kind.forward
+    plain_forward = _plain_block(kind).forward
     known_norms = (
         is_norm(block.norm1, "LayerNorm", affine=False)
         and is_norm(block.norm2, "LayerNorm", affine=False)
