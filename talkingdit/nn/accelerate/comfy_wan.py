@@ -186,15 +186,14 @@ def _part_of(module: nn.Module) -> _Part | None:
     return None
 
 
-def _plain_block(kind: type[Any]) -> Any:
+def _plain_block(kind: Any) -> Any:
     """The class whose forward takes a stream x: its own, or for a control block the one that it extends."""
     return next((c for c in kind.__mro__ if "forward" in vars(c) and parameters_of(c.forward)[:2] == ["x", "e"]), kind)
 
 
 def _block_part(block: Any) -> _Part:
-    kind: Any = type(block)
-    forward = kind.forward
-    plain_forward = _plain_block(kind).forward
+    forward = type(block).forward
+    plain_forward = _plain_block(type(block)).forward
     known_norms = (
         is_norm(block.norm1, "LayerNorm", affine=False)
         and is_norm(block.norm2, "LayerNorm", affine=False)
