@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pipeline as diffusers users know it: frames as they are made, a callback after every step, and a stop.
 
-python examples/pipeline.py --output half.mp4
+    python examples/pipeline.py --output half.mp4
+
+The stop comes in the second clip, so that the file holds the first one. docs/python.md says more.
 """
 
 from __future__ import annotations

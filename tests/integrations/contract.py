@@ -26,6 +26,8 @@ import torch
 from PIL import Image
 
 from talkingdit.media.reader import all_pictures
+from talkingdit.puppets.scenes import portrait_of
+from talkingdit.puppets.world import Scene
 
 PACK = Path(__file__).parents[2] / "integrations" / "comfyui"
 
@@ -351,3 +353,12 @@ class ComfyUI:
 
 def _is_link(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+
+
+def fill(folder: Path) -> None:
+    """A drawn portrait, and a second of a voice in two channels."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(portrait_of(Scene.random(rng), 128)).save(folder / "portrait.png")
+    time = np.arange(24000) / 24000
+    voice = 0.3 * np.sin(2 * np.pi * 160 * time) * (np.sin(2 * np.pi * 4 * time) > 0)
+    soundfile.write(folder / "voice.wav", np.stack([voice, 0.5 * voice], axis=1), 24000, subtype="FLOAT")

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import sys
 import types
 from fractions import Fraction
@@ -14,6 +16,7 @@ import pytest
 import soundfile
 import torch
 from contract import PACK, ModelPatcher, VideoFromComponents, VideoFromFile
+from workflows import NOTES, to_prompt
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "nn"))  # the stand-in of ComfyUI's Wan model
 
@@ -450,3 +453,21 @@ def test_models_are_looked_for_where_comfyui_has_them(comfy, pack, tmp_path):
     with pytest.raises(UserError, match=r"checkpoint: expected a folder below .* got 'nobody'"):
         node(comfy, "TalkingDiTLoad", checkpoint="nobody")
     assert dataclasses.asdict(model.slot.recipe)["precision"] is None
+
+
+@pytest.mark.parametrize("path", sorted((PACK / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_example_workflows_fit_the_nodes(comfy, path):
+    """Names, widgets and links of all our nodes in them; only files may be missing."""
+    graph = json.loads(path.read_text())
+    ours = {node["id"] for node in graph["nodes"] if node["type"] in comfy.nodes}
+    assert {node["type"] for node in graph["nodes"] if node["type"].startswith("TalkingDiT")} <= set(comfy.nodes)
+    if path.stem == "accelerate_wan":  # the rest of it are nodes of ComfyUI
+        assert len(ours) == 2
+        return
+    assert len(ours) == len([node for node in graph["nodes"] if node["type"] not in NOTES])
+    prompt = to_prompt(graph, comfy.object_info())
+    for name in prompt:
+        try:
+            comfy._validate(prompt, name)
+        except ValueError as error:
+            assert re.search(r"(image|audio|file|checkpoint) must be one of", str(error)), error  # noqa: PT017

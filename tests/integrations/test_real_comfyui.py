@@ -21,8 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fill
-from contract import PACK
+from contract import PACK, fill
 from safetensors.torch import save_file
 from workflows import to_prompt
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from talkingdit.autoencoders.latents import FRAMES_PER_LATENT
 from talkingdit.families.hunyuan_avatar.guidance import View
+from talkingdit.families.hunyuan_avatar.masks import small_masks
 from talkingdit.families.hunyuan_avatar.outline import Details, Voice
 from talkingdit.families.hunyuan_avatar.voices import HeardVoice
 from talkingdit.families.hunyuan_avatar.words import Words
@@ -100,12 +100,6 @@ def sound_frames(latents: Tensor, count: int) -> Tensor:
     last = FRAMES_PER_LATENT * latents
     rest = last[1:, None] - torch.arange(FRAMES_PER_LATENT - 1, -1, -1)
     return torch.cat([last[:1], rest.reshape(-1)]) % (FRAMES_PER_LATENT * count)
-
-
-def small_masks(masks: Sequence[Any], size: tuple[int, int]) -> Tensor:
-    """Masks [H, W] of a video as [1, S, 1, h, w] of its latents, interpolated as in the released program."""
-    stacked = torch.stack([torch.from_numpy(mask) for mask in masks])[None].float()
-    return F.interpolate(stacked, size=size, mode="bilinear").unsqueeze(2)
 
 
 def cell_masks(voices: Sequence[Voice], size: tuple[int, int]) -> Tensor:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from talkingdit.families.hunyuan_avatar.speakers import Speaker
 from talkingdit.media.files import read_image
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from talkingdit.pipelines.inputs import Inputs
 
 
@@ -53,8 +56,6 @@ def moving_mask(speaker: Speaker, latents: int, fps: int, size: tuple[int, int])
     Raises:
         UserError: the file is damaged, or dark from beginning to end.
     """
-    from talkingdit.families.hunyuan_avatar.conditions import small_masks
-
     assert speaker.mask is not None
     cells = latent_size(size)
     found, last = np.zeros((latents, *cells), np.float32), 0
@@ -70,3 +71,11 @@ def moving_mask(speaker: Speaker, latents: int, fps: int, size: tuple[int, int])
     if found.max() < 0.5:
         raise UserError(f"{speaker.mask}: expected a video that is white where the face is, got a dark one.")
     return found
+
+
+def small_masks(masks: Sequence[Mask], size: tuple[int, int]) -> Tensor:
+    """Masks [H, W] of a video as [1, S, 1, h, w] of its latents, interpolated as in the released program."""
+    import torch
+
+    stacked = torch.stack([torch.from_numpy(mask) for mask in masks])[None].float()
+    return torch.nn.functional.interpolate(stacked, size=size, mode="bilinear").unsqueeze(2)

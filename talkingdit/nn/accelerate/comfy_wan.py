@@ -156,7 +156,8 @@ def object_patches(model: nn.Module, taken: Collection[str] = ()) -> tuple[dict[
     Raises:
         ValueError: the model has no block of a known kind.
     """
-    report, found, known = Report(type(model).__name__), {}, False
+    report, known = Report(type(model).__name__), False
+    found: dict[str, Callable[..., Any]] = {}
     for place, module in model.named_modules():
         part = _part_of(module)
         if part is None:
@@ -185,7 +186,7 @@ def _part_of(module: nn.Module) -> _Part | None:
     return None
 
 
-def _plain_block(kind: type[Any]) -> type[Any]:
+def _plain_block(kind: Any) -> Any:
     """The class whose forward takes a stream x: its own, or for a control block the one that it extends."""
     return next((c for c in kind.__mro__ if "forward" in vars(c) and parameters_of(c.forward)[:2] == ["x", "e"]), kind)
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.checkpoint import HunyuanAvatarSettings
-from talkingdit.families.hunyuan_avatar.conditions import cell_masks, masks_of, small_masks, sound_frames
+from talkingdit.families.hunyuan_avatar.conditions import cell_masks, masks_of, sound_frames
 from talkingdit.families.hunyuan_avatar.guidance import Guidance, View
-from talkingdit.families.hunyuan_avatar.masks import moving_mask
+from talkingdit.families.hunyuan_avatar.masks import moving_mask, small_masks
 from talkingdit.families.hunyuan_avatar.options import Options
 from talkingdit.families.hunyuan_avatar.outline import Voice, outline, stages_of, video_length
 from talkingdit.families.hunyuan_avatar.pipeline import noise_levels
