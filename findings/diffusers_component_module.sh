@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Ground: silent by construction (diffusers' own checks pass until a pipeline that was saved is loaded again).
-# Versions: torch 2.13.0 (CPU), diffusers 0.42.1; Python 3.10 or newer.
+# Ground: deep (a pipeline that was saved passes every check of diffusers until it is loaded again).
+# Versions: torch 2.13.0 (CPU), diffusers 0.42.1, transformers 5.24.0, accelerate 1.15.0; Python 3.10 or newer.
 #
 # A pipeline of diffusers may hold a model of a class of yours that derives from ModelMixin. save_pretrained writes
 # ["your.module", "YourModel"] into model_index.json, and AutoModel finds the class by it. from_pretrained of the pipeline
@@ -19,7 +19,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy==2.3.5 \
-    diffusers==0.42.1 transformers accelerate
+    diffusers==0.42.1 transformers==5.24.0 accelerate==1.15.0
 cat >"$folder/base_of.py" <<'PYTHON'
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin

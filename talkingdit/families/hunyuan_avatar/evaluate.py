@@ -310,7 +310,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     """Results as a markdown table."""
     lines = ["| | |", "|---|---|"]
     for name, row in rows.items():
-        lines.append(f"| {name} | " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()) + " |")
+        told = (f"{key} {'none' if value is None else f'{value:.3f}'}" for key, value in row.items())
+        lines.append(f"| {name} | {', '.join(told)} |")
     return "\n".join(lines)
 
 
@@ -382,7 +383,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         print(name, file=sys.stderr, flush=True)
         if folder not in benches:
             benches[folder] = open_bench(folder, options)
-        rows[name] = ROWS[kind](benches[folder])
+        found = ROWS[kind](benches[folder])
+        rows[name] = {key: None if np.isnan(value) else value for key, value in found.items()}  # JSON has no NaN
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.out, (json.dumps(result, indent=1) + "\n").encode())
     return result
