@@ -139,11 +139,18 @@ class Guard:
             await _refuse(send, error)
             return
         answer = _Answer(send, self._shares, scope, token, fresh)
+        upload = receive if isinstance(receive, _Counted) else None
+
+        async def reply(message: Message) -> None:
+            if upload is None or not upload.exceeded:  # what is said of an upload that was cut off helps nobody
+                await answer(message)
+
         try:
-            await self._app(scope, receive, answer)
+            await self._app(scope, receive, reply)
         except Exception:
-            if not (isinstance(receive, _Counted) and receive.exceeded) or answer.started:
+            if upload is None or not upload.exceeded:
                 raise
+        if upload is not None and upload.exceeded and not answer.started:
             await _refuse(send, Refused(413, self.too_large))
 
     def _check_caller(self, headers: Mapping[str, str]) -> None:

@@ -169,22 +169,22 @@ class Queue:
                 self._end(run, "stopped", "stopped before it began.")
             elif run is self._now:
                 self._stopping.add(run.id)
-                threading.Thread(target=self._insist, args=(run, self._worker), daemon=True).start()
+                threading.Thread(target=self._insist, args=(run,), daemon=True).start()
 
     def stopping(self, run: Run) -> bool:
         return run.id in self._stopping
 
-    def _insist(self, run: Run, worker: Any) -> None:
-        """Interrupt until the run has ended: one that is just beginning does not hear it yet."""
+    def _insist(self, run: Run) -> None:
+        """Interrupt until the run has ended: one that is just beginning has no worker yet, or one that does not hear."""
         until = time.monotonic() + PATIENCE
         while True:
             with self._changed:
-                if self._now is not run or self._worker is not worker or worker is None:
+                if self._now is not run or not self.stopping(run):
                     return
-                if time.monotonic() > until:
-                    worker.kill()
-                else:
-                    worker.interrupt()
+                if self._worker is not None and time.monotonic() > until:
+                    self._worker.kill()
+                elif self._worker is not None:
+                    self._worker.interrupt()
                 self._changed.wait(0.5)
 
     def close(self) -> None:

@@ -259,8 +259,8 @@ def test_two_programs_at_once_see_their_own_videos_alone(address: str, voices: d
 def test_two_speakers_with_boxes_drawn_on_the_picture(page: Any, scene: dict[str, Path]) -> None:
     page.locator("#picture input[type=file]").set_input_files(str(scene["two"]))
     page.locator("#picture img").wait_for()
-    page.get_by_label("Checkpoint").fill(str(scene["weights"]))
-    page.get_by_label("Checkpoint").press("Enter")
+    page.get_by_label("Checkpoint", exact=True).fill(str(scene["weights"]))
+    page.get_by_label("Checkpoint", exact=True).press("Enter")
     page.get_by_role("button", name="Speakers").click()
     for number, name in enumerate(("anna", "ben"), 1):
         field(page, f"Speaker {number}: name").fill(name)

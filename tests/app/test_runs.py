@@ -190,6 +190,26 @@ def test_a_run_that_has_ended_goes_with_all_its_files(runs: Runs, queue: Queue) 
     assert runs.of(ANNA) == []
 
 
+def test_a_run_is_stopped_while_its_worker_is_being_started(runs: Runs) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(machine: Machine, model: object) -> Made:
+        begun.set()
+        assert go.wait(10)
+        return Made(machine, model)
+
+    queue = Queue(runs, Machine(), slow)
+    run = added(runs, reports=10_000)
+    queue.add(run)
+    assert begun.wait(10)
+    queue.stop(run)
+    time.sleep(0.05)  # for whoever gives up without a worker
+    go.set()
+    wait(lambda: run.ended)
+    assert run.state == "stopped"
+    queue.close()
+
+
 def test_a_worker_that_dies_costs_one_run(runs: Runs) -> None:
     """A real process, which is killed as the system does it when memory runs out."""
     from talkingdit.app.queue import Worker
