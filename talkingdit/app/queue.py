@@ -175,7 +175,7 @@ class Queue:
         return run.id in self._stopping
 
     def _insist(self, run: Run) -> None:
-        """Interrupt until the run has ended: one that is just beginning has no worker yet, or one that does not hear."""
+        """Interrupt until the run has ended: at its beginning there is no worker, or one that does not hear yet."""
         until = time.monotonic() + PATIENCE
         while True:
             with self._changed:
