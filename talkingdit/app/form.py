@@ -15,7 +15,7 @@ from talkingdit.errors import UserError
 from talkingdit.families import Family, GenerationOptions
 from talkingdit.families.fields import Field, fields
 
-SPEAKER = "NAME=WAV"  # how the metavar of a field begins that is for people with a voice each
+SPEAKER = re.compile(r"NAME.*=WAV")  # how the metavar of a field begins that is for people with a voice each
 MOST_SPEAKERS = 3
 
 
@@ -43,7 +43,7 @@ def form_of(family: Family) -> Form:
     """The form of a family."""
     common = {one.name for one in fields(GenerationOptions)}
     found = fields(family.options)
-    speaker = next((one for one in found if one.flag.many and one.flag.metavar.startswith(SPEAKER)), None)
+    speaker = next((one for one in found if one.flag.many and SPEAKER.match(one.flag.metavar)), None)
     others = [one for one in found if one is not speaker]
     shown = [one for one in others if one.name in common] + [one for one in others if one.kind is Path]
     return Form(tuple(shown), tuple(one for one in others if one not in shown), speaker)
@@ -67,7 +67,7 @@ def components(one: Field, value: Text | None) -> list[Any]:
         return [gr.Checkbox(value=one.default if value is None else bool(value), **name)]
     if one.choices:
         choices = [("as the checkpoint says", "")] * (one.default is None) + [(word, word) for word in one.choices]
-        return [gr.Radio(choices, value=value or one.default or "", **name)]
+        return [gr.Radio(choices, value=str(value or one.default or ""), **name)]
     if one.kind is Path:
         return [gr.File(label=f"{label(one)}: {one.help}", height=120, interactive=True)]
     if one.flag.many:
@@ -146,7 +146,7 @@ def speakers(rows: Sequence[Sequence[Any]], folder: Path) -> list[str]:
         name = (name or "").strip()
         if not name and not voice:
             continue
-        if not re.fullmatch(r"[\w .-]+", name):
+        if not re.fullmatch(r"[\w .-]+(:[\d.]+)?", name):  # with a strength, maybe
             raise UserError(f"speaker {number}: expected a name of letters, digits and blanks, got {name!r}.")
         sides = read_box(box)
         if box and sides is None:

@@ -141,10 +141,10 @@ class Page:
             for number, (name, box) in enumerate(speaker_rows(words), 1):
                 with gr.Row():
                     row: list[Any] = [gr.Textbox(name, label=f"Speaker {number}: name", min_width=120)]
-                    box = gr.Textbox(
+                    sides = gr.Textbox(
                         box, label=f"Speaker {number}: box", placeholder="left,top,right,bottom", min_width=160
                     )
-                rows.append([*row, gr.Audio(label=f"Speaker {number}: voice", **SOUNDS), box])
+                rows.append([*row, gr.Audio(label=f"Speaker {number}: voice", **SOUNDS), sides])
             drawn = gr.HTML(elem_id="boxes")
         corner: Any = gr.State(None)
         names, boxes = [row[0] for row in rows], [row[2] for row in rows]
