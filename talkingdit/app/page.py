@@ -14,7 +14,6 @@ from talkingdit.app import views
 from talkingdit.app.api import add_endpoints
 from talkingdit.app.asked import Text
 from talkingdit.app.form import (
-    MOST_SPEAKERS,
     Form,
     collect,
     components,
@@ -22,7 +21,6 @@ from talkingdit.app.form import (
     read_box,
     speaker_rows,
     speakers,
-    write_box,
 )
 from talkingdit.app.service import Person, Service, Wish
 from talkingdit.errors import UserError
@@ -133,10 +131,7 @@ class Page:
         with gr.Accordion("Speakers, a voice and a box each", open=isinstance(words, list), elem_id="speakers"):
             gr.HTML(
                 '<p class="dim">In the place of the one voice. The box around a face is its left, top, right and '
-                "bottom side in pixels of the picture: type them, or choose a speaker and click two corners.</p>"
-            )
-            which = gr.Radio(
-                [(f"speaker {n + 1}", n) for n in range(MOST_SPEAKERS)], value=0, label="Clicks draw the box of"
+                "bottom side in pixels of the picture; below, the picture shows it.</p>"
             )
             for number, (name, box) in enumerate(speaker_rows(words), 1):
                 with gr.Row():
@@ -146,16 +141,11 @@ class Page:
                     )
                 rows.append([*row, gr.Audio(label=f"Speaker {number}: voice", **SOUNDS), sides])
             drawn = gr.HTML(elem_id="boxes")
-        corner: Any = gr.State(None)
         names, boxes = [row[0] for row in rows], [row[2] for row in rows]
-
-        def click(which: int, corner: Any, event: gr.SelectData) -> list[Any]:
-            return place(event.index, which, corner)
 
         def draw(picture: str | None, *values: str) -> str:
             return drawn_boxes(picture, values[: len(names)], values[len(names) :])
 
-        self.image.select(click, [which, corner], [corner, *boxes], **QUIETLY)
         gr.on([one.change for one in (*names, *boxes)], draw, [self.image, *names, *boxes], drawn, **QUIETLY)
         return [one for row in rows for one in row]
 
@@ -276,16 +266,6 @@ def wish_of(form: Form, values: Sequence[Any], options: int) -> Wish:
         return {**found, form.speaker.name: said} if form.speaker is not None and said else found
 
     return Wish(image, audio, prompt or "", checkpoint or "", fill)
-
-
-def place(at: Sequence[float], which: int, corner: Sequence[float] | None) -> list[Any]:
-    """A click on the picture: the first corner of a speaker's box, or the second -> the corner, and all boxes."""
-    boxes: list[Any] = [gr.skip()] * MOST_SPEAKERS
-    if corner is None:
-        return [list(at), *boxes]
-    (x0, x1), (y0, y1) = sorted((corner[0], at[0])), sorted((corner[1], at[1]))
-    boxes[which] = write_box((x0, y0, x1, y1))
-    return [None, *boxes]
 
 
 def drawn_boxes(picture: str | None, names: Sequence[str], boxes: Sequence[str]) -> str:

@@ -147,14 +147,10 @@ def test_words_name_uploaded_files_by_the_names_that_they_had() -> None:
 
 
 @needs_gradio
-def test_two_clicks_on_the_picture_are_a_box(folder: Path) -> None:
-    from talkingdit.app.page import drawn_boxes, place
+def test_the_picture_shows_boxes(folder: Path) -> None:
+    from talkingdit.app.page import drawn_boxes
 
-    first = place([40, 5], 1, None)
-    assert first[0] == [40, 5]
-    second = place([10, 30], 1, first[0])
-    assert (second[0], second[2]) == (None, "10,5,40,30")
-    drawing = drawn_boxes(str(folder / "image.png"), ["", "Ben <b>", ""], ["", second[2], "9,9,1,1"])
+    drawing = drawn_boxes(str(folder / "image.png"), ["", "Ben <b>", ""], ["", "10,5,40,30", "9,9,1,1"])
     assert 'viewBox="0 0 64 48"' in drawing
     assert '<rect x="10" y="5" width="30" height="25"' in drawing
     assert "Ben &lt;b&gt; at 10, 5, 40, 30" in drawing  # for those who do not see it
