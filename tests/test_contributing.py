@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 import yaml
-from markdown import ROOT, first_cells, read_page
+from markdown_pages import ROOT, first_cells, read_page
 
 from talkingdit import families, ops
 from talkingdit.families.family import Family, Part

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import cache
 
 import pytest
-from markdown import ROOT, Page, read_page
+from markdown_pages import ROOT, Page, read_page
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MOST_WORDS = 1200  # of the README

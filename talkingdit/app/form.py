@@ -14,8 +14,9 @@ from talkingdit.app.runs import take, take_many
 from talkingdit.errors import UserError
 from talkingdit.families import Family, GenerationOptions
 from talkingdit.families.fields import Field, fields
+from talkingdit.media.boxes import read_box, write_box
 
-SPEAKER = re.compile(r"NAME.*=WAV")  # how the metavar of a field begins that is for people with a voice each
+SPEAKER = "speaker"  # the option for people with a voice each, in families that have it
 MOST_SPEAKERS = 3
 
 
@@ -43,7 +44,7 @@ def form_of(family: Family) -> Form:
     """The form of a family."""
     common = {one.name for one in fields(GenerationOptions)}
     found = fields(family.options)
-    speaker = next((one for one in found if one.flag.many and SPEAKER.match(one.flag.metavar)), None)
+    speaker = next((one for one in found if one.name == SPEAKER), None)
     others = [one for one in found if one is not speaker]
     shown = [one for one in others if one.name in common] + [one for one in others if one.kind is Path]
     return Form(tuple(shown), tuple(one for one in others if one not in shown), speaker)
@@ -148,7 +149,7 @@ def speakers(rows: Sequence[Sequence[Any]], folder: Path) -> list[str]:
             continue
         if not re.fullmatch(r"[\w .-]+(:[\d.]+)?", name):  # with a strength, maybe
             raise UserError(f"speaker {number}: expected a name of letters, digits and blanks, got {name!r}.")
-        sides = read_box(box)
+        sides = read_box(box or "")
         if box and sides is None:
             raise UserError(f"speaker {number}: expected a box of four numbers, left, top, right, bottom, got {box!r}.")
         file = take(Path(voice), folder, f"voice-{number}") if voice else ""
@@ -164,16 +165,3 @@ def speaker_rows(words: Text | None) -> list[tuple[str, str]]:
         sides = read_box(place)
         found.append(((head if sides else word).partition("=")[0], write_box(sides) if sides else ""))
     return [*found, *[("", "")] * MOST_SPEAKERS][:MOST_SPEAKERS]
-
-
-def read_box(text: str | None) -> list[float] | None:
-    """Left, top, right and bottom; None where the words are no box."""
-    try:
-        sides = [float(side) for side in (text or "").split(",")]
-    except ValueError:
-        return None
-    return sides if len(sides) == 4 else None
-
-
-def write_box(sides: Sequence[float]) -> str:
-    return ",".join(f"{side:g}" for side in sides)

@@ -18,12 +18,12 @@ from talkingdit.app.form import (
     collect,
     components,
     form_of,
-    read_box,
     speaker_rows,
     speakers,
 )
 from talkingdit.app.service import Person, Service, Wish
 from talkingdit.errors import UserError
+from talkingdit.media.boxes import read_box
 
 TICK = 1.0  # seconds
 # Of every listener on the page: quick, and none of a program's business.

@@ -19,28 +19,13 @@ from talkingdit.curate.report import REPORT, write_report
 from talkingdit.curate.settings import LIMITS, Settings
 from talkingdit.curate.stages import stage_of
 from talkingdit.curate.write import MANIFEST, TABLE, write_manifest, write_table
-from talkingdit.data.manifest import IMAGES, read_manifest
+from talkingdit.data.manifest import read_manifest
 from talkingdit.errors import UserError
 from talkingdit.lock import RunLock
+from talkingdit.media.kinds import IMAGES, VIDEOS
 from talkingdit.media.targets import check_folder
 
 LOCK, BROKEN = ".curate.lock", "broken.jsonl"
-VIDEOS = (
-    ".mp4",
-    ".mov",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".m4v",
-    ".ts",
-    ".mts",
-    ".mpg",
-    ".mpeg",
-    ".flv",
-    ".wmv",
-    ".3gp",
-    ".ogv",
-)
 
 
 @dataclass(frozen=True)

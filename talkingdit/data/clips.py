@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from talkingdit.autoencoders.latents import FRAMES_PER_LATENT, PIXELS_PER_LATENT
-from talkingdit.data.manifest import IMAGES, Box
+from talkingdit.data.manifest import Box
 from talkingdit.errors import UserError
 from talkingdit.media.container import MediaError, NoStreamError
 from talkingdit.media.files import read_image
 from talkingdit.media.framing import fit_image
+from talkingdit.media.kinds import IMAGES
 from talkingdit.media.reader import read_pictures
 from talkingdit.media.timeline import timeline
 

@@ -32,6 +32,7 @@ from typing import Any
 
 from talkingdit.data.sample import VIDEO
 from talkingdit.errors import UserError
+from talkingdit.media.kinds import IMAGES
 
 Box = tuple[float, float, float, float]
 
@@ -50,7 +51,6 @@ COLUMNS = (
     *("id", "fps", "frames", "width", "height"),
 )
 MOST = {"fps": 1000, "frames": 10_000_000, "width": 1 << 16, "height": 1 << 16}  # no video has more
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
 IMAGE = "image"
 SILENT = "none"
 

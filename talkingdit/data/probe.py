@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from talkingdit.atomic import write_whole
-from talkingdit.data.manifest import IMAGES, Entry
+from talkingdit.data.manifest import Entry
 from talkingdit.errors import UserError
 from talkingdit.media.container import MediaError, Source
 from talkingdit.media.image import image_size
+from talkingdit.media.kinds import IMAGES
 from talkingdit.media.reader import Upright, timed_pictures
 from talkingdit.media.timeline import length, timeline
 

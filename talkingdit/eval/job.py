@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from talkingdit.errors import UserError
+from talkingdit.media.kinds import VIDEOS
 
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 TRUTH = "ground truth"  # the system that true videos are, judged against themselves
 
 
@@ -85,7 +85,7 @@ def _videos(where: Path, flag: str) -> dict[str, Path]:
                 raise UserError(f"eval: {flag}: {found[file.stem].name} and {file.name} differ in the ending only.")
             found[file.stem] = file
     if not found:
-        raise UserError(f"eval: {flag}: expected videos ({', '.join(VIDEOS)}) in {str(where)!r}, found none.")
+        raise UserError(f"eval: {flag}: expected videos ({', '.join(VIDEOS[:4])}, ...) in {str(where)!r}, found none.")
     return found
 
 

@@ -15,8 +15,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from talkingdit.media.boxes import Box
 from talkingdit.media.framing import Frames
-from talkingdit.media.mouths import Box, Mask
+from talkingdit.media.mouths import Mask
 
 BORDER = 0.12  # of a mask's smaller side, over which the generated frame comes in
 SPREAD = 0.25  # of it, how far differences of colour around the mask are spread

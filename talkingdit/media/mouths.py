@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from talkingdit.errors import UserError
+from talkingdit.media.boxes import Box, read_box
 from talkingdit.media.framing import Frames
 
 if TYPE_CHECKING:
     from talkingdit.media.edited import EditedVideo
 
 Mask = NDArray[np.bool_]
-Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 
 LOOKS = 8  # times a second that a face is looked for
 WIDER = 0.08  # of a face's width and height, that its lower half is taken larger
@@ -96,15 +96,6 @@ class Painted:
 def _named(kind: str, values: NDArray[Any]) -> str:
     found = hashlib.sha256(f"{values.shape}".encode() + np.ascontiguousarray(values).tobytes())
     return f"{kind} {found.hexdigest()[:32]}"
-
-
-def read_box(text: str) -> Box | None:
-    """A box from "x0,y0,x1,y1"; None for something else."""
-    try:
-        x0, y0, x1, y1 = (float(part) for part in text.split(","))
-    except ValueError:
-        return None
-    return x0, y0, x1, y1
 
 
 def given_region(mask: str, video: EditedVideo) -> Region:

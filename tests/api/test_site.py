@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -14,18 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def installed(name: str) -> bool:
-    """Looked for, not imported: a module of the tests is called as one that mkdocs needs."""
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     for name in ("mkdocs", "mkdocstrings", "mkdocstrings_handlers.python", "material"):
-        if not installed(name):
-            pytest.skip(f"{name} is not installed: pip install 'talkingdit[docs]'")
+        pytest.importorskip(name, reason="needs talkingdit[docs]")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)

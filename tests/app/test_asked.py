@@ -79,6 +79,7 @@ def test_the_form_of_a_family_has_each_of_its_options_once(name: str) -> None:
     assert sorted(found) == sorted(one.name for one in fields(families.get(name).options))
     assert [one.name for one in form.shown[:2]] == ["seed", "steps"]
     assert all(one.help for one in form.fields)
+    assert (form.speaker is not None) == (name == "hunyuan_avatar")  # voices and boxes have rows of their own
 
 
 @needs_gradio

@@ -22,7 +22,6 @@ from talkingdit.data.clips import Frames, read_frames, times
 from talkingdit.data.cutting import Cut, Item
 from talkingdit.data.encoders import Encoders
 from talkingdit.data.encoding import ClipReader, clip_reader
-from talkingdit.data.manifest import IMAGES
 from talkingdit.data.sample import Sample
 from talkingdit.families.gloria.anchors import GLOBAL
 from talkingdit.families.gloria.checkpoint import read_settings
@@ -30,6 +29,7 @@ from talkingdit.families.gloria.outline import LEAST
 from talkingdit.families.wan_i2v.clips import WanI2VEncoders, encoded
 from talkingdit.media.files import read_image
 from talkingdit.media.framing import fit_image, output_size
+from talkingdit.media.kinds import IMAGES
 
 DRAWN = 3  # global frames of a video whose row names none
 

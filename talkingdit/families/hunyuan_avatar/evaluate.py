@@ -34,8 +34,9 @@ from talkingdit.atomic import write_whole
 from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.emotions import Emotion
 from talkingdit.families.hunyuan_avatar.options import Options
-from talkingdit.families.hunyuan_avatar.speakers import Box, Speaker
+from talkingdit.families.hunyuan_avatar.speakers import Speaker
 from talkingdit.families.puppet.evaluate import machine, read_voices
+from talkingdit.media.boxes import Box
 from talkingdit.media.files import SPEECH_RATE
 from talkingdit.puppets.measure import Voice, correlation, truth_of
 from talkingdit.puppets.probe import probe

@@ -22,8 +22,9 @@ from talkingdit.families.hunyuan_avatar.guidance import Guidance
 from talkingdit.families.hunyuan_avatar.masks import moving_mask, read_mask
 from talkingdit.families.hunyuan_avatar.options import Options
 from talkingdit.families.hunyuan_avatar.places import Mask, Place, draw_mask, place_speakers, scaled
-from talkingdit.families.hunyuan_avatar.speakers import Box, Speaker, check_boxes, named_by_turns
+from talkingdit.families.hunyuan_avatar.speakers import Speaker, check_boxes, named_by_turns
 from talkingdit.families.hunyuan_avatar.turns import Solo, Turn, names_in, read_turns
+from talkingdit.media.boxes import Box
 from talkingdit.media.checks import digest_of
 from talkingdit.media.files import SPEECH_RATE, read_image
 from talkingdit.pipelines.inputs import Frames, Inputs, Mark, Outline, read_voice

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from talkingdit.errors import UserError
-from talkingdit.families.hunyuan_avatar.speakers import Box, Speaker
+from talkingdit.families.hunyuan_avatar.speakers import Speaker
+from talkingdit.media.boxes import Box
 
 Mask = NDArray[np.float32]  # [H, W] in 0..1
 

@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from talkingdit.errors import UserError
-
-Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif")
+from talkingdit.media.boxes import Box, read_box, write_box
+from talkingdit.media.kinds import IMAGES, VIDEOS
 
 
 @dataclass(frozen=True)
@@ -60,10 +56,6 @@ class Speaker:
         return self.mask is not None and self.mask.suffix.lower() in VIDEOS
 
 
-def write_box(box: Box) -> str:
-    return ",".join(f"{side:g}" for side in box)
-
-
 def read_speaker(text: str) -> Speaker:
     """From NAME=voice.wav, NAME=voice.wav@mask.png, NAME=voice.wav@x0,y0,x1,y1, or these without the recording.
 
@@ -78,9 +70,9 @@ def read_speaker(text: str) -> Speaker:
         rest = at + place
     name, strength = _name_and_strength(name)
     voice, at, place = rest.rpartition("@")
-    if at and (box := _box_of(place)) is not None:
+    if at and (box := read_box(place)) is not None:
         return Speaker(name, Path(voice).expanduser() if voice else None, box=box, strength=strength)
-    if at and Path(place).suffix.lower() in (*PICTURES, *VIDEOS):
+    if at and Path(place).suffix.lower() in (*IMAGES, *VIDEOS):
         recording = Path(voice).expanduser() if voice else None
         return Speaker(name, recording, mask=Path(place).expanduser(), strength=strength)
     if (at and not voice) or (given and not rest):
@@ -95,16 +87,6 @@ def _name_and_strength(text: str) -> tuple[str, float]:
         return (name, float(number)) if given else (text, 1.0)
     except ValueError:
         return text, 1.0
-
-
-def _box_of(text: str) -> Box | None:
-    try:
-        sides = [float(side) for side in text.split(",")]
-    except ValueError:
-        return None
-    if len(sides) != 4 or not all(math.isfinite(side) for side in sides):
-        return None
-    return sides[0], sides[1], sides[2], sides[3]
 
 
 def check_speakers(speakers: Sequence[Speaker], turns: bool) -> None:

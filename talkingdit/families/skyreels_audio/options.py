@@ -79,7 +79,7 @@ class Options(GenerationOptions):
                 raise ValueError(f"generate: {name} needs a video (`--video`), got none")
 
     def files(self) -> dict[str, Path]:
-        from talkingdit.media.mouths import read_box
+        from talkingdit.media.boxes import read_box
 
         painted = self.mask and read_box(self.mask) is None
         return {**super().files(), **({"mask": Path(self.mask)} if painted else {})}
