@@ -88,6 +88,13 @@ def test_files_are_there(page: Page) -> None:
     assert missing == []
 
 
+def test_tests_that_are_named_are_there(page: Page) -> None:
+    """A promise is worth what holds it."""
+    for file, name in re.findall(r"`([\w/]+\.py)::(\w+)`", page.path.read_text()):
+        found = [path for path in (ROOT / "tests").rglob(file.rpartition("/")[2]) if path.as_posix().endswith(file)]
+        assert any(f"def {name}(" in path.read_text() for path in found), f"{file}::{name}"
+
+
 def words(page: Page) -> Iterator[str]:
     """What may be a path: words of code spans and of command lines, without what a shell puts around them."""
     for text in [*page.spans, *page.blocks]:

@@ -1,36 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`talkingdit precompute`: what it keeps, that it goes on after a kill, shares its work, and survives broken files."""
+"""`talkingdit precompute`: what it keeps, and that it survives broken files and foreign folders."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
 import re
-import shutil
-import signal
-import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import webdataset
-from clip_files import draw, truncate, voice, write_video, write_voice
+from clip_files import draw, truncate, voice, write_video
 from official import make_official
-from PIL import Image
+from precomputing import CUTTING, SETTINGS, TENSORS, assert_same, make_job, run, samples
 from safetensors.torch import load as load_tensors
 
 from talkingdit.cli.main import main
-from talkingdit.data import BrokenSample, ClipRequest, Sample, encoding, workers
-from talkingdit.data.cutting import Cutting
+from talkingdit.data import BrokenSample, ClipRequest, encoding
 from talkingdit.data.encoders import CheckpointEncoders
-from talkingdit.data.manifest import read_manifest
 from talkingdit.data.on_the_fly import OnTheFly
-from talkingdit.data.precompute import Job, Step, precompute, prepare
+from talkingdit.data.precompute import precompute, prepare
 from talkingdit.data.shards import PrecomputedShards
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.checkpoint import WanS2VCheckpoint
@@ -38,75 +31,6 @@ from talkingdit.families.wan_s2v.clips import encode_clip
 from talkingdit.families.wan_s2v.clips import encoders as encoders_of
 from talkingdit.media.files import read_audio
 from talkingdit.models import load_checkpoint
-
-SETTINGS = {"fps": 16, "motion_frames": 9, "infer_frames": 16, "size_multiple": 16}
-CUTTING = Cutting(clip_frames=16, min_frames=8, max_area=32 * 48, multiple=16)
-TENSORS = ("latents", "audio", "text", "reference", "history", "audio_history", "pose")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_official(
-        tmp_path_factory.mktemp("checkpoint") / "tiny", num_layers=1, audio_inject_layers=(0,),
-        audio_encoder_layers=2, vae_dim=4, settings=SETTINGS,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def encoders(checkpoint: Path) -> CheckpointEncoders:
-    return encoders_of(checkpoint)
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four videos with voices; one has everything that a sample can have."""
-    folder = tmp_path_factory.mktemp("videos")
-    rows: list[dict[str, Any]] = []
-    for number, frames in enumerate((16, 41, 20, 30)):
-        write_video(folder / f"{number}.mp4", draw(frames), 16, voice(frames / 16))
-        rows.append({"video": f"{number}.mp4", "caption": f"person {number} talks"})
-    Image.fromarray(draw(5)[4]).save(folder / "face.png")
-    write_video(folder / "pose.mp4", draw(16)[::-1], 16)
-    write_voice(folder / "0.wav", 1.0)
-    rows[0] |= {"reference": "face.png", "pose": "pose.mp4", "kind": "film", "regions": {"face": [0, 0, 0.5, 0.5]}}
-    rows[0] |= {"outside": {"smile": ["face.png", 0.25]}, "audio": "0.wav"}
-    (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def make_job(videos: Path, encoders: CheckpointEncoders, out: Path, **changes: Any) -> Job:
-    job = Job(read_manifest(videos / "m.jsonl"), encoders, encode_clip, out, CUTTING, shard_bytes=1 << 20)
-    return dataclasses.replace(job, **changes)
-
-
-def run(job: Job, rank: int = 0, world: int = 1) -> list[Step]:
-    steps: list[Step] = []
-    prepare(job, rank)
-    precompute(job, rank, world, steps.append)
-    return steps
-
-
-@pytest.fixture(scope="module")
-def whole(videos: Path, encoders: CheckpointEncoders, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shards of one run without trouble."""
-    job = make_job(videos, encoders, tmp_path_factory.mktemp("out") / "whole")
-    assert [step.broken for step in run(job)] == [0, 0, 0, 0]
-    return job.out
-
-
-def samples(folder: Path) -> dict[str, Sample]:
-    source = PrecomputedShards(folder)
-    found = [source.sample(i, np.random.default_rng(0), ClipRequest()) for i in range(len(source))]
-    assert len({sample.key for sample in found}) == len(found)
-    return {sample.key: sample for sample in found}
-
-
-def assert_same(found: dict[str, Sample], wanted: dict[str, Sample]) -> None:
-    assert set(found) == set(wanted)
-    for key, sample in found.items():
-        for name in TENSORS:
-            one, other = getattr(sample, name), getattr(wanted[key], name)
-            assert one is other is None or torch.equal(one, other), f"{name} of {key}"
 
 
 def test_precomputed_equals_on_the_fly(videos: Path, whole: Path, encoders: CheckpointEncoders) -> None:
@@ -189,192 +113,6 @@ def test_less_may_be_asked_for_and_more_may_not(whole: Path) -> None:
         source.sample(index, np.random.default_rng(0), ClipRequest(frames=5))
     with pytest.raises(ValueError, match=r"asked for 4 of 8 x 6"):
         source.sample(index, np.random.default_rng(0), ClipRequest(height=8))
-
-
-def die(job: Job, count: int) -> None:
-    """A worker that is killed, without a chance to clean up, after some videos."""
-    torch.set_num_threads(1)
-    steps: list[Step] = []
-
-    def report(step: Step) -> None:
-        steps.append(step)
-        if len(steps) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    precompute(job, report=report)
-
-
-def test_a_killed_run_goes_on(videos: Path, whole: Path, encoders: CheckpointEncoders, tmp_path: Path) -> None:
-    """It has finished a shard and begun another; nothing of the first is made again, nothing of the second counts."""
-    clips = [about for _, about in PrecomputedShards(whole).clips]
-    job = make_job(videos, encoders, tmp_path / "out", shard_bytes=sum(clip["size"] for clip in clips[:3]))
-    prepare(job)
-    worker = multiprocessing.get_context("fork").Process(target=die, args=(job, 2))
-    worker.start()
-    worker.join()
-    assert worker.exitcode == -signal.SIGKILL
-    kept = [about["key"] for _, about in PrecomputedShards(job.out).clips]
-    assert kept == [clip["key"] for clip in clips[:3]]  # the fourth was in the shard that was open
-    assert [path for path in job.out.iterdir() if path.name.startswith(".part-")]
-    steps = run(job)
-    assert sum(step.kept for step in steps) == len(kept)
-    assert sum(step.clips + step.kept for step in steps) == len(clips)
-    assert_same(samples(job.out), samples(whole))
-    assert not [path for path in job.out.iterdir() if path.name.startswith(".part-")]
-    assert sum(step.clips for step in run(job)) == 0
-
-
-def test_an_interrupt_keeps_what_is_done(videos: Path, encoders: CheckpointEncoders, tmp_path: Path) -> None:
-    job = make_job(videos, encoders, tmp_path / "out")
-    prepare(job)
-
-    def stop(step: Step) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        precompute(job, report=stop)
-    assert len(PrecomputedShards(job.out)) == 1
-    assert run(job)[0] == Step(kept=1)
-
-
-def test_a_scheduler_that_takes_the_machine_back_loses_nothing(
-    videos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def told(job: Job, rank: int, world: int, report: Any) -> None:
-        precompute(job, rank, world, lambda step: (report(step), os.kill(os.getpid(), signal.SIGTERM)))
-
-    monkeypatch.setattr(workers, "precompute", told)
-    out = tmp_path / "out"
-    before = signal.getsignal(signal.SIGTERM)
-    files = ["--manifest", str(videos / "m.jsonl"), "--checkpoint", str(checkpoint), "-o", str(out)]
-    assert main(["precompute", *files, "--clip-frames", "16", "--max-area", "48x32"]) == 130
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert f"interrupted; finished shards are kept in {out}; the same command goes on there." in capsys.readouterr().err
-    assert len(PrecomputedShards(out)) == 1
-
-
-def test_workers_that_are_interrupted_finish_their_shards(
-    videos: Path, encoders: CheckpointEncoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def slow(job: Job, rank: int, world: int, report: Any) -> None:
-        precompute(job, rank, world, lambda step: (report(step), time.sleep(60)))
-
-    def stop(step: Step) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(workers, "START", "fork")  # saves imports
-    monkeypatch.setattr(workers, "precompute", slow)
-    job = make_job(videos, encoders, tmp_path / "out")
-    prepare(job)
-    with pytest.raises(KeyboardInterrupt):
-        workers.run_workers(job, 0, 1, 2, stop)
-    assert 1 <= len(list(job.out.glob("*.tar"))) <= 2
-    assert not list(job.out.glob(".part-*"))
-
-
-def test_a_worker_ends_at_its_next_report_where_a_library_dropped_the_interrupt(
-    videos: Path, encoders: CheckpointEncoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def dropped(job: Job, rank: int, world: int, report: Any) -> None:
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-        precompute(job, rank, world, report)
-
-    monkeypatch.setattr(workers, "START", "fork")  # saves imports
-    monkeypatch.setattr(workers, "precompute", dropped)
-    job = make_job(videos, encoders, tmp_path / "out")
-    prepare(job)
-    steps: list[Step] = []
-    with pytest.raises(UserError, match="ended with status 130"):
-        workers.run_workers(job, 0, 1, 2, steps.append)
-    assert len(steps) == 2 < len(job.manifest.entries)  # one each
-    assert len(PrecomputedShards(job.out)) == sum(step.clips for step in steps)
-    assert not list(job.out.glob(".part-*"))
-
-
-def test_an_interrupt_in_the_middle_of_a_clip_leaves_no_torn_shard(
-    videos: Path, encoders: CheckpointEncoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = make_job(videos, encoders, tmp_path / "out")
-    prepare(job)
-    write = webdataset.TarWriter.write
-
-    def torn(self: Any, members: dict[str, Any]) -> None:
-        write(self, {"__key__": members["__key__"], "json": members["json"]})
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(webdataset.TarWriter, "write", torn)
-    with pytest.raises(KeyboardInterrupt):
-        precompute(job)
-    assert {path.name for path in job.out.iterdir()} == {"precompute.json", "empty_text.safetensors"}
-
-
-def test_parts_of_the_work_make_the_whole(
-    videos: Path, whole: Path, encoders: CheckpointEncoders, tmp_path: Path
-) -> None:
-    """Also when the number of workers changes in between, and when the manifest has grown."""
-    rows = (videos / "m.jsonl").read_text().splitlines()
-    short = videos / "short.jsonl"
-    short.write_text("\n".join(rows[1:3]) + "\n")
-    job = make_job(videos, encoders, tmp_path / "out", manifest=read_manifest(short))
-    assert [step.clips for step in run(job, rank=1, world=2)] == [2]
-    full = make_job(videos, encoders, tmp_path / "out")
-    made = [step for rank in range(3) for step in run(full, rank, world=3)]
-    assert sum(step.kept for step in made) == 2
-    assert_same(samples(full.out), samples(whole))
-
-
-def test_under_torchrun_every_process_takes_its_part(
-    videos: Path, whole: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = ["--manifest", str(videos / "m.jsonl"), "--checkpoint", str(checkpoint), "-o", str(tmp_path / "out")]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    counts = []
-    for rank in ("1", "0"):
-        monkeypatch.setenv("RANK", rank)
-        assert main(["precompute", *files, "--clip-frames", "16", "--max-area", "48x32"]) == 0
-        counts.append(len(PrecomputedShards(tmp_path / "out")))
-    assert 0 < counts[0] < counts[1]
-    assert_same(samples(tmp_path / "out"), samples(whole))
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_work(videos: Path, whole: Path, encoders: CheckpointEncoders, tmp_path: Path) -> None:
-    job = make_job(videos, encoders, tmp_path / "out")
-    prepare(job)
-    steps: list[Step] = []
-    workers.run_workers(job, 0, 1, 2, steps.append)
-    assert len(steps) == 4
-    assert {path.name for path in job.out.glob("*.tar")} == {"clips-0000-000000.tar", "clips-0001-000000.tar"}
-    assert_same(samples(job.out), samples(whole))
-
-
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (
-            "vae",
-            r"precompute: \S+: not a whole checkpoint, Wan2.1_VAE.pth, the autoencoder, is missing in it; finished",
-        ),
-        (
-            "kill",
-            r"precompute: worker \d+ ended with status -9; .*finished shards are kept, the same command goes on",
-        ),
-    ],
-)
-def test_workers_that_fail_say_why(
-    videos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, said: str
-) -> None:
-    monkeypatch.setattr(workers, "START", "fork")  # saves imports
-    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
-    job = make_job(videos, encoders_of(copy), tmp_path / "out")
-    prepare(job)
-    if damage == "vae":
-        (copy / "Wan2.1_VAE.pth").unlink()
-    else:
-        monkeypatch.setattr(workers, "precompute", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(UserError, match=said):
-        workers.run_workers(job, 0, 1, 2, lambda step: None)
 
 
 @pytest.fixture
