@@ -87,14 +87,11 @@ class Worker:
         if self._checkpoint is not None:
             return
         self._say({"doing": "loading the model"})
-        import torch
-
-        from talkingdit.pipelines.tuning import load_tuned
+        from talkingdit.pipelines.tuning import load_tuned, open_device, usual_device, weights_dtype
 
         machine, (family, options, tuning) = self._machine, chosen(asked, folder, self._machine)
-        quick = "cpu" if options.small or not torch.cuda.is_available() else "cuda"
-        device = torch.device(machine.device or quick)
-        dtype = getattr(torch, machine.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+        device = open_device(machine.device or usual_device(options.small))
+        dtype = weights_dtype(machine.dtype, device)
         checkpoint = load_tuned(
             lambda place: family.checkpoint.load_checkpoint(asked.folder, dtype, place), tuning, device, family.units
         )

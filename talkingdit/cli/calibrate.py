@@ -81,14 +81,12 @@ def calibrate(argv: Sequence[str]) -> None:
     if outline.steps < 3:
         raise UserError(f"calibrate: a fit takes at least 3 steps, got {outline.steps}.")
 
-    import torch
-
     from talkingdit.pipelines.long_video import generate_clips
     from talkingdit.pipelines.step_cache import Fitted, Recorder, fit, write_fitted
+    from talkingdit.pipelines.tuning import open_device, usual_device, weights_dtype
 
-    device = flags.device or ("cuda" if torch.cuda.is_available() and not options.small else "cpu")
-    dtype = getattr(torch, flags.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
-    checkpoint = family.checkpoint.load_checkpoint(folder, dtype, device)
+    device = open_device(flags.device or usual_device(options.small), "calibrate")
+    checkpoint = family.checkpoint.load_checkpoint(folder, weights_dtype(flags.dtype, device), device)
     pipeline = family.pipeline.open_pipeline(checkpoint)
     if not hasattr(pipeline, "recorder"):
         raise UserError(f"calibrate: {family.title} has no step cache.")

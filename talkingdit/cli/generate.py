@@ -27,8 +27,6 @@ from talkingdit.families import Family, GenerationOptions
 from talkingdit.families.flag import Flag
 
 if TYPE_CHECKING:
-    import torch
-
     from talkingdit.distributed.layout import Layout
     from talkingdit.distributed.team import Team
     from talkingdit.pipelines.inputs import Inputs, Outline
@@ -322,12 +320,11 @@ def _generate(request: Request, team: Team) -> None:
 
 def _load(request: Request, family: Family, team: Team) -> Any:
     """The checkpoint on the device of this process."""
-    import torch
+    from talkingdit.pipelines.tuning import load_tuned, open_device, usual_device, weights_dtype
 
-    from talkingdit.pipelines.tuning import load_tuned
-
-    device, flags = _device(request, team), request.flags
-    dtype = getattr(torch, flags.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    flags = request.flags
+    device = open_device(team.device(flags.device or usual_device(request.options.small)))
+    dtype = weights_dtype(flags.dtype, device)
     return load_tuned(
         lambda place: family.checkpoint.load_checkpoint(request.folder, dtype, place),
         request.tuning,
@@ -335,25 +332,6 @@ def _load(request: Request, family: Family, team: Team) -> Any:
         family.units,
         lambda transformer, merge: apply(flags.lora, flags.lora_partial, transformer, merge=merge),
     )
-
-
-def _device(request: Request, team: Team) -> torch.device:
-    """The device of this process.
-
-    Raises:
-        UserError: it cannot be used.
-    """
-    import torch
-
-    quick = "cpu" if request.options.small or not torch.cuda.is_available() else "cuda"
-    name = team.device(request.flags.device or quick)
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"generate: the device {name!r} cannot be used ({reason}).") from error
-    return device
 
 
 def _folder(flags: Flags) -> Path:

@@ -137,8 +137,9 @@ def _job(flags: Flags, manifest: Manifest) -> Job:
     from talkingdit import families
     from talkingdit.data.cutting import Cutting
     from talkingdit.data.precompute import Job
+    from talkingdit.pipelines.tuning import usual_device
 
-    device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = flags.device or usual_device()
     # The text encoder is large; on the host half precision is slow.
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     clips = families.of_folder(flags.checkpoint).clips

@@ -66,6 +66,38 @@ class Tuning:
         return " ".join(words)
 
 
+def usual_device(small: bool = False) -> str:
+    """Where models compute if nobody says: a GPU if there is one, but the host for `small` ones, quick enough there."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and not small else "cpu"
+
+
+def open_device(name: str, verb: str = "generate") -> torch.device:
+    """A device by its name.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"{verb}: the device {name!r} cannot be used ({reason}).") from error
+    return device
+
+
+def weights_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The precision of weights by its name; None is bfloat16 on a GPU and float32 on the host."""
+    import torch
+
+    found: torch.dtype = getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
+    return found
+
+
 def load_tuned(
     load: Callable[[torch.device | str], Any],
     tuning: Tuning,

@@ -16,6 +16,7 @@ from PIL import Image
 from talkingdit import families
 from talkingdit.app.asked import Asked, Machine, options_of, prepare
 from talkingdit.app.form import collect, form_of, named, speaker_rows, speakers, width
+from talkingdit.app.worker import Interrupt, Worker
 from talkingdit.errors import UserError
 from talkingdit.families.fields import fields
 
@@ -70,6 +71,14 @@ def test_a_missing_picture_or_voice_is_told(folder: Path) -> None:
         prepare(Asked(audio="audio.wav"), folder, Machine())
     with pytest.raises(UserError, match="voice: expected a recording, got none"):
         prepare(Asked(image="image.png"), folder, Machine())
+
+
+def test_a_device_that_is_not_there_is_told(folder: Path) -> None:
+    worker = Worker(
+        Machine(device="toaster"), lambda event: None, Interrupt.__new__(Interrupt)
+    )  # hears no signals here
+    with pytest.raises(UserError, match="the device 'toaster' cannot be used"):
+        worker.load(Asked(image="image.png", audio="audio.wav"), folder)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

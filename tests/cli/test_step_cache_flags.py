@@ -83,6 +83,8 @@ def test_what_was_kept_is_what_the_blocks_added(pipeline) -> None:
 def test_calibrate_writes_coefficients_that_generate_reads(tmp_path: Path, capsys) -> None:
     target = tmp_path / "step_cache.json"
     common = ["--image", str(ASSETS / "portrait.png"), "--audio", str(ASSETS / "voice.flac"), "--steps", "5"]
+    assert main(["calibrate", *common, "--device", "toaster", "-o", str(target)]) == 2
+    assert "calibrate: the device 'toaster' cannot be used" in capsys.readouterr().err
     assert main(["calibrate", *common, "--measured-clips", "1", "-o", str(target)]) == 0
     written = json.loads(target.read_text())
     assert len(written["coefficients"]) == 4  # of four changes
