@@ -325,13 +325,24 @@ def _load(request: Request, family: Family, team: Team) -> Any:
     flags = request.flags
     device = open_device(team.device(flags.device or usual_device(request.options.small)))
     dtype = weights_dtype(flags.dtype, device)
+    load = family.checkpoint.load_checkpoint
+    if not _changed(request) and processes() == 1:
+        load = getattr(family.checkpoint, "load_bare", load)
     return load_tuned(
-        lambda place: family.checkpoint.load_checkpoint(request.folder, dtype, place),
+        lambda place: load(request.folder, dtype, place),
         request.tuning,
         device,
         family.units,
         lambda transformer, merge: apply(flags.lora, flags.lora_partial, transformer, merge=merge),
     )
+
+
+def _changed(request: Request) -> bool:
+    """Is the model changed after it is loaded? That is what models of diffusers are for."""
+    from talkingdit.pipelines.tuning import Tuning
+
+    compiles = getattr(request.options, "compile", False)
+    return bool(request.flags.lora or compiles) or request.tuning != Tuning()
 
 
 def _folder(flags: Flags) -> Path:
