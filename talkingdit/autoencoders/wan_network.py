@@ -2,12 +2,14 @@
 """The network of the Wan 2.1 autoencoder alone: what diffusers' `AutoencoderKLWan` computes, to the last bit.
 
 diffusers is the library for this autoencoder, and what is trained, saved, tiled or shared by processes is of its class.
-To import it takes longer than a small model takes to make a video, so a video of a small model is made by this one. Names
-of layers and parameters, and the caches of a stream, are those of diffusers; `streaming.py` and `tail.py` use either.
+To import it takes longer than a small model takes to make a video, so a video of a small model is made by this one.
+Names of layers and parameters, and the caches of a stream, are those of diffusers; `streaming.py` and `tail.py` use
+either.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,7 +70,7 @@ def _last(x: Tensor, cache: Tensor | None) -> Tensor:
     return last if cache is None or last.shape[2] == CACHED_FRAMES else torch.cat([cache[:, :, -1:], last], dim=2)
 
 
-class WanRMS_norm(nn.Module):  # noqa: N801 - as it is called in diffusers
+class WanRMS_norm(nn.Module):
     """Root mean square norm over channels, of videos or single frames."""
 
     def __init__(self, dim: int, axes: int):
@@ -201,7 +203,7 @@ class WanEncoder3d(_Half):
         self._ends(inputs, widths[0], widths[-1], outputs)
         self.mid_block = WanMidBlock(widths[-1])
         self.down_blocks = nn.ModuleList()
-        for i, (before, width) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (before, width) in enumerate(itertools.pairwise(widths)):
             self.down_blocks += [WanResidualBlock(width if j else before, width) for j in range(blocks)]
             if i < len(widths) - 2:
                 self.down_blocks.append(WanResample(width, "downsample3d" if halves[i] else "downsample2d"))
@@ -221,7 +223,7 @@ class WanDecoder3d(_Half):
         self._ends(inputs, widths[0], widths[-1], outputs)
         self.mid_block = WanMidBlock(widths[0])
         self.up_blocks = nn.ModuleList()
-        for i, (before, width) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (before, width) in enumerate(itertools.pairwise(widths)):
             mode = None if i == len(widths) - 2 else "upsample3d" if doubles[i] else "upsample2d"
             # What comes from an upsampling has half the channels.
             self.up_blocks.append(WanUpBlock(before // 2 if i else before, width, blocks, mode))

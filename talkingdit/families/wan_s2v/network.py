@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network of the Wan-S2V transformer (arXiv:2508.18621): speech and a reference image to video, in latents of the Wan
-VAE. It needs torch alone; model.py makes it a model of diffusers."""
+"""The network of the Wan-S2V transformer (arXiv:2508.18621): speech and a reference image to video, in the latents of
+the Wan VAE. It needs torch alone; model.py makes it a model of diffusers."""
 
 from __future__ import annotations
 
