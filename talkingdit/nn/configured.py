@@ -3,7 +3,7 @@
 
 `import diffusers` brings torch's compiler, transformers and peft, which takes longer than a small model takes to make a
 video. A model that is only to compute needs none of that. So a network is written once, as a plain module whose
-`__init__` is `configured`; our classes for diffusers inherit from it and from `ModelMixin`, and a `BareModel` from it alone.
+`__init__` is `configured`; our classes for diffusers inherit from it and from `ModelMixin`, bare ones from it alone.
 """
 
 from __future__ import annotations
