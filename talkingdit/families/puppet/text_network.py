@@ -92,7 +92,7 @@ class PromptNetwork(nn.Module):
         super().__init__()
         self.index = {word: i for i, word in enumerate(words)}
         self.embedding = nn.Embedding(len(words), text_dim)
-        self.position = nn.Parameter(0.02 * torch.randn(text_len, text_dim))
+        self.position = nn.Parameter(torch.randn(text_len, text_dim).mul_(0.02))
         self.norm = nn.LayerNorm(text_dim)
         self.mix = nn.Conv1d(text_dim, text_dim, 3, padding=1)
 
