@@ -50,7 +50,7 @@ def encode(
     idled = idle(model, len(lengths), audio, emotion)
     scenes: tuple[Scene, ...] = ()
     if emotion is not None:
-        scenes = tuple(scenes_of(emotion_rows(inputs, frames), clip.per_frame, *shard.video[0]))
+        scenes = tuple(scenes_of(emotion_rows(inputs, frames), clip.grid[1:], *shard.video[0]))
     audio_memory, emotion_memory = for_blocks(model, audio, emotion, precompute)
     return AvatarConditions(
         shard=shard,
