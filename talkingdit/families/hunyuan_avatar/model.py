@@ -18,7 +18,7 @@ from talkingdit.checkpoints.adapters import refuse_adapters
 from talkingdit.families.hunyuan_avatar.audio import AudioProjector, FaceAudioAdapter
 from talkingdit.families.hunyuan_avatar.blocks import BlockInputs, DoubleBlock, FinalLayer, SingleBlock
 from talkingdit.families.hunyuan_avatar.checks import check_config, check_latents
-from talkingdit.families.hunyuan_avatar.embed import encode
+from talkingdit.families.hunyuan_avatar.embed import encode, step_input
 from talkingdit.families.hunyuan_avatar.emotion import EmotionAdapter, EmotionEmbedder
 from talkingdit.families.hunyuan_avatar.hearing import hear
 from talkingdit.families.hunyuan_avatar.injection import PatchEmbed, copy_bias, with_channels
@@ -242,6 +242,20 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
             ValueError: for a shape that does not fit; the message names it.
         """
         return encode(self, inputs, precompute=precompute, context=context)
+
+    @like_forward
+    def step_input(self, latents: Tensor, timestep: Tensor, inputs: AvatarInputs) -> Tensor:
+        """What the first block is given of a step, modulated: what TeaCache looks at. The picture has no part in it.
+
+        Args:
+            latents: [B, in_channels, T, H, W]; H and W even.
+            timestep: [B] in 0..1000.
+            inputs: those of a step with as many samples; pooled_text, motions and fps count.
+
+        Returns:
+            [B, T * H * W / 4, hidden_size].
+        """
+        return step_input(self, latents, timestep, inputs)
 
     def denoise_packed(self, clips: Sequence[PackedClip], *, context: ContextParallel | None = None) -> list[Tensor]:
         """Velocities [out_channels, T, H, W] of clips of any sizes, which go through the model as one sequence.
