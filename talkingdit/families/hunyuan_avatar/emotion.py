@@ -35,13 +35,13 @@ def places(rows: int, columns: int, dim: int, device: torch.device) -> Tensor:
 
     Attention alone would take the reference for a bag of patches. Places count in shares of the height and the width,
     so a reference of any size fits a video of any size; frequencies run from a quarter of a turn over the picture to 8
-    turns.
+    turns. They are twice as large as sines, so that they count beside what a patch shows.
     """
     turns = 2 * math.pi * torch.logspace(-2, 3, dim // 4, base=2.0, device=device)
     axes = []
     for count in (rows, columns):
         angle = ((torch.arange(count, device=device) + 0.5) / count)[:, None] * turns
-        axes.append(torch.cat([angle.sin(), angle.cos()], dim=1))
+        axes.append(2 * torch.cat([angle.sin(), angle.cos()], dim=1))
     down, across = axes[0][:, None].expand(-1, columns, -1), axes[1][None].expand(rows, -1, -1)
     found = torch.cat([down, across], dim=2).flatten(0, 1)
     return nn.functional.pad(found, (0, dim - found.shape[1]))
@@ -79,6 +79,11 @@ class EmotionAdapter(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * dim, bias=False)
         self.to_out = nn.Linear(dim, dim, bias=False)
         self.scale = nn.Parameter(torch.ones(1))
+
+    def look_at_own_place(self) -> None:
+        """Begin with keys that are made as queries are: a token then attends to its own place in the reference."""
+        with torch.no_grad():
+            self.to_kv.weight[: self.to_q.out_features].copy_(self.to_q.weight)
 
     def memory(self, emotion: Tensor) -> KeyValue:
         """Keys and values [B, E, n, H, D] of the references [B, E, n, dim]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -160,6 +160,8 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
                 modulates = name.endswith("mod.linear") or ".modulation." in name or "adaLN_modulation" in name
                 if modulates or name == "final_layer.linear" or (self.config.zero_init and silent):
                     nn.init.zeros_(module.weight)
+        for adapter in self.emotion_adapter_blocks or ():
+            cast(EmotionAdapter, adapter).look_at_own_place()
         if self.ref_in is not None:  # the picture's tokenizer begins as the video's
             with torch.no_grad():
                 self.ref_in.proj.weight.copy_(self.img_in.proj.weight[:, : self.config.in_channels])
