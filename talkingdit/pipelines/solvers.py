@@ -2,9 +2,9 @@
 """Solvers of the flow x_s = (1 - s) x_0 + s noise, with the noise levels of the official Wan programs.
 
 They are those of diffusers: UniPC (arXiv:2302.04867) and DPM-Solver++ (arXiv:2211.01095), both of second order, and
-Euler's method, which models that are distilled to a few steps were trained for. Their own flow schedules differ a little
-from the official ones (they run from 1 to 1/1000, or from 0.999), so the levels are given to them, s' = shift s / (1 +
-(shift - 1) s) of evenly spaced s:
+Euler's method, which models that are distilled to a few steps were trained for. Their own flow schedules differ a
+little from the official ones (they run from 1 to 1/1000, or from 0.999), so the levels are given to them,
+s' = shift s / (1 + (shift - 1) s) of evenly spaced s:
 
     "unipc"    s from 0.999 down towards 0
     "dpm++"    s from 1 down towards 0
