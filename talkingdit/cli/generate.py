@@ -148,7 +148,7 @@ def prepare(argv: Sequence[str]) -> Request:
     output, pipe = _target(flags)
     job = Job(
         image=flags.image,
-        audio=_sound(values, flags, options),
+        audio=sound_of(values, flags.audio, options),
         output=output,
         live=flags.live or pipe is not None or str(flags.audio) == "-",
         pipe=pipe,
@@ -202,15 +202,15 @@ def _scratch() -> Path:
     return Path(folder.name)
 
 
-def _sound(values: Values, flags: Flags, options: GenerationOptions) -> Path:
+def sound_of(values: Values, audio: Path | None, options: GenerationOptions) -> Path:
     """The sound of the video: the one recording, or all voices together, in a file that goes with this process."""
     voices = options.voices()
-    if flags.audio is None and not voices:
+    if audio is None and not voices:
         values.refuse("the following arguments are required: --audio")
-    if flags.audio is not None and voices:
+    if audio is not None and voices:
         values.refuse("--audio must be left out where speakers bring their recordings")
-    if flags.audio is not None or len(voices) == 1:
-        return flags.audio or voices[0]
+    if audio is not None or len(voices) == 1:
+        return audio or voices[0]
 
     from talkingdit.media.mixing import mix_voices
 

@@ -159,6 +159,7 @@ def precompute(scenes: DrawnScenes, seed: int = 0) -> None:
         "fps": scenes.fps,
         "seed": seed,
         "vae": weights.stat().st_size,
+        "regions": ["faces", "mouth"],
     }
     stamp = scenes.cache / "stamp.json"
     scenes.cache.mkdir(parents=True, exist_ok=True)
@@ -195,6 +196,7 @@ def encode_drawn(model: Any, drawn: DrawnClip, scenes: DrawnScenes) -> Mapping[s
     cells = scenes.size // SPATIAL
     boxes = mouth_boxes(drawn.play.scene, drawn.play.motion)
     mouths = torch.stack([mouth_cells(each, cells) for each in boxes]).any(0)
+    faces = torch.stack([box_mask(box, cells) for box in face_boxes(len(drawn.play.scene.characters))]).any(0)
     told = drawn.mood_picture is not None
     mood = drawn.portrait if drawn.mood_picture is None else drawn.mood_picture
     return {
@@ -205,6 +207,7 @@ def encode_drawn(model: Any, drawn: DrawnClip, scenes: DrawnScenes) -> Mapping[s
         "audio": drawn.columns.to(torch.float16),
         "masks": drawn.masks.to(torch.float16),
         "mouths": mouths,
+        "faces": faces,
     }
 
 
@@ -277,6 +280,6 @@ class Scenes:
             voices={name: audio[i] for i, name in enumerate(names)},
             caption=self._captions[part][row],
             reference=still_latents[:, :1],
-            regions={**regions, "mouth": read("mouths")},
+            regions={**regions, "faces": read("faces").expand(self.scenes.latents, -1, -1), "mouth": read("mouths")},
             outside=outside,
         )
