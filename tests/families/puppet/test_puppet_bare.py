@@ -56,7 +56,8 @@ def test_the_transformer_of_diffusers_is_one(folder: Path, tmp_path: Path) -> No
     assert isinstance(model, WanS2VModel)
     model.save_pretrained(tmp_path / "saved")
     again = WanS2VModel.from_pretrained(tmp_path / "saved")
-    assert dict(again.config) | {"_name_or_path": ""} == dict(model.config) | {"_name_or_path": ""}
+    known, found = ({k: str(v) for k, v in m.config.items() if k[0] != "_"} for m in (model, again))
+    assert {k: v.replace("(", "[").replace(")", "]") for k, v in known.items()} == found
     assert again.config["dim"] == 48
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
