@@ -158,7 +158,7 @@ def test_words_name_uploaded_files_by_the_names_that_they_had() -> None:
 
 @needs_gradio
 def test_the_picture_shows_boxes(folder: Path) -> None:
-    from talkingdit.app.page import drawn_boxes
+    from talkingdit.app.boxes import drawn_boxes
 
     drawing = drawn_boxes(str(folder / "image.png"), ["", "Ben <b>", ""], ["", "10,5,40,30", "9,9,1,1"])
     assert 'viewBox="0 0 64 48"' in drawing

@@ -72,10 +72,15 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the program keeps runs."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def address(data: Path) -> Iterator[str]:
     """Where the program serves."""
-    folder = tmp_path_factory.mktemp("data")
-    words = [sys.executable, "-m", "talkingdit", "app", "--port", "0", "--folder", str(folder), "--max-upload", "5"]
+    words = [sys.executable, "-m", "talkingdit", "app", "--port", "0", "--folder", str(data), "--max-upload", "5"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         found = server.stdout.readline().strip()
@@ -83,7 +88,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield found
         server.send_signal(signal.SIGINT)
         assert server.wait(60) == 0
-    assert not list(Path(folder).glob("runs/*/.part-*"))
+    assert not list(data.glob("runs/*/.part-*"))
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +261,16 @@ def test_two_programs_at_once_see_their_own_videos_alone(address: str, voices: d
         client("ben").predict(reports["anna"][-1]["id"], api_name="/video")
 
 
-def test_two_speakers_whose_boxes_the_picture_shows(page: Any, scene: dict[str, Path]) -> None:
+def corner(page: Any, x: float, y: float) -> tuple[float, float]:
+    """Where a pixel of the picture of speakers is on the screen."""
+    drawn = page.locator("#boxes svg").bounding_box()
+    scale = min(drawn["width"] / 192, drawn["height"] / 96)
+    left, top = (drawn["width"] - 192 * scale) / 2, (drawn["height"] - 96 * scale) / 2
+    return drawn["x"] + left + x * scale, drawn["y"] + top + y * scale
+
+
+def test_two_speakers_whose_boxes_are_drawn_on_the_picture(page: Any, scene: dict[str, Path], data: Path) -> None:
+    """By two clicks, by a drag, and by the keyboard; the run has them as they were drawn."""
     page.locator("#picture input[type=file]").set_input_files(str(scene["two"]))
     page.locator("#picture img").wait_for()
     page.get_by_label("Checkpoint", exact=True).fill(str(scene["weights"]))
@@ -266,12 +280,32 @@ def test_two_speakers_whose_boxes_the_picture_shows(page: Any, scene: dict[str, 
         field(page, f"Speaker {number}: name").fill(name)
         page.locator("#speakers input[type=file]").first.set_input_files(str(scene[name]))
         page.locator("#speakers").get_by_label("Play", exact=False).nth(number - 1).wait_for()
-    field(page, "Speaker 1: box").fill("0,0,96,96")
-    field(page, "Speaker 2: box").fill("96,0,192,96")
+    boxes = [field(page, f"Speaker {number}: box") for number in (1, 2)]
+    page.locator("#boxes svg").scroll_into_view_if_needed()
+    for box, typed, sides in zip(boxes, ("4,6,90,92", "100,4,188,90"), ((4, 6, 90, 92), (188, 90, 100, 4)), strict=True):
+        page.mouse.click(*corner(page, *sides[:2]))
+        page.mouse.click(*corner(page, *sides[2:]))
+        api.expect(box).to_have_value(typed, timeout=PATIENT)
     api.expect(page.locator("#boxes rect")).to_have_count(2, timeout=PATIENT)
+    boxes[1].focus()  # which is drawn again
+    page.mouse.move(*corner(page, 99, 3))
+    page.mouse.down()
+    page.mouse.move(*corner(page, 150, 50))
+    page.mouse.move(*corner(page, 189, 93))
+    page.mouse.up()
+    api.expect(boxes[1]).to_have_value("99,3,189,93", timeout=PATIENT)
+    boxes[0].fill("3,3,93,93")
+    api.expect(page.locator("#boxes svg")).to_have_attribute(
+        "aria-label", "Boxes: anna at 3, 3, 93, 93, ben at 99, 3, 189, 93", timeout=PATIENT
+    )
+    href = page.locator("#boxes image").get_attribute("href")
+    assert page.evaluate("async (href) => (await fetch(href)).status", href) == 200  # the picture is seen
     assert serious(page) == []
     page.get_by_role("button", name="More settings").click()
     field(page, "Size").fill("64x32")
+    page.get_by_role("button", name="More settings").click()
     picture(page, "speakers")
     page.get_by_role("button", name="Make the video").click()
     until(page, "^video.* done in")
+    asked = [json.loads(file.read_text())["asked"]["options"] for file in data.glob("runs/*/run.json")]
+    assert ["anna=voice-1.wav@3,3,93,93", "ben=voice-2.wav@99,3,189,93"] in [one.get("speaker") for one in asked]
