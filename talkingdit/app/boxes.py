@@ -44,6 +44,8 @@ def rows_of_speakers(
     given = speaker_rows(words)
     with gr.Accordion("Speakers, a voice and a box each", open=isinstance(words, list), elem_id="speakers"):
         gr.HTML(f'<p class="dim">{HELP}</p>')
+        shown = drawn_boxes(picture, [name for name, _ in given], [box for _, box in given])
+        drawn = gr.HTML(shown, elem_id="boxes", js_on_load=SCRIPT.read_text())
         for number, (name, box) in enumerate(given, 1):
             with gr.Row():
                 who = gr.Textbox(name, label=f"Speaker {number}: name", min_width=120)
@@ -55,8 +57,6 @@ def rows_of_speakers(
                     elem_classes="box",
                 )
             rows.append([who, gr.Audio(label=f"Speaker {number}: voice", **sound), sides])
-        shown = drawn_boxes(picture, [name for name, _ in given], [box for _, box in given])
-        drawn = gr.HTML(shown, elem_id="boxes", js_on_load=SCRIPT.read_text())
     names, boxes = [row[0] for row in rows], [row[2] for row in rows]
 
     def draw(picture: str | None, *values: str) -> str:

@@ -288,6 +288,7 @@ def test_two_speakers_whose_boxes_are_drawn_on_the_picture(page: Any, scene: dic
         api.expect(box).to_have_value(typed, timeout=PATIENT)
     api.expect(page.locator("#boxes rect")).to_have_count(2, timeout=PATIENT)
     boxes[1].focus()  # which is drawn again
+    page.locator("#boxes svg").scroll_into_view_if_needed()
     page.mouse.move(*corner(page, 99, 3))
     page.mouse.down()
     page.mouse.move(*corner(page, 150, 50))
