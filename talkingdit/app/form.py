@@ -65,14 +65,14 @@ def components(one: Field, value: Text | None) -> list[Any]:
     """
     import gradio as gr
 
-    name: dict[str, Any] = {"label": label(one), "info": one.help, "interactive": True}
+    name: dict[str, Any] = {"label": label(one), "info": one.help, "interactive": True, "elem_id": f"option-{one.name}"}
     if one.switch:
         return [gr.Checkbox(value=one.default if value is None else bool(value), **name)]
     if one.choices:
         choices = [("as the checkpoint says", "")] * (one.default is None) + [(word, word) for word in one.choices]
         return [gr.Radio(choices, value=str(value or one.default or ""), **name)]
     if one.kind is Path:
-        return [gr.File(label=f"{label(one)}: {one.help}", height=120, interactive=True)]
+        return [gr.File(label=f"{label(one)}: {one.help}", height=120, interactive=True, elem_id=name["elem_id"])]
     if one.flag.many:
         words = "\n".join(value) if isinstance(value, list) else ""
         name["info"] = f"{one.flag.metavar}, one a line. {one.help}"
