@@ -14,7 +14,7 @@ import soundfile
 from PIL import Image
 
 from talkingdit import families
-from talkingdit.app.asked import Asked, Machine, loras_of, options_of, prepare
+from talkingdit.app.asked import VIDEO, Asked, Machine, loras_of, options_of, prepare
 from talkingdit.app.form import collect, form_of, named, named_too, speaker_rows, speakers, width
 from talkingdit.app.queue import model_of
 from talkingdit.app.worker import Interrupt, Worker
@@ -57,6 +57,22 @@ def test_what_is_asked_for_becomes_a_job_of_the_shipped_model(folder: Path) -> N
 def test_a_wrong_option_is_one_sentence(folder: Path, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match="^" + re.escape(sentence)):
         options_of(families.get("puppet"), options, folder)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_file_of_an_option_takes_no_name_of_another_file(name: str, folder: Path) -> None:
+    """A film to dub would lie where its video is to be written."""
+    (folder / "uploads").mkdir()
+    (folder / "run").mkdir()
+    form, values = form_of(families.get(name)), []
+    for one in form.fields:
+        file = folder / "uploads" / f"{one.name}.mp4"
+        file.touch()
+        plain = ["", None] if one.flag.many else [one.default]
+        values += [str(file)] if one.kind is Path else plain
+    files = set(collect(form, values, folder / "run").values())
+    assert not files & {VIDEO, "image.mp4", "audio.mp4"}
+    assert files == {path.name for path in (folder / "run").iterdir()}
 
 
 @pytest.mark.parametrize("path", ["../other/pose.mp4", "/etc/hostname", "sub/pose.mp4"])
