@@ -35,10 +35,10 @@ class Picture(gr.Image):
         return super().preprocess(payload) if payload is None or payload.path is None else payload.path
     from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
-
 
 class Page:
     """Builds the page of a service; the attributes are its components."""
@@ -239,7 +239,6 @@ class Page:
             asked.checkpoint,
             {**asked.options, "": run.id},  # another run with the same options fills the form again
         ]
-
 
 def wish_of(form: Form, values: Sequence[Any], options: int) -> Wish:
     """What is asked for by the values of the form: picture, voice, prompt, checkpoint, options, speakers."""

@@ -103,7 +103,9 @@ def test_a_device_that_is_not_there_is_told(folder: Path) -> None:
 def test_the_form_of_a_family_has_each_of_its_options_once(name: str) -> None:
     form = form_of(families.get(name))
     found = [one.name for one in form.fields] + [one.name for one in [form.speaker] if one is not None]
-    assert sorted(found) == sorted(one.name for kind in (families.get(name).options, LoraOptions) for one in fields(kind))
+    assert sorted(found) == sorted(
+        one.name for kind in (families.get(name).options, LoraOptions) for one in fields(kind)
+    )
     assert [one.name for one in form.shown[:2]] == ["seed", "steps"]
     assert all(one.help for one in form.fields)
     assert (form.speaker is not None) == (name == "hunyuan_avatar")  # voices and boxes have rows of their own
