@@ -3,10 +3,10 @@
 
     python -m bench.app [--runs 30] [--steps 8] [--seconds 1] [--reload] [--json FILE]
 
-The server is a process of its own, with an empty folder; a browser (Chromium, by Playwright) asks it for one video after
-the other in one tab. The road is from the empty page to the first frame that plays. Memory is what the server and its
-worker hold themselves (PSS of /proc, which divides shared pages), after every run. Ends with status 1 where it grew by
-more than 5 % from the third run to the last.
+The server is a process of its own, with an empty folder; a browser (Chromium, by Playwright) asks it for one video
+after the other in one tab. The road is from the empty page to the first frame that plays. Memory is what the server and
+its worker hold themselves (PSS of /proc, which divides shared pages), after every run. Ends with status 1 where it grew
+by more than 5 % from the third run to the last.
 """
 
 from __future__ import annotations
