@@ -145,7 +145,7 @@ def prepare(argv: Sequence[str]) -> Request:
     output, pipe = _target(flags)
     job = Job(
         image=flags.image,
-        audio=_sound(values, flags, options),
+        audio=sound_of(values, flags.audio, options),
         output=output,
         live=flags.live or pipe is not None or str(flags.audio) == "-",
         pipe=pipe,
@@ -199,15 +199,15 @@ def _scratch() -> Path:
     return Path(folder.name)
 
 
-def _sound(values: Values, flags: Flags, options: GenerationOptions) -> Path:
+def sound_of(values: Values, audio: Path | None, options: GenerationOptions) -> Path:
     """The sound of the video: the one recording, or all voices together, in a file that goes with this process."""
     voices = options.voices()
-    if flags.audio is None and not voices:
+    if audio is None and not voices:
         values.refuse("the following arguments are required: --audio")
-    if flags.audio is not None and voices:
+    if audio is not None and voices:
         values.refuse("--audio must be left out where speakers bring their recordings")
-    if flags.audio is not None or len(voices) == 1:
-        return flags.audio or voices[0]
+    if audio is not None or len(voices) == 1:
+        return audio or voices[0]
 
     from talkingdit.media.mixing import mix_voices
 
@@ -322,13 +322,24 @@ def _load(request: Request, family: Family, team: Team) -> Any:
     flags = request.flags
     device = open_device(team.device(flags.device or usual_device(request.options.small)))
     dtype = weights_dtype(flags.dtype, device)
+    load = family.checkpoint.load_checkpoint
+    if not _changed(request) and processes() == 1:
+        load = getattr(family.checkpoint, "load_bare", load)
     return load_tuned(
-        lambda place: family.checkpoint.load_checkpoint(request.folder, dtype, place),
+        lambda place: load(request.folder, dtype, place),
         request.tuning,
         device,
         family.units,
         request.loras.apply,
     )
+
+
+def _changed(request: Request) -> bool:
+    """Is the model changed after it is loaded? That is what models of diffusers are for."""
+    from talkingdit.pipelines.tuning import Tuning
+
+    compiles = getattr(request.options, "compile", False)
+    return bool(request.flags.lora or compiles) or request.tuning != Tuning()
 
 
 def _folder(flags: Flags) -> Path:

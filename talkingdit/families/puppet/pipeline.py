@@ -55,13 +55,10 @@ if TYPE_CHECKING:
 def schedule(steps: int, shift: float) -> list[float]:
     """Noise levels from 1 to 0, steps + 1 of them: s' = shift s / (1 + (shift - 1) s) of evenly spaced s.
 
-    Those of diffusers' `FlowMatchEulerDiscreteScheduler` of this shift.
+    Those of diffusers' `FlowMatchEulerDiscreteScheduler` of this shift, to the last bit.
     """
-    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1].tolist())
-    return [float(sigma) for sigma in scheduler.sigmas]
+    evenly = np.linspace(1.0, 0.0, steps + 1).astype(np.float32)
+    return [float(sigma) for sigma in shift * evenly / (1 + (shift - 1) * evenly)]
 
 
 def clip_noise(shape: tuple[int, ...], seed: int, clip: int) -> Tensor:
