@@ -50,10 +50,15 @@ def served(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 
 def held(pid: int) -> float:
-    """MB that a process and its children hold."""
+    """MB that a process holds."""
     found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return (int(found[1]) / 1024 if found else 0.0) + sum(held(int(child)) for child in children)
+    return int(found[1]) / 1024 if found else 0.0
+
+
+def workers(pid: int) -> list[int]:
+    """The processes that a server has started, whichever of its threads did."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def fill(page: Any, portrait: Path, voice: Path, steps: int) -> None:
@@ -79,7 +84,9 @@ def measured(runs: int, steps: int, seconds: float, reload: bool = False) -> dic
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     shipped = default_checkpoint().parent
     with tempfile.TemporaryDirectory() as name, sync_playwright() as player:
-        folder, memory, road = Path(name), [], 0.0
+        folder, road = Path(name), 0.0
+        server_mb: list[float] = []
+        worker_mb: list[float] = []
         sound, rate = soundfile.read(shipped / "voice.flac")
         soundfile.write(folder / "voice.wav", sound[: round(seconds * rate)], rate)
         with served(folder / "data") as (address, server):
@@ -96,10 +103,12 @@ def measured(runs: int, steps: int, seconds: float, reload: bool = False) -> dic
                     page.wait_for_function(PLAYING)
                     road = time.monotonic() - begun
                 _done(page, folder / "data", number)
-                memory.append(round(held(server.pid), 1))
+                server_mb.append(round(held(server.pid), 1))
+                worker_mb.append(round(sum(map(held, workers(server.pid))), 1))
             browser.close()
-    settled = memory[min(SETTLED, runs) - 1]
-    return {"road_s": round(road, 1), "memory_mb": memory, "growth": round(memory[-1] / settled - 1, 4)}
+    memory = [sum(both) for both in zip(server_mb, worker_mb, strict=True)]
+    growth = memory[-1] / memory[min(SETTLED, runs) - 1] - 1
+    return {"road_s": round(road, 1), "server_mb": server_mb, "worker_mb": worker_mb, "growth": round(growth, 4)}
 
 
 def _done(page: Any, data: Path, number: int) -> None:

@@ -68,7 +68,7 @@ def test_a_file_of_an_option_takes_no_name_of_another_file(name: str, folder: Pa
     for one in form.fields:
         file = folder / "uploads" / f"{one.name}.mp4"
         file.touch()
-        plain = ["", None] if one.flag.many else [one.default]
+        plain = ["", None] if one.flag.many else [one.default if one.switch else ""]
         values += [str(file)] if one.kind is Path else plain
     files = set(collect(form, values, folder / "run").values())
     assert not files & {VIDEO, "image.mp4", "audio.mp4"}
