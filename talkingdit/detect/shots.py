@@ -6,8 +6,8 @@
 The network takes a second of one core for every two of video, and most of a video has no cut. So pictures are screened
 first: it looks only where a picture differs from one of the ten before it by more than people's motion does in most
 videos (`SCREEN`), or by far more from the one before than all around differ (`OUT`). There a lower probability is
-enough: between shots of the same set, colours and framing the network says 0.1 to 0.5, and where there is no cut in still video
-less than 0.05. Dissolves between shots that look alike are not looked at, and not found.
+enough: between shots of the same set, colours and framing the network says 0.1 to 0.5, and in still video without
+a cut less than 0.05. Dissolves between shots that look alike are not looked at, and not found.
 """
 
 from __future__ import annotations
