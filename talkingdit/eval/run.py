@@ -26,6 +26,7 @@ from talkingdit.atomic import write_whole
 from talkingdit.errors import UserError
 from talkingdit.eval.job import Pair
 from talkingdit.eval.judge_video import Judged, Plan, Tools, judge, key_of
+from talkingdit.eval.parts import PART_SECONDS, is_long
 from talkingdit.media.checks import digest_of
 
 KEPT = "videos"  # folder of what is known
@@ -162,6 +163,8 @@ def identity_of(pair: Pair, tools: Tools) -> str:
         pair.text.words,
         f"{tools.finder.name}/{tools.finder.version}",
     ]
+    if is_long(pair.gen):
+        parts.append(f"parts of {PART_SECONDS:g} s")
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
