@@ -128,6 +128,8 @@ def judge(pair: Pair, tools: Tools, skip: Sequence[str] = ()) -> Judged:
         evidence = _evidence(pair, tools, part.clip, part.truth, f"{key}/{part.number}" if key else "")
         here = [one for one in wanted if part.whole or not (one[1] == SOUND or (part.number and one[0].first))]
         judged.append(_judge(here, evidence, tools))
+        if not part.number:
+            judged[0].sheet = contact_sheet(evidence)
         del part, evidence  # before the next ones are read
     if len(judged) == 1:
         return judged[0]
@@ -177,7 +179,6 @@ def _judge(wanted: Sequence[tuple[Metric, str]], evidence: Evidence, tools: Tool
             out.facts["note"] = f"the true video ends {short} frames earlier"
     if "found" in evidence.__dict__:
         out.facts["people"] = evidence.found.people
-    out.sheet = contact_sheet(evidence)
     return out
 
 
