@@ -130,7 +130,7 @@ def test_all_that_watching_holds_does_not_grow_with_the_video(tmp_path: Path) ->
     watcher = Watcher(Watch(clip_seconds=2.0, cut=0, stages=("picture",), samples=0), tmp_path, anchors=False)
     peaks = []
     for seconds in (4, 4, 40):  # the first loads what is loaded once
-        path = write_video(tmp_path / "video.mp4", draw(seconds * 8, (64, 96)), 8, voice(float(seconds)))
+        path = write_video(tmp_path / "video.mp4", draw(seconds * 8, (128, 192)), 8, voice(float(seconds)))
         tracemalloc.start()
         try:
             record = watcher.record(Video("video", path))
