@@ -13,10 +13,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from talkingdit._native_loader import build_info
-    from talkingdit.api import TalkingOutput, TalkingPipeline, generate
+    from talkingdit.api import FrameSpan, TalkingOutput, TalkingPipeline, generate
     from talkingdit.nn.accelerate import accelerate, restore
 
 _LAZY = {
+    "FrameSpan": "talkingdit.api",
     "TalkingOutput": "talkingdit.api",
     "TalkingPipeline": "talkingdit.api",
     "accelerate": "talkingdit.nn.accelerate",
@@ -27,6 +28,7 @@ _LAZY = {
 _SUBMODULES = ("data", "families", "media", "models", "nn", "ops", "pipelines", "plan", "puppets")
 
 __all__ = [
+    "FrameSpan",
     "TalkingOutput",
     "TalkingPipeline",
     "__version__",

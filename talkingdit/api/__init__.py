@@ -4,5 +4,6 @@
 from talkingdit.api.once import generate
 from talkingdit.api.output import TalkingOutput
 from talkingdit.api.pipeline import TalkingPipeline
+from talkingdit.api.spans import FrameSpan
 
-__all__ = ["TalkingOutput", "TalkingPipeline", "generate"]
+__all__ = ["FrameSpan", "TalkingOutput", "TalkingPipeline", "generate"]

@@ -14,12 +14,12 @@ from talkingdit.api.loras import LoraMixin
 from talkingdit.api.offload import OffloadMixin
 from talkingdit.api.output import TalkingOutput
 from talkingdit.api.source import find_folder
+from talkingdit.api.spans import FrameSpan
 from talkingdit.api.steps import Callback, Watch
 from talkingdit.api.video import Loaded, collected, streamed, written
 from talkingdit.errors import UserError
 from talkingdit.families import Family, GenerationOptions
 from talkingdit.models import load_checkpoint
-from talkingdit.pipelines.inputs import Frames
 from talkingdit.pipelines.tuning import Tuning, load_tuned
 
 if TYPE_CHECKING:
@@ -232,14 +232,16 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **options: Any,
-    ) -> Iterator[Frames]:
-        """The frames of a video as they become final. Arguments are checked at the call; see `__call__`.
+    ) -> Iterator[FrameSpan]:
+        """The frames of a video as they become final, down to what the decoder makes at once. Arguments are checked at the
+        call; see `__call__`.
 
         Closing the iterator stops the work; nothing is left on the disk. So does an interruption, behind the last
         finished clip.
 
         Yields:
-            uint8 [n, H, W, 3], n > 0; together the frames of a call.
+            Spans of frames, uint8 [n, H, W, 3], with their place in the video and what is heard meanwhile; together the
+            frames of a call. A span is an array where one is expected.
 
         Raises:
             UserError: as a call.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from talkingdit.api.asking import Asked
 from talkingdit.api.output import TalkingOutput, kept
 from talkingdit.api.road import made
+from talkingdit.api.spans import FrameSpan, spans
 from talkingdit.families import Family
 from talkingdit.pipelines.inputs import Frames
 
@@ -32,21 +33,22 @@ class Loaded:
         return None if self.family.preview is None else self.family.preview.Curves()
 
 
-def frames_of(loaded: Loaded, asked: Asked, talk: Talk) -> Iterator[Frames]:
-    """Frames [n, H, W, 3] as they become final. An interruption ends them."""
+def frames_of(loaded: Loaded, asked: Asked, talk: Talk, in_pieces: bool = False) -> Iterator[Frames]:
+    """Frames [n, H, W, 3] as they become final, clip by clip or in smaller pieces. An interruption ends them."""
     from talkingdit.pipelines.job import Interrupted, final_frames
 
     pipeline = loaded.family.pipeline.open_pipeline(loaded.checkpoint)
     try:
-        yield from final_frames(asked.inputs, asked.outline, pipeline, talk)
+        yield from final_frames(asked.inputs, asked.outline, pipeline, talk, in_pieces=in_pieces)
     except Interrupted:
         return
 
 
-def streamed(loaded: Loaded, asked: Asked, talk: Talk) -> Iterator[Frames]:
-    """The same; nothing of what was asked for stays on the disk."""
+def streamed(loaded: Loaded, asked: Asked, talk: Talk) -> Iterator[FrameSpan]:
+    """The same in the smallest pieces, with their sound; nothing of what was asked for stays on the disk."""
     try:
-        yield from frames_of(loaded, asked, talk)
+        frames = frames_of(loaded, asked, talk, in_pieces=True)
+        yield from spans(frames, asked.inputs, asked.outline)
     finally:
         asked.materials.close()
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from talkingdit import families
 from talkingdit.errors import UserError
 from talkingdit.families import Family, GenerationOptions
 from talkingdit.families.fields import Field, fields
+from talkingdit.families.lora_options import LoraOptions
 
 if TYPE_CHECKING:
     from talkingdit.pipelines.inputs import Inputs, Outline
@@ -31,7 +32,7 @@ class Asked:
         image, audio: names of files in the folder of the run; "" where a video or speakers bring them.
         prompt: what to show.
         checkpoint: folder of the model; "" is the one that ships.
-        options: of the family, as typed; names of files stand for files in the folder of the run.
+        options: of the family, and LoRAs, as typed; names of files stand for files in the folder of the run.
     """
 
     image: str = ""
@@ -78,6 +79,7 @@ class Prepared:
     inputs: Inputs
     outline: Outline
     tuning: Tuning
+    loras: LoraOptions
 
 
 def prepare(asked: Asked, folder: Path, machine: Machine) -> Prepared:
@@ -106,7 +108,8 @@ def prepare(asked: Asked, folder: Path, machine: Machine) -> Prepared:
         live=True,
     )
     inputs, outline = outlined(family, asked.folder, job, options)
-    return Prepared(family, options, inputs, outline, tuning)
+    loras = loras_of(asked.options, folder)
+    return Prepared(family, options, inputs, loras.checked(family, asked.folder, outline), tuning, loras)
 
 
 def chosen(asked: Asked, folder: Path, machine: Machine) -> tuple[Family, GenerationOptions, Tuning]:
@@ -142,11 +145,12 @@ def options_of(family: Family, texts: Mapping[str, Text], folder: Path) -> Gener
     Raises:
         UserError: a value that the field does not take, an option that the family has not, or a foreign file.
     """
-    known = {one.name: one for one in fields(family.options)}
-    unknown = [name for name in texts if name not in known]
+    known, loras = fields(family.options), {one.name for one in fields(LoraOptions)}
+    names = [one.name for one in known]
+    unknown = [name for name in texts if name not in (*names, *loras)]
     if unknown:
-        raise UserError(f"{unknown[0]}: expected an option of {family.title}, one of {', '.join(known)}.")
-    values = {name: read_value(known[name], text, folder) for name, text in texts.items() if text not in ("", [], None)}
+        raise UserError(f"{unknown[0]}: expected an option of {family.title}, one of {', '.join(names)}.")
+    values = _values(known, texts, folder)
     try:
         options = family.options(**values)
     except ValueError as error:
@@ -155,6 +159,25 @@ def options_of(family: Family, texts: Mapping[str, Text], folder: Path) -> Gener
         if path.parent != folder:
             raise UserError(f"{name}: expected one of the files that were uploaded, got {path.name!r}.")
     return options
+
+
+def loras_of(texts: Mapping[str, Text], folder: Path) -> LoraOptions:
+    """Likewise the LoRAs.
+
+    Raises:
+        UserError: words that are none, or a file that was not uploaded.
+    """
+    loras = LoraOptions(**_values(fields(LoraOptions), texts, folder))
+    for choice in loras.lora:
+        if choice.path.parent != folder or not choice.path.is_file():
+            raise UserError(f"lora: expected one of the files that were uploaded, got {choice.path.name!r}.")
+    return loras
+
+
+def _values(known: Sequence[Field], texts: Mapping[str, Text], folder: Path) -> dict[str, Any]:
+    """What was typed for fields, without what says nothing."""
+    given = {one: texts[one.name] for one in known if texts.get(one.name) not in ("", [], None)}
+    return {one.name: read_value(one, text, folder) for one, text in given.items()}
 
 
 def read_value(one: Field, text: Text, folder: Path) -> Any:

@@ -14,6 +14,7 @@ from talkingdit.app.runs import take, take_many
 from talkingdit.errors import UserError
 from talkingdit.families import Family, GenerationOptions
 from talkingdit.families.fields import Field, fields
+from talkingdit.families.lora_options import LoraOptions
 from talkingdit.media.boxes import read_box, write_box
 
 SPEAKER = "speaker"  # the option for people with a voice each, in families that have it
@@ -47,7 +48,8 @@ def form_of(family: Family) -> Form:
     speaker = next((one for one in found if one.name == SPEAKER), None)
     others = [one for one in found if one is not speaker]
     shown = [one for one in others if one.name in common] + [one for one in others if one.kind is Path]
-    return Form(tuple(shown), tuple(one for one in others if one not in shown), speaker)
+    folded = [one for one in others if one not in shown] + fields(LoraOptions)
+    return Form(tuple(shown), tuple(folded), speaker)
 
 
 def label(one: Field) -> str:
@@ -63,23 +65,33 @@ def components(one: Field, value: Text | None) -> list[Any]:
     """
     import gradio as gr
 
-    name: dict[str, Any] = {"label": label(one), "info": one.help, "interactive": True}
+    name: dict[str, Any] = {"label": label(one), "info": one.help, "interactive": True, "elem_id": f"option-{one.name}"}
     if one.switch:
         return [gr.Checkbox(value=one.default if value is None else bool(value), **name)]
     if one.choices:
         choices = [("as the checkpoint says", "")] * (one.default is None) + [(word, word) for word in one.choices]
         return [gr.Radio(choices, value=str(value or one.default or ""), **name)]
     if one.kind is Path:
-        return [gr.File(label=f"{label(one)}: {one.help}", height=120, interactive=True)]
+        return [gr.File(label=f"{label(one)}: {one.help}", height=120, interactive=True, elem_id=name["elem_id"])]
     if one.flag.many:
         words = "\n".join(value) if isinstance(value, list) else ""
         name["info"] = f"{one.flag.metavar}, one a line. {one.help}"
         files = gr.File(
             label=f"Files that {label(one).lower()} names", file_count="multiple", height=120, interactive=True
         )
-        return [gr.Textbox(words, lines=2, **name), files]
+        lines = gr.Textbox(words, lines=2, **name)
+        if one.metavar.startswith("FILE"):  # a file is an item already, to be said more about
+            files.upload(named_too, [lines, files], lines, queue=False, api_visibility="private")
+        return [lines, files]
     default = "" if one.default is None else one.flag.write(one.default)
     return [gr.Textbox(str(value or default), placeholder=one.metavar, **name)]
+
+
+def named_too(lines: str | None, files: Sequence[str] | None) -> str:
+    """Lines, and one for each file that none of them names."""
+    said = (lines or "").splitlines()
+    names = [Path(file).name for file in files or ()]
+    return "\n".join([*said, *(name for name in names if not any(line.startswith(name) for line in said))])
 
 
 def width(one: Field) -> int:

@@ -21,6 +21,8 @@ h1 { font-size: 1.6rem; margin: 0.6rem 0 0; } h2 { font-size: 1.2rem; margin: 0.
 progress { width: 100%; height: 0.6rem; accent-color: var(--accent); }
 video, #sheet img, #boxes svg { width: 100%; max-height: 70vh; display: block; border-radius: 8px; }
 video { background: #000; min-height: 8rem; } #sheet img { height: auto; }
+#boxes svg { cursor: crosshair; touch-action: manipulation; user-select: none; }
+#boxes .sketch { fill: var(--accent); fill-opacity: 0.2; stroke: var(--accent); vector-effect: non-scaling-stroke; }
 #plan pre { font: 13px/1.5 monospace; overflow-x: auto; white-space: pre-wrap; margin: 0; }
 a { color: var(--accent); } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 footer { display: none !important; }

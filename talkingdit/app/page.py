@@ -8,22 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from talkingdit.app import views
 from talkingdit.app.api import add_endpoints
 from talkingdit.app.asked import Text
-from talkingdit.app.form import (
-    Form,
-    collect,
-    components,
-    form_of,
-    speaker_rows,
-    speakers,
-)
+from talkingdit.app.boxes import rows_of_speakers
+from talkingdit.app.form import Form, collect, components, form_of, speakers
 from talkingdit.app.service import Person, Service, Wish
 from talkingdit.errors import UserError
-from talkingdit.media.boxes import read_box
 
 TICK = 1.0  # seconds
 # Of every listener on the page: quick, and none of a program's business.
@@ -31,6 +23,15 @@ QUIETLY: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visib
 FILES: dict[str, Any] = {"interactive": True, "buttons": ["fullscreen"]}  # none of gradio's to share things elsewhere
 SOUNDS: dict[str, Any] = {"interactive": True, "buttons": ["download"], "type": "filepath"}
 SOUNDS["sources"] = ["upload", "microphone"]
+
+
+class Picture(gr.Image):
+    """An image that stays the file that was uploaded: what is wrong with it is told as of any other."""
+
+    is_template = True  # the browser knows it as an image
+
+    def preprocess(self, payload: Any) -> Any:
+        return super().preprocess(payload) if payload is None or payload.path is None else payload.path
 
 
 class Page:
@@ -55,7 +56,7 @@ class Page:
     # ---- What is asked for, on the left ------------------------------------------------------------------------------
 
     def _ask(self) -> None:
-        self.image = gr.Image(
+        self.image = Picture(
             label="Picture",
             type="filepath",
             sources=["upload", "clipboard", "webcam"],
@@ -84,9 +85,11 @@ class Page:
         self.wrong = gr.HTML(elem_id="wrong")
         self.plan = gr.HTML(elem_id="plan")
         with options:
-            gr.render(inputs=[self.checkpoint, self.restored])(self._options)
+            # A new picture alone makes no new form, which would forget what was typed.
+            triggers = [self.blocks.load, self.checkpoint.change, self.restored.change]
+            gr.render(inputs=[self.checkpoint, self.restored, self.image], triggers=triggers)(self._options)
 
-    def _options(self, checkpoint: str, restored: Mapping[str, Text]) -> None:
+    def _options(self, checkpoint: str, restored: Mapping[str, Text], picture: str | None) -> None:
         """The options of the family, and what listens to them."""
         try:
             family = self.service.family(checkpoint)
@@ -100,7 +103,8 @@ class Page:
             made += components(one, restored.get(one.name))
         rows: list[Any] = []
         if form.speaker is not None:
-            rows = self._speakers(restored.get(form.speaker.name))
+            words = restored.get(form.speaker.name)
+            rows = rows_of_speakers(self.image, picture, words, SOUNDS, QUIETLY)
         with gr.Accordion("More settings", open=False, elem_id="more"):
             for one in form.folded:
                 made += components(one, restored.get(one.name))
@@ -124,30 +128,6 @@ class Page:
 
         self.make.click(start, inputs, [self.shown, self.wrong], **QUIETLY)
         self.think.click(plan, inputs, [self.plan, self.wrong], **{**QUIETLY, "show_progress": "minimal"})
-
-    def _speakers(self, words: Text | None) -> list[Any]:
-        """Rows of name, voice and box -> their components, row after row."""
-        rows: list[list[Any]] = []
-        with gr.Accordion("Speakers, a voice and a box each", open=isinstance(words, list), elem_id="speakers"):
-            gr.HTML(
-                '<p class="dim">In the place of the one voice. The box around a face is its left, top, right and '
-                "bottom side in pixels of the picture; below, the picture shows it.</p>"
-            )
-            for number, (name, box) in enumerate(speaker_rows(words), 1):
-                with gr.Row():
-                    row: list[Any] = [gr.Textbox(name, label=f"Speaker {number}: name", min_width=120)]
-                    sides = gr.Textbox(
-                        box, label=f"Speaker {number}: box", placeholder="left,top,right,bottom", min_width=160
-                    )
-                rows.append([*row, gr.Audio(label=f"Speaker {number}: voice", **SOUNDS), sides])
-            drawn = gr.HTML(elem_id="boxes")
-        names, boxes = [row[0] for row in rows], [row[2] for row in rows]
-
-        def draw(picture: str | None, *values: str) -> str:
-            return drawn_boxes(picture, values[: len(names)], values[len(names) :])
-
-        gr.on([one.change for one in (*names, *boxes)], draw, [self.image, *names, *boxes], drawn, **QUIETLY)
-        return [one for row in rows for one in row]
 
     # ---- What comes out, on the right --------------------------------------------------------------------------------
 
@@ -266,20 +246,3 @@ def wish_of(form: Form, values: Sequence[Any], options: int) -> Wish:
         return {**found, form.speaker.name: said} if form.speaker is not None and said else found
 
     return Wish(image, audio, prompt or "", checkpoint or "", fill)
-
-
-def drawn_boxes(picture: str | None, names: Sequence[str], boxes: Sequence[str]) -> str:
-    """The picture with those boxes that are given."""
-    found = []
-    for number, (name, box) in enumerate(zip(names, boxes, strict=True), 1):
-        sides = read_box(box)
-        if sides is not None and sides[0] < sides[2] and sides[1] < sides[3]:
-            found.append((name or f"speaker {number}", sides))
-    if not picture or not found:
-        return ""
-    try:
-        with Image.open(picture) as opened:
-            size = opened.size
-    except OSError:
-        return ""
-    return views.boxes(picture, size, found)

@@ -20,8 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from talkingdit.app.asked import Asked, Machine
+from talkingdit.app.asked import Asked, Machine, loras_of
 from talkingdit.app.runs import Run, Runs, State
+from talkingdit.checkpoints.lora_choice import digest_of
 from talkingdit.errors import UserError
 
 IDLE = 600.0  # seconds until a worker without work goes
@@ -106,9 +107,16 @@ def _path() -> str:
     return os.pathsep.join([own, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def _model_of(asked: Asked) -> tuple[object, ...]:
-    """What runs that one worker makes have in common: how its model is loaded."""
-    return asked.checkpoint, asked.options.get("memory") or None, asked.options.get("compile") or None
+def model_of(asked: Asked, folder: Path) -> tuple[object, ...]:
+    """What runs that one worker makes have in common: how its model is loaded, and what LoRAs are on it.
+
+    Args:
+        folder: of the run.
+    """
+    loras = loras_of(asked.options, folder)
+    files = tuple((digest_of(one.path), one.strength) for one in loras.lora)
+    options = asked.options
+    return asked.checkpoint, options.get("memory") or None, options.get("compile") or None, files, loras.lora_partial
 
 
 class Queue:
@@ -136,7 +144,7 @@ class Queue:
         """Have a worker ready for what will most likely be asked for, before it is."""
         with self._changed:
             if self._worker is None and self._now is None:
-                self._replace((self.machine, _model_of(asked))).warm(asked)
+                self._replace((self.machine, model_of(asked, Path()))).warm(asked)
 
     def add(self, run: Run) -> None:
         """Make a run wait, or go on.
@@ -225,7 +233,7 @@ class Queue:
                 self._changed.notify_all()
 
     def _make(self, run: Run) -> None:
-        model = _model_of(run.asked)
+        model = model_of(run.asked, run.folder)
         if self._worker is None or not self._worker.alive or self._worker.model != model:
             self._replace((self.machine, model))
         self._worker.make(run, lambda event: self._hear(run, event))

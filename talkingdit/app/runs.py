@@ -30,7 +30,7 @@ from talkingdit.lock import RunLock
 
 State = Literal["waiting", "running", "done", "stopped", "failed"]
 NAME = re.compile(r"[A-Za-z0-9_-]{22}")
-SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,8}")
+SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,11}")
 FILE, LOCK = "run.json", "lock"
 SHOWN = 50  # runs of a person that are listed
 

@@ -101,7 +101,7 @@ def boxes(picture: str, size: tuple[int, int], found: Sequence[tuple[str, Sequen
             f'stroke-width="{thick:g}"/><text x="{x0 + 2 * thick:g}" y="{y0 + min(size) / 14:g}" fill="{colour}" '
             f'font-size="{min(size) / 14:g}">{escaped(name)}</text>'
         )
-    said = ", ".join(f"{name} at {', '.join(f'{side:g}' for side in sides)}" for name, sides in found)
+    said = ", ".join(f"{name} at {', '.join(f'{side:g}' for side in sides)}" for name, sides in found) or "none yet"
     href = escaped(FILE.lstrip("/") + quote(str(Path(picture))))
     return (
         f'<svg viewBox="0 0 {wide} {high}" role="img" aria-label="{escaped(f"Boxes: {said}")}">'

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from talkingdit.api.road import made
-from talkingdit.app.asked import Asked, Machine, chosen, prepare
+from talkingdit.app.asked import Asked, Machine, chosen, loras_of, prepare
 from talkingdit.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,7 +93,11 @@ class Worker:
         device = open_device(machine.device or usual_device(options.small))
         dtype = weights_dtype(machine.dtype, device)
         checkpoint = load_tuned(
-            lambda place: family.checkpoint.load_checkpoint(asked.folder, dtype, place), tuning, device, family.units
+            lambda place: family.checkpoint.load_checkpoint(asked.folder, dtype, place),
+            tuning,
+            device,
+            family.units,
+            loras_of(asked.options, folder).apply,
         )
         if getattr(options, "compile", False):
             checkpoint.transformer.compile_repeated_blocks(fullgraph=True)

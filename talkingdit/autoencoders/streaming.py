@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from talkingdit.autoencoders.latents import FRAMES_PER_LATENT
+from talkingdit.autoencoders.latents import FRAMES_PER_LATENT, patchify, unpatchify
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
@@ -25,9 +25,12 @@ if TYPE_CHECKING:
 
 def feature_caches(module: torch.nn.Module) -> list[Any]:
     """Empty caches for a part of the autoencoder, one for every causal convolution in it."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+    return [None] * sum(is_a(m, "WanCausalConv3d") for m in module.modules())
 
-    return [None] * sum(isinstance(m, WanCausalConv3d) for m in module.modules())
+
+def is_a(module: torch.nn.Module, name: str) -> bool:
+    """Is this a layer of the class of that name, diffusers' or that of `wan_network`? Neither is imported."""
+    return any(kind.__name__ == name for kind in type(module).__mro__)
 
 
 def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,11 +70,9 @@ def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
 
 
 def _encode_streaming(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
-    from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
-
     x = video.to(vae.dtype)
     if vae.config["patch_size"] is not None:
-        x = patchify(x, patch_size=vae.config["patch_size"])
+        x = patchify(x, vae.config["patch_size"])
     caches = feature_caches(vae.encoder)
     chunks = [x[:, :, :1], *x[:, :, 1:].split(FRAMES_PER_LATENT, dim=2)]
     hidden = torch.cat([vae.encoder(chunk, feat_cache=caches, feat_idx=[0]) for chunk in chunks if chunk.shape[2]], 2)
@@ -109,9 +110,7 @@ class StreamingDecoder:
         """
         frames = torch.cat(self._decode(latents), dim=2)
         if self._vae.config["patch_size"] is not None:
-            from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-
-            frames = unpatchify(frames, patch_size=self._vae.config["patch_size"])
+            frames = unpatchify(frames, self._vae.config["patch_size"])
         return frames.float().clamp(-1.0, 1.0)
 
     @torch.no_grad()

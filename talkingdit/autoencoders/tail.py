@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from talkingdit.autoencoders.latents import FRAMES_PER_LATENT
-from talkingdit.autoencoders.streaming import denormalise, feature_caches
+from talkingdit.autoencoders.latents import FRAMES_PER_LATENT, unpatchify
+from talkingdit.autoencoders.streaming import denormalise, feature_caches, is_a
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d
@@ -50,8 +50,6 @@ class _Stage:
     """
 
     def __init__(self, decoder: Any, number: int, rate: int):
-        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample
-
         blocks = decoder.up_blocks
         self.decoder, self.block = decoder, blocks[number]
         self.first, self.last = number == 0, number == len(blocks) - 1
@@ -59,10 +57,10 @@ class _Stage:
         self.conv_out = _Conv(decoder.conv_out) if self.last else None
         self.modules = [decoder.mid_block, self.block] if self.first else [self.block]
         self.caches = [feature_caches(part) for part in self.modules]
-        doubles = any(isinstance(m, WanResample) and m.mode == "upsample3d" for m in self.block.modules())
+        doubles = any(is_a(m, "WanResample") and m.mode == "upsample3d" for m in self.block.modules())
         self.rate, self.rate_out = rate, 2 * rate if doubles else rate
         ends = [part for part, there in ((decoder.conv_in, self.first), (decoder.conv_out, self.last)) if there]
-        convolutions = [m for part in (*self.modules, *ends) for m in part.modules() if isinstance(m, WanCausalConv3d)]
+        convolutions = [m for part in (*self.modules, *ends) for m in part.modules() if is_a(m, "WanCausalConv3d")]
         look_back = sum(m.kernel_size[0] - 1 for m in convolutions)  # frames that come in
         # Begun in the middle, a stage is right once it has seen that far, and where it doubles the frames it takes
         # its first latent for the beginning of the video, whose frame is not doubled nor remembered.
@@ -125,8 +123,6 @@ def decode_after(vae: AutoencoderKLWan, past: Tensor, latents: Tensor) -> Tensor
     Returns:
         [B, 3, 4 T, 8 H, 8 W] in -1..1, float32.
     """
-    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-
     wanted = past.shape[2]
     together = torch.cat([past.float(), latents.float()], dim=2)
     scaled = denormalise(vae, together).to(vae.dtype)
@@ -149,5 +145,5 @@ def decode_after(vae: AutoencoderKLWan, past: Tensor, latents: Tensor) -> Tensor
                 decoded.append(frame)
     video = torch.cat(decoded, dim=2)
     if vae.config["patch_size"] is not None:
-        video = unpatchify(video, patch_size=vae.config["patch_size"])
+        video = unpatchify(video, vae.config["patch_size"])
     return video.float().clamp(-1.0, 1.0)

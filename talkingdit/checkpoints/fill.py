@@ -3,16 +3,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from talkingdit.checkpoints.weights import Weights, some
 from talkingdit.errors import UserError
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Random numbers are not drawn where there is no memory for them: torch imports its compiler to draw none."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.randn:
+            return torch.empty(*args, **kwargs)
+        if func in (torch.Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Let models that are made here have shapes and no memory."""
+    with torch.device("meta"), _Undrawn():
+        yield
 
 
 def build_empty(make: Callable[[], Model], where: object) -> Model:
@@ -22,7 +43,7 @@ def build_empty(make: Callable[[], Model], where: object) -> Model:
         UserError: its configuration is impossible.
     """
     try:
-        with torch.device("meta"):
+        with without_memory():
             return make()
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from talkingdit.checkpoints.fill import build_empty, fill
 from talkingdit.checkpoints.weights import open_weights, read_bounded
 from talkingdit.errors import UserError
+
+Place = tuple[torch.dtype, "torch.device | str"]
 
 
 def load_part(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -23,6 +27,34 @@ def load_part(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device |
     weights = open_weights(folder)
     model = build_empty(lambda: cls.from_config(cls.load_config(folder, local_files_only=True)), folder)
     return fill(model, weights, dtype, device)
+
+
+def load_bare_part(cls: Any, name: str, arguments: Mapping[str, Any], folder: Path, place: Place) -> Any:
+    """A model of a class without diffusers from such a folder, strictly, tensor by tensor.
+
+    Args:
+        cls: see `talkingdit.nn.configured`.
+        name: of the class of diffusers in its place, for messages.
+        arguments: of the class, see `bare_arguments`.
+
+    Raises:
+        UserError: an impossible configuration, or weights that do not fit.
+    """
+    model = build_empty(lambda: cls(**arguments), folder)
+    return fill(model, open_weights(folder), *place, what=name)
+
+
+def bare_arguments(cls: Any, name: str, folder: Path) -> dict[str, Any] | None:
+    """Arguments of a class without diffusers that config.json gives; None where it names others or another class.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
+    values = read_bounded(folder / "config.json")
+    if values.get("_class_name") != name:
+        return None
+    given = {key: value for key, value in values.items() if not key.startswith("_")}
+    return given if set(given) <= set(inspect.signature(cls).parameters) else None
 
 
 def check_class(folder: Path, expected: tuple[str, ...]) -> str:

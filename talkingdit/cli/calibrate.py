@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from talkingdit import families
 from talkingdit.cli.flags import Group, read
-from talkingdit.cli.generate import checkpoint_in
+from talkingdit.cli.generate import checkpoint_in, sound_of
 from talkingdit.cli.messages import warn
 from talkingdit.errors import UserError
 from talkingdit.families import GenerationOptions
@@ -31,8 +31,8 @@ class Flags:
 
     image: Annotated[Path, Flag("PNG")]
     """a portrait"""
-    audio: Annotated[Path, Flag("WAV")]
-    """a voice"""
+    audio: Annotated[Path | None, Flag("WAV")] = None
+    """a voice, where no speakers bring theirs"""
     prompt: Annotated[str, Flag("WORDS")] = ""
     """what it shows"""
     checkpoint: Annotated[Path | None, Flag("DIR")] = None
@@ -40,7 +40,7 @@ class Flags:
     output: Annotated[Path | None, Flag("JSON", also=("-o",))] = None
     """where to write the coefficients (default: step_cache.json in the folder of the model)"""
     measured_clips: Annotated[int, Flag("N")] = 2
-    """clips to measure"""
+    """clips to measure, where a video is made clip by clip"""
     device: Annotated[str | None, Flag("NAME")] = None
     """cpu, cuda, ... (default: cuda if there)"""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -62,6 +62,7 @@ def calibrate(argv: Sequence[str]) -> None:
     values = read(COMMAND, ABOUT, [Group(Flags), Group(GenerationOptions), Group(family.options, family.title)], argv)
     values.refuse_unknown()
     flags, options = values.make(Flags), values.make(family.options)
+    audio = sound_of(values, flags.audio, options)
 
     from talkingdit.media.files import SPEECH_RATE, read_audio, read_image
     from talkingdit.media.targets import check_apart, check_writable
@@ -73,10 +74,10 @@ def calibrate(argv: Sequence[str]) -> None:
     if target.suffix.lower() != ".json":
         raise UserError(f"output {str(target)!r}: expected a name that ends in .json, got {target.suffix!r}")
     read_too = {f"checkpoint ({file.name})": file for file in folder.rglob("*.json") if file.name != "step_cache.json"}
-    check_apart({"output": target}, {"image": flags.image, "audio": flags.audio, **options.files(), **read_too})
+    check_apart({"output": target}, {"image": flags.image, "audio": audio, **options.files(), **read_too})
     check_writable(target)
-    job = Job(image=flags.image, audio=flags.audio, output=target, prompt=flags.prompt)
-    inputs = Inputs(job, read_image(flags.image), read_audio(flags.audio, SPEECH_RATE))
+    job = Job(image=flags.image, audio=audio, output=target, prompt=flags.prompt)
+    inputs = Inputs(job, read_image(flags.image), read_audio(audio, SPEECH_RATE))
     outline = family.outline.outline(inputs, family.checkpoint.read_settings(folder), options)
     if outline.steps < 3:
         raise UserError(f"calibrate: a fit takes at least 3 steps, got {outline.steps}.")
@@ -91,7 +92,8 @@ def calibrate(argv: Sequence[str]) -> None:
     if not hasattr(pipeline, "recorder"):
         raise UserError(f"calibrate: {family.title} has no step cache.")
     pipeline.recorder = recorder = Recorder()
-    clips = min(flags.measured_clips, outline.clips)
+    # Where a video is denoised as a whole, in stages, all of them are measured.
+    clips = sum(steps > 0 for steps in outline.work) or min(flags.measured_clips, outline.clips)
     for clip in generate_clips(pipeline, pipeline.encode(inputs, outline), outline.clips):
         warn(f"clip {clip.index + 1} of {clips} is measured.")
         if clip.index + 1 == clips:

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from talkingdit import families
 from talkingdit.checkpoints.bounds import check_options
 from talkingdit.cli.flags import Group, Values, fields_of, read, spellings_of
-from talkingdit.cli.loras import LoraChoice, apply, check_files, checked, read_choice
 from talkingdit.cli.messages import processes, rank, tell_of_one, warn
 from talkingdit.errors import UserError
 from talkingdit.families import Family, GenerationOptions
 from talkingdit.families.flag import Flag
+from talkingdit.families.lora_options import LoraOptions
 
 if TYPE_CHECKING:
     from talkingdit.distributed.layout import Layout
@@ -56,10 +56,6 @@ class Flags:
     """let the video be watched while it is made: it grows under its name (always so with - for voice or video)"""
     checkpoint: Annotated[Path | None, Flag("DIR")] = None
     """folder of the model to use (default: the one shipped, of drawn characters)"""
-    lora: Annotated[tuple[LoraChoice, ...], Flag("FILE[:STRENGTH]", read_choice, many=True)] = ()
-    """a LoRA to apply, of any trainer; may be given again"""
-    lora_partial: bool = False
-    """apply what fits of a LoRA of which some parts fit nothing"""
     upscale: Annotated[int, Flag("N")] = 1
     """enlarge the frames N times"""
     sheet: Annotated[Path | None, Flag("PNG")] = None
@@ -90,6 +86,7 @@ class Request:
     """A video that is asked for, found to be possible. It bears pickling: rank 0 hands it to the others."""
 
     flags: Flags
+    loras: LoraOptions
     family: str
     options: GenerationOptions
     layout: Layout
@@ -139,8 +136,8 @@ def prepare(argv: Sequence[str]) -> Request:
         UserError: something is wrong with them.
     """
     family, values = _read(argv)
-    flags, options = values.make(Flags), values.make(family.options)
-    check_files(flags.lora)
+    flags, loras, options = values.make(Flags), values.make(LoraOptions), values.make(family.options)
+    loras.check_files()
 
     from talkingdit.api.road import outlined
     from talkingdit.pipelines.inputs import Job
@@ -148,7 +145,7 @@ def prepare(argv: Sequence[str]) -> Request:
     output, pipe = _target(flags)
     job = Job(
         image=flags.image,
-        audio=_sound(values, flags, options),
+        audio=sound_of(values, flags.audio, options),
         output=output,
         live=flags.live or pipe is not None or str(flags.audio) == "-",
         pipe=pipe,
@@ -164,7 +161,7 @@ def prepare(argv: Sequence[str]) -> Request:
 
     layout = Layout.parse(flags.parallel)
     tuning = Tuning.of(getattr(options, "memory", ""), flags.precision, flags.attention)
-    outline = checked(flags.lora, flags.lora_partial, family, _folder(flags), outline)
+    outline = loras.checked(family, _folder(flags), outline)
     layout.resolved(processes(), outline.predictions, _heads(_folder(flags)))
     idle = []
     if processes() == 1 and layout.vae is not None:
@@ -172,7 +169,7 @@ def prepare(argv: Sequence[str]) -> Request:
     if flags.audio_rate is not None and not inputs.job.spoken:
         idle.append("`--audio-rate` has no effect on a recording, which says its rate itself.")
     outline = replace(outline, warnings=(*outline.warnings, *idle))
-    return Request(flags, family.name, options, layout, inputs, outline, tuning)
+    return Request(flags, loras, family.name, options, layout, inputs, outline, tuning)
 
 
 def _target(flags: Flags) -> tuple[Path, int | None]:
@@ -202,15 +199,15 @@ def _scratch() -> Path:
     return Path(folder.name)
 
 
-def _sound(values: Values, flags: Flags, options: GenerationOptions) -> Path:
+def sound_of(values: Values, audio: Path | None, options: GenerationOptions) -> Path:
     """The sound of the video: the one recording, or all voices together, in a file that goes with this process."""
     voices = options.voices()
-    if flags.audio is None and not voices:
+    if audio is None and not voices:
         values.refuse("the following arguments are required: --audio")
-    if flags.audio is not None and voices:
+    if audio is not None and voices:
         values.refuse("--audio must be left out where speakers bring their recordings")
-    if flags.audio is not None or len(voices) == 1:
-        return flags.audio or voices[0]
+    if audio is not None or len(voices) == 1:
+        return audio or voices[0]
 
     from talkingdit.media.mixing import mix_voices
 
@@ -264,7 +261,7 @@ def _flag_in(word: str, kind: type[Any]) -> bool:
 
 
 def _groups(family: Family) -> list[Group]:
-    return [Group(Flags), Group(GenerationOptions), Group(family.options, family.title)]
+    return [Group(Flags), Group(LoraOptions), Group(GenerationOptions), Group(family.options, family.title)]
 
 
 def _help_groups(argv: Sequence[str]) -> list[Group]:
@@ -276,7 +273,7 @@ def _help_groups(argv: Sequence[str]) -> list[Group]:
     for family in _families():
         for name in fields_of(family.options):
             owners.setdefault(name, []).append(family)
-    groups = [Group(Flags), Group(GenerationOptions)]
+    groups = [Group(Flags), Group(LoraOptions), Group(GenerationOptions)]
     for sharing in dict.fromkeys(tuple(group) for group in owners.values()):
         others = frozenset(name for name, group in owners.items() if tuple(group) != sharing)
         title = "" if len(sharing) == len(_families()) else ", ".join(family.title for family in sharing)
@@ -325,13 +322,24 @@ def _load(request: Request, family: Family, team: Team) -> Any:
     flags = request.flags
     device = open_device(team.device(flags.device or usual_device(request.options.small)))
     dtype = weights_dtype(flags.dtype, device)
+    load = family.checkpoint.load_checkpoint
+    if not _changed(request) and processes() == 1:
+        load = getattr(family.checkpoint, "load_bare", load)
     return load_tuned(
-        lambda place: family.checkpoint.load_checkpoint(request.folder, dtype, place),
+        lambda place: load(request.folder, dtype, place),
         request.tuning,
         device,
         family.units,
-        lambda transformer, merge: apply(flags.lora, flags.lora_partial, transformer, merge=merge),
+        request.loras.apply,
     )
+
+
+def _changed(request: Request) -> bool:
+    """Is the model changed after it is loaded? That is what models of diffusers are for."""
+    from talkingdit.pipelines.tuning import Tuning
+
+    compiles = getattr(request.options, "compile", False)
+    return bool(request.loras.lora or compiles) or request.tuning != Tuning()
 
 
 def _folder(flags: Flags) -> Path:

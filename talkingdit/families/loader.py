@@ -92,7 +92,7 @@ class Loader:
         weights, values = self.open_transformer(path)
         arguments = self.complete({**values, **(config or {})}, weights, weights.source)
         model = build_empty(lambda: self.model()(**arguments), weights.source)
-        return fill(model, weights, dtype, device, keep_float32=_kept_wide(model))
+        return fill(model, weights, dtype, device, keep_float32=_kept_wide(model), what=self.classes[0])
 
     def read_config(self, source: str | Path, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Arguments of the model that `load` would load from there, without reading or making a tensor.

@@ -15,8 +15,10 @@ them; a model needs `ContextParallel.shard`, `split` and `gather`.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,13 +29,30 @@ from torch.distributed.device_mesh import DeviceMesh
 
 MODES = ("gather", "ring")
 
-# Collectives stay out of compiled graphs. Traced, their backward is ordered by the compiler while FSDP's reductions are
-# issued by hooks outside of the graph, and the two orders have been seen to differ between ranks, which is a hang.
-eager = torch.compiler.disable(reason="collectives must be issued in the same order on all ranks")
-
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # The older name warns from torch 2.13 on, the newer is not there before.
 _all_gather_into = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+
+
+def eager(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep a function with collectives out of compiled graphs.
+
+    Traced, their backward is ordered by the compiler while FSDP's reductions are issued by hooks outside of the graph,
+    and the two orders have been seen to differ between ranks, which is a hang. `torch.compiler.disable` as a decorator
+    would import the compiler, which takes longer than all of torch, also where nothing is compiled.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            from talkingdit.nn.uncompiled import call
+
+            return call(function, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return run
 
 
 class Shard(NamedTuple):

@@ -9,10 +9,9 @@ has a function for that, `torch.distributed.fsdp.register_fsdp_forward_method`; 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
-
-from torch.distributed.fsdp import FSDPModule
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,4 +48,6 @@ def _offloading_hooks(module: Any) -> list[Any]:
 
 def resident(layers: Iterable[Any]) -> bool:
     """Do the layers hold their weights outside of their forward, too?"""
-    return not any(isinstance(layer, FSDPModule) or hasattr(layer, "_diffusers_hook") for layer in layers)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # what has not been imported has sharded nothing
+    sharded = () if fsdp is None else fsdp.FSDPModule
+    return not any(isinstance(layer, sharded) or hasattr(layer, "_diffusers_hook") for layer in layers)

@@ -32,7 +32,7 @@ from talkingdit.errors import UserError
 from talkingdit.media.sound import SPEECH_RATE
 from talkingdit.pipelines.inputs import Inputs, Outline, check_heard
 from talkingdit.pipelines.live import LiveSound
-from talkingdit.pipelines.long_video import ClipPipeline, GeneratedClip, StepDone, generate_clips
+from talkingdit.pipelines.long_video import ClipPipeline, GeneratedClip, StepDone, generate_clips, generate_pieces
 from talkingdit.pipelines.memory import out_of_memory
 from talkingdit.pipelines.resume import ClipStore, NoStore, SharedClipStore
 from talkingdit.pipelines.write import PreviewCurves, ShownFrames, VideoSink, write_video
@@ -120,8 +120,11 @@ def make_video(
     store = _open_store(inputs, outline, pipeline, talk, variant)
     with _kept(store, outline), _shown(inputs, outline, curves, started, store) as live:
         with _in_memory(outline.when_too_large):
-            for clip in _made(pipeline, inputs, outline, store, talk, live.show):
-                store.add(lambda clip=clip: live.add(clip.frames), clip.carry)  # type: ignore[misc]
+            for made in _made(pipeline, inputs, outline, store, talk, in_pieces=inputs.job.live):
+                if isinstance(made, GeneratedClip):
+                    store.add(lambda clip=made: live.add(clip.frames), made.carry)  # type: ignore[misc]
+                else:
+                    live.show(made)
         frames, first_after = team.on_rank_0(lambda: live.finish(curves))
         store.remove()
     took = time.monotonic() - started
@@ -129,12 +132,13 @@ def make_video(
 
 
 def final_frames(
-    inputs: Inputs, outline: Outline, pipeline: ClipPipeline, talk: Talk | None = None
+    inputs: Inputs, outline: Outline, pipeline: ClipPipeline, talk: Talk | None = None, *, in_pieces: bool = False
 ) -> Iterator[NDArray[np.uint8]]:
-    """The frames of a video as they become final, clip by clip; nothing is written.
+    """The frames of a video as they become final; nothing is written.
 
     Args:
         inputs, outline, pipeline, talk: as of `make_video`; one process alone.
+        in_pieces: as they are decoded, where the pipeline tells them, not clip by clip.
 
     Yields:
         uint8 [n, H, W, 3], n > 0; together what `make_video` would write, before it is enlarged.
@@ -146,8 +150,13 @@ def final_frames(
     talk.say((*outline.warnings, *pipeline.warnings(inputs, outline)))
     check_heard(inputs.job, outline)
     shown = ShownFrames(inputs, outline)
-    for clip in _made(pipeline, inputs, outline, SharedClipStore(NoStore), talk):
-        if len(frames := shown.of(to_frames(clip.frames))):
+    known = False  # the frames of this clip
+    for made in _made(pipeline, inputs, outline, SharedClipStore(NoStore), talk, in_pieces=in_pieces):
+        if isinstance(made, GeneratedClip):
+            video, known = (None if known else made.frames), False
+        else:
+            video, known = made, True
+        if video is not None and len(frames := shown.of(to_frames(video))):
             yield frames
 
 
@@ -157,15 +166,16 @@ def _made(
     outline: Outline,
     store: SharedClipStore,
     talk: Talk,
-    show: Callable[[Tensor], None] | None = None,
-) -> Iterator[GeneratedClip]:
-    """The clips that are not finished yet, from what all clips share on."""
+    *,
+    in_pieces: bool,
+) -> Iterator[Tensor | GeneratedClip]:
+    """The clips that are not finished yet, from what all clips share on; before each its frames, if in pieces."""
     if store.finished >= outline.clips:
         return
     with _in_memory("what all clips share: the portrait, the words and the voice"):
         conditions = pipeline.encode(inputs, outline)
     with _in_memory(outline.when_too_large):
-        yield from _clips(pipeline, conditions, inputs, outline, store, talk, show)
+        yield from _clips(pipeline, conditions, inputs, outline, store, talk, in_pieces)
     talk.say(pipeline.remarks(conditions, outline))
 
 
@@ -176,8 +186,8 @@ def _clips(
     outline: Outline,
     store: SharedClipStore,
     talk: Talk,
-    show: Callable[[Tensor], None] | None,
-) -> Iterator[GeneratedClip]:
+    in_pieces: bool,
+) -> Iterator[Tensor | GeneratedClip]:
     """The clips that are not finished yet, with progress."""
     work = outline.work or (outline.steps,) * outline.clips
     done, total = sum(work[: store.finished]), sum(work)
@@ -194,8 +204,11 @@ def _clips(
         return team.on_rank_0(lambda: _clips_known(inputs.sound, outline, index))
 
     count = known if spoken else outline.clips
-    shown = show if inputs.job.live else None
-    return generate_clips(pipeline, conditions, count, store.finished, store.carry, advance, shown)
+    generate: Any = generate_pieces if in_pieces else generate_clips
+    made: Iterator[Tensor | GeneratedClip] = generate(
+        pipeline, conditions, count, store.finished, store.carry, advance
+    )
+    return made
 
 
 def _clips_known(sound: Sound, outline: Outline, index: int) -> int:

@@ -4,6 +4,7 @@
     denoise           all frames at the end
     denoise_parts     frames as they become final, also for a video whose length nobody knows yet
     generate_clips    the same for models that make a whole clip themselves and hand on what the next one needs
+    generate_pieces   likewise, with the frames of a clip before it is whole
 
 Plans are in `plans.py`, one step of windows in `window_step.py`.
 """
@@ -40,6 +41,7 @@ __all__ = [
     "denoise",
     "denoise_parts",
     "generate_clips",
+    "generate_pieces",
     "go_on_from",
 ]
 
@@ -277,8 +279,8 @@ class ClipPipeline(Protocol):
     Attributes:
         checkpoint: its models.
         parallel: how processes share the work.
-        shows: `clip` takes `show`, which it calls with frames [1, 3, n, H, W] of the clip as they are decoded,
-            in order; together they are the clip's frames.
+        shows: there is `clip_in_pieces`, which takes what `clip` takes, yields frames [1, 3, n, H, W] of the clip as
+            they are decoded, in order, together the clip's frames, and returns the clip.
     """
 
     checkpoint: Any
@@ -320,7 +322,6 @@ def generate_clips(
     first: int = 0,
     carry: Carry | None = None,
     progress: StepDone | None = None,
-    show: Callable[[Tensor], None] | None = None,
 ) -> Iterator[GeneratedClip]:
     """The clips of a video from `first` on, generated as they are asked for.
 
@@ -332,17 +333,46 @@ def generate_clips(
         first: clip to begin with.
         carry: of the clip before `first`; None at the beginning.
         progress: called after every denoising step.
-        show: called with frames as they are decoded, before the clip is whole, where the pipeline can tell them.
 
     Raises:
         ValueError: a carry is missing, or there is one at the beginning.
     """
+    made = _generated(pipeline, conditions, count, first, carry, progress, in_pieces=False)
+    return (one for one in made if isinstance(one, GeneratedClip))
+
+
+def generate_pieces(
+    pipeline: ClipPipeline,
+    conditions: Any,
+    count: int | Callable[[int], int],
+    first: int = 0,
+    carry: Carry | None = None,
+    progress: StepDone | None = None,
+) -> Iterator[Tensor | GeneratedClip]:
+    """As `generate_clips`; frames [1, 3, n, H, W] of a clip come before it, as they are decoded, where the pipeline
+    tells them."""
+    return _generated(pipeline, conditions, count, first, carry, progress, in_pieces=getattr(pipeline, "shows", False))
+
+
+def _generated(
+    pipeline: Any,
+    conditions: Any,
+    count: int | Callable[[int], int],
+    first: int,
+    carry: Carry | None,
+    progress: StepDone | None,
+    *,
+    in_pieces: bool,
+) -> Iterator[Tensor | GeneratedClip]:
     if (carry is None) != (first == 0):
         raise ValueError(f"generate: clip {first} {'needs' if first else 'takes no'} carry")
     index = first
     while index < (total := count(index) if callable(count) else count):
-        more = {"show": show} if show is not None and getattr(pipeline, "shows", False) else {}
-        clip = pipeline.clip(conditions, index, carry, last=index == total - 1, progress=progress, **more)
+        given: Any = {"last": index == total - 1, "progress": progress}
+        if in_pieces:
+            clip = yield from pipeline.clip_in_pieces(conditions, index, carry, **given)
+        else:
+            clip = pipeline.clip(conditions, index, carry, **given)
         carry = clip.carry
         yield clip
         index += 1

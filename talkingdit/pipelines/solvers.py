@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multistep solvers of the flow x_s = (1 - s) x_0 + s noise, with the noise levels of the official Wan programs.
+"""Solvers of the flow x_s = (1 - s) x_0 + s noise, with the noise levels of the official Wan programs.
 
-The solvers are those of diffusers: UniPC (arXiv:2302.04867) and DPM-Solver++ (arXiv:2211.01095), both of second order.
-Their own flow schedules differ a little from the official ones (they run from 1 to 1/1000, or from 0.999), so the
-levels are given to them, s' = shift s / (1 + (shift - 1) s) of evenly spaced s:
+They are those of diffusers: UniPC (arXiv:2302.04867) and DPM-Solver++ (arXiv:2211.01095), both of second order, and
+Euler's method, which models that are distilled to a few steps were trained for. Their own flow schedules differ a
+little from the official ones (they run from 1 to 1/1000, or from 0.999), so the levels are given to them,
+s' = shift s / (1 + (shift - 1) s) of evenly spaced s:
 
     "unipc"    s from 0.999 down towards 0
     "dpm++"    s from 1 down towards 0
+    "euler"    s from 1 down towards 0
 
-Timesteps are 1000 s', cut to integers; the last level is 0. With these, levels, timesteps and solutions are the
-official ones to the last bit in float32.
+Timesteps are 1000 s', cut to integers but for Euler's; the last level is 0. With these, levels, timesteps and solutions
+of the first two are the official ones to the last bit in float32. Those of "euler" are LightX2V's for distilled models:
+4 steps with shift 5 are its list 1000, 750, 500, 250.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-SOLVERS = ("unipc", "dpm++")
+SOLVERS = ("unipc", "dpm++", "euler")
 TRAIN_TIMESTEPS = 1000
 
 
@@ -41,10 +44,10 @@ def flow_solver(name: str, steps: int, shift: float, device: torch.device | str 
     """A diffusers scheduler that is set to solve one clip. It keeps state: make a new one for every clip.
 
     Args:
-        name: "unipc" or "dpm++".
+        name: "unipc", "dpm++" or "euler".
         steps: evaluations of the model.
         shift: of the noise levels; 1 is none, more spends more steps at high noise.
-        device: of its `timesteps` (int64 [steps]).
+        device: of its `timesteps` [steps], int64 (float32 of "euler").
 
     Returns:
         The scheduler: `solver.step(velocity, timestep, x, return_dict=False)[0]` is the next x.
@@ -53,6 +56,7 @@ def flow_solver(name: str, steps: int, shift: float, device: torch.device | str 
         ValueError: see `check_solver`.
     """
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
     from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
     check_solver(name, steps, shift)
@@ -62,6 +66,9 @@ def flow_solver(name: str, steps: int, shift: float, device: torch.device | str 
         solver = UniPCMultistepScheduler(**flow)
         highest = float(np.float32(1 - 1 / TRAIN_TIMESTEPS))
         solver.set_timesteps(sigmas=np.linspace(highest, 0, steps + 1)[:-1], device=device)
+    elif name == "euler":
+        solver = FlowMatchEulerDiscreteScheduler(shift=shift)
+        solver.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1].tolist(), device=device)
     else:
         solver = DPMSolverMultistepScheduler(**flow)
         solver.set_timesteps(steps, device=device)

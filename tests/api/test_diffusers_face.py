@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from api_world import World
 from diffusers import AutoModel, DiffusionPipeline
+from tiny_families import avatar, gloria, s2v, skyreels
 from torch import nn
 
 import talkingdit
@@ -81,3 +84,25 @@ def test_what_cannot_be_saved_is_said(world: World, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="'device_map' is for DiffusionPipeline"):
         TalkingDiffusionPipeline.from_pretrained(world.checkpoint, device_map="balanced")
+
+
+@pytest.mark.parametrize("make", [s2v, avatar, gloria, skyreels])
+def test_families_with_encoders_of_transformers_are_saved_whole(
+    make: Callable[[Path], dict[str, Any]], tmp_path: Path
+) -> None:
+    """From the layouts that they are released in; weights as they are now, encoders as the files that they were."""
+    given = make(tmp_path) | {"steps": 1}
+    pipe = TalkingDiffusionPipeline.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        next(iter(pipe.transformer.parameters())).mul_(1.1)
+    pipe.save_pretrained(tmp_path / "saved")
+    expected = pipe(**given).frames
+    found = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    kinds = {name: type(part) for name, part in pipe.components.items()}
+    assert {name: type(part) for name, part in found.components.items()} == kinds
+    np.testing.assert_array_equal(found(**given).frames, expected)
+    ours = talkingdit.TalkingPipeline.from_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(ours(**given).frames, expected)
+    found.save_pretrained(tmp_path / "again")
+    names = [{str(path.relative_to(root)) for path in root.rglob("*.*")} for root in (tmp_path / "saved", tmp_path / "again")]
+    assert names[0] == names[1]

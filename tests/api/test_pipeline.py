@@ -48,12 +48,24 @@ def test_a_file_is_written_as_by_the_command_line_and_frames_are_read_back(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "out.png"]
 
 
-def test_a_stream_gives_the_frames_of_a_call_clip_by_clip(
+def test_a_stream_gives_the_frames_of_a_call_as_they_are_decoded(
     world: World, pipe: talkingdit.TalkingPipeline, whole: np.ndarray
 ) -> None:
-    blocks = list(pipe.stream(**world.given))
-    assert [len(block) for block in blocks] == [8, 8, 4]
-    np.testing.assert_array_equal(np.concatenate(blocks), whole)
+    """A latent's four frames each, before the next clip is begun, with their places and their sound."""
+    steps: list[int] = []
+    spans, seen = [], []
+    for span in pipe.stream(**world.given, progress=lambda done, of: steps.append(done)):
+        spans.append(span)
+        seen.append(steps[-1])
+    assert [len(span) for span in spans] == [4, 4, 4, 4, 4]
+    assert seen == [2, 2, 4, 4, 6]
+    assert [span.start for span in spans] == [0, 4, 8, 12, 16]
+    assert spans[1].seconds == (0.25, 0.5)
+    np.testing.assert_array_equal(np.concatenate(spans), whole)
+    assert (spans[0].shape, spans[0].dtype, spans[0][0].shape) == ((4, 32, 32, 3), np.uint8, (32, 32, 3))
+    samples = [span.audio[0] for span in spans]
+    assert [len(heard) for heard in samples] == [4000] * 5  # as many as a quarter of a second has
+    np.testing.assert_array_equal(np.concatenate(samples)[:, 0], world.voice)
 
 
 def test_a_closed_stream_stops_and_leaves_nothing(
@@ -62,7 +74,7 @@ def test_a_closed_stream_stops_and_leaves_nothing(
     steps: list[tuple[int, int]] = []
     stream = pipe.stream(**world.given, progress=lambda *done: steps.append(done))
     assert any(scratch.rglob("*.png"))
-    np.testing.assert_array_equal(next(stream), whole[:8])
+    np.testing.assert_array_equal(next(stream), whole[:4])
     stream.close()
     assert steps[-1] == (2, 6)
     assert not any(scratch.iterdir())

@@ -14,11 +14,13 @@ import soundfile
 from PIL import Image
 
 from talkingdit import families
-from talkingdit.app.asked import Asked, Machine, options_of, prepare
-from talkingdit.app.form import collect, form_of, named, speaker_rows, speakers, width
+from talkingdit.app.asked import Asked, Machine, loras_of, options_of, prepare
+from talkingdit.app.form import collect, form_of, named, named_too, speaker_rows, speakers, width
+from talkingdit.app.queue import model_of
 from talkingdit.app.worker import Interrupt, Worker
 from talkingdit.errors import UserError
 from talkingdit.families.fields import fields
+from talkingdit.families.lora_options import LoraOptions
 
 needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio")
 FAMILIES = families.names()
@@ -85,7 +87,7 @@ def test_a_device_that_is_not_there_is_told(folder: Path) -> None:
 def test_the_form_of_a_family_has_each_of_its_options_once(name: str) -> None:
     form = form_of(families.get(name))
     found = [one.name for one in form.fields] + [one.name for one in [form.speaker] if one is not None]
-    assert sorted(found) == sorted(one.name for one in fields(families.get(name).options))
+    assert sorted(found) == sorted(one.name for kind in (families.get(name).options, LoraOptions) for one in fields(kind))
     assert [one.name for one in form.shown[:2]] == ["seed", "steps"]
     assert all(one.help for one in form.fields)
     assert (form.speaker is not None) == (name == "hunyuan_avatar")  # voices and boxes have rows of their own
@@ -148,6 +150,31 @@ def test_a_wrong_speaker_is_one_sentence(folder: Path, row: list[Any], sentence:
         speakers([row], folder)
 
 
+def test_loras_are_uploads_with_a_strength(folder: Path) -> None:
+    """From the form, where a file names itself, to the model: other files or strengths, another worker."""
+    assert named_too("", ["/tmp/a/style.safetensors"]) == "style.safetensors"
+    assert named_too("style.safetensors:0.5", ["/x/style.safetensors", "/x/b.pt"]) == "style.safetensors:0.5\nb.pt"
+    uploads, runs = folder / "uploads", [folder / "one", folder / "two"]
+    for made in (uploads, *runs):
+        made.mkdir()
+    (uploads / "style.safetensors").write_bytes(b"weights")
+    form, asked = form_of(families.get("puppet")), []
+    empty = [("", None) if one.flag.many else (one.default,) for one in form.fields]
+    for run, strength in zip(runs, ("0.5", "0.7"), strict=True):
+        said = {"lora": (f"style.safetensors:{strength}", [str(uploads / "style.safetensors")])}
+        values = [value for one, plain in zip(form.fields, empty, strict=True) for value in said.get(one.name, plain)]
+        asked.append(Asked(options=collect(form, values, run)))
+        (choice,) = loras_of(asked[-1].options, run).lora
+        assert (choice.path, choice.strength) == (run / "lora-1.safetensors", float(strength))
+    assert model_of(asked[0], runs[0]) == model_of(asked[0], runs[1]) != model_of(asked[1], runs[1])
+    assert model_of(asked[0], runs[0]) != model_of(Asked(), folder)
+    for foreign in ("/etc/hostname", "../two/lora-1.safetensors:0.5", "other.safetensors"):
+        with pytest.raises(UserError, match="lora: expected one of the files that were uploaded"):
+            loras_of({"lora": [foreign]}, runs[0])
+    with pytest.raises(UserError, match="lora: must be FILE or FILE:STRENGTH, got ':2'"):
+        loras_of({"lora": [":2"]}, runs[0])
+
+
 def test_words_name_uploaded_files_by_the_names_that_they_had() -> None:
     files = {"back view.png": "anchor-1.png", "view.png": "anchor-2.png"}
     assert named(["view/back=back view.png", "global=view.png"], files) == [
@@ -158,7 +185,7 @@ def test_words_name_uploaded_files_by_the_names_that_they_had() -> None:
 
 @needs_gradio
 def test_the_picture_shows_boxes(folder: Path) -> None:
-    from talkingdit.app.page import drawn_boxes
+    from talkingdit.app.boxes import drawn_boxes
 
     drawing = drawn_boxes(str(folder / "image.png"), ["", "Ben <b>", ""], ["", "10,5,40,30", "9,9,1,1"])
     assert 'viewBox="0 0 64 48"' in drawing

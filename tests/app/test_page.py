@@ -24,6 +24,7 @@ import pytest
 import soundfile
 from PIL import Image
 from tiny_avatar import save_released
+from tiny_skyreels import make_skyreels, write_scene
 
 from tests.painted_faces import painted_people
 
@@ -56,7 +57,7 @@ def voices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two people, a voice each, and a tiny checkpoint of the family that knows them."""
+    """Two people, a voice each, and a film; tiny checkpoints of the families that know what to do with them."""
     folder = tmp_path_factory.mktemp("scene")
     image, _ = painted_people(96, 192, [(3, 3, 90), (99, 3, 90)])
     Image.fromarray(image).save(folder / "two.png")
@@ -68,14 +69,20 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = save_released(folder / "weights")
     settings = {"window": 5, "shift_offset": 2, "steps": 2, "size_multiple": 16, "early_steps": 1}
     (root / "ckpts" / "pipeline.json").write_text(json.dumps(settings))
-    return {path.stem: path for path in folder.iterdir()} | {"weights": root}
+    write_scene(folder / "film.mp4", 6)
+    return {path.stem: path for path in folder.iterdir()} | {"weights": root, "dubber": make_skyreels(folder / "dubber")}
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the program keeps runs."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def address(data: Path) -> Iterator[str]:
     """Where the program serves."""
-    folder = tmp_path_factory.mktemp("data")
-    words = [sys.executable, "-m", "talkingdit", "app", "--port", "0", "--folder", str(folder), "--max-upload", "5"]
+    words = [sys.executable, "-m", "talkingdit", "app", "--port", "0", "--folder", str(data), "--max-upload", "5"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         found = server.stdout.readline().strip()
@@ -83,7 +90,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield found
         server.send_signal(signal.SIGINT)
         assert server.wait(60) == 0
-    assert not list(Path(folder).glob("runs/*/.part-*"))
+    assert not list(data.glob("runs/*/.part-*"))
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +130,12 @@ def field(page: Any, name: str) -> Any:
     return page.get_by_role("textbox", name=re.compile(f"^{name}"))
 
 
+def choose(page: Any, checkpoint: Path) -> None:
+    """Type the folder of a checkpoint."""
+    page.get_by_label("Checkpoint", exact=True).fill(str(checkpoint))
+    page.get_by_label("Checkpoint", exact=True).press("Enter")
+
+
 def ask(page: Any, voice: Path, steps: int) -> None:
     page.locator("#picture input[type=file]").set_input_files(str(PORTRAIT))
     page.locator("#picture img").wait_for()
@@ -149,10 +162,11 @@ def serious(page: Any) -> list[str]:
     ]
 
 
-def picture(page: Any, name: str) -> None:
-    """A screenshot for the docs, where one is asked for."""
+def picture(page: Any, name: str, part: str = "") -> None:
+    """A screenshot for the docs, where one is asked for: of the page, or of a part of it."""
     if os.environ.get("TALKINGDIT_FIGURES"):
-        page.screenshot(path=Path(os.environ["TALKINGDIT_FIGURES"]) / f"app-{name}.png", full_page=True)
+        path = Path(os.environ["TALKINGDIT_FIGURES"]) / f"app-{name}.png"
+        page.locator(part).screenshot(path=path) if part else page.screenshot(path=path, full_page=True)
 
 
 def test_from_an_empty_page_to_a_playing_video(page: Any, browser: Any, address: str, voices: dict[str, Path]) -> None:
@@ -222,6 +236,8 @@ def test_a_phone_in_the_dark(page: Any, voices: dict[str, Path]) -> None:
     assert max(red, green, blue) < 60
     picture(page, "phone")
     assert serious(page) == []
+    page.set_viewport_size({"width": 1280, "height": 1000})
+    picture(page, "dark")
 
 
 def test_two_programs_at_once_see_their_own_videos_alone(address: str, voices: dict[str, Path], tmp_path: Path) -> None:
@@ -256,22 +272,70 @@ def test_two_programs_at_once_see_their_own_videos_alone(address: str, voices: d
         client("ben").predict(reports["anna"][-1]["id"], api_name="/video")
 
 
-def test_two_speakers_whose_boxes_the_picture_shows(page: Any, scene: dict[str, Path]) -> None:
+def corner(page: Any, x: float, y: float) -> tuple[float, float]:
+    """Where a pixel of the picture of speakers is on the screen."""
+    drawn = page.locator("#boxes svg").bounding_box()
+    scale = min(drawn["width"] / 192, drawn["height"] / 96)
+    left, top = (drawn["width"] - 192 * scale) / 2, (drawn["height"] - 96 * scale) / 2
+    return drawn["x"] + left + x * scale, drawn["y"] + top + y * scale
+
+
+def test_two_speakers_whose_boxes_are_drawn_on_the_picture(page: Any, scene: dict[str, Path], data: Path) -> None:
+    """By two clicks, by a drag, and by the keyboard; the run has them as they were drawn."""
     page.locator("#picture input[type=file]").set_input_files(str(scene["two"]))
     page.locator("#picture img").wait_for()
-    page.get_by_label("Checkpoint", exact=True).fill(str(scene["weights"]))
-    page.get_by_label("Checkpoint", exact=True).press("Enter")
+    choose(page, scene["weights"])
     page.get_by_role("button", name="Speakers").click()
     for number, name in enumerate(("anna", "ben"), 1):
         field(page, f"Speaker {number}: name").fill(name)
         page.locator("#speakers input[type=file]").first.set_input_files(str(scene[name]))
         page.locator("#speakers").get_by_label("Play", exact=False).nth(number - 1).wait_for()
-    field(page, "Speaker 1: box").fill("0,0,96,96")
-    field(page, "Speaker 2: box").fill("96,0,192,96")
+    boxes = [field(page, f"Speaker {number}: box") for number in (1, 2)]
+    page.locator("#boxes svg").scroll_into_view_if_needed()
+    for box, typed, sides in zip(boxes, ("4,6,90,92", "100,4,188,90"), ((4, 6, 90, 92), (188, 90, 100, 4)), strict=True):
+        page.mouse.click(*corner(page, *sides[:2]))
+        page.mouse.click(*corner(page, *sides[2:]))
+        api.expect(box).to_have_value(typed, timeout=PATIENT)
     api.expect(page.locator("#boxes rect")).to_have_count(2, timeout=PATIENT)
+    boxes[1].focus()  # which is drawn again
+    page.locator("#boxes svg").scroll_into_view_if_needed()
+    page.mouse.move(*corner(page, 99, 3))
+    page.mouse.down()
+    page.mouse.move(*corner(page, 150, 50))
+    page.mouse.move(*corner(page, 189, 93))
+    page.mouse.up()
+    api.expect(boxes[1]).to_have_value("99,3,189,93", timeout=PATIENT)
+    boxes[0].fill("3,3,93,93")
+    api.expect(page.locator("#boxes svg")).to_have_attribute(
+        "aria-label", "Boxes: anna at 3, 3, 93, 93, ben at 99, 3, 189, 93", timeout=PATIENT
+    )
+    href = page.locator("#boxes image").get_attribute("href")
+    assert page.evaluate("async (href) => (await fetch(href)).status", href) == 200  # the picture is seen
     assert serious(page) == []
     page.get_by_role("button", name="More settings").click()
     field(page, "Size").fill("64x32")
-    picture(page, "speakers")
+    picture(page, "speakers", "#speakers")
     page.get_by_role("button", name="Make the video").click()
     until(page, "^video.* done in")
+    asked = [json.loads(file.read_text())["asked"]["options"] for file in data.glob("runs/*/run.json")]
+    assert ["anna=voice-1.wav@3,3,93,93", "ben=voice-2.wav@99,3,189,93"] in [one.get("speaker") for one in asked]
+
+
+def test_a_film_is_dubbed(page: Any, scene: dict[str, Path]) -> None:
+    """From the upload of a video and another voice to the video that plays."""
+    choose(page, scene["dubber"])
+    page.locator("#option-video input[type=file]").set_input_files(str(scene["film"]))
+    page.locator("#option-video").get_by_text("film").first.wait_for()
+    page.locator("#voice input[type=file]").set_input_files(str(scene["ben"]))
+    page.locator("#voice").get_by_label("Play", exact=False).first.wait_for()
+    field(page, "Steps").fill("1")
+    page.get_by_role("button", name="More settings").click()
+    field(page, "Mask").fill("16,16,80,60")
+    field(page, "Windows").fill("2")
+    page.get_by_role("button", name="Make the video").click()
+    until(page, "^ben: done in")
+    page.locator("#video video").evaluate("(video) => { video.muted = true; return video.play(); }")
+    page.wait_for_function("document.querySelector('#video video').currentTime > 0.1")
+    size = page.evaluate("(({ videoWidth, videoHeight }) => [videoWidth, videoHeight])(document.querySelector('video'))")
+    assert size == [96, 64]
+    page.locator("#sheet img").wait_for()

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import wan_block
 from bench.live_memory import LiveMemory
-from talkingdit.families.wan_s2v import conditions as wan_conditions
+from talkingdit.families.wan_s2v.places import layout_at
 from talkingdit.models import WanInputs
 
 
@@ -57,7 +57,7 @@ def test_live_memory_counts_storages_once_while_they_live():
 def test_a_step_of_the_released_width_takes_a_third_of_the_memory():
     """Counted on tensors without storage, weights aside: a block at 448 x 832 with its audio injection, bfloat16."""
     shape = wan_block.SHAPES["14b-448x832"]
-    wan_conditions._layout.cache_clear()
+    layout_at.cache_clear()
     peaks = {}
     with FakeTensorMode(), torch.no_grad():
         model = wan_block.build(shape, 2, torch.device("cpu"), torch.bfloat16)
@@ -82,5 +82,5 @@ def test_a_step_of_the_released_width_takes_a_third_of_the_memory():
             with torch.autocast("cpu", torch.bfloat16):
                 wan_block.official_style.forward(model.config, weights, **narrow)
             peaks["official"] = count.peak - before
-    wan_conditions._layout.cache_clear()
+    layout_at.cache_clear()
     assert peaks["ours"] < 0.33 * peaks["official"]

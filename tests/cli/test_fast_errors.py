@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mistake in the arguments or the files is told before anything large is imported."""
+"""A mistake is told before anything large is imported, and what makes a video imports nothing that it does not use."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from talkingdit.models import default_checkpoint
 
 HEAVY = {"torch", "diffusers", "transformers", "talkingdit._native"}
+# What torch's compiler, sharding and training, and libraries of models bring: of no use to a video of a small model.
+UNUSED = {
+    *("diffusers", "transformers", "peft", "accelerate", "torchao", "huggingface_hub", "scipy", "sympy", "triton"),
+    *("torch._dynamo", "torch._inductor", "torch.fx.experimental.symbolic_shapes"),
+    *("torch.distributed.fsdp", "torch.distributed.tensor"),
+}
 FILES = ["--image", "nowhere.png", "--audio", "nowhere.wav", "-o", "out.mp4"]
 CODE = """
 import contextlib, io, json, os, sys
@@ -108,3 +117,20 @@ def test_help(python: subprocess.Popen[str], argv: list[str], word: str) -> None
     assert status == 0
     assert word in told
     assert not (HEAVY | {"numpy", "av", "cv2"}) & modules
+
+
+def test_planning_a_video_imports_no_models(python: subprocess.Popen[str]) -> None:
+    status, told, modules = run(python, ["plan", "--preset", "puppet_tiny", "--seconds", "2"])
+    assert status == 0, told
+    assert not UNUSED & modules
+
+
+def test_a_video_of_the_shipped_model_imports_what_it_uses_alone(python: subprocess.Popen[str], tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "voice.wav", 0.1 * np.sin(np.arange(4000) / 9), 16000)
+    portrait = default_checkpoint().parent / "portrait.png"
+    files = ["--image", str(portrait), "--audio", str(tmp_path / "voice.wav"), "-o", str(tmp_path / "out.mp4")]
+    status, told, modules = run(python, ["generate", *files, "--sheet", str(tmp_path / "out.png"), "--steps", "1"])
+    assert status == 0, told
+    assert (tmp_path / "out.mp4").stat().st_size > 0
+    assert "torch" in modules
+    assert not UNUSED & modules

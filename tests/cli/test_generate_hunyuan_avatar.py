@@ -14,6 +14,7 @@ import forked
 import numpy as np
 import pytest
 import soundfile
+import torch
 from clip_files import write_lossless
 from PIL import Image
 from tiny_avatar import save_released
@@ -172,13 +173,45 @@ def test_a_mask_may_be_a_video_and_a_voice_may_have_a_strength(
 def test_emotions_and_strengths_change_the_video(inputs: Path, folder: Path, whole: np.ndarray, tmp_path: Path) -> None:
     happy = ["--emotion", f"{inputs / 'happy.png'}@0-0.5"]
     found = []
-    others = (["--audio-strength", "0"], ["--audio-guidance", "2"], ["--step-cache"])
+    others = (["--audio-strength", "0"], ["--audio-guidance", "2"], ["--step-cache", "released"])
     for more in (happy, [*happy, "--emotion-strength", "0"], *others):
         out = tmp_path / f"{len(found)}.mp4"
         assert run(inputs, folder, out, *voices(inputs), *more) == 0
         found.append(read_video(out)[0])
     assert np.array_equal(found[1], whole)  # followed with strength 0
     assert all(not np.array_equal(frames, whole) for frames in (found[0], *found[2:]))
+
+
+def test_a_step_cache_is_calibrated_and_skips_steps(
+    inputs: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from talkingdit.families.hunyuan_avatar.model import HunyuanAvatarModel
+
+    copy, steps = tmp_path / "weights", ["--steps", "6"]
+    shutil.copytree(folder, copy, copy_function=lambda a, b: Path(b).symlink_to(a))
+    more = [*voices(inputs), *steps, "--step-cache"]
+    assert "has no step_cache.json; `talkingdit calibrate` makes it." in refused(
+        run(inputs, copy, tmp_path / "no.mp4", *more, "0.1"), capsys
+    )
+    given = ["--image", str(inputs / "two.png"), "--checkpoint", str(copy), "--size", "64x32", *voices(inputs), *steps]
+    assert main(["calibrate", *given]) == 0
+    written = json.loads((copy / "step_cache.json").read_text())
+    assert written["pairs"] == 5  # of all stages together
+    asked, forward = [], HunyuanAvatarModel.forward
+
+    def counted(model: HunyuanAvatarModel, latents: torch.Tensor, timestep: torch.Tensor, *a: Any, **k: Any) -> Any:
+        asked.append(float(timestep[0]))
+        return forward(model, latents, timestep, *a, **k)
+
+    monkeypatch.setattr(HunyuanAvatarModel, "forward", counted)
+    found = []
+    for threshold in ("0", "0.000001", "1000"):
+        asked.clear()
+        assert run(inputs, copy, tmp_path / f"{threshold}.mp4", *more, threshold) == 0
+        found.append((len(set(asked)), read_video(tmp_path / f"{threshold}.mp4")[0]))
+    assert [steps for steps, _ in found] == [6, 6, 3]  # the first, the last, and where silence replaces a worse prompt
+    assert np.array_equal(found[1][1], found[0][1])
+    assert not np.array_equal(found[2][1], found[0][1])
 
 
 def refused(status: int, capsys: pytest.CaptureFixture[str]) -> str:

@@ -13,7 +13,7 @@ import torch
 from official import make_official
 from safetensors.torch import load_file, save_file
 
-from talkingdit.cli.loras import LoraChoice, read_choice
+from talkingdit.families.lora_options import LoraChoice, read_choice
 from talkingdit.cli.main import main
 from talkingdit.media.files import read_video
 

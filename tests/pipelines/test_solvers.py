@@ -56,10 +56,22 @@ def test_steps_lead_to_the_picture_that_the_velocity_points_at(name: str) -> Non
     torch.testing.assert_close(x, clean, rtol=1e-4, atol=1e-4)
 
 
+def test_the_schedule_of_models_distilled_to_four_steps() -> None:
+    """LightX2V's: the levels of its list 1000, 750, 500, 250 with shift 5, and x + (next level - level) v."""
+    solver, x = flow_solver("euler", 4, 5.0), golden("in/x")
+    levels = [5 * t / (1000 + 4 * t) for t in (1000, 750, 500, 250)]
+    assert solver.timesteps.tolist() == pytest.approx([1000 * level for level in levels], rel=1e-6)
+    expected = x.double()
+    for timestep, level, following in zip(solver.timesteps, levels, [*levels[1:], 0.0], strict=True):
+        x = solver.step(recorded_velocity(x, float(timestep)), timestep, x, return_dict=False)[0]
+        expected = expected + (following - level) * recorded_velocity(expected, 1000 * level)
+    torch.testing.assert_close(x.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("euler", 4, 3.0), "name must be one of unipc, dpm\\+\\+, got 'euler'"),
+        (("heun", 4, 3.0), "name must be one of unipc, dpm\\+\\+, euler, got 'heun'"),
         (("unipc", 0, 3.0), "steps must be at least 1, got 0"),
         (("unipc", 4, 0.0), "shift must be a positive number, got 0.0"),
     ],

@@ -19,9 +19,9 @@ from talkingdit.autoencoders.streaming import StreamingDecoder, encode
 from talkingdit.cli import main as cli
 from talkingdit.errors import UserError
 from talkingdit.families.puppet import cost as puppet_cost
-from talkingdit.families.wan_s2v import conditions as wan_conditions
 from talkingdit.families.wan_s2v import cost as wan_cost
 from talkingdit.families.wan_s2v.conditions import WanInputs
+from talkingdit.families.wan_s2v.places import layout_at
 from talkingdit.families.wan_s2v.units import UNITS
 from talkingdit.models import WanS2VModel, default_checkpoint, preset
 from talkingdit.nn.eight_bit import quantise
@@ -37,9 +37,9 @@ from talkingdit.plan.transformer import Transformer
 @pytest.fixture(autouse=True)
 def _no_fake_tables():
     """Tables of rotations are kept between calls; those made of fake tensors must not be."""
-    wan_conditions._layout.cache_clear()
+    layout_at.cache_clear()
     yield
-    wan_conditions._layout.cache_clear()
+    layout_at.cache_clear()
 
 
 def fake_model(config, dtype):

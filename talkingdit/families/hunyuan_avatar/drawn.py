@@ -3,7 +3,8 @@
 
 A clip is T latents, 4 T - 3 frames, encoded by itself, as generation decodes a window. One to three people stand side
 by side. Some talk, each with a voice; of those who do not, some hear silence and some have no voice at all. In some
-clips a picture of somebody else tells the mood of all; in the others people keep the mood of the portrait.
+clips a picture of somebody else tells the mood of all, or two pictures do, one after the other; in the others people
+keep the mood of the portrait.
 
 Clips are drawn once, in parts, so that an interrupted run goes on.
 """
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from talkingdit.atomic import write_whole
 from talkingdit.autoencoders.codec import codec, still
+from talkingdit.autoencoders.latents import FRAMES_PER_LATENT
 from talkingdit.autoencoders.streaming import to_video
 from talkingdit.checkpoints.saving import save_tensors
 from talkingdit.data.sample import ClipRequest, Sample, Shape
@@ -39,7 +41,8 @@ from talkingdit.puppets.world import EXPRESSIONS, Character, Motion, Scene
 
 PEOPLE = 3  # places for voices in a clip; those without a person have no room
 SHARES = (0.3, 0.5, 0.2)  # of scenes with one, two and three people
-TALKS, HEARS_SILENCE, TOLD = 0.75, 0.5, 0.6  # chances: that somebody talks, that who does not hears silence, of a mood
+TALKS, HEARS_SILENCE = 0.75, 0.5  # chances: that somebody talks, that who does not hears silence
+TOLD, CHANGES = 0.65, 0.6  # chances: that a mood is told, that it changes in the clip
 PART = 50  # clips in a file
 SPATIAL = 8  # pixels per latent pixel
 
@@ -84,14 +87,16 @@ class DrawnClip:
     Attributes:
         play: what happens.
         portrait: [S, S, 3].
-        mood_picture: [S, S, 3] of somebody else; None where no mood is told.
+        mood_pictures: [S, S, 3] of somebody else, two, which may be the same one; None where no mood is told.
+        change: latent from which the second of them counts.
         columns: [PEOPLE, blocks, window * channels, 4 T] of voices.
         masks: [PEOPLE, h, w] of their faces; zeros where there is nobody, or nobody who hears.
     """
 
     play: Play
     portrait: np.ndarray
-    mood_picture: np.ndarray | None
+    mood_pictures: tuple[np.ndarray, np.ndarray] | None
+    change: int
     columns: Tensor
     masks: Tensor
 
@@ -117,15 +122,23 @@ def draw_clip(rng: np.random.Generator, voices: list[Voice], scenes: DrawnScenes
         else:
             continue
         masks[i] = box_mask(box, masks.shape[1])
-    mood_picture = moods = None
+    mood_pictures, moods, change = None, None, scenes.latents
     if rng.random() < TOLD:
-        mood = str(rng.choice(EXPRESSIONS))
-        moods = [mood] * frames
-        other = Scene((Character.random(rng, "train"),), (mood,), background=scene.background)
-        mood_picture = portrait_of(other, scenes.size)
+        told = [str(mood) for mood in rng.choice(EXPRESSIONS, 2, replace=False)]
+        changes = rng.random() < CHANGES
+        if changes:
+            change = int(rng.integers(1, scenes.latents))
+        first = max(0, FRAMES_PER_LATENT * (change - 1) + 1)  # frames of the latents in front of it
+        moods = told[:1] * first + told[1:] * (frames - first)
+        one, two = (_mood_picture(rng, mood, scene.background, scenes.size) for mood in told)
+        mood_pictures = (one, two if changes else one)
     motion = [Motion.random(rng, frames, scenes.fps) for _ in range(people)]
     play = Play(scene, openings, widths, motion, moods)
-    return DrawnClip(play, portrait_of(scene, scenes.size), mood_picture, columns, masks)
+    return DrawnClip(play, portrait_of(scene, scenes.size), mood_pictures, change, columns, masks)
+
+
+def _mood_picture(rng: np.random.Generator, mood: str, background: str, size: int) -> np.ndarray:
+    return portrait_of(Scene((Character.random(rng, "train"),), (mood,), background=background), size)
 
 
 def _long_enough(rng: np.random.Generator, voices: list[Voice], frames: int) -> Voice:
@@ -159,6 +172,7 @@ def precompute(scenes: DrawnScenes, seed: int = 0) -> None:
         "fps": scenes.fps,
         "seed": seed,
         "vae": weights.stat().st_size,
+        "drawing": 2,  # what is drawn, and what is kept of it
     }
     stamp = scenes.cache / "stamp.json"
     scenes.cache.mkdir(parents=True, exist_ok=True)
@@ -195,16 +209,18 @@ def encode_drawn(model: Any, drawn: DrawnClip, scenes: DrawnScenes) -> Mapping[s
     cells = scenes.size // SPATIAL
     boxes = mouth_boxes(drawn.play.scene, drawn.play.motion)
     mouths = torch.stack([mouth_cells(each, cells) for each in boxes]).any(0)
-    told = drawn.mood_picture is not None
-    mood = drawn.portrait if drawn.mood_picture is None else drawn.mood_picture
+    faces = torch.stack([box_mask(box, cells) for box in face_boxes(len(drawn.play.scene.characters))]).any(0)
+    moods = drawn.mood_pictures or (drawn.portrait, drawn.portrait)
     return {
         "latents": encoded(to_video(drawn.play.draw(scenes.size))),
         "still": encoded(still(to_video(drawn.portrait[None]), scenes.latents)),
-        "emotion": encoded(to_video(mood[None])),
-        "told": torch.tensor(told),
+        "emotion": torch.cat([encoded(to_video(mood[None])) for mood in moods], dim=1),
+        "told": torch.tensor(drawn.mood_pictures is not None),
+        "change": torch.tensor(drawn.change),
         "audio": drawn.columns.to(torch.float16),
         "masks": drawn.masks.to(torch.float16),
         "mouths": mouths,
+        "faces": faces,
     }
 
 
@@ -270,6 +286,12 @@ class Scenes:
         outside = {STILL: still_latents}
         if bool(read("told")):
             outside[EMOTION] = read("emotion")
+            when = (
+                (torch.arange(self.scenes.latents) >= read("change"))
+                .float()[:, None, None]
+                .expand_as(regions[names[0]])
+            )
+            regions |= {f"{EMOTION} 0": 1 - when, f"{EMOTION} 1": when}
         return Sample(
             key=f"scenes/{index}",
             source=self.name,
@@ -277,6 +299,6 @@ class Scenes:
             voices={name: audio[i] for i, name in enumerate(names)},
             caption=self._captions[part][row],
             reference=still_latents[:, :1],
-            regions={**regions, "mouth": read("mouths")},
+            regions={**regions, "faces": read("faces").expand(self.scenes.latents, -1, -1), "mouth": read("mouths")},
             outside=outside,
         )

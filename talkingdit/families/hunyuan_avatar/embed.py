@@ -6,13 +6,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from talkingdit.families.hunyuan_avatar.audio import VoiceMemory, speaker_weights
+from talkingdit.families.hunyuan_avatar.blocks import EPS
 from talkingdit.families.hunyuan_avatar.checks import clip_size
 from talkingdit.families.hunyuan_avatar.emotion import KeyValue, Scene, scenes_of
-from talkingdit.families.hunyuan_avatar.injection import over_time
+from talkingdit.families.hunyuan_avatar.injection import over_time, with_channels
 from talkingdit.families.hunyuan_avatar.inputs import FPS, MOTION_EXP, MOTION_POSE, AvatarConditions, AvatarInputs
 from talkingdit.families.hunyuan_avatar.rope import layouts
 from talkingdit.families.hunyuan_avatar.sequence import ClipSpan, sequence_shard
@@ -50,7 +52,7 @@ def encode(
     idled = idle(model, len(lengths), audio, emotion)
     scenes: tuple[Scene, ...] = ()
     if emotion is not None:
-        scenes = tuple(scenes_of(emotion_rows(inputs, frames), clip.per_frame, *shard.video[0]))
+        scenes = tuple(scenes_of(emotion_rows(inputs, frames), clip.grid[1:], *shard.video[0]))
     audio_memory, emotion_memory = for_blocks(model, audio, emotion, precompute)
     return AvatarConditions(
         shard=shard,
@@ -99,6 +101,22 @@ def step_vector(model: HunyuanAvatarModel, pooled: Tensor, exp: Tensor, pose: Te
     with torch.autocast(pooled.device.type, enabled=False):
         moved = model.motion_exp(exp).flatten(1) + model.motion_pose(pose).flatten(1)
         return model.vector_in(pooled) + moved + model.fps_proj(fps)
+
+
+def step_input(model: HunyuanAvatarModel, latents: Tensor, timestep: Tensor, inputs: AvatarInputs) -> Tensor:
+    """See `HunyuanAvatarModel.step_input`."""
+    with torch.autocast(timestep.device.type, enabled=False):
+        vec = step_vector(model, *vector_inputs(model.config, inputs)) + model.time_in(timestep.float())
+    picture = None if inputs.reference is None else inputs.reference[:, :, :1]
+    tokens: Tensor = model.img_in(with_channels(model.config, latents, picture))
+    if not len(model.double_blocks):
+        return tokens
+    modulation: Any = model.double_blocks[0].img_mod
+    # Weights that a hook brings to the device for the block's forward alone are used where they lie.
+    weight = modulation.linear.weight
+    shift, scale = modulation(F.silu(vec)[:, None].to(weight.device, model.img_in.proj.weight.dtype))[:2]
+    shift, scale = (x.to(tokens.device, torch.float32) for x in (shift, scale))
+    return F.layer_norm(tokens.float(), tokens.shape[-1:], eps=EPS) * (1 + scale) + shift
 
 
 def picture_tokens(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from talkingdit.checkpoints.adapters import refuse_adapters
 from talkingdit.families.hunyuan_avatar.audio import AudioProjector, FaceAudioAdapter
 from talkingdit.families.hunyuan_avatar.blocks import BlockInputs, DoubleBlock, FinalLayer, SingleBlock
 from talkingdit.families.hunyuan_avatar.checks import check_config, check_latents
-from talkingdit.families.hunyuan_avatar.embed import encode
+from talkingdit.families.hunyuan_avatar.embed import encode, step_input
 from talkingdit.families.hunyuan_avatar.emotion import EmotionAdapter, EmotionEmbedder
 from talkingdit.families.hunyuan_avatar.hearing import hear
 from talkingdit.families.hunyuan_avatar.injection import PatchEmbed, copy_bias, with_channels
@@ -160,6 +160,8 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
                 modulates = name.endswith("mod.linear") or ".modulation." in name or "adaLN_modulation" in name
                 if modulates or name == "final_layer.linear" or (self.config.zero_init and silent):
                     nn.init.zeros_(module.weight)
+        for adapter in self.emotion_adapter_blocks or ():
+            cast(EmotionAdapter, adapter).look_at_own_place()
         if self.ref_in is not None:  # the picture's tokenizer begins as the video's
             with torch.no_grad():
                 self.ref_in.proj.weight.copy_(self.img_in.proj.weight[:, : self.config.in_channels])
@@ -242,6 +244,20 @@ class HunyuanAvatarModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ig
             ValueError: for a shape that does not fit; the message names it.
         """
         return encode(self, inputs, precompute=precompute, context=context)
+
+    @like_forward
+    def step_input(self, latents: Tensor, timestep: Tensor, inputs: AvatarInputs) -> Tensor:
+        """What the first block is given of a step, modulated: what TeaCache looks at. The picture has no part in it.
+
+        Args:
+            latents: [B, in_channels, T, H, W]; H and W even.
+            timestep: [B] in 0..1000.
+            inputs: those of a step with as many samples; pooled_text, motions and fps count.
+
+        Returns:
+            [B, T * H * W / 4, hidden_size].
+        """
+        return step_input(self, latents, timestep, inputs)
 
     def denoise_packed(self, clips: Sequence[PackedClip], *, context: ContextParallel | None = None) -> list[Tensor]:
         """Velocities [out_channels, T, H, W] of clips of any sizes, which go through the model as one sequence.

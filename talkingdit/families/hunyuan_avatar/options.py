@@ -5,11 +5,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from talkingdit.families.flag import SIDES, Flag, GenerationOptions
+from talkingdit.families.flag import SIDES, Flag, GenerationOptions, check_step_cache
 from talkingdit.families.hunyuan_avatar.emotions import Emotion, read_emotion
 from talkingdit.families.hunyuan_avatar.speakers import Speaker, check_speakers, read_speaker
+
+RELEASED = "released"  # the step cache of the released program
+
+
+def read_step_cache(text: str) -> float | str:
+    """A threshold, or `RELEASED`.
+
+    Raises:
+        ValueError: something else.
+    """
+    if text == RELEASED:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"must be a number or {RELEASED}, got {text!r}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +59,9 @@ class Options(GenerationOptions):
     """features of prompt and negative prompt from a file, in place of the text encoders"""
     sequential: bool = False
     """less memory, more time: one prediction after the other"""
-    step_cache: bool = False
-    """most of the later steps run the last block alone, on what went into it before, by the released schedule"""
+    step_cache: Annotated[float | Literal["released"], Flag("T|released", read_step_cache)] = 0.0
+    """threshold of the step cache: how much a step's input may change until the model is asked again (0: it is asked in
+    every step); or `released`: most of the later steps run the last block alone, by the released schedule"""
     memory: Annotated[str, Flag("SWITCHES")] = ""
     """fit a smaller card, in words that `plan` suggests: weights=cast_fp8,offload=block,text_encoder=cpu,vae=tiled"""
     compile: bool = False
@@ -56,6 +73,10 @@ class Options(GenerationOptions):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"generate: {name} must be a number of at least 0, got {value}")
+        if not isinstance(self.step_cache, str):
+            check_step_cache(self.step_cache)
+        elif self.step_cache != RELEASED:
+            raise ValueError(f"generate: step_cache must be a number or {RELEASED}, got {self.step_cache!r}")
         check_speakers(self.speaker, self.turns is not None)
         if self.guidance is not None and (self.text_guidance is not None or self.audio_guidance is not None):
             raise ValueError("generate: guidance must be left out beside separate strengths of text and audio")

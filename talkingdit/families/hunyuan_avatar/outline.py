@@ -20,7 +20,7 @@ from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.emotions import Emotion, emotion_index
 from talkingdit.families.hunyuan_avatar.guidance import Guidance
 from talkingdit.families.hunyuan_avatar.masks import moving_mask, read_mask
-from talkingdit.families.hunyuan_avatar.options import Options
+from talkingdit.families.hunyuan_avatar.options import RELEASED, Options
 from talkingdit.families.hunyuan_avatar.places import Mask, Place, draw_mask, place_speakers, scaled
 from talkingdit.families.hunyuan_avatar.speakers import Speaker, check_boxes, named_by_turns
 from talkingdit.families.hunyuan_avatar.turns import Solo, Turn, names_in, read_turns
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 LONG_SIDES = {704: 1216, 512: 768, 384: 576, 256: 384}  # with which a shorter side makes the largest frame
 STAGES = 10  # that the steps of a video are put into, at most
+CACHED_STEPS = 10  # of a stage at least, with a threshold of the step cache
 DECODED_LATENTS = 12  # of a part that is decoded at once, as the autoencoder has it
 
 
@@ -123,17 +124,19 @@ def video_size(image: Frames, settings: HunyuanAvatarSettings, options: Options)
     return at(math.sqrt(area / (sides[0] * sides[1]))) if height * width > area else (height, width)
 
 
-def stages_of(steps: int, cached: bool = False) -> tuple[int, ...]:
+def stages_of(steps: int, cache: float | str = 0.0) -> tuple[int, ...]:
     """The step with which each stage ends (not included).
 
     Args:
         steps: of the denoising.
-        cached: by the released step cache. What it keeps is not handed on, so a stage begins with a step that is
-            computed.
+        cache: as `Options.step_cache`. What a step cache keeps is not handed on, so a stage begins with a step that is
+            computed; with a threshold, stages are longer for that.
     """
     size = -(-steps // STAGES)
+    if cache and cache != RELEASED:
+        size = max(size, CACHED_STEPS)
     ends = range(size, steps, size)
-    if not cached:
+    if cache != RELEASED:
         return (*ends, steps)
     from talkingdit.families.hunyuan_avatar.step_cache import computes
 
@@ -299,7 +302,7 @@ def _kept_settings(details: Details, turns: tuple[Turn, ...], settings: HunyuanA
     return {
         "steps": guidance.steps,
         "guidance": list(astuple(guidance)),
-        "step cache": options.step_cache,
+        "step cache": options.step_cache or False,  # as it was kept when there was the released one alone
         "negative prompt": details.negative_prompt,
         "prompt prefix": settings.prompt_prefix,
         "shift": settings.shift,

@@ -182,7 +182,7 @@ def _emotions(
         made, strength = emotions(model, inputs)
         if made is not None and strength is not None:
             rows = [[index + references if index >= 0 else -1 for index in emotion_rows(inputs, clip.grid[0])[0]]]
-            scenes += scenes_of(rows, clip.per_frame, begin, end, place)
+            scenes += scenes_of(rows, clip.grid[1:], begin, end, place)
             tokens.append(made)
             strengths.append(strength)
             references += made.shape[1]

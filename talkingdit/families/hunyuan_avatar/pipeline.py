@@ -26,8 +26,18 @@ from talkingdit.encoders.text import cut_warning
 from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.conditions import VideoConditions
 from talkingdit.families.hunyuan_avatar.encode import encode
+from talkingdit.families.hunyuan_avatar.guidance import View
+from talkingdit.families.hunyuan_avatar.inputs import AvatarInputs
+from talkingdit.families.hunyuan_avatar.options import RELEASED
 from talkingdit.families.hunyuan_avatar.outline import Details
-from talkingdit.families.hunyuan_avatar.step_cache import FrameCache, computes
+from talkingdit.families.hunyuan_avatar.step_cache import (
+    BACKBONE,
+    Changes,
+    FrameCache,
+    TeaSteps,
+    computes,
+    fitted_for,
+)
 from talkingdit.pipelines.long_video import (
     Carry,
     ClipPipeline,
@@ -37,10 +47,14 @@ from talkingdit.pipelines.long_video import (
     denoise,
     go_on_from,
 )
+from talkingdit.pipelines.step_cache import read_fitted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from talkingdit.families.hunyuan_avatar.checkpoint import HunyuanAvatarCheckpoint
     from talkingdit.pipelines.inputs import Inputs, Outline
+    from talkingdit.pipelines.step_cache import Recorder
 
 
 def open_pipeline(checkpoint: HunyuanAvatarCheckpoint, parallel: Parallel | None = None) -> HunyuanAvatarPipeline:
@@ -55,7 +69,8 @@ def noise_levels(steps: int, shift: float) -> Tensor:
 
 
 class HunyuanAvatarPipeline(ClipPipeline):
-    """Generates videos with a HunyuanVideo-Avatar checkpoint. It keeps no state; several may be made at once.
+    """Generates videos with a HunyuanVideo-Avatar checkpoint. It keeps no state but for a calibration; several may be
+    made at once.
 
     Args:
         checkpoint: from `load_checkpoint`.
@@ -68,12 +83,15 @@ class HunyuanAvatarPipeline(ClipPipeline):
         self.settings = checkpoint.settings
         self.parallel = Parallel() if parallel is None else parallel
         self.codec = codec(checkpoint.vae)
+        self.recorder: Recorder | None = None  # of a calibration
+        self._changes: Changes | None = None  # of its video, from stage to stage
 
     def warnings(self, inputs: Inputs, outline: Outline) -> tuple[str, ...]:
         """Words that the text encoder has no room for.
 
         Raises:
-            UserError: emotions are asked for, and the model has no module for them.
+            UserError: emotions are asked for, and the model has no module for them; or a step cache, and there are no
+                coefficients for it.
         """
         details: Details = outline.details
         config: Any = self.checkpoint.transformer.config
@@ -82,13 +100,26 @@ class HunyuanAvatarPipeline(ClipPipeline):
                 f"{self.checkpoint.folder}: this checkpoint has no emotion module (the released model has none); leave "
                 "`--emotion` out."
             )
+        found = self._cache_warnings(details.options.step_cache)
         if details.options.text_features is not None:
-            return ()
+            return found
         encoder: Any = self.checkpoint.text_encoder
-        found = cut_warning(encoder, details.prompt)
+        found += cut_warning(encoder, details.prompt)
         if details.guidance.predictions > 1:
             found += cut_warning(encoder, details.negative_prompt, "the negative prompt")
         return found
+
+    def _cache_warnings(self, cache: float | str) -> tuple[str, ...]:
+        if not cache or cache == RELEASED:
+            return ()
+        folder = self.checkpoint.folder
+        fitted_for(self.checkpoint.transformer.config, folder)
+        if read_fitted(folder) is not None:
+            return ()
+        return (
+            f"the step cache uses coefficients that were published for {BACKBONE}; `talkingdit calibrate` finds those "
+            "of this checkpoint.",
+        )
 
     def encode(self, inputs: Inputs, outline: Outline) -> VideoConditions:
         """Encode what all windows share."""
@@ -141,22 +172,77 @@ class HunyuanAvatarPipeline(ClipPipeline):
                 x = window[None].expand(len(some), *window.shape)
                 timestep = (1000.0 * sigmas[step]).expand(len(some)).to(x.device)
                 cache = None
-                if options.step_cache:
+                if options.step_cache == RELEASED:
                     cache = caches.setdefault(number, FrameCache())
                     cache.at(frames.tolist(), computes(step, guidance.steps))
                 found.append(model(x, timestep, context=parallel.context, cache=cache, **given))
             return list(parallel.exchange(torch.cat(found).float(), len(views)))
 
+        inputs = self._step_inputs(conditions, sigmas)
+        tea = self._tea(conditions, inputs, latents[0], begin, end)
+        if self.recorder is not None and begin == 0:
+            self._changes = Changes(inputs, self.recorder, latents[0])
+
         def after(stage: int, step: int, x: Tensor) -> None:
             parallel.team.raise_if_interrupted()
+            if self._changes is not None:
+                self._changes.after(x, step, float(sigmas[step + 1] - sigmas[step]))
             if progress is not None:
                 go_on_from(x, progress(step, 1000.0 * sigmas[step], x[None])[0])
+            if tea is not None:
+                tea.after(x)
 
         # The released rule, for windows of any size: modulo the window, and none where one covers the video.
         shift = settings.shift_offset if settings.window < latents.shape[2] else 0
         plan = ShiftFusion(settings.window, settings.window, shift, cycle=settings.window)
-        done = denoise(latents[0], sigmas[: end + 1], plan, predict, guidance.coefficients, begin=begin, after=after)
+        done = denoise(
+            latents[0], sigmas[: end + 1], plan, predict, guidance.coefficients, begin=begin, after=after,
+            computed=None if tea is None else tea.computed,
+        )  # fmt: skip
         return done[None]
+
+    def _step_inputs(self, conditions: VideoConditions, sigmas: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """What TeaCache looks at: the modulated input of a step, of latents [C, L, h, w] as many as of a window."""
+        given: list[AvatarInputs] = []
+
+        def inputs(latents: Tensor, step: int) -> Tensor:
+            length = latents.shape[1]
+            frames = torch.linspace(0, length - 1, min(length, self.settings.window)).long()
+            if not given:
+                said = conditions.arguments(frames, [View(text=True, audio=True)], 1.0, self.settings.fps)
+                given.append(AvatarInputs(**said))
+            x = latents[None, :, frames.to(latents.device)].to(self._device)
+            found: Tensor = self.checkpoint.transformer.step_input(
+                x, (1000.0 * sigmas[step])[None].to(x.device), *given
+            )
+            return found
+
+        return inputs
+
+    def _tea(
+        self,
+        conditions: VideoConditions,
+        inputs: Callable[[Tensor, int], Tensor],
+        latents: Tensor,
+        begin: int,
+        end: int,
+    ) -> TeaSteps | None:
+        """Decides which steps of a stage are computed, on rank 0 for all; None computes all."""
+        options, guidance = conditions.details.options, conditions.details.guidance
+        if not options.step_cache or options.step_cache == RELEASED:
+            return None
+        changes = guidance.views(max(guidance.early_steps - 1, 0)) != guidance.views(guidance.early_steps)
+        return TeaSteps(
+            inputs,
+            latents,
+            float(options.step_cache),
+            fitted_for(self.checkpoint.transformer.config, self.checkpoint.folder),
+            begin=begin,
+            end=end,
+            steps=guidance.steps,
+            breaks=(guidance.early_steps,) if changes else (),
+            decide=self.parallel.team.on_rank_0,
+        )
 
     def _decode(self, conditions: VideoConditions, index: int, carry: Carry, last: bool) -> GeneratedClip:
         """A part of the video, behind the stages; what the autoencoder decodes at once is divided among the parts."""

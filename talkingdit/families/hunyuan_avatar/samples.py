@@ -3,7 +3,8 @@
 
 A sample brings its voice in `audio` with the face in the region "face", or several in `voices` with faces in regions of
 the same names; a picture in `reference`, with what the autoencoder makes of it as a still video in `outside["still"]`;
-and in `outside["emotion"]` the picture whose expression the clip shows. Of text features the first row holds the pooled
+and in `outside["emotion"]` the picture whose expression the clip shows, or several, where the regions "emotion 0",
+"emotion 1" and so on are bright in the latent frames that show each. Of text features the first row holds the pooled
 ones, with zeros behind, where these have another width; otherwise they are the mean of the rows. Rows of zeros are
 padding.
 
@@ -13,12 +14,26 @@ one video frame, so that the first three columns are not of the clip.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 FACE, STILL, EMOTION = "face", "still", "emotion"  # names in `Sample.regions` and `Sample.outside`
 NOT_OF_THE_CLIP = 3  # columns of features in front of the first video frame
+
+
+def emotion_track(regions: Mapping[str, Tensor], pictures: int, frames: int) -> Tensor:
+    """The picture that each of the latent frames shows, int64 [frames], -1 for none."""
+    found = torch.full((frames,), -1)
+    named = [regions.get(f"{EMOTION} {i}") for i in range(pictures)]
+    if all(region is None for region in named):
+        return found + 1
+    for i, region in enumerate(named):
+        if region is not None:
+            found[region.flatten(1).amax(1) > 0.5] = i
+    return found
 
 
 def split_text(config: Any, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from talkingdit.families.hunyuan_avatar.checkpoint import HunyuanAvatarSettings
 from talkingdit.families.hunyuan_avatar.config import RELEASED
 from talkingdit.families.hunyuan_avatar.inputs import AvatarInputs
 from talkingdit.families.hunyuan_avatar.packed import PackedClip
-from talkingdit.families.hunyuan_avatar.samples import EMOTION, FACE, STILL, split_text, voice_features
+from talkingdit.families.hunyuan_avatar.samples import EMOTION, FACE, STILL, emotion_track, split_text, voice_features
 from talkingdit.families.hunyuan_avatar.sequence import MAX_CLIPS, tokens_of
 from talkingdit.families.training import TrainBatch, TrainClip, TrainRun, Validator
 
@@ -159,7 +159,11 @@ def _clip(config: Any, clip: TrainClip, text: Tensor, batch: TrainBatch) -> Pack
     frames = clip.latents.shape[1]
     tokens, mask, pooled = split_text(config, text)
     voices, masks = _voices(config, clip)
-    emotion = clip.outside.get(EMOTION) if config.emotion else None
+    pictures = clip.outside.get(EMOTION) if config.emotion else None
+    emotion = index = None
+    if pictures is not None:
+        emotion = pictures.transpose(0, 1)[:, :, None]
+        index = emotion_track(clip.regions, len(emotion), frames)
     still = clip.outside.get(STILL)
     reference = clip.reference
     if reference is not None and still is not None and still.shape[1] >= frames:
@@ -173,7 +177,8 @@ def _clip(config: Any, clip: TrainClip, text: Tensor, batch: TrainBatch) -> Pack
         reference=move(reference),
         audio=move(voices),
         face_mask=move(masks),
-        emotion=None if emotion is None else move(emotion[:, :1][None]),
+        emotion=move(emotion),
+        emotion_index=index,
     )
 
 
@@ -214,6 +219,7 @@ def _stacked(transformer: Any, clips: Sequence[PackedClip], batch: TrainBatch) -
         stack("audio"),
         stack("face_mask"),
         emotion=stack("emotion"),
+        emotion_index=stack("emotion_index"),
     )
     timestep = torch.stack([clip.timestep for clip in clips])
     latents = torch.stack([clip.latents for clip in clips])

@@ -163,6 +163,35 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device | str
     return checkpoint
 
 
+def load_bare(folder: Path, dtype: torch.dtype, device: torch.device | str) -> PuppetCheckpoint:
+    """As `load_checkpoint`, of networks that compute the same and can do nothing else, without importing diffusers.
+
+    A checkpoint of settings that those do not know is loaded as `load_checkpoint` does.
+    """
+    import torch
+
+    from talkingdit.autoencoders.wan_network import BareAutoencoderKLWan, plain
+    from talkingdit.checkpoints.folder import bare_arguments, load_bare_part
+    from talkingdit.families.puppet.text_network import BarePromptEncoder
+    from talkingdit.families.wan_s2v.load import load_bare as load_transformer
+
+    parts = {"vae": (BareAutoencoderKLWan, "AutoencoderKLWan"), "text_encoder": (BarePromptEncoder, "PromptEncoder")}
+    if not all((folder / name / "config.json").is_file() for name in (*parts, "transformer")):
+        return load_checkpoint(folder, dtype, device)
+    given = {part: bare_arguments(cls, name, folder / part) for part, (cls, name) in parts.items()}
+    if None in given.values() or not plain(given["vae"] or {}):
+        return load_checkpoint(folder, dtype, device)
+    settings = read_settings(folder)
+    transformer = load_transformer(folder / "transformer", dtype, device)
+    dtypes = {"vae": dtype, "text_encoder": torch.float32}
+    vae, text_encoder = (
+        load_bare_part(*parts[part], given[part], folder / part, (dtypes[part], device)) for part in parts
+    )
+    checkpoint = PuppetCheckpoint(transformer, vae, text_encoder, settings, folder)
+    _check_fit(checkpoint)
+    return checkpoint
+
+
 def _check_fit(checkpoint: PuppetCheckpoint) -> None:
     """Do the parts fit each other?"""
     root, model = checkpoint.folder, checkpoint.transformer.config

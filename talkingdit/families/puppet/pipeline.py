@@ -18,9 +18,9 @@ A clip hands on to the next, as its carry, the last latents: as many as the mode
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -55,13 +55,10 @@ if TYPE_CHECKING:
 def schedule(steps: int, shift: float) -> list[float]:
     """Noise levels from 1 to 0, steps + 1 of them: s' = shift s / (1 + (shift - 1) s) of evenly spaced s.
 
-    Those of diffusers' `FlowMatchEulerDiscreteScheduler` of this shift.
+    Those of diffusers' `FlowMatchEulerDiscreteScheduler` of this shift, to the last bit.
     """
-    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1].tolist())
-    return [float(sigma) for sigma in scheduler.sigmas]
+    evenly = np.linspace(1.0, 0.0, steps + 1).astype(np.float32)
+    return [float(sigma) for sigma in shift * evenly / (1 + (shift - 1) * evenly)]
 
 
 def clip_noise(shape: tuple[int, ...], seed: int, clip: int) -> Tensor:
@@ -233,7 +230,6 @@ class PuppetPipeline(ClipPipeline):
         clips = generate_clips(self, conditions, count, progress=_counted(progress))
         return (to_frames(clip.frames) for clip in clips)
 
-    @torch.no_grad()
     def clip(
         self,
         conditions: VideoConditions,
@@ -242,9 +238,26 @@ class PuppetPipeline(ClipPipeline):
         *,
         last: bool = False,
         progress: StepDone | None = None,
-        show: Callable[[Tensor], None] | None = None,
     ) -> GeneratedClip:
         """Clip `index`, see `ClipPipeline.clip`."""
+        pieces = self.clip_in_pieces(conditions, index, carry, last=last, progress=progress)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as whole:
+                return cast(GeneratedClip, whole.value)
+
+    @torch.no_grad()
+    def clip_in_pieces(
+        self,
+        conditions: VideoConditions,
+        index: int,
+        carry: Carry | None = None,
+        *,
+        last: bool = False,
+        progress: StepDone | None = None,
+    ) -> Generator[Tensor, None, GeneratedClip]:
+        """Clip `index`, whose frames are told as they are decoded, see `ClipPipeline`."""
         past = conditions.reference if carry is None else carry["latents"].to(self._device)
         encoded = self._encode(conditions, index, past)
         x = self._denoise(conditions, index, encoded, progress)
@@ -256,8 +269,7 @@ class PuppetPipeline(ClipPipeline):
         for latent in x[:, :, : -(-frames // FRAMES_PER_LATENT)].split(1, dim=2):
             left = frames - FRAMES_PER_LATENT * len(parts)
             parts.append(conditions.finish(stream(latent)[:, :, :left]))
-            if show is not None:
-                show(parts[-1])
+            yield parts[-1]
         kept = None if last else {"latents": torch.cat([past, x], dim=2)[:, :, -self._kept :]}
         return GeneratedClip(index, torch.cat(parts, dim=2), kept)
 

@@ -28,8 +28,8 @@ from talkingdit.families.wan_i2v.encode import encode
 from talkingdit.families.wan_i2v.timesteps import packed_time
 from talkingdit.families.wan_i2v.units import ROOT, UNITS
 from talkingdit.families.wan_s2v.blocks import BlockInputs, Head
+from talkingdit.families.wan_s2v.diffusers_model import WanDiffusersModel
 from talkingdit.families.wan_s2v.timesteps import StepTime, clip_time
-from talkingdit.families.wan_s2v.trunk import WanTrunk
 from talkingdit.nn.context_parallel import ContextParallel
 from talkingdit.nn.hooks import like_forward
 from talkingdit.nn.layers import Float32Linear, PatchConv3d, wide
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from talkingdit.pipelines.step_cache import BlockCache
 
 
-class WanI2VModel(WanTrunk):
+class WanI2VModel(WanDiffusersModel):
     """The Wan I2V transformer. Parameter names are those of the released checkpoints.
 
     Args:

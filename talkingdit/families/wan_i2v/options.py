@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, get_args
 
 from talkingdit.families.flag import AREA, SIDES, Flag, GenerationOptions, check_step_cache
-
-Solver = Literal["unipc", "dpm++"]
+from talkingdit.families.wan_s2v.options import Solver
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,7 +127,7 @@ class WanBlock(nn.Module):
         self.norm3 = LayerNorm(dim, eps)
         self.cross_attn = TextCrossAttention(dim, num_heads, eps) if cross_attn is None else cross_attn
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim).mul_(dim**-0.5))
 
     def forward(
         self, x: Tensor, time: Tensor, text: Tensor, inputs: BlockInputs, text_kv: KeyValue | None = None, *more: Any
@@ -184,7 +184,7 @@ class Head(nn.Module):
         super().__init__()
         self.eps = eps
         self.head = Float32Linear(dim, out_channels)
-        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim).mul_(dim**-0.5))
 
     def forward(self, x: Tensor, time: Tensor, groups: Groups, token_offset: int = 0) -> Tensor:
         """x [B, N, dim], time [B, G, dim] -> patches [B, N, out_channels].

@@ -17,10 +17,11 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from talkingdit.errors import UserError
 from talkingdit.families.settings import PipelineSettings
+from talkingdit.families.wan_s2v.options import Solver
 from talkingdit.families.wan_s2v.presets import CLASSES
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from talkingdit.encoders.wav2vec import Wav2VecEncoder
     from talkingdit.families.wan_s2v.model import WanS2VModel
 
-SOLVERS = ("unipc", "dpm++")
+SOLVERS = get_args(Solver)
 NEGATIVE_PROMPT = (
     "画面模糊，最差质量，画面模糊，细节模糊不清，情绪激动剧烈，手快速抖动，字幕，丑陋的，残缺的，多余的手指，"
     "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -12,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from talkingdit.families.wan_s2v.places import Packing, layout_at
 from talkingdit.families.wan_s2v.sequence import SequenceShard
 from talkingdit.nn.audio_cross_attention import AudioMemory
-from talkingdit.nn.framepack import packed_segments
-from talkingdit.ops import RopeLayout, Segment
+from talkingdit.ops import RopeLayout
 
 KeyValue = tuple[Tensor, Tensor]
-Packing = tuple[tuple[int, ...], str, str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,56 +113,12 @@ def sequence_layout(
             `FramePacker`, or None.
     """
     if torch.compiler.is_compiling():
+        # Not before: its decorators import the compiler, which takes longer than all of torch.
+        from talkingdit.families.wan_s2v.traced_places import TracedLayout
+
         frames, rows, columns = (operator.index(size) for size in grid)
-        return _TracedLayout((frames, rows, columns), head_dim, reference_time, past)
-    return _layout(grid, head_dim, reference_time, past)
-
-
-@functools.lru_cache(maxsize=64)
-def _layout(
-    grid: tuple[int, int, int], head_dim: int, reference_time: float | None, past: int | Packing | None
-) -> RopeLayout:
-    frames, rows, columns = grid
-    segments = [Segment(range(frames), range(rows), range(columns))]
-    if reference_time is not None:
-        segments.append(Segment([reference_time], range(rows), range(columns)))
-    if isinstance(past, int):
-        segments.append(Segment(range(-past, 0), range(rows), range(columns)))
-    elif past is not None:
-        buckets, drop_mode, padding, add_last = past
-        segments += packed_segments(buckets, drop_mode, padding, 2 * rows, 2 * columns, add_last)
-    return RopeLayout(segments, split=head_split(head_dim))
-
-
-def head_split(head_dim: int) -> tuple[int, int, int]:
-    """Channels of a head that turn with time, height and width."""
-    side = 2 * (head_dim // 6)
-    return head_dim - 2 * side, side, side
-
-
-@torch.compiler.assume_constant_result
-def _length(*place: Any) -> int:
-    return len(_layout(*place))
-
-
-@torch.compiler.assume_constant_result
-def _tables(device: torch.device, dtype: torch.dtype, *place: Any) -> tuple[Tensor, Tensor]:
-    return _layout(*place).tables(device, dtype)
-
-
-class _TracedLayout(RopeLayout):
-    """A layout that the compiler can hold: its tables are constants of the graph, its sizes plain numbers."""
-
-    def __init__(self, *place: Any):
-        self.place = place
-        self.split = head_split(place[1])
-        self.pairs = [channels // 2 for channels in self.split]
-        self.dim = sum(self.split)
-        self.pairing = "interleaved"
-        self.length = _length(*place)
-
-    def tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return _tables(device, dtype, *self.place)
+        return TracedLayout((frames, rows, columns), head_dim, reference_time, past)
+    return layout_at(grid, head_dim, reference_time, past)
 
 
 def samples_without(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ def _model() -> Any:
     from talkingdit.families.wan_s2v.model import WanS2VModel
 
     return WanS2VModel
+
+
+def _bare() -> Any:
+    from talkingdit.families.wan_s2v.network import BareWanS2V
+
+    return BareWanS2V
 
 
 def _initialise(model: Any, source: str | Path) -> None:
@@ -32,3 +39,4 @@ LOADER = Loader(
     initialise=_initialise,
 )
 load, read_config, empty, loads = LOADER.load, LOADER.read_config, LOADER.empty, LOADER.loads
+load_bare = dataclasses.replace(LOADER, model=_bare).load  # as `load`, the network alone

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 
 from talkingdit.families.flag import AREA, SIDES, Flag, GenerationOptions, check_step_cache
 
-Solver = Literal["unipc", "dpm++"]
+Solver = Literal["unipc", "dpm++", "euler"]
 Opening = Literal["hold", "cut"]
 
 

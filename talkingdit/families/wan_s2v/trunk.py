@@ -8,12 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from talkingdit.checkpoints.adapters import refuse_adapters
 from talkingdit.families.wan_s2v.sequence import SequenceShard
 from talkingdit.families.wan_s2v.timesteps import StepTime
 from talkingdit.nn.context_parallel import gather
@@ -26,11 +22,15 @@ if TYPE_CHECKING:
     from talkingdit.pipelines.step_cache import BlockCache
 
 
-class WanTrunk(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
+class WanTrunk(nn.Module):
     """A Wan transformer of one sequence: noisy tokens of one or more clips, each with clean tokens behind them.
 
-    A model gives `_embed` and `_through_blocks`, and has the layers that are named here.
+    A model gives `_embed` and `_through_blocks`, and has the layers that are named here. It is a model of diffusers by
+    `diffusers_model.py`, or has none of that (`talkingdit.nn.configured`).
     """
+
+    gradient_checkpointing: bool
+    _gradient_checkpointing_func: Any
 
     if TYPE_CHECKING:
         config: Any  # a frozen dictionary with attribute access
@@ -62,11 +62,6 @@ class WanTrunk(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
                     nn.init.normal_(linear.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
         nn.init.zeros_(self.head.head.bias)
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As of diffusers; UserError for a model with adapters, which such a folder has no place for."""
-        refuse_adapters(self, save_directory)
-        return super().save_pretrained(save_directory, *args, **kwargs)
 
     @like_forward
     def step_inputs(self, timesteps: Tensor, projected: bool = False) -> Tensor:

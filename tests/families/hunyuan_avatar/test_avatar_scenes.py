@@ -16,6 +16,7 @@ from talkingdit.data.sample import ClipRequest, flaw
 from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar import evaluate
 from talkingdit.families.hunyuan_avatar.drawn import PEOPLE, DrawnScenes, Scenes, box_mask, draw_clip, precompute
+from talkingdit.families.hunyuan_avatar.samples import emotion_track
 from talkingdit.families.puppet.drawn import read_voices
 from talkingdit.puppets import MODEL, VOICE
 from talkingdit.puppets.probe import probe
@@ -46,11 +47,12 @@ def test_clips_show_what_their_voices_say(scenes: DrawnScenes) -> None:
     """The mouths of those who hear follow the sound of their column; nobody else moves; masks hold the faces."""
     voices = read_voices(scenes.voices, "train", 16)
     seen: set[tuple[int, bool]] = set()
+    changes = set()
     wide = DrawnScenes(**{**vars(scenes), "latents": 7, "size": 128})
     for seed in range(12):
         clip = draw_clip(np.random.default_rng(seed), voices, wide)
         people = len(clip.play.scene.characters)
-        seen.add((people, clip.mood_picture is not None))
+        seen.add((people, clip.mood_pictures is not None))
         assert clip.columns.shape == (PEOPLE, 2, 160, 28)
         assert clip.play.openings.shape == (people, 25)
         opening = probe(clip.play.draw(128), people).opening
@@ -67,9 +69,13 @@ def test_clips_show_what_their_voices_say(scenes: DrawnScenes) -> None:
             else:
                 assert opening[i].std() < 0.03
         if clip.play.moods is not None:
-            assert len(set(clip.play.moods)) == 1
+            assert clip.mood_pictures is not None
+            latents = [clip.play.moods[0], *clip.play.moods[4::4]]  # in the last frame of each
+            first, second = (probe(picture[None]).expression[0][0] for picture in clip.mood_pictures)
+            assert latents == [first] * clip.change + [second] * (7 - clip.change)
+            changes.add(clip.change < 7)
     assert {people for people, _ in seen} == {1, 2, 3}
-    assert {told for _, told in seen} == {True, False}
+    assert {told for _, told in seen} == changes == {True, False}
     mask = box_mask(face_boxes(2)[0], 16)
     assert mask.any()
     assert not mask[:, 8:].any()
@@ -98,10 +104,23 @@ def test_an_interrupted_cache_goes_on_and_gives_good_samples(
         assert sample.outside["still"].shape == sample.latents.shape
         assert torch.equal(sample.reference, sample.outside["still"][:, :1])
         assert "talking" in sample.caption
+        if "emotion" in sample.outside:
+            assert sample.outside["emotion"].shape == (16, 2, 8, 8)
+            track = emotion_track(sample.regions, 2, 3).tolist()
+            assert track == sorted(track)
+            assert set(track) <= {0, 1}
+    assert any("emotion" in source.sample(i, np.random.default_rng(0), ClipRequest()).outside for i in range(4))
     with pytest.raises(ValueError, match="clips have 3 x 8 x 8 latents"):
         source.sample(0, np.random.default_rng(0), ClipRequest(frames=2))
     with pytest.raises(UserError, match=r"data\.vae: expected the folder of an autoencoder"):
         precompute(DrawnScenes(**{**vars(scenes), "vae": Path("nowhere")}))
+
+
+def test_pictures_of_emotions_count_where_their_regions_are_bright() -> None:
+    assert emotion_track({}, 2, 3).tolist() == [0, 0, 0]  # no region: the first, all the time
+    bright = torch.tensor([0.0, 1.0, 1.0, 0.0])[:, None, None].expand(-1, 2, 2)
+    last = torch.tensor([0.0, 0.0, 1.0, 0.0])[:, None, None].expand(-1, 2, 2)
+    assert emotion_track({"emotion 0": bright, "emotion 1": last, "face": bright}, 2, 4).tolist() == [-1, 0, 1, -1]
 
 
 @pytest.mark.slow

@@ -23,9 +23,10 @@ from talkingdit.families.hunyuan_avatar.options import Options
 from talkingdit.families.hunyuan_avatar.outline import Voice, outline, stages_of, video_length
 from talkingdit.families.hunyuan_avatar.pipeline import noise_levels
 from talkingdit.families.hunyuan_avatar.speakers import Speaker
-from talkingdit.families.hunyuan_avatar.step_cache import computes
+from talkingdit.families.hunyuan_avatar.step_cache import TeaSteps, computes
 from talkingdit.pipelines.inputs import Inputs, Job
 from talkingdit.pipelines.long_video import ShiftFusion, denoise
+from talkingdit.pipelines.step_cache import Fitted
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "long_video.safetensors"
 
@@ -122,8 +123,32 @@ def test_stages_hold_all_steps() -> None:
         assert ends[-1] == steps
         assert len(ends) <= 10
         assert list(ends) == sorted(set(ends))
-        assert all(computes(end, steps) for end in stages_of(steps, cached=True)[:-1])
-    assert stages_of(50, cached=True) == stages_of(50)  # where the released cache computes, too
+        assert all(computes(end, steps) for end in stages_of(steps, "released")[:-1])
+    assert stages_of(50, "released") == stages_of(50)  # where the released cache computes, too
+    assert stages_of(50, 0.1) == (10, 20, 30, 40, 50)  # a stage begins computed
+    assert stages_of(9, 0.1) == (9,)
+
+
+def test_steps_are_skipped_while_their_inputs_change_little() -> None:
+    """Every change of the input counts 0.1, of which three make the threshold; what begins anew is computed."""
+    fitted = Fitted((1.0, 0.0), first=2, last=1)  # the change itself
+
+    def decisions(begin: int, end: int, breaks: tuple[int, ...] = ()) -> str:
+        tea = TeaSteps(
+            lambda x, step: x, torch.full((4,), 1.1**begin), 0.25, fitted, begin=begin, end=end, steps=20, breaks=breaks
+        )  # fmt: skip
+        assert tea.computed(0)  # asked of every plan
+        found = ""
+        for step in range(begin, end):
+            assert tea.computed(step) == tea.computed(step)
+            found += "C" if tea.computed(step) else "-"
+            tea.after(torch.full((4,), 1.1 ** (step + 1)))
+        return found
+
+    assert decisions(0, 20) == "CC--C--C--C--C--C--C"
+    assert decisions(10, 20) == "C--C--C--C"
+    assert decisions(10, 19) == "C--C--C--"
+    assert decisions(0, 10, breaks=(6,)) == "CC--C-C--C"
 
 
 def test_masks_are_interpolated_to_latents() -> None:

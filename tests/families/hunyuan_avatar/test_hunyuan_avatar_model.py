@@ -314,6 +314,28 @@ def test_the_mask_of_a_single_speaker_is_taken_as_it_is():
         assert relative(model(**given | {"face_mask": mask}), want) > 1e-6
 
 
+def test_the_input_of_a_step_is_what_the_first_block_makes_of_it():
+    """But for the picture, which is left out: without one, what the first projection is given."""
+    model, given = tiny(), inputs(batch=1)
+    seen = []
+    handle = model.double_blocks[0].img_attn_qkv.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    latents, timestep = given.pop("latents"), given.pop("timestep")
+    with torch.no_grad():
+        model(latents, timestep, **given | {"reference": None})
+        handle.remove()
+        found = model.step_input(latents, timestep, AvatarInputs(**given))
+    assert found.shape == seen[0].shape
+    assert relative(found, seen[0]) < 1e-6
+
+
+def test_an_emotion_is_a_face_and_not_a_bag_of_its_patches():
+    model, given = tiny(emotion=True, depth_double_blocks=2, depth_single_blocks=0), inputs(batch=1)
+    face = torch.randn(1, 1, 16, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        whole, moved = (model(**given, emotion=picture) for picture in (face, face.roll(2, dims=-1)))  # by a patch
+    assert relative(moved, whole) > 1e-4
+
+
 def test_frames_follow_the_emotion_of_their_place_in_the_track():
     model, given = tiny(emotion=True, depth_double_blocks=2, depth_single_blocks=0), inputs(batch=1)
     faces = torch.randn(1, 2, 16, 1, 4, 4, dtype=torch.float64)

@@ -85,7 +85,7 @@ def test_settings_are_the_official_ones_unless_a_file_says_others(loaded: WanS2V
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"shift": 0}, "shift must be a number above 0, got 0"),
         ({"guidance": "much"}, "guidance must be a number of at least 0, got 'much'"),
-        ({"solver": "euler"}, r"solver must be one of unipc, dpm\+\+, got 'euler'"),
+        ({"solver": "heun"}, r"solver must be one of unipc, dpm\+\+, euler, got 'heun'"),
         ({"size_multiple": 20}, "size_multiple must be a multiple of 16, got 20"),
         ({"speed": 3}, "unknown setting 'speed'; known are drop_first_motion"),
     ):

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from talkingdit.families.wan_s2v import conditions as wan_conditions
 from talkingdit.families.wan_s2v.conditions import WanInputs, sequence_layout
+from talkingdit.families.wan_s2v.places import layout_at
 from talkingdit.models import WanS2VModel, preset
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "wan_s2v.safetensors"
@@ -420,9 +420,9 @@ def test_absorbed_audio_values_give_the_same_video():
 @pytest.fixture
 def _no_kept_tables():
     """Tables of rotations are kept between calls; those made of fake tensors must not be."""
-    wan_conditions._layout.cache_clear()
+    layout_at.cache_clear()
     yield
-    wan_conditions._layout.cache_clear()
+    layout_at.cache_clear()
 
 
 @pytest.mark.usefixtures("_no_kept_tables")

@@ -254,7 +254,7 @@ def test_a_long_video_does_not_need_more_memory_per_clip(pipeline: WanS2VPipelin
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"guidance": 0.5}, "guidance must be a number of at least 1, got 0.5"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"solver": "euler"}, "must be one of unipc, dpm\\+\\+, got 'euler'"),
+        ({"solver": "heun"}, "must be one of unipc, dpm\\+\\+, euler, got 'heun'"),
     ],
 )
 def test_impossible_sampling(pipeline: WanS2VPipeline, options: dict[str, Any], sentence: str) -> None:

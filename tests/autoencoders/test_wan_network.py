@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bare network of the Wan autoencoder computes what diffusers' class computes, to the last bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from tiny_checkpoint import make_vae
+
+from talkingdit.autoencoders.latents import patchify, unpatchify
+from talkingdit.autoencoders.streaming import StreamingDecoder, encode
+from talkingdit.autoencoders.tail import decode_after, lookback
+from talkingdit.autoencoders.wan_network import BareAutoencoderKLWan
+
+SMALL = {"dim_mult": [1, 2, 2, 2], "temperal_downsample": [False, True, True], "num_res_blocks": 1, "base_dim": 4}
+
+
+def pair(kind: str, dtype: torch.dtype) -> tuple[AutoencoderKLWan, BareAutoencoderKLWan]:
+    """diffusers' autoencoder, and the bare one with its weights."""
+    torch.manual_seed(5)
+    theirs = make_vae() if kind == "puppets" else AutoencoderKLWan(**SMALL, decoder_base_dim=6)
+    for name, parameter in theirs.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    ours = BareAutoencoderKLWan(**{k: v for k, v in theirs.config.items() if not k.startswith("_")})
+    ours.load_state_dict(theirs.state_dict())
+    return theirs.to(dtype).eval(), ours.to(dtype).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("puppets", torch.float32), ("puppets", torch.bfloat16), ("wan", torch.float32)]
+)
+def test_the_same_bits(kind: str, dtype: torch.dtype) -> None:
+    theirs, ours = pair(kind, dtype)
+    assert (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
+    video = torch.rand(2, 3, 13, 32, 48) * 2 - 1
+    latents = encode(theirs, video)
+    assert torch.equal(encode(ours, video), latents)
+    assert latents.shape == (2, 16, 4, 4, 6)
+    streams = StreamingDecoder(theirs), StreamingDecoder(ours)
+    for piece in latents.split([1, 2, 1], dim=2):
+        want, got = (stream(piece) for stream in streams)
+        assert want.std() > 1e-3
+        assert torch.equal(got, want)
+    assert lookback(ours) == lookback(theirs)
+    assert torch.equal(decode_after(ours, latents, latents), decode_after(theirs, latents, latents))
+
+
+def test_whole_videos_of_diffusers_come_out() -> None:
+    """Not by our loops over time, but by those of diffusers."""
+    theirs, ours = pair("wan", torch.float32)
+    mean, std = (torch.tensor(theirs.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    latents = torch.randn(1, 16, 4, 4, 4)
+    with torch.no_grad():
+        want = theirs.decode(latents * std + mean).sample
+    assert torch.equal(StreamingDecoder(ours)(latents), want)
+
+
+@pytest.mark.parametrize("changed", [{"is_residual": True}, {"attn_scales": [0.5]}, {"dropout": 0.1}])
+def test_others_are_refused(changed: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="is_residual, attn_scales and dropout"):
+        BareAutoencoderKLWan(**SMALL, **changed)
+
+
+def test_patches_are_those_of_diffusers() -> None:
+    from diffusers.models.autoencoders import autoencoder_kl_wan as theirs
+
+    video = torch.randn(2, 3, 5, 8, 12)
+    patches = patchify(video, 2)
+    assert torch.equal(patches, theirs.patchify(video, patch_size=2))
+    assert torch.equal(unpatchify(patches, 2), theirs.unpatchify(patches, patch_size=2))
+    assert torch.equal(unpatchify(patches, 2), video)
