@@ -37,7 +37,7 @@ class Budget:
     """How much is done.
 
     Args:
-        minutes: of training per row.
+        minutes: of training of the first row; the others take as many steps.
         clips: drawn for training.
         video_minutes: of the long videos.
         cases: videos per claim and row.
@@ -145,12 +145,23 @@ def run_training(chosen: Study, row: Row, folder: Path, budget: Budget) -> None:
     config.model.start = folder / f"{chosen.name}_start"
     for source in config.data.sources.values():
         source.path = folder / f"{chosen.name}_clips"
-    config.run.minutes = 0.0 if budget.quick else budget.minutes
-    config.run.steps = 2
+    config.run.minutes, config.run.steps = 0.0, 2
+    if not budget.quick:
+        # Rows are compared at equal steps, whatever else the machine did: as many as the first row took in its time.
+        first = folder / f"{chosen.name}_{chosen.rows[0].name}" / "log.jsonl"
+        if row is chosen.rows[0] or not first.is_file():
+            config.run.minutes = budget.minutes
+        else:
+            config.run.steps = steps_taken(first)
     for key, value in row.config.items():
         change(config, key, value)
     Trainer(config, parallel.start(config.parallel, "cpu")).run()
     parallel.stop()
+
+
+def steps_taken(log: Path) -> int:
+    """Of a finished run, by its log."""
+    return max(int(json.loads(line)["step"]) for line in log.read_text().splitlines())
 
 
 def change(section: Any, key: str, value: Any) -> None:

@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "load_before": round(load, 2),
         "same_video": len({run["video"] for row in rows for run in row["runs"]}) == 1,
         "ratios": ratios(rows),
-        "rows": rows,
+        "processes": rows,
     }
     print(json.dumps({name: result[name] for name in ("ratios", "same_video", "load_before")}))
     if options.out is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python tools/kill_trials.py --kills 50 [generate precompute train export]`: kills each writer so many times.
+"""`python tools/kill_trials.py --kills 50 [generate precompute train export eval]`: kills each writer so many times.
 
 Kills are spread over the moments at which the writer changes files, see tests/kills/trials.py. The counts are for
 docs/reliability.md.
@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "kills"))
 from trials import start
 
-WRITERS = ["generate", "precompute", "train", "export"]
+WRITERS = ["generate", "precompute", "train", "export", "eval"]
 
 
 def main() -> int:

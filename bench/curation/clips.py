@@ -16,6 +16,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from talkingdit.atomic import write_whole
 from talkingdit.encoders.log_mel import normalise_loudness
 from talkingdit.media.files import SPEECH_RATE, VideoWriter
 from talkingdit.puppets.render import render
@@ -62,18 +63,23 @@ def read_voices(folder: Path) -> dict[str, list[Samples]]:
 
 
 def plant(folder: Path, count: int, voices: dict[str, Sequence[Samples]], seed: int = 0) -> list[Planted]:
-    """Draw clips, the same number of each fault; returns what is true of them, also kept as `truth.json`."""
+    """Draw clips, the same number of each fault; returns what is true of them, also kept as `truth.json`.
+
+    A clip depends on the seed and its number alone, so that a folder with fewer of them, or one whose drawing was
+    stopped, is added to.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    made: list[Planted] = []
-    for number in range(count):
+    truth = folder / "truth.json"
+    made = [Planted(**row) for row in json.loads(truth.read_text())][:count] if truth.is_file() else []
+    for number in range(len(made), count):
         fault = FAULTS[number % len(FAULTS)]
         rng = np.random.default_rng((seed, number))
         name = f"{number:03d}"
         if fault == "duplicate":
             made.append(_copy(folder, name, made[number - number % len(FAULTS)].name))
-            continue
-        made.append(_draw(folder / f"{name}.mp4", name, fault, voices, rng))
-    (folder / "truth.json").write_text(json.dumps([vars(one) for one in made]))
+        else:
+            made.append(_draw(folder / f"{name}.mp4", name, fault, voices, rng))
+        write_whole(truth, json.dumps([vars(one) for one in made]).encode())
     return made
 
 

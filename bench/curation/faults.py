@@ -3,6 +3,7 @@
 
     python -m bench.curation.faults --voices data/voices --clips 200 --out bench/results/curate-faults.json
 
+The same command goes on where it was stopped, also with more clips. Limits were set on clips of other seeds.
 A fault is found in a clip if the figure that stands for it is beyond its limit, whatever other limits say. Figures of
 which one fault makes another (a clip without a face has no mouth to be in step) count where the fault can be judged.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -111,24 +113,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.curation.faults", description=__doc__)
     parser.add_argument("--voices", type=Path, required=True)
     parser.add_argument("--clips", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("data/curation"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    folder = options.work / f"clips-{options.clips}"
-    if (folder / "truth.json").is_file():
-        planted = [Planted(**row) for row in json.loads((folder / "truth.json").read_text())]
-    else:
-        planted = plant(folder, options.clips, read_voices(options.voices))
-    job = Job(folder, options.work / f"found-{options.clips}", Settings(), options.workers)
+    folder = options.work / f"faults-{options.seed}"
+    began = os.times()
+    planted = plant(folder, options.clips, read_voices(options.voices), options.seed)
+    job = Job(folder, options.work / f"faults-{options.seed}-found", Settings(), options.workers)
     outcome = curate(job, lambda *_: None, lambda *_: None)
     table = score(planted, outcome.decisions)
     print(markdown(table))
     print(table["kept"])
+    ended = os.times()
+    spent = sum(ended[:4]) - sum(began[:4])
+    print(f"{spent:.0f} processor seconds")
     if options.out:
         result = {
             **header("curate-faults", torch.device("cpu"), False),
             "clips": options.clips,
+            "seed": options.seed,
             "seconds": SECONDS,
             "faults": table,
         }

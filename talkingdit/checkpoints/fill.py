@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,13 @@ class _Undrawn(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Let models that are made here have shapes and no memory."""
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
 def build_empty(make: Callable[[], Model], where: object) -> Model:
     """A model whose parameters have shapes and no memory.
 
@@ -35,7 +43,7 @@ def build_empty(make: Callable[[], Model], where: object) -> Model:
         UserError: its configuration is impossible.
     """
     try:
-        with torch.device("meta"), _Undrawn():
+        with without_memory():
             return make()
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())

@@ -262,6 +262,8 @@ def _write(flags: Flags, results: Results, pairs: list[Pair], judge: Judge | Non
     if judge is not None:
         _win_rates(flags, pairs, baseline, judge)
     told = f"; {len(broken)} could not be read" if broken else ""
+    if known := sum(verdict.known for verdict in results.verdicts):
+        told = f", {known} of them by an earlier run{told}"
     sys.stdout.write(f"{page}: {len(results.verdicts) - len(broken)} videos judged{told}\n")
 
 

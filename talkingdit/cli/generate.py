@@ -339,7 +339,7 @@ def _changed(request: Request) -> bool:
     from talkingdit.pipelines.tuning import Tuning
 
     compiles = getattr(request.options, "compile", False)
-    return bool(request.flags.lora or compiles) or request.tuning != Tuning()
+    return bool(request.loras.lora or compiles) or request.tuning != Tuning()
 
 
 def _folder(flags: Flags) -> Path:

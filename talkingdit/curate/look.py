@@ -245,7 +245,7 @@ class _Sound:
             self._have += len(block)
         joined = np.concatenate([np.zeros(0, np.float32), *self._held])
         count = min(end - self._taken, len(joined))
-        self._held, self._taken = [joined[count:]], end
+        self._held, self._taken = [joined[count:].copy()], end  # a view would hold all of it
         return joined[:count]
 
     def close(self) -> None:

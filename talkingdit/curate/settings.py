@@ -54,7 +54,7 @@ class Watch:
     clip_seconds: float = 20.0
     min_seconds: float = 1.0
     cut: float = 0.4
-    same_voice: float = 0.645
+    same_voice: float = 0.68
     largest_lag: float = 0.6
     stages: tuple[str, ...] = (
         *("picture", "people", "body", "sharpness", "motion", "text"),
@@ -116,7 +116,7 @@ LIMITS: dict[str, Limit] = {
     "text.over_person": Limit(at_most=0.02),
     "text.share": Limit(at_most=0.15),
     "speech.share": Limit(at_least=0.3, required=True),
-    "voices.likeness": Limit(at_least=0.645),
+    "voices.likeness": Limit(at_least=0.68),
     "sync.score": Limit(at_least=0.3),
     "sync.lag": Limit(at_least=-0.14, at_most=0.14),
     "language.is_wanted": Limit(at_least=1),

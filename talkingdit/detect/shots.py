@@ -5,7 +5,9 @@
 
 The network takes a second of one core for every two of video, and most of a video has no cut. So pictures are screened
 first: it looks only where a picture differs from one of the ten before it by more than people's motion does in most
-videos. A cut or a dissolve between shots that look alike to the bin (`SCREEN`) is not looked at, and not found.
+videos (`SCREEN`), or by far more from the one before than all around differ (`OUT`). There a lower probability is
+enough: between shots of the same set, colours and framing the network says 0.1 to 0.5, and in still video without
+a cut less than 0.05. Dissolves between shots that look alike are not looked at, and not found.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ SIZE = (27, 48)  # pixels that the network sees
 WINDOW, EDGE = 100, 25  # pictures of a window, and of its edges, where the network sees too little around
 LAGS = (1, 10)  # pictures back to which a picture is compared: cuts, and dissolves
 SCREEN = 0.06  # mean difference of colour, of 1: of people who move it is 0.01 to 0.04
+OUT, OUT_TIMES, OUT_AROUND = 0.03, 4.0, 10  # least difference, times the most of so many pictures on either side
+OUT_THRESHOLD = 0.15  # of the usual one, where a picture stands out so
 
 Thumbs = NDArray[np.uint8]
 
@@ -54,6 +58,7 @@ class Cuts:
         self._first = 0  # number of the first picture that is kept
         self._settled = 0
         self._suspect: list[bool] = []
+        self._steps: list[float] = []  # difference of each picture from the one before
         self.looked = 0
         """Windows that the network was asked about."""
 
@@ -69,7 +74,9 @@ class Cuts:
             (number of the first picture of the new shot, probability).
         """
         self._thumbs.append(thumb(frame))
-        self._suspect.append(self._differs())
+        differences = self._differences()
+        self._suspect.append(max(differences, default=0.0) > self._screen)
+        self._steps.append(differences[0] if differences else 0.0)
         if self._first + len(self._thumbs) - self._settled >= WINDOW - EDGE:
             return self._advance(WINDOW - 2 * EDGE)
         return []
@@ -81,18 +88,25 @@ class Cuts:
             found += self._advance(min(left, WINDOW - 2 * EDGE))
         return found
 
-    def _differs(self) -> bool:
+    def _differences(self) -> list[float]:
+        """Of the newest picture from those `LAGS` before it, as far as there are any."""
         new = self._thumbs[-1].astype(np.float32)
-        for lag in LAGS:
-            if len(self._thumbs) > lag and np.abs(new - self._thumbs[-1 - lag]).mean() > self._screen * 255:
-                return True
-        return False
+        held = [lag for lag in LAGS if len(self._thumbs) > lag]
+        return [float(np.abs(new - self._thumbs[-1 - lag]).mean()) / 255 for lag in held]
+
+    def _stands_out(self, at: int) -> bool:
+        """Does a picture differ from the one before by far more than those around it do?"""
+        if not 0 <= at < len(self._steps) or self._steps[at] < OUT:
+            return False
+        around = self._steps[max(0, at - OUT_AROUND) : at] + self._steps[at + 1 : at + 1 + OUT_AROUND]
+        return self._steps[at] > OUT_TIMES * max(around, default=0.0)
 
     def _advance(self, count: int) -> list[tuple[int, float]]:
         """Decide about the next `count` pictures."""
         begin = self._settled - self._first
         found: list[tuple[int, float]] = []
-        if any(self._suspect[begin : begin + count + LAGS[-1]]):
+        out = [self._stands_out(begin + i) for i in range(count + 2)]
+        if any(out) or any(self._suspect[begin : begin + count + LAGS[-1]]):
             import torch
 
             last = len(self._thumbs) - 1
@@ -102,16 +116,17 @@ class Cuts:
                 logits = _network()(window[None])
             probabilities = torch.sigmoid(logits[0] if isinstance(logits, tuple) else logits)[0, :, 0].numpy()
             self.looked += 1
-            found = _peaks(probabilities[EDGE : EDGE + count], self._threshold, self._settled)
+            least = [self._threshold * (OUT_THRESHOLD if any(out[i : i + 3]) else 1.0) for i in range(count)]
+            found = _peaks(probabilities[EDGE : EDGE + count], np.array(least), self._settled)
         self._settled += count
         drop = max(0, self._settled - EDGE - self._first)
-        del self._thumbs[:drop], self._suspect[:drop]
+        del self._thumbs[:drop], self._suspect[:drop], self._steps[:drop]
         self._first += drop
         return found
 
 
-def _peaks(probabilities: NDArray[np.float32], threshold: float, offset: int) -> list[tuple[int, float]]:
-    """The highest place of every run above the threshold; the picture behind it begins the new shot."""
+def _peaks(probabilities: NDArray[np.float32], threshold: NDArray[np.float64], offset: int) -> list[tuple[int, float]]:
+    """The highest place of every run above its thresholds; the picture behind it begins the new shot."""
     found: list[tuple[int, float]] = []
     run: list[int] = []
     for i, high in enumerate([*(probabilities >= threshold), False]):

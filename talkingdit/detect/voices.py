@@ -99,14 +99,14 @@ def _parts(e: Embeddings, begin: int, end: int, likeness: float, overlap: int) -
     alike, where = _change(e, begin, end, overlap)
     if alike >= likeness:
         return [(begin, end)]
-    half = max(1, overlap // 2)
+    half = _half(overlap)
     left = _parts(e, begin, where - half, likeness, overlap)
     return left + _parts(e, where + half, end, likeness, overlap)
 
 
 def _change(e: Embeddings, begin: int, end: int, overlap: int) -> tuple[float, int]:
     """The least cosine of the means before and after a place, and this place; pieces that lie over it do not count."""
-    half = max(1, overlap // 2)
+    half = _half(overlap)
     best, where = 1.0, 0
     sums = np.concatenate([np.zeros((1, e.shape[1])), np.cumsum(e, 0, dtype=np.float64)])
     for at in range(begin + half + 1, end - half):
@@ -115,6 +115,11 @@ def _change(e: Embeddings, begin: int, end: int, overlap: int) -> tuple[float, i
         if alike < best:
             best, where = alike, at
     return best, where
+
+
+def _half(overlap: int) -> int:
+    """Pieces on either side of a place that do not count: as much from before it as from after is in them."""
+    return max(1, overlap // 4)
 
 
 def _mel(pieces: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from talkingdit.errors import UserError
-from talkingdit.eval.clip import Frames, read_clip, read_truth
+from talkingdit.eval.clip import Clip, Frames
 from talkingdit.eval.evidence import Evidence, NotMeasured
 from talkingdit.eval.finders import FINDERS
 from talkingdit.eval.found import Found
 from talkingdit.eval.job import Pair
 from talkingdit.eval.metric import Metric
+from talkingdit.eval.parts import join_facts, join_values, read_parts, read_sound
 from talkingdit.eval.protocol import Name, metrics_of
 from talkingdit.eval.slots import Backbone, resolve_all
 from talkingdit.media.checks import digest_of
 
+SOUND = "sound"  # the region of what is heard
 SHEET_FRAMES, SHEET_HEIGHT = 8, 120  # of the contact sheet
 COLOURS = {"face": (64, 160, 255), "hands": (255, 160, 32), "left_hand": (255, 96, 96), "right_hand": (255, 200, 0)}
 
@@ -84,7 +86,7 @@ class Tools:
             for metric in self.metrics
             if not metric.missing(self.backbones)
             for region in metric.regions
-            if (region == "sound" or region in self.regions) and region not in absent
+            if (region == SOUND or region in self.regions) and region not in absent
         ]
 
 
@@ -116,20 +118,51 @@ def judge(pair: Pair, tools: Tools, skip: Sequence[str] = ()) -> Judged:
     Raises:
         UserError: a file cannot be read.
     """
-    clip = read_clip(pair.gen)
-    if pair.truth is None or pair.truth == pair.gen:
-        truth = None if pair.truth is None else clip
-    else:
-        truth = read_truth(pair.truth, clip)
     wanted = [(metric, region) for metric, region in tools.possible() if key_of(metric, region, tools) not in skip]
-    regions = frozenset(region for _, region in tools.possible())
+    judged: list[Judged] = []
     key = "" if pair.truth is None else digest_of(pair.truth)
-    evidence = Evidence(clip, truth, tools.finder, regions, tools.backbones, pair.text.words, key)
+    for part in read_parts(pair.gen, pair.truth):
+        if part.number and pair.truth is not None and part.truth is None:
+            judged.append(Judged(facts=_facts(part.clip) | {"compared": 0}))  # behind the end of the truth
+            continue
+        evidence = _evidence(pair, tools, part.clip, part.truth, f"{key}/{part.number}" if key else "")
+        here = [one for one in wanted if part.whole or not (one[1] == SOUND or (part.number and one[0].first))]
+        judged.append(_judge(here, evidence, tools))
+        if not part.number:
+            judged[0].sheet = contact_sheet(evidence)
+        del part, evidence  # before the next ones are read
+    if len(judged) == 1:
+        return judged[0]
+    heard = [one for one in wanted if one[1] == SOUND]
+    if heard:
+        first = next(read_parts(pair.gen, None)).clip
+        clip = replace(first, frames=first.frames[:1], sound=read_sound(pair.gen))
+        judged.append(_judge(heard, _evidence(pair, tools, clip, None, ""), tools))
+    return _joined(judged, parts=len(judged) - bool(heard))
+
+
+def _joined(judged: Sequence[Judged], parts: int) -> Judged:
+    """What the parts of a video make together; what stands behind them is of all that is heard."""
+    values = join_values([(one.facts.get("compared", one.facts["frames"]), one.values) for one in judged])
+    keys = dict.fromkeys(key for one in judged for key in one.features)
+    pairs = {key: [one.features[key] for one in judged if key in one.features] for key in keys}
+    features = {
+        key: (np.concatenate([a for a, _ in of]), np.concatenate([b for _, b in of])) for key, of in pairs.items()
+    }
+    return Judged(values, features, join_facts([one.facts for one in judged[:parts]]), judged[0].sheet)
+
+
+def _evidence(pair: Pair, tools: Tools, clip: Clip, truth: Clip | None, truth_key: str) -> Evidence:
+    regions = frozenset(region for _, region in tools.possible())
+    return Evidence(clip, truth, tools.finder, regions, tools.backbones, pair.text.words, truth_key)
+
+
+def _judge(wanted: Sequence[tuple[Metric, str]], evidence: Evidence, tools: Tools) -> Judged:
     out = Judged()
     for metric, region in wanted:
         key = key_of(metric, region, tools)
         try:
-            if metric.truth and truth is None:
+            if metric.truth and evidence.truth is None:
                 raise NotMeasured("needs a true video")
             if metric.measure is not None:
                 value = metric.measure(evidence, region)
@@ -138,8 +171,14 @@ def judge(pair: Pair, tools: Tools, skip: Sequence[str] = ()) -> Judged:
                 out.features[key] = metric.collect(evidence, region)
         except NotMeasured as why:
             out.values[key] = {"missing": str(why)}
-    out.facts = _facts(evidence)
-    out.sheet = contact_sheet(evidence)
+    out.facts = _facts(evidence.gen)
+    if evidence.truth is not None:
+        out.facts["compared"] = evidence.frames
+        if len(evidence.truth.frames) < len(evidence.gen.frames):
+            short = len(evidence.gen.frames) - len(evidence.truth.frames)
+            out.facts["note"] = f"the true video ends {short} frames earlier"
+    if "found" in evidence.__dict__:
+        out.facts["people"] = evidence.found.people
     return out
 
 
@@ -148,9 +187,8 @@ def key_of(metric: Metric, region: str, tools: Tools) -> str:
     return f"{metric.full_name(tools.backbones)}|{region}"
 
 
-def _facts(evidence: Evidence) -> dict[str, Any]:
-    clip = evidence.gen
-    facts: dict[str, Any] = {
+def _facts(clip: Clip) -> dict[str, Any]:
+    return {
         "frames": len(clip.frames),
         "fps": round(clip.fps, 4),
         "seconds": round(clip.seconds, 3),
@@ -158,13 +196,6 @@ def _facts(evidence: Evidence) -> dict[str, Any]:
         "height": clip.frames.shape[1],
         "sound": clip.sound is not None,
     }
-    if evidence.truth is not None:
-        facts["compared"] = evidence.frames
-        if len(evidence.truth.frames) < len(clip.frames):
-            facts["note"] = f"the true video ends {len(clip.frames) - len(evidence.truth.frames)} frames earlier"
-    if "found" in evidence.__dict__:
-        facts["people"] = evidence.found.people
-    return facts
 
 
 def _rounded(curve: Sequence[float | None]) -> list[float | None]:

@@ -58,6 +58,7 @@ class Metric:
         collect: features of one video and of its truth, each [n, d], for metrics of sets.
         least: samples of a set below which a warning is given.
         perfect: the value of the truth itself, where there is one.
+        first: looks at the first frames alone: of a video that is judged in parts, at the first part.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Metric:
     collect: Callable[[Evidence, str], tuple[FloatArray, FloatArray]] | None = None
     least: int = 0
     perfect: float | None = None
+    first: bool = False
 
     def full_name(self, backbones: Mapping[str, Backbone]) -> str:
         """The name with what measured it: "csim[dlib-resnet]"."""

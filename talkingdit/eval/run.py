@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from talkingdit.atomic import whole_file, write_whole
+from talkingdit.atomic import write_whole
 from talkingdit.errors import UserError
 from talkingdit.eval.job import Pair
 from talkingdit.eval.judge_video import Judged, Plan, Tools, judge, key_of
+from talkingdit.eval.parts import PART_SECONDS, is_long
 from talkingdit.media.checks import digest_of
 
 KEPT = "videos"  # folder of what is known
@@ -33,11 +34,12 @@ KEPT = "videos"  # folder of what is known
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of one video, or why nothing is."""
+    """What is known of one video, or why nothing is; and whether an earlier run had found all of it."""
 
     pair: Pair
     judged: Judged
     error: str = ""
+    known: bool = False
 
 
 @dataclass
@@ -144,7 +146,7 @@ def _one(pair: Pair, tools: Tools, keep: Path) -> Verdict:
         known = load(file, versions)
         have = set(known.values) | set(known.features)
         if known.facts and have >= set(versions):
-            return Verdict(pair, known)
+            return Verdict(pair, known, known=True)
         found = judge(pair, tools, tuple(have))
         judged = Judged(known.values | found.values, known.features | found.features, found.facts, found.sheet)
         save(file, judged, versions)
@@ -161,17 +163,18 @@ def identity_of(pair: Pair, tools: Tools) -> str:
         pair.text.words,
         f"{tools.finder.name}/{tools.finder.version}",
     ]
+    if is_long(pair.gen):
+        parts.append(f"parts of {PART_SECONDS:g} s")
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def save(file: Path, judged: Judged, versions: Mapping[str, str]) -> None:
     """Keep what is known; features lie beside it, and come first, so that a file of values has its features."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save as packed
 
     if judged.features:
         arrays = {f"{key}#{i}": np.ascontiguousarray(both[i]) for key, both in judged.features.items() for i in (0, 1)}
-        with whole_file(file.with_suffix(".safetensors")) as temporary:
-            save_file(arrays, temporary)
+        write_whole(file.with_suffix(".safetensors"), packed(arrays))  # save_file has a temporary file of its own
     content = {
         "values": judged.values,
         "features": sorted(judged.features),

@@ -117,13 +117,13 @@ def fit_portrait(image: Frames, size: int) -> tuple[Frames, bool]:
     Returns:
         [size, size, 3] uint8, and whether something was cut off.
     """
-    import cv2
-
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     square = np.ascontiguousarray(image[top : top + side, left : left + side])
     if side != size:
+        import cv2
+
         how = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
         square = cv2.resize(square, (size, size), interpolation=how).astype(np.uint8, copy=False)
     return square, height != width

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,3 +76,28 @@ def test_drawn_clips_have_anchors_of_every_kind_in_the_clip_and_out_of_it() -> N
     scene, _ = held_out_scene(3)
     assert scene.characters[0].held_out
     assert other_shot(scene, rng).background != scene.background
+
+
+def test_rows_are_compared_at_equal_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first row takes the time that it is given; the others take its steps, however busy the machine is then."""
+    from training import loop, parallel
+
+    seen = []
+
+    class Trainer:
+        def __init__(self, config: Any, mesh: Any) -> None:
+            seen.append((config.run.minutes, config.run.steps))
+
+        def run(self) -> None: ...
+
+    monkeypatch.setattr(loop, "Trainer", Trainer)
+    monkeypatch.setattr(parallel, "start", lambda *arguments: None)
+    monkeypatch.setattr(parallel, "stop", lambda: None)
+    chosen, budget = ablations.study("skyreels_audio"), ablations.Budget(minutes=3.0)
+    for row in chosen.rows[:2]:
+        ablations.run_training(chosen, row, tmp_path, budget)
+        folder = tmp_path / f"skyreels_audio_{row.name}"
+        folder.mkdir()
+        (folder / "log.jsonl").write_text('{"step": 10}\n{"step": 1412}\n')
+    assert seen[0][0] == 3.0
+    assert seen[1] == (0.0, 1412)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from clip_files import RATE, draw, number_of, voice, write_video
 
 from talkingdit.curate import look as looking
 from talkingdit.curate.look import looks, unpacked
+from talkingdit.curate.measure import Video, Watcher
 from talkingdit.curate.settings import Watch
 from talkingdit.curate.stages.sync import envelope, shift
 from talkingdit.media.sound import sound_blocks
@@ -121,3 +123,19 @@ def test_sound_that_ends_early_leaves_the_rest_silent(tmp_path: Path) -> None:
     assert len(clips[0].samples) == RATE
     assert len(clips[1].samples) < RATE / 2
     assert Fraction(len(clips[1].pictures), 16) == 1
+
+
+def test_all_that_watching_holds_does_not_grow_with_the_video(tmp_path: Path) -> None:
+    """Ten times as long takes a tenth more at most, beside the figures of the clips; `tools/long_memory.py` takes an hour."""
+    watcher = Watcher(Watch(clip_seconds=2.0, cut=0, stages=("picture",), samples=0), tmp_path, anchors=False)
+    peaks = []
+    for seconds in (4, 4, 40):  # the first loads what is loaded once
+        path = write_video(tmp_path / "video.mp4", draw(seconds * 8, (128, 192)), 8, voice(float(seconds)))
+        tracemalloc.start()
+        try:
+            record = watcher.record(Video("video", path))
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        assert (record["error"], len(record["clips"])) == ("", seconds // 2)
+    assert peaks[2] < 1.1 * peaks[1], peaks

@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 
-WRITERS, KILLS = ["generate", "precompute", "train", "export"], 5
+WRITERS, KILLS = ["generate", "precompute", "train", "export", "eval"], 5
 
 
 @pytest.fixture(scope="module")

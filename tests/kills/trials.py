@@ -78,7 +78,7 @@ def start(writers: list[str], kills: int, folder: Path, timeout: float) -> list[
     library = folder / "moments.so"
     command = [os.environ.get("CC", "cc"), "-O1", "-shared", "-fPIC", "-o", library, HERE / "moments.c", "-ldl"]
     subprocess.run(command, check=True, capture_output=True)
-    paths = [ROOT, ROOT / "tests", ROOT / "tests" / "training"]
+    paths = [ROOT, ROOT / "tests", ROOT / "tests" / "training", ROOT / "tests" / "eval"]
     environment = {
         **os.environ,
         "LD_PRELOAD": str(library),

@@ -20,6 +20,7 @@ import soundfile
 import torch
 from clip_files import draw, voice, write_video
 from official import make_official
+from videos import folders as draw_small
 
 import training.train
 from talkingdit.cli.main import main
@@ -203,9 +204,44 @@ class Export:
         return 0
 
 
+class Eval:
+    """Four videos of two systems and their truth: values, features of the set, tables and the report."""
+
+    METRICS = "ssim,psnr,efid,found"
+
+    def __init__(self, folder: Path):
+        draw_small(folder)
+        self.inputs = folder
+
+    def begin(self, folder: Path) -> None:
+        pass
+
+    def run(self, folder: Path) -> int:
+        systems = [f"--generated={name}={self.inputs / name}" for name in ("soft", "sharp")]
+        files = [f"--truth={self.inputs / 'truth'}", "-o", str(folder / "out")]
+        return main(["eval", *systems, *files, "--finder", "drawn", "--metrics", self.METRICS])
+
+    def result(self, folder: Path) -> Any:
+        found = digests(folder / "out")
+        assert sum(name.endswith(".json") for name in found) == 1 + 6, found  # results, and each video once
+        return found
+
+    def kept(self, folder: Path) -> int:
+        files = list((folder / "out" / "videos").glob("*.json"))
+        for file in files:
+            assert set(json.loads(file.read_text())) >= {"values", "features", "facts"}
+            assert file.with_suffix(".safetensors").is_file()
+        return len(files)
+
+    def goes_on(self, log: str) -> int:
+        found = re.search(r"6 videos judged, (\d) of them by an earlier run", log)
+        return int(found[1]) if found else 0
+
+
 MAKE: dict[str, Callable[[Path], Any]] = {
     "generate": Generate,
     "precompute": Precompute,
     "train": Train,
     "export": Export,
+    "eval": Eval,
 }

@@ -92,6 +92,7 @@ def _metric(name: str, title: str, about: str, better: Any, slot: str = "", perf
         truth=True,
         measure=_of(name, slot),
         perfect=perfect,
+        first=True,
     )
 
 

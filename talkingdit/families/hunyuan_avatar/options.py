@@ -73,8 +73,10 @@ class Options(GenerationOptions):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"generate: {name} must be a number of at least 0, got {value}")
-        if self.step_cache != RELEASED:
+        if not isinstance(self.step_cache, str):
             check_step_cache(self.step_cache)
+        elif self.step_cache != RELEASED:
+            raise ValueError(f"generate: step_cache must be a number or {RELEASED}, got {self.step_cache!r}")
         check_speakers(self.speaker, self.turns is not None)
         if self.guidance is not None and (self.text_guidance is not None or self.audio_guidance is not None):
             raise ValueError("generate: guidance must be left out beside separate strengths of text and audio")

@@ -101,13 +101,12 @@ def _file_bytes(folder: Path, patterns: tuple[str, ...]) -> int:
 
 
 def parameters(config: Mapping[str, Any]) -> dict[str, Parameter]:
-    import torch
+    from talkingdit.checkpoints.fill import without_memory
+    from talkingdit.families.wan_s2v.network import WanS2VNetwork
 
-    from talkingdit.families.wan_s2v.model import WanS2VModel
-
-    with torch.device("meta"):
-        model = WanS2VModel(**config)
-    kept: Any = WanS2VModel._keep_in_fp32_modules
+    with without_memory():
+        model = WanS2VNetwork(**config)
+    kept = WanS2VNetwork._keep_in_fp32_modules
     return {name: Parameter(tuple(p.shape), any(word in name for word in kept)) for name, p in model.named_parameters()}
 
 
