@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None) -> talkingdit.TalkingOutput:
     samples, rate = soundfile.read(VOICE, dtype="float32")
     said: dict[str, Any] = {"image": PORTRAIT, "audio": (samples[: 3 * rate], rate), "prompt": PROMPT}
 
-    for frames in pipe.stream(**said, steps=args.steps):
-        print(f"{len(frames)} frames are there")
+    for span in pipe.stream(**said, steps=args.steps):
+        print(f"{len(span.frames)} frames are there, to be seen from {span.seconds[0]:g} to {span.seconds[1]:g} s")
         break  # who stops looking stops the work
 
     def watch(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

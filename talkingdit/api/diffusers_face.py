@@ -7,8 +7,8 @@ A saved folder is a checkpoint like others, which every door of this package ope
     model_index.json    class of every part, with the module that has it: `AutoModel` finds our models by it
     pipeline.py         names the class below, for `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`
 
-Encoders that are no models of diffusers themselves, but hold one of transformers with its tokenizer, go as the files that
-they came from, and are loaded by ourselves.
+Encoders that are no models of diffusers themselves, but hold one of transformers with its tokenizer, go as the files
+that they came from, and are loaded by ourselves.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ class TalkingDiffusionPipeline(DiffusionPipeline):
             part = getattr(self, name)
             if not any(part is one for one in self._came):
                 raise UserError(
-                    f"save_pretrained: expected parts that are models of diffusers, got {name} of {type(part).__name__}, "
+                    "save_pretrained: expected parts that are models of diffusers, "
+                    f"got {name} of {type(part).__name__}, "
                     "which did not come with the checkpoint; save the transformer by itself and put it into a copy of "
                     "the folder that it came from."
                 )

@@ -233,8 +233,8 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **options: Any,
     ) -> Iterator[FrameSpan]:
-        """The frames of a video as they become final, down to what the decoder makes at once. Arguments are checked at the
-        call; see `__call__`.
+        """The frames of a video as they become final, down to what the decoder makes at once. Arguments are checked at
+        the call; see `__call__`.
 
         Closing the iterator stops the work; nothing is left on the disk. So does an interruption, behind the last
         finished clip.

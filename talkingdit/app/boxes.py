@@ -22,9 +22,9 @@ from talkingdit.media.image import image_size
 
 SCRIPT = Path(__file__).with_name("draw.js")
 HELP = (
-    "In the place of the one voice. Draw a box around each face on the picture below: drag over it, or click two of its "
-    "corners. It is written where the cursor was last, else for the next speaker without one; it can be typed as well: "
-    "left, top, right and bottom side in pixels of the picture."
+    "In the place of the one voice. Draw a box around each face on the picture below: drag over it, or click two of "
+    "its corners. It is written where the cursor was last, else for the next speaker without one; it can be typed as "
+    "well: left, top, right and bottom side in pixels of the picture."
 )
 
 

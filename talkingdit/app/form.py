@@ -129,7 +129,8 @@ def _text(one: Field, values: Sequence[Any], folder: Path) -> Any:
     if one.switch:
         return bool(value)
     if one.kind is Path:
-        return take(Path(value), folder, one.name) if value else ""
+        # Never under a name that a file of the run itself has: the film to dub is no video.mp4.
+        return take(Path(value), folder, f"option-{one.name}") if value else ""
     if one.flag.many:
         files = take_many([Path(path) for path in values[1] or ()], folder, one.name)
         return named([line.strip() for line in (value or "").splitlines() if line.strip()], files)

@@ -30,6 +30,7 @@ COOKIE, HEADER = "talkingdit", "x-talkingdit-token"
 TOKEN = re.compile(r"[A-Za-z0-9_-]{16,128}")
 YEAR = 365 * 24 * 3600
 FRAME = 4096  # bytes around the file in an upload
+MOST_FILES = 1000  # that are known before those that are gone are forgotten
 MOST_JSON = 4 << 20  # bytes of a request that is no upload
 API = "/gradio_api/"
 UPLOAD, FILE = API + "upload", API + "file="
@@ -79,10 +80,14 @@ class Shares:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._owners: dict[str, set[str]] = {}
+        self._most = MOST_FILES
 
     def add(self, path: str | Path, token: str) -> None:
         with self._lock:
             self._owners.setdefault(_real(path), set()).add(token)
+            if len(self._owners) > self._most:  # gradio removes files after a day
+                self._owners = {file: tokens for file, tokens in self._owners.items() if Path(file).exists()}
+                self._most = max(MOST_FILES, 2 * len(self._owners))
 
     def allows(self, path: str | Path, token: str) -> bool:
         with self._lock:

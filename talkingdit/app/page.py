@@ -25,15 +25,6 @@ SOUNDS: dict[str, Any] = {"interactive": True, "buttons": ["download"], "type": 
 SOUNDS["sources"] = ["upload", "microphone"]
 
 
-class Picture(gr.Image):
-    """An image that stays the file that was uploaded: what is wrong with it is told as of any other."""
-
-    is_template = True  # the browser knows it as an image
-
-    def preprocess(self, payload: Any) -> Any:
-        return super().preprocess(payload) if payload is None or payload.path is None else payload.path
-
-
 class Page:
     """Builds the page of a service; the attributes are its components."""
 
@@ -56,7 +47,7 @@ class Page:
     # ---- What is asked for, on the left ------------------------------------------------------------------------------
 
     def _ask(self) -> None:
-        self.image = Picture(
+        self.image = gr.Image(
             label="Picture",
             type="filepath",
             sources=["upload", "clipboard", "webcam"],
@@ -64,6 +55,9 @@ class Page:
             elem_id="picture",
             **FILES,
         )
+        # It stays the file that was uploaded, with its alpha; what is wrong with it is told as of any other. (Where a
+        # class is derived from a component, gradio writes a file beside it.)
+        self.image.preprocess = lambda file: file and file.path  # type: ignore[method-assign]
         self.audio = gr.Audio(label="Voice", elem_id="voice", **SOUNDS)
         self.prompt = gr.Textbox(label="Prompt", info="what to show", interactive=True, elem_id="prompt")
         choices = [

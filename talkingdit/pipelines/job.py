@@ -205,9 +205,7 @@ def _clips(
 
     count = known if spoken else outline.clips
     generate: Any = generate_pieces if in_pieces else generate_clips
-    made: Iterator[Tensor | GeneratedClip] = generate(
-        pipeline, conditions, count, store.finished, store.carry, advance
-    )
+    made: Iterator[Tensor | GeneratedClip] = generate(pipeline, conditions, count, store.finished, store.carry, advance)
     return made
 
 

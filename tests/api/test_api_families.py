@@ -13,6 +13,7 @@ from tiny_families import avatar, gloria, s2v, skyreels
 
 import talkingdit
 
+
 @pytest.mark.parametrize("make", [s2v, avatar, gloria, skyreels])
 def test_the_last_latents_are_what_the_frames_are_made_of(
     make: Callable[[Path], dict[str, Any]], tmp_path: Path

@@ -104,5 +104,7 @@ def test_families_with_encoders_of_transformers_are_saved_whole(
     ours = talkingdit.TalkingPipeline.from_pretrained(tmp_path / "saved")
     np.testing.assert_array_equal(ours(**given).frames, expected)
     found.save_pretrained(tmp_path / "again")
-    names = [{str(path.relative_to(root)) for path in root.rglob("*.*")} for root in (tmp_path / "saved", tmp_path / "again")]
+    names = [
+        {str(path.relative_to(root)) for path in root.rglob("*.*")} for root in (tmp_path / "saved", tmp_path / "again")
+    ]
     assert names[0] == names[1]

@@ -14,7 +14,7 @@ import soundfile
 from PIL import Image
 
 from talkingdit import families
-from talkingdit.app.asked import Asked, Machine, loras_of, options_of, prepare
+from talkingdit.app.asked import VIDEO, Asked, Machine, loras_of, options_of, prepare
 from talkingdit.app.form import collect, form_of, named, named_too, speaker_rows, speakers, width
 from talkingdit.app.queue import model_of
 from talkingdit.app.worker import Interrupt, Worker
@@ -59,6 +59,22 @@ def test_a_wrong_option_is_one_sentence(folder: Path, options: dict[str, Any], s
         options_of(families.get("puppet"), options, folder)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_file_of_an_option_takes_no_name_of_another_file(name: str, folder: Path) -> None:
+    """A film to dub would lie where its video is to be written."""
+    (folder / "uploads").mkdir()
+    (folder / "run").mkdir()
+    form, values = form_of(families.get(name)), []
+    for one in form.fields:
+        file = folder / "uploads" / f"{one.name}.mp4"
+        file.touch()
+        plain = ["", None] if one.flag.many else [one.default if one.switch else ""]
+        values += [str(file)] if one.kind is Path else plain
+    files = set(collect(form, values, folder / "run").values())
+    assert not files & {VIDEO, "image.mp4", "audio.mp4"}
+    assert files == {path.name for path in (folder / "run").iterdir()}
+
+
 @pytest.mark.parametrize("path", ["../other/pose.mp4", "/etc/hostname", "sub/pose.mp4"])
 def test_options_name_only_files_of_their_run(folder: Path, path: str) -> None:
     with pytest.raises(UserError, match="pose: expected one of the files that were uploaded"):
@@ -87,7 +103,9 @@ def test_a_device_that_is_not_there_is_told(folder: Path) -> None:
 def test_the_form_of_a_family_has_each_of_its_options_once(name: str) -> None:
     form = form_of(families.get(name))
     found = [one.name for one in form.fields] + [one.name for one in [form.speaker] if one is not None]
-    assert sorted(found) == sorted(one.name for kind in (families.get(name).options, LoraOptions) for one in fields(kind))
+    assert sorted(found) == sorted(
+        one.name for kind in (families.get(name).options, LoraOptions) for one in fields(kind)
+    )
     assert [one.name for one in form.shown[:2]] == ["seed", "steps"]
     assert all(one.help for one in form.fields)
     assert (form.speaker is not None) == (name == "hunyuan_avatar")  # voices and boxes have rows of their own

@@ -17,7 +17,7 @@ pytest.importorskip("gradio", reason="needs gradio")
 from starlette.testclient import TestClient
 from test_runs import Made
 
-from talkingdit.app.guard import HEADER, Guard
+from talkingdit.app.guard import HEADER, Guard, Shares
 from talkingdit.app.runs import owner_of
 from talkingdit.app.server import Settings, opened
 from talkingdit.puppets import MODEL
@@ -196,3 +196,20 @@ def test_with_a_password_nothing_is_answered_without_it(application: Guard) -> N
             assert (answer.status_code, answer.headers["www-authenticate"][:5]) == (401, "Basic")
     right = {"authorization": "Basic " + base64.b64encode(f"me:{PASSWORD}".encode()).decode()}
     assert client.get("/robots.txt", headers=right).status_code == 200
+
+
+def test_files_that_are_gone_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("talkingdit.app.guard.MOST_FILES", 2)
+    shares, files = Shares(), [tmp_path / f"{number}.png" for number in range(3)]
+    for file in files:
+        file.touch()
+        shares.add(file, "a" * 20)
+    assert all(shares.allows(file, "a" * 20) for file in files)
+    for file in files[:2]:
+        file.unlink()
+    for number in range(3, 8):
+        (tmp_path / f"{number}.png").touch()
+        shares.add(tmp_path / f"{number}.png", "a" * 20)
+    assert not shares.allows(files[0], "a" * 20)
+    assert shares.allows(files[2], "a" * 20)
+    assert not shares.allows(files[2], "b" * 20)

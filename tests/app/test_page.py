@@ -70,7 +70,10 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     settings = {"window": 5, "shift_offset": 2, "steps": 2, "size_multiple": 16, "early_steps": 1}
     (root / "ckpts" / "pipeline.json").write_text(json.dumps(settings))
     write_scene(folder / "film.mp4", 6)
-    return {path.stem: path for path in folder.iterdir()} | {"weights": root, "dubber": make_skyreels(folder / "dubber")}
+    return {path.stem: path for path in folder.iterdir()} | {
+        "weights": root,
+        "dubber": make_skyreels(folder / "dubber"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +295,9 @@ def test_two_speakers_whose_boxes_are_drawn_on_the_picture(page: Any, scene: dic
         page.locator("#speakers").get_by_label("Play", exact=False).nth(number - 1).wait_for()
     boxes = [field(page, f"Speaker {number}: box") for number in (1, 2)]
     page.locator("#boxes svg").scroll_into_view_if_needed()
-    for box, typed, sides in zip(boxes, ("4,6,90,92", "100,4,188,90"), ((4, 6, 90, 92), (188, 90, 100, 4)), strict=True):
+    for box, typed, sides in zip(
+        boxes, ("4,6,90,92", "100,4,188,90"), ((4, 6, 90, 92), (188, 90, 100, 4)), strict=True
+    ):
         page.mouse.click(*corner(page, *sides[:2]))
         page.mouse.click(*corner(page, *sides[2:]))
         api.expect(box).to_have_value(typed, timeout=PATIENT)
@@ -336,6 +341,8 @@ def test_a_film_is_dubbed(page: Any, scene: dict[str, Path]) -> None:
     until(page, "^ben: done in")
     page.locator("#video video").evaluate("(video) => { video.muted = true; return video.play(); }")
     page.wait_for_function("document.querySelector('#video video').currentTime > 0.1")
-    size = page.evaluate("(({ videoWidth, videoHeight }) => [videoWidth, videoHeight])(document.querySelector('video'))")
+    size = page.evaluate(
+        "(({ videoWidth, videoHeight }) => [videoWidth, videoHeight])(document.querySelector('video'))"
+    )
     assert size == [96, 64]
     page.locator("#sheet img").wait_for()

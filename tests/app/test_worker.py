@@ -40,7 +40,14 @@ def test_a_lora_that_was_uploaded_is_on_the_model(tmp_path: Path) -> None:
         videos.append(read_video(folder / "video.mp4")[0])
         assert told[-1] == {"done": 2, "total": 2}
     assert (videos[0] != videos[1]).any()
-    files = ["--image", str(folder / "image.png"), "--audio", str(folder / "audio.wav"), "-o", str(tmp_path / "cli.mp4")]
+    files = [
+        "--image",
+        str(folder / "image.png"),
+        "--audio",
+        str(folder / "audio.wav"),
+        "-o",
+        str(tmp_path / "cli.mp4"),
+    ]
     more = ["--checkpoint", str(checkpoint), "--device", "cpu", "--live"]
     assert main(["generate", *files, *more, "--lora", f"{tmp_path / 'style.safetensors'}:0.5"]) == 0
     np.testing.assert_array_equal(read_video(tmp_path / "cli.mp4")[0], videos[1])

@@ -13,8 +13,8 @@ import torch
 from official import make_official
 from safetensors.torch import load_file, save_file
 
-from talkingdit.families.lora_options import LoraChoice, read_choice
 from talkingdit.cli.main import main
+from talkingdit.families.lora_options import LoraChoice, read_choice
 from talkingdit.media.files import read_video
 
 LAYERS = ("blocks.0.self_attn.v", "blocks.1.ffn.2", "audio_injector.injector.0.o", "head.head")
