@@ -65,7 +65,7 @@ def read_parts(gen: Path, truth: Path | None) -> Iterator[Part]:
     count = _equal(gen, mine.fps)
     pictures = mine.pictures()
     true = None if truth is None or truth == gen else _Stream(truth)
-    its = iter(()) if true is None else true.pictures(None if true.runs_like(mine) else mine.fps)
+    its: Iterator[Frames] = iter(()) if true is None else true.pictures(None if true.runs_like(mine) else mine.fps)
     for number in itertools.count():
         frames = _some(pictures, count)
         if frames is None:
