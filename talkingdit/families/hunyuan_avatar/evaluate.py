@@ -109,6 +109,21 @@ def generator(checkpoint: Any, steps: int | None = None) -> Generator:
     return generate
 
 
+def draw_sheet(checkpoint: Any, ask: Ask, path: Path, steps: int | None = None) -> None:
+    """The preview sheet of a video."""
+    from talkingdit.families.hunyuan_avatar.outline import outline
+    from talkingdit.families.hunyuan_avatar.pipeline import open_pipeline
+    from talkingdit.pipelines.inputs import Job, read_inputs
+    from talkingdit.pipelines.job import make_video
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        options, audio = _options(ask, folder, checkpoint.settings.image_size, steps)
+        image, words = folder / "portrait.png", plain_caption(ask.scene)
+        inputs = read_inputs(Job(image=image, audio=audio, output=folder / "out.mp4", prompt=words, sheet=path))
+        make_video(inputs, outline(inputs, checkpoint.settings, options), open_pipeline(checkpoint))
+
+
 def _options(ask: Ask, folder: Path, size: int, steps: int | None) -> tuple[Options, Path]:
     """The files of a video, the options that name them, and the sound of all."""
     Picture.fromarray(portrait_of(ask.scene, size)).save(folder / "portrait.png")
@@ -151,6 +166,12 @@ def _write(path: Path, samples: FloatArray) -> None:
     soundfile.write(path, samples / max(1.0, float(np.abs(samples).max())), SPEECH_RATE)
 
 
+def held_out_scene(seed: int, number: int, people: int) -> Scene:
+    """Held-out people with calm faces."""
+    scene = Scene.random(np.random.default_rng([seed, number, people]), "held_out", people)
+    return replace(scene, expressions=("neutral",) * people)
+
+
 # ---- Rows ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Bench:
@@ -175,9 +196,7 @@ class Bench:
     scenes: int = 4
 
     def scene(self, number: int, people: int) -> Scene:
-        """Held-out people with calm faces."""
-        scene = Scene.random(np.random.default_rng([self.seed, number, people]), "held_out", people)
-        return replace(scene, expressions=("neutral",) * people)
+        return held_out_scene(self.seed, number, people)
 
     def voice(self, number: int) -> Voice:
         return self.voices[number % len(self.voices)]
@@ -316,8 +335,12 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def open_bench(folder: Path, options: argparse.Namespace) -> Bench:
-    """What a checkpoint is measured with."""
+def open_checkpoint(folder: Path) -> Any:
+    """A checkpoint of the family, of the drawn world.
+
+    Raises:
+        UserError: it is another one's.
+    """
     import torch
 
     from talkingdit import families
@@ -328,12 +351,35 @@ def open_bench(folder: Path, options: argparse.Namespace) -> Bench:
     checkpoint = family.checkpoint.load_checkpoint(folder, torch.float32, "cpu")
     if checkpoint.settings.features != "speech":
         raise UserError(f"{folder}: only models of the drawn world can be measured with it.")
+    return checkpoint
+
+
+def open_voices(options: argparse.Namespace) -> list[Voice]:
+    """Held-out speech."""
+    count, rng = max(3, options.scenes), np.random.default_rng(options.seed)
+    return list(read_voices(options.voices, options.seconds, count, rng))
+
+
+def draw_example(options: argparse.Namespace) -> None:
+    """Two people who each speak with their own voice, first happy, then surprised."""
+    half, seed = options.seconds / 2, options.seed
+    voices = [voice.samples for voice in open_voices(options)[:2]]
+    moods = [("happy", 0.0, half), ("surprised", half, 2 * half)]
+    ask = Ask(held_out_scene(seed, 0, 2), voices, moods=moods, seed=seed)
+    draw_sheet(open_checkpoint(options.checkpoint), ask, options.sheet, options.steps)
+
+
+def open_bench(folder: Path, options: argparse.Namespace) -> Bench:
+    """What a checkpoint is measured with."""
+    checkpoint = open_checkpoint(folder)
     settings = checkpoint.settings
-    voices = read_voices(options.voices, options.seconds, max(3, options.scenes), np.random.default_rng(options.seed))
     return Bench(
-        generator(checkpoint, options.steps), voices, settings.fps, settings.window, settings.shift_offset,
-        options.steps or settings.steps, options.seed, options.scenes,
+        generator(checkpoint, options.steps), open_voices(options), settings.fps, settings.window,
+        settings.shift_offset, options.steps or settings.steps, options.seed, options.scenes,
     )  # fmt: skip
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -348,6 +394,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--injection", action="append", default=[], metavar="NAME=DIR", help="another model for that table"
     )
+    parser.add_argument(
+        "--sheet", type=Path, metavar="PNG", help="draw the sheet of a video of two people, and no more"
+    )
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="only these")
     parser.add_argument("--scenes", type=int, default=4, help="videos for each row (%(default)s)")
     parser.add_argument("--seconds", type=float, default=6.0, help="length of a video (%(default)s)")
@@ -355,6 +404,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of scenes and videos (%(default)s)")
     options = parser.parse_args(arguments)
     try:
+        if options.sheet is not None:
+            draw_example(options)
+            return 0
         result = run(options)
         print(table(result["rows"]))
     except UserError as error:
