@@ -18,9 +18,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bench import record
 
@@ -42,6 +44,7 @@ class Budget:
         video_minutes: of the long videos.
         cases: videos per claim and row.
         seed: of everything.
+        threads: of training.
         quick: as little as goes through.
     """
 
@@ -50,6 +53,7 @@ class Budget:
     video_minutes: float = 5.0
     cases: int = 8
     seed: int = 0
+    threads: int = 2
     quick: bool = False
 
 
@@ -128,7 +132,7 @@ def train(chosen: Study, row: Row, folder: Path, budget: Budget) -> Path:
 
 
 def _words(budget: Budget) -> list[str]:
-    names = ("minutes", "clips", "video_minutes", "cases", "seed")
+    names = [one.name for one in fields(Budget) if one.name != "quick"]
     words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(budget, name)))]
     return [*words, "--quick"] if budget.quick else words
 
@@ -141,7 +145,7 @@ def run_training(chosen: Study, row: Row, folder: Path, budget: Budget) -> None:
 
     config = read_toml(_ROOT / "training" / "configs" / chosen.config)
     config.run.out = folder / f"{chosen.name}_{row.name}"
-    config.run.seed = budget.seed
+    config.run.seed, config.run.threads = budget.seed, budget.threads
     config.model.start = folder / f"{chosen.name}_start"
     for source in config.data.sources.values():
         source.path = folder / f"{chosen.name}_clips"
@@ -213,13 +217,15 @@ def run(names: Sequence[str], folder: Path, budget: Budget, results: Path | None
     for chosen, claim in wanted:
         for name in claim.rows:
             key = f"{chosen.name}/{claim.name}/{name}/{budget.seed}"
-            said = {"budget": vars(budget)}
+            said: dict[str, Any] = {"budget": {k: v for k, v in vars(budget).items() if k != "threads"}}
             if table.cells.get(key, {}).get("budget") == said["budget"]:
                 continue
             row = chosen.row(name)
             chosen.prepare(folder, budget)
             model = train(chosen, row, folder, budget)
             found = dict(claim.measure(row, model, budget))
+            about = record.header("ablations", torch.device("cpu"), budget.quick)
+            said |= {name: about[name] for name in ("machine", "commit")} | {"threads": budget.threads}
             table.add(key, {"measured": found, "says": claim.says, "better": dict(claim.better), **said})
             print(key, json.dumps(found), file=sys.stderr, flush=True)
     return table
@@ -237,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     budget = Budget(**{name: getattr(options, name) for name in vars(Budget())})
     if budget.quick:
-        budget = Budget(0.0, 4, 0.02, 1, budget.seed, True)
+        budget = Budget(0.0, 4, 0.02, 1, budget.seed, quick=True)
     if options.train:
         name, _, row = options.train.partition("/")
         run_training(study(name), study(name).row(row), options.folder.resolve(), budget)

@@ -7,7 +7,7 @@ and the process group has no wires (torch's "fake" backend), so a world of 512 i
 is counted was asked for by the program: each collective with its arguments, each storage with its life.
 
 Two layers compute differently on CPUs, where fake tensors must live for FSDP's sake. They are made to do what they do
-on GPUs, see `_as_on_gpus`.
+on GPUs, see `as_on_gpus`.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _fused_norm(layer: RMSNorm, x: Tensor | None) -> Any:
 
 
 @contextmanager
-def _as_on_gpus() -> Iterator[None]:
+def as_on_gpus() -> Iterator[None]:
     """Attention and RMS norm keep and make what their CUDA kernels do. Their values mean nothing here."""
     with (
         mock.patch("talkingdit.nn.local_attention.scaled_dot_product", _fused_attention),
@@ -164,7 +164,7 @@ def count(step: Step) -> Counted:
         narrow(model, units, step.model, trained, torch.device("cpu"), step.parallel.offload)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(step.trains(name))
-        stack.enter_context(_as_on_gpus())
+        stack.enter_context(as_on_gpus())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.callback(wan_conditions._layout.cache_clear)
         networks = Networks(families.get("wan_s2v"), model)

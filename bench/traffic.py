@@ -7,6 +7,7 @@ moves at least when nothing stays in a cache between operators. What an operator
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ _FREE = (
     "aten::empty_strided",
     "aten::new_empty_strided",
     "aten::_unsafe_view",
+    "prim::device",  # asked of fake tensors as an operator
 )
 
 
@@ -31,11 +33,21 @@ def _bytes(value: Any) -> int:
 
 
 class Traffic(TorchDispatchMode):
-    """Within the context ``moved`` grows by what operators read and write."""
+    """Within the context what operators read and write is added up.
+
+    Attributes:
+        by_operator: bytes, by names such as "aten::mul".
+        calls: of operators that moved something.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.moved = 0
+        self.by_operator: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    @property
+    def moved(self) -> int:
+        return self.by_operator.total()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -47,15 +59,18 @@ class Traffic(TorchDispatchMode):
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
         if view or schema.name in _FREE:
             return result
+        moved = 0
         named = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | dict(kwargs)
         for argument in schema.arguments:
             written = argument.alias_info is not None and argument.alias_info.is_write
             ours = schema.name.startswith("talkingdit::") and not named.get("add")  # add: into what is there
             overwritten = written and (argument.is_out or ours or schema.name == "aten::copy_")
             # What is overwritten is not read; what is changed in place is read and written.
-            self.moved += _bytes(named.get(argument.name)) * (1 if overwritten else 2 if written else 1)
+            moved += _bytes(named.get(argument.name)) * (1 if overwritten else 2 if written else 1)
         results = () if not schema.returns else (result,) if len(schema.returns) == 1 else result
         for returned, value in zip(schema.returns, results, strict=True):
             if returned.alias_info is None:
-                self.moved += _bytes(value)
+                moved += _bytes(value)
+        self.by_operator[schema.name] += moved
+        self.calls[schema.name] += moved > 0
         return result

@@ -8,6 +8,7 @@ What is heard is judged as a whole.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -51,7 +52,7 @@ def is_long(path: Path) -> bool:
 
 
 def read_parts(gen: Path, truth: Path | None) -> Iterator[Part]:
-    """A video with its truth: as a whole, or in parts of `PART_SECONDS` if it is longer.
+    """A video with its truth: as a whole, or in equal parts of at most `PART_SECONDS`.
 
     Raises:
         UserError: no such file, or not a video.
@@ -61,10 +62,10 @@ def read_parts(gen: Path, truth: Path | None) -> Iterator[Part]:
         yield Part(clip, None if truth is None else clip if truth == gen else read_truth(truth, clip))
         return
     mine = _Stream(gen)
-    count = max(1, round(PART_SECONDS * mine.fps))
+    count = _equal(gen, mine.fps)
     pictures = mine.pictures()
     true = None if truth is None or truth == gen else _Stream(truth)
-    its = iter(()) if true is None else true.pictures(None if true.runs_like(mine) else mine.fps)
+    its: Iterator[Frames] = iter(()) if true is None else true.pictures(None if true.runs_like(mine) else mine.fps)
     for number in itertools.count():
         frames = _some(pictures, count)
         if frames is None:
@@ -74,6 +75,14 @@ def read_parts(gen: Path, truth: Path | None) -> Iterator[Part]:
         other = None if true is None or beside is None else true.clip(beside, mine.fps, number * count)
         yield Part(clip, clip if truth == gen else other, number, whole=False)
         del frames, clip, beside, other  # while the next ones are read
+
+
+def _equal(path: Path, fps: Fraction) -> int:
+    """Frames of a part: as many in each, so that none is too short for a metric."""
+    from talkingdit.media.timeline import length
+
+    frames = max(1, length(path).count)
+    return math.ceil(frames / math.ceil(frames / (PART_SECONDS * fps)))
 
 
 def read_sound(path: Path) -> Sound | None:

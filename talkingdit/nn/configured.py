@@ -58,7 +58,7 @@ class BareModel(nn.Module):
     """
 
     config: Any
-    _keep_in_fp32_modules: tuple[str, ...] | list[str] = ()
+    _keep_in_fp32_modules: Any = ()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -230,8 +230,9 @@ def test_a_phone_in_the_dark(page: Any, voices: dict[str, Path]) -> None:
     page.emulate_media(color_scheme="dark")
     page.reload()
     field(page, "Seed").wait_for()
+    field(page, "Prompt").fill("a person, on a phone")  # which tells its run from earlier ones
     ask(page, voices["short"], steps=1)
-    until(page, "short: done in")
+    until(page, "on a phone: done in")
     page.locator("#video video").wait_for()
     page.locator("#sheet img").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -240,6 +241,7 @@ def test_a_phone_in_the_dark(page: Any, voices: dict[str, Path]) -> None:
     picture(page, "phone")
     assert serious(page) == []
     page.set_viewport_size({"width": 1280, "height": 1000})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
     picture(page, "dark")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench import counted_block, wan_block
 from bench.kernel_kinds import kind, summary
 from bench.traffic import Traffic
 from talkingdit import ops
@@ -40,6 +41,16 @@ def test_a_result_written_in_place_by_our_ops_is_not_read():
     with Traffic() as given:
         ops.gate_residual_norm_modulate(x, y, gate, scale, shift, out=out)
     assert given.moved == fresh.moved
+
+
+def test_a_block_is_counted_by_operator_in_both_programs():
+    """The same matrix products; the rest moves less than half of what it moves officially."""
+    found = counted_block.count(wan_block.SHAPES["tiny"])
+    official, ours = found["official"], found["ours"]
+    assert sum(official["bytes"].values()) > sum(ours["bytes"].values())
+    assert ours["memory_bound_bytes"] < 0.5 * official["memory_bound_bytes"]
+    assert 0.8 < ours["operations"] / official["operations"] < 1.01  # text and history are not encoded in every step
+    assert "| bound by memory, GB |" in counted_block.table(found)
 
 
 @pytest.mark.parametrize(

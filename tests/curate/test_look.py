@@ -126,7 +126,7 @@ def test_sound_that_ends_early_leaves_the_rest_silent(tmp_path: Path) -> None:
 
 
 def test_all_that_watching_holds_does_not_grow_with_the_video(tmp_path: Path) -> None:
-    """Ten times as long takes a tenth more at most, beside the figures of clips; `tools/long_memory.py` has hours."""
+    """Ten times as long takes a tenth more at most, beside the clips' figures; `tools/long_memory.py` takes an hour."""
     watcher = Watcher(Watch(clip_seconds=2.0, cut=0, stages=("picture",), samples=0), tmp_path, anchors=False)
     peaks = []
     for seconds in (4, 4, 40):  # the first loads what is loaded once

@@ -38,7 +38,7 @@ def judged(gen: Path, truth: Path | None, metrics: tuple[str, ...], protocol: st
 
 
 def test_parts_make_what_the_whole_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three parts; the last is short, and the truth, of another rate, ends before it."""
+    """Three parts; the truth, of another rate, ends soon after the second."""
     gen, truth = draw(tmp_path / "gen.mp4", 25), draw(tmp_path / "truth.mp4", 18, seed=1, fps=4)
     metrics = ("ssim", "psnr")
     whole = judged(gen, truth, metrics)
@@ -47,7 +47,7 @@ def test_parts_make_what_the_whole_would(tmp_path: Path, monkeypatch: pytest.Mon
     for key, value in whole.values.items():
         assert some.values[key]["curve"] == value["curve"], key
         assert some.values[key]["value"] == pytest.approx(value["value"], abs=1e-6)
-    assert "2 parts of at most 10 s" in some.values["psnr|whole"]["note"]
+    assert "3 parts of at most 10 s" in some.values["psnr|whole"]["note"]
     assert some.facts == whole.facts
     assert some.facts["compared"] == 36
 
@@ -57,7 +57,11 @@ def test_sound_of_parts_is_that_of_the_whole(tmp_path: Path, monkeypatch: pytest
     (whole,) = parts.read_parts(gen, None)
     monkeypatch.setattr(parts, "PART_SECONDS", 10.0)
     found = [part.clip.sound for part in parts.read_parts(gen, None)]
-    assert [len(sound) for sound in found if sound is not None] == [10 * SPEECH_RATE, 10 * SPEECH_RATE, 5 * SPEECH_RATE]
+    assert [len(sound) for sound in found if sound is not None] == [
+        17 * SPEECH_RATE // 2,
+        17 * SPEECH_RATE // 2,
+        8 * SPEECH_RATE,
+    ]
     assert whole.clip.sound is not None
     joined, all_of_it = np.concatenate([s for s in found if s is not None]), parts.read_sound(gen)
     assert all_of_it is not None

@@ -227,7 +227,7 @@ class Eval:
         return found
 
     def kept(self, folder: Path) -> int:
-        files = list((folder / "out" / "videos").glob("*.json"))
+        files = [file for file in (folder / "out" / "videos").glob("*.json") if not file.name.startswith(".")]
         for file in files:
             assert set(json.loads(file.read_text())) >= {"values", "features", "facts"}
             assert file.with_suffix(".safetensors").is_file()

@@ -178,9 +178,12 @@ def load_bare(folder: Path, dtype: torch.dtype, device: torch.device | str) -> P
     parts = {"vae": (BareAutoencoderKLWan, "AutoencoderKLWan"), "text_encoder": (BarePromptEncoder, "PromptEncoder")}
     if not all((folder / name / "config.json").is_file() for name in (*parts, "transformer")):
         return load_checkpoint(folder, dtype, device)
-    given = {part: bare_arguments(cls, name, folder / part) for part, (cls, name) in parts.items()}
-    if None in given.values() or not plain(given["vae"] or {}):
-        return load_checkpoint(folder, dtype, device)
+    given = {}
+    for part, (cls, name) in parts.items():
+        arguments = bare_arguments(cls, name, folder / part)
+        if arguments is None or (part == "vae" and not plain(arguments)):
+            return load_checkpoint(folder, dtype, device)
+        given[part] = arguments
     settings = read_settings(folder)
     transformer = load_transformer(folder / "transformer", dtype, device)
     dtypes = {"vae": dtype, "text_encoder": torch.float32}

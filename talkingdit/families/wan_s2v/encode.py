@@ -28,7 +28,7 @@ from talkingdit.nn.ranges import Range
 from talkingdit.ops import RopeLayout
 
 if TYPE_CHECKING:
-    from talkingdit.families.wan_s2v.model import WanS2VModel
+    from talkingdit.families.wan_s2v.network import WanS2VNetwork
     from talkingdit.nn.context_parallel import ContextParallel
 
 
@@ -42,7 +42,7 @@ class CleanInputs:
 
 
 def encode(
-    model: WanS2VModel,
+    model: WanS2VNetwork,
     inputs: WanInputs,
     size: tuple[int, int, int] | None = None,
     precompute: bool = True,
@@ -88,7 +88,7 @@ def encode(
     )
 
 
-def _clean_inputs(model: WanS2VModel, inputs: WanInputs) -> tuple[CleanInputs, tuple[bool | Tensor, bool | Tensor]]:
+def _clean_inputs(model: WanS2VNetwork, inputs: WanInputs) -> tuple[CleanInputs, tuple[bool | Tensor, bool | Tensor]]:
     """What becomes clean tokens, and which samples [B] or frames [B, n] lack the reference's and the history's."""
     newest = newest_history(model.config, inputs.add_last_motion)
     batch, device = inputs.text.shape[0], inputs.text.device
@@ -133,12 +133,12 @@ def newest_history(config: Any, add_last_motion: int) -> int:
     return add_last_motion if config.add_last_motion else 0
 
 
-def has_history(model: WanS2VModel, history: Tensor) -> bool:
+def has_history(model: WanS2VNetwork, history: Tensor) -> bool:
     """Whether a history gives tokens: packed, no frames at all are a past of zeros."""
     return model.frame_packer is not None or history.shape[2] > 0
 
 
-def clip_layout(model: WanS2VModel, grid: tuple[int, int, int], given: CleanInputs) -> RopeLayout:
+def clip_layout(model: WanS2VNetwork, grid: tuple[int, int, int], given: CleanInputs) -> RopeLayout:
     """Places of the tokens of a clip of (latent frames, patch rows, patch columns)."""
     config, packer = model.config, model.frame_packer
     past: int | Packing | None = None
@@ -150,7 +150,7 @@ def clip_layout(model: WanS2VModel, grid: tuple[int, int, int], given: CleanInpu
     return sequence_layout(grid, config.dim // config.num_heads, time, past)
 
 
-def clean_tokens(model: WanS2VModel, clip: ClipSpan, local: Range, batch: int, given: CleanInputs) -> Tensor:
+def clean_tokens(model: WanS2VNetwork, clip: ClipSpan, local: Range, batch: int, given: CleanInputs) -> Tensor:
     """The tokens `local` of [reference | history]: [B, n, dim].
 
     Patches are embedded for these tokens alone. A packed history, which is small, is made whole and cut.
@@ -184,14 +184,14 @@ def touch(tokens: Tensor, module: nn.Module | None) -> Tensor:
     return tokens + nothing.sum().to(tokens.dtype)
 
 
-def silence(model: WanS2VModel, batch: int, frames: int, device: torch.device) -> Tensor:
+def silence(model: WanS2VNetwork, batch: int, frames: int, device: torch.device) -> Tensor:
     """Speech features of a clip without audio: zeros."""
     config = model.config
     shape = (batch, config.audio_layers, config.audio_dim, FEATURES_PER_LATENT * frames)
     return torch.zeros(shape, dtype=model.patch_embedding.weight.dtype, device=device)
 
 
-def pose_tokens(model: WanS2VModel, pose: Tensor | None, local: Range, device: torch.device) -> Tensor | None:
+def pose_tokens(model: WanS2VNetwork, pose: Tensor | None, local: Range, device: torch.device) -> Tensor | None:
     """What a pose video adds to the noisy tokens `local`: [B, n, dim], or [1, 1, dim] without one."""
     if model.cond_encoder is None:
         return None
@@ -203,7 +203,7 @@ def pose_tokens(model: WanS2VModel, pose: Tensor | None, local: Range, device: t
 
 
 def for_blocks(
-    model: WanS2VModel, text: Tensor, audio: Tensor, vectors: Tensor | None, precompute: bool
+    model: WanS2VNetwork, text: Tensor, audio: Tensor, vectors: Tensor | None, precompute: bool
 ) -> tuple[tuple[KeyValue | None, ...], tuple[KeyValue, ...] | None, tuple[AudioMemory, ...] | None]:
     """Shift and scale of every injection; with `precompute` keys and values of text and of audio for every block.
 

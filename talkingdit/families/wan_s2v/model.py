@@ -16,7 +16,7 @@ from talkingdit.families.wan_s2v.network import WanS2VNetwork
 from talkingdit.families.wan_s2v.units import ROOT, UNITS
 
 
-class WanS2VModel(WanS2VNetwork, WanDiffusersModel):
+class WanS2VModel(WanS2VNetwork, WanDiffusersModel):  # type: ignore[misc]
     __doc__ = WanS2VNetwork.__doc__
 
     forward_methods: ClassVar = ("encode_conditions", "denoise_packed")  # for `register_fsdp_forward_method`

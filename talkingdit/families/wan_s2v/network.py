@@ -67,7 +67,7 @@ class WanS2VNetwork(WanTrunk):
     """
 
     # Weights that must be float32 on disk and in memory; other units that are precise only compute in it.
-    _keep_in_fp32_modules = ["time_embedding", "time_projection", "modulation"]  # noqa: RUF012
+    _keep_in_fp32_modules: Any = ["time_embedding", "time_projection", "modulation"]  # noqa: RUF012
 
     if TYPE_CHECKING:
         config: Any  # a frozen dictionary with attribute access

@@ -28,7 +28,7 @@ from talkingdit.families.wan_s2v.sequence import ClipSpan, SequenceShard, sequen
 from talkingdit.ops import RopeLayout
 
 if TYPE_CHECKING:
-    from talkingdit.families.wan_s2v.model import WanS2VModel
+    from talkingdit.families.wan_s2v.network import WanS2VNetwork
     from talkingdit.nn.context_parallel import ContextParallel
 
 
@@ -61,7 +61,7 @@ class PackedClip:
         return WanInputs(**{name: value[None] for name, value in given.items() if value is not None})
 
 
-def encode_packed(model: WanS2VModel, clips: Sequence[PackedClip], context: ContextParallel | None) -> WanConditions:
+def encode_packed(model: WanS2VNetwork, clips: Sequence[PackedClip], context: ContextParallel | None) -> WanConditions:
     """The conditions of all clips, behind each other in one sequence of a batch of one.
 
     Every layer that is a unit of sharding runs once, on what all clips have for it.
@@ -117,7 +117,7 @@ def encode_packed(model: WanS2VModel, clips: Sequence[PackedClip], context: Cont
     )
 
 
-def _clean_inputs(model: WanS2VModel, clip: PackedClip, number: int) -> CleanInputs:
+def _clean_inputs(model: WanS2VNetwork, clip: PackedClip, number: int) -> CleanInputs:
     """Checks a clip; returns what becomes its clean tokens."""
     inputs = clip.inputs()
     try:
