@@ -38,7 +38,7 @@ CROPPED_SHARE = 0.6  # of the run
 
 
 @dataclass
-class Config:
+class VaeConfig:
     out: Path = Path("runs/vae")
     voices: Path = Path("data/voices")
     start: Path | None = None  # folder of an autoencoder to go on from, with a new schedule
@@ -58,7 +58,7 @@ class Config:
     save_every: int = 500
 
 
-def make_vae(config: Config) -> AutoencoderKLWan:
+def make_vae(config: VaeConfig) -> AutoencoderKLWan:
     z = 16
     return AutoencoderKLWan(
         base_dim=config.base_dim,
@@ -125,7 +125,7 @@ def sample_clip(rng: np.random.Generator, frames: int, size: int, mouths: Mouths
 
 
 def batches(
-    config: Config, mouths: Mouths, seed: int, progress: Callable[[], float]
+    config: VaeConfig, mouths: Mouths, seed: int, progress: Callable[[], float]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless batches: video [B, 3, T, S, S] in -1..1 and pixel weights [B, 1, 1, S, S], mean one.
 
@@ -182,7 +182,7 @@ def reconstruction_loss(
 
 @torch.no_grad()
 def latent_statistics(
-    vae: AutoencoderKLWan, config: Config, mouths: Mouths, clips: int = 24
+    vae: AutoencoderKLWan, config: VaeConfig, mouths: Mouths, clips: int = 24
 ) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of every latent channel over rendered clips of 33 frames."""
     rng = np.random.default_rng(10_000 + config.seed)
@@ -195,7 +195,7 @@ def latent_statistics(
     return latents.mean(dim=(0, 2, 3, 4)).tolist(), latents.std(dim=(0, 2, 3, 4)).tolist()
 
 
-def main(config: Config) -> None:
+def main(config: VaeConfig) -> None:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     config.out.mkdir(parents=True, exist_ok=True)
@@ -273,4 +273,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(VaeConfig))

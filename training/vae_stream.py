@@ -32,7 +32,7 @@ WINDOW = 4  # latents decoded between two steps of the optimiser
 
 
 @dataclass
-class Config:
+class StreamConfig:
     vae: Path = Path("runs/vae/vae")
     out: Path = Path("runs/vae/long")
     voices: Path = Path("data/voices")
@@ -53,7 +53,7 @@ class Config:
 class Stream:
     """One video being decoded: its latents, its frames, and the decoder's caches up to where it is."""
 
-    def __init__(self, vae: AutoencoderKLWan, rng: np.random.Generator, config: Config, mouths: Mouths) -> None:
+    def __init__(self, vae: AutoencoderKLWan, rng: np.random.Generator, config: StreamConfig, mouths: Mouths) -> None:
         frames = 1 + FRAMES_PER_LATENT * int(rng.integers(8, 41))
         drawn, box = sample_clip(rng, frames, config.size, mouths)
         self.video = torch.from_numpy(drawn).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
@@ -91,7 +91,7 @@ class Stream:
         return output, target
 
 
-def main(config: Config) -> None:
+def main(config: StreamConfig) -> None:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
@@ -135,4 +135,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(StreamConfig))

@@ -103,7 +103,7 @@ class TalkingOutput:
         from talkingdit.pipelines.live import LiveSound
 
         inputs, outline = self._asked.inputs, self._asked.outline
-        job, skip = inputs.job, Fraction(outline.skip, outline.fps)
+        job, skip = inputs.job, Fraction(outline.skipped_frames, outline.fps)
         if isinstance(inputs.sound, LiveSound):
             return np.concatenate(list(inputs.sound.blocks(skip))), SPEECH_RATE
         return np.concatenate(list(channel_blocks(job.audio, None, skip))), sound_form(job.audio)[0]
@@ -165,7 +165,7 @@ class TalkingOutput:
     @property
     def _as_shown(self) -> Outline:
         """The outline of a video of these frames."""
-        return replace(self._asked.outline, lead=0, frames=len(self.frames), size=self.frames.shape[1:3])
+        return replace(self._asked.outline, repeated_frames=0, frames=len(self.frames), size=self.frames.shape[1:3])
 
     def _blocks(self) -> Iterator[Frames]:
         for begin in range(0, len(self.frames), BLOCK):

@@ -81,7 +81,7 @@ class _Sound:
         from talkingdit.media.sound import SPEECH_RATE, channel_blocks, sound_form
         from talkingdit.pipelines.live import LiveSound
 
-        skip, job = Fraction(outline.skip, outline.fps), inputs.job
+        skip, job = Fraction(outline.skipped_frames, outline.fps), inputs.job
         self._blocks: Any
         if isinstance(inputs.sound, LiveSound):
             self.rate, channels, self._blocks = SPEECH_RATE, 1, inputs.sound.blocks(skip)

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from talkingdit.detect.packages import NotInstalledError, package_file
+from talkingdit.media.sound import SPEECH_RATE
 
 GET = "pip install 'talkingdit[curate]'"
-RATE, HOP, PAST = 16000, 512, 64  # samples a second, of a step, and of the step before that the network is given
-STEP = HOP / RATE  # seconds
+HOP, PAST = 512, 64  # samples of a step, and of the step before that the network is given
+STEP = HOP / SPEECH_RATE  # seconds
 STATE = (2, 1, 128)
 _LOCK = threading.Lock()
 
@@ -42,7 +43,7 @@ def speech(samples: Samples) -> NDArray[np.float32]:
     with _LOCK:
         for step in range(steps):
             part = padded[step * HOP : step * HOP + HOP + PAST]
-            inputs = {"input": part[None], "state": state, "sr": np.array(RATE, np.int64)}
+            inputs = {"input": part[None], "state": state, "sr": np.array(SPEECH_RATE, np.int64)}
             probability, state = session.run(None, inputs)
             found[step] = probability.item()
     return found

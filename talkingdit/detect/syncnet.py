@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from talkingdit.errors import UserError
+from talkingdit.media.sound import SPEECH_RATE
 
-RATE, FPS = 16000, 25
+FPS = 25
 WINDOW = 5  # frames that are read at once
 SHIFTS = 15  # frames, to both sides
 HOP, LENGTH, BINS = 160, 400, 512  # samples of a step, of a piece of sound, of its spectrum
@@ -115,7 +116,7 @@ class SyncNet(nn.Module):
         Raises:
             UserError: less than a second of both.
         """
-        count = min(int(len(faces) / fps * FPS), len(sound) * FPS // RATE)
+        count = min(int(len(faces) / fps * FPS), len(sound) * FPS // SPEECH_RATE)
         if count < FPS:
             raise UserError(f"SyncNet: needs a second of pictures and sound, got {count / FPS:.2f} s.")
         nearest = np.minimum(np.round(np.arange(count) / FPS * fps).astype(int), len(faces) - 1)
@@ -170,9 +171,9 @@ def mfcc(sound: Any) -> Floats:
 
 def _filters() -> Floats:
     """Triangles [26, 257] over the bins of the spectrum, evenly spread on the mel scale."""
-    highest = 2595 * np.log10(1 + RATE / 2 / 700)
+    highest = 2595 * np.log10(1 + SPEECH_RATE / 2 / 700)
     hertz = 700 * (10 ** (np.linspace(0, highest, MELS + 2) / 2595) - 1)
-    edges = np.floor((BINS + 1) * hertz / RATE)
+    edges = np.floor((BINS + 1) * hertz / SPEECH_RATE)
     out = np.zeros((MELS, BINS // 2 + 1))
     for j in range(MELS):
         low, middle, high = edges[j : j + 3].astype(int)

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from talkingdit.detect.packages import package_file
+from talkingdit.media.sound import SPEECH_RATE
 
 GET = "pip install --no-deps Resemblyzer"
-RATE, WINDOW, HOP, BANDS = 16000, 400, 160, 40
+WINDOW, HOP, BANDS = 400, 160, 40
 SECONDS = 1.6  # of a piece of which the network makes one embedding, as it was trained
 LOUDNESS = -30.0  # dBFS, to which quieter voices are brought
 
@@ -53,13 +54,13 @@ def embed(samples: NDArray[np.float32], spans: Sequence[tuple[float, float]], ev
         NotInstalledError: the weights are not installed.
     """
     encoder = _encoder()
-    parts = [samples[round(a * RATE) : round(b * RATE)] for a, b in spans]
+    parts = [samples[round(a * SPEECH_RATE) : round(b * SPEECH_RATE)] for a, b in spans]
     voiced = np.concatenate([np.zeros(0, np.float32), *parts])
     level = 10 * np.log10(np.mean(voiced**2) + 1e-12) if len(voiced) else 0.0
     if level < LOUDNESS:
         voiced = voiced * np.float32(10 ** ((LOUDNESS - level) / 20))
-    length = round(SECONDS * RATE)
-    starts = range(0, len(voiced) - length + 1, round(every * RATE))
+    length = round(SECONDS * SPEECH_RATE)
+    starts = range(0, len(voiced) - length + 1, round(every * SPEECH_RATE))
     if not len(starts):
         return np.zeros((0, 256), np.float32)
     pieces = torch.from_numpy(np.stack([voiced[at : at + length] for at in starts]))
@@ -127,7 +128,7 @@ def _mel(pieces: Tensor) -> Tensor:
     spectrum = torch.stft(
         pieces, WINDOW, HOP, window=torch.hann_window(WINDOW), center=True, pad_mode="constant", return_complex=True
     )
-    return (spectrum.abs().square().transpose(1, 2) @ _bands())[:, : round(SECONDS * RATE) // HOP]
+    return (spectrum.abs().square().transpose(1, 2) @ _bands())[:, : round(SECONDS * SPEECH_RATE) // HOP]
 
 
 @lru_cache(maxsize=1)
@@ -135,7 +136,7 @@ def _bands() -> Tensor:
     from transformers.audio_utils import mel_filter_bank
 
     bands: NDArray[Any] = mel_filter_bank(
-        WINDOW // 2 + 1, BANDS, 0.0, RATE / 2, RATE, norm="slaney", mel_scale="slaney"
+        WINDOW // 2 + 1, BANDS, 0.0, SPEECH_RATE / 2, SPEECH_RATE, norm="slaney", mel_scale="slaney"
     )
     return torch.from_numpy(bands).float()
 

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from talkingdit.errors import UserError
-from talkingdit.eval.clip import RATE, Frames, Sound
+from talkingdit.eval.clip import Frames, Sound
+from talkingdit.media.sound import SPEECH_RATE
 
 FloatArray = npt.NDArray[np.float64]
 Triple = tuple[float, float, float]
@@ -152,8 +153,10 @@ class TransformersWhisper:
         if is_silent(sound):
             return ""
         words = []
-        for first in range(0, len(sound), 30 * RATE):
-            inputs = self._processor(sound[first : first + 30 * RATE], sampling_rate=RATE, return_tensors="pt")
+        for first in range(0, len(sound), 30 * SPEECH_RATE):
+            inputs = self._processor(
+                sound[first : first + 30 * SPEECH_RATE], sampling_rate=SPEECH_RATE, return_tensors="pt"
+            )
             with torch.inference_mode():
                 ids = self._model.generate(inputs.input_features)
             words.append(self._processor.batch_decode(ids, skip_special_tokens=True)[0].strip())
@@ -167,10 +170,10 @@ class Dnsmos:
         """None for what is silent or shorter than a second, to which it gives numbers as well."""
         from speechmos import dnsmos
 
-        if is_silent(sound) or len(sound) < SHORTEST_SPEECH * RATE:
+        if is_silent(sound) or len(sound) < SHORTEST_SPEECH * SPEECH_RATE:
             return None
         peak = float(np.abs(sound).max())
-        return float(dnsmos.run((sound / max(1.0, peak)).astype(np.float32), sr=RATE)["ovrl_mos"])
+        return float(dnsmos.run((sound / max(1.0, peak)).astype(np.float32), sr=SPEECH_RATE)["ovrl_mos"])
 
 
 def is_silent(sound: Sound) -> bool:

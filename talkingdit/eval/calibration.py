@@ -16,10 +16,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from talkingdit.eval.clip import RATE, Clip, Frames
+from talkingdit.eval.clip import Clip, Frames
 from talkingdit.eval.drawn import DrawnFinder
 from talkingdit.eval.evidence import Evidence, NotMeasured
 from talkingdit.eval.metric import Metric, all_metrics
+from talkingdit.media.sound import SPEECH_RATE
 from talkingdit.puppets import VOICE
 from talkingdit.puppets.render import render
 from talkingdit.puppets.visemes import visemes_from_audio
@@ -107,7 +108,7 @@ def _freeze(script: Scripted, share: float) -> Clip:
 
 def _shift(script: Scripted, milliseconds: float) -> Clip:
     """The sound comes early, so that the mouth is late."""
-    ahead = round(milliseconds / 1000 * RATE)
+    ahead = round(milliseconds / 1000 * SPEECH_RATE)
     sound = np.concatenate([script.sound[ahead:], np.zeros(ahead, np.float32)])
     return dataclasses.replace(script, sound=sound).clip()
 
@@ -169,7 +170,7 @@ def scripts(count: int, frames: int, size: int, seed: int = 0) -> list[Scripted]
     from talkingdit.media.files import read_audio
 
     voice = read_audio(VOICE)
-    samples = round(frames * RATE / FPS)
+    samples = round(frames * SPEECH_RATE / FPS)
     out = []
     for i in range(count):
         rng = np.random.default_rng([seed, i])

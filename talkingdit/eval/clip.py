@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from talkingdit.errors import UserError
-
-RATE = 16000  # of all sound here, in Hz
+from talkingdit.media.sound import SPEECH_RATE
 
 Frames = npt.NDArray[np.uint8]
 Sound = npt.NDArray[np.float32]
@@ -79,11 +78,11 @@ def read_truth(path: Path, like: Clip) -> Clip:
 
 
 def _at_rate(sound: npt.NDArray[np.float32], rate: int) -> Sound:
-    if rate == RATE:
+    if rate == SPEECH_RATE:
         return np.asarray(sound, np.float32)
     import soxr
 
-    return np.asarray(soxr.resample(sound, rate, RATE), np.float32)
+    return np.asarray(soxr.resample(sound, rate, SPEECH_RATE), np.float32)
 
 
 def envelope(clip: Clip, frames: int) -> npt.NDArray[np.float64]:
@@ -91,6 +90,6 @@ def envelope(clip: Clip, frames: int) -> npt.NDArray[np.float64]:
     sound = np.zeros(0, np.float32) if clip.sound is None else clip.sound
     levels = np.zeros(frames)
     for i in range(frames):
-        part = sound[round(i * RATE / clip.fps) : round((i + 1) * RATE / clip.fps)].astype(np.float64)
+        part = sound[round(i * SPEECH_RATE / clip.fps) : round((i + 1) * SPEECH_RATE / clip.fps)].astype(np.float64)
         levels[i] = np.sqrt(np.mean(part**2)) if len(part) else 0.0
     return levels

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from talkingdit.errors import UserError
-from talkingdit.eval.clip import RATE, Clip, Frames, Sound, read_clip, read_truth
+from talkingdit.eval.clip import Clip, Frames, Sound, read_clip, read_truth
 
 PART_SECONDS = 30.0  # of a video that are held at once
 
@@ -86,7 +86,7 @@ def _equal(path: Path, fps: Fraction) -> int:
 
 
 def read_sound(path: Path) -> Sound | None:
-    """All that is heard in a video, at `RATE`, from its first frame on; None without a sound track."""
+    """All that is heard in a video, at `SPEECH_RATE`, from its first frame on; None without a sound track."""
     stream = _Stream(path)
     return stream.sound(0, None)
 
@@ -144,11 +144,11 @@ class _Stream:
 
     def sound(self, start: Fraction | int, seconds: Fraction | None) -> Sound | None:
         """What is heard from so many seconds after the first frame on; None where nothing is."""
-        from talkingdit.media.sound import sound_blocks
+        from talkingdit.media.sound import SPEECH_RATE, sound_blocks
 
         if not self._heard:
             return None
-        blocks = list(sound_blocks(self.path, RATE, self._begins + start, seconds))
+        blocks = list(sound_blocks(self.path, SPEECH_RATE, self._begins + start, seconds))
         return np.concatenate(blocks) if blocks else None
 
 

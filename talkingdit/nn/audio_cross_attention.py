@@ -318,7 +318,7 @@ def _frame_linear(x: Tensor, weight: Tensor, place: tuple[int, int], epilogue: _
     tokens_per_frame, token_offset = place
     if out is None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         return ops.frame_linear_reference(x, weight, tokens_per_frame, bias, gate, mask, residual, token_offset)
-    return ops.frame_linear(x, weight, tokens_per_frame, bias, gate, mask, residual, token_offset, out)
+    return ops.frame_linear(x, weight, tokens_per_frame, bias, gate, mask, residual, token_offset, out=out)
 
 
 def effective(linear: nn.Module, inputs: int, like: Tensor) -> tuple[Tensor, Tensor]:

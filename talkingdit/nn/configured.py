@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 
-class Config(dict[str, Any]):
+class FrozenConfig(dict[str, Any]):
     """Arguments of a network by name, also as attributes; they cannot be changed."""
 
     def __getattr__(self, name: str) -> Any:
@@ -45,7 +45,7 @@ def configured(init: Callable[..., None]) -> Callable[..., None]:
         if not hasattr(type(self), "config"):
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
-            self.config = Config(list(bound.arguments.items())[1:])
+            self.config = FrozenConfig(list(bound.arguments.items())[1:])
         init(self, *args, **kwargs)
 
     return run

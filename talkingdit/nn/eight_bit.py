@@ -9,7 +9,7 @@ saves that pass, with the same bits (`contract="exact"`, see `talkingdit.ops.eig
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -112,42 +112,36 @@ def _fuse_activations(sequence: nn.Sequential) -> None:
             sequence[i] = EightBitGelu(following.kind, following.contract)
 
 
-def norm_modulate(
-    layer: Any,
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    groups: int | list[int],
-    eps: float,
-    token_offset: int,
-    dtype: torch.dtype,
-) -> Tensor | EightBitRows:
+class NormOptions(NamedTuple):
+    """How rows are normalised and modulated, as `ops.norm_modulate` has it."""
+
+    groups: int | list[int]
+    eps: float
+    token_offset: int
+    dtype: torch.dtype
+
+
+def norm_modulate(layer: Any, x: Tensor, scale: Tensor, shift: Tensor, how: NormOptions) -> Tensor | EightBitRows:
     """`ops.norm_modulate` for a linear layer that multiplies it first: numbers, or rows for an `EightBitLinear`."""
+    groups, eps, token_offset, dtype = how
     if not isinstance(layer, EightBitLinear):
         return ops.norm_modulate(x, scale, shift, groups, eps, token_offset, dtype)
     return ops.norm_modulate_eight_bit(
-        x, scale, shift, layer.kind, groups, eps, token_offset, dtype, contract=layer.contract
+        x, scale, shift, layer.kind, groups, eps, token_offset, dtype=dtype, contract=layer.contract
     )
 
 
 def gate_residual_norm_modulate(
-    layer: Any,
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    groups: int | list[int],
-    eps: float,
-    token_offset: int,
-    dtype: torch.dtype,
-    inplace: bool,
+    layer: Any, x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, how: NormOptions, inplace: bool
 ) -> tuple[Tensor, Tensor | EightBitRows]:
     """`ops.gate_residual_norm_modulate` for a linear layer as above; `inplace` writes the residual over x."""
-    place = (groups, eps, token_offset)
+    groups, eps, token_offset, dtype = how
     if isinstance(layer, EightBitLinear) and y.dtype == dtype:
         return ops.gate_residual_norm_modulate_eight_bit(
-            x, y, gate, scale, shift, layer.kind, *place, contract=layer.contract, out=x if inplace else None
+            *(x, y, gate, scale, shift, layer.kind, groups, eps),
+            token_offset=token_offset,
+            contract=layer.contract,
+            out=x if inplace else None,
         )
     out = (x, torch.empty_like(y, dtype=dtype)) if inplace else None
-    return ops.gate_residual_norm_modulate(x, y, gate, scale, shift, *place, dtype, out=out)
+    return ops.gate_residual_norm_modulate(x, y, gate, scale, shift, groups, eps, token_offset, dtype=dtype, out=out)

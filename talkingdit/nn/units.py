@@ -14,6 +14,9 @@ from typing import Any, Protocol
 
 from torch import nn
 
+# Tokens that go through the feed-forward layer of a block at once in inference; enough to fill a large GPU.
+FFN_TOKENS = 8192
+
 
 @dataclass(frozen=True)
 class Unit:

@@ -111,6 +111,7 @@ def norm_modulate_eight_bit(
     groups: modulate.Groups = None,
     eps: float = 1e-6,
     token_offset: int = 0,
+    *,
     dtype: torch.dtype | None = None,
     contract: str = "exact",
 ) -> EightBitRows:
@@ -144,6 +145,7 @@ def gate_residual_norm_modulate_eight_bit(
     kind: str,
     groups: modulate.Groups = None,
     eps: float = 1e-6,
+    *,
     token_offset: int = 0,
     contract: str = "exact",
     out: Tensor | None = None,
@@ -233,6 +235,7 @@ def norm_modulate_eight_bit_reference(
     groups: modulate.Groups = None,
     eps: float = 1e-6,
     token_offset: int = 0,
+    *,
     dtype: torch.dtype | None = None,
     contract: str = "exact",
 ) -> EightBitRows:
@@ -252,12 +255,15 @@ def gate_residual_norm_modulate_eight_bit_reference(
     kind: str,
     groups: modulate.Groups = None,
     eps: float = 1e-6,
+    *,
     token_offset: int = 0,
     contract: str = "exact",
 ) -> tuple[Tensor, EightBitRows]:
     """:func:`gate_residual_norm_modulate_eight_bit` in plain PyTorch."""
     stream = modulate.gate_residual_reference(x.float(), y, gate, groups, token_offset)
-    normal = norm_modulate_eight_bit_reference(stream, scale, shift, kind, groups, eps, token_offset, y.dtype, contract)
+    normal = norm_modulate_eight_bit_reference(
+        stream, scale, shift, kind, groups, eps, token_offset, dtype=y.dtype, contract=contract
+    )
     return stream.to(x.dtype), normal
 
 

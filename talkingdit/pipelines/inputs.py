@@ -97,8 +97,8 @@ class Outline:
         frames: that the video shows.
         clip_frames: of every clip, where clips are made one after the other and no more of the voice must be known than
             theirs; 0 where all of it must be.
-        lead: frames at its beginning that repeat the first one.
-        skip: frames' worth of sound that is left out at the beginning.
+        repeated_frames: frames at its beginning that repeat the first one.
+        skipped_frames: frames' worth of sound that is left out at the beginning.
         settings: what finished clips depend on, by names that a person knows, of plain JSON types.
         crf: quality of the encoder, lower is better.
         warnings: sentences about what is done differently from what may be expected.
@@ -116,8 +116,8 @@ class Outline:
     predictions: int
     frames: int
     clip_frames: int = 0
-    lead: int = 0
-    skip: int = 0
+    repeated_frames: int = 0
+    skipped_frames: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     crf: int = 16
     warnings: tuple[str, ...] = ()

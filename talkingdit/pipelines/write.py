@@ -48,8 +48,8 @@ class ShownFrames:
 
     def of(self, frames: Frames) -> Frames:
         """Those of the next frames [n, H, W, 3] of clips; maybe none."""
-        if self.seen == 0 and self._outline.lead and len(frames):
-            frames = np.concatenate([frames[:1].repeat(self._outline.lead, axis=0), frames])
+        if self.seen == 0 and self._outline.repeated_frames and len(frames):
+            frames = np.concatenate([frames[:1].repeat(self._outline.repeated_frames, axis=0), frames])
         if isinstance(self._sound, LiveSound) and self._sound.ended:
             frames = frames[: max(0, self._until_end(self._sound) - self.seen)]
         self.seen += len(frames)
@@ -57,7 +57,7 @@ class ShownFrames:
 
     def _until_end(self, sound: LiveSound) -> int:
         """Frames of a video whose voice has ended."""
-        return max(1, -(-len(sound) * self._outline.fps // SPEECH_RATE) - self._outline.skip)
+        return max(1, -(-len(sound) * self._outline.fps // SPEECH_RATE) - self._outline.skipped_frames)
 
 
 class _Sampled:
@@ -106,7 +106,7 @@ class VideoSink:
     def __init__(
         self, inputs: Inputs, outline: Outline, curves: PreviewCurves | None = None, started: float = 0.0
     ) -> None:
-        job, skip = inputs.job, Fraction(outline.skip, outline.fps)
+        job, skip = inputs.job, Fraction(outline.skipped_frames, outline.fps)
         self._started = started
         self._frames = ShownFrames(inputs, outline)
         self._preview = None if job.sheet is None else Preview(inputs, outline, curves)
@@ -193,7 +193,7 @@ class Preview:
         Raises:
             UserError: it cannot be written.
         """
-        inputs, fps, skip = self._inputs, self._outline.fps, self._outline.skip
+        inputs, fps, skip = self._inputs, self._outline.fps, self._outline.skipped_frames
         sound: Sound = _Behind(inputs.sound, skip * SPEECH_RATE // fps) if skip else inputs.sound
         sound = sound if len(sound) else np.zeros(1, np.float32)
         waveform, rate = _outline_of(sound)

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import wan_block
 from bench.live_memory import LiveMemory
-from talkingdit.families.wan_s2v.places import layout_at
+from talkingdit.families.wan_s2v.rope import layout_at
 from talkingdit.models import WanInputs
 
 

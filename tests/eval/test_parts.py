@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from talkingdit.eval import parts
-from talkingdit.eval.clip import RATE
 from talkingdit.eval.job import Pair, Text
 from talkingdit.eval.judge_video import Judged, Plan, Tools, judge
 from talkingdit.media.files import VideoWriter
+from talkingdit.media.sound import SPEECH_RATE
 
 FPS, SIDE = 2, 64
 
@@ -22,8 +22,8 @@ def draw(path: Path, seconds: int, seed: int = 0, fps: int = FPS) -> Path:
     """A dot that goes round before noise, and a tone."""
     rng = np.random.default_rng(seed)
     wall = rng.integers(0, 60, (SIDE, SIDE, 3), dtype=np.uint8)
-    tone = (0.1 * np.sin(np.arange(seconds * RATE) * 0.1)).astype(np.float32)
-    with VideoWriter(path, fps, (SIDE, SIDE), tone, RATE) as video:
+    tone = (0.1 * np.sin(np.arange(seconds * SPEECH_RATE) * 0.1)).astype(np.float32)
+    with VideoWriter(path, fps, (SIDE, SIDE), tone, SPEECH_RATE) as video:
         for i in range(seconds * fps):
             picture = wall.copy()
             x, y = (int(SIDE * (0.5 + 0.3 * f(i / fps / 7))) for f in (np.cos, np.sin))
@@ -57,7 +57,11 @@ def test_sound_of_parts_is_that_of_the_whole(tmp_path: Path, monkeypatch: pytest
     (whole,) = parts.read_parts(gen, None)
     monkeypatch.setattr(parts, "PART_SECONDS", 10.0)
     found = [part.clip.sound for part in parts.read_parts(gen, None)]
-    assert [len(sound) for sound in found if sound is not None] == [17 * RATE // 2, 17 * RATE // 2, 8 * RATE]
+    assert [len(sound) for sound in found if sound is not None] == [
+        17 * SPEECH_RATE // 2,
+        17 * SPEECH_RATE // 2,
+        8 * SPEECH_RATE,
+    ]
     assert whole.clip.sound is not None
     joined, all_of_it = np.concatenate([s for s in found if s is not None]), parts.read_sound(gen)
     assert all_of_it is not None

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 from real_clips import CUT, GROUP, MOODS, PRESENTER, need_detectors, real_clip
 
-from talkingdit.eval.clip import RATE, Clip, read_clip
+from talkingdit.eval.clip import Clip, read_clip
 from talkingdit.eval.evidence import Evidence, NotMeasured
 from talkingdit.eval.finders import RealFinder
 from talkingdit.eval.metric import all_metrics
+from talkingdit.media.sound import SPEECH_RATE
 
 pytestmark = pytest.mark.slow
 FACE = frozenset(("face",))
@@ -19,9 +20,9 @@ FACE = frozenset(("face",))
 
 def few(clip: Clip, first: int, count: int, step: int = 1) -> Clip:
     """Some frames of a clip with their sound."""
-    start = round(first / clip.fps * RATE)
+    start = round(first / clip.fps * SPEECH_RATE)
     frames = clip.frames[first : first + count * step : step]
-    sound = None if clip.sound is None else clip.sound[start : start + round(count * step / clip.fps * RATE)]
+    sound = None if clip.sound is None else clip.sound[start : start + round(count * step / clip.fps * SPEECH_RATE)]
     return Clip(frames, clip.fps / step, sound, clip.name)
 
 
@@ -90,7 +91,7 @@ def test_the_presenters_known_offset_and_a_shift_of_200_ms(presenter: Clip) -> N
     evidence = Evidence(clip, None, RealFinder(), FACE)
     as_filmed = measure(evidence, "face").value
     assert as_filmed in (120, 160)
-    shift = round(0.2 * RATE)
+    shift = round(0.2 * SPEECH_RATE)
     late = Clip(clip.frames, clip.fps, np.concatenate([np.zeros(shift, np.float32), clip.sound[:-shift]]), "late")
     shifted = Evidence(late, None, RealFinder(), FACE)
     shifted.found = evidence.found  # the pictures are the same
@@ -118,7 +119,7 @@ def test_noise_lowers_the_opinion_of_a_voice() -> None:
     from talkingdit.media.files import read_audio
     from talkingdit.puppets import VOICE
 
-    voice = read_audio(VOICE)[: 4 * RATE]
+    voice = read_audio(VOICE)[: 4 * SPEECH_RATE]
     noise = np.random.default_rng(0).normal(0, 0.1, len(voice)).astype(np.float32)
     scores = [Dnsmos()(voice + level * noise) for level in (0, 0.3, 1)]
     assert scores[0] is not None

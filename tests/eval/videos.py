@@ -9,15 +9,15 @@ import cv2
 import numpy as np
 
 from talkingdit.eval.calibration import FPS, Scripted, scripts
-from talkingdit.eval.clip import RATE
 from talkingdit.media.files import VideoWriter
+from talkingdit.media.sound import SPEECH_RATE
 
 FRAMES, SIZE = 20, 64
 
 
 def write(path: Path, script: Scripted, frames: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with VideoWriter(path, FPS, frames.shape[1:3], script.sound, RATE) as video:
+    with VideoWriter(path, FPS, frames.shape[1:3], script.sound, SPEECH_RATE) as video:
         video.write(frames)
 
 

@@ -21,7 +21,7 @@ from talkingdit.errors import UserError
 from talkingdit.families.puppet import cost as puppet_cost
 from talkingdit.families.wan_s2v import cost as wan_cost
 from talkingdit.families.wan_s2v.conditions import WanInputs
-from talkingdit.families.wan_s2v.places import layout_at
+from talkingdit.families.wan_s2v.rope import layout_at
 from talkingdit.families.wan_s2v.units import UNITS
 from talkingdit.models import WanS2VModel, default_checkpoint, preset
 from talkingdit.nn.eight_bit import quantise

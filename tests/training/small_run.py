@@ -20,8 +20,7 @@ from training.checkpoint_files import CheckpointWriter
 from training.config import Config, write_json
 from training.family import train_run
 from training.loop import Trainer
-from training.vae import Config as VaeConfig
-from training.vae import make_vae
+from training.vae import VaeConfig, make_vae
 
 TINY = {"dim": 48, "ffn_dim": 64, "num_heads": 4, "num_layers": 2, "audio_inject_layers": [0, 1]}
 

@@ -15,8 +15,7 @@ from talkingdit.models import WanInputs, load_checkpoint
 from training import export
 from training.build import new_networks
 from training.config import Config
-from training.vae import Config as VaeConfig
-from training.vae import make_vae
+from training.vae import VaeConfig, make_vae
 
 
 def make_config(folder: Path, train: list[str]) -> Config:

@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from talkingdit.puppets.visemes import Visemes
 from training import vae
-from training.vae import Config, Mouths, reconstruction_loss
+from training.vae import Mouths, VaeConfig, reconstruction_loss
 
 
 def test_half_of_the_mouths_are_stretches_of_recorded_voices():
@@ -54,7 +54,7 @@ def test_a_run_writes_a_normalised_autoencoder_and_goes_on_where_it_stopped(tmp_
     t = np.arange(16000 * 6) / 16000
     soundfile.write(voices / "a.flac", 0.2 * np.sin(900 * t) * np.abs(np.sin(9 * t)), 16000)
     (voices / "index.jsonl").write_text(json.dumps({"path": "a.flac", "speaker": "s", "split": "train"}))
-    config = Config(out=tmp_path / "run", voices=voices, minutes=0.01, base_dim=4, dim_mult=(1, 1, 1), threads=1)
+    config = VaeConfig(out=tmp_path / "run", voices=voices, minutes=0.01, base_dim=4, dim_mult=(1, 1, 1), threads=1)
     monkeypatch.setattr(vae, "CROPPED_SHAPES", ((1, 5),))
     monkeypatch.setattr(vae, "latent_statistics", lambda *a, clips=24: STATISTICS(*a, clips=2))
     vae.main(config)

@@ -7,10 +7,10 @@ import re
 import unicodedata
 from collections.abc import Callable
 
-from talkingdit.eval.clip import RATE
 from talkingdit.eval.evidence import Evidence, NotMeasured
 from talkingdit.eval.metric import Metric, Value
 from talkingdit.eval.tracks import crops
+from talkingdit.media.sound import SPEECH_RATE
 
 SOUND = ("sound",)
 SHORTEST = 1.0  # seconds that SyncNet needs
@@ -57,7 +57,7 @@ def _syncnet(which: str) -> Callable[[Evidence, str], Value]:
         clip = evidence.gen
         if clip.sound is None:
             raise NotMeasured("the video has no sound")
-        if min(clip.seconds, len(clip.sound) / RATE) < SHORTEST:
+        if min(clip.seconds, len(clip.sound) / SPEECH_RATE) < SHORTEST:
             raise NotMeasured("it needs a second of pictures and sound")
         tracks = evidence.found.tracks.get("face", ())
         if not tracks:

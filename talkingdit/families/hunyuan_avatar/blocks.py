@@ -13,9 +13,9 @@ from talkingdit import ops
 from talkingdit.families.hunyuan_avatar.rope import Layouts
 from talkingdit.families.hunyuan_avatar.sequence import SequenceShard
 from talkingdit.families.hunyuan_avatar.text import Mlp
-from talkingdit.families.hunyuan_avatar.units import FFN_TOKENS
 from talkingdit.nn.attention import attention
 from talkingdit.nn.layers import Float32Linear, RMSNorm, lend
+from talkingdit.nn.units import FFN_TOKENS
 
 EPS = 1e-6  # of all norms of the blocks
 
@@ -138,7 +138,7 @@ class DoubleBlock(nn.Module):
         y = proj(y)
         out = (x, torch.empty_like(y)) if inplace else None
         ends, offset = place
-        x, y = ops.gate_residual_norm_modulate(x, y, gate1, scale2, shift2, ends, EPS, offset, y.dtype, out=out)
+        x, y = ops.gate_residual_norm_modulate(x, y, gate1, scale2, shift2, ends, EPS, offset, dtype=y.dtype, out=out)
         return ops.gate_residual(x, feed_forward(mlp, y), gate2, ends, offset, out=x if inplace else None)
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.presets import PRESETS
-from talkingdit.families.hunyuan_avatar.units import FFN_TOKENS, hears, walk
+from talkingdit.families.hunyuan_avatar.units import hears, walk
+from talkingdit.nn.units import FFN_TOKENS
 from talkingdit.pipelines.memory import Memory
 from talkingdit.plan.clip import ClipShape
 from talkingdit.plan.cost import (

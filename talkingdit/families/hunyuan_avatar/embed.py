@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from talkingdit.families.hunyuan_avatar.audio import VoiceMemory, speaker_weights
 from talkingdit.families.hunyuan_avatar.blocks import EPS
 from talkingdit.families.hunyuan_avatar.checks import clip_size
-from talkingdit.families.hunyuan_avatar.emotion import KeyValue, Scene, scenes_of
+from talkingdit.families.hunyuan_avatar.emotion import KeyValue, SceneTokens, scenes_of
 from talkingdit.families.hunyuan_avatar.injection import over_time, with_channels
 from talkingdit.families.hunyuan_avatar.inputs import FPS, MOTION_EXP, MOTION_POSE, AvatarConditions, AvatarInputs
 from talkingdit.families.hunyuan_avatar.rope import layouts
@@ -50,7 +50,7 @@ def encode(
     audio, weights = voices(model, inputs, clip, shard.frames[0], shard.video[0])
     emotion, strength = emotions(model, inputs)
     idled = idle(model, len(lengths), audio, emotion)
-    scenes: tuple[Scene, ...] = ()
+    scenes: tuple[SceneTokens, ...] = ()
     if emotion is not None:
         scenes = tuple(scenes_of(emotion_rows(inputs, frames), clip.grid[1:], *shard.video[0]))
     audio_memory, emotion_memory = for_blocks(model, audio, emotion, precompute)

@@ -20,7 +20,7 @@ from talkingdit.nn.layers import LayerNorm, PatchConv3d
 KeyValue = tuple[Tensor, Tensor]
 
 
-class Scene(NamedTuple):
+class SceneTokens(NamedTuple):
     """Video tokens of one sample here that follow one reference."""
 
     sample: int
@@ -95,7 +95,7 @@ class EmotionAdapter(nn.Module):
         x: Tensor,
         emotion: Tensor | None,
         strength: Tensor,
-        scenes: Sequence[Scene],
+        scenes: Sequence[SceneTokens],
         memory: KeyValue | None = None,
     ) -> Tensor:
         """The residual stream with what the references add to it.
@@ -112,7 +112,7 @@ class EmotionAdapter(nn.Module):
             memory = self.memory(emotion)
         k, v = memory
         if not scenes:  # the weights must get their gradient on every process, also where no token follows a reference
-            scenes = [Scene(0, slice(0, 0), 0, (1, 1))]
+            scenes = [SceneTokens(0, slice(0, 0), 0, (1, 1))]
         rows = []
         for sample in range(x.shape[0]):
             parts, filled = [], 0
@@ -132,7 +132,7 @@ class EmotionAdapter(nn.Module):
             rows.append(torch.cat(parts, dim=1))
         return torch.cat(rows)
 
-    def _where(self, scene: Scene, tokens: Tensor) -> Tensor:
+    def _where(self, scene: SceneTokens, tokens: Tensor) -> Tensor:
         """Places of these tokens [1, n, dim] in their frames."""
         table = places(*scene.grid, tokens.shape[-1], tokens.device).to(tokens.dtype)
         index = (scene.first + torch.arange(tokens.shape[1], device=tokens.device)) % len(table)
@@ -141,7 +141,7 @@ class EmotionAdapter(nn.Module):
 
 def scenes_of(
     index: Sequence[Sequence[int]], grid: tuple[int, int], begin: int, end: int, place: int = 0, sample: int = 0
-) -> list[Scene]:
+) -> list[SceneTokens]:
     """Runs of frames that follow one reference, as ranges of the video tokens here.
 
     Args:
@@ -161,6 +161,6 @@ def scenes_of(
             first, last = max(frame * per_frame, begin), min(stop * per_frame, end)
             if row[frame] >= 0 and first < last:
                 tokens = slice(place + first - begin, place + last - begin)
-                scenes.append(Scene(number, tokens, row[frame], grid, first % per_frame))
+                scenes.append(SceneTokens(number, tokens, row[frame], grid, first % per_frame))
             frame = stop
     return scenes

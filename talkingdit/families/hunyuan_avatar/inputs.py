@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from talkingdit.families.hunyuan_avatar.audio import VoiceMemory
-from talkingdit.families.hunyuan_avatar.emotion import KeyValue, Scene
+from talkingdit.families.hunyuan_avatar.emotion import KeyValue, SceneTokens
 from talkingdit.families.hunyuan_avatar.rope import Layouts
 from talkingdit.families.hunyuan_avatar.sequence import SequenceShard
 
@@ -91,7 +91,7 @@ class AvatarConditions:
     audio_memory: tuple[VoiceMemory, ...] | None = None  # per adapter
     emotion: Tensor | None = None  # [B or clips, E, n, dim]
     emotion_strength: Tensor | None = None  # [B or clips, E]
-    emotion_scenes: tuple[Scene, ...] = ()
+    emotion_scenes: tuple[SceneTokens, ...] = ()
     emotion_memory: tuple[KeyValue, ...] | None = None  # per adapter
     idle_audio: Tensor | None = None  # [B, 1, 1, A, dim], for layers that must run although nobody speaks
     idle_emotion: Tensor | None = None  # [B, 1, 1, dim], likewise

@@ -23,7 +23,7 @@ from talkingdit.families.hunyuan_avatar.embed import (
     step_vector,
     vector_inputs,
 )
-from talkingdit.families.hunyuan_avatar.emotion import Scene, scenes_of
+from talkingdit.families.hunyuan_avatar.emotion import SceneTokens, scenes_of
 from talkingdit.families.hunyuan_avatar.inputs import AvatarConditions, AvatarInputs
 from talkingdit.families.hunyuan_avatar.rope import layouts
 from talkingdit.families.hunyuan_avatar.sequence import MAX_CLIPS, ClipSpan, SequenceShard, sequence_shard
@@ -169,14 +169,14 @@ def _voices(
 
 def _emotions(
     model: HunyuanAvatarModel, given: Sequence[AvatarInputs], shard: SequenceShard
-) -> tuple[Tensor | None, Tensor | None, tuple[Scene, ...]]:
+) -> tuple[Tensor | None, Tensor | None, tuple[SceneTokens, ...]]:
     """References [1, E, n, dim] of all clips, their strengths [1, E], and which tokens follow which."""
     sizes = {tuple(inputs.emotion.shape[-2:]) for inputs in given if inputs.emotion is not None}
     if len(sizes) > 1:
         raise ValueError(f"HunyuanAvatarModel: emotions of packed clips must have one size, got {sorted(sizes)}")
     tokens: list[Tensor] = []
     strengths: list[Tensor] = []
-    scenes: list[Scene] = []
+    scenes: list[SceneTokens] = []
     place = references = 0
     for inputs, clip, (begin, end) in zip(given, shard.clips, shard.video, strict=True):
         made, strength = emotions(model, inputs)

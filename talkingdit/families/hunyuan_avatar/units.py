@@ -24,8 +24,6 @@ UNITS: tuple[Unit, ...] = (
 )
 # Layers of the root: small, called more than once in a forward, or not in every one, as conditions come and go.
 ROOT = ("img_in", "ref_in", "before_proj", "emotion_in")
-# Tokens that go through the feed-forward layer of a block at once in inference; enough to fill a large GPU.
-FFN_TOKENS = 8192
 
 
 def hears(block: int) -> bool:

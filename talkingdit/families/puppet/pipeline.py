@@ -37,7 +37,7 @@ from talkingdit.encoders.text import cut_warning
 from talkingdit.families.puppet.clothes import keep_clothes
 from talkingdit.families.puppet.options import Options
 from talkingdit.families.puppet.outline import Details, Sampling, clip_frames
-from talkingdit.families.wan_s2v import cached_steps
+from talkingdit.families.wan_s2v import step_cache
 from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.media.files import SPEECH_RATE
 from talkingdit.media.framing import fit_portrait
@@ -115,7 +115,7 @@ class PuppetPipeline(ClipPipeline):
         encoder, prompt = self.checkpoint.text_encoder, inputs.job.prompt
         unknown = encoder.unknown_words(prompt)
         words = (f"the prompt has words that this model does not know: {', '.join(unknown)}.",) if unknown else ()
-        cache = cached_steps.warnings(outline.details.sampling.step_cache, self.checkpoint.folder)
+        cache = step_cache.warnings(outline.details.sampling.step_cache, self.checkpoint.folder)
         return (*words, *cut_warning(encoder, prompt), *cache)
 
     def encode(self, inputs: Inputs, outline: Outline) -> VideoConditions:
@@ -305,7 +305,7 @@ class PuppetPipeline(ClipPipeline):
         x = clip_noise(shape, conditions.sampling.seed, index).to(self._device)
         timesteps = 1000.0 * torch.tensor(sigmas[:-1], device=self._device)
         threshold, folder = conditions.sampling.step_cache, self.checkpoint.folder
-        steps = cached_steps.cached_steps(model, timesteps, len(encoded), threshold, folder, self.recorder)
+        steps = step_cache.cached_steps(model, timesteps, len(encoded), threshold, folder, self.recorder)
         for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
             velocities = [
                 model(

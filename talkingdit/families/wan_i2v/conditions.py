@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from talkingdit.families.wan_s2v.conditions import KeyValue
-from talkingdit.families.wan_s2v.places import head_split
+from talkingdit.families.wan_s2v.rope import head_split
 from talkingdit.families.wan_s2v.sequence import SequenceShard
 from talkingdit.ops import RopeLayout, Segment
 

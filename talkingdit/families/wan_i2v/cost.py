@@ -14,7 +14,8 @@ from talkingdit.errors import UserError
 from talkingdit.families.wan_i2v.presets import PRESETS
 from talkingdit.families.wan_i2v.units import walk
 from talkingdit.families.wan_s2v import cost as wan_s2v
-from talkingdit.families.wan_s2v.cost import FFN_TOKENS, Kept
+from talkingdit.families.wan_s2v.cost import Kept
+from talkingdit.nn.units import FFN_TOKENS
 from talkingdit.pipelines.memory import Memory
 from talkingdit.plan.clip import ClipShape
 from talkingdit.plan.cost import (

@@ -25,7 +25,7 @@ from talkingdit.distributed.layout import Parallel
 from talkingdit.encoders.text import cut_warning
 from talkingdit.families.wan_i2v.conditions import ExtraTokens, WanI2VInputs
 from talkingdit.families.wan_i2v.outline import Details, Sampling
-from talkingdit.families.wan_s2v import cached_steps
+from talkingdit.families.wan_s2v import step_cache
 from talkingdit.media.framing import fit_image
 from talkingdit.pipelines.guidance import Branch
 from talkingdit.pipelines.long_video import Carry, ClipPipeline, GeneratedClip, StepDone
@@ -105,7 +105,7 @@ class WanI2VPipeline(ClipPipeline):
         found = cut_warning(encoder, inputs.job.prompt)
         if len(sampling.branches) > 1:
             found += cut_warning(encoder, sampling.negative_prompt, "the negative prompt")
-        return found + cached_steps.warnings(sampling.step_cache, self.checkpoint.folder)
+        return found + step_cache.warnings(sampling.step_cache, self.checkpoint.folder)
 
     def encode(self, inputs: Inputs, outline: Outline) -> VideoConditions:
         """Encode what all clips share, from the files of a job."""
@@ -228,7 +228,7 @@ class WanI2VPipeline(ClipPipeline):
         x = parallel.team.broadcast(lambda: self.noise(shape, sampling.seed + clip.index), device)
         held = None if clip.held is None else clip.held.to(device)
         given = 0 if held is None else held.shape[2]
-        steps = cached_steps.cached_steps(
+        steps = step_cache.cached_steps(
             model, solver.timesteps, len(encoded), sampling.step_cache, self.checkpoint.folder, self.recorder
         )
         for step, timestep in enumerate(solver.timesteps):

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from talkingdit import ops
 from talkingdit.families.wan_s2v.conditions import KeyValue
 from talkingdit.families.wan_s2v.sequence import SequenceShard
-from talkingdit.families.wan_s2v.units import FFN_TOKENS
 from talkingdit.nn.attention import attention
 from talkingdit.nn.audio_cross_attention import CrossAttention
-from talkingdit.nn.eight_bit import gate_residual_norm_modulate, norm_modulate
+from talkingdit.nn.eight_bit import NormOptions, gate_residual_norm_modulate, norm_modulate
 from talkingdit.nn.layers import Float32Linear, LayerNorm, RMSNorm, lend
+from talkingdit.nn.units import FFN_TOKENS
 from talkingdit.ops import EightBitRows, RopeLayout
 
 Groups = int | list[int]  # tokens per group, or where groups end
@@ -145,16 +145,16 @@ class WanBlock(nn.Module):
         # Hooks around a block, such as caches of steps, may look at what it was given.
         inplace = inputs.inplace and overwrites() and not hasattr(self, "_diffusers_hook")
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.to(time.dtype)[:, None] + time).unbind(2)
-        place = (groups, self.eps, begin, dtype)
-        y: Any = norm_modulate(self.self_attn.q, x, scale1, shift1, *place)
+        how = NormOptions(groups, self.eps, begin, dtype)
+        y: Any = norm_modulate(self.self_attn.q, x, scale1, shift1, how)
         y = self.self_attn(y, inputs)
         # An affine norm is a modulated one with the same scale and shift everywhere.
         weight, bias = lend(self.norm3)
         scale, shift = (weight - 1).expand_as(gate1), bias.expand_as(gate1)
-        x, y = gate_residual_norm_modulate(self._context_query(), x, y, gate1, scale, shift, *place, inplace)
+        x, y = gate_residual_norm_modulate(self._context_query(), x, y, gate1, scale, shift, how, inplace)
         y = self.attend_context(y, text, inputs, text_kv, *more)
         one = torch.ones_like(gate1)
-        x, y = gate_residual_norm_modulate(self.ffn[0], x, y, one, scale2, shift2, *place, inplace)
+        x, y = gate_residual_norm_modulate(self.ffn[0], x, y, one, scale2, shift2, how, inplace)
         return ops.gate_residual(x, self._feed_forward(y), gate2, groups, begin, out=x if inplace else None)
 
     def attend_context(self, y: Tensor, text: Tensor, inputs: BlockInputs, text_kv: KeyValue | None) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from talkingdit.families.wan_s2v.places import Packing, layout_at
+from talkingdit.families.wan_s2v.rope import Packing, layout_at
 from talkingdit.families.wan_s2v.sequence import SequenceShard
 from talkingdit.nn.audio_cross_attention import AudioMemory
 from talkingdit.ops import RopeLayout
@@ -114,7 +114,7 @@ def sequence_layout(
     """
     if torch.compiler.is_compiling():
         # Not before: its decorators import the compiler, which takes longer than all of torch.
-        from talkingdit.families.wan_s2v.traced_places import TracedLayout
+        from talkingdit.families.wan_s2v.traced_rope import TracedLayout
 
         frames, rows, columns = (operator.index(size) for size in grid)
         return TracedLayout((frames, rows, columns), head_dim, reference_time, past)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from talkingdit.checkpoints.bounds import check_counts
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.presets import PRESETS
-from talkingdit.families.wan_s2v.units import FFN_TOKENS, walk
+from talkingdit.families.wan_s2v.units import walk
+from talkingdit.nn.units import FFN_TOKENS
 from talkingdit.pipelines.memory import Memory
 from talkingdit.plan.clip import ClipShape, latents_of
 from talkingdit.plan.cost import (

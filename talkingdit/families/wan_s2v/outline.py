@@ -118,14 +118,14 @@ class VideoLength:
     Args:
         audio_frames: that clips are made for.
         frames: of the video.
-        lead: frames at its beginning that repeat the first one.
-        skip: audio frames that its sound leaves out at the beginning.
+        repeated_frames: frames at its beginning that repeat the first one.
+        skipped_frames: audio frames that its sound leaves out at the beginning.
     """
 
     audio_frames: int
     frames: int
-    lead: int = 0
-    skip: int = 0
+    repeated_frames: int = 0
+    skipped_frames: int = 0
 
 
 class SizeSettings(Protocol):
@@ -164,8 +164,8 @@ def video_length(samples: int, fps: int, clip_frames: int, dropped: int, options
         frames = min(frames, options.clips * clip_frames)
     if not options.official_timing:
         if options.opening == "cut":
-            return VideoLength(frames, frames - dropped, skip=dropped)
-        return VideoLength(frames, frames, lead=dropped)
+            return VideoLength(frames, frames - dropped, skipped_frames=dropped)
+        return VideoLength(frames, frames, repeated_frames=dropped)
     # Officially clips go to the end of the features, and the file ends with the shorter of frames and sound.
     features = int(((samples - WAV2VEC_WINDOW) // WAV2VEC_HOP + 1) / 50 * 30)
     made = int(features / (clip_frames * 30 / fps)) + 1
@@ -227,8 +227,8 @@ def outline(inputs: Inputs, settings: WanS2VSettings, options: Options) -> Outli
         predictions=sampling.predictions,
         frames=length.frames,
         clip_frames=sampling.clip_frames,
-        lead=length.lead,
-        skip=length.skip,
+        repeated_frames=length.repeated_frames,
+        skipped_frames=length.skipped_frames,
         settings=_kept_settings(sampling, length, options),
         warnings=(*warnings, *_idle(options, sampling, clips)),
         when_too_large=f"clips of {sampling.clip_frames} frames of {width} x {height}; try `--sequential`, a smaller "

@@ -29,7 +29,7 @@ from torch import Tensor
 from talkingdit.autoencoders.streaming import FRAMES_PER_LATENT, to_video
 from talkingdit.distributed.layout import Parallel
 from talkingdit.encoders.text import cut_warning
-from talkingdit.families.wan_s2v import cached_steps
+from talkingdit.families.wan_s2v import step_cache
 from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.outline import DROPPED, Details, Sampling
 from talkingdit.media.colour import colours, match_colours
@@ -97,7 +97,7 @@ class WanS2VPipeline(ClipPipeline):
             found += cut_warning(encoder, sampling.negative_prompt, "the negative prompt")
         if details.options.pose is not None and self.checkpoint.transformer.cond_encoder is None:
             found += ("`--pose` has no effect: this checkpoint has no layers for a pose.",)
-        return found + cached_steps.warnings(sampling.step_cache, self.checkpoint.folder)
+        return found + step_cache.warnings(sampling.step_cache, self.checkpoint.folder)
 
     def encode(self, inputs: Inputs, outline: Outline) -> VideoConditions:
         """Encode what all clips share, from the files of a job."""
@@ -263,7 +263,7 @@ class WanS2VPipeline(ClipPipeline):
         # One process draws, for devices may differ in how they do.
         shape = (channels, frames, height, width)
         x = parallel.team.broadcast(lambda: self._noise(shape, sampling.seed + index), device)
-        steps = cached_steps.cached_steps(
+        steps = step_cache.cached_steps(
             model, solver.timesteps, len(branches), sampling.step_cache, self.checkpoint.folder, self.recorder
         )
         for step, timestep in enumerate(solver.timesteps):

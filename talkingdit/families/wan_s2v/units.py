@@ -20,8 +20,6 @@ UNITS: tuple[Unit, ...] = (
 )
 # Layers of the root: small, called more than once in a forward, or not in every one, as conditions come and go.
 ROOT = ("patch_embedding", "cond_encoder", "trainable_cond_mask", "frame_packer")
-# Tokens that go through the feed-forward layer of a block at once in inference; enough to fill a large GPU.
-FFN_TOKENS = 8192
 
 
 def walk(config: Mapping[str, Any]) -> list[str]:

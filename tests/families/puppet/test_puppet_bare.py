@@ -16,7 +16,7 @@ from talkingdit.errors import UserError
 from talkingdit.families.puppet.checkpoint import PuppetCheckpoint, load_bare, load_checkpoint
 from talkingdit.families.puppet.pipeline import PuppetPipeline, schedule
 from talkingdit.families.wan_s2v.model import WanS2VModel
-from talkingdit.nn.configured import BareModel, Config
+from talkingdit.nn.configured import BareModel, FrozenConfig
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_noise_levels_are_those_of_diffusers(steps: int, shift: float) -> None:
 
 
 def test_a_configuration_cannot_be_changed() -> None:
-    config = Config(dim=3)
+    config = FrozenConfig(dim=3)
     assert config.dim == config["dim"] == 3
     for change in (lambda: config.update(dim=4), lambda: setattr(config, "dim", 4), lambda: config.pop("dim")):
         with pytest.raises(TypeError, match="cannot be changed"):

@@ -16,8 +16,7 @@ from talkingdit.families.puppet import drawn
 from talkingdit.families.puppet.drawn import DrawnVideos, Puppets, encode_video, mouth_cells, precompute, read_voices
 from training.loader import Loader
 from training.sections import BatchConfig, ConditionsConfig, StageConfig
-from training.vae import Config as VaeConfig
-from training.vae import make_vae
+from training.vae import VaeConfig, make_vae
 
 FIRST, LATER = (ClipRequest(history=history) for history in (False, True))
 LONG, SHORT = 43, 13  # latents of videos of 169 and 49 frames

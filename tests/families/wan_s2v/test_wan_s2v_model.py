@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from talkingdit.families.wan_s2v.conditions import WanInputs, sequence_layout
-from talkingdit.families.wan_s2v.places import layout_at
+from talkingdit.families.wan_s2v.rope import layout_at
 from talkingdit.models import WanS2VModel, preset
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "wan_s2v.safetensors"

@@ -117,11 +117,11 @@ def test_a_voice_can_be_cut_short_by_frames_or_clips(work: Path) -> None:
 
 LENGTHS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any], VideoLength]] = {
     # samples, fps, clip frames, dropped
-    "ten seconds": ((160000, 16, 80, 3), {}, VideoLength(160, 160, lead=3)),
-    "a sample more is a picture more": ((160001, 16, 80, 3), {}, VideoLength(161, 161, lead=3)),
-    "cut": ((160000, 16, 80, 3), {"opening": "cut"}, VideoLength(160, 157, skip=3)),
+    "ten seconds": ((160000, 16, 80, 3), {}, VideoLength(160, 160, repeated_frames=3)),
+    "a sample more is a picture more": ((160001, 16, 80, 3), {}, VideoLength(161, 161, repeated_frames=3)),
+    "cut": ((160000, 16, 80, 3), {"opening": "cut"}, VideoLength(160, 157, skipped_frames=3)),
     "nothing dropped": ((160000, 16, 80, 0), {"opening": "cut"}, VideoLength(160, 160)),
-    "a tenth of a second": ((1600, 16, 80, 3), {}, VideoLength(4, 4, lead=3)),
+    "a tenth of a second": ((1600, 16, 80, 3), {}, VideoLength(4, 4, repeated_frames=3)),
     # The official program makes int(features / 150) + 1 clips: 499 hidden states are 299 features, so two.
     "official, ten seconds": ((160000, 16, 80, 3), {"official_timing": True}, VideoLength(160, 157)),
     "official, seven seconds": ((112000, 16, 80, 3), {"official_timing": True}, VideoLength(115, 112)),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from talkingdit.families.wan_s2v.places import head_split, layout_at
+from talkingdit.families.wan_s2v.rope import head_split, layout_at
 from talkingdit.ops import RopeLayout
 
 
