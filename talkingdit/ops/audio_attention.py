@@ -200,7 +200,6 @@ def audio_attention(
     window: int = 0,
     kv_lens: Tensor | None = None,
     weights: Tensor | None = None,
-    *,
     scale: float | None = None,
     cu_frames: Sequence[int] | Tensor | None = None,
     out: Tensor | None = None,
@@ -254,7 +253,6 @@ def audio_attention_reference(
     window: int = 0,
     kv_lens: Tensor | None = None,
     weights: Tensor | None = None,
-    *,
     scale: float | None = None,
     cu_frames: Sequence[int] | Tensor | None = None,
 ) -> Tensor:

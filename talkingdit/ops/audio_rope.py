@@ -109,7 +109,6 @@ def audio_rope_attention(
     token_offset: int = 0,
     kv_lens: Tensor | None = None,
     scale: float | None = None,
-    *,
     theta: float = 10000.0,
 ) -> Tensor:
     """`audio_attention` of queries with the time of their frame and keys with their own time (SkyReels-Audio, 2.2).
@@ -142,7 +141,6 @@ def audio_rope_attention_reference(
     token_offset: int = 0,
     kv_lens: Tensor | None = None,
     scale: float | None = None,
-    *,
     theta: float = 10000.0,
     start: float = 0.0,
 ) -> Tensor:

@@ -111,7 +111,6 @@ def norm_modulate_eight_bit(
     groups: modulate.Groups = None,
     eps: float = 1e-6,
     token_offset: int = 0,
-    *,
     dtype: torch.dtype | None = None,
     contract: str = "exact",
 ) -> EightBitRows:
@@ -145,7 +144,6 @@ def gate_residual_norm_modulate_eight_bit(
     kind: str,
     groups: modulate.Groups = None,
     eps: float = 1e-6,
-    *,
     token_offset: int = 0,
     contract: str = "exact",
     out: Tensor | None = None,
@@ -235,7 +233,6 @@ def norm_modulate_eight_bit_reference(
     groups: modulate.Groups = None,
     eps: float = 1e-6,
     token_offset: int = 0,
-    *,
     dtype: torch.dtype | None = None,
     contract: str = "exact",
 ) -> EightBitRows:
@@ -255,15 +252,12 @@ def gate_residual_norm_modulate_eight_bit_reference(
     kind: str,
     groups: modulate.Groups = None,
     eps: float = 1e-6,
-    *,
     token_offset: int = 0,
     contract: str = "exact",
 ) -> tuple[Tensor, EightBitRows]:
     """:func:`gate_residual_norm_modulate_eight_bit` in plain PyTorch."""
     stream = modulate.gate_residual_reference(x.float(), y, gate, groups, token_offset)
-    normal = norm_modulate_eight_bit_reference(
-        stream, scale, shift, kind, groups, eps, token_offset, dtype=y.dtype, contract=contract
-    )
+    normal = norm_modulate_eight_bit_reference(stream, scale, shift, kind, groups, eps, token_offset, y.dtype, contract)
     return stream.to(x.dtype), normal
 
 

@@ -246,8 +246,8 @@ def frame_linear(
     mask: Tensor | None = None,
     residual: Tensor | None = None,
     token_offset: int = 0,
-    *,
     out: Tensor | None = None,
+    *,
     kernel: str = "auto",
 ) -> Tensor:
     """``residual + mask * gate * (x @ weight[frame] + bias)``, for inference.

@@ -181,7 +181,6 @@ def gate_residual_norm_modulate(
     groups: Groups = None,
     eps: float = 1e-6,
     token_offset: int = 0,
-    *,
     dtype: torch.dtype | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -257,7 +256,6 @@ def gate_residual_norm_modulate_reference(
     groups: Groups = None,
     eps: float = 1e-6,
     token_offset: int = 0,
-    *,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`gate_residual_norm_modulate` in plain PyTorch."""

@@ -129,7 +129,6 @@ def qk_norm_rope3d(
     eps: float = 1e-6,
     norm: str = "all_heads",
     token_offset: int = 0,
-    *,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``rope3d(rms_norm(q) * q_weight)``, and the same for k.
