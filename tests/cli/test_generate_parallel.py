@@ -179,7 +179,7 @@ def test_what_one_process_began_two_go_on_with(
         (("--parallel", "guidance=2", "--guidance", "1"), "guidance must be at most the number of predictions"),
         (("--parallel", "speed=2"), "the words are guidance, ulysses, ring and vae, got 'speed'"),
         (("--device", "toaster"), "the device 'toaster' cannot be used"),
-        (("--solver", "euler"), "invalid choice: 'euler'"),
+        (("--solver", "heun"), "invalid choice: 'heun'"),
         (("--pose", "nowhere.mp4"), "pose 'nowhere.mp4': expected an existing file"),
     ],
 )

@@ -189,7 +189,7 @@ def test_a_checkpoint_that_is_damaged_says_what_is_wrong(
         (("--audio-guidance", "2"), "--audio-guidance is for checkpoints of drawn characters, "),
         (("--device", "toaster"), "the device 'toaster' cannot be used"),
         (("--memory", "weights=tiny"), "--memory: weights must be one of native, cast_fp8, fp8, int8, got 'tiny'"),
-        (("--solver", "euler"), "invalid choice: 'euler'"),
+        (("--solver", "heun"), "invalid choice: 'heun'"),
     ],
 )
 def test_impossible_options(
