@@ -145,6 +145,8 @@ def test_a_short_run_makes_a_model_that_is_measured(
     asked = ["--checkpoint", str(exported), "--voices", str(voices), "--out", str(out), "--scenes", "1"]
     asked += ["--seconds", "2", "--steps", "1", "--injection", f"same={exported}"]
     assert evaluate.main(asked) == 0
+    assert evaluate.main([*asked, "--sheet", str(tmp_path / "two.png")]) == 0
+    assert (tmp_path / "two.png").stat().st_size > 10_000
     table = capsys.readouterr().out
     rows = json.loads(out.read_text())["rows"]
     assert "NaN" not in out.read_text()  # it is no JSON
