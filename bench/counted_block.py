@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import block, record, wan_block
@@ -38,7 +37,7 @@ def is_product(operator: str) -> bool:
 def count(shape: wan_block.StepShape) -> dict[str, Any]:
     """By program: bytes, calls by operator, bytes that are bound by memory, and operations."""
     found: dict[str, Any] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpus():
+    with as_on_gpus():
         functions, tokens = block.contestants(shape, torch.device("cpu"), torch.bfloat16, "auto")
         x = torch.empty(1, tokens, shape.config["dim"])
         for name, function in functions.items():

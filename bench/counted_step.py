@@ -29,9 +29,9 @@ from torch.utils._pytree import tree_leaves
 
 from bench.ledger import Ledger, Sent, cluster
 from talkingdit import families
-from talkingdit.families.wan_s2v import conditions as wan_conditions
 from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.model import WanS2VModel
+from talkingdit.families.wan_s2v.rope import layout_at
 from talkingdit.nn.layers import RMSNorm
 from talkingdit.plan.clip import ClipShape
 from training import parallel
@@ -96,12 +96,17 @@ def _fused_norm(layer: RMSNorm, x: Tensor | None) -> Any:
 
 @contextmanager
 def as_on_gpus() -> Iterator[None]:
-    """Attention and RMS norm keep and make what their CUDA kernels do. Their values mean nothing here."""
-    with (
-        mock.patch("talkingdit.nn.local_attention.scaled_dot_product", _fused_attention),
-        mock.patch.object(RMSNorm, "forward", _fused_norm),
-    ):
-        yield
+    """Tensors have no storage; attention and RMS norm keep and make what their CUDA kernels do."""
+    layout_at.cache_clear()  # tables of rotations are kept between calls; fake ones must not be
+    try:
+        with (
+            mock.patch("talkingdit.nn.local_attention.scaled_dot_product", _fused_attention),
+            mock.patch.object(RMSNorm, "forward", _fused_norm),
+            FakeTensorMode(allow_non_fake_inputs=True),
+        ):
+            yield
+    finally:
+        layout_at.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,6 @@ def inputs(config: Mapping[str, Any], clip: ClipShape) -> dict[str, Tensor]:
 
 def count(step: Step) -> Counted:
     """Run the step, with optimisers that have their states already, and count."""
-    wan_conditions._layout.cache_clear()  # tables of rotations are kept between calls; fake ones must not be
     with ExitStack() as stack:
         stack.enter_context(cluster(step.world))
         layout = parallel.start(step.parallel, "cpu")
@@ -165,8 +169,6 @@ def count(step: Step) -> Counted:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(step.trains(name))
         stack.enter_context(as_on_gpus())
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.callback(wan_conditions._layout.cache_clear)
         networks = Networks(families.get("wan_s2v"), model)
         parallel.shard(networks, layout, step.parallel, narrow=step.model.frozen != "float32")
         for layer in frozen_layers(model).values():

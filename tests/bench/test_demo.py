@@ -28,6 +28,7 @@ sys.exit("--broken" in sys.argv and "it broke")
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     (tmp_path / "talkingdit").mkdir()
+    (tmp_path / "talkingdit" / "__init__.py").touch()  # else an installed package goes before it
     (tmp_path / "talkingdit" / "__main__.py").write_text(FAKE)
     (tmp_path / "Makefile").write_text('generate --prompt "two words" --output demo.mp4\n')
     return tmp_path

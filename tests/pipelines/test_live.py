@@ -103,15 +103,15 @@ def test_a_live_video_is_the_video_and_grows_clip_by_clip(
     file, live = portrait.with_name("voice.wav"), portrait.with_name("live.mp4")
     generate(portrait, file, "whole.mp4", checkpoint)
     whole = np.concatenate(recorded)
-    clip, seen = PuppetPipeline.clip, {}
+    pieces, seen = PuppetPipeline.clip_in_pieces, {}
 
     def watched(self: Any, conditions: Any, index: int, *given: Any, **more: Any) -> Any:
         seen[index] = len(read_video(live)[0]) if live.exists() else 0
         if index == 3:
             raise KeyboardInterrupt
-        return clip(self, conditions, index, *given, **more)
+        return pieces(self, conditions, index, *given, **more)
 
-    monkeypatch.setattr(PuppetPipeline, "clip", watched)
+    monkeypatch.setattr(PuppetPipeline, "clip_in_pieces", watched)
     recorded.clear()
     with pytest.raises(KeyboardInterrupt, match="3 of 4 clips are kept"):
         generate(portrait, file, "live.mp4", checkpoint, live=True)
@@ -119,7 +119,7 @@ def test_a_live_video_is_the_video_and_grows_clip_by_clip(
     assert len(read_video(live)[0]) == 3 * CLIP  # what an interrupt leaves plays to its end
     np.testing.assert_array_equal(np.concatenate(recorded), whole[: 3 * CLIP])
 
-    monkeypatch.setattr(PuppetPipeline, "clip", clip)
+    monkeypatch.setattr(PuppetPipeline, "clip_in_pieces", pieces)
     recorded.clear()
     result = generate(portrait, file, "live.mp4", checkpoint, live=True, sheet=portrait.with_name("sheet.png"))
     np.testing.assert_array_equal(np.concatenate(recorded), whole)
