@@ -42,6 +42,13 @@ _, status, used = os.wait4(child, 0)
 with open(sys.argv[1], "w") as file:
     file.write(f"{os.waitstatus_to_exitcode(status)} {used.ru_utime + used.ru_stime} {1024 * used.ru_maxrss}")
 """
+# `python -m talkingdit` in a tree, also where another one is installed to be edited: such finders go before the folder.
+_IN_TREE = """
+import runpy, sys
+from importlib.machinery import PathFinder
+sys.meta_path.insert(0, PathFinder)
+runpy.run_module("talkingdit", run_name="__main__", alter_sys=True)
+"""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,8 @@ def measure(tree: Path, folder: Path, more: Sequence[str] = (), nice: int = 0) -
     folder.mkdir(parents=True)
     output = folder / "demo.mp4"
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")}
-    words = [*command(tree), "--output", str(output), "--sheet", str(folder / "demo.png"), *more]
+    said = command(tree)[3:]  # behind python -m talkingdit
+    words = [sys.executable, "-c", _IN_TREE, *said, "--output", str(output), "--sheet", str(folder / "demo.png"), *more]
     started = time.monotonic()
     with (folder / "log").open("wb") as log:
         counting = [sys.executable, "-I", "-S", "-c", _COUNT, str(folder / "taken")]
