@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 
@@ -57,7 +57,7 @@ class Page:
         )
         # It stays the file that was uploaded, with its alpha; what is wrong with it is told as of any other. (Where a
         # class is derived from a component, gradio writes a file beside it.)
-        self.image.preprocess = lambda file: file and file.path
+        cast(Any, self.image).preprocess = lambda file: file and file.path
         self.audio = gr.Audio(label="Voice", elem_id="voice", **SOUNDS)
         self.prompt = gr.Textbox(label="Prompt", info="what to show", interactive=True, elem_id="prompt")
         choices = [
