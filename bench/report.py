@@ -37,7 +37,7 @@ def load(folder: Path) -> list[dict[str, Any]]:
     """
     found = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"), key=lambda path: path.stem)}
     full = {path: result for path, result in found.items() if "device" in result and not result.get("quick")}
-    used = {path: result for path, result in full.items() if result.get("rows") or result.get("steps")}
+    used = {path: result for path, result in full.items() if _of_ops(result)}
     if not used:
         raise FileNotFoundError(f"bench report: no results of full runs in {folder}: run `python -m bench all` first")
     for path, result in used.items():
@@ -47,6 +47,13 @@ def load(folder: Path) -> list[dict[str, Any]]:
                 f"and run `python -m bench {result['name']}` again"
             )
     return _joined(list(used.values()))
+
+
+def _of_ops(result: Result) -> bool:
+    """Are its rows of ops, or its steps of blocks? Others are on pages of their own."""
+    return any("op" in row for row in result.get("rows", ())) or any(
+        "official_us" in step for step in result.get("steps", ()) if isinstance(step, Mapping)
+    )
 
 
 def _joined(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
