@@ -45,7 +45,11 @@ class Options(Protocol):
 
 
 class Checkpoint(Protocol):
-    """checkpoint.py: folders with everything that generation needs."""
+    """checkpoint.py: folders with everything that generation needs.
+
+    A family of small models may have a function load_bare as well, called as `load_checkpoint`: networks that compute
+    the same and can do nothing else, without importing diffusers.
+    """
 
     def owns(self, folder: Path) -> bool:
         """Is this folder a checkpoint of the family? By names of files and config.json alone."""

@@ -226,6 +226,32 @@ def read_fitted(folder: Path) -> Fitted | None:
     return fitted
 
 
+def fitted_of(folder: Path, backbone: str | None) -> Fitted:
+    """Those of a checkpoint's folder, else those published for its backbone.
+
+    Args:
+        backbone: a name in `PUBLISHED`; None for a model that is of none: another one's polynomial may be negative, and
+            skip everything.
+
+    Raises:
+        UserError: there are neither.
+    """
+    found = read_fitted(folder)
+    if found is None and backbone is None:
+        raise UserError(f"{folder}: has no {FILE}; `talkingdit calibrate` makes it.")
+    return found or PUBLISHED[str(backbone)]
+
+
+def borrowed(folder: Path, backbone: str) -> tuple[str, ...]:
+    """What whoever sets a threshold may want to know of a checkpoint without coefficients of its own."""
+    if read_fitted(folder) is not None:
+        return ()
+    return (
+        f"the step cache uses coefficients that were published for {backbone}; `talkingdit calibrate` finds those of "
+        "this checkpoint.",
+    )
+
+
 def write_fitted(file: Path, fitted: Fitted, **origin: Any) -> None:
     """Whole or not at all; ``origin`` says how the numbers were found."""
     write_whole(file, (json.dumps(asdict(fitted) | origin, indent=1) + "\n").encode())

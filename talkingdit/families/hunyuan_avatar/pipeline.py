@@ -47,7 +47,7 @@ from talkingdit.pipelines.long_video import (
     denoise,
     go_on_from,
 )
-from talkingdit.pipelines.step_cache import read_fitted
+from talkingdit.pipelines.step_cache import borrowed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,7 +100,10 @@ class HunyuanAvatarPipeline(ClipPipeline):
                 f"{self.checkpoint.folder}: this checkpoint has no emotion module (the released model has none); leave "
                 "`--emotion` out."
             )
-        found = self._cache_warnings(details.options.step_cache)
+        found: tuple[str, ...] = ()
+        if details.options.step_cache and details.options.step_cache != RELEASED:
+            fitted_for(config, self.checkpoint.folder)
+            found += borrowed(self.checkpoint.folder, BACKBONE)
         if details.options.text_features is not None:
             return found
         encoder: Any = self.checkpoint.text_encoder
@@ -108,18 +111,6 @@ class HunyuanAvatarPipeline(ClipPipeline):
         if details.guidance.predictions > 1:
             found += cut_warning(encoder, details.negative_prompt, "the negative prompt")
         return found
-
-    def _cache_warnings(self, cache: float | str) -> tuple[str, ...]:
-        if not cache or cache == RELEASED:
-            return ()
-        folder = self.checkpoint.folder
-        fitted_for(self.checkpoint.transformer.config, folder)
-        if read_fitted(folder) is not None:
-            return ()
-        return (
-            f"the step cache uses coefficients that were published for {BACKBONE}; `talkingdit calibrate` finds those "
-            "of this checkpoint.",
-        )
 
     def encode(self, inputs: Inputs, outline: Outline) -> VideoConditions:
         """Encode what all windows share."""

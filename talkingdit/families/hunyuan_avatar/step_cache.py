@@ -19,18 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.sequence import ClipSpan, SequenceShard
 from talkingdit.nn.context_parallel import gather
-from talkingdit.pipelines.step_cache import (
-    FILE,
-    PUBLISHED,
-    Fitted,
-    Recorder,
-    TeaCache,
-    read_fitted,
-    relative_change,
-)
+from talkingdit.pipelines.step_cache import Fitted, Recorder, TeaCache, fitted_of, relative_change
 
 BACKBONE, WIDTH = "hunyuan-video", 3072  # whose coefficients serve a checkpoint of its width without its own
 
@@ -119,18 +110,8 @@ class FrameCache(LastBlockCache):
 
 # ---- TeaCache --------------------------------------------------------------------------------------------------------
 def fitted_for(config: Any, folder: Path) -> Fitted:
-    """Coefficients for a checkpoint.
-
-    Raises:
-        UserError: it has none, and is not of the backbone that some were published for: another one's polynomial may
-            be negative, and skip everything.
-    """
-    found = read_fitted(folder)
-    if found is None and config.hidden_size == WIDTH:
-        return PUBLISHED[BACKBONE]
-    if found is None:
-        raise UserError(f"{folder}: has no {FILE}; `talkingdit calibrate` makes it.")
-    return found
+    """Coefficients for a checkpoint; UserError where there are none."""
+    return fitted_of(folder, BACKBONE if config.hidden_size == WIDTH else None)
 
 
 class TeaSteps:

@@ -122,8 +122,10 @@ def clip_layout(grid: tuple[int, int, int], extra: Sequence[Place], head_dim: in
         head_dim: channels per head.
     """
     if torch.compiler.is_compiling():
+        from talkingdit.families.wan_s2v.traced_rope import TracedLayout  # not before: it imports the compiler
+
         frames, rows, columns = (operator.index(size) for size in grid)
-        return _TracedLayout((frames, rows, columns), tuple(extra), head_dim)
+        return TracedLayout(_layout_of, head_dim, (frames, rows, columns), tuple(extra), head_dim)
     return _layout(grid, tuple(extra), head_dim)
 
 
@@ -135,26 +137,6 @@ def _layout(grid: tuple[int, int, int], extra: tuple[Place, ...], head_dim: int)
     return RopeLayout(segments, split=head_split(head_dim))
 
 
-@torch.compiler.assume_constant_result
-def _length(*place: Any) -> int:
-    return len(_layout(*place))
-
-
-@torch.compiler.assume_constant_result
-def _tables(device: torch.device, dtype: torch.dtype, *place: Any) -> tuple[Tensor, Tensor]:
-    return _layout(*place).tables(device, dtype)
-
-
-class _TracedLayout(RopeLayout):
-    """A layout that the compiler can hold: its tables are constants of the graph, its sizes plain numbers."""
-
-    def __init__(self, *place: Any):
-        self.place = place
-        self.split = head_split(place[2])
-        self.pairs = [channels // 2 for channels in self.split]
-        self.dim = sum(self.split)
-        self.pairing = "interleaved"
-        self.length = _length(*place)
-
-    def tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return _tables(device, dtype, *self.place)
+def _layout_of(*place: Any) -> RopeLayout:
+    """`_layout` as the compiler can hold it, see `wan_s2v.rope.layout_of`."""
+    return _layout(*place)

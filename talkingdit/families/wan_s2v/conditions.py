@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from talkingdit.families.wan_s2v.rope import Packing, layout_at
+from talkingdit.families.wan_s2v.rope import Packing, layout_at, layout_of
 from talkingdit.families.wan_s2v.sequence import SequenceShard
 from talkingdit.nn.audio_cross_attention import AudioMemory
 from talkingdit.ops import RopeLayout
@@ -117,7 +117,7 @@ def sequence_layout(
         from talkingdit.families.wan_s2v.traced_rope import TracedLayout
 
         frames, rows, columns = (operator.index(size) for size in grid)
-        return TracedLayout((frames, rows, columns), head_dim, reference_time, past)
+        return TracedLayout(layout_of, head_dim, (frames, rows, columns), head_dim, reference_time, past)
     return layout_at(grid, head_dim, reference_time, past)
 
 

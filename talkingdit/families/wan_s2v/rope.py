@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from talkingdit.nn.framepack import packed_segments
 from talkingdit.ops import RopeLayout, Segment
@@ -26,6 +27,11 @@ def layout_at(
         buckets, drop_mode, padding, add_last = past
         segments += packed_segments(buckets, drop_mode, padding, 2 * rows, 2 * columns, add_last)
     return RopeLayout(segments, split=head_split(head_dim))
+
+
+def layout_of(*place: Any) -> RopeLayout:
+    """`layout_at` as the compiler can hold it: of a function that remembers, it cannot make a constant."""
+    return layout_at(*place)
 
 
 def head_split(head_dim: int) -> tuple[int, int, int]:

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from talkingdit.errors import UserError
 from talkingdit.pipelines.step_cache import (
-    FILE,
-    PUBLISHED,
     CachedSteps,
     Fitted,
     Recorder,
+    borrowed,
     decide,
-    read_fitted,
+    fitted_of,
     relative_change,
 )
 
@@ -28,18 +26,8 @@ BACKBONE, WIDTH = "wan2.1-t2v-14b", 5120  # whose coefficients serve a checkpoin
 
 
 def fitted_for(model: WanTrunk, folder: Path) -> Fitted:
-    """Coefficients for a checkpoint.
-
-    Raises:
-        UserError: it has none, and is not of the backbone that some were published for: another one's polynomial may
-            be negative, and skip everything.
-    """
-    found = read_fitted(folder)
-    if found is None and model.config["dim"] == WIDTH:
-        return PUBLISHED[BACKBONE]
-    if found is None:
-        raise UserError(f"{folder}: has no {FILE}; `talkingdit calibrate` makes it.")
-    return found
+    """Coefficients for a checkpoint; UserError where there are none."""
+    return fitted_of(folder, BACKBONE if model.config["dim"] == WIDTH else None)
 
 
 def cached_steps(
@@ -71,9 +59,4 @@ def cached_steps(
 
 def warnings(threshold: float, folder: Path) -> tuple[str, ...]:
     """What whoever sets a threshold may want to know."""
-    if not threshold or read_fitted(folder) is not None:
-        return ()
-    return (
-        f"the step cache uses coefficients that were published for {BACKBONE}; `talkingdit calibrate` finds those of "
-        "this checkpoint.",
-    )
+    return borrowed(folder, BACKBONE) if threshold else ()

@@ -133,6 +133,14 @@ def test_precomputed_and_packed_equal_one_by_one(model):
     close(packed[1], model(sizes[1][None], torch.tensor([[0.0, 31.0]]), clips[1])[0])
 
 
+def test_compiles_to_one_graph(model):
+    latents, timestep, inputs = given()
+    inputs = WanI2VInputs(inputs.text, inputs.condition, inputs.image, (ExtraTokens(draw(2, 16, 1, 4, 6), [30.0]),))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        close(compiled(latents, timestep, inputs), model(latents, timestep, inputs))
+
+
 def _sample(extra, i):
     return ExtraTokens(extra.latents[i : i + 1], extra.times)
 
