@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The drawn world as a source of clips with several people, each with a voice or silent, and a mood that is told.
 
-A clip is T latents, 4 T - 3 frames, encoded by itself, as generation decodes a window. One to three people stand side
-by side. Some talk, each with a voice; of those who do not, some hear silence and some have no voice at all. In some
-clips a picture of somebody else tells the mood of all, or two pictures do, one after the other; in the others people
-keep the mood of the portrait.
+Videos are drawn and encoded whole. A clip is a window of one that begins anywhere and may wrap around the end, as the
+windows of generation do (section 3.5, Algorithm 1): a model that saw only clips encoded by themselves would begin
+every window like a video. One to three people stand side by side. Some talk, each with a voice; of those who do not,
+some hear silence and some have no voice at all. In some videos a picture of somebody else tells the mood of all, or two
+pictures do, one after the other; in the others people keep the mood of the portrait.
 
-Clips are drawn once, in parts, so that an interrupted run goes on.
+Videos are drawn once, in parts, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -42,54 +43,61 @@ from talkingdit.puppets.world import EXPRESSIONS, Character, Motion, Scene
 PEOPLE = 3  # places for voices in a clip; those without a person have no room
 SHARES = (0.3, 0.5, 0.2)  # of scenes with one, two and three people
 TALKS, HEARS_SILENCE = 0.75, 0.5  # chances: that somebody talks, that who does not hears silence
-TOLD, CHANGES = 0.65, 0.6  # chances: that a mood is told, that it changes in the clip
-PART = 50  # clips in a file
+TOLD, CHANGES = 0.65, 0.8  # chances: that a mood is told, that it changes in the video
+CLIPS = 2  # lengths of a clip in a video
+PART = 50  # videos in a file
 SPATIAL = 8  # pixels per latent pixel
 
 
 @dataclass(frozen=True)
 class DrawnScenes:
-    """What clips are drawn, and where they and what they are made of lie."""
+    """What is drawn, and where it and what it is made of lie."""
 
     voices: Path  # made by `python -m training.voices`
     vae: Path
     cache: Path
-    clips: int
+    videos: int
     latents: int  # of a clip
     size: int  # side of a frame, pixels
     fps: int
 
     @staticmethod
     def of(run: TrainRun) -> DrawnScenes:
-        """Those of a run: as many clips as it has videos, long or short."""
+        """Those of a run: as many as it has videos, long or short."""
         data = run.data
-        clips = data["long_videos"] + data["short_videos"]
+        videos = data["long_videos"] + data["short_videos"]
         return DrawnScenes(
-            data["voices"], data["vae"], data["cache"], clips, run.clip_latents, data["size"], data["fps"]
+            data["voices"], data["vae"], data["cache"], videos, run.clip_latents, data["size"], data["fps"]
         )
 
     @property
+    def length(self) -> int:
+        """Latents of a video."""
+        return CLIPS * self.latents
+
+    @property
     def frames(self) -> int:
-        return 4 * self.latents - 3
+        """Of a video."""
+        return 4 * self.length - 3
 
     @property
     def parts(self) -> int:
-        return -(-self.clips // PART)
+        return -(-self.videos // PART)
 
     def part(self, number: int) -> Path:
         return self.cache / f"part-{number:05d}.safetensors"
 
 
 @dataclass(frozen=True)
-class DrawnClip:
-    """One clip before it is encoded.
+class DrawnVideo:
+    """One video before it is encoded.
 
     Attributes:
         play: what happens.
         portrait: [S, S, 3].
         mood_pictures: [S, S, 3] of somebody else, two, which may be the same one; None where no mood is told.
         change: latent from which the second of them counts.
-        columns: [PEOPLE, blocks, window * channels, 4 T] of voices.
+        columns: [PEOPLE, blocks, window * channels, 4 N] of voices, of N latents.
         masks: [PEOPLE, h, w] of their faces; zeros where there is nobody, or nobody who hears.
     """
 
@@ -101,8 +109,8 @@ class DrawnClip:
     masks: Tensor
 
 
-def draw_clip(rng: np.random.Generator, voices: list[Voice], scenes: DrawnScenes) -> DrawnClip:
-    """A clip for training."""
+def draw_video(rng: np.random.Generator, voices: list[Voice], scenes: DrawnScenes) -> DrawnVideo:
+    """A video for training."""
     people = int(rng.choice([1, 2, 3], p=SHARES))
     scene = Scene.random(rng, "train", people)
     frames = scenes.frames
@@ -122,19 +130,19 @@ def draw_clip(rng: np.random.Generator, voices: list[Voice], scenes: DrawnScenes
         else:
             continue
         masks[i] = box_mask(box, masks.shape[1])
-    mood_pictures, moods, change = None, None, scenes.latents
+    mood_pictures, moods, change = None, None, scenes.length
     if rng.random() < TOLD:
         told = [str(mood) for mood in rng.choice(EXPRESSIONS, 2, replace=False)]
         changes = rng.random() < CHANGES
         if changes:
-            change = int(rng.integers(1, scenes.latents))
+            change = int(rng.integers(1, scenes.length))
         first = max(0, FRAMES_PER_LATENT * (change - 1) + 1)  # frames of the latents in front of it
         moods = told[:1] * first + told[1:] * (frames - first)
         one, two = (_mood_picture(rng, mood, scene.background, scenes.size) for mood in told)
         mood_pictures = (one, two if changes else one)
     motion = [Motion.random(rng, frames, scenes.fps) for _ in range(people)]
     play = Play(scene, openings, widths, motion, moods)
-    return DrawnClip(play, portrait_of(scene, scenes.size), mood_pictures, change, columns, masks)
+    return DrawnVideo(play, portrait_of(scene, scenes.size), mood_pictures, change, columns, masks)
 
 
 def _mood_picture(rng: np.random.Generator, mood: str, background: str, size: int) -> np.ndarray:
@@ -158,7 +166,7 @@ def box_mask(box: tuple[float, float, float, float], cells: int) -> Tensor:
 
 @torch.no_grad()
 def precompute(scenes: DrawnScenes, seed: int = 0) -> None:
-    """Draw and encode all clips into the cache, those that are not there yet for these settings.
+    """Draw and encode all videos into the cache, those that are not there yet for these settings.
 
     Raises:
         UserError: there are no voices or no autoencoder.
@@ -167,12 +175,12 @@ def precompute(scenes: DrawnScenes, seed: int = 0) -> None:
     if not weights.is_file():
         raise UserError(f"data.vae: expected the folder of an autoencoder, got {scenes.vae}.")
     wanted = {
-        "latents": scenes.latents,
+        "latents": scenes.length,
         "size": scenes.size,
         "fps": scenes.fps,
         "seed": seed,
         "vae": weights.stat().st_size,
-        "drawing": 2,  # what is drawn, and what is kept of it
+        "drawing": 3,  # what is drawn, and what is kept of it
     }
     stamp = scenes.cache / "stamp.json"
     scenes.cache.mkdir(parents=True, exist_ok=True)
@@ -188,8 +196,8 @@ def precompute(scenes: DrawnScenes, seed: int = 0) -> None:
     for number in tqdm(missing, desc="drawing scenes"):
         tensors: dict[str, list[Tensor]] = {}
         captions = []
-        for index in range(number * PART, min((number + 1) * PART, scenes.clips)):
-            drawn = draw_clip(np.random.default_rng((seed, scenes.latents, index)), voices, scenes)
+        for index in range(number * PART, min((number + 1) * PART, scenes.videos)):
+            drawn = draw_video(np.random.default_rng((seed, scenes.length, index)), voices, scenes)
             for name, tensor in encode_drawn(model, drawn, scenes).items():
                 tensors.setdefault(name, []).append(tensor)
             captions.append(plain_caption(drawn.play.scene))
@@ -198,8 +206,8 @@ def precompute(scenes: DrawnScenes, seed: int = 0) -> None:
 
 
 @torch.no_grad()
-def encode_drawn(model: Any, drawn: DrawnClip, scenes: DrawnScenes) -> Mapping[str, Tensor]:
-    """The tensors of a clip as they are kept."""
+def encode_drawn(model: Any, drawn: DrawnVideo, scenes: DrawnScenes) -> Mapping[str, Tensor]:
+    """The tensors of a video as they are kept."""
     one = codec(model)
 
     def encoded(video: Tensor) -> Tensor:
@@ -225,7 +233,7 @@ def encode_drawn(model: Any, drawn: DrawnClip, scenes: DrawnScenes) -> Mapping[s
 
 
 class Scenes:
-    """A source (`talkingdit.data.sample.Source`) of the clips in a cache.
+    """A source (`talkingdit.data.sample.Source`) of clips of the videos in a cache.
 
     Args:
         scenes: what `precompute` has drawn.
@@ -241,7 +249,7 @@ class Scenes:
         self.scenes, self.name = scenes, name
         missing = [number for number in range(scenes.parts) if not scenes.part(number).exists()]
         if missing:
-            raise ValueError(f"scenes: {scenes.part(missing[0])} is missing; the clips are not complete")
+            raise ValueError(f"scenes: {scenes.part(missing[0])} is missing; the videos are not complete")
         self._files: dict[int, Any] = {}
         self._captions: dict[int, list[str]] = {}
 
@@ -249,7 +257,7 @@ class Scenes:
         return {**self.__dict__, "_files": {}}  # every process opens them itself
 
     def __len__(self) -> int:
-        return self.scenes.clips
+        return self.scenes.videos
 
     def group(self, index: int) -> str:
         """Every clip is a video of its own."""
@@ -260,7 +268,7 @@ class Scenes:
         return Shape(self.scenes.latents, cells, cells, fps=float(self.scenes.fps))
 
     def sample(self, index: int, rng: np.random.Generator, clip: ClipRequest) -> Sample:
-        """A clip, whole.
+        """A clip that begins anywhere in the video and goes on at its beginning behind its end.
 
         Raises:
             ValueError: another length or size is asked for.
@@ -280,25 +288,27 @@ class Scenes:
         def read(name: str) -> Tensor:
             return file.get_slice(name)[row : row + 1][0].float()
 
-        still_latents, masks, audio = read("still"), read("masks"), read("audio")
+        latents = (int(rng.integers(self.scenes.length)) + torch.arange(self.scenes.latents)) % self.scenes.length
+        columns = (FRAMES_PER_LATENT * latents[:, None] + torch.arange(FRAMES_PER_LATENT)).reshape(-1)
+        still_latents, masks, audio = read("still"), read("masks"), read("audio")[..., columns]
         names = [f"voice {i}" for i in range(PEOPLE)]
         regions = {name: masks[i].expand(self.scenes.latents, -1, -1) for i, name in enumerate(names)}
         outside = {STILL: still_latents}
         if bool(read("told")):
             outside[EMOTION] = read("emotion")
-            when = (
-                (torch.arange(self.scenes.latents) >= read("change"))
-                .float()[:, None, None]
-                .expand_as(regions[names[0]])
-            )
-            regions |= {f"{EMOTION} 0": 1 - when, f"{EMOTION} 1": when}
+            second = (latents >= read("change")).float()[:, None, None].expand_as(regions[names[0]])
+            regions |= {f"{EMOTION} 0": 1 - second, f"{EMOTION} 1": second}
         return Sample(
             key=f"scenes/{index}",
             source=self.name,
-            latents=read("latents"),
+            latents=read("latents")[:, latents],
             voices={name: audio[i] for i, name in enumerate(names)},
             caption=self._captions[part][row],
             reference=still_latents[:, :1],
-            regions={**regions, "faces": read("faces").expand(self.scenes.latents, -1, -1), "mouth": read("mouths")},
+            regions={
+                **regions,
+                "faces": read("faces").expand(self.scenes.latents, -1, -1),
+                "mouth": read("mouths")[latents],
+            },
             outside=outside,
         )
