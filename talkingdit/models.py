@@ -34,6 +34,8 @@ _HOMES = {
     "tokens_of": "talkingdit.families.wan_s2v.sequence",
 }
 
+PEOPLE_NAME = "drawn_people"
+
 __all__ = [
     "AvatarInputs",
     "HunyuanAvatarModel",
@@ -44,6 +46,7 @@ __all__ = [
     "WanInputs",
     "WanS2VModel",
     "default_checkpoint",
+    "find_checkpoint",
     "load",
     "load_checkpoint",
     "preset",
@@ -96,7 +99,7 @@ def load_checkpoint(
     """A whole checkpoint of any family; None is the one that ships with the package.
 
     Args:
-        folder: of any layout that a family knows.
+        folder: of any layout that a family knows, or the name of a model that ships, see `find_checkpoint`.
         dtype: of the large models; None is float32. Small ones stay float32.
         device: where the models go.
 
@@ -105,13 +108,26 @@ def load_checkpoint(
     """
     import torch
 
-    root = default_checkpoint() if folder is None else Path(folder)
+    root = find_checkpoint(folder)
     family = families.of_folder(root)
     return family.checkpoint.load_checkpoint(root, torch.float32 if dtype is None else dtype, device)
 
 
 def default_checkpoint() -> Path:
     """Folder of the model that ships with the package."""
-    from talkingdit.puppets import MODEL
+    return find_checkpoint(None)
 
-    return MODEL
+
+def find_checkpoint(source: str | Path | None) -> Path:
+    """The folder of a checkpoint: one that is given, or one that ships.
+
+    Args:
+        source: a folder; or, where none is called so, "drawn" or "drawn_people", the models of drawn characters, one
+            and several; None is "drawn".
+    """
+    from talkingdit.puppets import MODEL, PEOPLE
+
+    if source is None:
+        return MODEL
+    folder = Path(source).expanduser()
+    return folder if folder.exists() else {"drawn": MODEL, PEOPLE_NAME: PEOPLE}.get(str(source), folder)

@@ -48,7 +48,7 @@ class Load:
 
     @classmethod
     def IS_CHANGED(cls, checkpoint: str | None = None, path: str | None = "", **_: Any) -> str:
-        return state_of(checkpoint_folder(checkpoint or SHIPPED, path or ""))
+        return state_of(checkpoint_folder(checkpoint or next(iter(SHIPPED)), path or ""))
 
     def load(
         self,

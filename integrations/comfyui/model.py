@@ -20,7 +20,7 @@ from talkingdit.families import Family
 
 from . import host
 
-SHIPPED = "shipped: drawn characters"
+SHIPPED = {"shipped: drawn characters": "drawn", "shipped: drawn people": "drawn_people"}
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -150,8 +150,8 @@ class Model:
 
 
 def checkpoint_names() -> list[str]:
-    """The model that ships, and folders below ComfyUI's `models/talkingdit`."""
-    return [SHIPPED, *_found()]
+    """The models that ship, and folders below ComfyUI's `models/talkingdit`."""
+    return [*SHIPPED, *_found()]
 
 
 def checkpoint_folder(name: str, path: str = "") -> Path:
@@ -162,10 +162,10 @@ def checkpoint_folder(name: str, path: str = "") -> Path:
     """
     if path.strip():
         return Path(path.strip()).expanduser()
-    if name == SHIPPED:
-        from talkingdit.models import default_checkpoint
+    if name in SHIPPED:
+        from talkingdit.models import find_checkpoint
 
-        return default_checkpoint()
+        return find_checkpoint(SHIPPED[name])
     folder = _found().get(name)
     if folder is None:
         places = ", ".join(map(str, host.checkpoint_roots()))

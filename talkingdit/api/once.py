@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from talkingdit import families
 from talkingdit.api.asking import Wish, ask, refuse_loading
 from talkingdit.api.road import made
-from talkingdit.models import default_checkpoint, load_checkpoint
+from talkingdit.models import find_checkpoint, load_checkpoint
 from talkingdit.pipelines.tuning import Tuning, load_tuned
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def generate(
         UserError: a file or an option is not good, the family has no such option, memory runs out, or the video cannot
             be written. Files are checked before a model is loaded. Or a loaded checkpoint is to be changed.
     """
-    folder = Path(default_checkpoint() if checkpoint is None else getattr(checkpoint, "folder", checkpoint))
+    folder = find_checkpoint(getattr(checkpoint, "folder", checkpoint))
     family = families.of_folder(folder)
     wish = Wish(
         image=image,

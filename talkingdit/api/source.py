@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from talkingdit.errors import UserError
-from talkingdit.models import default_checkpoint
+from talkingdit.models import default_checkpoint, find_checkpoint
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+")  # of a repository, "owner/name"
 
@@ -19,7 +19,8 @@ def find_folder(source: str | PathLike[str] | None, download: Mapping[str, Any] 
     """The folder of a checkpoint.
 
     Args:
-        source: a folder, or a name on the hub, from where it is fetched; None is the model that ships.
+        source: a folder, the name of a model that ships, or a name on the hub, from where it is fetched; None is the
+            default.
         download: arguments of `huggingface_hub.snapshot_download`, for a name.
 
     Raises:
@@ -29,7 +30,7 @@ def find_folder(source: str | PathLike[str] | None, download: Mapping[str, Any] 
     if source is None:
         _refuse(download, "the model that ships")
         return default_checkpoint()
-    folder = Path(source).expanduser()
+    folder = find_checkpoint(Path(source))
     if folder.is_dir():
         _refuse(download, "a folder")
         return folder

@@ -31,7 +31,7 @@ class Asked:
     Args:
         image, audio: names of files in the folder of the run; "" where a video or speakers bring them.
         prompt: what to show.
-        checkpoint: folder of the model; "" is the one that ships.
+        checkpoint: folder of the model, or the name of one that ships; "" is the default.
         options: of the family, and LoRAs, as typed; names of files stand for files in the folder of the run.
     """
 
@@ -44,9 +44,9 @@ class Asked:
     @property
     def folder(self) -> Path:
         """Of the checkpoint."""
-        from talkingdit.models import default_checkpoint
+        from talkingdit.models import find_checkpoint
 
-        return Path(self.checkpoint).expanduser() if self.checkpoint else default_checkpoint()
+        return find_checkpoint(self.checkpoint or None)
 
     def family(self) -> Family:
         """Raises: UserError: the folder is no checkpoint."""

@@ -16,6 +16,7 @@ from talkingdit.app.boxes import rows_of_speakers
 from talkingdit.app.form import Form, collect, components, form_of, speakers
 from talkingdit.app.service import Person, Service, Wish
 from talkingdit.errors import UserError
+from talkingdit.models import PEOPLE_NAME
 
 TICK = 1.0  # seconds
 # Of every listener on the page: quick, and none of a program's business.
@@ -23,6 +24,10 @@ QUIETLY: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visib
 FILES: dict[str, Any] = {"interactive": True, "buttons": ["fullscreen"]}  # none of gradio's to share things elsewhere
 SOUNDS: dict[str, Any] = {"interactive": True, "buttons": ["download"], "type": "filepath"}
 SOUNDS["sources"] = ["upload", "microphone"]
+SHIPPED = {
+    "": "shipped: a drawn character",
+    PEOPLE_NAME: "shipped: drawn people, a voice each",
+}
 
 
 class Page:
@@ -60,9 +65,7 @@ class Page:
         cast(Any, self.image).preprocess = lambda file: file and file.path
         self.audio = gr.Audio(label="Voice", elem_id="voice", **SOUNDS)
         self.prompt = gr.Textbox(label="Prompt", info="what to show", interactive=True, elem_id="prompt")
-        choices = [
-            (folder or "the model that ships, of drawn characters", folder) for folder in self.service.checkpoints
-        ]
+        choices = [(SHIPPED.get(folder, folder), folder) for folder in self.service.checkpoints]
         self.checkpoint = gr.Dropdown(
             choices,
             value=self.service.checkpoints[0],

@@ -30,7 +30,7 @@ class Settings:
         host, port: where it listens; port 0 is any that is free.
         password: that everybody needs; "" for none.
         limit: MB of an upload.
-        checkpoints: folders to choose from beside the model that ships.
+        checkpoints: folders to choose from beside the models that ship.
         machine: how models are loaded.
     """
 
@@ -87,12 +87,13 @@ def opened(settings: Settings, start: Callable[[Machine, object], Any] | None = 
         from talkingdit.app.queue import Queue, Worker
         from talkingdit.app.runs import Runs
         from talkingdit.app.service import Service
+        from talkingdit.models import PEOPLE_NAME
 
         runs = Runs(settings.folder)
         stack.callback(runs.close)
         queue = Queue(runs, settings.machine, start or Worker)
         stack.callback(queue.close)
-        names = ["", *map(str, settings.checkpoints)]
+        names = ["", PEOPLE_NAME, *map(str, settings.checkpoints)]
         service = Service(runs, queue, settings.machine, names, settings.local, own / "scratch")
         for checkpoint in names:
             service.family(checkpoint)

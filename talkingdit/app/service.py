@@ -52,7 +52,7 @@ class Wish:
     Args:
         image, audio: uploaded files.
         prompt: what to show.
-        checkpoint: folder; "" is the model that ships.
+        checkpoint: folder, or name of a model that ships; "" is the default.
         fill: takes the files of options, and gives options.
     """
 
@@ -79,7 +79,7 @@ class Service:
     Args:
         runs, queue: see there.
         machine: how models are loaded.
-        checkpoints: folders that may be used; "" is the model that ships.
+        checkpoints: folders, or names of models that ship, that may be used; "" is the default.
         any_checkpoint: others may be named, too.
         scratch: folder for files of plans.
     """

@@ -36,7 +36,7 @@ class Flags:
     prompt: Annotated[str, Flag("WORDS")] = ""
     """what it shows"""
     checkpoint: Annotated[Path | None, Flag("DIR")] = None
-    """folder of the model (default: the one shipped, of drawn characters)"""
+    """folder of the model, or drawn_people, which ships (default: the other one shipped, of one drawn character)"""
     output: Annotated[Path | None, Flag("JSON", also=("-o",))] = None
     """where to write the coefficients (default: step_cache.json in the folder of the model)"""
     measured_clips: Annotated[int, Flag("N")] = 2
@@ -66,10 +66,10 @@ def calibrate(argv: Sequence[str]) -> None:
 
     from talkingdit.media.files import SPEECH_RATE, read_audio, read_image
     from talkingdit.media.targets import check_apart, check_writable
-    from talkingdit.models import default_checkpoint
+    from talkingdit.models import find_checkpoint
     from talkingdit.pipelines.inputs import Inputs, Job
 
-    folder = default_checkpoint() if flags.checkpoint is None else flags.checkpoint
+    folder = find_checkpoint(flags.checkpoint)
     target = folder / "step_cache.json" if flags.output is None else flags.output
     if target.suffix.lower() != ".json":
         raise UserError(f"output {str(target)!r}: expected a name that ends in .json, got {target.suffix!r}")

@@ -55,7 +55,7 @@ class Flags:
     live: bool = False
     """let the video be watched while it is made: it grows under its name (always so with - for voice or video)"""
     checkpoint: Annotated[Path | None, Flag("DIR")] = None
-    """folder of the model to use (default: the one shipped, of drawn characters)"""
+    """folder of the model, or drawn_people, which ships (default: the other one shipped, of one drawn character)"""
     upscale: Annotated[int, Flag("N")] = 1
     """enlarge the frames N times"""
     sheet: Annotated[Path | None, Flag("PNG")] = None
@@ -232,8 +232,10 @@ def _read(argv: Sequence[str]) -> tuple[Family, Values]:
 
 def checkpoint_in(argv: Sequence[str]) -> Path | None:
     """The folder that `--checkpoint` names, before flags are known."""
+    from talkingdit.models import find_checkpoint
+
     found = _value_in(argv, "--checkpoint")
-    return Path(found).expanduser() if found else None
+    return find_checkpoint(found) if found else None
 
 
 def _value_in(argv: Sequence[str], flag: str) -> str | None:
@@ -344,9 +346,9 @@ def _changed(request: Request) -> bool:
 
 def _folder(flags: Flags) -> Path:
     """Of the checkpoint."""
-    from talkingdit.models import default_checkpoint
+    from talkingdit.models import find_checkpoint
 
-    return default_checkpoint() if flags.checkpoint is None else flags.checkpoint
+    return find_checkpoint(flags.checkpoint)
 
 
 def _heads(folder: Path) -> int | None:

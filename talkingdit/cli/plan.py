@@ -13,6 +13,7 @@ from talkingdit import families
 from talkingdit.cli.flags import Group, read
 from talkingdit.errors import UserError
 from talkingdit.families.flag import SIDES, Flag
+from talkingdit.models import find_checkpoint
 from talkingdit.plan.clip import check_sides, latents_of
 
 if TYPE_CHECKING:
@@ -156,6 +157,8 @@ def plan(argv: Sequence[str]) -> None:
         values.refuse("argument --preset: not allowed with argument --checkpoint")
     if flags.checkpoint is None and flags.preset is None:
         values.refuse("one of the arguments --checkpoint --preset is required")
+    if flags.checkpoint is not None:
+        flags = replace(flags, checkpoint=find_checkpoint(flags.checkpoint))
     sys.stdout.write(_report(flags, how, training) + "\n")
 
 

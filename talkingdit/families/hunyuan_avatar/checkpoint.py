@@ -12,7 +12,8 @@ The released layout, from its ckpts/ down, and ours, which only names folders ot
 
 A folder of the released repository, with ckpts/ in it, is taken as that ckpts/. Without text encoders a checkpoint
 takes text features from a file. One of the drawn world has its autoencoder (of Wan's kind), its prompt encoder for both
-text encoders, and no speech encoder: its features are computed (`features` in pipeline.json).
+text encoders, and no speech encoder: its features are computed (`features` in pipeline.json). The one that ships has no
+autoencoder either: that of the other shipped model is its own.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.presets import CLASSES
 from talkingdit.families.settings import PipelineSettings
+from talkingdit.puppets import MODEL, PEOPLE
 
 if TYPE_CHECKING:
     import torch
@@ -164,10 +166,15 @@ def find_parts(folder: Path) -> CheckpointPaths:
     needed = {0: "the transformer", 1: "the autoencoder"}
     if read_settings(folder).features == "whisper":
         needed[4] = "the speech encoder"
+    shared = root.resolve() == PEOPLE.resolve()
+    if shared:
+        del needed[1]
     for number, name in needed.items():
         if not (root / places[number]).is_dir():
             raise UserError(f"{root}: not a whole checkpoint, {places[number]}/, {name}, is missing in it.")
     transformer, vae, *encoders = (root / place for place in places)
+    if shared:
+        vae = MODEL / "vae"
     text, pooled, audio = (path if path.is_dir() else None for path in encoders)
     return CheckpointPaths(transformer, vae, text, pooled, audio)
 

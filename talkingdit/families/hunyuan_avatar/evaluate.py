@@ -234,9 +234,7 @@ def voices_row(bench: Bench) -> dict[str, Any]:
 
 def _alike(truth: FloatArray) -> list[float]:
     """The largest absolute correlation of each row [people, F] with another."""
-    return [
-        max(abs(correlation(one, other)) for j, other in enumerate(truth) if j != i) for i, one in enumerate(truth)
-    ]
+    return [max(abs(correlation(one, other)) for j, other in enumerate(truth) if j != i) for i, one in enumerate(truth)]
 
 
 def silent_row(bench: Bench) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def test_clips_are_windows_of_a_longer_video_that_wraps(scenes: DrawnScenes) -> 
     begun = set()
     for seed in range(40):
         sample = source.sample(told, np.random.default_rng(seed), ClipRequest())
-        begin = next(l for l in range(6) if torch.equal(sample.latents[:, 0], kept["latents"][:, l]))
+        begin = next(i for i in range(6) if torch.equal(sample.latents[:, 0], kept["latents"][:, i]))
         begun.add(begin)
         window = [(begin + i) % 6 for i in range(3)]
         assert torch.equal(sample.latents, kept["latents"][:, window])
