@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The video of `make demo`, as a process of its own: processor time, time and peak memory, this build against another.
 
-    python -m bench.demo [--old COMMIT] [--runs 5] [--busy] [--nice N] [--out bench/results]
+    python -m bench.demo [--old COMMIT|DIR] [--runs 5] [--busy] [--nice N] [--out bench/results]
 
 Builds take turns, so that a machine that is slow for a while is slow for both. `--old` is checked out beside this tree,
-with the kernels that this tree has. `--busy` adds a run of each turn beside a process that never waits. Before the
+with the kernels that this tree has; a build whose kernels were others is given as a folder with its own. `--busy` adds a run of each turn beside a process that never waits. Before the
 counted runs each build makes a short video, which writes its bytecode. The result says whether all videos were equal.
 """
 
@@ -95,20 +95,31 @@ def measure(tree: Path, folder: Path, more: Sequence[str] = (), nice: int = 0) -
 
 
 @contextlib.contextmanager
-def checked_out(commit: str | None) -> Iterator[dict[str, Path]]:
-    """Trees by name: this one, and a temporary one of a commit."""
-    if commit is None:
+def checked_out(old: str | None) -> Iterator[dict[str, Path]]:
+    """Trees by name: this one, and another in a folder or a temporary one of a commit."""
+    if old is None:
         yield {"new": _ROOT}
+        return
+    if Path(old).is_dir():
+        yield {"old": Path(old).resolve(), "new": _ROOT}
         return
     with tempfile.TemporaryDirectory(prefix="talkingdit-bench-", dir=_ROOT.parent) as scratch:
         tree = Path(scratch) / "old"
-        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree), commit], cwd=_ROOT, check=True)
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree), old], cwd=_ROOT, check=True)
         try:
             for native in (_ROOT / "talkingdit").glob("_native*.so"):
                 shutil.copy2(native, tree / "talkingdit")
             yield {"old": tree, "new": _ROOT}
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=_ROOT, check=True)
+
+
+def name_of(old: str | None) -> str | None:
+    """The commit of what is compared with; a folder's own, where it has one."""
+    if old is None or not Path(old).is_dir():
+        return old
+    asked = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=old, capture_output=True, text=True)
+    return asked.stdout.strip() or Path(old).name
 
 
 @contextlib.contextmanager
@@ -166,7 +177,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__)
-    parser.add_argument("--old", metavar="COMMIT", help="build to compare with")
+    parser.add_argument("--old", metavar="COMMIT|DIR", help="build to compare with")
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="of each build (default: 5)")
     parser.add_argument("--busy", action="store_true", help="also beside a busy process")
     parser.add_argument("--nice", type=int, default=0, metavar="N", help="run at this lower priority")
@@ -176,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with checked_out(options.old) as trees:
         rows = compare(trees, options.runs, options.busy, options.nice)
     result = record.header("demo", torch.device("cpu"), quick=False) | {
-        "old": options.old,
+        "old": name_of(options.old),
         "nice": options.nice,
         "load_before": round(load, 2),
         "same_video": len({run["video"] for row in rows for run in row["runs"]}) == 1,

@@ -78,3 +78,12 @@ def test_the_command_is_that_of_the_makefile() -> None:
     ).stdout
     for word in words[3:]:
         assert word.removeprefix(f"{root}/") in said
+
+
+def test_a_build_in_a_folder_is_compared_as_it_is(tmp_path: Path) -> None:
+    """One whose kernels were others cannot take those of this tree."""
+    with demo.checked_out(str(tmp_path)) as trees:
+        assert trees["old"] == tmp_path
+    assert demo.name_of(str(tmp_path)) == tmp_path.name
+    assert demo.name_of("abc123") == "abc123"
+    assert len(demo.name_of(str(trees["new"])) or "") == 12
