@@ -94,11 +94,7 @@ def weigh(transformer: Transformer, dtype: torch.dtype, folder: Path | None = No
         dtype: in which the transformer computes.
         folder: of a checkpoint; what it does not tell, and all without one, is that of the family's released model.
     """
-    frozen = transformer.cost.frozen_parts(dtype, folder)
-    absent_parts = getattr(transformer.cost, "absent_parts", None)
-    if absent_parts is not None:
-        absent = absent_parts(transformer.config)
-        frozen = replace(frozen, sizes={name: size for name, size in frozen.sizes.items() if name not in absent})
+    frozen = transformer.cost.frozen_parts(transformer.config, dtype, folder)
     return WeightBytes(transformer.bytes(dtype), frozen, dtype.itemsize)
 
 
@@ -140,7 +136,7 @@ def predict(
     memory = Memory() if memory is None else memory
     conditions = cost.conditions(config, clip, memory, weights.size)
     denoise = conditions + cost.step(config, clip, memory, weights.size)
-    phases = {"denoise": denoise, **cost.autoencoder(clip, memory, weights.frozen.width)}
+    phases = {"denoise": denoise, **cost.autoencoder(config, clip, memory, weights.frozen.width)}
     if voice is not None and voice.hearing:
         phases["speech"] = voice.hearing
     work = clip.branches * transformer.flops(clip, memory)

@@ -119,13 +119,13 @@ def validation(
     largest = max((unit.elements(ranks) for unit in sizes.units.values() if not unit.stays), default=0)
     memory, cost, config = Memory(), transformer.cost, transformer.config
     clip = replace(cost.default_clip(config), branches=1, batched=False)
-    parts = cost.frozen_parts(torch.float32)
+    parts = cost.frozen_parts(config, torch.float32)
     step = cost.step(config, clip, memory, size) / mesh.context + cost.conditions(config, clip, memory, size)
     return {
         **held,
         "weights that wait": 0.0 if run.offload or not run.averages else 4 * sizes.total(ranks, trained=True) / ranks,
         "gathered": always + 2 * size * largest,
-        "generating": max(step, *cost.autoencoder(clip, memory, parts.width).values()),
+        "generating": max(step, *cost.autoencoder(config, clip, memory, parts.width).values()),
         AUTOENCODER: parts.sizes.get(AUTOENCODER, 0),
     }
 
