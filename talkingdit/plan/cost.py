@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from talkingdit.nn.units import Units
     from talkingdit.pipelines.memory import Memory
     from talkingdit.plan.clip import ClipShape
-    from talkingdit.plan.run import MeshSizes, Run
+    from talkingdit.plan.run import MeshSizes, TrainingRun
 
 # Parts that stand beside the transformer, by what reports call them.
 TEXT_ENCODER = "text encoder"
@@ -141,7 +141,7 @@ class Cost(Protocol):
     def speech(self, config: Mapping[str, Any], folder: Path | None = None) -> SpeechCost:
         """Of the speech encoder, at the frame rate of the checkpoint in a folder or that of the family."""
 
-    def activations(self, config: Mapping[str, Any], run: Run, mesh: MeshSizes, size: int) -> Activations:
+    def activations(self, config: Mapping[str, Any], run: TrainingRun, mesh: MeshSizes, size: int) -> Activations:
         """Of a training step."""
 
 

@@ -64,7 +64,7 @@ class VoicePlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class GenerationPlan:
     """A prediction, in bytes and seconds."""
 
     weights: dict[str, float]  # by part, what stays on the card
@@ -120,7 +120,7 @@ def predict(
     memory: Memory | None = None,
     tflops: float | None = None,
     voice: VoicePlan | None = None,
-) -> Plan:
+) -> GenerationPlan:
     """Memory and time of a clip.
 
     Args:
@@ -152,7 +152,9 @@ def predict(
             moved = _resident(transformer, weights, replace(memory, offload="none"))["transformer"]
             step = max(step, forwards * moved / HOST_TO_DEVICE)
         seconds = clip.steps * step
-    return Plan(_resident(transformer, weights, memory), conditions, phases, work, seconds, memory, clip, voice)
+    return GenerationPlan(
+        _resident(transformer, weights, memory), conditions, phases, work, seconds, memory, clip, voice
+    )
 
 
 def _resident(transformer: Transformer, weights: WeightBytes, memory: Memory) -> dict[str, float]:
@@ -198,8 +200,11 @@ def _moved(sizes: Mapping[str, int], units: Sequence[Unit], offload: str) -> lis
 
 
 def advice(
-    plan: Plan, again: Callable[[Memory, ClipShape], Plan], card: float, switches: Sequence[Mapping[str, Any]]
-) -> Plan | None:
+    plan: GenerationPlan,
+    again: Callable[[Memory, ClipShape], GenerationPlan],
+    card: float,
+    switches: Sequence[Mapping[str, Any]],
+) -> GenerationPlan | None:
     """A prediction that fits a card, with as few switches as that takes; None if none does.
 
     Args:

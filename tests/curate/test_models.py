@@ -11,9 +11,9 @@ import pytest
 import soundfile
 from needs import need_cuts, need_stages
 
-from talkingdit.curate.decide import Clip, decide
+from talkingdit.curate.decide import CurateClip, decide
 from talkingdit.curate.measure import Video, Watcher
-from talkingdit.curate.settings import Settings, Watch
+from talkingdit.curate.settings import CurateSettings, Watch
 from talkingdit.detect.shots import Cuts
 from talkingdit.encoders.log_mel import normalise_loudness
 from talkingdit.media.files import VideoWriter
@@ -54,7 +54,7 @@ def titled(pictures: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Clip]:
+def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CurateClip]:
     need_stages(*STAGES)
     folder, voice = tmp_path_factory.mktemp("planted"), sound()
     pictures = drawn(1)
@@ -76,7 +76,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Clip]:
         write(folder / f"{name}.mp4", frames, samples)
         records.append(watcher.record(Video(name, folder / f"{name}.mp4")))
     assert not any(record["error"] for record in records)
-    return {clip.video: clip for clip in decide(records, Settings()).clips}
+    return {clip.video: clip for clip in decide(records, CurateSettings()).clips}
 
 
 @pytest.mark.parametrize(
@@ -93,13 +93,13 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Clip]:
         ("blur", "sharpness.face"),
     ],
 )
-def test_a_planted_fault_is_found(clips: dict[str, Clip], name: str, failed: str) -> None:
+def test_a_planted_fault_is_found(clips: dict[str, CurateClip], name: str, failed: str) -> None:
     assert failed in clips[name].failed or (not failed and clips[name].kept), clips[name].figures
     if name != "back":  # without a face there is more that cannot be
         assert set(clips[name].failed) <= {failed}
 
 
-def test_figures_are_those_that_were_drawn(clips: dict[str, Clip]) -> None:
+def test_figures_are_those_that_were_drawn(clips: dict[str, CurateClip]) -> None:
     assert clips["shifted"].figures["sync.lag"] == pytest.approx(-0.24, abs=1 / FPS)
     assert clips["clean"].figures["sync.lag"] == pytest.approx(0.0, abs=1 / FPS)
     assert clips["two"].figures["faces.people"] == 2

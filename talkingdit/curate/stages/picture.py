@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from talkingdit.curate.look import Look
 from talkingdit.curate.settings import Watch
-from talkingdit.curate.stages import Figures, Found
+from talkingdit.curate.stages import ClipFindings, Figures
 from talkingdit.detect.motion import Flow
 from talkingdit.detect.text import texts
 
@@ -26,7 +26,7 @@ class PictureStage:
 
     def __init__(self, watch: Watch) -> None: ...
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         grey = look.pictures[:: max(1, round(look.fps))].mean(-1)
         figures = {
             "clip.seconds": round(look.seconds, 3),
@@ -48,7 +48,7 @@ class SharpnessStage:
 
     def __init__(self, watch: Watch) -> None: ...
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         figures: Figures = {}
         if found.people and look.stills:
             values = []
@@ -86,7 +86,7 @@ class MotionStage:
     def __init__(self, watch: Watch) -> None:
         self._flow = Flow()
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         step = max(1, round(FLOW_EVERY * look.fps))
         pairs = range(0, len(look.pictures) - step, max(step, len(look.pictures) // 24))
         if not len(pairs):
@@ -115,7 +115,7 @@ class TextStage:
     def __init__(self, watch: Watch) -> None:
         texts(np.zeros((64, 64, 3), np.uint8))
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         if not look.stills:
             return {}
         chosen = {round(at) for at in np.linspace(0, len(look.stills) - 1, TEXT_STILLS)}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from talkingdit.eval.evidence import Evidence, NotMeasured, View, spread
+from talkingdit.eval.evidence import Evidence, NotMeasured, RegionView, spread
 from talkingdit.eval.metric import PICTURES, FloatArray, Metric, Value, over_people
 
 MOST_FRAMES = 64  # of a video that are looked at, evenly spread
@@ -93,7 +93,7 @@ def _clips(evidence: Evidence, region: str) -> tuple[FloatArray, FloatArray]:
     return np.concatenate(gen), np.concatenate(truth)
 
 
-def _windows(frames: np.ndarray, view: View) -> list[np.ndarray]:
+def _windows(frames: np.ndarray, view: RegionView) -> list[np.ndarray]:
     """Inputs [3, 16, 224, 224] in 0..1."""
     shown = frames[view.shown]
     if not len(shown):
@@ -110,7 +110,7 @@ def _windows(frames: np.ndarray, view: View) -> list[np.ndarray]:
     return out
 
 
-def _curve(view: View, chosen: np.ndarray, found: FloatArray) -> tuple[float, FloatArray]:
+def _curve(view: RegionView, chosen: np.ndarray, found: FloatArray) -> tuple[float, FloatArray]:
     curve = np.full(len(view.gen), np.nan)
     curve[chosen] = found
     return float(found.mean()), curve

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from talkingdit.eval.evidence import Evidence, NotMeasured, View
+from talkingdit.eval.evidence import Evidence, NotMeasured, RegionView
 from talkingdit.eval.metric import PICTURES, FloatArray, Metric, Value, over_people
 from talkingdit.eval.similarity import Frame, cosine, peak_signal_to_noise, structural_similarity
 
@@ -49,7 +49,7 @@ def _sharpness(evidence: Evidence, region: str) -> Value:
     return over_people(values)
 
 
-def _as_filmed(view: View, f: int) -> Frame:
+def _as_filmed(view: RegionView, f: int) -> Frame:
     """A frame without the enlargement of its crop, which looks like blur."""
     frame = view.gen[f]
     if not view.native or view.native >= len(frame):

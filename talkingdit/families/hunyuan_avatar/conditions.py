@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from talkingdit.autoencoders.latents import FRAMES_PER_LATENT
-from talkingdit.families.hunyuan_avatar.guidance import View
+from talkingdit.families.hunyuan_avatar.guidance import GuidanceView
 from talkingdit.families.hunyuan_avatar.masks import small_masks
-from talkingdit.families.hunyuan_avatar.outline import Details, Voice
+from talkingdit.families.hunyuan_avatar.outline import Details, PlacedVoice
 from talkingdit.families.hunyuan_avatar.voices import HeardVoice
 from talkingdit.families.hunyuan_avatar.words import Words
 
@@ -48,7 +48,7 @@ class VideoConditions:
     emotion_index: Tensor
     silence: str = "zeros"  # see `HunyuanAvatarSettings`
 
-    def arguments(self, frames: Tensor, views: Sequence[View], mask: float, fps: float) -> dict[str, Any]:
+    def arguments(self, frames: Tensor, views: Sequence[GuidanceView], mask: float, fps: float) -> dict[str, Any]:
         """Arguments of the transformer besides latents and timestep, a sample per view.
 
         Args:
@@ -102,7 +102,7 @@ def sound_frames(latents: Tensor, count: int) -> Tensor:
     return torch.cat([last[:1], rest.reshape(-1)]) % (FRAMES_PER_LATENT * count)
 
 
-def cell_masks(voices: Sequence[Voice], size: tuple[int, int]) -> Tensor:
+def cell_masks(voices: Sequence[PlacedVoice], size: tuple[int, int]) -> Tensor:
     """Masks of all voices, [1, S, 1 or latents, h, w]; see `VideoConditions`."""
     still = small_masks([voice.mask for voice in voices], size)
     if all(voice.moving is None for voice in voices):

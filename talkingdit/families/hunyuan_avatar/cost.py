@@ -25,7 +25,7 @@ from talkingdit.plan.cost import (
     Parameter,
     SpeechCost,
 )
-from talkingdit.plan.run import MeshSizes, Run
+from talkingdit.plan.run import MeshSizes, TrainingRun
 
 if TYPE_CHECKING:
     import torch
@@ -253,7 +253,7 @@ def speech(config: Mapping[str, Any], folder: Path | None = None) -> SpeechCost:
 # ---- Memory of training ----------------------------------------------------------------------------------------------
 
 
-def activations(config: Mapping[str, Any], run: Run, mesh: MeshSizes, size: int) -> Activations:
+def activations(config: Mapping[str, Any], run: TrainingRun, mesh: MeshSizes, size: int) -> Activations:
     """What a rank keeps and sends of a micro-batch.
 
     In units of tokens x dim a block keeps for its backward, besides the residual stream at its input: 12 and 3 times

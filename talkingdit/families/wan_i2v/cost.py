@@ -29,7 +29,7 @@ from talkingdit.plan.cost import (
     Parameter,
     SpeechCost,
 )
-from talkingdit.plan.run import MeshSizes, Run
+from talkingdit.plan.run import MeshSizes, TrainingRun
 
 if TYPE_CHECKING:
     import torch
@@ -210,7 +210,7 @@ class WanCost:
 
     # ---- Memory of training ------------------------------------------------------------------------------------------
 
-    def activations(self, config: Mapping[str, Any], run: Run, mesh: MeshSizes, size: int) -> Activations:
+    def activations(self, config: Mapping[str, Any], run: TrainingRun, mesh: MeshSizes, size: int) -> Activations:
         """What a rank keeps and sends of a micro-batch; counted as for Wan-S2V, with audio inside of the blocks."""
         dim, wide, ring = config["dim"], config["ffn_dim"] / config["dim"], mesh.ring
         noisy, total = self.tokens(config, run.clip)

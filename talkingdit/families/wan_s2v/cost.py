@@ -27,7 +27,7 @@ from talkingdit.plan.cost import (
     Parameter,
     SpeechCost,
 )
-from talkingdit.plan.run import MeshSizes, Run
+from talkingdit.plan.run import MeshSizes, TrainingRun
 
 if TYPE_CHECKING:
     import torch
@@ -269,7 +269,7 @@ class Kept:
         return {"off": self.off, "selective": self.selective, "full": 0.0}[checkpointing]
 
 
-def activations(config: Mapping[str, Any], run: Run, mesh: MeshSizes, size: int) -> Activations:
+def activations(config: Mapping[str, Any], run: TrainingRun, mesh: MeshSizes, size: int) -> Activations:
     """What a rank keeps and sends of a micro-batch.
 
     In units of tokens x dim a block keeps for its backward, besides the residual stream at its input and two more of
