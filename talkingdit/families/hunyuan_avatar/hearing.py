@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from talkingdit.families.hunyuan_avatar.inputs import AvatarConditions
+from talkingdit.families.hunyuan_avatar.conditions import AvatarConditions
 from talkingdit.nn.audio_cross_attention import TokenSpan
 from talkingdit.nn.ranges import scatter_ranges, take_ranges
 

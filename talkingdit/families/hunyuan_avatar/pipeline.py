@@ -24,12 +24,11 @@ from talkingdit.autoencoders.latents import FRAMES_PER_LATENT
 from talkingdit.distributed.layout import Parallel
 from talkingdit.encoders.text import cut_warning
 from talkingdit.errors import UserError
-from talkingdit.families.hunyuan_avatar.conditions import VideoConditions
-from talkingdit.families.hunyuan_avatar.encode import encode
+from talkingdit.families.hunyuan_avatar.conditions import AvatarInputs
 from talkingdit.families.hunyuan_avatar.guidance import GuidanceView
-from talkingdit.families.hunyuan_avatar.inputs import AvatarInputs
 from talkingdit.families.hunyuan_avatar.options import RELEASED
 from talkingdit.families.hunyuan_avatar.outline import Details
+from talkingdit.families.hunyuan_avatar.prepare import encode
 from talkingdit.families.hunyuan_avatar.step_cache import (
     BACKBONE,
     Changes,
@@ -38,6 +37,7 @@ from talkingdit.families.hunyuan_avatar.step_cache import (
     computes,
     fitted_for,
 )
+from talkingdit.families.hunyuan_avatar.windows import VideoConditions
 from talkingdit.pipelines.long_video import (
     Carry,
     ClipPipeline,

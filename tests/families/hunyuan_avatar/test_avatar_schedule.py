@@ -16,7 +16,6 @@ from torch import Tensor
 
 from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.checkpoint import HunyuanAvatarSettings
-from talkingdit.families.hunyuan_avatar.conditions import cell_masks, masks_of, sound_frames
 from talkingdit.families.hunyuan_avatar.guidance import GuidanceView, StepGuidance
 from talkingdit.families.hunyuan_avatar.masks import moving_mask, small_masks
 from talkingdit.families.hunyuan_avatar.options import Options
@@ -24,6 +23,7 @@ from talkingdit.families.hunyuan_avatar.outline import PlacedVoice, outline, sta
 from talkingdit.families.hunyuan_avatar.pipeline import noise_levels
 from talkingdit.families.hunyuan_avatar.speakers import Speaker
 from talkingdit.families.hunyuan_avatar.step_cache import TeaSteps, computes
+from talkingdit.families.hunyuan_avatar.windows import cell_masks, masks_of, sound_frames
 from talkingdit.pipelines.inputs import Inputs, Job
 from talkingdit.pipelines.long_video import ShiftFusion, denoise
 from talkingdit.pipelines.step_cache import Fitted

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from talkingdit.families.hunyuan_avatar import cost
-from talkingdit.families.hunyuan_avatar.inputs import AvatarInputs
+from talkingdit.families.hunyuan_avatar.conditions import AvatarInputs
 from talkingdit.families.hunyuan_avatar.model import HunyuanAvatarModel
 from talkingdit.families.hunyuan_avatar.presets import PRESETS
 from talkingdit.plan.clip import ClipShape
