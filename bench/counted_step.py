@@ -204,7 +204,7 @@ def count(step: CountedStep) -> Counted:
 def _train(
     step: CountedStep,
     networks: Networks,
-    layout: parallel.Layout,
+    layout: parallel.ProcessMesh,
     given: Mapping[str, Tensor],
     optimizers: list[torch.optim.Optimizer],
     ema: Ema | None,

@@ -151,8 +151,7 @@ def measure_mp4(job: MeasureJob, checkpoint: Any, options: Any) -> dict[str, Any
     from talkingdit.families.puppet.outline import outline
     from talkingdit.families.puppet.pipeline import open_pipeline
     from talkingdit.media.files import read_audio, read_video
-    from talkingdit.pipelines.inputs import MeasureJob as VideoJob
-    from talkingdit.pipelines.inputs import read_inputs
+    from talkingdit.pipelines.inputs import Job, read_inputs
     from talkingdit.pipelines.job import make_video
 
     with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +160,7 @@ def measure_mp4(job: MeasureJob, checkpoint: Any, options: Any) -> dict[str, Any
         peak = float(np.abs(job.voice.samples).max())
         soundfile.write(audio, job.voice.samples / max(1.0, peak), SPEECH_RATE)
         chosen = dataclasses.replace(options, seed=job.seed)
-        inputs = read_inputs(VideoJob(image=image, audio=audio, output=video, prompt=job.scene.caption()))
+        inputs = read_inputs(Job(image=image, audio=audio, output=video, prompt=job.scene.caption()))
         make_video(inputs, outline(inputs, checkpoint.settings, chosen), open_pipeline(checkpoint))
         frames = read_video(video)[0]
         heard = HeldOutVoice(job.voice.speaker, job.voice.language, normalise_loudness(read_audio(video, SPEECH_RATE)))
