@@ -185,7 +185,7 @@ def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     temporary, handle = _new_folder(path.parent, new)
     try:
         yield temporary
-        share(temporary)
+        give_usual_modes(temporary)
         temporary.chmod(0o777 & ~_umask())
         old = _move_away(path, away, temporary)
         try:
@@ -250,7 +250,7 @@ def _files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
 
 
-def share(folder: Path) -> None:
+def give_usual_modes(folder: Path) -> None:
     """Give the files of a folder the mode that any new file gets: safetensors makes private ones."""
     mode = 0o666 & ~_umask()
     for path in folder.rglob("*"):

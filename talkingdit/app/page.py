@@ -34,7 +34,7 @@ class Page:
             gr.HTML(
                 '<h1>talkingdit</h1><p class="dim">A picture and a voice become a video of the person speaking.</p>'
             )
-            self.shown, self.seen = gr.State(""), gr.State({})
+            self.shown_run, self.seen = gr.State(""), gr.State({})
             self.restored: Any = gr.State({})
             with gr.Row():
                 with gr.Column(scale=5):
@@ -120,7 +120,7 @@ class Page:
             except UserError as error:
                 return "", views.error(str(error))
 
-        self.make.click(start, inputs, [self.shown, self.wrong], **QUIETLY)
+        self.make.click(start, inputs, [self.shown_run, self.wrong], **QUIETLY)
         self.think.click(plan, inputs, [self.plan, self.wrong], **{**QUIETLY, "show_progress": "minimal"})
 
     # ---- What comes out, on the right --------------------------------------------------------------------------------
@@ -141,15 +141,15 @@ class Page:
     def _listen(self) -> None:
         everything = [self.status, self.video, self.sheet, self.stop, self.go_on, self.load, self.remove, self.history]
         outputs = [self.seen, *everything]
-        self.blocks.load(self._newest, None, self.shown, **QUIETLY)
-        gr.on([self.timer.tick, self.shown.change], self._look, [self.shown, self.seen], outputs, **QUIETLY)
-        self.history.input(lambda id: id, self.history, self.shown, **QUIETLY)
-        self.stop.click(self._stop, self.shown, None, **QUIETLY)
-        self.go_on.click(self._go_on, self.shown, self.wrong, **QUIETLY)
-        self.remove.click(self._remove, self.shown, [self.shown, self.wrong], **QUIETLY)
+        self.blocks.load(self._newest, None, self.shown_run, **QUIETLY)
+        gr.on([self.timer.tick, self.shown_run.change], self._look, [self.shown_run, self.seen], outputs, **QUIETLY)
+        self.history.input(lambda id: id, self.history, self.shown_run, **QUIETLY)
+        self.stop.click(self._stop, self.shown_run, None, **QUIETLY)
+        self.go_on.click(self._go_on, self.shown_run, self.wrong, **QUIETLY)
+        self.remove.click(self._remove, self.shown_run, [self.shown_run, self.wrong], **QUIETLY)
         restored = [self.image, self.audio, self.prompt, self.checkpoint, self.restored]
         # Through gradio's queue: only there does a state that has changed have the options made again.
-        self.load.click(self._restore, self.shown, restored, **{**QUIETLY, "queue": True})
+        self.load.click(self._restore, self.shown_run, restored, **{**QUIETLY, "queue": True})
 
     def _newest(self, request: gr.Request) -> str:
         run = self.service.newest(Visitor.of(request))

@@ -34,14 +34,14 @@ class RegionView:
     Attributes:
         gen: uint8 [F, h, w, 3] RGB.
         truth: likewise, of the same size; None without a truth.
-        shown: [F], frames in which the region was found in both (in the video alone without a truth).
+        visible: [F], frames in which the region was found in both (in the video alone without a truth).
         person: which of the people in the video.
         native: pixels of the video that a side of `gen` shows; fewer than it has where crops are enlarged.
     """
 
     gen: Frames
     truth: Frames | None
-    shown: npt.NDArray[np.bool_]
+    visible: npt.NDArray[np.bool_]
     person: int = 0
     native: int = 0
 
@@ -188,7 +188,7 @@ class Evidence:
                     _native(track, margin),
                 )
             )
-        return [view for view in views if view.shown.any()]
+        return [view for view in views if view.visible.any()]
 
 
 def _native(track: Track, margin: float) -> int:

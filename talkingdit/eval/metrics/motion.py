@@ -38,7 +38,7 @@ def _smoothness(evidence: Evidence, region: str) -> Value:
     """1 - mean difference between a frame and what its neighbours say it should be, over 255."""
     values = []
     for view in evidence.views(region):
-        greys, shown = _greys(view), view.shown
+        greys, shown = _greys(view), view.visible
         curve = np.full(len(greys), np.nan)
         for f in range(1, len(greys) - 1):
             if shown[f - 1 : f + 2].all():
@@ -65,7 +65,7 @@ def _amounts(evidence: Evidence, region: str) -> list[tuple[FloatArray, float]]:
     """For each person the motion [F] between each frame and the next, and the threshold above which it counts."""
     out = []
     for view in evidence.views(region):
-        greys, shown = _greys(view), view.shown
+        greys, shown = _greys(view), view.visible
         curve = np.full(len(greys), np.nan)
         for f in range(len(greys) - 1):
             if shown[f] and shown[f + 1]:

@@ -25,7 +25,7 @@ def _paired(measure: Callable[[Frame, Frame], float]) -> Callable[[Evidence, str
         for view in evidence.views(region):
             truth = view.need_truth()
             curve = np.full(len(view.gen), np.nan)
-            for f in np.nonzero(view.shown)[0]:
+            for f in np.nonzero(view.visible)[0]:
                 curve[f] = measure(view.gen[f], truth[f])
             values.append((float(np.nanmean(curve)), curve))
         return over_people(values)
@@ -43,7 +43,7 @@ def _sharpness(evidence: Evidence, region: str) -> Value:
     values = []
     for view in evidence.views(region):
         curve: FloatArray = np.full(len(view.gen), np.nan)
-        for f in np.nonzero(view.shown)[0]:
+        for f in np.nonzero(view.visible)[0]:
             curve[f] = np.log10(1 + sharpness_of(_as_filmed(view, int(f))))
         values.append((float(np.nanmean(curve)), curve))
     return over_people(values)
