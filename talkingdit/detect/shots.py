@@ -29,6 +29,7 @@ LAGS = (1, 10)  # pictures back to which a picture is compared: cuts, and dissol
 SCREEN = 0.06  # mean difference of colour, of 1: of people who move it is 0.01 to 0.04
 OUT, OUT_TIMES, OUT_AROUND = 0.03, 4.0, 10  # least difference, times the most of so many pictures on either side
 OUT_THRESHOLD = 0.15  # of the usual one, where a picture stands out so
+CLOSE = 4  # pictures within which two cuts are one: no shot is as short
 
 Thumbs = NDArray[np.uint8]
 
@@ -59,6 +60,7 @@ class Cuts:
         self._settled = 0
         self._suspect: list[bool] = []
         self._steps: list[float] = []  # difference of each picture from the one before
+        self._cut = -CLOSE  # the newest
         self.looked = 0
         """Windows that the network was asked about."""
 
@@ -118,6 +120,9 @@ class Cuts:
             self.looked += 1
             least = [self._threshold * (OUT_THRESHOLD if any(out[i : i + 3]) else 1.0) for i in range(count)]
             found = _peaks(probabilities[EDGE : EDGE + count], np.array(least), self._settled)
+            found = [(at, likely) for at, likely in found if at - self._cut >= CLOSE]
+        if found:
+            self._cut = found[-1][0]
         self._settled += count
         drop = max(0, self._settled - EDGE - self._first)
         del self._thumbs[:drop], self._suspect[:drop], self._steps[:drop]
@@ -126,17 +131,18 @@ class Cuts:
 
 
 def _peaks(probabilities: NDArray[np.float32], threshold: NDArray[np.float64], offset: int) -> list[tuple[int, float]]:
-    """The highest place of every run above its thresholds; the picture behind it begins the new shot."""
-    found: list[tuple[int, float]] = []
-    run: list[int] = []
-    for i, high in enumerate([*(probabilities >= threshold), False]):
-        if high:
-            run.append(i)
-        elif run:
-            best = max(run, key=lambda j: probabilities[j])
-            found.append((offset + best + 1, float(probabilities[best])))
-            run = []
-    return found
+    """The highest place of every run above its thresholds; the picture behind it begins the new shot.
+
+    A run goes on over gaps in which no shot would fit.
+    """
+    runs: list[list[int]] = []
+    for i in np.flatnonzero(probabilities >= threshold).tolist():
+        if runs and i - runs[-1][-1] < CLOSE:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    highest = [max(run, key=lambda j: probabilities[j]) for run in runs]
+    return [(offset + best + 1, float(probabilities[best])) for best in highest]
 
 
 @lru_cache(maxsize=1)
