@@ -32,7 +32,7 @@ FINDS = {
     "subtitles": ("text.over_person",),
     "silence": ("speech.share",),
     "shifted": ("sync.lag",),
-    "blur": ("sharpness.face",),
+    "blur": ("sharpness.picture", "sharpness.face"),
     "two_speakers": ("voices.likeness",),
 }
 CUT_FRAMES = 2  # by which a cut may be misplaced
@@ -88,8 +88,13 @@ def score(planted: list[Planted], decisions: Decisions) -> dict[str, dict[str, A
 
 
 def _follows(planted: str, found: str) -> bool:
-    """Faults that others bring with them: a clip of another person after a cut is not in step as a whole."""
-    return (planted, found) in {("two_people", "shifted"), ("blur", "no_face"), ("blur", "shifted")}
+    """Faults that others bring with them: of two people one is not in step, and words over a face hide it."""
+    return (planted, found) in {
+        ("two_people", "shifted"),
+        ("blur", "no_face"),
+        ("blur", "shifted"),
+        ("subtitles", "no_face"),
+    }
 
 
 def _rates(count: dict[str, int]) -> dict[str, float]:

@@ -104,6 +104,7 @@ class Limit:
 LIMITS: dict[str, Limit] = {
     "clip.seconds": Limit(at_least=2.0, required=True),
     "clip.height": Limit(at_least=128),
+    "sharpness.picture": Limit(at_least=7.0),
     "faces.people": Limit(at_least=1, at_most=1, required=True),
     "faces.share": Limit(at_least=0.85, required=True),
     "faces.height": Limit(at_least=0.08),
