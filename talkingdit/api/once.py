@@ -8,7 +8,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 from talkingdit import families
-from talkingdit.api.asking import Wish, ask, refuse_loading
+from talkingdit.api.asking import PipelineCall, ask, refuse_loading
 from talkingdit.api.road import made
 from talkingdit.models import find_checkpoint, load_checkpoint
 from talkingdit.pipelines.tuning import Tuning, load_tuned
@@ -69,7 +69,7 @@ def generate(
     """
     folder = find_checkpoint(getattr(checkpoint, "folder", checkpoint))
     family = families.of_folder(folder)
-    wish = Wish(
+    wish = PipelineCall(
         image=image,
         audio=audio,
         prompt=prompt,

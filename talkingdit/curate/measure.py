@@ -23,7 +23,7 @@ from talkingdit.atomic import write_whole
 from talkingdit.curate.anchors import Anchors
 from talkingdit.curate.look import Look, looks
 from talkingdit.curate.settings import Watch
-from talkingdit.curate.stages import Found, Stage, make_stages
+from talkingdit.curate.stages import ClipFindings, MeasuringStage, make_stages
 from talkingdit.detect.packages import NotInstalledError
 from talkingdit.detect.shots import Cuts
 from talkingdit.errors import UserError
@@ -33,7 +33,7 @@ SAMPLE_PICTURES, SAMPLE_HEIGHT = 4, 108
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Record = dict[str, Any]
-Keep = Callable[[Look, Found], None]
+Keep = Callable[[Look, ClipFindings], None]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Watcher:
         return record | {"seconds": round(time.monotonic() - began, 3)}
 
     def _clip(self, video: Video, look: Look, keep: Keep | None) -> dict[str, Any]:
-        found = Found()
+        found = ClipFindings()
         figures: dict[str, Any] = {}
         took: dict[str, float] = {}
         if look.seconds < self._watch.min_seconds:
@@ -144,7 +144,9 @@ class Watcher:
         return name
 
 
-def measured(stages: dict[str, Stage], look: Look, found: Found) -> tuple[dict[str, Any], dict[str, float]]:
+def measured(
+    stages: dict[str, MeasuringStage], look: Look, found: ClipFindings
+) -> tuple[dict[str, Any], dict[str, float]]:
     """Figures of a clip by all stages, and the processor seconds of each."""
     figures: dict[str, Any] = {}
     took: dict[str, float] = {}
@@ -155,7 +157,7 @@ def measured(stages: dict[str, Stage], look: Look, found: Found) -> tuple[dict[s
     return plain(figures), took
 
 
-def strip(look: Look, found: Found) -> Any:
+def strip(look: Look, found: ClipFindings) -> Any:
     """Four pictures of a clip in a row, faces in boxes: uint8 [108, W, 3]."""
     import cv2
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from talkingdit.curate.look import Look
 from talkingdit.curate.settings import Watch
-from talkingdit.curate.stages import Figures, Found
+from talkingdit.curate.stages import ClipFindings, Figures
 
 NAME = "planted"
 
@@ -24,7 +24,7 @@ class Quick:
     def __init__(self, watch: Watch) -> None:
         self._given = watch.models
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         time.sleep(float(self._given.get("sleep", 0)))
         return {
             "clip.seconds": look.seconds,
@@ -39,14 +39,14 @@ class Card(Quick):
 
     gpu = True
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         return {"card.pictures": len(look.pictures), "card.heard": len(look.samples), "card.pid": os.getpid()}
 
 
 class Deadly(Quick):
     """Kills its process at videos whose name says so: "once", or always."""
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         tried = Path(self._given["marks"]) / look.video.name
         if "always" in look.video.name or ("once" in look.video.name and not tried.exists()):
             tried.touch()

@@ -2,7 +2,8 @@
 """What is measured of a clip: a class each, figures out.
 
 A stage is made once per process, with the settings, and asked once per clip. What an earlier stage has found, a later
-one uses: `Found`. Figures are numbers, texts or lists under dotted names; a limit of the settings goes by such a name.
+one uses: `ClipFindings`. Figures are numbers, texts or lists under dotted names; a limit of the settings goes by such a
+name.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Person:
 
 
 @dataclass
-class Found:
+class ClipFindings:
     """What stages have found in a clip so far.
 
     Args:
@@ -62,12 +63,12 @@ class Found:
     facing: dict[int, float] = field(default_factory=dict)
 
 
-class Stage(Protocol):
+class MeasuringStage(Protocol):
     """Measures clips. `gpu` says that it wants a card: such stages run together, in workers of their own."""
 
     gpu: bool
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         """Figures of a clip."""
 
 
@@ -103,7 +104,7 @@ def stage_of(name: str) -> type[Any]:
     return found
 
 
-def make_stages(watch: Watch, gpu: bool | None = None) -> tuple[dict[str, Stage], dict[str, str]]:
+def make_stages(watch: Watch, gpu: bool | None = None) -> tuple[dict[str, MeasuringStage], dict[str, str]]:
     """The stages of the settings, and of those that lack a model what to install or to give.
 
     Args:
@@ -112,7 +113,7 @@ def make_stages(watch: Watch, gpu: bool | None = None) -> tuple[dict[str, Stage]
     """
     from talkingdit.detect.packages import NotInstalledError
 
-    made: dict[str, Stage] = {}
+    made: dict[str, MeasuringStage] = {}
     lacking: dict[str, str] = {}
     for name in watch.stages:
         kind = stage_of(name)

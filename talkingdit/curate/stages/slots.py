@@ -15,7 +15,7 @@ import numpy as np
 
 from talkingdit.curate.look import Look
 from talkingdit.curate.settings import Watch
-from talkingdit.curate.stages import Figures, Found
+from talkingdit.curate.stages import ClipFindings, Figures
 from talkingdit.detect.packages import NotInstalledError
 from talkingdit.media.sound import SPEECH_RATE
 
@@ -58,7 +58,7 @@ class LanguageStage:
         self._features = WhisperFeatureExtractor(feature_size=self._model.config.num_mel_bins)
         self._names = {token: name.strip("<|>") for name, token in self._model.generation_config.lang_to_id.items()}
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         import torch
 
         if not found.spoken:
@@ -87,7 +87,7 @@ class CaptionStage:
         self._processor: Any = AutoProcessor.from_pretrained(folder)
         self._model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=kind).eval().to(_device())
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         import torch
         from PIL import Image
 
