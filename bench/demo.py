@@ -4,8 +4,9 @@
     python -m bench.demo [--old COMMIT|DIR] [--runs 5] [--busy] [--nice N] [--out bench/results]
 
 Builds take turns, so that a machine that is slow for a while is slow for both. `--old` is checked out beside this tree,
-with the kernels that this tree has; a build whose kernels were others is given as a folder with its own. `--busy` adds a run of each turn beside a process that never waits. Before the
-counted runs each build makes a short video, which writes its bytecode. The result says whether all videos were equal.
+with the kernels that this tree has; a build whose kernels were others is given as a folder with its own. `--busy` adds
+a run of each turn beside a process that never waits. Before the counted runs each build makes a short video, which
+writes its bytecode. The result says whether all videos were equal.
 """
 
 from __future__ import annotations
