@@ -122,12 +122,15 @@ class SyncNet(nn.Module):
         nearest = np.minimum(np.round(np.arange(count) / FPS * fps).astype(int), len(faces) - 1)
         blue_first = torch.from_numpy(np.ascontiguousarray(faces[nearest][..., ::-1].transpose(3, 0, 1, 2)))
         cepstra = torch.from_numpy(mfcc(np.round(sound * 32767.0)).T.astype(np.float32))
+        device = next(self.parameters()).device
         windows = min(count - WINDOW, (cepstra.shape[1] - 4 * WINDOW) // 4)
         seen, heard = [], []
         for first in range(0, windows, BATCH):
             span = range(first, min(windows, first + BATCH))
-            seen.append(self.see(torch.stack([blue_first[:, i : i + WINDOW] for i in span]).float()))
-            heard.append(self.hear(torch.stack([cepstra[None, :, 4 * i : 4 * i + 4 * WINDOW] for i in span])))
+            pictures = torch.stack([blue_first[:, i : i + WINDOW] for i in span]).to(device)
+            seen.append(self.see(pictures.float()))
+            pieces = torch.stack([cepstra[None, :, 4 * i : 4 * i + 4 * WINDOW] for i in span]).to(device)
+            heard.append(self.hear(pieces))
         return _sync(torch.cat(seen), torch.cat(heard))
 
 
