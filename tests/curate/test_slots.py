@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slots for weights: empty, filled, filled wrongly, filled afterwards. Weights are drawn: what they say means nothing."""
+"""Slots for weights: empty, filled, filled wrongly, filled afterwards. Weights are drawn: what they say is noise."""
 
 from __future__ import annotations
 
