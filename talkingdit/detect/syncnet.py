@@ -57,8 +57,6 @@ def _head(size: int) -> nn.Sequential:
 class SyncNet(nn.Module):
     """The network; names of its parts are those of the released weights."""
 
-    side = 224  # of the faces
-    margin = 1.4  # of the square around a face's box
     size = 1024  # of the embeddings
 
     def __init__(self) -> None:
@@ -109,7 +107,7 @@ class SyncNet(nn.Module):
         """How well a mouth follows the sound.
 
         Args:
-            faces: uint8 [F, 224, 224, 3] RGB, crops of one face, 1.4 times its box.
+            faces: uint8 [F, 224, 224, 3] RGB, of one person, as `detect.talking.heads` cuts them out.
             fps: of them; read at 25 per second, the nearest frame each.
             sound: float32 [samples] at 16 kHz from the time of frame 0 on, full scale at 1.
 

@@ -7,6 +7,8 @@ Light-ASD reads the middle of it, where mouth and chin are.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -20,7 +22,7 @@ OUTSIDE = 110  # grey of what lies outside of the picture
 Pictures = npt.NDArray[np.uint8]
 
 
-def heads(pictures: Pictures, boxes: npt.NDArray[np.float32]) -> Pictures:
+def heads(pictures: Pictures, boxes: npt.NDArray[np.floating[Any]]) -> Pictures:
     """Heads of one person: uint8 [F, 224, 224, 3].
 
     Args:
