@@ -17,7 +17,7 @@ from talkingdit.curate.log import FIGURES, Log
 from talkingdit.curate.measure import Record, Video
 from talkingdit.curate.report import REPORT, write_report
 from talkingdit.curate.settings import LIMITS, Settings
-from talkingdit.curate.slots import MODELS, SLOTS, check_models, empty_slots, identify_models
+from talkingdit.curate.slots import MODELS, SLOTS, check_models, empty_slots, identify_models, note_models
 from talkingdit.curate.stages import stage_of
 from talkingdit.curate.write import MANIFEST, TABLE, write_manifest, write_table
 from talkingdit.data.manifest import read_manifest
@@ -127,6 +127,8 @@ def curate(job: Job, started: Callable[[int, int], None], watched: Callable[[Rec
 
         def note(record: Record) -> None:
             log.add(record)
+            if given and not (job.folder / MODELS).exists():
+                note_models(job.settings.watch, given, job.folder / MODELS)
             watched(record)
 
         try:
@@ -160,12 +162,13 @@ def _finish(job: Job, task: Task, videos: list[Video], log: Log) -> Outcome:
     lacking: dict[str, str] = {}
     for record in records:
         lacking.update({name: line for name, line in record["lacking"].items() if name not in SLOTS})
-    lacking.update(empty_slots(job.settings.watch))
+    lacking.update(empty_slots(job.settings.watch, job.settings.write.anchors))
     lacking.update(_unknown_limits(decisions, job.settings))
     lines = [json.dumps({"id": r["key"], "video": r["path"], "reason": r["error"]}) + "\n" for r in broken]
     write_whole(job.folder / BROKEN, "".join(lines).encode())
     write_manifest(job.folder, decisions, videos, job.settings.write)
     write_table(job.folder, decisions)
+    note_models(job.settings.watch, task.given, job.folder / MODELS)
     outcome = Outcome(decisions, len(videos), len(broken), lacking)
     write_report(job.folder, decisions, len(videos), broken, lacking)
     return outcome

@@ -59,12 +59,12 @@ def missing_line(slot: Slot) -> str:
     return f"not available; give: watch.models.{slot.name}, {slot.give}"
 
 
-def empty_slots(watch: Watch) -> dict[str, str]:
+def empty_slots(watch: Watch, anchors: bool = True) -> dict[str, str]:
     """What settings ask for and lack weights for, by slot, with the line that says what to give."""
     wanted = [name for name in watch.stages if name in SLOTS]
-    if "people" in watch.stages:
+    if anchors and "people" in watch.stages:
         wanted.append("expression")
-    if watch.models.get("expression"):
+    if anchors and watch.models.get("expression"):
         wanted.append("verify")
     return {name: missing_line(SLOTS[name]) + "." for name in wanted if not watch.models.get(name)}
 
@@ -86,33 +86,40 @@ def identify_models(watch: Watch, cache: Path | None = None) -> dict[str, Given]
 
     Args:
         watch: settings.
-        cache: a file that keeps names and digests, so that large files are read once and not by every command.
+        cache: the file of `note_models`, so that large files are read once and not by every command.
 
     Raises:
         UserError: as `identify`, or a function that is not there.
     """
     known = _read(cache)
     found: dict[str, Given] = {}
-    notes: dict[str, Any] = {}
     for name, slot in SLOTS.items():
         value = watch.models.get(name)
         if not value:
             continue
         if slot.function:
             found[name] = _function(watch, slot)
-            stamp: Any = None
+            continue
+        path, before = path_of(watch, name), known.get(name, {})
+        if before.get("path") == value and before.get("stamp") == _stamp(path):
+            found[name] = Given(before["name"], before["version"])
         else:
-            path = path_of(watch, name)
-            stamp = _stamp(path)
-            before = known.get(name, {})
-            if before.get("stamp") == stamp and before.get("path") == value:
-                found[name] = Given(before["name"], before["version"])
-            else:
-                found[name] = identify(path, _where(watch, slot), f"give {slot.give}")
-        notes[name] = {"path": value, "stamp": stamp, **asdict(found[name])}
-    if cache is not None and notes != known and (notes or cache.exists()):
-        write_whole(cache, (json.dumps(notes, indent=1) + "\n").encode())
+            found[name] = identify(path, _where(watch, slot), f"give {slot.give}")
     return found
+
+
+def note_models(watch: Watch, given: Mapping[str, Given], cache: Path) -> None:
+    """Write down which weights are given, where that is news."""
+    notes = {
+        name: {
+            "path": watch.models[name],
+            "stamp": None if SLOTS[name].function else _stamp(path_of(watch, name)),
+            **asdict(weights),
+        }
+        for name, weights in given.items()
+    }
+    if notes != _read(cache):
+        write_whole(cache, (json.dumps(notes, indent=1) + "\n").encode())
 
 
 def _where(watch: Watch, slot: Slot) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ STANDARD = {
     "efc375833887eefa9d209dc92810e18519b04c3c73ea35a549f2a7f40b7d94d5": "light-asd-talkset",
     "d44bc3ea7baa8e0946fa3921311714a630ed8b90a1928fab0dbe30d918909317": "light-asd-ava",
 }
+LONGEST = 160  # letters of what a library says
 NAMED_DIGEST = re.compile(r"-([0-9a-f]{8})\.[a-z]+$")  # torch.hub's rule for names of files
 
 
@@ -65,3 +67,11 @@ def identify(path: Path, where: str, wanted: str) -> Given:
         )
     known = STANDARD.get(digest) or STANDARD.get(digest[:8] if named else "")
     return Given(known or f"{path.stem or path.name}-{digest[:8]}", digest[:16])
+
+
+def why(error: BaseException) -> str:
+    """Why `torch.load` or `load_state_dict` refuses a file, in a few words."""
+    if isinstance(error, pickle.UnpicklingError | EOFError):
+        return "a file that holds no weights"
+    told = " ".join((str(error).strip() or type(error).__name__).split())
+    return told if len(told) <= LONGEST else told[:LONGEST] + " ..."

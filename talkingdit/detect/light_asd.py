@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from talkingdit.detect.given import why
 from talkingdit.detect.syncnet import CEPSTRA, mfcc
 from talkingdit.errors import UserError
 
@@ -132,10 +133,9 @@ class LightASD(nn.Module):
             weights = {name.removeprefix("module."): value for name, value in found.items()}
             network.load_state_dict({name: value for name, value in weights.items() if not name.startswith("lossV.")})
         except Exception as error:
-            told = " ".join((str(error).strip() or type(error).__name__).split())
             raise UserError(
                 f"{path}: expected the weights finetuning_TalkSet.model or pretrain_AVA_CVPR.model of Light-ASD, "
-                f"got {told[:160]}"
+                f"got {why(error)}"
             ) from None
         return network.eval()
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from talkingdit.detect.given import why
 from talkingdit.errors import UserError
 from talkingdit.media.sound import SPEECH_RATE
 
@@ -88,8 +89,7 @@ class SyncNet(nn.Module):
         try:
             network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:
-            told = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path}: expected the weights syncnet_v2.model of SyncNet, got {told[:160]}") from None
+            raise UserError(f"{path}: expected the weights syncnet_v2.model of SyncNet, got {why(error)}") from None
         return network.eval()
 
     def hear(self, sound: Tensor) -> Tensor:
