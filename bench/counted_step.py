@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from bench.ledger import Ledger, Sent, cluster
+from bench.ledger import Ledger, SentByRank, cluster
 from talkingdit import families
 from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.model import WanS2VModel
@@ -56,7 +56,7 @@ class Counted:
         held: bytes between steps, by the same names.
     """
 
-    sent: list[Sent]
+    sent: list[SentByRank]
     peak: dict[str, int]
     moment: str
     held: dict[str, int]
@@ -110,7 +110,7 @@ def as_on_gpus() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Step:
+class CountedStep:
     """What is counted.
 
     Args:
@@ -155,7 +155,7 @@ def inputs(config: Mapping[str, Any], clip: ClipShape) -> dict[str, Tensor]:
     return given
 
 
-def count(step: Step) -> Counted:
+def count(step: CountedStep) -> Counted:
     """Run the step, with optimisers that have their states already, and count."""
     with ExitStack() as stack:
         stack.enter_context(cluster(step.world))
@@ -202,9 +202,9 @@ def count(step: Step) -> Counted:
 
 
 def _train(
-    step: Step,
+    step: CountedStep,
     networks: Networks,
-    layout: parallel.Layout,
+    layout: parallel.ProcessMesh,
     given: Mapping[str, Tensor],
     optimizers: list[torch.optim.Optimizer],
     ema: Ema | None,
@@ -225,7 +225,7 @@ def _train(
     ledger.mark("end")
 
 
-def _update(step: Step, networks: Networks, optimizers: list[torch.optim.Optimizer], ema: Ema | None) -> None:
+def _update(step: CountedStep, networks: Networks, optimizers: list[torch.optim.Optimizer], ema: Ema | None) -> None:
     with mock.patch.object(Tensor, "item", return_value=1.0):  # the norm, which fake tensors do not know
         parallel.clip_gradients(networks, step.optim.clip_norm)
     for optimizer in optimizers:

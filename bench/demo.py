@@ -52,7 +52,7 @@ runpy.run_module("talkingdit", run_name="__main__", alter_sys=True)
 
 
 @dataclass(frozen=True)
-class Run:
+class DemoRun:
     """What one process took. Seconds and bytes."""
 
     cpu: float  # of the user and of the system, all threads
@@ -69,7 +69,7 @@ def command(tree: Path) -> list[str]:
     return [sys.executable, "-m", "talkingdit", "generate", *files, "--prompt", words[1] if words else ""]
 
 
-def measure(tree: Path, folder: Path, more: Sequence[str] = (), nice: int = 0) -> Run:
+def measure(tree: Path, folder: Path, more: Sequence[str] = (), nice: int = 0) -> DemoRun:
     """Make the video of a tree.
 
     Raises:
@@ -91,7 +91,7 @@ def measure(tree: Path, folder: Path, more: Sequence[str] = (), nice: int = 0) -
     if int(status):
         raise RuntimeError(f"{tree}: {(folder / 'log').read_text().strip()}")
     digest = hashlib.sha256(output.read_bytes()).hexdigest()[:16]
-    return Run(float(cpu), wall, int(peak), digest)
+    return DemoRun(float(cpu), wall, int(peak), digest)
 
 
 @contextlib.contextmanager
@@ -128,7 +128,7 @@ def neighbour(busy: bool) -> Iterator[None]:
 def compare(trees: dict[str, Path], runs: int, busy: bool, nice: int, more: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Rows of the result: for each build, and each neighbourhood, its runs and their medians."""
     places = [(name, beside) for beside in ((False, True) if busy else (False,)) for name in trees]
-    found: dict[tuple[str, bool], list[Run]] = {place: [] for place in places}
+    found: dict[tuple[str, bool], list[DemoRun]] = {place: [] for place in places}
     with tempfile.TemporaryDirectory() as scratch:
         for tree in trees.values():
             measure(tree, Path(scratch) / "video", ["--steps", "1"])

@@ -32,7 +32,7 @@ KIND_OF = {name: {"surprised": "surprise"}.get(name, name) for name in EXPRESSIO
 
 
 @dataclass(frozen=True)
-class DrawnClip:
+class AnchorClip:
     """What one clip shows."""
 
     scene: Scene  # as its caption says it
@@ -69,7 +69,7 @@ def other_shot(scene: Scene, rng: np.random.Generator, **changes: Any) -> Scene:
     return replace(scene, **{**free, **changes})
 
 
-def draw_clip(rng: np.random.Generator, voice: Any, latents: int, split: Any = "train") -> DrawnClip:
+def draw_clip(rng: np.random.Generator, voice: Any, latents: int, split: Any = "train") -> AnchorClip:
     """A clip of a random character.
 
     Args:
@@ -88,10 +88,10 @@ def draw_clip(rng: np.random.Generator, voice: Any, latents: int, split: Any = "
     frames = talking(scene, opening.astype(np.float32), width.astype(np.float32), rng)
     if before != scene:
         frames[0] = talking(before, opening[:1].astype(np.float32), width[:1].astype(np.float32), rng)[0]
-    return DrawnClip(scene, before, frames, opening.astype(np.float32), start)
+    return AnchorClip(scene, before, frames, opening.astype(np.float32), start)
 
 
-def anchors_of(clip: DrawnClip, rng: np.random.Generator) -> dict[str, list[tuple[Image, bool]]]:
+def anchors_of(clip: AnchorClip, rng: np.random.Generator) -> dict[str, list[tuple[Image, bool]]]:
     """Frames by kind, and whether the clip has them."""
     inside = clip.frames[1 + int(rng.integers(len(clip.frames) - 1))]
     scene = clip.scene
@@ -161,7 +161,7 @@ def write_clips(folder: Path, encoder: Encoder, voice: FloatArray, count: int, l
         done.write_text(str(min(begin + part, count)))
 
 
-def _sample(index: int, clip: DrawnClip, encoder: Encoder, features: torch.Tensor, rng: np.random.Generator) -> Sample:
+def _sample(index: int, clip: AnchorClip, encoder: Encoder, features: torch.Tensor, rng: np.random.Generator) -> Sample:
     whole = encoder.latents(clip.frames)
     anchors = anchors_of(clip, rng)
     outside: dict[str, torch.Tensor] = {}

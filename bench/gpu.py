@@ -30,7 +30,7 @@ import torch
 
 import talkingdit
 from bench import cases, gpu_checks, harness, record
-from bench.gpu_job import Job, run_command
+from bench.gpu_job import GpuJob, run_command
 
 _ROOT = Path(__file__).resolve().parent.parent
 _MODEL_PACKAGES = ("diffusers", "importlib_metadata", "tyro", "docstring_parser", "typeguard")  # to import a model
@@ -38,7 +38,7 @@ _MINUTES = {1: 8.5, 2: 3.0}
 
 
 @dataclass(frozen=True)
-class Step:
+class GpuStep:
     """``run(job)`` writes its files and names what failed.
 
     Attributes:
@@ -48,14 +48,14 @@ class Step:
         dry: it also does something on a CPU.
     """
 
-    run: Callable[[Job], None]
+    run: Callable[[GpuJob], None]
     cap: float
     part: int = 1
     needs: Sequence[str] = ()
     dry: bool = True
 
 
-def _setting(job: Job, **options: Any) -> harness.Setting:
+def _setting(job: GpuJob, **options: Any) -> harness.Setting:
     """On a GPU bfloat16 alone, which is what models run in, with a quarter of a second for each contestant."""
     if job.device.type == "cpu":
         return harness.Setting(job.device, quick=True, compile=False, shapes=options.get("shapes", slice(None)))
@@ -63,10 +63,10 @@ def _setting(job: Job, **options: Any) -> harness.Setting:
     return harness.Setting(job.device, deadline=job.deadline, **options)
 
 
-def _measure(suffix: str = "", blocks: bool = False, **options: Any) -> Callable[[Job], None]:
+def _measure(suffix: str = "", blocks: bool = False, **options: Any) -> Callable[[GpuJob], None]:
     """All ops, or all whole blocks, in one process, those first that are marked so."""
 
-    def run(job: Job) -> None:
+    def run(job: GpuJob) -> None:
         chosen = [name for name in cases.names() if cases.load(name).block == blocks]
         for name in sorted(chosen, key=lambda name: not cases.load(name).early):
             file, label = f"{job.device.type}-{name}{suffix}", f"{name}{suffix}"
@@ -79,7 +79,7 @@ def _measure(suffix: str = "", blocks: bool = False, **options: Any) -> Callable
     return run
 
 
-def _measure_block(job: Job) -> None:
+def _measure_block(job: GpuJob) -> None:
     from bench import block
 
     file = f"{job.device.type}-block"
@@ -88,7 +88,7 @@ def _measure_block(job: Job) -> None:
     job.write(file, result)
 
 
-def _measure_training(job: Job) -> None:
+def _measure_training(job: GpuJob) -> None:
     from bench import train_step
 
     cuda = job.device.type == "cuda"
@@ -97,34 +97,34 @@ def _measure_training(job: Job) -> None:
     train_step.run(shape, job.device, None, 3, modes, lambda found: job.write(file, found))
 
 
-def _tell_build(job: Job) -> None:
+def _tell_build(job: GpuJob) -> None:
     job.write("build", talkingdit.build_info())
 
 
-def steps() -> dict[str, Step]:
+def steps() -> dict[str, GpuStep]:
     """In order of importance."""
     first, others = slice(0, 1), slice(1, None)
     return {
-        "build": Step(_tell_build, cap=30.0),
-        "small": Step(gpu_checks.check_small, cap=60.0),
-        "graphs": Step(gpu_checks.check_graphs, cap=45.0, dry=False),
-        "large": Step(gpu_checks.check_large, cap=30.0),
-        "ops": Step(_measure(shapes=first), cap=90.0),
-        "block": Step(_measure_block, cap=75.0, needs=_MODEL_PACKAGES),
-        "compiled": Step(_measure("-compiled", shapes=first, compile="only"), cap=120.0, dry=False),
-        "blocks": Step(_measure(shapes=first, blocks=True), cap=40.0, needs=_MODEL_PACKAGES),
-        "shapes": Step(_measure("-more", shapes=others), cap=90.0, dry=False),
-        "counters": Step(gpu_checks.read_counters, cap=60.0, dry=False),
-        "sanitizer": Step(gpu_checks.check_sanitizer, cap=90.0, dry=False),
-        "tests": Step(gpu_checks.check_tests, cap=90.0, part=2, dry=False),
-        "training": Step(_measure_training, cap=90.0, part=2, needs=_MODEL_PACKAGES),
+        "build": GpuStep(_tell_build, cap=30.0),
+        "small": GpuStep(gpu_checks.check_small, cap=60.0),
+        "graphs": GpuStep(gpu_checks.check_graphs, cap=45.0, dry=False),
+        "large": GpuStep(gpu_checks.check_large, cap=30.0),
+        "ops": GpuStep(_measure(shapes=first), cap=90.0),
+        "block": GpuStep(_measure_block, cap=75.0, needs=_MODEL_PACKAGES),
+        "compiled": GpuStep(_measure("-compiled", shapes=first, compile="only"), cap=120.0, dry=False),
+        "blocks": GpuStep(_measure(shapes=first, blocks=True), cap=40.0, needs=_MODEL_PACKAGES),
+        "shapes": GpuStep(_measure("-more", shapes=others), cap=90.0, dry=False),
+        "counters": GpuStep(gpu_checks.read_counters, cap=60.0, dry=False),
+        "sanitizer": GpuStep(gpu_checks.check_sanitizer, cap=90.0, dry=False),
+        "tests": GpuStep(gpu_checks.check_tests, cap=90.0, part=2, dry=False),
+        "training": GpuStep(_measure_training, cap=90.0, part=2, needs=_MODEL_PACKAGES),
     }
 
 
 # ---- running steps -------------------------------------------------------------------------------------------------
-def run_step(name: str, step: Step, device: torch.device, out: Path, seconds: float) -> dict[str, Any]:
+def run_step(name: str, step: GpuStep, device: torch.device, out: Path, seconds: float) -> dict[str, Any]:
     """Runs a step in this process; what became of it, which is also written to ``step-<name>.json``."""
-    job = Job(device, out, seconds)
+    job = GpuJob(device, out, seconds)
     try:
         step.run(job)
     except Exception:
@@ -134,7 +134,7 @@ def run_step(name: str, step: Step, device: torch.device, out: Path, seconds: fl
     return ended
 
 
-def run_child(name: str, step: Step, device: torch.device, out: Path, seconds: float) -> dict[str, Any]:
+def run_child(name: str, step: GpuStep, device: torch.device, out: Path, seconds: float) -> dict[str, Any]:
     """Runs a step in a process that is stopped after `seconds`; what became of it."""
     path = out / f"step-{name}.json"
     path.unlink(missing_ok=True)
@@ -151,13 +151,13 @@ def _only(value: dict[str, Any], key: str) -> dict[str, Any]:
     return {key: value[key]} if key in value else {}
 
 
-def missing(step: Step) -> list[str]:
+def missing(step: GpuStep) -> list[str]:
     """Packages that a step needs and this Python has not."""
     return [name for name in step.needs if importlib.util.find_spec(name) is None]
 
 
 def run_steps(
-    chosen: dict[str, Step],
+    chosen: dict[str, GpuStep],
     device: torch.device,
     out: Path,
     minutes: float,
@@ -221,7 +221,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def choose(options: argparse.Namespace) -> dict[str, Step]:
+def choose(options: argparse.Namespace) -> dict[str, GpuStep]:
     """The steps that were asked for."""
     return {
         name: step

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench import cases, harness
 from bench.cases import SmallCase, large_cases, small_cases
-from bench.gpu_job import Job, run_command
+from bench.gpu_job import GpuJob, run_command
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -77,7 +77,7 @@ def error(case: SmallCase, dtype: torch.dtype) -> float:
     return max(float((a.double() - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
 
 
-def check_small(job: Job) -> None:
+def check_small(job: GpuJob) -> None:
     """Small cases against float64."""
     errors: dict[str, float] = {}
     for dtype in DTYPES:
@@ -93,7 +93,7 @@ def check_small(job: Job) -> None:
             job.write("small", {"failed": job.failed, "errors": errors})
 
 
-def check_large(job: Job) -> None:
+def check_large(job: GpuJob) -> None:
     """Batches of more than 2^31 elements: the last sample must be what it is alone."""
     done = []
     for case in large_cases(job.device, tiny=job.device.type == "cpu"):
@@ -110,7 +110,7 @@ def check_large(job: Job) -> None:
         job.write("large", {"failed": job.failed, "done": done})
 
 
-def check_graphs(job: Job) -> None:
+def check_graphs(job: GpuJob) -> None:
     """Capture, replay with other inputs: the same as without a graph. And compiled without a break."""
     done: dict[str, list[str]] = {"captured": [], "compiled": []}
     for kind, check in (("captured", _replay_problem), ("compiled", _compile_problem)):
@@ -152,7 +152,7 @@ def _compile_problem(case: SmallCase) -> str:
     return "" if same else "compiled, it gives something else"
 
 
-def check_tests(job: Job) -> None:
+def check_tests(job: GpuJob) -> None:
     """Tests marked cuda."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", *TESTS]
     # 5: no such test. It has to end before the process that it runs in is stopped.
@@ -161,7 +161,7 @@ def check_tests(job: Job) -> None:
     job.write("tests", result)
 
 
-def check_sanitizer(job: Job) -> None:
+def check_sanitizer(job: GpuJob) -> None:
     """compute-sanitizer over the small cases in bfloat16."""
     tool = _cuda_tool("compute-sanitizer")
     if tool is None:
@@ -194,7 +194,7 @@ def check_sanitizer(job: Job) -> None:
         job.write("sanitizer", results)
 
 
-def read_counters(job: Job) -> None:
+def read_counters(job: GpuJob) -> None:
     """Nsight Compute over one launch of every kernel at the first shapes, into ``counters.csv``."""
     tool = _cuda_tool("ncu")
     if tool is None:

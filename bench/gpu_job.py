@@ -20,7 +20,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
-class Job:
+class GpuJob:
     """A step's device, the folder of its files, and the seconds that it has.
 
     Attributes:

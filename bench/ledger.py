@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 
 @dataclass
-class Sent:
+class SentByRank:
     """What rank 0 sends in all collectives of one kind and group, per step.
 
     Attributes:
@@ -66,7 +66,7 @@ class Ledger(TorchDispatchMode):
         self.events: list[tuple[int, int]] = []  # (number of a storage, change of its bytes)
         self.marks: dict[str, int] = {}  # name of a moment: events before it
         self.whole: set[int] = set()  # storages of gathered parameters, and of gradients on their way
-        self.sent: dict[tuple[str, int, int], Sent] = {}
+        self.sent: dict[tuple[str, int, int], SentByRank] = {}
         self._size: dict[int, int] = {}
         self._number: dict[int, int] = {}
         self._patch: Any = None
@@ -149,7 +149,7 @@ class Ledger(TorchDispatchMode):
         else:
             sent = max(t.nbytes for t in tensors) * (size - 1) / size * (2 if kind == "all-reduce" else 1)
             outside = sent / within if nodes > 1 else 0.0
-        entry = self.sent.setdefault((kind, size, nodes), Sent(kind, size, nodes))
+        entry = self.sent.setdefault((kind, size, nodes), SentByRank(kind, size, nodes))
         entry.calls += 1
         entry.bytes += sent
         entry.outside += outside

@@ -34,7 +34,7 @@ from talkingdit.media.files import SPEECH_RATE, read_audio
 from talkingdit.models import default_checkpoint
 from talkingdit.nn.eight_bit import quantise
 from talkingdit.pipelines.long_video import generate_clips
-from talkingdit.puppets.measure import Job, Voice, draw_job, measure
+from talkingdit.puppets.measure import HeldOutVoice, MeasureJob, draw_job, measure
 
 _RESULTS = Path(__file__).resolve().parent / "results"
 FIRST_CHARACTER = 7  # nobody trained on these
@@ -85,15 +85,15 @@ def open_pipeline(variant: Variant) -> Any:
     return family.pipeline.open_pipeline(checkpoint)
 
 
-def job_of(pipeline: Any, clips: int, character: int) -> Job:
+def job_of(pipeline: Any, clips: int, character: int) -> MeasureJob:
     """The voice that ships, as long as so many clips, and a character that nobody trained on."""
     voice = normalise_loudness(read_audio(default_checkpoint().parent / "voice.flac", SPEECH_RATE))
     frames = clips * pipeline.clip_frames
     samples = voice[: frames * SPEECH_RATE // pipeline.settings.fps]
-    return draw_job(Voice("shipped", "en", samples), frames, pipeline.settings.size, seed=character)
+    return draw_job(HeldOutVoice("shipped", "en", samples), frames, pipeline.settings.size, seed=character)
 
 
-def generate(pipeline: Any, job: Job, steps: int) -> np.ndarray:
+def generate(pipeline: Any, job: MeasureJob, steps: int) -> np.ndarray:
     """Frames [n, S, S, 3] uint8."""
     sampling = Sampling.of(Options(steps=steps), pipeline.settings)
     features, frames = pipeline.features(job.voice.samples)

@@ -24,7 +24,7 @@ from bench import record, report
 from talkingdit import families
 from talkingdit.plan import training as planner
 from talkingdit.plan.clip import ClipShape
-from talkingdit.plan.run import Cluster, MeshSizes, Run
+from talkingdit.plan.run import Cluster, MeshSizes, TrainingRun
 from talkingdit.plan.transformer import Transformer
 from talkingdit.plan.units import UnitSizes, unit_sizes
 
@@ -34,7 +34,7 @@ NODES = Cluster()  # an H100 node of 8, with 400 Gb/s of network per GPU
 
 
 @dataclass(frozen=True)
-class Case:
+class ScalingCase:
     """A row: sizes of the mesh, frames of a clip of 1024 x 704, and switches.
 
     Every rank, or group of ranks that share a sequence, has one clip in every micro-batch.
@@ -63,29 +63,31 @@ class Case:
         return ClipShape(704, 1024, self.frames // 4, history=19, pose=True)
 
     @property
-    def run(self) -> Run:
-        return Run(self.clip, self.micro_batches * self.mesh.data, self.optimizer, self.checkpointing, self.averages)
+    def run(self) -> TrainingRun:
+        return TrainingRun(
+            self.clip, self.micro_batches * self.mesh.data, self.optimizer, self.checkpointing, self.averages
+        )
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[ScalingCase]:
     """Layouts of one node with their switches, then clusters."""
-    yield Case(ulysses=8)
-    yield Case(ulysses=8, frames=80)
-    yield Case(ulysses=8, checkpointing="selective")
-    yield Case(ulysses=8, checkpointing="off")
-    yield Case(ring=2, ulysses=4)
-    yield Case(shard=2, ulysses=4)
-    yield Case(shard=4, ulysses=2)
-    yield Case(shard=8)
-    yield Case(ulysses=8, optimizer="muon")
-    yield Case(ulysses=8, micro_batches=2)
+    yield ScalingCase(ulysses=8)
+    yield ScalingCase(ulysses=8, frames=80)
+    yield ScalingCase(ulysses=8, checkpointing="selective")
+    yield ScalingCase(ulysses=8, checkpointing="off")
+    yield ScalingCase(ring=2, ulysses=4)
+    yield ScalingCase(shard=2, ulysses=4)
+    yield ScalingCase(shard=4, ulysses=2)
+    yield ScalingCase(shard=8)
+    yield ScalingCase(ulysses=8, optimizer="muon")
+    yield ScalingCase(ulysses=8, micro_batches=2)
     for nodes in (2, 4, 8, 16, 32, 64):
-        yield Case(shard=nodes, ulysses=8)
-        yield Case(replicate=nodes, ulysses=8)
+        yield ScalingCase(shard=nodes, ulysses=8)
+        yield ScalingCase(replicate=nodes, ulysses=8)
     for nodes in (2, 8, 64):
-        yield Case(shard=nodes // 2, ring=2, ulysses=8)
-    yield Case(shard=64)
-    yield Case(shard=512)
+        yield ScalingCase(shard=nodes // 2, ring=2, ulysses=8)
+    yield ScalingCase(shard=64)
+    yield ScalingCase(shard=512)
 
 
 def transformer() -> Transformer:
@@ -93,14 +95,14 @@ def transformer() -> Transformer:
     return Transformer.of(families.get("wan_s2v"), families.preset("wan_s2v_14b"))
 
 
-def row(case: Case) -> dict[str, Any]:
+def row(case: ScalingCase) -> dict[str, Any]:
     """Count one case."""
-    from bench.counted_step import Step, count  # torch's distributed parts, which the report does not need
+    from bench.counted_step import CountedStep, count  # torch's distributed parts, which the report does not need
     from training.sections import OptimConfig, ParallelConfig
 
     sizes = {name: getattr(case, name) for name in ("replicate", "shard", "ring", "ulysses")}
     parallel = ParallelConfig(**sizes, activation_checkpointing=case.checkpointing)  # type: ignore[arg-type]
-    step = Step(
+    step = CountedStep(
         *(transformer().config, case.clip, parallel, case.world, GPUS),
         OptimConfig(name=case.optimizer),
         micro_batches=case.micro_batches,
@@ -135,12 +137,12 @@ def run(path: Path, only: str) -> None:
         print(case, file=sys.stderr)
 
 
-def case_of(row: Mapping[str, Any]) -> Case:
+def case_of(row: Mapping[str, Any]) -> ScalingCase:
     """The case that a row of the file is of."""
-    return Case(**{name: row[name] for name in asdict(Case()) if name in row})
+    return ScalingCase(**{name: row[name] for name in asdict(ScalingCase()) if name in row})
 
 
-def _predicted(case: Case, sizes: dict[str, UnitSizes]) -> planner.TrainPlan:
+def _predicted(case: ScalingCase, sizes: dict[str, UnitSizes]) -> planner.TrainPlan:
     if case.optimizer not in sizes:
         sizes[case.optimizer] = unit_sizes(transformer(), case.run)
     cluster = replace(NODES, nodes=-(-case.world // GPUS))

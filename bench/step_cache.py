@@ -31,22 +31,22 @@ from talkingdit.families.puppet.outline import Sampling
 from talkingdit.media.files import SPEECH_RATE, read_audio
 from talkingdit.models import default_checkpoint
 from talkingdit.pipelines.long_video import generate_clips
-from talkingdit.puppets.measure import Job, Voice, draw_job, measure
+from talkingdit.puppets.measure import HeldOutVoice, MeasureJob, draw_job, measure
 
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.5)
 PROMPT = "a person, talking"
 _RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def job_of(pipeline: Any, clips: int) -> Job:
+def job_of(pipeline: Any, clips: int) -> MeasureJob:
     """The voice that ships, as long as so many clips, and a character that nobody trained on."""
     voice = normalise_loudness(read_audio(default_checkpoint().parent / "voice.flac", SPEECH_RATE))
     frames = clips * pipeline.clip_frames
     samples = voice[: frames * SPEECH_RATE // pipeline.settings.fps]
-    return draw_job(Voice("shipped", "en", samples), frames, pipeline.settings.size, seed=7)
+    return draw_job(HeldOutVoice("shipped", "en", samples), frames, pipeline.settings.size, seed=7)
 
 
-def generate(pipeline: Any, job: Job, steps: int, threshold: float) -> dict[str, Any]:
+def generate(pipeline: Any, job: MeasureJob, steps: int, threshold: float) -> dict[str, Any]:
     """Frames [n, S, S, 3], seconds of denoising, and steps computed per clip."""
     model, spent, computed = pipeline.checkpoint.transformer, 0.0, 0
     denoise, blocks = pipeline._denoise, model._through_blocks

@@ -36,7 +36,7 @@ from talkingdit import families
 from talkingdit.families import preset
 from talkingdit.plan.cards import CARDS
 from talkingdit.plan.clip import ClipShape
-from talkingdit.plan.run import Run
+from talkingdit.plan.run import TrainingRun
 from talkingdit.plan.training import work
 from talkingdit.plan.transformer import Transformer
 from talkingdit.plan.units import unit_sizes
@@ -184,7 +184,7 @@ def run(
                     f"bench: {what} of both steps must agree within {limit}, "
                     f"got {taken[what]:.6g} and {theirs[what]:.6g}"
                 )
-        planned = Run(clip, checkpointing=mode)
+        planned = TrainingRun(clip, checkpointing=mode)
         needed, executed = work(transformer, unit_sizes(transformer, planned), planned)
         row = {
             "shape": f"{shape.name}, checkpointing {mode}",

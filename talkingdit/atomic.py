@@ -62,7 +62,7 @@ class WholeFile:
         try:
             os.chmod(self.path, self._mode)  # a library that replaced it may have made it private
             if sync:
-                _sync(self.path)
+                sync_to_disk(self.path)
             os.replace(self.path, self.target)
         except BaseException:
             self.abort()
@@ -161,7 +161,7 @@ def take(file: Path, target: str | os.PathLike[str], sync: bool = False) -> None
     """
     os.chmod(file, 0o666 & ~_umask())
     if sync:
-        _sync(file)
+        sync_to_disk(file)
     os.replace(file, os.path.realpath(target))
 
 
@@ -185,7 +185,7 @@ def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     temporary, handle = _new_folder(path.parent, new)
     try:
         yield temporary
-        share(temporary)
+        give_usual_modes(temporary)
         temporary.chmod(0o777 & ~_umask())
         old = _move_away(path, away, temporary)
         try:
@@ -201,6 +201,28 @@ def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     finally:
         os.close(handle)
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Give a finished folder its name, under which there is none; both outlive a crash of the machine.
+
+    For folders that several processes fill, under a name that all of them know; the files in it are on the disk.
+
+    Raises:
+        OSError: there is a folder of that name already, with something in it.
+    """
+    sync_to_disk(folder)
+    folder.rename(target)
+    sync_to_disk(target.parent)
+
+
+def remove_whole(folder: Path, suffix: str) -> None:
+    """Remove a folder that must not be seen in part: it gets another name first, by a suffix.
+
+    Raises:
+        OSError: it cannot be renamed or removed.
+    """
+    shutil.rmtree(folder.rename(folder.with_name(folder.name + suffix)))
 
 
 def _put_back(path: Path, away: str) -> None:
@@ -228,7 +250,7 @@ def _files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
 
 
-def share(folder: Path) -> None:
+def give_usual_modes(folder: Path) -> None:
     """Give the files of a folder the mode that any new file gets: safetensors makes private ones."""
     mode = 0o666 & ~_umask()
     for path in folder.rglob("*"):
@@ -308,7 +330,8 @@ def _umask() -> int:
         return umask
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
+    """Make a file, or the names in a folder, outlive a crash of the machine."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from talkingdit.encoders.text import TextFeatures
-    from talkingdit.families.hunyuan_avatar.inputs import AvatarInputs
+    from talkingdit.families.hunyuan_avatar.conditions import AvatarInputs
     from talkingdit.families.hunyuan_avatar.model import HunyuanAvatarModel
     from talkingdit.families.puppet.text import PromptEncoder
     from talkingdit.families.wan_s2v.conditions import WanConditions, WanInputs
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from talkingdit.families.wan_s2v.sequence import tokens_of
 
 _HOMES = {
-    "AvatarInputs": "talkingdit.families.hunyuan_avatar.inputs",
+    "AvatarInputs": "talkingdit.families.hunyuan_avatar.conditions",
     "HunyuanAvatarModel": "talkingdit.families.hunyuan_avatar.model",
     "PackedClip": "talkingdit.families.wan_s2v.packed",
     "PromptEncoder": "talkingdit.families.puppet.text",

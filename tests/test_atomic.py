@@ -17,7 +17,9 @@ from talkingdit.atomic import (
     WholeFile,
     append_line,
     part_folder,
+    put_in_place,
     remove_left,
+    remove_whole,
     take,
     whole_file,
     whole_folder,
@@ -262,3 +264,26 @@ def test_folders_and_files_of_others_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "run" / "model-00001-of-00002.safetensors").touch()
     write("notes.txt")  # a part of what was there before is no loss
     assert names(tmp_path / "run") == ["notes.txt"]
+
+
+def test_a_finished_folder_takes_its_name_and_replaces_none(tmp_path: Path) -> None:
+    for name in ("new.tmp", "other.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text(name)
+    put_in_place(tmp_path / "new.tmp", tmp_path / "new")
+    with pytest.raises(OSError, match="new"):
+        put_in_place(tmp_path / "other.tmp", tmp_path / "new")
+    assert names(tmp_path) == ["new", "other.tmp"]
+    assert (tmp_path / "new" / "a").read_text() == "new.tmp"
+
+
+def test_a_folder_has_another_name_before_anything_in_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step" / "a").write_text("a")
+    seen = []
+    monkeypatch.setattr("shutil.rmtree", lambda path: seen.append((path.name, names(path), names(path.parent))))
+    remove_whole(tmp_path / "step", ".tmp")
+    assert seen == [("step.tmp", ["a"], ["step.tmp"])]
+    monkeypatch.undo()
+    remove_whole(tmp_path / "step.tmp", ".tmp")
+    assert names(tmp_path) == []

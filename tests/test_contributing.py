@@ -11,7 +11,7 @@ import yaml
 from markdown_pages import ROOT, first_cells, read_page
 
 from talkingdit import families, ops
-from talkingdit.families.family import Family, Part
+from talkingdit.families.family import Family, FamilyFile
 
 PAGE = read_page(ROOT / "CONTRIBUTING.md")
 OPS = sorted({getattr(ops, name).__module__.rpartition(".")[2] for name in vars(ops) if name.endswith("_reference")})
@@ -66,9 +66,17 @@ def test_a_family_has_the_files_of_the_recipe(family: str) -> None:
     assert (FOLDER / family / "__init__.py").is_file()
 
 
+@pytest.mark.parametrize("family", ["wan_s2v", "wan_i2v", "hunyuan_avatar"])
+def test_what_a_step_is_given_lies_in_files_of_the_same_names(family: str) -> None:
+    given = (FOLDER / family / "conditions.py").read_text()
+    assert re.search(r"^class \w+Inputs\b", given, re.MULTILINE)
+    assert re.search(r"^class \w+Conditions\b", given, re.MULTILINE)
+    assert re.search(r"^def encode\(", (FOLDER / family / "encode.py").read_text(), re.MULTILINE)
+
+
 def test_the_recipe_of_a_family_lists_what_is_asked_of_one() -> None:
     asked = set(re.findall(r'self\.part\("(\w+)"\)', (FOLDER / "family.py").read_text()))
-    asked |= {name for name, value in vars(Family).items() if isinstance(value, Part)}
+    asked |= {name for name, value in vars(Family).items() if isinstance(value, FamilyFile)}
     assert {f"{part}.py" for part in asked} | {"__init__.py"} == set(files_of("Add a family"))
 
 

@@ -79,7 +79,7 @@ class Buckets:
         """The largest allowed clip of a video; None if every clip of it is too large or it is too short.
 
         Args:
-            begins: as in `Stream`.
+            begins: as in `ItemStream`.
         """
         key = shape, begins
         if key not in self._known:

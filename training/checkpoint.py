@@ -38,9 +38,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.stateful import Stateful
 
-from talkingdit.distributed.team import from_rank_0
+from talkingdit.atomic import remove_whole
+from talkingdit.distributed.team import from_all_ranks, from_rank_0
 from talkingdit.errors import UserError
-from training.checkpoint_files import MANIFEST, PLAIN, CheckpointWriter, damage
+from training.checkpoint_files import MANIFEST, PLAIN, UNFINISHED, CheckpointWriter, damage
 from training.checkpoint_metadata import CheckpointReader, read_metadata
 
 T = TypeVar("T")
@@ -219,7 +220,7 @@ class Checkpoints:
     def _clean(self) -> None:
         """Removes what a killed save left."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob("step-*.tmp"):
+        for path in self.folder.glob(f"step-*{UNFINISHED}"):
             if _NAME.fullmatch(path.stem):
                 shutil.rmtree(path)
 
@@ -227,13 +228,13 @@ class Checkpoints:
         """Removes old checkpoints, renamed first: half of one must not pass for a checkpoint."""
         older = [path for path in self._complete() if path != newest]
         for path in older[: max(0, len(older) - self.keep + 1)] if self.keep else []:
-            shutil.rmtree(path.rename(path.with_name(path.name + ".tmp")))
+            remove_whole(path, UNFINISHED)
 
     def _fail(self, step: int, error: CheckpointException) -> NoReturn:
         """Gives the disk space back and tells why there is no checkpoint."""
         rank, cause = _cause(error)
         name = f"step-{step:08d}"
-        self._from_rank_0(lambda: shutil.rmtree(self.folder / f"{name}.tmp", ignore_errors=True))
+        self._from_rank_0(lambda: shutil.rmtree(self.folder / f"{name}{UNFINISHED}", ignore_errors=True))
         newest = self.latest()
         rest = "there is no complete one" if newest is None else f"the newest complete one is {newest.name}"
         raise CheckpointError(
@@ -243,25 +244,17 @@ class Checkpoints:
     def _check_files(self, path: Path, only: str | None = None) -> None:
         """Compares files with the list in the checkpoint, each rank some of them; all ranks raise alike."""
         found = damage(path, only, self._rank, self._world, self.verify)
-        everywhere = [found]
-        if self._group is not None:
-            everywhere = [None] * self._world
-            dist.all_gather_object(everywhere, found, group=self._group)
-        if damages := [text for text in everywhere if text is not None]:
+        if damages := [text for text in from_all_ranks(found, self._group) if text is not None]:
             raise CheckpointError(
                 f"checkpoint {path} is damaged: {damages[0]}; remove it to continue from the one before"
             )
 
     def _random_states(self) -> list[Any]:
-        """Of every rank, on rank 0 (elsewhere nothing of use)."""
+        """Of every rank."""
         own = {"python": random.getstate(), "torch": torch.get_rng_state()}
         if torch.cuda.is_initialized():
             own["cuda"] = torch.cuda.get_rng_state()
-        if self._group is None:
-            return [own]
-        states: list[Any] = [None] * self._world
-        dist.gather_object(own, states if self._rank == 0 else None, dst=0, group=self._group)
-        return states
+        return from_all_ranks(own, self._group)
 
     def _from_rank_0(self, function: Callable[[], T]) -> T:
         """Runs the function in rank 0 and gives its result, or its error, to all."""

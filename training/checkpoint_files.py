@@ -19,7 +19,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from talkingdit.atomic import put_in_place, sync_to_disk
+
 MANIFEST, PLAIN, CONFIG = "files.json", "state.pt", "config.json"
+UNFINISHED = ".tmp"  # how the name of a checkpoint ends that is being written or removed
 
 
 class _Written(list[WriteResult]):
@@ -34,7 +37,7 @@ class CheckpointWriter(dcp.FileSystemWriter):
     def __init__(
         self, final: Path, plain: bytes, config: Callable[[Path], None] | None, completed: Callable[[], None]
     ) -> None:
-        super().__init__(final.with_name(final.name + ".tmp"))
+        super().__init__(final.with_name(final.name + UNFINISHED))
         self.final, self._plain, self._config, self._completed = final, plain, config, completed
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +61,7 @@ class CheckpointWriter(dcp.FileSystemWriter):
         _write(folder / PLAIN, self._plain)
         if self._config is not None:
             self._config(folder / CONFIG)
-            _sync(folder / CONFIG)
+            sync_to_disk(folder / CONFIG)
         files = {
             name: entry for written in results if isinstance(written, _Written) for name, entry in written.files.items()
         }
@@ -66,9 +69,7 @@ class CheckpointWriter(dcp.FileSystemWriter):
             if path.name in (".metadata", PLAIN, CONFIG):
                 files[path.name] = _entry(path)
         _write(folder / MANIFEST, json.dumps({"version": 1, "files": files}, indent=1).encode())
-        _sync(folder)
-        folder.rename(self.final)
-        _sync(self.final.parent)
+        put_in_place(folder, self.final)
         self._completed()
 
 
@@ -126,15 +127,6 @@ def _write(file: Path, content: bytes) -> None:
         handle.write(content)
         handle.flush()
         os.fsync(handle.fileno())
-
-
-def _sync(path: Path) -> None:
-    """Makes a file, or the names in a folder, outlive a crash of the machine."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _entry(file: Path) -> dict[str, int]:

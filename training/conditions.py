@@ -45,7 +45,7 @@ def happens(seed: int, number: int, name: str, probability: float) -> bool:
 
 
 @dataclass(frozen=True)
-class Anchor:
+class AnchorFrame:
     """One frame of `Sample.outside[kind]`, and the type that the kind belongs to."""
 
     type: str
@@ -65,7 +65,7 @@ class Draws:
     weighted: bool  # is the loss weighted by region?
     gated: bool = False  # does the loss count in the gate's region alone?
     task: str = GENERATE
-    anchors: tuple[Anchor, ...] = ()
+    anchors: tuple[AnchorFrame, ...] = ()
 
 
 def draw(sample: Sample, number: int, stage: StageConfig, seed: int, progress: float = 0.0) -> Draws:
@@ -126,7 +126,9 @@ def draw_task(tasks: Mapping[str, Ramp], seed: int, number: int, progress: float
     return str(random(seed, number, "task").choice(list(tasks), p=shares / shares.sum()))
 
 
-def draw_anchors(sample: Sample, config: AnchorsConfig, seed: int, number: int, progress: float) -> tuple[Anchor, ...]:
+def draw_anchors(
+    sample: Sample, config: AnchorsConfig, seed: int, number: int, progress: float
+) -> tuple[AnchorFrame, ...]:
     """Frames from all over the video: some of every type in `always`, and of one or all of the others.
 
     The type is drawn evenly from those that the sample has, then how many (1 to `most`), then that many different
@@ -152,7 +154,7 @@ def draw_anchors(sample: Sample, config: AnchorsConfig, seed: int, number: int, 
         count = int(rng.integers(1, min(config.most.get(name, len(kinds)), len(kinds)) + 1))
         for i in sorted(rng.choice(len(kinds), count, replace=False, p=weights / weights.sum())):
             places = there[kinds[i]]
-            anchors.append(Anchor(name, kinds[i], places[int(rng.integers(len(places)))]))
+            anchors.append(AnchorFrame(name, kinds[i], places[int(rng.integers(len(places)))]))
     return tuple(anchors)
 
 

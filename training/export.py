@@ -97,7 +97,7 @@ def write(state: Mapping[str, Tensor], config: Config, folder: Path) -> None:
 
 
 @dataclass
-class Options:
+class ExportFlags:
     """Write the weights of a run's newest checkpoint for others to read."""
 
     run: Annotated[Path, tyro.conf.Positional]  # folder of the run, the one with checkpoints/ in it
@@ -105,7 +105,7 @@ class Options:
     averages: bool = True  # the running averages of the weights, or the weights themselves
 
 
-def main(options: Options) -> None:
+def main(options: ExportFlags) -> None:
     """Read the newest checkpoint on any number of processes and write it.
 
     Raises:
@@ -168,4 +168,4 @@ def _read_config(checkpoint: Path, run: Path) -> Config:
 
 
 if __name__ == "__main__":
-    sys.exit(run_guarded(lambda: main(tyro.cli(Options))))
+    sys.exit(run_guarded(lambda: main(tyro.cli(ExportFlags))))

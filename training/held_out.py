@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from talkingdit.data.sample import BrokenSample, ClipRequest, Sample, Source, flaw, group_of
+from talkingdit.distributed.team import from_all_ranks
 from talkingdit.errors import UserError
 from training.conditions import Draws, normal, present
 from training.networks import Networks
@@ -121,9 +121,7 @@ class HeldOut:
                 read[place] = self._read_one(*chosen[place])
             except BrokenSample as error:
                 broken[place] = str(error)
-        everyone: list[dict[int, str]] = [{}] * mesh.world
-        dist.all_gather_object(everyone, broken)
-        lost = {place: reason for part in everyone for place, reason in part.items()}
+        lost = {place: reason for part in from_all_ranks(broken) for place, reason in part.items()}
         if mesh.rank == 0:
             for _, reason in sorted(lost.items()):
                 logger.warning("held_out: broken sample left out: %s", reason)
@@ -157,9 +155,7 @@ class HeldOut:
                 loss = self._loss(networks, self._read[place if counts else 0], level, stage, mesh)
                 if counts:
                     mine[place, level] = loss
-        everyone: list[dict[tuple[int, float], float]] = [{}] * mesh.world
-        dist.all_gather_object(everyone, mine)
-        losses = {key: loss for part in reversed(everyone) for key, loss in part.items()}
+        losses = {key: loss for part in reversed(from_all_ranks(mine)) for key, loss in part.items()}
         return _means(losses, self.config.levels, count)
 
     def _loss(self, networks: Networks, sample: Sample, level: float, stage: StageConfig, mesh: ProcessMesh) -> float:

@@ -27,7 +27,7 @@ from talkingdit.errors import UserError
 from training.batching import ATTENTION_TOKENS, Group, MicroBatch, Planned, Planner, StepPlan
 from training.buckets import Buckets, CountTokens, Fit, patches
 from training.reading import Parcel, Reader, sigterm_held, start_worker
-from training.sampler import Sampler, Stream, stream_shares
+from training.sampler import ItemStream, Sampler, stream_shares
 from training.sections import StageConfig, at
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class _Catalogue:
         self.streams = [stream for name, source in sources.items() for stream in self._sort(name, source)]
         self._by_name = {stream.name: stream for stream in self.streams}
 
-    def _sort(self, name: str, source: Source) -> list[Stream]:
+    def _sort(self, name: str, source: Source) -> list[ItemStream]:
         """Streams of a source: items by kind, and where both can be asked for, clips that begin a video or go on."""
         members: dict[tuple[str, bool | None], list[int]] = {}
         checksum, held = 0, self.held.get(name, frozenset())
@@ -83,7 +83,7 @@ class _Catalogue:
                 f"data: none of the {len(source) - len(held)} samples of source {name!r} is long enough for "
                 f"batch.frames {self.buckets.frames} and small enough for batch.tokens {self.stage.batch.tokens}"
             )
-        found = [Stream(name, kind, np.asarray(items), begins) for (kind, begins), items in members.items()]
+        found = [ItemStream(name, kind, np.asarray(items), begins) for (kind, begins), items in members.items()]
         unused = len(source) - len(held) - len({index for items in members.values() for index in items})
         if unused:
             logger.warning("data: %d of %d samples of %s are too short or too large; unused", unused, len(source), name)

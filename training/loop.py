@@ -130,7 +130,7 @@ class Trainer:
         each: list[tuple[list[str], Tensor]] = []
         for i, batch in enumerate(batches):
             last_micro_batch(self.networks, i + 1 == len(batches))
-            found = losses(self.networks, batch, stage, config.run.seed, progress.share, mesh)
+            found = losses(self.networks, batch, stage, config.run.seed, progress.fraction, mesh)
             # Gradients are averaged over all ranks: see training/parallel.py.
             loss = found.total / max(1.0, sums["weight"])
             (loss * mesh.world).backward()
@@ -138,7 +138,7 @@ class Trainer:
             self.means.add(found.parts)
             each.append((found.keys, found.each.detach()))
         norm = clip_gradients(self.networks, stage.optim.clip_norm)
-        factor = self.learning_rate.set(progress.step, progress.share)
+        factor = self.learning_rate.set(progress.step, progress.fraction)
         if self.guard.allows(norm):
             for optimizer in self.optimizers:
                 optimizer.step()

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from talkingdit.atomic import append_line, write_whole
+from talkingdit.distributed.team import from_all_ranks
 from talkingdit.errors import UserError
 from talkingdit.plan.cards import CARDS
 from talkingdit.plan.clip import ClipShape
@@ -88,10 +89,8 @@ class Means:
         """sum / count over all ranks of what was added since the last call; every rank must call it."""
         mine = {name: (float(total), count) for name, (total, count) in self._sums.items()}
         self._sums = {}
-        everyone: list[dict[str, tuple[float, float]]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
         sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for part in everyone:
+        for part in from_all_ranks(mine):
             for name, (total, count) in part.items():
                 sums[name][0] += total
                 sums[name][1] += count

@@ -18,7 +18,7 @@ from talkingdit.errors import UserError
 from talkingdit.plan.cards import card_of
 from talkingdit.plan.clip import ClipShape
 from talkingdit.plan.report import training_report
-from talkingdit.plan.run import OPTIMIZERS, Cluster, MeshSizes, Run
+from talkingdit.plan.run import OPTIMIZERS, Cluster, MeshSizes, TrainingRun
 from talkingdit.plan.training import TrainPlan, predict
 from talkingdit.plan.transformer import Transformer
 from talkingdit.plan.units import unit_sizes
@@ -58,11 +58,11 @@ def predict_stage(config: Config, stage: StageConfig, transformer: Transformer, 
     return predict(transformer, unit_sizes(transformer, run), run, cluster, mesh)
 
 
-def run_of(config: Config, stage: StageConfig, transformer: Transformer) -> Run:
+def run_of(config: Config, stage: StageConfig, transformer: Transformer) -> TrainingRun:
     """A stage as plans know it. What trains besides everything, adapters and the family's own parts is planned as
     everything."""
     known = stage.optim.name if stage.optim.name in OPTIMIZERS else "adamw"
-    return Run(
+    return TrainingRun(
         clip_of(config, stage, transformer),
         stage.batch.count,
         optimizer="adamw" if known == "muon" and stage.optim.muon_lr == 0 else known,

@@ -21,7 +21,7 @@ from talkingdit.data.sample import BrokenSample, Sample, Source, flaw
 from training.batching import Group, MicroBatch, Planned
 
 
-class Place(NamedTuple):
+class TensorPlace(NamedTuple):
     """Where a tensor is in a parcel."""
 
     dtype: torch.dtype
@@ -47,12 +47,12 @@ class Parcel:
 
     @staticmethod
     def closed(batch: MicroBatch, failures: list[tuple[str, str]]) -> Parcel:
-        tensors: list[tuple[Place, Tensor]] = []
+        tensors: list[tuple[TensorPlace, Tensor]] = []
         end = 0
 
-        def put(tensor: Tensor) -> Place:
+        def put(tensor: Tensor) -> TensorPlace:
             nonlocal end
-            tensors.append((Place(tensor.dtype, tuple(tensor.shape), end), tensor))
+            tensors.append((TensorPlace(tensor.dtype, tuple(tensor.shape), end), tensor))
             end = -(-tensors[-1][0].end // 16) * 16  # aligned for every dtype
             return tensors[-1][0]
 
@@ -67,10 +67,10 @@ class Parcel:
         return replace(self, content=self.content.pin_memory())
 
     def opened(self) -> MicroBatch:
-        def get(place: Place) -> Tensor:
+        def get(place: TensorPlace) -> Tensor:
             return self.content[place.begin : place.end].view(place.dtype).view(place.shape)
 
-        return replace(self.batch, samples=[_changed(sample, Place, get) for sample in self.batch.samples])
+        return replace(self.batch, samples=[_changed(sample, TensorPlace, get) for sample in self.batch.samples])
 
 
 def _changed(sample: Sample, kind: type, change: Callable[[Any], Any]) -> Sample:

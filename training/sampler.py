@@ -36,7 +36,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Stream:
+class ItemStream:
     """Items of one source and one kind, drawn without repetition.
 
     Args:
@@ -55,7 +55,7 @@ class Stream:
 
 
 def stream_shares(
-    streams: Iterable[Stream],
+    streams: Iterable[ItemStream],
     mix: Mapping[str, float],
     kinds: Mapping[str, float] | None = None,
     first: float = 0.0,
@@ -72,7 +72,7 @@ def stream_shares(
     Raises:
         ValueError: a source that is not there, a weight below zero, or nothing left to draw.
     """
-    by_source: dict[str, list[Stream]] = {}
+    by_source: dict[str, list[ItemStream]] = {}
     for stream in streams:
         by_source.setdefault(stream.source, []).append(stream)
     unknown = sorted(set(mix) - set(by_source))
@@ -116,7 +116,7 @@ class Sampler:
         seed: of the run.
     """
 
-    def __init__(self, streams: Sequence[Stream], seed: int) -> None:
+    def __init__(self, streams: Sequence[ItemStream], seed: int) -> None:
         self.streams = {stream.name: stream for stream in streams}
         self.seed = seed
         self.number = 0

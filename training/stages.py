@@ -216,7 +216,7 @@ class Progress:
         return self.stages[min(self.index, len(self.stages) - 1)]
 
     @property
-    def share(self) -> float:
+    def fraction(self) -> float:
         """How much of the stage is done, 0..1: of its minutes if it has some, of its steps otherwise."""
         if self.done:
             return 1.0
@@ -231,7 +231,7 @@ class Progress:
             return 1.0
         timed = any(stage.minutes > 0 for stage in self.stages)
         lengths = [1 if timed else stage.steps for stage in self.stages]
-        return (sum(lengths[: self.index]) + self.share * lengths[self.index]) / sum(lengths)
+        return (sum(lengths[: self.index]) + self.fraction * lengths[self.index]) / sum(lengths)
 
     def enter(self) -> bool:
         """Note that the current stage is being trained; True if it begins now, False if the run resumes in it."""
@@ -244,7 +244,7 @@ class Progress:
         self.step += steps
         self.total += steps
         self.elapsed += seconds
-        if self.share < 1:
+        if self.fraction < 1:
             return False
         self.index += 1
         if not self.done:
@@ -282,7 +282,7 @@ class Progress:
             self.index = len(names)
         self.step, self.total, self.elapsed = int(state["step"]), int(state["total"]), float(state["elapsed"])
         self.entered = last
-        if not self.done and self.step and self.share >= 1:  # it had ended, or was made shorter than it already was
+        if not self.done and self.step and self.fraction >= 1:  # it had ended, or was made shorter than it already was
             self.advance(steps=0)
 
 

@@ -50,7 +50,7 @@ class StreamConfig:
     threads: int = 1
 
 
-class Stream:
+class DecodingStream:
     """One video being decoded: its latents, its frames, and the decoder's caches up to where it is."""
 
     def __init__(self, vae: AutoencoderKLWan, rng: np.random.Generator, config: StreamConfig, mouths: Mouths) -> None:
@@ -104,7 +104,7 @@ def main(config: StreamConfig) -> None:
     for parameter in trained:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    streams: list[Stream | None] = [None] * config.streams
+    streams: list[DecodingStream | None] = [None] * config.streams
     bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed} {postfix}")
     step, running = 0, None
     started = time.monotonic()
@@ -113,7 +113,7 @@ def main(config: StreamConfig) -> None:
             group["lr"] = config.learning_rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * share))
         loss = torch.zeros(())
         for i, stream in enumerate(streams):
-            current = Stream(vae, rng, config, mouths) if stream is None or stream.ended else stream
+            current = DecodingStream(vae, rng, config, mouths) if stream is None or stream.ended else stream
             streams[i] = current
             output, target = current.decode(vae)
             error = reconstruction_loss(output, target, current.weight, config.edge_weight, config.mean_weight)

@@ -46,7 +46,7 @@ NOT_SPEECH = re.compile(r"^(silence/|beep|ascending-2tone|descending-2tone|confb
 
 
 @dataclass(frozen=True)
-class Source:
+class VoiceSource:
     """One speaker: where the recordings are, who speaks, under which licence, and for which split."""
 
     speaker: str
@@ -59,17 +59,17 @@ class Source:
 
 
 RECORDED = (
-    Source("allison", "en", "female", "asterisk-core-sounds-en", "en_US_f_Allison", "CC-BY-SA-3.0", "train"),
-    Source("allison", "es", "female", "asterisk-core-sounds-es", "es_MX_f_Allison", "CC-BY-SA-3.0", "train"),
-    Source("june", "fr", "female", "asterisk-core-sounds-fr", "fr_CA_f_June", "CC-BY-SA-3.0", "train"),
-    Source("carlo", "it", "male", "asterisk-core-sounds-it", "it_IT_m_Carlo", "CC-BY-3.0", "held_out"),
-    Source("ivrvoice", "ru", "female", "asterisk-core-sounds-ru", "ru_RU_f_IvrvoiceRU", "CC-BY-3.0", "held_out"),
+    VoiceSource("allison", "en", "female", "asterisk-core-sounds-en", "en_US_f_Allison", "CC-BY-SA-3.0", "train"),
+    VoiceSource("allison", "es", "female", "asterisk-core-sounds-es", "es_MX_f_Allison", "CC-BY-SA-3.0", "train"),
+    VoiceSource("june", "fr", "female", "asterisk-core-sounds-fr", "fr_CA_f_June", "CC-BY-SA-3.0", "train"),
+    VoiceSource("carlo", "it", "male", "asterisk-core-sounds-it", "it_IT_m_Carlo", "CC-BY-3.0", "held_out"),
+    VoiceSource("ivrvoice", "ru", "female", "asterisk-core-sounds-ru", "ru_RU_f_IvrvoiceRU", "CC-BY-3.0", "held_out"),
 )
 SYNTHETIC = (
-    Source("kal16", "en", "male", "flite", "", "BSD-style (CMU Flite)", "train"),
-    Source("awb", "en", "male", "flite", "", "BSD-style (CMU Flite)", "train"),
-    Source("rms", "en", "male", "flite", "", "BSD-style (CMU Flite)", "train"),
-    Source("slt", "en", "female", "flite", "", "BSD-style (CMU Flite)", "train"),
+    VoiceSource("kal16", "en", "male", "flite", "", "BSD-style (CMU Flite)", "train"),
+    VoiceSource("awb", "en", "male", "flite", "", "BSD-style (CMU Flite)", "train"),
+    VoiceSource("rms", "en", "male", "flite", "", "BSD-style (CMU Flite)", "train"),
+    VoiceSource("slt", "en", "female", "flite", "", "BSD-style (CMU Flite)", "train"),
 )
 
 
@@ -141,7 +141,7 @@ def read_transcripts(root: Path) -> dict[str, str]:
     return texts
 
 
-def recorded_prompts(source: Source, out: Path) -> Iterator[tuple[str, str | None, np.ndarray]]:
+def recorded_prompts(source: VoiceSource, out: Path) -> Iterator[tuple[str, str | None, np.ndarray]]:
     """Yield (name, transcript or None, samples) for every spoken prompt of one recorded speaker."""
     root = fetch_package(f"{source.package}-g722", out) / "usr/share/asterisk/sounds" / source.folder
     texts = read_transcripts(fetch_package(source.package, out))
@@ -200,7 +200,7 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     return list(found)
 
 
-def synthetic_prompts(source: Source, out: Path, count: int) -> Iterator[tuple[str, str | None, np.ndarray]]:
+def synthetic_prompts(source: VoiceSource, out: Path, count: int) -> Iterator[tuple[str, str | None, np.ndarray]]:
     """Yield (name, text, samples) of sentences read by one flite voice; each voice reads its own sentences."""
     import soundfile
 
@@ -249,7 +249,7 @@ def utterances(
             yield names, " ".join(known) if len(known) == len(texts) else None, np.concatenate(parts)
 
 
-def build(source: Source, out: Path, count: int) -> list[dict[str, object]]:
+def build(source: VoiceSource, out: Path, count: int) -> list[dict[str, object]]:
     """Write all utterances of one speaker; return their index records. Finished speakers are not made again."""
     import soundfile
 

@@ -21,9 +21,9 @@ import torch
 from bench.curation.clips import SECONDS, Planted, plant, read_voices
 from bench.record import header
 from talkingdit.atomic import write_whole
-from talkingdit.curate.decide import Clip, Decisions
-from talkingdit.curate.job import Job, curate
-from talkingdit.curate.settings import Settings
+from talkingdit.curate.decide import CurateClip, Decisions
+from talkingdit.curate.job import CurateJob, curate
+from talkingdit.curate.settings import CurateSettings
 
 # The limits that find each fault; a cut is found where a video has two shots.
 FINDS = {
@@ -32,14 +32,14 @@ FINDS = {
     "subtitles": ("text.over_person",),
     "silence": ("speech.share",),
     "shifted": ("sync.lag",),
-    "blur": ("sharpness.face",),
+    "blur": ("sharpness.picture", "sharpness.face"),
     "two_speakers": ("voices.likeness",),
 }
 CUT_FRAMES = 2  # by which a cut may be misplaced
 FPS = 25
 
 
-def found_in(clips: list[Clip]) -> dict[str, bool | None]:
+def found_in(clips: list[CurateClip]) -> dict[str, bool | None]:
     """Which faults a video has, by the figures of its clips; None where they cannot say."""
     said: dict[str, bool | None] = {}
     for fault, names in FINDS.items():
@@ -56,7 +56,7 @@ def found_in(clips: list[Clip]) -> dict[str, bool | None]:
 
 def score(planted: list[Planted], decisions: Decisions) -> dict[str, dict[str, Any]]:
     """Precision and recall of every fault."""
-    by_video: dict[str, list[Clip]] = {}
+    by_video: dict[str, list[CurateClip]] = {}
     for clip in decisions.clips:
         by_video.setdefault(clip.path.stem, []).append(clip)
     counts = {fault: {"hit": 0, "missed": 0, "false": 0} for fault in (*FINDS, "cut", "duplicate")}
@@ -88,8 +88,13 @@ def score(planted: list[Planted], decisions: Decisions) -> dict[str, dict[str, A
 
 
 def _follows(planted: str, found: str) -> bool:
-    """Faults that others bring with them: a clip of another person after a cut is not in step as a whole."""
-    return (planted, found) in {("two_people", "shifted"), ("blur", "no_face"), ("blur", "shifted")}
+    """Faults that others bring with them: of two people one is not in step, and words over a face hide it."""
+    return (planted, found) in {
+        ("two_people", "shifted"),
+        ("blur", "no_face"),
+        ("blur", "shifted"),
+        ("subtitles", "no_face"),
+    }
 
 
 def _rates(count: dict[str, int]) -> dict[str, float]:
@@ -121,7 +126,7 @@ def main() -> None:
     folder = options.work / f"faults-{options.seed}"
     began = os.times()
     planted = plant(folder, options.clips, read_voices(options.voices), options.seed)
-    job = Job(folder, options.work / f"faults-{options.seed}-found", Settings(), options.workers)
+    job = CurateJob(folder, options.work / f"faults-{options.seed}-found", CurateSettings(), options.workers)
     outcome = curate(job, lambda *_: None, lambda *_: None)
     table = score(planted, outcome.decisions)
     print(markdown(table))

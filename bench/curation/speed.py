@@ -24,10 +24,10 @@ import torch
 from bench.curation.clips import SECONDS, plant, read_voices
 from bench.record import header
 from talkingdit.atomic import write_whole
-from talkingdit.curate.job import Job, curate, find_videos
+from talkingdit.curate.job import CurateJob, curate, find_videos
 from talkingdit.curate.local import one_thread
 from talkingdit.curate.measure import Video, Watcher
-from talkingdit.curate.settings import Settings, Watch
+from talkingdit.curate.settings import CurateSettings, Watch
 from talkingdit.detect.shots import Cuts
 from talkingdit.media.reader import all_pictures
 
@@ -91,9 +91,9 @@ def ray_seconds(source: Path, work: Path, workers: int) -> float:
     """Clock seconds of the whole command on Ray."""
     folder = work / f"ray-{workers}"
     shutil.rmtree(folder, ignore_errors=True)
-    settings = Settings(Watch(stages=ALONE, samples=0))
+    settings = CurateSettings(Watch(stages=ALONE, samples=0))
     began = time.monotonic()
-    curate(Job(source, folder, settings, workers, ray="local"), lambda *_: None, lambda _: None)
+    curate(CurateJob(source, folder, settings, workers, ray="local"), lambda *_: None, lambda _: None)
     return round(time.monotonic() - began, 2)
 
 

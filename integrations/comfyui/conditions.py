@@ -20,7 +20,7 @@ from . import sockets, widgets
 SPEAKERS, EMOTIONS, ANCHORS, OPTIONS = (f"TALKINGDIT_{word}" for word in ("SPEAKERS", "EMOTIONS", "ANCHORS", "OPTIONS"))
 
 
-class Speaker:
+class SpeakerNode:
     """Who speaks, with which voice, and where the face is: a mask, a box, or found from left to right."""
 
     CATEGORY, FUNCTION = "talkingdit", "add"
@@ -60,7 +60,7 @@ class Speaker:
         return ((*speakers, speaker),)
 
 
-class Emotion:
+class EmotionNode:
     """What the face should show, from when to when."""
 
     CATEGORY, FUNCTION = "talkingdit", "add"
@@ -84,7 +84,7 @@ class Emotion:
         return ((*emotions, {"picture": picture, "start": float(start), "end": float(end) or math.inf}),)
 
 
-class Anchor:
+class AnchorNode:
     """A frame that shows the character: from a side, or with an expression."""
 
     CATEGORY, FUNCTION = "talkingdit", "add"

@@ -38,7 +38,7 @@ FORCE_OFFLOAD = (
 )
 
 
-class Generate:
+class GenerateNode:
     """A picture and a voice become a video."""
 
     CATEGORY, FUNCTION = "talkingdit", "generate"
@@ -84,11 +84,11 @@ class Generate:
         return make(model, {**materials, **said(model, usual, options), **asked}, force_offload)
 
 
-class Dub:
+class DubNode:
     """A video whose mouth is made to speak another voice; all else stays as it is."""
 
     CATEGORY, FUNCTION = "talkingdit", "dub"
-    RETURN_TYPES, RETURN_NAMES = Generate.RETURN_TYPES, Generate.RETURN_NAMES
+    RETURN_TYPES, RETURN_NAMES = GenerateNode.RETURN_TYPES, GenerateNode.RETURN_NAMES
     DESCRIPTION = "A video whose mouth is made to speak another voice (SkyReels-Audio); all else stays as it is."
 
     @classmethod
@@ -132,7 +132,7 @@ class Dub:
             return make(model, asked, force_offload)
 
 
-class Sheet:
+class SheetNode:
     """A video at a glance: frames, the waveform, and what its family measures."""
 
     CATEGORY, FUNCTION = "talkingdit", "draw"

@@ -10,14 +10,14 @@ from typing import Any
 from talkingdit.errors import UserError
 
 from . import host
-from .model import DTYPES, SHIPPED, Lora, Model, Recipe, Slot, checkpoint_folder, checkpoint_names, state_of
+from .model import DTYPES, SHIPPED, CheckpointSlot, Lora, Model, Recipe, checkpoint_folder, checkpoint_names, state_of
 
 MODEL = "TALKINGDIT_MODEL"
 NATIVE = "native"
 PRECISIONS = (NATIVE, "fp8", "int8")
 
 
-class Load:
+class LoadNode:
     """A checkpoint of any family. It is looked at here, and loaded by the first node that generates."""
 
     CATEGORY, FUNCTION = "talkingdit", "load"
@@ -73,10 +73,10 @@ class Load:
             compile=compile,
         )
         Tuning.of(recipe.memory, recipe.precision, recipe.attention)  # what is wrong with the words is told here
-        return (Model(Slot(recipe)),)
+        return (Model(CheckpointSlot(recipe)),)
 
 
-class LoadLora:
+class LoadLoraNode:
     """A LoRA on a checkpoint; several in a row add up."""
 
     CATEGORY, FUNCTION = "talkingdit", "add"
@@ -113,7 +113,7 @@ class LoadLora:
         return (model.with_lora(Lora(file, strength, state_of(file))) if strength else model,)
 
 
-class Accelerate:
+class AccelerateNode:
     """talkingdit's kernels in a Wan model that ComfyUI has loaded. Other users of that model do not see them."""
 
     CATEGORY, FUNCTION = "talkingdit", "accelerate"

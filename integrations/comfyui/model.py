@@ -46,7 +46,7 @@ class Recipe:
     compile: bool = False
 
 
-class Slot:
+class CheckpointSlot:
     """The place of a loaded checkpoint."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -69,12 +69,12 @@ class Slot:
         Raises:
             UserError: something is.
         """
-        from talkingdit.api.asking import Wish, ask
+        from talkingdit.api.asking import PipelineCall, ask
 
         if self._pipe is None:
-            own = {field.name for field in fields(Wish)} & set(asked)
+            own = {field.name for field in fields(PipelineCall)} & set(asked)
             options = {name: value for name, value in asked.items() if name not in own}
-            wish = Wish(**{name: asked[name] for name in own})
+            wish = PipelineCall(**{name: asked[name] for name in own})
             ask(self.family, self.recipe.folder, wish, options).materials.close()
 
     def ready(self, loras: tuple[Lora, ...]) -> Any:
@@ -138,7 +138,7 @@ class Slot:
 class Model:
     """A checkpoint and the LoRAs on it."""
 
-    slot: Slot
+    slot: CheckpointSlot
     loras: tuple[Lora, ...] = ()
 
     @property

@@ -5,20 +5,20 @@ from __future__ import annotations
 
 from talkingdit import families
 
-from .conditions import Anchor, Emotion, Speaker, options_node
-from .generating import Dub, Generate, Sheet
-from .loading import Accelerate, Load, LoadLora
+from .conditions import AnchorNode, EmotionNode, SpeakerNode, options_node
+from .generating import DubNode, GenerateNode, SheetNode
+from .loading import AccelerateNode, LoadLoraNode, LoadNode
 
 _NODES = {
-    "TalkingDiTLoad": (Load, "talkingdit: load"),
-    "TalkingDiTLora": (LoadLora, "talkingdit: LoRA"),
-    "TalkingDiTGenerate": (Generate, "talkingdit: generate"),
-    "TalkingDiTDub": (Dub, "talkingdit: dub"),
-    "TalkingDiTSpeaker": (Speaker, "talkingdit: speaker"),
-    "TalkingDiTEmotion": (Emotion, "talkingdit: emotion"),
-    "TalkingDiTAnchor": (Anchor, "talkingdit: anchor"),
-    "TalkingDiTSheet": (Sheet, "talkingdit: sheet"),
-    "TalkingDiTAccelerate": (Accelerate, "talkingdit: accelerate a Wan model"),
+    "TalkingDiTLoad": (LoadNode, "talkingdit: load"),
+    "TalkingDiTLora": (LoadLoraNode, "talkingdit: LoRA"),
+    "TalkingDiTGenerate": (GenerateNode, "talkingdit: generate"),
+    "TalkingDiTDub": (DubNode, "talkingdit: dub"),
+    "TalkingDiTSpeaker": (SpeakerNode, "talkingdit: speaker"),
+    "TalkingDiTEmotion": (EmotionNode, "talkingdit: emotion"),
+    "TalkingDiTAnchor": (AnchorNode, "talkingdit: anchor"),
+    "TalkingDiTSheet": (SheetNode, "talkingdit: sheet"),
+    "TalkingDiTAccelerate": (AccelerateNode, "talkingdit: accelerate a Wan model"),
     **{
         f"TalkingDiTOptions_{family.name}": (options_node(family), f"talkingdit: options of {family.title}")
         for family in map(families.get, families.names())

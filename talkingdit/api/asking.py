@@ -22,7 +22,7 @@ LOADING = ("memory", "compile")  # options that change a model while it is loade
 
 
 @dataclass(frozen=True)
-class Asked:
+class CheckedCall:
     """A video that was asked for and found to be possible."""
 
     inputs: Inputs
@@ -37,7 +37,7 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class PipelineCall:
     """What a call of a pipeline says of a video, as it says it; see `TalkingPipeline.__call__`."""
 
     image: Any = None
@@ -50,7 +50,9 @@ class Wish:
     audio_rate: int | None = None
 
 
-def ask(family: Family, folder: Path, wish: Wish, options: Mapping[str, Any], adapters: Sequence[str] = ()) -> Asked:
+def ask(
+    family: Family, folder: Path, wish: PipelineCall, options: Mapping[str, Any], adapters: Sequence[str] = ()
+) -> CheckedCall:
     """Read what a wish names, and find out what video it gives.
 
     Args:
@@ -82,7 +84,7 @@ def ask(family: Family, folder: Path, wish: Wish, options: Mapping[str, Any], ad
         raise
     if adapters:
         outline = replace(outline, settings={**outline.settings, SETTING: list(adapters)})
-    return Asked(inputs, outline, given, materials)
+    return CheckedCall(inputs, outline, given, materials)
 
 
 def refuse_loading(options: GenerationOptions, tuning: Tuning | None = None) -> None:
@@ -122,7 +124,7 @@ def _voice(audio: Any, options: GenerationOptions, materials: Materials) -> Path
     return mix_voices(voices, materials.folder / "voices.flac")
 
 
-def _target(wish: Wish, materials: Materials) -> Path:
+def _target(wish: PipelineCall, materials: Materials) -> Path:
     return materials.folder / "talkingdit.mp4" if wish.output is None else Path(wish.output).expanduser()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from talkingdit import families
-from talkingdit.api.asking import Wish, ask, refuse_loading
+from talkingdit.api.asking import PipelineCall, ask, refuse_loading
 from talkingdit.api.road import made
 from talkingdit.models import default_checkpoint, load_checkpoint
 from talkingdit.pipelines.tuning import Tuning, load_tuned
@@ -70,7 +70,7 @@ def generate(
     """
     folder = Path(default_checkpoint() if checkpoint is None else getattr(checkpoint, "folder", checkpoint))
     family = families.of_folder(folder)
-    wish = Wish(
+    wish = PipelineCall(
         image=image,
         audio=audio,
         prompt=prompt,

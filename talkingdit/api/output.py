@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from talkingdit.api.asking import Asked
+from talkingdit.api.asking import CheckedCall
 from talkingdit.errors import UserError
 from talkingdit.pipelines.inputs import Frames, Outline
 
@@ -84,7 +84,7 @@ class TalkingOutput:
     fps: int | Fraction
     interrupted: bool
     took: float
-    _asked: Asked
+    _asked: CheckedCall
     _made: Callable[[], Frames]
     _curves: Callable[[], PreviewCurves | None]
 
@@ -143,14 +143,14 @@ class TalkingOutput:
             UserError: it cannot be written.
         """
         from talkingdit.media.targets import check_apart, check_writable
-        from talkingdit.pipelines.write import Preview
+        from talkingdit.pipelines.write import PreviewSheet
 
         target = _named(path, ".png", "sheet")
         check_apart({"sheet": target}, self._read)
         check_writable(target)
         if not len(self.frames):
             raise UserError("sheet: expected a video with frames, got one that was stopped before its first clip.")
-        preview = Preview(self._asked.inputs, self._as_shown, self._curves())
+        preview = PreviewSheet(self._asked.inputs, self._as_shown, self._curves())
         for frames in self._blocks():
             preview.add(frames)
         preview.draw(target, self._asked.inputs.job.output.name if self.path is None else self.path.name)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from talkingdit import families
-from talkingdit.api.asking import Asked, Wish, ask, refuse_loading
+from talkingdit.api.asking import CheckedCall, PipelineCall, ask, refuse_loading
 from talkingdit.api.loras import LoraMixin
 from talkingdit.api.offload import OffloadMixin
 from talkingdit.api.output import TalkingOutput
 from talkingdit.api.source import find_folder
 from talkingdit.api.spans import FrameSpan
-from talkingdit.api.steps import Callback, Watch
+from talkingdit.api.steps import Callback, StepWatch
 from talkingdit.api.video import Loaded, collected, streamed, written
 from talkingdit.errors import UserError
 from talkingdit.families import Family, GenerationOptions
@@ -204,7 +204,7 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
         """
         if output is None and (sheet is not None or upscale != 1 or live):
             raise UserError("generate: sheet, upscale and live go with an output; without one use save() and sheet().")
-        wish = Wish(
+        wish = PipelineCall(
             image=image,
             audio=audio,
             prompt=prompt,
@@ -247,14 +247,14 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
             UserError: as a call.
         """
         talk = self._talk(progress, warn, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        asked = self._ask(Wish(image=image, audio=audio, prompt=prompt, audio_rate=audio_rate), options)
+        asked = self._ask(PipelineCall(image=image, audio=audio, prompt=prompt, audio_rate=audio_rate), options)
         return streamed(self._loaded, asked, talk)
 
     def interrupt(self) -> None:
         """Stop the video that is being made after the denoising step at hand, from a callback or another thread."""
         self._interrupt = True
 
-    def _ask(self, wish: Wish, options: Mapping[str, Any]) -> Asked:
+    def _ask(self, wish: PipelineCall, options: Mapping[str, Any]) -> CheckedCall:
         """Read what is asked for, and check everything that can be wrong with it."""
         asked = ask(self.family, self.folder, wish, options, self._adapters())
         refuse_loading(asked.options)
@@ -265,7 +265,7 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
     ) -> Talk:
         from talkingdit.pipelines.job import Talk
 
-        return Talk(progress=progress, warn=warn, step=Watch(self, callback, tensors))
+        return Talk(progress=progress, warn=warn, step=StepWatch(self, callback, tensors))
 
     @property
     def _loaded(self) -> Loaded:

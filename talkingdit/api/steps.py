@@ -16,7 +16,7 @@ Callback = Callable[[Any, int, "Tensor", dict[str, Any]], "dict[str, Any] | None
 TENSORS = ("latents",)
 
 
-class Watch:
+class StepWatch:
     """What happens after every denoising step of one video. Makes the pipeline go on if it was stopped before.
 
     Args:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from talkingdit.api.asking import Asked
+from talkingdit.api.asking import CheckedCall
 from talkingdit.api.output import TalkingOutput, kept
 from talkingdit.api.road import made
 from talkingdit.api.spans import FrameSpan, spans
@@ -33,7 +33,7 @@ class Loaded:
         return None if self.family.preview is None else self.family.preview.Curves()
 
 
-def frames_of(loaded: Loaded, asked: Asked, talk: Talk, in_pieces: bool = False) -> Iterator[Frames]:
+def frames_of(loaded: Loaded, asked: CheckedCall, talk: Talk, in_pieces: bool = False) -> Iterator[Frames]:
     """Frames [n, H, W, 3] as they become final, clip by clip or in smaller pieces. An interruption ends them."""
     from talkingdit.pipelines.job import Interrupted, final_frames
 
@@ -44,7 +44,7 @@ def frames_of(loaded: Loaded, asked: Asked, talk: Talk, in_pieces: bool = False)
         return
 
 
-def streamed(loaded: Loaded, asked: Asked, talk: Talk) -> Iterator[FrameSpan]:
+def streamed(loaded: Loaded, asked: CheckedCall, talk: Talk) -> Iterator[FrameSpan]:
     """The same in the smallest pieces, with their sound; nothing of what was asked for stays on the disk."""
     try:
         frames = frames_of(loaded, asked, talk, in_pieces=True)
@@ -53,7 +53,7 @@ def streamed(loaded: Loaded, asked: Asked, talk: Talk) -> Iterator[FrameSpan]:
         asked.materials.close()
 
 
-def collected(loaded: Loaded, asked: Asked, talk: Talk, stopped: Callable[[], bool]) -> TalkingOutput:
+def collected(loaded: Loaded, asked: CheckedCall, talk: Talk, stopped: Callable[[], bool]) -> TalkingOutput:
     """All frames, on the disk.
 
     Args:
@@ -64,7 +64,7 @@ def collected(loaded: Loaded, asked: Asked, talk: Talk, stopped: Callable[[], bo
     return _output(loaded, asked, started, lambda: frames, interrupted=stopped())
 
 
-def written(loaded: Loaded, asked: Asked, talk: Talk) -> TalkingOutput:
+def written(loaded: Loaded, asked: CheckedCall, talk: Talk) -> TalkingOutput:
     """The file that was asked for. Where the work is interrupted, finished clips are kept beside it."""
     from talkingdit.media.reader import all_pictures
     from talkingdit.pipelines.job import Interrupted
@@ -87,7 +87,7 @@ def written(loaded: Loaded, asked: Asked, talk: Talk) -> TalkingOutput:
 
 def _output(
     loaded: Loaded,
-    asked: Asked,
+    asked: CheckedCall,
     started: float,
     frames: Callable[[], Frames],
     path: Path | None = None,

@@ -17,7 +17,7 @@ import gradio as gr
 from talkingdit.app.asked import Text
 from talkingdit.app.form import named
 from talkingdit.app.runs import summary, take_many
-from talkingdit.app.service import Person, Service, Wish
+from talkingdit.app.service import Service, Visitor, Wish
 from talkingdit.errors import UserError
 
 POLL = 0.3  # seconds between reports
@@ -39,7 +39,7 @@ def add_endpoints(service: Service) -> None:
     def generate(request: gr.Request, *values: Any) -> Iterator[dict[str, Any]]:
         """Make a video: a report again and again, the last one at its end. A client that goes, or cancels, stops it."""
         with _told():
-            run = service.start(Person.of(request), wish(*values))
+            run = service.start(Visitor.of(request), wish(*values))
         try:
             while not run.ended:
                 yield summary(run)
@@ -50,15 +50,15 @@ def add_endpoints(service: Service) -> None:
 
     def plan(request: gr.Request, *values: Any) -> str:
         with _told():
-            return service.plan(Person.of(request), wish(*values))
+            return service.plan(Visitor.of(request), wish(*values))
 
     def runs(request: gr.Request) -> list[dict[str, Any]]:
         with _told():
-            return [summary(run) for run in service.runs.of(Person.of(request).owner)]
+            return [summary(run) for run in service.runs.of(Visitor.of(request).owner)]
 
     def stop(id: str, request: gr.Request) -> dict[str, Any]:
         with _told():
-            run = service.runs.get(id, Person.of(request).owner)
+            run = service.runs.get(id, Visitor.of(request).owner)
             service.queue.stop(run)
             return summary(run)
 
@@ -75,7 +75,7 @@ def add_endpoints(service: Service) -> None:
 
         def video(id: str, request: gr.Request) -> str:
             with _told():
-                person = Person.of(request)
+                person = Visitor.of(request)
                 run = service.runs.get(id, person.owner)
                 if run.state != "done":
                     raise UserError("video: expected a run that is done.")

@@ -12,7 +12,7 @@ from starlette.responses import FileResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from talkingdit.app.runs import Run
-from talkingdit.app.service import Person, Service
+from talkingdit.app.service import Service, Visitor
 from talkingdit.errors import UserError
 
 BLOCK = 1 << 18
@@ -23,7 +23,7 @@ def routes(service: Service) -> list[Route]:
     """The addresses of files of runs."""
 
     def found(request: Request) -> Run:
-        return service.runs.get(request.path_params["id"], Person.of(request).owner)
+        return service.runs.get(request.path_params["id"], Visitor.of(request).owner)
 
     async def video(request: Request) -> Response:
         try:

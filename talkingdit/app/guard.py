@@ -114,7 +114,7 @@ class Refused(Exception):
         self.status = status
 
 
-class Guard:
+class RequestGuard:
     """ASGI middleware around everything.
 
     Args:

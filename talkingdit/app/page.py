@@ -14,7 +14,7 @@ from talkingdit.app.api import add_endpoints
 from talkingdit.app.asked import Text
 from talkingdit.app.boxes import rows_of_speakers
 from talkingdit.app.form import Form, collect, components, form_of, speakers
-from talkingdit.app.service import Person, Service, Wish
+from talkingdit.app.service import Service, Visitor, Wish
 from talkingdit.errors import UserError
 
 TICK = 1.0  # seconds
@@ -34,7 +34,7 @@ class Page:
             gr.HTML(
                 '<h1>talkingdit</h1><p class="dim">A picture and a voice become a video of the person speaking.</p>'
             )
-            self.shown, self.seen = gr.State(""), gr.State({})
+            self.shown_run, self.seen = gr.State(""), gr.State({})
             self.restored: Any = gr.State({})
             with gr.Row():
                 with gr.Column(scale=5):
@@ -109,18 +109,18 @@ class Page:
 
         def start(request: gr.Request, *values: Any) -> tuple[Any, Any]:
             try:
-                return self.service.start(Person.of(request), wish(values)).id, ""
+                return self.service.start(Visitor.of(request), wish(values)).id, ""
             except UserError as error:
                 return gr.skip(), views.error(str(error))
 
         def plan(request: gr.Request, *values: Any) -> tuple[str, str]:
             try:
-                words = self.service.plan(Person.of(request), wish(values))
+                words = self.service.plan(Visitor.of(request), wish(values))
                 return f'<h2>What it takes</h2><pre tabindex="0">{views.escaped(words)}</pre>', ""
             except UserError as error:
                 return "", views.error(str(error))
 
-        self.make.click(start, inputs, [self.shown, self.wrong], **QUIETLY)
+        self.make.click(start, inputs, [self.shown_run, self.wrong], **QUIETLY)
         self.think.click(plan, inputs, [self.plan, self.wrong], **{**QUIETLY, "show_progress": "minimal"})
 
     # ---- What comes out, on the right --------------------------------------------------------------------------------
@@ -141,23 +141,23 @@ class Page:
     def _listen(self) -> None:
         everything = [self.status, self.video, self.sheet, self.stop, self.go_on, self.load, self.remove, self.history]
         outputs = [self.seen, *everything]
-        self.blocks.load(self._newest, None, self.shown, **QUIETLY)
-        gr.on([self.timer.tick, self.shown.change], self._look, [self.shown, self.seen], outputs, **QUIETLY)
-        self.history.input(lambda id: id, self.history, self.shown, **QUIETLY)
-        self.stop.click(self._stop, self.shown, None, **QUIETLY)
-        self.go_on.click(self._go_on, self.shown, self.wrong, **QUIETLY)
-        self.remove.click(self._remove, self.shown, [self.shown, self.wrong], **QUIETLY)
+        self.blocks.load(self._newest, None, self.shown_run, **QUIETLY)
+        gr.on([self.timer.tick, self.shown_run.change], self._look, [self.shown_run, self.seen], outputs, **QUIETLY)
+        self.history.input(lambda id: id, self.history, self.shown_run, **QUIETLY)
+        self.stop.click(self._stop, self.shown_run, None, **QUIETLY)
+        self.go_on.click(self._go_on, self.shown_run, self.wrong, **QUIETLY)
+        self.remove.click(self._remove, self.shown_run, [self.shown_run, self.wrong], **QUIETLY)
         restored = [self.image, self.audio, self.prompt, self.checkpoint, self.restored]
         # Through gradio's queue: only there does a state that has changed have the options made again.
-        self.load.click(self._restore, self.shown, restored, **{**QUIETLY, "queue": True})
+        self.load.click(self._restore, self.shown_run, restored, **{**QUIETLY, "queue": True})
 
     def _newest(self, request: gr.Request) -> str:
-        run = self.service.newest(Person.of(request))
+        run = self.service.newest(Visitor.of(request))
         return "" if run is None else run.id
 
     def _look(self, id: str, seen: dict[str, Any], request: gr.Request) -> list[Any]:
         """What has changed on the page since it was last looked at."""
-        person, queue = Person.of(request), self.service.queue
+        person, queue = Visitor.of(request), self.service.queue
         run = self.service.find(person, id)
         running, ended = run is not None and not run.ended, run is not None and run.ended
         resumable = run is not None and run.state in ("stopped", "failed")
@@ -189,19 +189,19 @@ class Page:
         return [{**found, "source": source}, *updates]
 
     def _stop(self, id: str, request: gr.Request) -> None:
-        run = self.service.find(Person.of(request), id)
+        run = self.service.find(Visitor.of(request), id)
         if run is not None:
             self.service.queue.stop(run)
 
     def _go_on(self, id: str, request: gr.Request) -> str:
         try:
-            self.service.go_on(Person.of(request), id)
+            self.service.go_on(Visitor.of(request), id)
         except UserError as error:
             return views.error(str(error))
         return ""
 
     def _remove(self, id: str, request: gr.Request) -> tuple[str, str]:
-        person = Person.of(request)
+        person = Visitor.of(request)
         run = self.service.find(person, id)
         if run is not None:
             self.service.runs.remove(run)
@@ -210,7 +210,7 @@ class Page:
 
     def _restore(self, id: str, request: gr.Request) -> list[Any]:
         """The settings of a run, its picture and voice too, into the form."""
-        person = Person.of(request)
+        person = Visitor.of(request)
         run = self.service.find(person, id)
         if run is None:
             return [gr.skip()] * 5

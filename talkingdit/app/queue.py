@@ -30,7 +30,7 @@ PATIENCE = 30.0  # seconds that a run that is stopped may take; then its process
 MOST_WAITING = 8  # runs of one person
 
 
-class Worker:
+class WorkerProcess:
     """The process.
 
     Args:
@@ -128,7 +128,7 @@ class Queue:
         start: makes a worker.
     """
 
-    def __init__(self, runs: Runs, machine: Machine, start: Callable[[Machine, object], Any] = Worker) -> None:
+    def __init__(self, runs: Runs, machine: Machine, start: Callable[[Machine, object], Any] = WorkerProcess) -> None:
         self.runs, self.machine = runs, machine
         self._start = start
         self._changed = threading.Condition(runs.lock)

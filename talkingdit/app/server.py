@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from talkingdit.app.asked import Asked, Machine
-from talkingdit.app.guard import Guard
+from talkingdit.app.guard import RequestGuard
 from talkingdit.errors import UserError
 
 LIMIT = 200  # MB of an upload
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ServerSettings:
     """What the server is told when it starts.
 
     Args:
@@ -59,7 +59,7 @@ def default_folder() -> Path:
 
 
 @contextmanager
-def opened(settings: Settings, start: Callable[[Machine, object], Any] | None = None) -> Iterator[Any]:
+def opened(settings: ServerSettings, start: Callable[[Machine, object], Any] | None = None) -> Iterator[Any]:
     """The server as an ASGI application; what it has open is closed in the end, and its own folder removed.
 
     This process stands in that folder meanwhile, because gradio may give out any file that lies where it stands.
@@ -84,13 +84,13 @@ def opened(settings: Settings, start: Callable[[Machine, object], Any] | None = 
         os.chdir(own / "here")
         stack.callback(os.chdir, before)
 
-        from talkingdit.app.queue import Queue, Worker
+        from talkingdit.app.queue import Queue, WorkerProcess
         from talkingdit.app.runs import Runs
         from talkingdit.app.service import Service
 
         runs = Runs(settings.folder)
         stack.callback(runs.close)
-        queue = Queue(runs, settings.machine, start or Worker)
+        queue = Queue(runs, settings.machine, start or WorkerProcess)
         stack.callback(queue.close)
         names = ["", *map(str, settings.checkpoints)]
         service = Service(runs, queue, settings.machine, names, settings.local, own / "scratch")
@@ -109,7 +109,7 @@ def _import(service: Any) -> None:
         _ = service.family(checkpoint).outline
 
 
-def _absolute(settings: Settings) -> Settings:
+def _absolute(settings: ServerSettings) -> ServerSettings:
     """Folders by their whole names, as the process goes elsewhere."""
     checkpoints = tuple(path.expanduser().absolute() for path in settings.checkpoints)
     return replace(settings, folder=settings.folder.expanduser().absolute(), checkpoints=checkpoints)
@@ -123,7 +123,7 @@ def _gradio() -> Any:
     return gradio
 
 
-def _application(gradio: Any, service: Any, settings: Settings) -> Any:
+def _application(gradio: Any, service: Any, settings: ServerSettings) -> Any:
     from fastapi import FastAPI
 
     from talkingdit.app.files import routes
@@ -149,10 +149,10 @@ def _application(gradio: Any, service: Any, settings: Settings) -> Any:
         show_error=False,
     )
     hosts = {"localhost", "127.0.0.1", "::1", settings.host} if settings.local else ()
-    return Guard(app, service.shares, settings.password, hosts, limit)
+    return RequestGuard(app, service.shares, settings.password, hosts, limit)
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: ServerSettings) -> None:
     """Serve until interrupted.
 
     Raises:

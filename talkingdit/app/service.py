@@ -23,7 +23,7 @@ Fill = Callable[[Path], Mapping[str, Text]]  # takes files into a folder -> opti
 
 
 @dataclass(frozen=True)
-class Person:
+class Visitor:
     """Who asks: the token of a browser or a program, and what its runs are known by."""
 
     token: str
@@ -33,7 +33,7 @@ class Person:
         return owner_of(self.token)
 
     @classmethod
-    def of(cls, request: Any) -> Person:
+    def of(cls, request: Any) -> Visitor:
         """From gradio's or starlette's request.
 
         Raises:
@@ -98,7 +98,7 @@ class Service:
         self.shares = Shares()
         self._scratch = scratch
 
-    def start(self, person: Person, wish: Wish) -> Run:
+    def start(self, person: Visitor, wish: Wish) -> Run:
         """Begin a run, or have it wait. Nothing is left of one that is not possible.
 
         Raises:
@@ -132,7 +132,7 @@ class Service:
         words = asked.prompt or (Path(wish.audio).stem if wish.audio else "") or "video"
         return words if len(words) <= 40 else words[:39].rstrip() + "…"
 
-    def plan(self, person: Person, wish: Wish) -> str:
+    def plan(self, person: Visitor, wish: Wish) -> str:
         """What it would take, in words.
 
         Raises:
@@ -153,7 +153,7 @@ class Service:
         """Of a checkpoint. Raises: UserError: it is none."""
         return Asked(checkpoint=checkpoint).family()
 
-    def go_on(self, person: Person, id: str) -> Run:
+    def go_on(self, person: Visitor, id: str) -> Run:
         """Go on with a run that was stopped or has failed, after its last clip.
 
         Raises:
@@ -165,18 +165,18 @@ class Service:
         self.queue.add(run)
         return run
 
-    def newest(self, person: Person) -> Run | None:
+    def newest(self, person: Visitor) -> Run | None:
         """The run that a person sees first: one that is not at its end, else the last one."""
         mine = self.runs.of(person.owner)
         return next((run for run in reversed(mine) if not run.ended), mine[0] if mine else None)
 
-    def find(self, person: Person, id: str | None) -> Run | None:
+    def find(self, person: Visitor, id: str | None) -> Run | None:
         """A run of a person, None where there is none."""
         with contextlib.suppress(UserError):
             return self.runs.get(id or "", person.owner)
         return None
 
-    def give(self, path: Path, person: Person, cache: str) -> str:
+    def give(self, path: Path, person: Visitor, cache: str) -> str:
         """A file where gradio may hand it to this person."""
         from gradio.processing_utils import save_file_to_cache
 

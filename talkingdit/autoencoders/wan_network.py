@@ -40,7 +40,7 @@ class WanCausalConv3d(nn.Conv3d):
         return super().forward(F.pad(x, padding))
 
 
-class Stream:
+class StreamCaches:
     """The caches of a stream, one after the other in the order of the convolutions.
 
     Args:
@@ -104,14 +104,14 @@ class WanResample(nn.Module):
             if mode == "downsample3d":
                 self.time_conv = WanCausalConv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1))
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, stream: StreamCaches) -> Tensor:
         if self.mode == "upsample3d":
             x = self._double(x, stream)
         frames = self.resample(x.transpose(1, 2).flatten(0, 1))
         x = frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
         return self._halve(x, stream) if self.mode == "downsample3d" else x
 
-    def _double(self, x: Tensor, stream: Stream) -> Tensor:
+    def _double(self, x: Tensor, stream: StreamCaches) -> Tensor:
         number, cache = stream.take()
         if cache is None:
             stream.caches[number] = _BEGUN
@@ -121,7 +121,7 @@ class WanResample(nn.Module):
         pairs = self.time_conv(x, None if begins else cache).unflatten(1, (2, -1))
         return pairs.movedim(1, 3).flatten(2, 3)
 
-    def _halve(self, x: Tensor, stream: Stream) -> Tensor:
+    def _halve(self, x: Tensor, stream: StreamCaches) -> Tensor:
         number, cache = stream.take()
         if cache is None:
             stream.caches[number] = x.clone()
@@ -139,7 +139,7 @@ class WanResidualBlock(nn.Module):
         self.conv2 = WanCausalConv3d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = nn.Identity() if inputs == outputs else WanCausalConv3d(inputs, outputs, 1)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, stream: StreamCaches) -> Tensor:
         around = self.conv_shortcut(x)
         x = stream.through(self.conv1, F.silu(self.norm1(x)))
         return stream.through(self.conv2, F.silu(self.norm2(x))) + around
@@ -170,7 +170,7 @@ class WanMidBlock(nn.Module):
         self.resnets = nn.ModuleList([WanResidualBlock(dim, dim), WanResidualBlock(dim, dim)])
 
     def forward(self, x: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:
-        stream = Stream(feat_cache, feat_idx)
+        stream = StreamCaches(feat_cache, feat_idx)
         return self.resnets[1](self.attentions[0](self.resnets[0](x, stream)), stream)
 
 
@@ -181,7 +181,7 @@ class WanUpBlock(nn.Module):
         self.upsamplers = None if mode is None else nn.ModuleList([WanResample(outputs, mode)])
 
     def forward(self, x: Tensor, feat_cache: list[Any], feat_idx: list[int], first_chunk: bool = False) -> Tensor:
-        stream = Stream(feat_cache, feat_idx)
+        stream = StreamCaches(feat_cache, feat_idx)
         for block in (*self.resnets, *(self.upsamplers or ())):
             x = block(x, stream)
         return x
@@ -209,7 +209,7 @@ class WanEncoder3d(_Half):
                 self.down_blocks.append(WanResample(width, "downsample3d" if halves[i] else "downsample2d"))
 
     def forward(self, x: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:
-        stream = Stream(feat_cache, feat_idx)
+        stream = StreamCaches(feat_cache, feat_idx)
         x = stream.through(self.conv_in, x)
         for block in self.down_blocks:
             x = block(x, stream)
@@ -229,7 +229,7 @@ class WanDecoder3d(_Half):
             self.up_blocks.append(WanUpBlock(before // 2 if i else before, width, blocks, mode))
 
     def forward(self, x: Tensor, feat_cache: list[Any], feat_idx: list[int], first_chunk: bool = False) -> Tensor:
-        stream = Stream(feat_cache, feat_idx)
+        stream = StreamCaches(feat_cache, feat_idx)
         x = self.mid_block(stream.through(self.conv_in, x), feat_cache, feat_idx)
         for block in self.up_blocks:
             x = block(x, feat_cache, feat_idx, first_chunk)

@@ -20,22 +20,22 @@ from talkingdit.errors import UserError
 
 
 @dataclass(frozen=True)
-class Part:
+class AdapterPart:
     """What one file adds to a layer."""
 
     strength: float
     weight: tuple[Change, ...] = ()
     bias: tuple[Whole, ...] = ()
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Part:
+    def to(self, device: torch.device, dtype: torch.dtype) -> AdapterPart:
         weight = tuple(moved(change, device, dtype) for change in self.weight)
-        return Part(self.strength, weight, tuple(moved(change, device, dtype) for change in self.bias))
+        return AdapterPart(self.strength, weight, tuple(moved(change, device, dtype) for change in self.bias))
 
 
 class Adapter:
     """A forward hook of a linear layer."""
 
-    def __init__(self, parts: Sequence[Part], device: torch.device, dtype: torch.dtype):
+    def __init__(self, parts: Sequence[AdapterPart], device: torch.device, dtype: torch.dtype):
         self._given = tuple(parts)
         self._place = (device, dtype)
         self._parts = [part.to(device, dtype) for part in parts]
@@ -53,7 +53,7 @@ class Adapter:
         return output
 
 
-def attach(layer: nn.Module, parts: Sequence[Part], device: torch.device) -> None:
+def attach(layer: nn.Module, parts: Sequence[AdapterPart], device: torch.device) -> None:
     """Put the parts on a linear layer in the dtype that it computes in, in the place of those that it has.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from talkingdit.checkpoints.adapters import Part, attach, detach, has_adapters
+from talkingdit.checkpoints.adapters import AdapterPart, attach, detach, has_adapters
 from talkingdit.checkpoints.in_place import InPlace
 from talkingdit.checkpoints.lora_files import LoraFile, read_lora
 from talkingdit.checkpoints.lora_parts import Change, Instead, Whole
@@ -198,7 +198,7 @@ class Loras:
 
     def _apply(self, keep_originals: bool = True) -> None:
         """Adapters on the layers that have them, and new values for other parameters."""
-        layers: dict[str, list[Part]] = {}
+        layers: dict[str, list[AdapterPart]] = {}
         in_place: dict[str, None] = {}
         for name, file in self._files.items():
             of_layer: dict[str, dict[str, tuple[Any, ...]]] = {}
@@ -209,7 +209,7 @@ class Loras:
                 else:
                     in_place[parameter] = None
             for module, parts in of_layer.items():
-                layers.setdefault(module, []).append(Part(self._strengths[name], **parts))
+                layers.setdefault(module, []).append(AdapterPart(self._strengths[name], **parts))
         for module, layer in self._model.named_modules():
             if module in layers:
                 attach(layer, layers[module], self._model.device)

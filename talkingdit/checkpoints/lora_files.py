@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from talkingdit.checkpoints.lora_config import PeftConfig, read_config, weights_of
-from talkingdit.checkpoints.lora_names import IMAGE, NETWORK, REFUSED, Places, adapter_of, read_key
+from talkingdit.checkpoints.lora_names import IMAGE, NETWORK, REFUSED, ModuleNames, adapter_of, read_key
 from talkingdit.checkpoints.lora_parts import Change, Hadamard, Instead, Kronecker, LowRank, Whole
 from talkingdit.checkpoints.weights import Weights, open_weights, some
 from talkingdit.errors import UserError
@@ -76,7 +76,7 @@ def read_lora(source: str | Path, model: nn.Module, partial: bool = False) -> Lo
     weights = open_weights(weights_of(path))
     config = read_config(path, weights)
     misfits = _Misfits(path, partial)
-    places = Places(model)
+    places = ModuleNames(model)
     parts, ignored = _sorted_keys(weights, places, misfits)
     kinds = {what for part in parts.values() for what in part}
     if not parts and not ignored and not misfits.unknown:
@@ -97,7 +97,7 @@ def read_lora(source: str | Path, model: nn.Module, partial: bool = False) -> Lo
 
 
 def _sorted_keys(
-    weights: Weights, places: Places, misfits: _Misfits
+    weights: Weights, places: ModuleNames, misfits: _Misfits
 ) -> tuple[dict[str, dict[str, str]], tuple[str, ...]]:
     """Keys by the module or parameter that they are for and by what they are; and those for an image branch."""
     parts: dict[str, dict[str, str]] = {}

@@ -77,7 +77,7 @@ def adapter_of(key: str) -> str:
     return "" if match is None else match[1]
 
 
-class Places:
+class ModuleNames:
     """Names of a model's modules and parameters by every spelling.
 
     Args:

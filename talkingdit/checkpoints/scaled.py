@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from talkingdit.checkpoints.weights import Entry, Weights
+from talkingdit.checkpoints.weights import TensorEntry, Weights
 from talkingdit.errors import UserError
 
 # Beside `x.weight`: its scale in the older and the newer spelling. The scales of activations and the markers say how
@@ -23,7 +23,7 @@ def descale(weights: Weights) -> Weights:
         UserError: weights in a format other than scaled float8, or a scale without its weight.
     """
     _check_formats(weights)
-    entries: dict[str, Entry] = {}
+    entries: dict[str, TensorEntry] = {}
     scales: dict[str, str] = {}
     for name, entry in weights.entries.items():
         suffix = next((s for s in SCALES if name.endswith(s)), None)

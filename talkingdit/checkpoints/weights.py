@@ -43,7 +43,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """Where a tensor lies and what it looks like."""
 
     file: Path
@@ -64,7 +64,7 @@ class Weights:
     """
 
     source: Path
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __contains__(self, name: str) -> bool:
@@ -80,7 +80,7 @@ class Weights:
         Raises:
             UserError: two tensors would get one name.
         """
-        entries: dict[str, Entry] = {}
+        entries: dict[str, TensorEntry] = {}
         for name, entry in self.entries.items():
             new = rename(name)
             if new is None:
@@ -98,7 +98,7 @@ class Weights:
         Raises:
             UserError: a file is damaged.
         """
-        by_file: dict[Path, list[tuple[str, Entry]]] = {}
+        by_file: dict[Path, list[tuple[str, TensorEntry]]] = {}
         for name, entry in self.entries.items():
             by_file.setdefault(entry.file, []).append((name, entry))
         for file, entries in by_file.items():
@@ -253,17 +253,17 @@ def _check_all_shards(folder: Path, files: list[Path]) -> None:
 
 
 def _table(source: Path, files: list[Path]) -> Weights:
-    entries: dict[str, Entry] = {}
+    entries: dict[str, TensorEntry] = {}
     metadata: dict[str, str] = {}
     for file in files:
         if file.suffix == ".safetensors":
             found, text = _header(file)
         elif file.suffix == gguf.SUFFIX:
             tensors, text = gguf.table(file)
-            found = {name: Entry(file, name, shape, dtype) for name, (shape, dtype) in tensors.items()}
+            found = {name: TensorEntry(file, name, shape, dtype) for name, (shape, dtype) in tensors.items()}
         else:
             state = load_pickled(file)
-            found, text = {k: Entry(file, k, tuple(v.shape), v.dtype) for k, v in state.items()}, {}
+            found, text = {k: TensorEntry(file, k, tuple(v.shape), v.dtype) for k, v in state.items()}, {}
         twice = sorted(set(found) & set(entries))
         if twice:
             raise UserError(f"{source}: {some(twice)} is in both {entries[twice[0]].file.name} and {file.name}.")
@@ -272,7 +272,7 @@ def _table(source: Path, files: list[Path]) -> Weights:
     return Weights(source, entries, metadata)
 
 
-def _header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+def _header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Table and metadata of a safetensors file, whose header also tells how long the file must be."""
     try:
         with safe_open(file, framework="pt") as opened:
@@ -283,7 +283,7 @@ def _header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                 name = part.get_dtype()
                 if name not in DTYPES:
                     raise UserError(f"{file}: {key} has dtype {name}, which is not supported.")
-                entries[key] = Entry(file, key, tuple(part.get_shape()), DTYPES[name])
+                entries[key] = TensorEntry(file, key, tuple(part.get_shape()), DTYPES[name])
     except FileNotFoundError as error:
         raise UserError(f"{file}: there is no such file; the checkpoint is not complete.") from error
     except (SafetensorError, OSError) as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from talkingdit.app.asked import Machine
-from talkingdit.app.server import LIMIT, Settings, default_folder, serve
+from talkingdit.app.server import LIMIT, ServerSettings, default_folder, serve
 from talkingdit.cli.flags import Group, read
 from talkingdit.errors import UserError
 from talkingdit.families.flag import Flag
@@ -70,7 +70,7 @@ def app(argv: Sequence[str]) -> None:
     values.refuse_unknown()
     flags, models = values.make(AppFlags), values.make(ModelFlags)
     machine = Machine(device=models.device, dtype=models.dtype, precision=models.precision, attention=models.attention)
-    settings = Settings(
+    settings = ServerSettings(
         folder=flags.folder or default_folder(),
         host=flags.host,
         port=flags.port,

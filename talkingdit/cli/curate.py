@@ -59,11 +59,11 @@ def curate(argv: Sequence[str]) -> None:
 
     from tqdm import tqdm
 
-    from talkingdit.curate.job import REPORT, Job
+    from talkingdit.curate.job import REPORT, CurateJob
     from talkingdit.curate.job import curate as carry_out
     from talkingdit.curate.settings import read_settings
 
-    job = Job(
+    job = CurateJob(
         source=flags.videos,
         folder=flags.out,
         settings=read_settings(flags.settings),

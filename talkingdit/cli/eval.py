@@ -16,8 +16,8 @@ from talkingdit.errors import UserError
 from talkingdit.families.flag import Flag
 
 if TYPE_CHECKING:
-    from talkingdit.eval.job import Pair, Text
-    from talkingdit.eval.judge_video import Plan
+    from talkingdit.eval.job import Pair, SpokenText
+    from talkingdit.eval.judge_video import JudgePlan
     from talkingdit.eval.run import Results
     from talkingdit.eval.win_rate import Judge
 
@@ -106,7 +106,7 @@ def eval(argv: Sequence[str]) -> None:
 
     _check_results(flags)
     judge = None if flags.judge is None else command_judge(flags.judge)
-    texts: dict[str, Text] = {} if flags.texts is None else read_texts(flags.texts)
+    texts: dict[str, SpokenText] = {} if flags.texts is None else read_texts(flags.texts)
     pairs = pairs_of(dict(flags.generated), flags.truth, texts)
     with _told(flags.out):
         results = _run(flags, pairs, plan)
@@ -182,15 +182,15 @@ def _check_results(flags: Flags) -> None:
     check_apart({"the results' folder": flags.out / KEPT}, read)
 
 
-def _plan(flags: Flags, values: Values) -> Plan:
+def _plan(flags: Flags, values: Values) -> JudgePlan:
     from talkingdit.eval.found import REGIONS
-    from talkingdit.eval.judge_video import Plan
+    from talkingdit.eval.judge_video import JudgePlan
     from talkingdit.eval.protocol import metrics_of
 
     known = metrics_of(flags.protocol)
     metrics = tuple(known) if flags.metrics is None else _some(flags.metrics, tuple(known), "--metrics", values)
     regions = _some(flags.regions, REGIONS, "--regions", values)
-    return Plan(metrics, regions, dict(flags.backbone), flags.finder, flags.protocol)
+    return JudgePlan(metrics, regions, dict(flags.backbone), flags.finder, flags.protocol)
 
 
 def _some(text: str, known: tuple[str, ...], flag: str, values: Values) -> tuple[str, ...]:
@@ -201,7 +201,7 @@ def _some(text: str, known: tuple[str, ...], flag: str, values: Values) -> tuple
     return names
 
 
-def _listed(plan: Plan) -> str:
+def _listed(plan: JudgePlan) -> str:
     """Metrics with their regions, and what is missing, as text."""
     from talkingdit.eval.judge_video import Tools
 
@@ -216,7 +216,7 @@ def _listed(plan: Plan) -> str:
     return "\n".join(lines + absent) + "\n"
 
 
-def _run(flags: Flags, pairs: list[Pair], plan: Plan) -> Results:
+def _run(flags: Flags, pairs: list[Pair], plan: JudgePlan) -> Results:
     from tqdm import tqdm
 
     from talkingdit.eval.run import Verdict, run

@@ -82,7 +82,7 @@ class Flags:
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """A video that is asked for, found to be possible. It bears pickling: rank 0 hands it to the others."""
 
     flags: Flags
@@ -129,7 +129,7 @@ def generate(argv: Sequence[str]) -> None:
 # ---- Flags -----------------------------------------------------------------------------------------------------------
 
 
-def prepare(argv: Sequence[str]) -> Request:
+def prepare(argv: Sequence[str]) -> GenerationRequest:
     """Read the flags and the files and outline the video, without any model.
 
     Raises:
@@ -169,7 +169,7 @@ def prepare(argv: Sequence[str]) -> Request:
     if flags.audio_rate is not None and not inputs.job.spoken:
         idle.append("`--audio-rate` has no effect on a recording, which says its rate itself.")
     outline = replace(outline, warnings=(*outline.warnings, *idle))
-    return Request(flags, loras, family.name, options, layout, inputs, outline, tuning)
+    return GenerationRequest(flags, loras, family.name, options, layout, inputs, outline, tuning)
 
 
 def _target(flags: Flags) -> tuple[Path, int | None]:
@@ -284,7 +284,7 @@ def _help_groups(argv: Sequence[str]) -> list[Group]:
 # ---- The road --------------------------------------------------------------------------------------------------------
 
 
-def _generate(request: Request, team: Team) -> None:
+def _generate(request: GenerationRequest, team: Team) -> None:
     """What every process does."""
     import torch
 
@@ -315,7 +315,7 @@ def _generate(request: Request, team: Team) -> None:
         _report(result, flags)
 
 
-def _load(request: Request, family: Family, team: Team) -> Any:
+def _load(request: GenerationRequest, family: Family, team: Team) -> Any:
     """The checkpoint on the device of this process."""
     from talkingdit.pipelines.tuning import load_tuned, open_device, usual_device, weights_dtype
 
@@ -334,7 +334,7 @@ def _load(request: Request, family: Family, team: Team) -> Any:
     )
 
 
-def _changed(request: Request) -> bool:
+def _changed(request: GenerationRequest) -> bool:
     """Is the model changed after it is loaded? That is what models of diffusers are for."""
     from talkingdit.pipelines.tuning import Tuning
 

@@ -223,7 +223,7 @@ def _generate(
     import torch
 
     from talkingdit.pipelines.memory import Memory
-    from talkingdit.plan.generation import Plan, advice, hear, predict, weigh
+    from talkingdit.plan.generation import GenerationPlan, advice, hear, predict, weigh
     from talkingdit.plan.report import generation_report
 
     memory = Memory.parse(how.memory)
@@ -233,7 +233,7 @@ def _generate(
 
     voice = None if seconds is None else hear(transformer, clip, seconds, flags.checkpoint)
 
-    def again(memory: Memory, clip: ClipShape) -> Plan:
+    def again(memory: Memory, clip: ClipShape) -> GenerationPlan:
         return predict(transformer, weights, clip, memory, speed, voice)
 
     found = again(memory, clip)
@@ -243,7 +243,7 @@ def _generate(
 def _train(flags: TrainingFlags, transformer: Transformer, clip: ClipShape, card: float, speed: float | None) -> str:
     from talkingdit.plan.cards import card_of
     from talkingdit.plan.report import training_report
-    from talkingdit.plan.run import Cluster, Run, measured
+    from talkingdit.plan.run import Cluster, TrainingRun, measured
     from talkingdit.plan.training import best
 
     if speed is None:
@@ -259,7 +259,7 @@ def _train(flags: TrainingFlags, transformer: Transformer, clip: ClipShape, card
     chosen |= {"frozen": flags.frozen, "swap": flags.swap, "inputs": flags.inputs}
     chosen |= {"averages": False if flags.no_averages else None, "offload": flags.offload or None}
     given = {name: value for name, value in chosen.items() if value is not None}
-    run = Run(
+    run = TrainingRun(
         clip, flags.micro_batches or flags.nodes, trains=flags.train_only or "all", lora_rank=flags.lora_rank, **given
     )
     found, fits = best(transformer, run, cluster, frozenset(given))

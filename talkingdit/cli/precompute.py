@@ -18,7 +18,7 @@ from talkingdit.families.flag import AREA, Flag
 
 if TYPE_CHECKING:
     from talkingdit.data.manifest import Manifest
-    from talkingdit.data.precompute import Job
+    from talkingdit.data.precompute import PrecomputeJob
 
 COMMAND = "talkingdit precompute"
 ABOUT = "Encode training videos into shards; run again, it goes on where it was stopped."
@@ -96,11 +96,11 @@ def precompute(argv: Sequence[str]) -> None:
     _run(flags, manifest, _job(flags, manifest))
 
 
-def _run(flags: Flags, manifest: Manifest, job: Job) -> None:
+def _run(flags: Flags, manifest: Manifest, job: PrecomputeJob) -> None:
     """Encode the part of this process, and say what came of it."""
     from tqdm import tqdm
 
-    from talkingdit.data.precompute import BROKEN, Step, prepare
+    from talkingdit.data.precompute import BROKEN, FinishedVideo, prepare
     from talkingdit.data.shards import PrecomputedShards
     from talkingdit.data.workers import run_workers
 
@@ -111,7 +111,7 @@ def _run(flags: Flags, manifest: Manifest, job: Job) -> None:
     try:
         with tqdm(total=rows, unit="video", desc="encoding", disable=True if rank() else None) as bar:
 
-            def report(step: Step) -> None:
+            def report(step: FinishedVideo) -> None:
                 nonlocal clips, broken
                 clips, broken = clips + step.clips, broken + step.broken
                 bar.set_postfix(clips=clips, broken=broken, refresh=False)
@@ -131,12 +131,12 @@ def _run(flags: Flags, manifest: Manifest, job: Job) -> None:
     sys.stdout.write(f"{flags.out}: {clips} clips encoded{have}{listed}\n")
 
 
-def _job(flags: Flags, manifest: Manifest) -> Job:
+def _job(flags: Flags, manifest: Manifest) -> PrecomputeJob:
     import torch
 
     from talkingdit import families
     from talkingdit.data.cutting import Cutting
-    from talkingdit.data.precompute import Job
+    from talkingdit.data.precompute import PrecomputeJob
     from talkingdit.pipelines.tuning import usual_device
 
     device = flags.device or usual_device()
@@ -163,4 +163,4 @@ def _job(flags: Flags, manifest: Manifest) -> Job:
         )
     except ValueError as error:
         raise UserError(f"precompute: --{str(error).replace('_', '-')}.") from error
-    return Job(manifest, encoders, clips.encode_clip, flags.out, cutting, flags.dtype, flags.shard_size << 20)
+    return PrecomputeJob(manifest, encoders, clips.encode_clip, flags.out, cutting, flags.dtype, flags.shard_size << 20)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from talkingdit.curate.look import Look
 from talkingdit.curate.settings import Watch
-from talkingdit.curate.stages import Found
+from talkingdit.curate.stages import ClipFindings
 from talkingdit.errors import UserError
 
 VIEWPOINTS = ("front", "back", "left", "right")
@@ -86,7 +86,9 @@ class Anchors:
         verify = watch.models.get("verify")
         self._verify: Any = None if verify is None else _named(verify)
 
-    def find(self, look: Look, found: Found, head_margin: float = HEAD_MARGIN) -> list[tuple[str, float, Picture]]:
+    def find(
+        self, look: Look, found: ClipFindings, head_margin: float = HEAD_MARGIN
+    ) -> list[tuple[str, float, Picture]]:
         """Kind, seconds of the video, and picture of every anchor of a clip; at most one of a kind.
 
         Args:

@@ -10,14 +10,14 @@ from typing import Any
 
 from talkingdit.curate.duplicates import groups
 from talkingdit.curate.measure import Record
-from talkingdit.curate.settings import Limit, Settings
+from talkingdit.curate.settings import CurateSettings, Limit
 
 DUPLICATE = "duplicates.of_another"
 LANGUAGE = "language.is_wanted"
 
 
 @dataclass
-class Clip:
+class CurateClip:
     """A clip and what became of it.
 
     Args:
@@ -56,7 +56,7 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Step:
+class FunnelStep:
     """A limit of the funnel.
 
     Args:
@@ -79,15 +79,15 @@ class Step:
 class Decisions:
     """All clips, and the funnel."""
 
-    clips: list[Clip]
-    funnel: list[Step]
+    clips: list[CurateClip]
+    funnel: list[FunnelStep]
 
     @property
-    def kept(self) -> list[Clip]:
+    def kept(self) -> list[CurateClip]:
         return [clip for clip in self.clips if clip.kept]
 
 
-def decide(records: Iterable[Record], settings: Settings) -> Decisions:
+def decide(records: Iterable[Record], settings: CurateSettings) -> Decisions:
     """Hold the clips of all videos against the limits."""
     clips = [clip for record in records for clip in _clips(record)]
     wanted = settings.write.wanted_languages
@@ -105,9 +105,9 @@ def decide(records: Iterable[Record], settings: Settings) -> Decisions:
     return Decisions(clips, _funnel(clips, settings.limits))
 
 
-def _clips(record: Record) -> list[Clip]:
+def _clips(record: Record) -> list[CurateClip]:
     return [
-        Clip(
+        CurateClip(
             key=f"{record['key']}/{clip['number']:04d}",
             video=record["key"],
             path=Path(record["path"]),
@@ -122,7 +122,7 @@ def _clips(record: Record) -> list[Clip]:
     ]
 
 
-def _mark_copies(clips: list[Clip], limit: Limit) -> None:
+def _mark_copies(clips: list[CurateClip], limit: Limit) -> None:
     """Of clips that are the same the one with the largest picture is kept, of these the first."""
     best = sorted(clips, key=lambda clip: (-(clip.figures.get("clip.height") or 0), clip.key))
     seconds = [clip.end - clip.start for clip in best]
@@ -135,7 +135,7 @@ def _mark_copies(clips: list[Clip], limit: Limit) -> None:
             clip.failed.append(DUPLICATE)
 
 
-def _funnel(clips: list[Clip], limits: dict[str, Limit]) -> list[Step]:
+def _funnel(clips: list[CurateClip], limits: dict[str, Limit]) -> list[FunnelStep]:
     left, steps = len(clips), []
     for name, limit in [(n, one) for n, one in limits.items() if n != DUPLICATE] + (
         [(DUPLICATE, limits[DUPLICATE])] if DUPLICATE in limits else []
@@ -143,7 +143,7 @@ def _funnel(clips: list[Clip], limits: dict[str, Limit]) -> list[Step]:
         removed = sum(clip.removed_by == name for clip in clips)
         alone = sum(name in clip.failed for clip in clips)
         unknown = sum(_number(clip.figures.get(name)) is None for clip in clips)
-        steps.append(Step(name, limit, left, removed, alone, unknown))
+        steps.append(FunnelStep(name, limit, left, removed, alone, unknown))
         left -= removed
     return steps
 

@@ -16,7 +16,7 @@ from talkingdit.curate.local import Task, watch_here, watch_in_processes
 from talkingdit.curate.log import FIGURES, Log
 from talkingdit.curate.measure import Record, Video
 from talkingdit.curate.report import REPORT, write_report
-from talkingdit.curate.settings import LIMITS, Settings
+from talkingdit.curate.settings import LIMITS, CurateSettings
 from talkingdit.curate.slots import MODELS, SLOTS, check_models, empty_slots, identify_models, note_models
 from talkingdit.curate.stages import stage_of
 from talkingdit.curate.write import MANIFEST, TABLE, write_manifest, write_table
@@ -30,7 +30,7 @@ LOCK, BROKEN = ".curate.lock", "broken.jsonl"
 
 
 @dataclass(frozen=True)
-class Job:
+class CurateJob:
     """What is to be done.
 
     Args:
@@ -45,7 +45,7 @@ class Job:
 
     source: Path
     folder: Path
-    settings: Settings
+    settings: CurateSettings
     workers: int = 1
     ray: str | None = None
     gpus: float = 0.0
@@ -97,7 +97,7 @@ def _key(path: Path) -> str:
     return f"{stem[-60:]}-{digest}" if stem else digest
 
 
-def curate(job: Job, started: Callable[[int, int], None], watched: Callable[[Record], None]) -> Outcome:
+def curate(job: CurateJob, started: Callable[[int, int], None], watched: Callable[[Record], None]) -> Outcome:
     """Carry out the job.
 
     Args:
@@ -143,18 +143,18 @@ def curate(job: Job, started: Callable[[int, int], None], watched: Callable[[Rec
             raise
 
 
-def _watch(job: Job, task: Task, missing: list[Video], note: Callable[[Record], None]) -> None:
+def _watch(job: CurateJob, task: Task, missing: list[Video], note: Callable[[Record], None]) -> None:
     if job.ray is not None:
-        from talkingdit.curate.on_ray import Cluster, watch_on_ray
+        from talkingdit.curate.on_ray import RayCluster, watch_on_ray
 
-        watch_on_ray(task, missing, Cluster(job.ray, job.workers, job.gpus), note)
+        watch_on_ray(task, missing, RayCluster(job.ray, job.workers, job.gpus), note)
     elif job.workers == 1:
         watch_here(task, missing, note)
     else:
         watch_in_processes(task, missing, job.workers, note)
 
 
-def _finish(job: Job, task: Task, videos: list[Video], log: Log) -> Outcome:
+def _finish(job: CurateJob, task: Task, videos: list[Video], log: Log) -> Outcome:
     """Decide, and write what comes out, from what is noted."""
     records = list(log.records(videos, task.versions))
     decisions = decide(records, job.settings)
@@ -174,11 +174,11 @@ def _finish(job: Job, task: Task, videos: list[Video], log: Log) -> Outcome:
     return outcome
 
 
-def _unknown_limits(decisions: Decisions, settings: Settings) -> dict[str, str]:
+def _unknown_limits(decisions: Decisions, settings: CurateSettings) -> dict[str, str]:
     """Limits beside the usual ones on figures that no clip has, as a wrong name has them."""
     names = {step.name for step in decisions.funnel if not step.limit.off and step.unknown == len(decisions.clips)}
     sentence = "no stage gives a figure of this name, which a limit is on."
     return {name: sentence for name in sorted(names - set(LIMITS)) if decisions.clips}
 
 
-__all__ = ["REPORT", "Job", "Outcome", "curate", "find_videos"]
+__all__ = ["REPORT", "CurateJob", "Outcome", "curate", "find_videos"]

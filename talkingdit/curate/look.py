@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from talkingdit.curate.settings import Watch
 from talkingdit.detect.shots import Cuts
-from talkingdit.media.container import Source
+from talkingdit.media.container import MediaFile
 from talkingdit.media.reader import read_pictures
 from talkingdit.media.sound import SPEECH_RATE, sound_blocks
 from talkingdit.media.timeline import timeline
@@ -132,7 +132,7 @@ def looks(
     Raises:
         UserError, MediaError: it cannot be read.
     """
-    with Source(path) as source:
+    with MediaFile(path) as source:
         stream = source.need_pictures()
         rate = Fraction(stream.average_rate or stream.base_rate or 25)
         has_sound = source.sound is not None

@@ -25,7 +25,7 @@ from talkingdit.curate.anchors import EXPRESSIONS, Anchors
 from talkingdit.curate.look import Look, looks
 from talkingdit.curate.settings import Watch
 from talkingdit.curate.slots import identify_models
-from talkingdit.curate.stages import Found, Stage, is_alone, make_stages
+from talkingdit.curate.stages import ClipFindings, MeasuringStage, is_alone, make_stages
 from talkingdit.curate.versions import ANCHORS, Versions, versions_of
 from talkingdit.detect.given import Given
 from talkingdit.detect.packages import NotInstalledError
@@ -38,7 +38,7 @@ SAMPLE_PICTURES, SAMPLE_HEIGHT = 4, 108
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Record = dict[str, Any]
-Keep = Callable[[Look, Found], None]
+Keep = Callable[[Look, ClipFindings], None]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Watcher:
         return record | {"seconds": round(time.monotonic() - began, 3)}
 
     def _clip(self, video: Video, look: Look, keep: Keep | None) -> dict[str, Any]:
-        found = Found()
+        found = ClipFindings()
         name = f"{video.key}/{look.number:04d}"
         clip: dict[str, Any] = {
             "number": look.number,
@@ -174,7 +174,7 @@ class Watcher:
         """A clip that was measured, with figures of the stages that are to be done."""
         clip = copy.deepcopy(before)
         forget(clip, video.todo)
-        found = Found.unpacked((self._folder / clip["found"]).read_bytes())
+        found = ClipFindings.unpacked((self._folder / clip["found"]).read_bytes())
         name = f"{video.key}/{look.number:04d}"
         if look.seconds >= self._watch.min_seconds:
             stages = {n: stage for n, stage in self.stages.items() if n in video.todo}
@@ -186,15 +186,15 @@ class Watcher:
             clip["anchors"] = self._anchors_of(name, look, found)
         return clip
 
-    def _keep_found(self, name: str, found: Found) -> str:
+    def _keep_found(self, name: str, found: ClipFindings) -> str:
         file = f"found/{name}.npz"
         (self._folder / file).parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._folder / file, found.packed())
         return file
 
-    def _anchors_of(self, name: str, look: Look, found: Found) -> list[dict[str, Any]]:
+    def _anchors_of(self, name: str, look: Look, found: ClipFindings) -> list[dict[str, Any]]:
         assert self._anchors is not None
-        signed = {slot: self._names[slot] for slot in ("expression", "verify") if slot in self._names}
+        signed: dict[str, Any] = {slot: self._names[slot] for slot in ("expression", "verify") if slot in self._names}
         return [
             {
                 "kind": kind,
@@ -216,7 +216,9 @@ class Watcher:
         return name
 
 
-def measured(stages: dict[str, Stage], look: Look, found: Found) -> tuple[dict[str, Any], dict[str, float]]:
+def measured(
+    stages: dict[str, MeasuringStage], look: Look, found: ClipFindings
+) -> tuple[dict[str, Any], dict[str, float]]:
     """Figures of a clip by stage, and the processor seconds of each."""
     figures: dict[str, Any] = {}
     took: dict[str, float] = {}
@@ -261,7 +263,7 @@ def _head(video: Video, versions: Versions) -> Record:
     return {**told, **stamp_of(video)}
 
 
-def strip(look: Look, found: Found) -> Any:
+def strip(look: Look, found: ClipFindings) -> Any:
     """Four pictures of a clip in a row, faces in boxes: uint8 [108, W, 3]."""
     import cv2
 

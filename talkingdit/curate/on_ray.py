@@ -27,7 +27,7 @@ from typing import Any
 from talkingdit.curate.local import Task, one_thread
 from talkingdit.curate.look import Look, unpacked
 from talkingdit.curate.measure import TODO, Record, Video, add_figures, broken_record, measured
-from talkingdit.curate.stages import Found, make_stages, stage_of
+from talkingdit.curate.stages import ClipFindings, make_stages, stage_of
 from talkingdit.errors import UserError
 
 TRIES = 3  # of a video whose workers die; Ray itself would try for ever
@@ -36,7 +36,7 @@ CLAIMS = ".tries"
 
 
 @dataclass(frozen=True)
-class Cluster:
+class RayCluster:
     """Where the work is done.
 
     Args:
@@ -50,7 +50,7 @@ class Cluster:
     gpus: float = 0.0
 
 
-def watch_on_ray(task: Task, videos: list[Video], cluster: Cluster, note: Callable[[Record], None]) -> None:
+def watch_on_ray(task: Task, videos: list[Video], cluster: RayCluster, note: Callable[[Record], None]) -> None:
     """Watch videos with actors.
 
     Args:
@@ -83,7 +83,7 @@ def watch_on_ray(task: Task, videos: list[Video], cluster: Cluster, note: Callab
                 raise UserError(f"curate: Ray gave up ({_short(error)}); what is done is kept.") from error
 
 
-def _pipeline(task: Task, videos: list[Video], cluster: Cluster) -> Any:
+def _pipeline(task: Task, videos: list[Video], cluster: RayCluster) -> Any:
     import ray
 
     rows = [{"video": json.dumps({**vars(video), "path": str(video.path)})} for video in videos]
@@ -136,10 +136,10 @@ class Actor:
     def _record(self, row: dict[str, Any], packed: list[bytes]) -> Record:
         if self._failed:
             return {"key": row["key"], "failed": self._failed}
-        more = {"before": row.get("before"), "todo": tuple(row.get("todo", ()))}
-        video = Video(row["key"], Path(row["path"]), row["start"], row["end"], row["caption"], **more)
+        before, todo = row.get("before"), tuple(row.get("todo", ()))
+        video = Video(row["key"], Path(row["path"]), row["start"], row["end"], row["caption"], before=before, todo=todo)
 
-        def keep(look: Look, found: Found) -> None:
+        def keep(look: Look, found: ClipFindings) -> None:
             packed.append(look.packed(self._task.watch.card_pictures, found.spoken))
 
         try:
@@ -175,7 +175,7 @@ class CardActor:
         clips = {clip["number"]: clip for clip in record["clips"]}
         for data in packed:
             look, spoken = unpacked(Path(record["path"]), data)
-            add_figures(clips[look.number], *measured(stages, look, Found(spoken=spoken)))
+            add_figures(clips[look.number], *measured(stages, look, ClipFindings(spoken=spoken)))
         record["lacking"] |= self._lacking
         return record
 
@@ -194,7 +194,7 @@ def _claim(folder: Path, key: str) -> Path:
 
 
 @contextlib.contextmanager
-def _ray(cluster: Cluster) -> Iterator[None]:
+def _ray(cluster: RayCluster) -> Iterator[None]:
     """Ray, started or joined, and left as it was found."""
     import logging
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from talkingdit.atomic import write_whole
-from talkingdit.curate.decide import Clip, Decisions, Step
+from talkingdit.curate.decide import CurateClip, Decisions, FunnelStep
 from talkingdit.curate.measure import Record
 
 REPORT = "report.html"
@@ -68,7 +68,7 @@ def write_report(
     write_whole(folder / REPORT, (page + "\n".join(part for part in parts if part) + "</html>\n").encode())
 
 
-def _funnel(steps: list[Step]) -> str:
+def _funnel(steps: list[FunnelStep]) -> str:
     total = max(1, steps[0].came if steps else 1)
     rows = []
     for step in steps:
@@ -86,13 +86,13 @@ def _funnel(steps: list[Step]) -> str:
     return f'<h2>Funnel</h2><table><tr>{head}</tr>{"".join(rows)}</table><p class="dim">{note}</p>'
 
 
-def _removed(folder: Path, step: Step, clips: list[Clip]) -> str:
+def _removed(folder: Path, step: FunnelStep, clips: list[CurateClip]) -> str:
     gone = [clip for clip in clips if clip.removed_by == step.name]
     title = f"<h3><code>{html.escape(step.name)}</code>: {step.removed} ({html.escape(str(step.limit))})</h3>"
     return title + _histogram(step, clips) + _pictures(folder, gone, step.name)
 
 
-def _histogram(step: Step, clips: list[Clip]) -> str:
+def _histogram(step: FunnelStep, clips: list[CurateClip]) -> str:
     """Where the figure of all clips lies; what the limit keeps is green."""
     values = [v for clip in clips if isinstance(v := clip.figures.get(step.name), int | float) and math.isfinite(v)]
     if len(set(values)) < 3:
@@ -113,7 +113,7 @@ def _histogram(step: Step, clips: list[Clip]) -> str:
     return f'<svg viewBox="0 0 {BARS * 10} 54">{"".join(bars)}{ends}</svg>'
 
 
-def _pictures(folder: Path, clips: list[Clip], figure: str) -> str:
+def _pictures(folder: Path, clips: list[CurateClip], figure: str) -> str:
     """Some clips, evenly from all of them."""
     shown = [clip for clip in clips if clip.sample and (folder / clip.sample).is_file()]
     chosen = shown[:: max(1, len(shown) // SAMPLES)][:SAMPLES]
@@ -131,7 +131,7 @@ def _pictures(folder: Path, clips: list[Clip], figure: str) -> str:
     return f'<div class="grid">{"".join(cells)}</div>' if cells else ""
 
 
-def _anchors(clips: list[Clip]) -> str:
+def _anchors(clips: list[CurateClip]) -> str:
     counts: dict[str, int] = {}
     for clip in clips:
         for anchor in clip.anchors:
@@ -142,7 +142,7 @@ def _anchors(clips: list[Clip]) -> str:
     return f'<h2>Anchors of the clips that are kept</h2><table class="small">{cells}</table>'
 
 
-def _times(clips: list[Clip]) -> str:
+def _times(clips: list[CurateClip]) -> str:
     """Processor seconds by stage."""
     spent: dict[str, float] = {}
     for clip in clips:

@@ -97,6 +97,7 @@ class Limit:
 LIMITS: dict[str, Limit] = {
     "clip.seconds": Limit(at_least=2.0, required=True),
     "clip.height": Limit(at_least=128),
+    "sharpness.picture": Limit(at_least=7.0),
     "faces.people": Limit(at_least=1, at_most=1, required=True),
     "faces.share": Limit(at_least=0.85, required=True),
     "faces.height": Limit(at_least=0.08),
@@ -141,7 +142,7 @@ class Write:
 
 
 @dataclass(frozen=True)
-class Settings:
+class CurateSettings:
     """All of it."""
 
     watch: Watch = Watch()
@@ -149,14 +150,14 @@ class Settings:
     write: Write = Write()
 
 
-def read_settings(path: Path | None) -> Settings:
+def read_settings(path: Path | None) -> CurateSettings:
     """The settings of a TOML file; without one, the usual ones.
 
     Raises:
         UserError: no such file, not TOML, or it says what nobody knows.
     """
     if path is None:
-        return Settings()
+        return CurateSettings()
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -172,7 +173,7 @@ def read_settings(path: Path | None) -> Settings:
         raise UserError(f"{path}: expected the tables watch, limits and write, got {sorted(unknown)[0]!r}.")
     watch = _made(Watch, found.get("watch", {}), f"{path}: watch")
     _check_watch(watch, path)
-    return Settings(
+    return CurateSettings(
         watch, _limits(found.get("limits", {}), path), _made(Write, found.get("write", {}), f"{path}: write")
     )
 

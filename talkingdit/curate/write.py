@@ -17,7 +17,7 @@ from typing import Any
 
 from talkingdit.atomic import whole_file, write_whole
 from talkingdit.curate.anchors import EXPRESSIONS, VIEWPOINTS
-from talkingdit.curate.decide import Clip, Decisions
+from talkingdit.curate.decide import CurateClip, Decisions
 from talkingdit.curate.measure import Video
 from talkingdit.curate.settings import Write
 
@@ -28,7 +28,7 @@ GLOBALS = 2, 3  # times of the whole scene from inside, and outside of a clip
 def write_manifest(folder: Path, decisions: Decisions, videos: list[Video], settings: Write) -> int:
     """Write the clips that are kept; returns how many. The file is there as a whole or not at all."""
     captions = {video.key: video.caption for video in videos}
-    together: dict[str, list[Clip]] = defaultdict(list)
+    together: dict[str, list[CurateClip]] = defaultdict(list)
     for clip in decisions.kept:
         together[clip.video].append(clip)
     rows = [_row(clip, together[clip.video], captions.get(clip.video, ""), folder, settings) for clip in decisions.kept]
@@ -37,7 +37,7 @@ def write_manifest(folder: Path, decisions: Decisions, videos: list[Video], sett
     return len(rows)
 
 
-def _row(clip: Clip, others: list[Clip], caption: str, folder: Path, settings: Write) -> dict[str, Any]:
+def _row(clip: CurateClip, others: list[CurateClip], caption: str, folder: Path, settings: Write) -> dict[str, Any]:
     row: dict[str, Any] = {
         "id": clip.key,
         "video": os.path.relpath(clip.path, folder.resolve()),
@@ -57,7 +57,7 @@ def _row(clip: Clip, others: list[Clip], caption: str, folder: Path, settings: W
     return row
 
 
-def _regions(clip: Clip, margin: float) -> dict[str, list[float]]:
+def _regions(clip: CurateClip, margin: float) -> dict[str, list[float]]:
     """Boxes by the names that the configurations of training know; they hold for all of the clip."""
     box, lips = clip.figures.get("faces.box"), clip.figures.get("faces.mouth")
     regions = {}
@@ -78,7 +78,7 @@ def kind_of(outside: dict[str, Any]) -> str:
     )
 
 
-def _outside(clip: Clip, others: list[Clip], most: int) -> dict[str, list[Any]]:
+def _outside(clip: CurateClip, others: list[CurateClip], most: int) -> dict[str, list[Any]]:
     """Anchors by kind. Of a kind those from outside of the clip come first: copied pixels teach nothing."""
     draw = random.Random(clip.key)
     inside = sorted(round(draw.uniform(clip.start, clip.end - 0.1), 3) for _ in range(GLOBALS[0]))

@@ -45,7 +45,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
-class Job:
+class PrecomputeJob:
     """What to encode, how, and where to.
 
     Args:
@@ -75,7 +75,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Step:
+class FinishedVideo:
     """A video that a worker is finished with."""
 
     clips: int = 0  # that were encoded
@@ -83,7 +83,7 @@ class Step:
     broken: int = 0
 
 
-def prepare(job: Job, rank: int = 0) -> RunLock:
+def prepare(job: PrecomputeJob, rank: int = 0) -> RunLock:
     """Make the folder, or make sure that it holds clips of the same settings.
 
     Returns:
@@ -119,7 +119,7 @@ def _refuse_foreign(folder: Path) -> None:
             raise UserError(f"{folder / name}: expected a file of this folder, got a link out of it; remove it.")
 
 
-def _stamp(job: Job, rank: int) -> None:
+def _stamp(job: PrecomputeJob, rank: int) -> None:
     wanted = json.loads(json.dumps(job.settings()))
     stamp = job.out / STAMP
     if not stamp.is_file():
@@ -142,7 +142,9 @@ def clear_parts(folder: Path, rank: int, world: int) -> None:
             path.unlink(missing_ok=True)
 
 
-def precompute(job: Job, rank: int = 0, world: int = 1, report: Callable[[Step], None] | None = None) -> None:
+def precompute(
+    job: PrecomputeJob, rank: int = 0, world: int = 1, report: Callable[[FinishedVideo], None] | None = None
+) -> None:
     """Encode the part of worker `rank` of `world`; call `prepare` before.
 
     Args:
@@ -163,7 +165,7 @@ def precompute(job: Job, rank: int = 0, world: int = 1, report: Callable[[Step],
         for entry in job.manifest.entries[rank::world]:
             if claims.tries(entry.key) >= TRIES:
                 log.add(entry.key, entry, f"{entry.video} ended {TRIES} processes that read it.")
-                step = Step(broken=1)
+                step = FinishedVideo(broken=1)
             else:
                 claims.begin(entry.key)
                 step = _encode_entry(job, entry, probes, done, log, writer)
@@ -194,7 +196,9 @@ def _done(folder: Path) -> set[str]:
         return set()
 
 
-def _encode_entry(job: Job, entry: Entry, probes: Probes, done: set[str], log: _BrokenLog, writer: ShardWriter) -> Step:
+def _encode_entry(
+    job: PrecomputeJob, entry: Entry, probes: Probes, done: set[str], log: _BrokenLog, writer: ShardWriter
+) -> FinishedVideo:
     settings, broken, clips, kept = job.encoders.settings, 0, 0, 0
     try:
         with broken_by(entry.key, entry.video):
@@ -203,10 +207,10 @@ def _encode_entry(job: Job, entry: Entry, probes: Probes, done: set[str], log: _
             size = job.cutting.size(item)
     except BrokenSample as error:
         log.add(entry.key, entry, error.reason)
-        return Step(broken=1)
+        return FinishedVideo(broken=1)
     if not cuts:
         log.add(entry.key, entry, f"{entry.video} has {item.frames} frames, too few for a clip.")
-        return Step(broken=1)
+        return FinishedVideo(broken=1)
     for cut in cuts:
         key = cut.key(entry)
         if key in done:
@@ -224,7 +228,7 @@ def _encode_entry(job: Job, entry: Entry, probes: Probes, done: set[str], log: _
             broken += 1
             continue
         clips += 1
-    return Step(clips, kept, broken)
+    return FinishedVideo(clips, kept, broken)
 
 
 def _generator(key: str) -> np.random.Generator:
@@ -232,7 +236,7 @@ def _generator(key: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
 
 
-def _keep_empty_text(job: Job, worker: int) -> None:
+def _keep_empty_text(job: PrecomputeJob, worker: int) -> None:
     target = job.out / EMPTY_TEXT
     if "text" not in job.encoders.what or target.is_file():
         return

@@ -22,7 +22,7 @@ from typing import Any
 from talkingdit.atomic import write_whole
 from talkingdit.data.manifest import Entry
 from talkingdit.errors import UserError
-from talkingdit.media.container import MediaError, Source
+from talkingdit.media.container import MediaError, MediaFile
 from talkingdit.media.image import image_size
 from talkingdit.media.kinds import IMAGES
 from talkingdit.media.reader import Upright, timed_pictures
@@ -62,7 +62,7 @@ def probe(path: Path) -> Media:
     if path.suffix.lower() in IMAGES:
         return _image(path)
     try:
-        with Source(path) as source:
+        with MediaFile(path) as source:
             line, held = timeline(path), length(path)
             sound = float(held.sound)
             if source.pictures is None:

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from talkingdit.data.precompute import Job, Step, precompute
+from talkingdit.data.precompute import FinishedVideo, PrecomputeJob, precompute
 from talkingdit.errors import UserError
 
 START = "spawn"  # CUDA does not survive a fork
@@ -34,7 +34,9 @@ def device_of(device: str, worker: int) -> str:
     return f"cuda:{worker % max(1, torch.cuda.device_count())}"
 
 
-def run_workers(job: Job, rank: int, world: int, workers: int, report: Callable[[Step], None]) -> None:
+def run_workers(
+    job: PrecomputeJob, rank: int, world: int, workers: int, report: Callable[[FinishedVideo], None]
+) -> None:
     """Encode part `rank` of `world` with `workers` processes.
 
     Args:
@@ -51,7 +53,7 @@ def run_workers(job: Job, rank: int, world: int, workers: int, report: Callable[
         return
     context: Any = multiprocessing.get_context(START)
     threads = max(1, (os.cpu_count() or 1) // workers)
-    running: dict[Connection, Worker] = {}
+    running: dict[Connection, PrecomputeWorker] = {}
 
     def start(number: int, seen: int = 0) -> None:
         here, there = context.Pipe(duplex=False)
@@ -59,7 +61,7 @@ def run_workers(job: Job, rank: int, world: int, workers: int, report: Callable[
         process: BaseProcess = context.Process(target=_work, args=arguments, daemon=True)
         process.start()
         there.close()
-        running[here] = Worker(number, process, seen)
+        running[here] = PrecomputeWorker(number, process, seen)
 
     try:
         for number in range(rank * workers, (rank + 1) * workers):
@@ -76,7 +78,7 @@ def run_workers(job: Job, rank: int, world: int, workers: int, report: Callable[
         raise UserError(f"precompute: {sentence}; finished shards are kept, the same command goes on there.")
 
 
-def _placed(job: Job, worker: int) -> Job:
+def _placed(job: PrecomputeJob, worker: int) -> PrecomputeJob:
     encoders = job.encoders
     placed = device_of(encoders.device, worker)
     return job if placed == encoders.device else dataclasses.replace(
@@ -85,7 +87,7 @@ def _placed(job: Job, worker: int) -> Job:
 
 
 @dataclasses.dataclass
-class Worker:
+class PrecomputeWorker:
     """A process that works.
 
     Args:
@@ -102,7 +104,9 @@ class Worker:
 
 
 def _follow(
-    running: dict[Connection, Worker], report: Callable[[Step], None], start: Callable[[int, int], None]
+    running: dict[Connection, PrecomputeWorker],
+    report: Callable[[FinishedVideo], None],
+    start: Callable[[int, int], None],
 ) -> list[str]:
     """Pass on what workers report until all have ended; returns what went wrong.
 
@@ -172,14 +176,14 @@ def _die_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _work(job: Job, rank: int, world: int, threads: int, parent: Connection) -> None:
+def _work(job: PrecomputeJob, rank: int, world: int, threads: int, parent: Connection) -> None:
     import torch
 
     _die_with_parent()
     interrupt = _Interrupt()
     torch.set_num_threads(threads)
 
-    def report(step: Step) -> None:
+    def report(step: FinishedVideo) -> None:
         parent.send(step)
         interrupt.check()
 

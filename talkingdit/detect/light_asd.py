@@ -47,6 +47,7 @@ class _Block(nn.Module):
         norm: Any = nn.BatchNorm3d if pictures else nn.BatchNorm2d
         for size in (3, 5):
             half = size // 2
+            shapes: tuple[tuple[Any, Any, Any], ...]
             if pictures:
                 shapes = ((1, size, size), (0, half, half), (1, stride, stride)), ((size, 1, 1), (half, 0, 0), 1)
             else:

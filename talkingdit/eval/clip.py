@@ -19,7 +19,7 @@ Sound = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Clip:
+class EvalClip:
     """One video in memory.
 
     Attributes:
@@ -39,7 +39,7 @@ class Clip:
         return len(self.frames) / self.fps
 
 
-def read_clip(path: Path) -> Clip:
+def read_clip(path: Path) -> EvalClip:
     """A whole video: upright, with square pixels.
 
     Raises:
@@ -50,10 +50,10 @@ def read_clip(path: Path) -> Clip:
     frames, sound, fps, rate = read_video(path)
     if not fps > 0:
         raise UserError(f"video {str(path)!r}: expected a frame rate, got none.")
-    return Clip(frames, fps, None if sound is None else _at_rate(sound, rate), path.name)
+    return EvalClip(frames, fps, None if sound is None else _at_rate(sound, rate), path.name)
 
 
-def read_truth(path: Path, like: Clip) -> Clip:
+def read_truth(path: Path, like: EvalClip) -> EvalClip:
     """The true video at the times of another's frames, whatever its own rate is; at most as many frames.
 
     Raises:
@@ -74,7 +74,7 @@ def read_truth(path: Path, like: Clip) -> Clip:
         if not taken:
             raise UserError(f"video {str(path)!r}: expected a video, got a file without frames")
         frames = np.stack(list(itertools.islice(taken, len(like.frames))))
-    return Clip(frames[: len(like.frames)], like.fps, None if sound is None else _at_rate(sound, rate), path.name)
+    return EvalClip(frames[: len(like.frames)], like.fps, None if sound is None else _at_rate(sound, rate), path.name)
 
 
 def _at_rate(sound: npt.NDArray[np.float32], rate: int) -> Sound:
@@ -85,7 +85,7 @@ def _at_rate(sound: npt.NDArray[np.float32], rate: int) -> Sound:
     return np.asarray(soxr.resample(sound, rate, SPEECH_RATE), np.float32)
 
 
-def envelope(clip: Clip, frames: int) -> npt.NDArray[np.float64]:
+def envelope(clip: EvalClip, frames: int) -> npt.NDArray[np.float64]:
     """Loudness of the sound during each of so many frames, as root mean square: [frames]; 0 behind its end."""
     sound = np.zeros(0, np.float32) if clip.sound is None else clip.sound
     levels = np.zeros(frames)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from talkingdit.errors import UserError
-from talkingdit.eval.clip import Clip, Frames
+from talkingdit.eval.clip import EvalClip, Frames
 from talkingdit.eval.found import Found
 from talkingdit.eval.slots import Backbone
 from talkingdit.eval.tracks import Track
@@ -43,7 +43,7 @@ class DrawnFinder:
     def missing(self) -> dict[str, str]:
         return dict.fromkeys(("hands", "left_hand", "right_hand", "body"), "the drawn world has no hands and no bodies")
 
-    def __call__(self, clip: Clip, regions: frozenset[str]) -> Found:
+    def __call__(self, clip: EvalClip, regions: frozenset[str]) -> Found:
         """Raises UserError: frames that are not square."""
         if "face" not in regions:
             return Found({})

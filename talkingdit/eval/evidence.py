@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from talkingdit.eval.clip import Clip, Frames
+from talkingdit.eval.clip import EvalClip, Frames
 from talkingdit.eval.found import Finder, Found
 from talkingdit.eval.slots import Backbone
 from talkingdit.eval.tracks import Track, crops, match
@@ -28,20 +28,20 @@ class NotMeasured(Exception):
 
 
 @dataclass(frozen=True)
-class View:
+class RegionView:
     """One region of a video and of its truth, of one person.
 
     Attributes:
         gen: uint8 [F, h, w, 3] RGB.
         truth: likewise, of the same size; None without a truth.
-        shown: [F], frames in which the region was found in both (in the video alone without a truth).
+        visible: [F], frames in which the region was found in both (in the video alone without a truth).
         person: which of the people in the video.
         native: pixels of the video that a side of `gen` shows; fewer than it has where crops are enlarged.
     """
 
     gen: Frames
     truth: Frames | None
-    shown: npt.NDArray[np.bool_]
+    visible: npt.NDArray[np.bool_]
     person: int = 0
     native: int = 0
 
@@ -66,14 +66,14 @@ class Evidence:
             found in it; "" where nothing is shared.
     """
 
-    gen: Clip
-    truth: Clip | None
+    gen: EvalClip
+    truth: EvalClip | None
     finder: Finder
     regions: frozenset[str]
     backbones: Mapping[str, Backbone] = field(default_factory=dict)
     text: str = ""
     truth_key: str = ""
-    _views: dict[str, list[View]] = field(default_factory=dict)
+    _views: dict[str, list[RegionView]] = field(default_factory=dict)
     _features: dict[tuple[str, str, int, bool], FloatArray] = field(default_factory=dict)
 
     @property
@@ -111,7 +111,7 @@ class Evidence:
             for region, tracks in self.found_in_truth.tracks.items()
         }
 
-    def views(self, region: str) -> list[View]:
+    def views(self, region: str) -> list[RegionView]:
         """The region of every person; of "whole" there is one.
 
         Raises:
@@ -136,7 +136,9 @@ class Evidence:
             _NETWORKS[key] = self.backbones[slot].load()
         return _NETWORKS[key]
 
-    def features(self, slot: str, region: str, view: View, of_truth: bool, chosen: npt.NDArray[np.int64]) -> FloatArray:
+    def features(
+        self, slot: str, region: str, view: RegionView, of_truth: bool, chosen: npt.NDArray[np.int64]
+    ) -> FloatArray:
         """Features [n, d] of chosen frames of a view, computed once."""
         key = (f"{slot}:{hash(chosen.tobytes())}", region, view.person, of_truth)
         if key not in self._features:
@@ -144,23 +146,23 @@ class Evidence:
             self._features[key] = self.network(slot)(frames[chosen])
         return self._features[key]
 
-    def _whole(self) -> View:
+    def _whole(self) -> RegionView:
         n = self.frames
         if self.truth is None:
-            return View(self.gen.frames[:n], None, np.ones(n, bool))
+            return RegionView(self.gen.frames[:n], None, np.ones(n, bool))
         size = self.truth.frames.shape[1:3]
         gen = self.gen.frames[:n]
         if gen.shape[1:3] != size:
             how = cv2.INTER_AREA if gen.shape[1] > size[0] else cv2.INTER_LINEAR
             gen = np.stack([cv2.resize(frame, (size[1], size[0]), interpolation=how) for frame in gen])
-        return View(gen, self.truth.frames[:n], np.ones(n, bool))
+        return RegionView(gen, self.truth.frames[:n], np.ones(n, bool))
 
-    def _cut(self, region: str) -> list[View]:
+    def _cut(self, region: str) -> list[RegionView]:
         n, margin = self.frames, MARGINS[region]
         if self.truth is None:
             tracks = self.found.tracks.get(region, ())
             return [
-                View(
+                RegionView(
                     crops(self.gen.frames[:n], track, CROP, margin),
                     None,
                     track.found[:n],
@@ -178,7 +180,7 @@ class Evidence:
             track = self.found.tracks[region][partner]
             gen = crops(self.gen.frames[:n], track, CROP, margin)
             views.append(
-                View(
+                RegionView(
                     gen,
                     crops(self.truth.frames[:n], true, CROP, margin),
                     track.found[:n] & true.found[:n],
@@ -186,7 +188,7 @@ class Evidence:
                     _native(track, margin),
                 )
             )
-        return [view for view in views if view.shown.any()]
+        return [view for view in views if view.visible.any()]
 
 
 def _native(track: Track, margin: float) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from talkingdit.detect.boxes import Box
-from talkingdit.eval.clip import Clip, Frames
+from talkingdit.eval.clip import EvalClip, Frames
 from talkingdit.eval.drawn import DrawnFinder
 from talkingdit.eval.found import Finder, FloatArray, Found
 from talkingdit.eval.tracks import Track, link
@@ -36,7 +36,7 @@ class RealFinder:
             lacking["body"] = f"give: weights of the segmentation, {GET}"
         return lacking
 
-    def __call__(self, clip: Clip, regions: frozenset[str]) -> Found:
+    def __call__(self, clip: EvalClip, regions: frozenset[str]) -> Found:
         tracks: dict[str, tuple[Track, ...]] = {}
         openings: list[FloatArray] = []
         expressions: list[FloatArray] = []

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from talkingdit.eval.clip import Clip
+from talkingdit.eval.clip import EvalClip
 from talkingdit.eval.tracks import Track
 
 FloatArray = npt.NDArray[np.float64]
@@ -51,5 +51,5 @@ class Finder(Protocol):
     def missing(self) -> dict[str, str]:
         """Regions that it cannot find here, each with the one line that says what to give."""
 
-    def __call__(self, clip: Clip, regions: frozenset[str]) -> Found:
+    def __call__(self, clip: EvalClip, regions: frozenset[str]) -> Found:
         """Look at every frame of a clip for what these regions need."""

@@ -18,7 +18,7 @@ TRUTH = "ground truth"  # the system that true videos are, judged against themse
 
 
 @dataclass(frozen=True)
-class Text:
+class SpokenText:
     """What is said in a video, and the kind of text it is ("emotions"), for tables by category."""
 
     words: str
@@ -40,11 +40,11 @@ class Pair:
     name: str
     gen: Path
     truth: Path | None
-    text: Text
+    text: SpokenText
 
 
 def pairs_of(
-    systems: Mapping[str, Path], truth: Path | None, texts: Mapping[str, Text], with_truth: bool = True
+    systems: Mapping[str, Path], truth: Path | None, texts: Mapping[str, SpokenText], with_truth: bool = True
 ) -> list[Pair]:
     """All videos of all systems, by system and name; the true videos come first as a system of their own.
 
@@ -60,7 +60,7 @@ def pairs_of(
     true = {} if truth is None else _videos(truth, "--truth")
     out = []
     if with_truth:
-        out += [Pair(TRUTH, name, file, file, texts.get(name, Text(""))) for name, file in true.items()]
+        out += [Pair(TRUTH, name, file, file, texts.get(name, SpokenText(""))) for name, file in true.items()]
     for system, folder in systems.items():
         videos = _videos(folder, f"--generated {system}")
         for name, file in videos.items():
@@ -69,7 +69,7 @@ def pairs_of(
                 raise UserError(
                     f"eval: --truth {truth} has no video called {name}, as {file} is; expected one for every video."
                 )
-            out.append(Pair(system, name, file, its, texts.get(name, Text(""))))
+            out.append(Pair(system, name, file, its, texts.get(name, SpokenText(""))))
     return out
 
 
@@ -89,7 +89,7 @@ def _videos(where: Path, flag: str) -> dict[str, Path]:
     return found
 
 
-def read_texts(path: Path) -> dict[str, Text]:
+def read_texts(path: Path) -> dict[str, SpokenText]:
     """Texts by name of the video, from .jsonl or .csv with the fields name (or video), text, and category or none.
 
     Raises:
@@ -104,7 +104,7 @@ def read_texts(path: Path) -> dict[str, Text]:
         rows = list(csv.DictReader(io.StringIO(content, newline="")))
     else:  # other marks that end lines of text may stand within strings
         rows = [_row(path, number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
-    out: dict[str, Text] = {}
+    out: dict[str, SpokenText] = {}
     for number, row in enumerate(rows, 1):
         where = f"eval: --texts {str(path)!r}, entry {number}"
         name: Any = row.get("name") or row.get("video")
@@ -115,7 +115,7 @@ def read_texts(path: Path) -> dict[str, Text]:
         name = Path(name).stem if Path(name).suffix.lower() in VIDEOS else name
         if name in out:
             raise UserError(f"{where}: expected one entry for each video, got {name!r} again.")
-        out[name] = Text(words, category)
+        out[name] = SpokenText(words, category)
     return out
 
 

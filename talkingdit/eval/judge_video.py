@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from talkingdit.errors import UserError
-from talkingdit.eval.clip import Clip, Frames
+from talkingdit.eval.clip import EvalClip, Frames
 from talkingdit.eval.evidence import Evidence, NotMeasured
 from talkingdit.eval.finders import FINDERS
 from talkingdit.eval.found import Found
@@ -31,7 +31,7 @@ COLOURS = {"face": (64, 160, 255), "hands": (255, 160, 32), "left_hand": (255, 9
 
 
 @dataclass(frozen=True)
-class Plan:
+class JudgePlan:
     """How videos are judged; it crosses to worker processes.
 
     Attributes:
@@ -59,7 +59,7 @@ class Tools:
     finder: Any
 
     @staticmethod
-    def of(plan: Plan) -> Tools:
+    def of(plan: JudgePlan) -> Tools:
         """Raises UserError: names that do not exist, backbones that are not there."""
         known = metrics_of(plan.protocol)
         for name in plan.metrics:
@@ -152,7 +152,7 @@ def _joined(judged: Sequence[Judged], parts: int) -> Judged:
     return Judged(values, features, join_facts([one.facts for one in judged[:parts]]), judged[0].sheet)
 
 
-def _evidence(pair: Pair, tools: Tools, clip: Clip, truth: Clip | None, truth_key: str) -> Evidence:
+def _evidence(pair: Pair, tools: Tools, clip: EvalClip, truth: EvalClip | None, truth_key: str) -> Evidence:
     regions = frozenset(region for _, region in tools.possible())
     return Evidence(clip, truth, tools.finder, regions, tools.backbones, pair.text.words, truth_key)
 
@@ -187,7 +187,7 @@ def key_of(metric: Metric, region: str, tools: Tools) -> str:
     return f"{metric.full_name(tools.backbones)}|{region}"
 
 
-def _facts(clip: Clip) -> dict[str, Any]:
+def _facts(clip: EvalClip) -> dict[str, Any]:
     return {
         "frames": len(clip.frames),
         "fps": round(clip.fps, 4),

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from talkingdit.errors import UserError
-from talkingdit.eval.clip import Clip, Frames, Sound, read_clip, read_truth
+from talkingdit.eval.clip import EvalClip, Frames, Sound, read_clip, read_truth
 
 PART_SECONDS = 30.0  # of a video that are held at once
 
 
 @dataclass(frozen=True)
-class Part:
+class VideoPart:
     """A part of a video, and of its truth at the same times.
 
     Attributes:
@@ -34,8 +34,8 @@ class Part:
         whole: is it all of the video?
     """
 
-    clip: Clip
-    truth: Clip | None
+    clip: EvalClip
+    truth: EvalClip | None
     number: int = 0
     whole: bool = True
 
@@ -51,7 +51,7 @@ def is_long(path: Path) -> bool:
         return False
 
 
-def read_parts(gen: Path, truth: Path | None) -> Iterator[Part]:
+def read_parts(gen: Path, truth: Path | None) -> Iterator[VideoPart]:
     """A video with its truth: as a whole, or in equal parts of at most `PART_SECONDS`.
 
     Raises:
@@ -59,7 +59,7 @@ def read_parts(gen: Path, truth: Path | None) -> Iterator[Part]:
     """
     if not is_long(gen):
         clip = read_clip(gen)
-        yield Part(clip, None if truth is None else clip if truth == gen else read_truth(truth, clip))
+        yield VideoPart(clip, None if truth is None else clip if truth == gen else read_truth(truth, clip))
         return
     mine = _Stream(gen)
     count = _equal(gen, mine.fps)
@@ -73,7 +73,7 @@ def read_parts(gen: Path, truth: Path | None) -> Iterator[Part]:
         clip = mine.clip(frames, mine.fps, number * count)
         beside = None if true is None else _some(its, len(frames))
         other = None if true is None or beside is None else true.clip(beside, mine.fps, number * count)
-        yield Part(clip, clip if truth == gen else other, number, whole=False)
+        yield VideoPart(clip, clip if truth == gen else other, number, whole=False)
         del frames, clip, beside, other  # while the next ones are read
 
 
@@ -107,12 +107,12 @@ class _Stream:
 
     def __init__(self, path: Path) -> None:
         from talkingdit.media.checks import existing_file
-        from talkingdit.media.container import MediaError, Source
+        from talkingdit.media.container import MediaError, MediaFile
         from talkingdit.media.timeline import timeline
 
         self.path = existing_file(path, "video")
         try:
-            with Source(path) as source:
+            with MediaFile(path) as source:
                 stream = source.need_pictures()
                 self.fps = Fraction(stream.average_rate or stream.base_rate or 0)
                 self._heard = source.sound is not None
@@ -138,9 +138,9 @@ class _Stream:
         except MediaError as error:
             raise _no_video(self.path, error) from None
 
-    def clip(self, frames: Frames, fps: Fraction, first: int) -> Clip:
+    def clip(self, frames: Frames, fps: Fraction, first: int) -> EvalClip:
         sound = self.sound(first / fps, len(frames) / fps)
-        return Clip(frames, float(fps), sound, self.path.name)
+        return EvalClip(frames, float(fps), sound, self.path.name)
 
     def sound(self, start: Fraction | int, seconds: Fraction | None) -> Sound | None:
         """What is heard from so many seconds after the first frame on; None where nothing is."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from talkingdit.eval.job import TRUTH
 from talkingdit.eval.protocol import DEVIATIONS, Name
 from talkingdit.eval.run import Results, Verdict
-from talkingdit.eval.summary import Comparison, Row, worst_first
+from talkingdit.eval.summary import Comparison, SummaryRow, worst_first
 from talkingdit.eval.tables import ARROWS, TITLES, best_of, by_category, number
 from talkingdit.media.style import DARK, FONTS, LIGHT, variables
 
@@ -46,7 +46,7 @@ polyline { fill: none; stroke: var(--accent); stroke-width: 1.4; }
 """
 
 
-def report(results: Results, rows: Sequence[Row], compared: Sequence[Comparison], protocol: Name) -> str:
+def report(results: Results, rows: Sequence[SummaryRow], compared: Sequence[Comparison], protocol: Name) -> str:
     """The page."""
     count = len(results.verdicts)
     broken = sum(bool(verdict.error) for verdict in results.verdicts)
@@ -72,7 +72,7 @@ def report(results: Results, rows: Sequence[Row], compared: Sequence[Comparison]
     )
 
 
-def _table(results: Results, rows: Sequence[Row]) -> str:
+def _table(results: Results, rows: Sequence[SummaryRow]) -> str:
     systems = results.systems
     lines = ["<tr><th>Region<th>Metric" + "".join(f"<th>{_safe(system)}" for system in systems) + "</tr>"]
     region = ""
@@ -101,7 +101,7 @@ def _table(results: Results, rows: Sequence[Row]) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
-def _categories(results: Results, rows: Sequence[Row]) -> str:
+def _categories(results: Results, rows: Sequence[SummaryRow]) -> str:
     out = ""
     for row in rows:
         found = by_category(results, row) if row.metric.text else {}
@@ -146,7 +146,7 @@ def _cut(count: int) -> str:
     )
 
 
-def _video(verdict: Verdict, rows: Sequence[Row]) -> str:
+def _video(verdict: Verdict, rows: Sequence[SummaryRow]) -> str:
     pair, judged = verdict.pair, verdict.judged
     head = f"<h3>{_safe(pair.system)}: {_safe(pair.name)}</h3>"
     if verdict.error:
@@ -176,7 +176,7 @@ def _video(verdict: Verdict, rows: Sequence[Row]) -> str:
     )
 
 
-def _caption(row: Row) -> str:
+def _caption(row: SummaryRow) -> str:
     shown = {"sync r": "mouth opening"}.get(row.metric.title, row.metric.title)
     return f"{TITLES[row.region].lower()}: {shown} by frame"
 

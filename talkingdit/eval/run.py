@@ -25,7 +25,7 @@ import numpy.typing as npt
 from talkingdit.atomic import write_whole
 from talkingdit.errors import UserError
 from talkingdit.eval.job import Pair
-from talkingdit.eval.judge_video import Judged, Plan, Tools, judge, key_of
+from talkingdit.eval.judge_video import Judged, JudgePlan, Tools, judge, key_of
 from talkingdit.eval.parts import PART_SECONDS, is_long
 from talkingdit.media.checks import digest_of
 
@@ -64,7 +64,7 @@ class Results:
 
 def run(
     pairs: Sequence[Pair],
-    plan: Plan,
+    plan: JudgePlan,
     out: Path,
     workers: int = 1,
     report: Callable[[Verdict], None] = lambda verdict: None,
@@ -104,7 +104,7 @@ def _order(pairs: Sequence[Pair]) -> list[int]:
 
 
 def _in_processes(
-    pairs: Sequence[Pair], plan: Plan, keep: Path, workers: int, done: Callable[[int, Verdict], None]
+    pairs: Sequence[Pair], plan: JudgePlan, keep: Path, workers: int, done: Callable[[int, Verdict], None]
 ) -> None:
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // workers)
@@ -125,7 +125,7 @@ def _in_processes(
 _TOOLS: list[Tools] = []  # of a worker process
 
 
-def _prepare(plan: Plan, threads: int) -> None:
+def _prepare(plan: JudgePlan, threads: int) -> None:
     import cv2
     import torch
 

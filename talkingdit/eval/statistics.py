@@ -19,7 +19,7 @@ FLIPS = 20000
 
 
 @dataclass(frozen=True)
-class Interval:
+class ConfidenceInterval:
     """A mean with its confidence interval; both ends are the mean where there is one value."""
 
     mean: float
@@ -45,7 +45,7 @@ class Difference:
     n: int
 
 
-def interval(values: Sequence[float], seed: int = 0, draws: int = DRAWS) -> Interval:
+def interval(values: Sequence[float], seed: int = 0, draws: int = DRAWS) -> ConfidenceInterval:
     """Mean and 95 % percentile bootstrap interval (Efron 1979) over videos.
 
     Raises:
@@ -55,7 +55,7 @@ def interval(values: Sequence[float], seed: int = 0, draws: int = DRAWS) -> Inte
     if not len(given):
         raise ValueError("interval: values must not be empty")
     low, high = _bounds(lambda chosen: given[chosen].mean(1), len(given), seed, draws)
-    return Interval(float(given.mean()), low, high, len(given))
+    return ConfidenceInterval(float(given.mean()), low, high, len(given))
 
 
 def interval_of(

@@ -38,7 +38,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class SummaryRow:
     """One metric in one region, by system."""
 
     key: str
@@ -52,7 +52,7 @@ class Row:
 class Comparison:
     """A system against the baseline in one row; `p` is adjusted for the number of rows (Holm)."""
 
-    row: Row
+    row: SummaryRow
     system: str
     baseline: str
     difference: Difference
@@ -67,13 +67,13 @@ class Comparison:
         return "better" if found.mean * sign > 0 else "worse"
 
 
-def rows_of(results: Results) -> list[Row]:
+def rows_of(results: Results) -> list[SummaryRow]:
     """Every metric in every region that has a value, in the papers' order: regions, and metrics in each."""
     order = sorted(results.tools.possible(), key=lambda one: (REGION_ROWS.index(one[1]), row_order(one[0].title)))
     rows = []
     for metric, region in order:
         key = key_of(metric, region, results.tools)
-        row = Row(key, metric, metric.full_name(results.tools.backbones), region)
+        row = SummaryRow(key, metric, metric.full_name(results.tools.backbones), region)
         for system in results.systems:
             verdicts = [verdict for verdict in results.verdicts if verdict.pair.system == system]
             cell = _set_cell(metric, key, verdicts) if metric.collect else _mean_cell(key, verdicts)
@@ -127,12 +127,12 @@ def _distance(both: Sequence[tuple[np.ndarray, np.ndarray]], chosen: np.ndarray)
     return frechet_distance(*(np.concatenate([both[j][i] for j in chosen]) for i in (0, 1)))
 
 
-def comparisons(results: Results, rows: Sequence[Row], baseline: str) -> list[Comparison]:
+def comparisons(results: Results, rows: Sequence[SummaryRow], baseline: str) -> list[Comparison]:
     """Every other system against the baseline on the videos that both have, p adjusted over all rows.
 
     Rows without a better direction, and distances of sets, which no single video has, are left out.
     """
-    found: list[tuple[Row, str, Difference]] = []
+    found: list[tuple[SummaryRow, str, Difference]] = []
     by_system = {
         system: [verdict for verdict in results.verdicts if verdict.pair.system == system] for system in results.systems
     }
@@ -151,7 +151,7 @@ def comparisons(results: Results, rows: Sequence[Row], baseline: str) -> list[Co
     return [Comparison(row, system, baseline, gap, p) for (row, system, gap), p in zip(found, adjusted, strict=True)]
 
 
-def by_category(results: Results, row: Row) -> dict[str, dict[str, Cell]]:
+def by_category(results: Results, row: SummaryRow) -> dict[str, dict[str, Cell]]:
     """A row by category of the texts and by system: the protocol's table of word error rates."""
     out: dict[str, dict[str, Cell]] = {}
     for category in dict.fromkeys(verdict.pair.text.category for verdict in results.verdicts):
@@ -163,7 +163,7 @@ def by_category(results: Results, row: Row) -> dict[str, dict[str, Cell]]:
     return out
 
 
-def worst_first(results: Results, rows: Sequence[Row]) -> list[tuple[float, Verdict]]:
+def worst_first(results: Results, rows: Sequence[SummaryRow]) -> list[tuple[float, Verdict]]:
     """Videos by how bad they are: the mean over rows of ranks among all videos, 1 worst; broken ones come first.
 
     True videos judged against themselves are left out.

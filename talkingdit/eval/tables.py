@@ -15,7 +15,7 @@ from talkingdit.atomic import write_whole
 from talkingdit.eval.job import TRUTH
 from talkingdit.eval.protocol import DEVIATIONS, Name
 from talkingdit.eval.run import Results, plain
-from talkingdit.eval.summary import Cell, Comparison, Row, by_category
+from talkingdit.eval.summary import Cell, Comparison, SummaryRow, by_category
 
 RESULTS = ("results.json", "systems.csv", "videos.csv", "table.md", "table.tex")
 TITLES = {
@@ -39,7 +39,9 @@ def number(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
-def as_json(results: Results, rows: Sequence[Row], compared: Sequence[Comparison], protocol: Name) -> dict[str, Any]:
+def as_json(
+    results: Results, rows: Sequence[SummaryRow], compared: Sequence[Comparison], protocol: Name
+) -> dict[str, Any]:
     """Everything but features and pictures."""
     backbones = results.tools.backbones.values()
     content: dict[str, Any] = plain(
@@ -83,7 +85,7 @@ def _cell(cell: Cell) -> dict[str, Any]:
     }
 
 
-def systems_csv(rows: Sequence[Row]) -> str:
+def systems_csv(rows: Sequence[SummaryRow]) -> str:
     """One line for each number of a system."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -114,7 +116,7 @@ def videos_csv(results: Results) -> str:
     return out.getvalue()
 
 
-def best_of(row: Row) -> set[str]:
+def best_of(row: SummaryRow) -> set[str]:
     """Systems with the best value of a row, the true videos left out."""
     cells = {system: cell.value for system, cell in row.cells.items() if system != TRUTH}
     if row.metric.better == "neither" or len(cells) < 2:
@@ -124,7 +126,7 @@ def best_of(row: Row) -> set[str]:
     return found if len(found) < len(cells) else set()
 
 
-def markdown(results: Results, rows: Sequence[Row]) -> str:
+def markdown(results: Results, rows: Sequence[SummaryRow]) -> str:
     """The table of all regions, as GitHub shows it; the best in bold."""
     systems = results.systems
     lines = ["| Region | Metric | " + " | ".join(map(_escaped, systems)) + " |", "|---|---|" + "---:|" * len(systems)]
@@ -155,7 +157,7 @@ def markdown(results: Results, rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _categories(results: Results, rows: Sequence[Row]) -> list[str]:
+def _categories(results: Results, rows: Sequence[SummaryRow]) -> list[str]:
     lines = []
     for row in rows:
         found = by_category(results, row) if row.metric.text else {}
@@ -179,7 +181,7 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def latex(results: Results, rows: Sequence[Row]) -> str:
+def latex(results: Results, rows: Sequence[SummaryRow]) -> str:
     """The same table for booktabs and multirow, without intervals."""
     systems = results.systems
     lines = [
@@ -219,7 +221,7 @@ def deviations_markdown() -> str:
 
 
 def write_all(
-    out: Path, results: Results, rows: Sequence[Row], compared: Sequence[Comparison], protocol: Name
+    out: Path, results: Results, rows: Sequence[SummaryRow], compared: Sequence[Comparison], protocol: Name
 ) -> list[Path]:
     """Write results.json, systems.csv, videos.csv, table.md and table.tex; returns their paths."""
     content = (

@@ -107,7 +107,7 @@ class Preview(Protocol):
 P = TypeVar("P")
 
 
-class Part(Generic[P]):
+class FamilyFile(Generic[P]):
     """A file of a family, loaded when it is first asked for."""
 
     def __set_name__(self, owner: type[Family], name: str) -> None:
@@ -152,9 +152,14 @@ class Family:
             return families.get(self.base).part(name)
         raise UserError(f"{self.title}: there is no {name} for this family.")
 
-    checkpoint, load, outline, pipeline = Part[Checkpoint](), Part[Load](), Part[OutlinePart](), Part[Pipeline]()
-    units, cost = cast("Part[Units]", Part()), cast("Part[Cost]", Part())
-    clips, train = cast("Part[Clips]", Part()), cast("Part[Train]", Part())
+    checkpoint, load, outline, pipeline = (
+        FamilyFile[Checkpoint](),
+        FamilyFile[Load](),
+        FamilyFile[OutlinePart](),
+        FamilyFile[Pipeline](),
+    )
+    units, cost = cast("FamilyFile[Units]", FamilyFile()), cast("FamilyFile[Cost]", FamilyFile())
+    clips, train = cast("FamilyFile[Clips]", FamilyFile()), cast("FamilyFile[Train]", FamilyFile())
 
     @property
     def presets(self) -> Mapping[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Loader:
+class TransformerLoader:
     """What `talkingdit.families.family.Load` asks for.
 
     Args:

@@ -81,7 +81,7 @@ class End:
     dts: int | None = None
 
 
-class Source:
+class MediaFile:
     """A media file, open for reading in a `with` block.
 
     It is opened by descriptor, so that no name is taken for the address of something, and a playlist opens nothing
@@ -119,7 +119,7 @@ class Source:
         self._video = _first(self.container.streams.video)
         self._audio = _first(self.container.streams.audio)
 
-    def __enter__(self) -> Source:
+    def __enter__(self) -> MediaFile:
         return self
 
     def __exit__(

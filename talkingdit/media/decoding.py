@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from talkingdit.media.container import Source
+from talkingdit.media.container import MediaFile
 from talkingdit.media.timeline import SoundTimes, Timeline, may_seek, timeline
 
 Samples = NDArray[np.float32]
@@ -29,7 +29,7 @@ KINDS = {"u8": (128.0, 128.0), "s16": (0.0, 2.0**15), "s32": (0.0, 2.0**31), "s6
 
 
 @dataclass(frozen=True)
-class Piece:
+class SoundPiece:
     """Samples of a file as they were decoded.
 
     Args:
@@ -48,7 +48,7 @@ def conversion_start(start: Fraction) -> Fraction:
     return Fraction(max(0, math.floor(start - EDGE)))
 
 
-def pieces_from(source: Source, start: Fraction) -> tuple[Fraction, Iterator[Piece]]:
+def pieces_from(source: MediaFile, start: Fraction) -> tuple[Fraction, Iterator[SoundPiece]]:
     """Where on the line what is decoded is to begin, at 0 or a little before a part from `start` on, and what it is."""
     import av
 
@@ -67,17 +67,17 @@ def pieces_from(source: Source, start: Fraction) -> tuple[Fraction, Iterator[Pie
     return Fraction(0), _decoded(source, line.origin)
 
 
-def _decoded(source: Source, origin: Fraction) -> Iterator[Piece]:
+def _decoded(source: MediaFile, origin: Fraction) -> Iterator[SoundPiece]:
     times = SoundTimes(source)
     for packet in source.packets(source.need_sound()):
         for at, frame in times.decode(packet):
             if frame.samples:
-                yield Piece(at - origin, frame.sample_rate, as_floats(frame))
+                yield SoundPiece(at - origin, frame.sample_rate, as_floats(frame))
 
 
 def _placed(
-    pieces: Iterator[Piece], line: Timeline, wanted: Fraction, tick: Fraction
-) -> tuple[Fraction, Iterator[Piece]] | None:
+    pieces: Iterator[SoundPiece], line: Timeline, wanted: Fraction, tick: Fraction
+) -> tuple[Fraction, Iterator[SoundPiece]] | None:
     """Pieces behind a search, and the place of the first one; None where it is behind `wanted`, or not known exactly.
 
     The clocks of some containers tick in milliseconds. Packets of most codecs are equally long, so that a place is that
@@ -92,7 +92,7 @@ def _placed(
     if place is None:
         return None
     shift = Fraction(place, rate) - first
-    moved = (Piece(piece.at + shift, piece.rate, piece.samples) for piece in itertools.chain(settled, pieces))
+    moved = (SoundPiece(piece.at + shift, piece.rate, piece.samples) for piece in itertools.chain(settled, pieces))
     return first + shift, moved
 
 
@@ -126,7 +126,7 @@ def as_floats(frame: Any) -> Samples:
     return ((values.astype(np.float64) - zero) / full).astype(np.float32)
 
 
-def joined(pieces: Iterator[Piece], begin: Fraction) -> Iterator[Piece]:
+def joined(pieces: Iterator[SoundPiece], begin: Fraction) -> Iterator[SoundPiece]:
     """Pieces without gaps from `begin` on: silence where the clock goes on without samples, overlaps left out.
 
     A difference of less than three quarters of a packet is jitter of the clock, and samples follow on each other.
@@ -138,23 +138,23 @@ def joined(pieces: Iterator[Piece], begin: Fraction) -> Iterator[Piece]:
         if first or abs(ahead) > _slack(len(samples), rate):
             missing = round(ahead * rate)
             for silence in _silence(missing, rate, samples.shape[1]):
-                yield Piece(end, rate, silence)
+                yield SoundPiece(end, rate, silence)
             end += Fraction(max(missing, 0), rate)
             samples = samples[max(-missing, 0) :]
         if len(samples):
             first = False
-            yield Piece(end, rate, samples)
+            yield SoundPiece(end, rate, samples)
             end += Fraction(len(samples), rate)
 
 
-def behind(pieces: Iterator[Piece], begin: Fraction) -> Iterator[Piece]:
+def behind(pieces: Iterator[SoundPiece], begin: Fraction) -> Iterator[SoundPiece]:
     """What is left of pieces that follow on each other from a time on."""
     for piece in pieces:
         before = round((begin - piece.at) * piece.rate)
         if before <= 0:
             yield piece
         elif before < len(piece.samples):
-            yield Piece(begin, piece.rate, piece.samples[before:])
+            yield SoundPiece(begin, piece.rate, piece.samples[before:])
 
 
 def _slack(samples: int, rate: int) -> Fraction:
@@ -193,7 +193,7 @@ def survey_of(path: Path, size: int, changed: int) -> Survey:
     counts: set[int] = set()  # of packets that have one before and one behind them
     before: int | None = None
     whole, seen, end = True, False, None
-    with Source(path) as source:
+    with MediaFile(path) as source:
         times = SoundTimes(source)
         for packet in source.packets(source.need_sound()):
             for at, frame in times.decode(packet):

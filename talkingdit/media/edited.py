@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from talkingdit.errors import UserError
-from talkingdit.media.container import MediaError, NoStreamError, Source
+from talkingdit.media.container import MediaError, MediaFile, NoStreamError
 from talkingdit.media.framing import Frames
 from talkingdit.media.reader import Upright, read_pictures, timed_pictures
 from talkingdit.media.timeline import length, timeline
@@ -69,7 +69,7 @@ def open_edited(path: str | os.PathLike[str]) -> EditedVideo:
     if not file.is_file():
         raise UserError(f"video {str(file)!r}: expected an existing file, got none of this name.")
     try:
-        with Source(file) as source:
+        with MediaFile(file) as source:
             stream = source.need_pictures()
             rate = stream.average_rate or stream.base_rate
             upright = Upright(stream)

@@ -13,7 +13,7 @@ import numpy as np
 
 from talkingdit.errors import UserError
 from talkingdit.media.checks import existing_file
-from talkingdit.media.container import MediaError, NoStreamError, Source
+from talkingdit.media.container import MediaError, MediaFile, NoStreamError
 from talkingdit.media.image import read_image
 from talkingdit.media.reader import all_pictures
 from talkingdit.media.sound import SPEECH_RATE, read_audio, read_track, sound_blocks
@@ -45,7 +45,7 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | N
     """
     source = existing_file(path, "video")
     try:
-        with Source(source) as opened:
+        with MediaFile(source) as opened:
             stream = opened.need_pictures()
             fps = float(stream.average_rate or stream.base_rate or 0)
             has_sound = opened.sound is not None

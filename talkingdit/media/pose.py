@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from talkingdit.errors import UserError
-from talkingdit.media.container import MediaError, NoStreamError, Source
+from talkingdit.media.container import MediaError, MediaFile, NoStreamError
 from talkingdit.media.framing import Frames, fit_pose
 from talkingdit.media.reader import all_pictures, read_pictures
 from talkingdit.media.timeline import timeline
@@ -41,7 +41,7 @@ class PoseVideo:
         if not self.path.is_file():
             raise UserError(f"pose {str(self.path)!r}: expected an existing file, got none of this name.")
         try:
-            with Source(self.path) as source:
+            with MediaFile(self.path) as source:
                 stream = source.need_pictures()
                 rate = float(stream.average_rate or stream.base_rate or fps)
             if timeline(self.path).pictures is None:

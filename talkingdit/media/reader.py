@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from talkingdit.media.container import Source
+from talkingdit.media.container import MediaFile
 from talkingdit.media.opening import SCALER_THREADS
 from talkingdit.media.timeline import PictureTimes, may_seek, timeline
 
@@ -95,7 +95,7 @@ def _turns(frame: Any) -> tuple[bool, bool, bool]:
     return False, a < 0, d < 0
 
 
-def timed_pictures(source: Source, start: Fraction = Fraction(0)) -> Iterator[tuple[Fraction, Any]]:
+def timed_pictures(source: MediaFile, start: Fraction = Fraction(0)) -> Iterator[tuple[Fraction, Any]]:
     """Decoded pictures with their seconds on the time line, up to the end of the data.
 
     Args:
@@ -125,7 +125,7 @@ def timed_pictures(source: Source, start: Fraction = Fraction(0)) -> Iterator[tu
     yield from _decoded(source, origin)
 
 
-def _decoded(source: Source, origin: Fraction) -> Iterator[tuple[Fraction, Any]]:
+def _decoded(source: MediaFile, origin: Fraction) -> Iterator[tuple[Fraction, Any]]:
     stream = source.need_pictures()
     if not stream.codec_context.is_open:
         stream.thread_type = "AUTO"
@@ -155,7 +155,7 @@ def read_pictures(path: str | os.PathLike[str], wanted: Iterable[Fraction]) -> I
     first = next(times, None)
     if first is None:
         return
-    with Source(path) as source:
+    with MediaFile(path) as source:
         stream = source.need_pictures()
         upright = Upright(stream)
         rate = stream.average_rate or stream.base_rate
@@ -203,7 +203,7 @@ def _nearest(
 
 def all_pictures(path: str | os.PathLike[str]) -> Iterator[Frames]:
     """Every picture of a video, uint8 [H, W, 3] RGB, in the order in which they are shown; raises `MediaError`."""
-    with Source(Path(path)) as source:
+    with MediaFile(Path(path)) as source:
         upright = Upright(source.need_pictures())
         for _, frame in timed_pictures(source):
             yield upright(frame)

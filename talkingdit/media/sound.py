@@ -20,8 +20,17 @@ import numpy as np
 
 from talkingdit.errors import UserError
 from talkingdit.media.checks import existing_file
-from talkingdit.media.container import MediaError, NoStreamError, Source
-from talkingdit.media.decoding import Piece, Samples, Survey, behind, conversion_start, joined, pieces_from, survey_of
+from talkingdit.media.container import MediaError, MediaFile, NoStreamError
+from talkingdit.media.decoding import (
+    Samples,
+    SoundPiece,
+    Survey,
+    behind,
+    conversion_start,
+    joined,
+    pieces_from,
+    survey_of,
+)
 from talkingdit.media.timeline import UNEQUAL, compare, timeline
 
 SPEECH_RATE = 16000  # Hz, of every waveform that enters a speech encoder
@@ -76,10 +85,10 @@ def _blocks(
     rate: int | None,
     start: float | Fraction,
     seconds: float | Fraction | None,
-    mix_of: Callable[[Path, Piece], Mix],
+    mix_of: Callable[[Path, SoundPiece], Mix],
 ) -> Iterator[Samples]:
     file, start = existing_file(path, "audio"), Fraction(start)
-    with _worded(file), Source(file) as source:
+    with _worded(file), MediaFile(file) as source:
         begin, pieces = pieces_from(source, start)
         first = next(pieces, None)
         if first is None:
@@ -161,7 +170,7 @@ def read_track(path: str | os.PathLike[str], start: float | Fraction = 0) -> tup
 def sound_form(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Samples per second and channels of a sound file; raises as `sound_blocks`, and where there are no samples."""
     file = existing_file(path, "audio")
-    with _worded(file), Source(file) as source:
+    with _worded(file), MediaFile(file) as source:
         first = next(pieces_from(source, Fraction(0))[1], None)
     if first is None:
         raise UserError(f"audio {str(file)!r}: expected sound, got a file without samples")
@@ -183,7 +192,7 @@ def survey(path: str | os.PathLike[str]) -> Survey:
 # ---- From pieces to a waveform ---------------------------------------------------------------------------------------
 
 
-def _runs(pieces: Iterator[Piece], mix: Mix) -> Iterator[tuple[int, Samples]]:
+def _runs(pieces: Iterator[SoundPiece], mix: Mix) -> Iterator[tuple[int, Samples]]:
     """Mixed blocks [n, channels] of about a second, and their rates."""
     parts: list[Samples] = []
     count, rate = 0, 0
@@ -232,7 +241,7 @@ def _cut(blocks: Iterator[Samples], rate: int, start: Fraction, seconds: float |
             return
 
 
-def _mix_of(path: Path, first: Piece) -> Mix:
+def _mix_of(path: Path, first: SoundPiece) -> Mix:
     """How the channels of a file become one."""
     chosen = None
     if first.samples.shape[1] > 1:
@@ -247,7 +256,7 @@ def _mix_of(path: Path, first: Piece) -> Mix:
     return mix
 
 
-def _keep_of(path: Path, first: Piece) -> Mix:
+def _keep_of(path: Path, first: SoundPiece) -> Mix:
     """As many channels as the beginning of the file has."""
     wanted = first.samples.shape[1]
 
@@ -269,7 +278,7 @@ def _loudest(path: Path, size: int, changed: int) -> int | None:
     """
     power: Any = 0.0
     mean, heard = 0.0, Fraction(0)
-    with Source(path) as source:
+    with MediaFile(path) as source:
         for piece in pieces_from(source, Fraction(0))[1]:
             if np.abs(piece.samples).max() < SILENCE_PEAK or np.shape(power) not in ((), piece.samples.shape[1:]):
                 continue

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from talkingdit.media.container import Source
+from talkingdit.media.container import MediaFile
 from talkingdit.media.notices import tell
 
 SEARCH = 10  # seconds behind the first picture, or sound, in which the other one may still begin earlier
@@ -69,7 +69,7 @@ def length(path: str | os.PathLike[str]) -> Length:
     return _length(*_known_by(path))
 
 
-def may_seek(source: Source) -> bool:
+def may_seek(source: MediaFile) -> bool:
     """Can a file be searched by the times of its clock?"""
     return not source.restarts or length(source.path).steady
 
@@ -90,7 +90,7 @@ class PictureTimes:
     has one, at the rate of the file; later ones a picture's length after the one before.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: MediaFile) -> None:
         self._source, self._stream = source, source.need_pictures()
         rate = self._stream.average_rate or self._stream.base_rate
         self.step = 1 / Fraction(rate) if rate else Fraction(1, 25)
@@ -135,7 +135,7 @@ class PictureTimes:
 class SoundTimes:
     """When sound is heard, on the clock of the file; what has no time goes on where the last ended."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: MediaFile) -> None:
         self._source, self._stream = source, source.need_sound()
         self._waiting: list[Any] = []
         self._end: Fraction | None = None
@@ -170,7 +170,7 @@ def _seconds(frame: Any) -> Fraction:
 
 @lru_cache(maxsize=1024)
 def _timeline(path: Path, size: int, changed: int) -> Timeline:
-    with Source(path) as source:
+    with MediaFile(path) as source:
         found: dict[str, Fraction] = {}
         samples = 0
         clocks: dict[int, PictureTimes | SoundTimes] = {}
@@ -199,7 +199,7 @@ def _timeline(path: Path, size: int, changed: int) -> Timeline:
 @lru_cache(maxsize=1024)
 def _length(path: Path, size: int, changed: int) -> Length:
     line = _timeline(path, size, changed)
-    with Source(path) as source:
+    with MediaFile(path) as source:
         indexed = _from_index(source, line, size)
         if indexed is not None:
             return indexed
@@ -230,7 +230,7 @@ def _length(path: Path, size: int, changed: int) -> Length:
         return Length(count, ends["video"], ends["audio"], steady)
 
 
-def _from_index(source: Source, line: Timeline, size: int) -> Length | None:
+def _from_index(source: MediaFile, line: Timeline, size: int) -> Length | None:
     """Of an MP4 or MOV, whose index names every packet; none where it says other things than the header, or names
     what the file does not hold."""
     if not source.container.format.name.startswith("mov"):
@@ -257,7 +257,7 @@ def _from_index(source: Source, line: Timeline, size: int) -> Length | None:
     return Length(count, ends["video"], ends["audio"])
 
 
-def compare(source: Source, stream: Any, seconds: Fraction, slack: Fraction, what: str) -> bool:
+def compare(source: MediaFile, stream: Any, seconds: Fraction, slack: Fraction, what: str) -> bool:
     """Does a file have the length that it states, to `slack` seconds? Says so where it does not.
 
     Args:

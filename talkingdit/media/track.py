@@ -18,7 +18,7 @@ import numpy as np
 
 from talkingdit.errors import UserError
 from talkingdit.media.checks import existing_file
-from talkingdit.media.container import Source
+from talkingdit.media.container import MediaFile
 from talkingdit.media.decoding import Samples, Survey, exact_place
 from talkingdit.media.sound import SPEECH_RATE, channel_blocks, sound_form, survey
 from talkingdit.media.timeline import timeline
@@ -33,7 +33,7 @@ SETTLE = Fraction(1, 10)  # seconds of sound kept, and not played, before a begi
 
 
 @runtime_checkable
-class Track(Protocol):
+class SoundTrack(Protocol):
     """Sound that is written beside pictures."""
 
     def add_to(self, container: Any) -> None:
@@ -46,7 +46,7 @@ class Track(Protocol):
         """Close what is read from."""
 
 
-def open_track(audio: np.ndarray | str | os.PathLike[str], rate: int, skip: Fraction, video: Path) -> Track:
+def open_track(audio: np.ndarray | str | os.PathLike[str], rate: int, skip: Fraction, video: Path) -> SoundTrack:
     """A track for a video.
 
     Args:
@@ -85,7 +85,7 @@ def may_copy(file: Path, found: Survey) -> bool:
     """May the packets of a sound file be taken into an MP4 as they are?"""
     if not (found.whole and found.rate and found.channels):
         return False
-    with Source(file) as source:
+    with MediaFile(file) as source:
         codec = source.need_sound().codec_context.codec.canonical_name
     return codec in COPIED and (codec != "mp3" or found.rate >= LOWEST_MP3)
 
@@ -173,7 +173,7 @@ class CopiedTrack:
     def __init__(self, file: Path, found: Survey, skip: Fraction) -> None:
         self._found, self._line = found, timeline(file)
         self._skip = skip
-        self._source = Source(file)
+        self._source = MediaFile(file)
         self._packets = self._source.packets(self._source.need_sound())
         self._held: Any = None
 

@@ -21,7 +21,7 @@ from talkingdit.media.opening import as_target
 from talkingdit.media.pictures import add_pictures, to_yuv
 from talkingdit.media.sound import SPEECH_RATE
 from talkingdit.media.targets import check_writable
-from talkingdit.media.track import Track, open_track
+from talkingdit.media.track import SoundTrack, open_track
 
 
 class VideoWriter:
@@ -41,7 +41,7 @@ class VideoWriter:
         path: target; an existing file is replaced.
         fps: frames per second, any positive number.
         size: (height, width) of the frames given to `write`.
-        audio: float [samples] mono, or a sound file, or a `track.Track`, or None for a video without sound.
+        audio: float [samples] mono, or a sound file, or a `track.SoundTrack`, or None for a video without sound.
         rate: of an `audio` array, in Hz; a rate that AAC does not know is resampled.
         upscale: integer factor for small frames.
         resample: "nearest" or "lanczos", used when upscale > 1.
@@ -59,7 +59,7 @@ class VideoWriter:
         path: str | os.PathLike[str],
         fps: float | Fraction,
         size: tuple[int, int],
-        audio: np.ndarray | str | os.PathLike[str] | Track | None = None,
+        audio: np.ndarray | str | os.PathLike[str] | SoundTrack | None = None,
         rate: int = SPEECH_RATE,
         *,
         upscale: int = 1,
@@ -86,8 +86,8 @@ class VideoWriter:
             )
         self.frames = 0
         self._fps = Fraction(fps).limit_denominator(1001)
-        self._sound: Track | None = None
-        if isinstance(audio, Track):
+        self._sound: SoundTrack | None = None
+        if isinstance(audio, SoundTrack):
             self._sound = audio
         elif audio is not None:
             self._sound = open_track(audio, int(rate), Fraction(skip), self.path)

@@ -23,7 +23,7 @@ EMPTY = torch.finfo(torch.float32).min / 2
 Extra = tuple[Tensor | None, ...]
 
 
-class Piece(NamedTuple):
+class AttentionPiece(NamedTuple):
     """Attention to some or to all of the keys."""
 
     out: Tensor  # [B, H, N, D], normalised over these keys
@@ -31,7 +31,7 @@ class Piece(NamedTuple):
     extra: Extra  # what the backward of the same kernel wants
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> Piece:
+def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> AttentionPiece:
     """Attention to some of the keys.
 
     Args:
@@ -51,7 +51,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) 
     if mask is not None:  # kernels disagree about what attention to nothing is
         nothing = ~mask.any(1)[:, None, None]
         out, lse = out.masked_fill(nothing[..., None], 0), lse.masked_fill(nothing, EMPTY)
-    return Piece(out, lse, extra)
+    return AttentionPiece(out, lse, extra)
 
 
 def backward(
@@ -60,7 +60,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    whole: Piece,
+    whole: AttentionPiece,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This piece's part of the gradients of q, and the gradients of its k and v.
@@ -81,11 +81,11 @@ class _Kernel(Protocol):
     """Attention and its backward; all have one form, kernels differ in what they return and in which shape."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Piece: ...
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AttentionPiece: ...
 
     @staticmethod
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, whole: Piece
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, whole: AttentionPiece
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -93,14 +93,14 @@ class _Cpu(_Kernel):
     """In float32 at least: its backward in half precision is slower."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Piece:
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AttentionPiece:
         q, k, v = _wide(q, k, v)
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=_bias(mask, q))
-        return Piece(out, lse, ())
+        return AttentionPiece(out, lse, ())
 
     @staticmethod
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, whole: Piece
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, whole: AttentionPiece
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad, q, k, v, out = _wide(grad, q, k, v, whole.out)
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -110,13 +110,13 @@ class _Cpu(_Kernel):
 
 class _Flash(_Kernel):
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Piece:
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AttentionPiece:
         out, lse, ends_q, ends_k, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(q, k, v)
-        return Piece(out, lse, (ends_q, ends_k, seed, offset))
+        return AttentionPiece(out, lse, (ends_q, ends_k, seed, offset))
 
     @staticmethod
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, whole: Piece
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, whole: AttentionPiece
     ) -> tuple[Tensor, Tensor, Tensor]:
         out, lse, (ends_q, ends_k, seed, offset) = whole
         lengths = q.shape[2], k.shape[2]
@@ -127,15 +127,15 @@ class _Flash(_Kernel):
 
 class _Cudnn(_Kernel):
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Piece:
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AttentionPiece:
         out, lse, ends_q, ends_k, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
             q, k, v, _bias(mask, q), True
         )
-        return Piece(out, lse.squeeze(-1), (ends_q, ends_k, seed, offset))
+        return AttentionPiece(out, lse.squeeze(-1), (ends_q, ends_k, seed, offset))
 
     @staticmethod
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, whole: Piece
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, whole: AttentionPiece
     ) -> tuple[Tensor, Tensor, Tensor]:
         out, lse, (ends_q, ends_k, seed, offset) = whole
         lengths = q.shape[2], k.shape[2]
@@ -146,14 +146,14 @@ class _Cudnn(_Kernel):
 
 class _Efficient(_Kernel):
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Piece:
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AttentionPiece:
         k, v, mask = _Efficient._filled_up(k, v, mask)
         out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(q, k, v, _bias(mask, q), True)
-        return Piece(out, lse[..., : q.shape[2]], (seed, offset))
+        return AttentionPiece(out, lse[..., : q.shape[2]], (seed, offset))
 
     @staticmethod
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, whole: Piece
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, whole: AttentionPiece
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The kernel wants rows of lse in multiples of 32; what stands behind the last query gets no weight.
         lse = F.pad(whole.lse, (0, -whole.lse.shape[-1] % 32), value=torch.inf)
@@ -177,15 +177,15 @@ class _Math(_Kernel):
     """Plain matrix products, for devices and head sizes without a kernel: holds the whole matrix of weights."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Piece:
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AttentionPiece:
         q, k, v = _wide(q, k, v)
         scores = _Math._scores(q, k, mask)
         lse = scores.logsumexp(-1)
-        return Piece((scores - lse[..., None]).exp() @ v, lse, ())
+        return AttentionPiece((scores - lse[..., None]).exp() @ v, lse, ())
 
     @staticmethod
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, whole: Piece
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, whole: AttentionPiece
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad, q, k, v, out = _wide(grad, q, k, v, whole.out)
         weights = (_Math._scores(q, k, mask) - whole.lse[..., None]).exp()
@@ -204,12 +204,12 @@ class _Library(_Kernel):
     name: str
 
     @classmethod
-    def forward(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Piece:
+    def forward(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AttentionPiece:
         assert mask is None  # `choose` gives calls with a mask to others
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out, lse = attention_backends.attend(cls.name, q, k, v, lse=True)
         assert lse is not None
-        return Piece(out.transpose(1, 2), lse, ())
+        return AttentionPiece(out.transpose(1, 2), lse, ())
 
 
 _LIBRARIES: dict[str, type[_Kernel]] = {

@@ -87,7 +87,7 @@ class AudioMemory(NamedTuple):
     out_bias: Tensor | None = None  # [dim], with absorbed values
 
 
-class FrameSpan(NamedTuple):
+class TokenSpan(NamedTuple):
     """Consecutive tokens whose frames are equally large, in a sequence of clips of several sizes."""
 
     tokens: int
@@ -96,11 +96,11 @@ class FrameSpan(NamedTuple):
     token_offset: int = 0  # place of the first token in the first of the frames, where a shard has cut it
 
 
-FrameSizes = int | tuple[FrameSpan, ...]
+FrameSizes = int | tuple[TokenSpan, ...]
 
 
 class PlacedSpan(NamedTuple):
-    """A `FrameSpan` with its place."""
+    """A `TokenSpan` with its place."""
 
     tokens: slice
     frames: slice
@@ -120,7 +120,7 @@ def place_spans(sizes: FrameSizes, tokens: int, frames: int, token_offset: int =
         sizes: spans, or tokens per frame for a single one.
         token_offset: of the single one.
     """
-    listed = (FrameSpan(tokens, frames, sizes, token_offset),) if not isinstance(sizes, tuple) else sizes
+    listed = (TokenSpan(tokens, frames, sizes, token_offset),) if not isinstance(sizes, tuple) else sizes
     spans = []
     token = frame = 0
     for span in listed:
@@ -217,7 +217,7 @@ class AudioCrossAttention(CrossAttention):
 
         Args:
             x: normalised tokens; N = F * S, or any contiguous shard of them, also an empty one.
-            tokens_per_frame: S, or one `FrameSpan` for every part of a sequence of clips of several sizes.
+            tokens_per_frame: S, or one `TokenSpan` for every part of a sequence of clips of several sizes.
             tokens: audio tokens, in the place of `memory`.
             memory: what `memory(tokens)` returned.
             absorb: as in `memory`; of `tokens` only.

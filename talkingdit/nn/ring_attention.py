@@ -146,7 +146,7 @@ class _Ring(torch.autograd.Function):
             )
             for (rows, keys, allowed), (_, of_keys, _) in pairs:
                 k, v = keys.permute(1, 2, 3, 0, 4)
-                whole = attention_pieces.Piece(out[:, :, rows], lse[:, :, rows], tuple(extra))
+                whole = attention_pieces.AttentionPiece(out[:, :, rows], lse[:, :, rows], tuple(extra))
                 dq, dk, dv = attention_pieces.backward(
                     grad[:, :, rows], queries[:, :, rows], k, v, allowed, whole, plan.backend
                 )

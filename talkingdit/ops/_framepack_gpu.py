@@ -93,13 +93,15 @@ def _by_cutlass(matrix: Tensor, weight: Tensor, bias: Tensor | None, target: Ten
 
 def _request(
     latents: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], out: Tensor, kernel: str
-) -> matrix_kernels.Request:
+) -> matrix_kernels.ProductRequest:
     sums = [weight.numel() // out.shape[2] for weight in weights]
     found = matrix_kernels.obstacle([latents, *weights, *biases], min(sums), [out])
     if min(sums) == 0 and matrix_kernels.ready(latents.device):
         found = "a weight in every bucket"
     copies = not all(matrix_kernels.movable(weight.flatten(1)) for weight in weights if weight.numel())
-    return matrix_kernels.Request("framepack", kernel, max(sums), out.shape[2], out.element_size(), found, copies)
+    return matrix_kernels.ProductRequest(
+        "framepack", kernel, max(sums), out.shape[2], out.element_size(), found, copies
+    )
 
 
 def _multiply_patches(

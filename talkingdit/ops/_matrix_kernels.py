@@ -53,7 +53,7 @@ MEASURED: tuple[Measured, ...] = (Measured("frame_linear", inner=(60, 961), colu
 
 
 @dataclass(frozen=True)
-class Request:
+class ProductRequest:
     """A product that somebody asks for.
 
     Attributes:

@@ -74,11 +74,13 @@ def _run(
     native.frame_linear(rows(x), rows(weight), bias, gate, mask, residual, out, tokens_per_frame, token_offset)
 
 
-def _request(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor, kernel: str) -> matrix_kernels.Request:
+def _request(
+    x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor, kernel: str
+) -> matrix_kernels.ProductRequest:
     in_place = [out] if residual is None else [out, residual]
     found = matrix_kernels.obstacle([x, weight], x.shape[2], in_place)
     columns, copies = weight.shape[3], not matrix_kernels.movable(weight)
-    return matrix_kernels.Request("frame_linear", kernel, x.shape[2], columns, out.element_size(), found, copies)
+    return matrix_kernels.ProductRequest("frame_linear", kernel, x.shape[2], columns, out.element_size(), found, copies)
 
 
 def _run_cutlass(

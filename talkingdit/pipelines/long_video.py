@@ -21,7 +21,7 @@ from torch import Tensor
 from talkingdit.distributed.team import ALONE, Team
 from talkingdit.pipelines.chunks import blend_chunks, lay_over
 from talkingdit.pipelines.plans import ChunkPrefix, ClipPrefix, OverlapBlend, Plan, ShiftFusion, Stage
-from talkingdit.pipelines.window_step import Coefficients, Predict, Sampler, StageStep
+from talkingdit.pipelines.window_step import Coefficients, Predict, StageStep, WindowSampler
 
 if TYPE_CHECKING:
     from talkingdit.distributed.layout import Parallel
@@ -32,9 +32,9 @@ __all__ = [
     "ChunkPrefix",
     "ClipPipeline",
     "ClipPrefix",
+    "FinalFrames",
     "GeneratedClip",
     "OverlapBlend",
-    "Part",
     "ShiftFusion",
     "StepDone",
     "blend_chunks",
@@ -75,7 +75,7 @@ AfterStep = Callable[[int, int, Tensor], None]  # stage, step, its latents after
 
 
 @dataclass(frozen=True)
-class Part:
+class FinalFrames:
     """Frames that have become final.
 
     Attributes:
@@ -153,7 +153,7 @@ def denoise(
     """
     if latents.dim() != 4:
         raise ValueError(f"denoise: latents must be [C, L, H, W], got shape {tuple(latents.shape)}")
-    sampler = Sampler(
+    sampler = WindowSampler(
         sigmas,
         predict,
         coefficients,
@@ -178,7 +178,7 @@ def denoise(
 
 def denoise_parts(
     noise: Noise,
-    sampler: Sampler,
+    sampler: WindowSampler,
     plan: Plan,
     length: int | None,
     *,
@@ -187,7 +187,7 @@ def denoise_parts(
     begin: int = 0,
     after: AfterStep | None = None,
     ended: Callable[[int], int | None] | None = None,
-) -> Iterator[Part]:
+) -> Iterator[FinalFrames]:
     """The frames of a video as they become final; for every part that is asked for, one stage is computed.
 
     Args:
@@ -215,7 +215,9 @@ def denoise_parts(
         x = _denoise_stage(noise, sampler, plan, stage, index, tail, begin if index == first else 0, after)
         tail = x[:, stage.final - stage.first :]
         over = stage.final == stage.last
-        yield Part(index, stage.first, x[:, : stage.final - stage.first], None if over else {"tail": tail.clone()})
+        yield FinalFrames(
+            index, stage.first, x[:, : stage.final - stage.first], None if over else {"tail": tail.clone()}
+        )
 
 
 def _stages(plan: Plan, length: int | None, ended: Callable[[int], int | None] | None) -> Iterator[tuple[int, Stage]]:
@@ -234,7 +236,7 @@ def _stages(plan: Plan, length: int | None, ended: Callable[[int], int | None] |
 
 def _denoise_stage(
     noise: Noise,
-    sampler: Sampler,
+    sampler: WindowSampler,
     plan: Plan,
     stage: Stage,
     index: int,

@@ -20,7 +20,7 @@ class Rows:
     """Rows of one shape, float32, on the disk of a folder. Slices of them are read; none stays in memory.
 
     The file has no name: its room is free again when the process ends, however it does, and nobody finds it. Where the
-    object is copied to another process, as `Request` is, the copy knows how many rows there are and has none.
+    object is copied to another process, as `GenerationRequest` is, the copy knows how many rows there are and has none.
 
     Args:
         folder: on whose disk the file lies. Not that for temporary files, which may be in memory.

@@ -26,7 +26,7 @@ Coefficients = Callable[[int], Sequence[float]]
 
 
 @dataclass(frozen=True)
-class Sampler:
+class WindowSampler:
     """What a denoising loop needs besides noise and plan; arguments as of `long_video.denoise`."""
 
     sigmas: Tensor | Sequence[float]
@@ -111,7 +111,7 @@ class StageStep:
         first: frame of the video that the stage begins with.
     """
 
-    def __init__(self, sampler: Sampler, plan: Plan, x: Tensor, first: int) -> None:
+    def __init__(self, sampler: WindowSampler, plan: Plan, x: Tensor, first: int) -> None:
         self.sampler, self.plan, self.x, self.first = sampler, plan, x, first
         self._last: list[Tensor] | None = None  # last predictions of every frame, K of [C, L, H, W], if they are wanted
 

@@ -109,7 +109,7 @@ class VideoSink:
         job, skip = inputs.job, Fraction(outline.skipped_frames, outline.fps)
         self._started = started
         self._frames = ShownFrames(inputs, outline)
-        self._preview = None if job.sheet is None else Preview(inputs, outline, curves)
+        self._preview = None if job.sheet is None else PreviewSheet(inputs, outline, curves)
         sound: Any = job.audio
         if isinstance(inputs.sound, LiveSound):
             sound = EncodedTrack(inputs.sound.blocks(skip), SPEECH_RATE, 1)
@@ -166,7 +166,7 @@ class VideoSink:
             self._preview.draw(self._sheet, self._title + late)
 
 
-class Preview:
+class PreviewSheet:
     """The sheet of a video: some of its frames, its sound, and the curves of its family.
 
     Args:

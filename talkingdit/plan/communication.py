@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from talkingdit.plan.run import Cluster, MeshSizes, Run
+from talkingdit.plan.run import Cluster, MeshSizes, TrainingRun
 from talkingdit.plan.transformer import Transformer
 from talkingdit.plan.units import UnitSizes
 
@@ -21,7 +21,7 @@ class Sent(NamedTuple):
 
 
 def communication(
-    transformer: Transformer, sizes: UnitSizes, run: Run, mesh: MeshSizes, gpus: int, size: int = 2
+    transformer: Transformer, sizes: UnitSizes, run: TrainingRun, mesh: MeshSizes, gpus: int, size: int = 2
 ) -> dict[str, Sent]:
     """What a GPU sends per step, by what for; `gpus` are in a node.
 
@@ -46,7 +46,9 @@ def communication(
     }
 
 
-def _context(transformer: Transformer, sizes: UnitSizes, run: Run, mesh: MeshSizes, gpus: int, size: int) -> Sent:
+def _context(
+    transformer: Transformer, sizes: UnitSizes, run: TrainingRun, mesh: MeshSizes, gpus: int, size: int
+) -> Sent:
     """What ranks that share a sequence exchange.
 
     Context parallelism (U: ulysses, R: ring, M bytes of one of q, k, v of the whole sequence, P = U R) sends

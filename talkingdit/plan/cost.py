@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from talkingdit.nn.units import Units
     from talkingdit.pipelines.memory import Memory
     from talkingdit.plan.clip import ClipShape
-    from talkingdit.plan.run import MeshSizes, Run
+    from talkingdit.plan.run import MeshSizes, TrainingRun
 
 # Parts that stand beside the transformer, by what reports call them.
 TEXT_ENCODER = "text encoder"
@@ -107,10 +107,11 @@ class Cost(Protocol):
     def default_clip(self, config: Mapping[str, Any], folder: Path | None = None) -> ClipShape:
         """What the family generates where nothing else is said, or the checkpoint in a folder."""
 
-    def frozen_parts(self, dtype: torch.dtype, folder: Path | None = None) -> FrozenParts:
-        """Of the released model, or of a folder as far as it tells; `dtype` is that of the transformer.
+    def frozen_parts(self, config: Mapping[str, Any], dtype: torch.dtype, folder: Path | None = None) -> FrozenParts:
+        """Those that belong to this transformer: of a folder as far as it tells, else of the released model.
 
-        A family some of whose models go without a part has a function absent_parts(config) as well, which names it.
+        A transformer that no released text encoder fits stands beside the parts that ship (plan/shipped.py). `dtype` is
+        that of the transformer.
         """
 
     def parameters(self, config: Mapping[str, Any]) -> dict[str, Parameter]:
@@ -134,13 +135,13 @@ class Cost(Protocol):
     def step(self, config: Mapping[str, Any], clip: ClipShape, memory: Memory, size: int) -> float:
         """Bytes of one forward at its worst moment, beyond weights and conditions."""
 
-    def autoencoder(self, clip: ClipShape, memory: Memory, width: int) -> dict[str, float]:
+    def autoencoder(self, config: Mapping[str, Any], clip: ClipShape, memory: Memory, width: int) -> dict[str, float]:
         """Bytes by phase ("decode", "encode") at its worst moment; `width` is that of the autoencoder's elements."""
 
     def speech(self, config: Mapping[str, Any], folder: Path | None = None) -> SpeechCost:
         """Of the speech encoder, at the frame rate of the checkpoint in a folder or that of the family."""
 
-    def activations(self, config: Mapping[str, Any], run: Run, mesh: MeshSizes, size: int) -> Activations:
+    def activations(self, config: Mapping[str, Any], run: TrainingRun, mesh: MeshSizes, size: int) -> Activations:
         """Of a training step."""
 
 

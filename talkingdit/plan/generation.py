@@ -64,7 +64,7 @@ class VoicePlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class GenerationPlan:
     """A prediction, in bytes and seconds."""
 
     weights: dict[str, float]  # by part, what stays on the card
@@ -94,11 +94,7 @@ def weigh(transformer: Transformer, dtype: torch.dtype, folder: Path | None = No
         dtype: in which the transformer computes.
         folder: of a checkpoint; what it does not tell, and all without one, is that of the family's released model.
     """
-    frozen = transformer.cost.frozen_parts(dtype, folder)
-    absent_parts = getattr(transformer.cost, "absent_parts", None)
-    if absent_parts is not None:
-        absent = absent_parts(transformer.config)
-        frozen = replace(frozen, sizes={name: size for name, size in frozen.sizes.items() if name not in absent})
+    frozen = transformer.cost.frozen_parts(transformer.config, dtype, folder)
     return WeightBytes(transformer.bytes(dtype), frozen, dtype.itemsize)
 
 
@@ -124,7 +120,7 @@ def predict(
     memory: Memory | None = None,
     tflops: float | None = None,
     voice: VoicePlan | None = None,
-) -> Plan:
+) -> GenerationPlan:
     """Memory and time of a clip.
 
     Args:
@@ -140,7 +136,7 @@ def predict(
     memory = Memory() if memory is None else memory
     conditions = cost.conditions(config, clip, memory, weights.size)
     denoise = conditions + cost.step(config, clip, memory, weights.size)
-    phases = {"denoise": denoise, **cost.autoencoder(clip, memory, weights.frozen.width)}
+    phases = {"denoise": denoise, **cost.autoencoder(config, clip, memory, weights.frozen.width)}
     if voice is not None and voice.hearing:
         phases["speech"] = voice.hearing
     work = clip.branches * transformer.flops(clip, memory)
@@ -156,7 +152,9 @@ def predict(
             moved = _resident(transformer, weights, replace(memory, offload="none"))["transformer"]
             step = max(step, forwards * moved / HOST_TO_DEVICE)
         seconds = clip.steps * step
-    return Plan(_resident(transformer, weights, memory), conditions, phases, work, seconds, memory, clip, voice)
+    return GenerationPlan(
+        _resident(transformer, weights, memory), conditions, phases, work, seconds, memory, clip, voice
+    )
 
 
 def _resident(transformer: Transformer, weights: WeightBytes, memory: Memory) -> dict[str, float]:
@@ -202,8 +200,11 @@ def _moved(sizes: Mapping[str, int], units: Sequence[Unit], offload: str) -> lis
 
 
 def advice(
-    plan: Plan, again: Callable[[Memory, ClipShape], Plan], card: float, switches: Sequence[Mapping[str, Any]]
-) -> Plan | None:
+    plan: GenerationPlan,
+    again: Callable[[Memory, ClipShape], GenerationPlan],
+    card: float,
+    switches: Sequence[Mapping[str, Any]],
+) -> GenerationPlan | None:
     """A prediction that fits a card, with as few switches as that takes; None if none does.
 
     Args:

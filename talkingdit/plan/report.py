@@ -8,8 +8,8 @@ from pathlib import Path
 
 from talkingdit.encoders.speech import WHOLE_SECONDS
 from talkingdit.plan.cards import EFFICIENCY, GB, SLACK
-from talkingdit.plan.generation import Plan, VoicePlan
-from talkingdit.plan.run import Cluster, Run
+from talkingdit.plan.generation import GenerationPlan, VoicePlan
+from talkingdit.plan.run import Cluster, TrainingRun
 from talkingdit.plan.training import TrainPlan
 from talkingdit.plan.transformer import Transformer
 
@@ -35,7 +35,7 @@ def _time_in_words(seconds: float) -> str:
     return f"{seconds:8.2f} s" if seconds >= 0.005 else f"{1e3 * seconds:8.2f} ms"
 
 
-def generation_report(plan: Plan, card: float, speed: float | None, better: Plan | None) -> str:
+def generation_report(plan: GenerationPlan, card: float, speed: float | None, better: GenerationPlan | None) -> str:
     """A prediction of a clip.
 
     Args:
@@ -80,7 +80,7 @@ def _voice(voice: VoicePlan) -> Iterator[str]:
     yield f"{'features':<28}{size_in_words(voice.features)} {where}"
 
 
-def _verdict(plan: Plan, card: float, better: Plan | None) -> str:
+def _verdict(plan: GenerationPlan, card: float, better: GenerationPlan | None) -> str:
     if plan.needed <= card:
         return "fits"
     if better is None:
@@ -161,7 +161,7 @@ def _what(plan: TrainPlan, transformer: Transformer, cluster: Cluster) -> Iterat
     )
 
 
-def _trained(run: Run, transformer: Transformer) -> str:
+def _trained(run: TrainingRun, transformer: Transformer) -> str:
     if run.trains == "all":
         return "all parameters"
     if run.trains == "lora":

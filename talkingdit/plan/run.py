@@ -101,7 +101,7 @@ class MeshSizes:
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """What is trained, and how.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 
 from talkingdit.plan.cards import EIGHT_BIT_SPEED, HOST_MEMORY, HOST_TO_DEVICE, needed
 from talkingdit.plan.communication import Sent, communication
-from talkingdit.plan.run import EIGHT_BITS, Cluster, MeshSizes, Run
+from talkingdit.plan.run import EIGHT_BITS, Cluster, MeshSizes, TrainingRun
 from talkingdit.plan.training_memory import host, margins, memory, moments, states, validation
 from talkingdit.plan.transformer import Transformer
 from talkingdit.plan.units import UnitSizes, unit_sizes
@@ -23,7 +23,7 @@ class TrainPlan:
     """A prediction for one layout, per GPU: bytes and seconds."""
 
     mesh: MeshSizes
-    run: Run
+    run: TrainingRun
     memory: dict[str, float]  # by what it is for, while a step is made
     margins: dict[str, float]  # what no tensor takes
     validation: dict[str, float]  # by what it is for, while a video is made; empty if none is
@@ -48,7 +48,7 @@ class TrainPlan:
         return sum(self.seconds.values())
 
 
-def work(transformer: Transformer, sizes: UnitSizes, run: Run) -> tuple[float, float]:
+def work(transformer: Transformer, sizes: UnitSizes, run: TrainingRun) -> tuple[float, float]:
     """Floating point operations of one micro-batch: of the mathematics, and as executed.
 
     A backward costs one forward for the gradients of inputs and one for those of weights, where they train; executed
@@ -62,7 +62,7 @@ def work(transformer: Transformer, sizes: UnitSizes, run: Run) -> tuple[float, f
     return mathematics, executed
 
 
-def in_float8(transformer: Transformer, run: Run) -> float:
+def in_float8(transformer: Transformer, run: TrainingRun) -> float:
     """Of the executed operations of a micro-batch those that multiply in float8; layers stored in eight bits do not."""
     if run.float8 == "off" or run.eight_bits:
         return 0.0
@@ -70,7 +70,9 @@ def in_float8(transformer: Transformer, run: Run) -> float:
     return products * (1 + (run.checkpointing == "full") + (run.float8 == "rowwise"))
 
 
-def predict(transformer: Transformer, sizes: UnitSizes, run: Run, cluster: Cluster, mesh: MeshSizes) -> TrainPlan:
+def predict(
+    transformer: Transformer, sizes: UnitSizes, run: TrainingRun, cluster: Cluster, mesh: MeshSizes
+) -> TrainPlan:
     """Memory, communication and time of one layout.
 
     Gathering and reducing go on beside the computing, as far as they fit under it; what context parallelism exchanges
@@ -110,7 +112,7 @@ def predict(transformer: Transformer, sizes: UnitSizes, run: Run, cluster: Clust
     )
 
 
-def layouts(heads: int, run: Run, cluster: Cluster) -> Iterator[MeshSizes]:
+def layouts(heads: int, run: TrainingRun, cluster: Cluster) -> Iterator[MeshSizes]:
     """All layouts of the cluster that the heads and the number of micro-batches allow."""
     for replicate in _divisors(cluster.nodes):
         rest = cluster.world // replicate
@@ -142,7 +144,7 @@ _FULL: dict[str, Any] = {"checkpointing": "full"}
 _EIGHT: dict[str, Any] = {**_FULL, "optimizer": "adamw8bit", "frozen": "int8", "inputs": "host_bf16"}
 
 
-def _changes(run: Run, units: int) -> tuple[tuple[dict[str, Any], ...], ...]:
+def _changes(run: TrainingRun, units: int) -> tuple[tuple[dict[str, Any], ...], ...]:
     """The groups for what a run trains; `units` are the large ones.
 
     Frozen weights in bfloat16 change nothing, so a run of adapters has them so. Then what is exact comes before what
@@ -162,7 +164,7 @@ def _changes(run: Run, units: int) -> tuple[tuple[dict[str, Any], ...], ...]:
 
 
 def best(
-    transformer: Transformer, run: Run, cluster: Cluster, given: frozenset[str] = frozenset()
+    transformer: Transformer, run: TrainingRun, cluster: Cluster, given: frozenset[str] = frozenset()
 ) -> tuple[TrainPlan, bool]:
     """The fastest layout that fits, with as few switches as that takes, and True; if none fits the smallest, and False.
 
@@ -190,7 +192,7 @@ def best(
     return min(tried, key=lambda plan: plan.needed), False
 
 
-def _changed(run: Run, change: Mapping[str, Any], given: Container[str]) -> Run:
+def _changed(run: TrainingRun, change: Mapping[str, Any], given: Container[str]) -> TrainingRun:
     """The run with the switches that are not given; where those rule eight bits out there is nothing to swap."""
     wanted = {name: value for name, value in change.items() if name not in given}
     if wanted.get("frozen", run.frozen) not in EIGHT_BITS:

@@ -15,14 +15,14 @@ import torch
 from talkingdit.pipelines.memory import Memory
 from talkingdit.plan.cards import COMMUNICATOR
 from talkingdit.plan.cost import AUTOENCODER
-from talkingdit.plan.run import INPUTS, MeshSizes, Run
+from talkingdit.plan.run import INPUTS, MeshSizes, TrainingRun
 from talkingdit.plan.transformer import Transformer
 from talkingdit.plan.units import UnitSize, UnitSizes
 
 SIDE = ("gradients", "gathered")  # what is allocated in streams beside the main one
 
 
-def states(sizes: UnitSizes, run: Run, ranks: int) -> dict[str, float]:
+def states(sizes: UnitSizes, run: TrainingRun, ranks: int) -> dict[str, float]:
     """Bytes per GPU (or, offloaded, per GPU's part of the host) between steps, without gradients."""
     trained = sizes.total(ranks, trained=True) / ranks
     muon = sizes.matrices / ranks if run.optimizer == "muon" else 0.0
@@ -35,7 +35,9 @@ def states(sizes: UnitSizes, run: Run, ranks: int) -> dict[str, float]:
     }
 
 
-def memory(transformer: Transformer, sizes: UnitSizes, run: Run, mesh: MeshSizes, size: int = 2) -> dict[str, float]:
+def memory(
+    transformer: Transformer, sizes: UnitSizes, run: TrainingRun, mesh: MeshSizes, size: int = 2
+) -> dict[str, float]:
     """Bytes per GPU at the worst moment, by what they are for; `size` is that of the compute dtype."""
     held = {} if run.offload else states(sizes, run, mesh.sharded)
     worst = max(moments(transformer, sizes, run, mesh, size), key=lambda moment: sum(moment.values()))
@@ -44,7 +46,7 @@ def memory(transformer: Transformer, sizes: UnitSizes, run: Run, mesh: MeshSizes
 
 
 def moments(
-    transformer: Transformer, sizes: UnitSizes, run: Run, mesh: MeshSizes, size: int = 2
+    transformer: Transformer, sizes: UnitSizes, run: TrainingRun, mesh: MeshSizes, size: int = 2
 ) -> list[dict[str, float]]:
     """Bytes that come and go, at the backwards of the units of the walk and at the update; by what they are for."""
     activations = transformer.cost.activations(transformer.config, run, mesh, size)
@@ -107,7 +109,7 @@ def margins(mesh: MeshSizes, moments: Sequence[Mapping[str, float]]) -> dict[str
 
 
 def validation(
-    transformer: Transformer, sizes: UnitSizes, run: Run, mesh: MeshSizes, size: int = 2
+    transformer: Transformer, sizes: UnitSizes, run: TrainingRun, mesh: MeshSizes, size: int = 2
 ) -> dict[str, float]:
     """Bytes per GPU while the averages stand in for the weights, which wait beside them; by what they are for.
 
@@ -119,18 +121,20 @@ def validation(
     largest = max((unit.elements(ranks) for unit in sizes.units.values() if not unit.stays), default=0)
     memory, cost, config = Memory(), transformer.cost, transformer.config
     clip = replace(cost.default_clip(config), branches=1, batched=False)
-    parts = cost.frozen_parts(torch.float32)
+    parts = cost.frozen_parts(config, torch.float32)
     step = cost.step(config, clip, memory, size) / mesh.context + cost.conditions(config, clip, memory, size)
     return {
         **held,
         "weights that wait": 0.0 if run.offload or not run.averages else 4 * sizes.total(ranks, trained=True) / ranks,
         "gathered": always + 2 * size * largest,
-        "generating": max(step, *cost.autoencoder(clip, memory, parts.width).values()),
+        "generating": max(step, *cost.autoencoder(config, clip, memory, parts.width).values()),
         AUTOENCODER: parts.sizes.get(AUTOENCODER, 0),
     }
 
 
-def host(transformer: Transformer, sizes: UnitSizes, run: Run, mesh: MeshSizes, size: int = 2) -> dict[str, float]:
+def host(
+    transformer: Transformer, sizes: UnitSizes, run: TrainingRun, mesh: MeshSizes, size: int = 2
+) -> dict[str, float]:
     """Bytes on the host per GPU, by what they are for.
 
     An asynchronous checkpoint is a copy of everything that it holds: of adapters' runs only what trains.
@@ -151,7 +155,7 @@ def host(transformer: Transformer, sizes: UnitSizes, run: Run, mesh: MeshSizes, 
     return found | ({"copy of a checkpoint": saved} if run.asynchronous else {})
 
 
-def _update(sizes: UnitSizes, run: Run, ranks: int) -> dict[str, float]:
+def _update(sizes: UnitSizes, run: TrainingRun, ranks: int) -> dict[str, float]:
     """Bytes that the optimiser needs beyond what it holds: Muon all updates, and one whole matrix several times."""
     if run.optimizer != "muon" or run.offload:
         return {}

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from talkingdit.nn.units import unit_of
-from talkingdit.plan.run import Run
+from talkingdit.plan.run import TrainingRun
 
 if TYPE_CHECKING:
     from talkingdit.plan.transformer import Transformer
@@ -40,7 +40,7 @@ class UnitSize:
     swapped: bool = False
 
     def stored(self, ranks: int, frozen: str) -> float:
-        """Bytes of the shards of weights that a rank holds between steps; `frozen` as `Run` has it."""
+        """Bytes of the shards of weights that a rank holds between steps; `frozen` as `TrainingRun` has it."""
         trained = self.elements(ranks, trained=True)
         wide = self.float32 or frozen == "float32"
         return (4 * trained + (4 if wide else 2) * (self.elements(ranks) - trained)) / ranks
@@ -110,7 +110,7 @@ class UnitSizes:
         return max((size for unit in self.units.values() for size in unit.matrices), default=0)
 
 
-def unit_sizes(transformer: Transformer, run: Run) -> UnitSizes:
+def unit_sizes(transformer: Transformer, run: TrainingRun) -> UnitSizes:
     """The units of a transformer with what the run trains. Nothing is loaded.
 
     Raises:
@@ -142,7 +142,7 @@ def unit_sizes(transformer: Transformer, run: Run) -> UnitSizes:
     return sizes
 
 
-def _follow_the_backward(transformer: Transformer, sizes: UnitSizes, run: Run) -> None:
+def _follow_the_backward(transformer: Transformer, sizes: UnitSizes, run: TrainingRun) -> None:
     """Mark which units a backward goes through, and which it gathers again."""
     listed, units = transformer.units.UNITS, sizes.units
     before: list[str] = []

@@ -30,7 +30,7 @@ LAGS = range(-4, 5)
 
 
 @dataclass(frozen=True)
-class Voice:
+class HeldOutVoice:
     """A stretch of speech of one speaker nobody trained on."""
 
     speaker: str
@@ -39,21 +39,21 @@ class Voice:
 
 
 @dataclass(frozen=True)
-class Job:
+class MeasureJob:
     """One video to make: a portrait to bring to speech, and the voice that it speaks with."""
 
     scene: Scene
     portrait: Image  # [S, S, 3]
-    voice: Voice
+    voice: HeldOutVoice
     frames: int
     seed: int
 
 
-Generator = Callable[[Job], Image]  # -> [frames, S, S, 3]
+Generator = Callable[[MeasureJob], Image]  # -> [frames, S, S, 3]
 RoundTrip = Callable[[Image], Image]  # [1 + 4 n, S, S, 3] -> the same, through the autoencoder
 
 
-def truth_of(voice: Voice, frames: int, fps: int = 16) -> Visemes:
+def truth_of(voice: HeldOutVoice, frames: int, fps: int = 16) -> Visemes:
     """True mouth of a voice in each of so many frames; closed beyond its end."""
     return visemes_from_audio(voice.samples, fps, frames)
 
@@ -77,11 +77,11 @@ def sync(truth: FloatArray, measured: FloatArray) -> dict[str, float]:
     return {"r": by_lag[0], "slope": slope, "lag": best, "r_at_lag": by_lag[best]}
 
 
-def draw_job(voice: Voice, frames: int, size: int, seed: int) -> Job:
+def draw_job(voice: HeldOutVoice, frames: int, size: int, seed: int) -> MeasureJob:
     """A held-out character in a scene of its own; the portrait has the mouth closed."""
     scene = Scene.random(np.random.default_rng(seed), "held_out")
     closed = np.zeros((1, 1), np.float32)
-    return Job(scene, render(scene, closed, closed + 0.5, [Motion.still(1)], size)[0], voice, frames, seed)
+    return MeasureJob(scene, render(scene, closed, closed + 0.5, [Motion.still(1)], size)[0], voice, frames, seed)
 
 
 def colour_shift(frames: Image, portrait: Image) -> float:
@@ -89,7 +89,7 @@ def colour_shift(frames: Image, portrait: Image) -> float:
     return float(np.sqrt(np.mean((frames.mean((0, 1, 2)) - portrait.mean((0, 1))) ** 2)))
 
 
-def measure(job: Job, frames: Image, reading: Reading | None = None, fps: int = 16) -> dict[str, Any]:
+def measure(job: MeasureJob, frames: Image, reading: Reading | None = None, fps: int = 16) -> dict[str, Any]:
     """One row: sync, identity and expression of a generated video."""
     reading = probe(frames, fps=fps) if reading is None else reading
     truth = truth_of(job.voice, len(frames), fps).opening
@@ -105,7 +105,7 @@ def measure(job: Job, frames: Image, reading: Reading | None = None, fps: int = 
     }
 
 
-def measure_long(job: Job, frames: Image, fps: int = 16) -> dict[str, Any]:
+def measure_long(job: MeasureJob, frames: Image, fps: int = 16) -> dict[str, Any]:
     """`measure` of a long video, and of each of its thirds what can drift."""
     reading = probe(frames, fps=fps)
     truth = truth_of(job.voice, len(frames), fps).opening
@@ -130,7 +130,7 @@ def measure_long(job: Job, frames: Image, fps: int = 16) -> dict[str, Any]:
 
 
 def measure_round_trip(
-    voices: Sequence[Voice], through: RoundTrip, size: int, seed: int, fps: int = 16
+    voices: Sequence[HeldOutVoice], through: RoundTrip, size: int, seed: int, fps: int = 16
 ) -> dict[str, Any]:
     """Sync of drawn videos after the autoencoder, the mean over voices: the ceiling for any model that uses it."""
     rows = []
@@ -147,8 +147,8 @@ def measure_round_trip(
 
 def evaluate(
     generate: Generator,
-    voices: Sequence[Voice],
-    long_voice: Voice,
+    voices: Sequence[HeldOutVoice],
+    long_voice: HeldOutVoice,
     size: int = 96,
     fps: int = 16,
     seed: int = 0,

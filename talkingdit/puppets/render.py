@@ -44,7 +44,7 @@ PROFILE_SHIFT = 0.09  # how far the features move towards the side a turned head
 
 
 @dataclass(frozen=True)
-class Face:
+class Expression:
     """An expression as numbers: mouth corners (positive = up), inner and outer brow height, eye opening, brow tilt."""
 
     corner_left: float = 0.0
@@ -55,15 +55,17 @@ class Face:
     nose: float = 0.0
 
 
-FACES: dict[str, Face] = {
-    "neutral": Face(),
-    "happy": Face(corner_left=0.035, corner_right=0.035, brow_inner=0.01, brow_outer=0.01, eye=0.85),
-    "sad": Face(corner_left=-0.03, corner_right=-0.03, brow_inner=0.03, brow_outer=-0.02, eye=0.8),
-    "angry": Face(corner_left=-0.02, corner_right=-0.02, brow_inner=-0.035, brow_outer=0.02, eye=0.8),
-    "surprised": Face(brow_inner=0.045, brow_outer=0.045, eye=1.4),
-    "fear": Face(corner_left=-0.02, corner_right=-0.02, brow_inner=0.045, brow_outer=0.0, eye=1.3),
-    "disgust": Face(corner_left=-0.015, corner_right=-0.015, brow_inner=-0.025, brow_outer=-0.015, eye=0.55, nose=1.0),
-    "contempt": Face(corner_left=-0.005, corner_right=0.04, brow_inner=0.0, brow_outer=0.0, eye=0.75),
+FACES: dict[str, Expression] = {
+    "neutral": Expression(),
+    "happy": Expression(corner_left=0.035, corner_right=0.035, brow_inner=0.01, brow_outer=0.01, eye=0.85),
+    "sad": Expression(corner_left=-0.03, corner_right=-0.03, brow_inner=0.03, brow_outer=-0.02, eye=0.8),
+    "angry": Expression(corner_left=-0.02, corner_right=-0.02, brow_inner=-0.035, brow_outer=0.02, eye=0.8),
+    "surprised": Expression(brow_inner=0.045, brow_outer=0.045, eye=1.4),
+    "fear": Expression(corner_left=-0.02, corner_right=-0.02, brow_inner=0.045, brow_outer=0.0, eye=1.3),
+    "disgust": Expression(
+        corner_left=-0.015, corner_right=-0.015, brow_inner=-0.025, brow_outer=-0.015, eye=0.55, nose=1.0
+    ),
+    "contempt": Expression(corner_left=-0.005, corner_right=0.04, brow_inner=0.0, brow_outer=0.0, eye=0.75),
 }
 
 _SUPERSAMPLE = 2
@@ -92,7 +94,7 @@ class _Canvas:
         self.polygon(np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]]), colour)
 
 
-def mouth_outline(opening: float, width: float, face: Face, margin: float = 0.0) -> Points:
+def mouth_outline(opening: float, width: float, face: Expression, margin: float = 0.0) -> Points:
     """Outline of the mouth around its resting point: [40, 2], `margin` widens it (the lips)."""
     half = 0.062 + 0.045 * width + margin
     up = MOUTH_UP * MOUTH_HEIGHT * opening + margin
@@ -142,7 +144,7 @@ def _features(
     canvas: _Canvas,
     character: Character,
     head: Points,
-    face: Face,
+    face: Expression,
     opening: float,
     width: float,
     eyelids: float,

@@ -12,7 +12,7 @@ import soundfile
 from talkingdit.app.asked import Asked, Machine
 from talkingdit.app.planning import plan
 from talkingdit.app.runs import Run
-from talkingdit.app.server import Settings, default_folder
+from talkingdit.app.server import ServerSettings, default_folder
 from talkingdit.cli.main import USER_ERROR, main
 from talkingdit.errors import UserError
 from talkingdit.puppets import MODEL
@@ -46,7 +46,7 @@ def test_a_port_that_is_taken_is_told(tmp_path: Path, capsys: pytest.CaptureFixt
     ("host", "local"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("host", False)]
 )
 def test_only_addresses_of_this_machine_go_without_a_password(host: str, local: bool, tmp_path: Path) -> None:
-    assert Settings(folder=tmp_path, host=host).local is local
+    assert ServerSettings(folder=tmp_path, host=host).local is local
 
 
 def test_runs_are_kept_where_the_platform_keeps_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

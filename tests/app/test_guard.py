@@ -17,9 +17,9 @@ pytest.importorskip("gradio", reason="needs gradio")
 from starlette.testclient import TestClient
 from test_runs import Made
 
-from talkingdit.app.guard import HEADER, Guard, Shares
+from talkingdit.app.guard import HEADER, RequestGuard, Shares
 from talkingdit.app.runs import owner_of
-from talkingdit.app.server import Settings, opened
+from talkingdit.app.server import ServerSettings, opened
 from talkingdit.puppets import MODEL
 
 ANNA, BEN = "anna-anna-anna-anna", "ben-ben-ben-ben-ben"
@@ -29,14 +29,14 @@ PASSWORD = "a long password"
 
 
 @pytest.fixture(scope="module")
-def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
-    settings = Settings(folder=tmp_path_factory.mktemp("data"), limit=1)
+def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RequestGuard]:
+    settings = ServerSettings(folder=tmp_path_factory.mktemp("data"), limit=1)
     with opened(settings, Made) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def server(application: Guard) -> Iterator[TestClient]:
+def server(application: RequestGuard) -> Iterator[TestClient]:
     with TestClient(application, base_url="http://127.0.0.1") as client:
         yield client
 
@@ -187,8 +187,8 @@ def test_other_sites_and_other_names_are_turned_away(server: TestClient) -> None
     assert server.get("/", headers={"host": "localhost:7860"}).status_code == 200
 
 
-def test_with_a_password_nothing_is_answered_without_it(application: Guard) -> None:
-    guarded = Guard(application._app, application._shares, PASSWORD, (), MB)
+def test_with_a_password_nothing_is_answered_without_it(application: RequestGuard) -> None:
+    guarded = RequestGuard(application._app, application._shares, PASSWORD, (), MB)
     client = TestClient(guarded, base_url="http://127.0.0.1")
     for address in ("/", "/config", "/assets/x.js", "/talkingdit/runs/x/video.mp4", FILE + "x"):
         for given in (None, "Basic " + base64.b64encode(b"me:wrong").decode(), "Basic %%%", "Bearer x"):

@@ -212,10 +212,10 @@ def test_a_run_is_stopped_while_its_worker_is_being_started(runs: Runs) -> None:
 
 def test_a_worker_that_dies_costs_one_run(runs: Runs) -> None:
     """A real process, which is killed as the system does it when memory runs out."""
-    from talkingdit.app.queue import Worker
+    from talkingdit.app.queue import WorkerProcess
 
     events: list[dict[str, Any]] = []
-    worker = Worker(Machine(), None)
+    worker = WorkerProcess(Machine(), None)
     worker.kill()
     worker.make(added(runs), events.append)
     worker.close()

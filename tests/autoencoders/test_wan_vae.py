@@ -16,7 +16,7 @@ from torch import Tensor
 
 from talkingdit.autoencoders.streaming import StreamingDecoder, encode
 from talkingdit.autoencoders.wan import LATENTS_MEAN, LATENTS_STD, load_vae, vae_config, vae_name
-from talkingdit.checkpoints.weights import Entry, Weights
+from talkingdit.checkpoints.weights import TensorEntry, Weights
 from talkingdit.errors import UserError
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "wan_vae_t5.safetensors"
@@ -50,7 +50,7 @@ def test_the_official_numbers_come_out_of_the_official_file(
 
 def test_every_released_weight_has_a_place_of_its_shape(golden: tuple[dict[str, Any], dict[str, Tensor]]) -> None:
     released = {name: tuple(shape) for name, shape in golden[0]["full_vae_keys"].items()}
-    entries = {name: Entry(Path(VAE_FILE), name, shape, torch.float32) for name, shape in released.items()}
+    entries = {name: TensorEntry(Path(VAE_FILE), name, shape, torch.float32) for name, shape in released.items()}
     config = vae_config(Weights(Path(VAE_FILE), entries))
     with torch.device("meta"):
         found, default = AutoencoderKLWan(**config), AutoencoderKLWan()

@@ -146,7 +146,7 @@ def test_failures_and_steps_that_no_longer_fit_are_named(tmp_path):
     def fails(job):
         raise ValueError("broken")
 
-    steps = {"first": gpu.Step(fails, 10.0), "second": gpu.Step(lambda job: None, 10.0)}
+    steps = {"first": gpu.GpuStep(fails, 10.0), "second": gpu.GpuStep(lambda job: None, 10.0)}
     first, second = gpu.run_steps(steps, CPU, tmp_path, 0.1, gpu.run_step, least=0.0), None
     assert len(first) == 1
     assert "ValueError: broken" in first[0]

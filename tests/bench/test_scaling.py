@@ -83,7 +83,7 @@ def test_a_second_group_is_refused():
 
 
 def test_counting_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
-    cases = [scaling.Case(ulysses=8), scaling.Case(shard=8), scaling.Case(shard=2, ulysses=8)]
+    cases = [scaling.ScalingCase(ulysses=8), scaling.ScalingCase(shard=8), scaling.ScalingCase(shard=2, ulysses=8)]
     monkeypatch.setattr(scaling, "cases", lambda: iter(cases))
     done = []
 
@@ -108,7 +108,7 @@ def test_the_table_has_a_line_per_count(tmp_path):
     document = tmp_path / "page.md"
     document.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     rows = {
-        **asdict(scaling.Case(replicate=2, ulysses=8)),
+        **asdict(scaling.ScalingCase(replicate=2, ulysses=8)),
         "sent": [
             {"kind": "all-gather", "bytes": 3e9, "outside": 0.0},
             {"kind": "all-reduce", "bytes": 2e9, "outside": 2e9},

@@ -292,7 +292,7 @@ def test_text_features_from_a_file_do_without_text_encoders(
     import torch
 
     from talkingdit import families
-    from talkingdit.families.hunyuan_avatar.encode import squeezed
+    from talkingdit.families.hunyuan_avatar.prepare import squeezed
     from talkingdit.families.hunyuan_avatar.words import save_words
 
     checkpoint = families.get("hunyuan_avatar").checkpoint.load_checkpoint(folder, torch.float32, "cpu")

@@ -13,7 +13,7 @@ import numpy as np
 
 from talkingdit.curate.look import Look
 from talkingdit.curate.settings import Watch
-from talkingdit.curate.stages import Figures, Found, Person
+from talkingdit.curate.stages import ClipFindings, Figures, Person
 
 NAME = "planted"
 
@@ -26,7 +26,7 @@ class Quick:
     def __init__(self, watch: Watch) -> None:
         self._given = watch.models
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         time.sleep(float(self._given.get("sleep", 0)))
         return {
             "clip.seconds": look.seconds,
@@ -41,14 +41,14 @@ class Card(Quick):
 
     gpu = True
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         return {"card.pictures": len(look.pictures), "card.heard": len(look.samples), "card.pid": os.getpid()}
 
 
 class Deadly(Quick):
     """Kills its process at videos whose name says so: "once", or always."""
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         tried = Path(self._given["marks"]) / look.video.name
         if "always" in look.video.name or ("once" in look.video.name and not tried.exists()):
             tried.touch()
@@ -63,7 +63,7 @@ class Deadly(Quick):
 class Faces(Quick):
     """Two people who are found without a model, and a voice all the time; notes every clip that it sees."""
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         with (Path(self._given["marks"]) / "seen.txt").open("a", encoding="utf-8") as file:
             file.write(f"{look.video.name}\n")
         count, (height, width) = len(look.pictures), look.pictures.shape[1:3]

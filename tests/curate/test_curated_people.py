@@ -60,12 +60,12 @@ def test_the_silent_clip_is_called_silent(tmp_path: Path) -> None:
 def test_a_shifted_sound_is_recognised_by_its_shift() -> None:
     """The clip itself is 3 pictures off, as SyncNet's authors measure in it; what we shift adds to that."""
     need_stages("people", "speech", "voices")
-    from talkingdit.curate.stages import Found, make_stages
+    from talkingdit.curate.stages import ClipFindings, make_stages
 
     watch = Watch(stages=("people", "speech", "voices"))
     stages, _ = make_stages(watch)
     (look,) = looks(real(*PRESENTER), watch, find_cuts=False)
-    found = Found()
+    found = ClipFindings()
     said = {name: value for stage in stages.values() for name, value in stage.measure(look, found).items()}
     assert said["faces.people"] == said["voices.count"] == 1
     assert said["speech.share"] > 0.6

@@ -16,7 +16,7 @@ from talkingdit.curate.decide import decide
 from talkingdit.curate.duplicates import groups
 from talkingdit.curate.measure import Video
 from talkingdit.curate.report import write_report
-from talkingdit.curate.settings import Limit, Settings, Write
+from talkingdit.curate.settings import CurateSettings, Limit, Write
 from talkingdit.curate.write import kind_of, wider, write_manifest, write_table
 from talkingdit.data.manifest import read_manifest
 
@@ -45,12 +45,12 @@ def test_the_first_limit_that_is_not_kept_removes_a_clip() -> None:
         record("a", {"clip.seconds": 3.0, "faces.share": 1.0}, {"clip.seconds": 1.0, "faces.share": 0.1}),
         record("b", {"clip.seconds": 3.0}, {"clip.seconds": 3.0, "faces.share": 0.5}),
     ]
-    decisions = decide(records, Settings(limits=dict(LIMITS)))
+    decisions = decide(records, CurateSettings(limits=dict(LIMITS)))
     assert [clip.removed_by for clip in decisions.clips] == ["", "clip.seconds", "faces.share", "faces.share"]
     assert decisions.clips[1].failed == ["clip.seconds", "faces.share"]
     rows = [(s.name, s.came, s.removed, s.alone, s.unknown) for s in decisions.funnel]
     assert rows == [("clip.seconds", 4, 1, 1, 0), ("faces.share", 3, 2, 3, 1)]
-    again = decide(records, Settings(limits=LIMITS | {"faces.share": Limit(at_least=0.4)}))
+    again = decide(records, CurateSettings(limits=LIMITS | {"faces.share": Limit(at_least=0.4)}))
     assert [clip.key for clip in again.kept] == ["a/0000", "b/0000", "b/0001"]
 
 
@@ -62,7 +62,7 @@ def test_of_copies_the_largest_is_kept() -> None:
         {"clip.seconds": 3.0, "clip.height": 720, "signature.pictures": signature(5)},
         {"clip.seconds": 9.0, "clip.height": 720, "signature.pictures": signature(0)},
     ]
-    decisions = decide([record("v", *rows)], Settings(limits=limits))
+    decisions = decide([record("v", *rows)], CurateSettings(limits=limits))
     assert [clip.kept for clip in decisions.clips] == [False, True, True, True]  # the last is much longer
     assert decisions.clips[0].copy_of == "v/0001"
 
@@ -81,7 +81,7 @@ def test_the_manifest_is_one_that_training_reads(tmp_path: Path) -> None:
     box = {"faces.box": [0.2, 0.2, 0.6, 0.7], "faces.mouth": [0.3, 0.5, 0.5, 0.6]}
     rows = ({"anchors": front, **box}, {"anchors": left, "caption.text": "a person talks"}, {"clip.seconds": 1.0})
     records = [record("v", *rows)]
-    decisions = decide(records, Settings(limits={"clip.seconds": Limit(at_least=2)}))
+    decisions = decide(records, CurateSettings(limits={"clip.seconds": Limit(at_least=2)}))
     videos = [Video("v", Path("/videos/v.mp4"), caption="given")]
     assert write_manifest(tmp_path, decisions, videos, Write()) == 2
     first, second = read_manifest(tmp_path / "manifest.jsonl").entries
@@ -106,7 +106,7 @@ def test_the_same_figures_make_the_same_files(tmp_path: Path) -> None:
     made = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        write_manifest(tmp_path / name, decide(records, Settings(limits={})), [], Write())
+        write_manifest(tmp_path / name, decide(records, CurateSettings(limits={})), [], Write())
         made.append((tmp_path / name / "manifest.jsonl").read_bytes())
     assert made[0] == made[1]
 
@@ -114,7 +114,7 @@ def test_the_same_figures_make_the_same_files(tmp_path: Path) -> None:
 def test_the_table_has_every_clip_and_its_decision(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
     records = [record("v", {"clip.seconds": 3, "faces.box": [0.1, 0.1, 0.5, 0.5]}, {"clip.seconds": 1.5})]
-    file = write_table(tmp_path, decide(records, Settings(limits={"clip.seconds": Limit(at_least=2)})))
+    file = write_table(tmp_path, decide(records, CurateSettings(limits={"clip.seconds": Limit(at_least=2)})))
     rows = parquet.read_table(file).to_pylist()
     assert [(r["clip"], r["kept"], r["removed_by"]) for r in rows] == [
         ("v/0000", True, ""),
@@ -126,7 +126,7 @@ def test_the_table_has_every_clip_and_its_decision(tmp_path: Path) -> None:
 
 def test_the_report_stands_alone_and_escapes_what_files_say(tmp_path: Path) -> None:
     records = [record("v", *[{"clip.seconds": float(n)} for n in range(1, 6)])]
-    decisions = decide(records, Settings(limits={"clip.seconds": Limit(at_least=2.5)}))
+    decisions = decide(records, CurateSettings(limits={"clip.seconds": Limit(at_least=2.5)}))
     write_report(tmp_path, decisions, 1, [{"error": "<script>alert(1)</script>"}], {"caption": "give <a> model"})
     page = (tmp_path / "report.html").read_text()
     assert "3 of 5 clips are kept" in page

@@ -14,8 +14,8 @@ import pytest
 from clip_files import draw, voice, write_video
 from forked import start
 
-from talkingdit.curate.job import Job, curate
-from talkingdit.curate.settings import Limit, Settings, Watch
+from talkingdit.curate.job import CurateJob, curate
+from talkingdit.curate.settings import CurateSettings, Limit, Watch
 from talkingdit.errors import UserError
 
 HERE = Path(__file__).parent
@@ -35,14 +35,14 @@ def make_videos(folder: Path, names: list[str]) -> Path:
     return folder
 
 
-def job(tmp_path: Path, videos: Path, stage: str = "Quick", **more: Any) -> Job:
+def job(tmp_path: Path, videos: Path, stage: str = "Quick", **more: Any) -> CurateJob:
     models = {"marks": str(tmp_path), "sleep": str(more.pop("sleep", 0))}
     watch = Watch(stages=(f"planted:{stage}",), models=models, min_seconds=0.5, cut=0)
-    settings = Settings(watch, more.pop("limits", {"clip.seconds": Limit(at_least=0.5)}))
-    return Job(videos, tmp_path / "out", settings, **more)
+    settings = CurateSettings(watch, more.pop("limits", {"clip.seconds": Limit(at_least=0.5)}))
+    return CurateJob(videos, tmp_path / "out", settings, **more)
 
 
-def run(what: Job) -> tuple[Any, list[str]]:
+def run(what: CurateJob) -> tuple[Any, list[str]]:
     """The outcome, and the keys of the videos that were watched."""
     seen: list[str] = []
     outcome = curate(what, lambda *_: None, lambda record: seen.append(record["key"]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from talkingdit.curate.settings import LIMITS, Limit, Settings, Watch, read_settings
+from talkingdit.curate.settings import LIMITS, CurateSettings, Limit, Watch, read_settings
 from talkingdit.curate.stages import STAGES, stage_of
 from talkingdit.curate.versions import versions_of
 from talkingdit.errors import UserError
@@ -28,7 +28,7 @@ def test_a_file_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:
         "speech.share": Limit(off=True),
     }
     assert settings.write.wanted_languages == ("en",)
-    assert read_settings(None) == Settings()
+    assert read_settings(None) == CurateSettings()
 
 
 @pytest.mark.parametrize(

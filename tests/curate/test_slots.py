@@ -17,11 +17,11 @@ import torch
 from clip_files import draw, voice, write_video
 
 from talkingdit.curate.decide import decide
-from talkingdit.curate.job import Job, curate
+from talkingdit.curate.job import CurateJob, curate
 from talkingdit.curate.look import Look, looks
-from talkingdit.curate.settings import LIMITS, Limit, Settings, Watch, Write
+from talkingdit.curate.settings import LIMITS, CurateSettings, Limit, Watch, Write
 from talkingdit.curate.slots import MODELS, SLOTS, identify_models, note_models
-from talkingdit.curate.stages import Found, Person
+from talkingdit.curate.stages import ClipFindings, Person
 from talkingdit.curate.stages.talking import SyncnetStage, speaker
 from talkingdit.detect.light_asd import LightASD
 from talkingdit.detect.syncnet import SyncNet
@@ -55,8 +55,10 @@ class Folder:
     def run(self, models: dict[str, str], limits: dict[str, Limit] | None = None, **more: Any) -> Any:
         stages = more.pop("stages", ("planted:Faces", "light_asd", "signature"))
         watch = Watch(stages=stages, models={"marks": str(self.path)} | models, fps=16, min_seconds=0.5, cut=0)
-        settings = Settings(watch, limits or {}, Write(anchors=False))
-        return curate(Job(self.path / "videos", self.path / "out", settings, **more), lambda *_: None, lambda _: None)
+        settings = CurateSettings(watch, limits or {}, Write(anchors=False))
+        return curate(
+            CurateJob(self.path / "videos", self.path / "out", settings, **more), lambda *_: None, lambda _: None
+        )
 
     @property
     def seen(self) -> int:
@@ -119,10 +121,10 @@ def test_what_stages_found_comes_back_as_it_was(tmp_path: Path) -> None:
 
     write_video(tmp_path / "a.mp4", draw(16), 16, voice(1.0))
     (look,) = looks(tmp_path / "a.mp4", Watch(fps=16), find_cuts=False)
-    found = Found()
+    found = ClipFindings()
     Faces(Watch(models={"marks": str(tmp_path)})).measure(look, found)
     found.people[1].speaking = np.arange(16, dtype=np.float32)
-    back = Found.unpacked(found.packed())
+    back = ClipFindings.unpacked(found.packed())
     assert replace(back, people=[]) == replace(found, people=[])
     for one, other in zip(back.people, found.people, strict=True):
         for name, value in vars(other).items():
@@ -150,7 +152,7 @@ def test_who_speaks() -> None:
     rows = [{"number": n, "start": n, "end": n + 3, "figures": one} for n, one in enumerate(figures.values())]
     record = {"key": "v", "path": "/v.mp4", "clips": rows, "error": "", "lacking": {}}
     limits = {name: limit for name, limit in LIMITS.items() if name.startswith("active_speaker")}
-    removed = [clip.removed_by for clip in decide([record], Settings(limits=limits)).clips]
+    removed = [clip.removed_by for clip in decide([record], CurateSettings(limits=limits)).clips]
     assert removed == ["", "active_speaker.is_largest", "active_speaker.score"]
 
 
@@ -165,8 +167,8 @@ def test_syncnet_signs_what_it_measures(tmp_path: Path) -> None:
     boxes = np.tile(np.array([20, 10, 60, 50], np.float32), (26, 1))
     stage = SyncnetStage(Watch(models={"syncnet": str(tmp_path / "syncnet_v2.model")}))
     stage.backbone = "mine"
-    assert stage.measure(look, Found(people=[Person(boxes, 1.0, boxes[:, 0])])) == {}  # nobody speaks
-    figures = stage.measure(look, Found([Person(boxes, 1.0, boxes[:, 0])], [(0.0, 1.0)]))
+    assert stage.measure(look, ClipFindings(people=[Person(boxes, 1.0, boxes[:, 0])])) == {}  # nobody speaks
+    figures = stage.measure(look, ClipFindings([Person(boxes, 1.0, boxes[:, 0])], [(0.0, 1.0)]))
     expected = network.judge(heads(pictures, boxes), 25.0, look.samples)
     assert figures["syncnet.confidence"] == pytest.approx(expected.confidence, abs=1e-3)
     assert figures["syncnet.distance"] == pytest.approx(expected.distance, abs=1e-3)
@@ -196,7 +198,9 @@ def test_what_does_not_fit_a_slot_is_one_sentence(tmp_path: Path, slot: str, mak
     write_video(tmp_path / "a.mp4", draw(16), 16, voice(1.0))
     given = make(tmp_path / "given.model")
     stages = (slot,) if slot != "expression" else ("picture",)
-    job = Job(tmp_path / "a.mp4", tmp_path / "out", Settings(Watch(stages=stages, models={slot: str(given)}, cut=0)))
+    job = CurateJob(
+        tmp_path / "a.mp4", tmp_path / "out", CurateSettings(Watch(stages=stages, models={slot: str(given)}, cut=0))
+    )
     manifest = tmp_path / "rows.jsonl"
     manifest.write_text(json.dumps({"video": "a.mp4"}) + "\n")
     with pytest.raises(UserError, match=re.escape(slot) + r".*|.*given\.model") as caught:

@@ -14,7 +14,7 @@ from talkingdit.data import ClipRequest, Sample
 from talkingdit.data.cutting import Cutting
 from talkingdit.data.encoders import CheckpointEncoders
 from talkingdit.data.manifest import read_manifest
-from talkingdit.data.precompute import Job, Step, precompute, prepare
+from talkingdit.data.precompute import FinishedVideo, PrecomputeJob, precompute, prepare
 from talkingdit.data.shards import PrecomputedShards
 from talkingdit.families.wan_s2v.clips import encode_clip
 
@@ -23,13 +23,13 @@ CUTTING = Cutting(clip_frames=16, min_frames=8, max_area=32 * 48, multiple=16)
 TENSORS = ("latents", "audio", "text", "reference", "history", "audio_history", "pose")
 
 
-def make_job(videos: Path, encoders: CheckpointEncoders, out: Path, **changes: Any) -> Job:
-    job = Job(read_manifest(videos / "m.jsonl"), encoders, encode_clip, out, CUTTING, shard_bytes=1 << 20)
+def make_job(videos: Path, encoders: CheckpointEncoders, out: Path, **changes: Any) -> PrecomputeJob:
+    job = PrecomputeJob(read_manifest(videos / "m.jsonl"), encoders, encode_clip, out, CUTTING, shard_bytes=1 << 20)
     return dataclasses.replace(job, **changes)
 
 
-def run(job: Job, rank: int = 0, world: int = 1) -> list[Step]:
-    steps: list[Step] = []
+def run(job: PrecomputeJob, rank: int = 0, world: int = 1) -> list[FinishedVideo]:
+    steps: list[FinishedVideo] = []
     prepare(job, rank)
     precompute(job, rank, world, steps.append)
     return steps

@@ -27,7 +27,7 @@ from talkingdit.data.encoders import CheckpointEncoders, Encoders, PlainSettings
 from talkingdit.data.encoding import broken_by, encode_clip
 from talkingdit.data.manifest import read_manifest
 from talkingdit.data.on_the_fly import OnTheFly
-from talkingdit.data.precompute import Job, Step, precompute, prepare
+from talkingdit.data.precompute import FinishedVideo, PrecomputeJob, precompute, prepare
 from talkingdit.data.sample import BrokenSample, ClipRequest, Sample
 from talkingdit.data.shard_checks import check_description
 from talkingdit.data.shards import PrecomputedShards, ShardWriter, part_of
@@ -198,9 +198,9 @@ def pictures(tmp_path: Path) -> Path:
 CUTTING = Cutting(clip_frames=8, min_frames=4, max_area=32 * 48, multiple=16)
 
 
-def run(folder: Path, encode: Any = encode_clip) -> tuple[list[Step], list[dict[str, str]], list[str]]:
-    job = Job(read_manifest(folder / "m.jsonl"), PlainEncoders(folder), encode, folder / "out", CUTTING)
-    steps: list[Step] = []
+def run(folder: Path, encode: Any = encode_clip) -> tuple[list[FinishedVideo], list[dict[str, str]], list[str]]:
+    job = PrecomputeJob(read_manifest(folder / "m.jsonl"), PlainEncoders(folder), encode, folder / "out", CUTTING)
+    steps: list[FinishedVideo] = []
     prepare(job)
     precompute(job, report=steps.append)
     broken = folder / "out" / "broken.jsonl"
@@ -263,9 +263,9 @@ def crash(item: Any, *rest: Any, **more: Any) -> Sample:
 
 def test_a_decoder_that_crashes_costs_its_file_and_not_the_run(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "START", "fork")  # saves imports
-    job = Job(read_manifest(pictures / "m.jsonl"), PlainEncoders(pictures), crash, pictures / "out", CUTTING)
+    job = PrecomputeJob(read_manifest(pictures / "m.jsonl"), PlainEncoders(pictures), crash, pictures / "out", CUTTING)
     prepare(job)
-    steps: list[Step] = []
+    steps: list[FinishedVideo] = []
     workers.run_workers(job, 0, 1, 2, steps.append)
     assert len(steps) == 4
     made = [about["caption"] for _, about in PrecomputedShards(job.out).clips]

@@ -21,7 +21,7 @@ from talkingdit.data import ClipRequest
 from talkingdit.data.cutting import Cutting
 from talkingdit.data.manifest import read_manifest
 from talkingdit.data.on_the_fly import OnTheFly
-from talkingdit.data.precompute import Job, Step, prepare
+from talkingdit.data.precompute import FinishedVideo, PrecomputeJob, prepare
 from talkingdit.data.shards import PrecomputedShards
 from talkingdit.data.workers import run_workers
 from talkingdit.errors import UserError
@@ -59,8 +59,8 @@ def test_a_family_without_history_voice_and_words(
     clips = Family("silent", "silent models", "silent_clips").clips
     encoders = clips.encoders(checkpoint)
     assert encoders.what == ("latents",)
-    job = Job(read_manifest(manifest), encoders, clips.encode_clip, tmp_path / "out", CUTTING, "float32")
-    steps: list[Step] = []
+    job = PrecomputeJob(read_manifest(manifest), encoders, clips.encode_clip, tmp_path / "out", CUTTING, "float32")
+    steps: list[FinishedVideo] = []
     prepare(job)
     run_workers(job, 0, 1, workers, steps.append)
     assert sorted(step.clips for step in steps) == [1, 2]  # one at every stride, as there is no history

@@ -21,18 +21,18 @@ from talkingdit.cli.main import main
 from talkingdit.data import workers
 from talkingdit.data.encoders import CheckpointEncoders
 from talkingdit.data.manifest import read_manifest
-from talkingdit.data.precompute import Job, Step, precompute, prepare
+from talkingdit.data.precompute import FinishedVideo, PrecomputeJob, precompute, prepare
 from talkingdit.data.shards import PrecomputedShards
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.clips import encoders as encoders_of
 
 
-def die(job: Job, count: int) -> None:
+def die(job: PrecomputeJob, count: int) -> None:
     """A worker that is killed, without a chance to clean up, after some videos."""
     torch.set_num_threads(1)
-    steps: list[Step] = []
+    steps: list[FinishedVideo] = []
 
-    def report(step: Step) -> None:
+    def report(step: FinishedVideo) -> None:
         steps.append(step)
         if len(steps) == count:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -64,19 +64,19 @@ def test_an_interrupt_keeps_what_is_done(videos: Path, encoders: CheckpointEncod
     job = make_job(videos, encoders, tmp_path / "out")
     prepare(job)
 
-    def stop(step: Step) -> None:
+    def stop(step: FinishedVideo) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         precompute(job, report=stop)
     assert len(PrecomputedShards(job.out)) == 1
-    assert run(job)[0] == Step(kept=1)
+    assert run(job)[0] == FinishedVideo(kept=1)
 
 
 def test_a_scheduler_that_takes_the_machine_back_loses_nothing(
     videos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def told(job: Job, rank: int, world: int, report: Any) -> None:
+    def told(job: PrecomputeJob, rank: int, world: int, report: Any) -> None:
         precompute(job, rank, world, lambda step: (report(step), os.kill(os.getpid(), signal.SIGTERM)))
 
     monkeypatch.setattr(workers, "precompute", told)
@@ -92,10 +92,10 @@ def test_a_scheduler_that_takes_the_machine_back_loses_nothing(
 def test_workers_that_are_interrupted_finish_their_shards(
     videos: Path, encoders: CheckpointEncoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(job: Job, rank: int, world: int, report: Any) -> None:
+    def slow(job: PrecomputeJob, rank: int, world: int, report: Any) -> None:
         precompute(job, rank, world, lambda step: (report(step), time.sleep(60)))
 
-    def stop(step: Step) -> None:
+    def stop(step: FinishedVideo) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(workers, "START", "fork")  # saves imports
@@ -111,7 +111,7 @@ def test_workers_that_are_interrupted_finish_their_shards(
 def test_a_worker_ends_at_its_next_report_where_a_library_dropped_the_interrupt(
     videos: Path, encoders: CheckpointEncoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dropped(job: Job, rank: int, world: int, report: Any) -> None:
+    def dropped(job: PrecomputeJob, rank: int, world: int, report: Any) -> None:
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
         precompute(job, rank, world, report)
@@ -120,7 +120,7 @@ def test_a_worker_ends_at_its_next_report_where_a_library_dropped_the_interrupt(
     monkeypatch.setattr(workers, "precompute", dropped)
     job = make_job(videos, encoders, tmp_path / "out")
     prepare(job)
-    steps: list[Step] = []
+    steps: list[FinishedVideo] = []
     with pytest.raises(UserError, match="ended with status 130"):
         workers.run_workers(job, 0, 1, 2, steps.append)
     assert len(steps) == 2 < len(job.manifest.entries)  # one each
@@ -178,7 +178,7 @@ def test_under_torchrun_every_process_takes_its_part(
 def test_two_processes_share_the_work(videos: Path, whole: Path, encoders: CheckpointEncoders, tmp_path: Path) -> None:
     job = make_job(videos, encoders, tmp_path / "out")
     prepare(job)
-    steps: list[Step] = []
+    steps: list[FinishedVideo] = []
     workers.run_workers(job, 0, 1, 2, steps.append)
     assert len(steps) == 4
     assert {path.name for path in job.out.glob("*.tar")} == {"clips-0000-000000.tar", "clips-0001-000000.tar"}

@@ -16,6 +16,8 @@ from forked import PRELOADED, run
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from talkingdit.distributed.team import from_all_ranks
+
 
 def add_ranks(start: Tensor) -> tuple[int, Tensor]:
     x = start + dist.get_rank()
@@ -31,6 +33,11 @@ def mesh_sums() -> list[float]:
         dist.all_reduce(x, group=mesh[name].get_group())
         sums.append(x.item())
     return sums
+
+
+def ranks_of_all_and_of_a_group() -> tuple[list[dict[str, int]], list[int]]:
+    pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    return from_all_ranks({"rank": dist.get_rank()}), from_all_ranks(dist.get_rank(), pairs["b"].get_group())
 
 
 def wrong_in_rank_1() -> None:
@@ -75,6 +82,13 @@ def test_workers_serve_jobs_of_any_size_again(processes: Processes) -> None:
     first = {pid for pid, _ in processes(2, add_ranks, torch.zeros(1))}
     assert processes(4, mesh_sums) == [[2.0, 1.0], [4.0, 1.0], [2.0, 5.0], [4.0, 5.0]]
     assert {pid for pid, _ in processes(2, add_ranks, torch.zeros(1))} == first
+
+
+def test_every_rank_gets_what_all_have(processes: Processes) -> None:
+    everyone = [{"rank": rank} for rank in range(4)]
+    found = processes(4, ranks_of_all_and_of_a_group)
+    assert found == [(everyone, [0, 1]), (everyone, [0, 1]), (everyone, [2, 3]), (everyone, [2, 3])]
+    assert from_all_ranks("alone") == ["alone"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from talkingdit.checkpoints.weights import Entry, Weights
+from talkingdit.checkpoints.weights import TensorEntry, Weights
 from talkingdit.encoders.umt5 import UMT5Encoder, clean, load_tokenizer, load_umt5, umt5_config, umt5_name
 from talkingdit.errors import UserError
 
@@ -52,7 +52,7 @@ def test_the_official_numbers_come_out_of_the_official_file(
 
 def test_every_released_weight_has_a_place_of_its_shape(golden: tuple[dict[str, Any], dict[str, Tensor]]) -> None:
     released = {name: tuple(shape) for name, shape in golden[0]["full_t5_keys"].items()}
-    entries = {name: Entry(Path(T5_FILE), name, shape, torch.bfloat16) for name, shape in released.items()}
+    entries = {name: TensorEntry(Path(T5_FILE), name, shape, torch.bfloat16) for name, shape in released.items()}
     config = umt5_config(Weights(Path(T5_FILE), entries))
     with torch.device("meta"):
         model = UMT5EncoderModel(UMT5Config(**config))

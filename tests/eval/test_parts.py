@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from talkingdit.eval import parts
-from talkingdit.eval.job import Pair, Text
-from talkingdit.eval.judge_video import Judged, Plan, Tools, judge
+from talkingdit.eval.job import Pair, SpokenText
+from talkingdit.eval.judge_video import Judged, JudgePlan, Tools, judge
 from talkingdit.media.files import VideoWriter
 from talkingdit.media.sound import SPEECH_RATE
 
@@ -33,8 +33,8 @@ def draw(path: Path, seconds: int, seed: int = 0, fps: int = FPS) -> Path:
 
 
 def judged(gen: Path, truth: Path | None, metrics: tuple[str, ...], protocol: str = "jwb") -> Judged:
-    plan = Plan(metrics, ("whole",), finder="drawn", protocol=protocol)  # type: ignore[arg-type]
-    return judge(Pair("s", "v", gen, truth, Text("")), Tools.of(plan))
+    plan = JudgePlan(metrics, ("whole",), finder="drawn", protocol=protocol)  # type: ignore[arg-type]
+    return judge(Pair("s", "v", gen, truth, SpokenText("")), Tools.of(plan))
 
 
 def test_parts_make_what_the_whole_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

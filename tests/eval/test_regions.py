@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from talkingdit.eval.clip import Clip
+from talkingdit.eval.clip import EvalClip
 from talkingdit.eval.evidence import Evidence, NotMeasured
 from talkingdit.eval.found import Found
 from talkingdit.eval.metric import all_metrics
@@ -38,12 +38,12 @@ class Told:
     def missing(self) -> dict[str, str]:
         return {}
 
-    def __call__(self, clip: Clip, regions: frozenset[str]) -> Found:
+    def __call__(self, clip: EvalClip, regions: frozenset[str]) -> Found:
         return Found({"face": self.answers.pop(0)})
 
 
 def evidence(gen: tuple[Track, ...], truth: tuple[Track, ...]) -> Evidence:
-    first, second = Clip(FRAMES, 25.0, None, "gen"), Clip(FRAMES.copy(), 25.0, None, "truth")
+    first, second = EvalClip(FRAMES, 25.0, None, "gen"), EvalClip(FRAMES.copy(), 25.0, None, "truth")
     return Evidence(first, second, Told(gen, truth), FACE)
 
 

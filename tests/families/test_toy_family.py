@@ -105,7 +105,7 @@ def test_it_trains_on_two_processes_and_goes_on_after_a_kill(world: Path, tmp_pa
     for one, other in zip(straight, killed, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
-    export.main(export.Options(tmp_path / "straight", tmp_path / "exported"))
+    export.main(export.ExportFlags(tmp_path / "straight", tmp_path / "exported"))
     shutil.rmtree(tmp_path / "straight" / "checkpoints")
     for folder in (tmp_path / "exported", tmp_path / "straight" / "model", tmp_path / "killed" / "model"):
         assert families.of_folder(folder).name == "toy"

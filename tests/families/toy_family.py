@@ -182,7 +182,7 @@ def default_clip(config: Mapping[str, Any], folder: Path | None = None) -> ClipS
     return ClipShape(32, 32, CLIP_FRAMES // 4, steps=2, branches=1)
 
 
-def frozen_parts(dtype: torch.dtype, folder: Path | None = None) -> FrozenParts:
+def frozen_parts(config: Mapping[str, Any], dtype: torch.dtype, folder: Path | None = None) -> FrozenParts:
     return FrozenParts({} if folder is None else {AUTOENCODER: next(folder.glob("vae/*.safetensors")).stat().st_size})
 
 
@@ -198,7 +198,7 @@ def step(config: Mapping[str, Any], clip: ClipShape, memory: Any, size: int) -> 
     return 3.0 * size * config["dim"] * tokens(config, clip)[1]
 
 
-def autoencoder(clip: ClipShape, memory: Any, width: int) -> dict[str, float]:
+def autoencoder(config: Mapping[str, Any], clip: ClipShape, memory: Any, width: int) -> dict[str, float]:
     return {"decode": 100.0 * width * clip.pixels}
 
 

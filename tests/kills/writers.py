@@ -27,7 +27,7 @@ from talkingdit.cli.main import main
 from talkingdit.data import ClipRequest
 from talkingdit.data.cutting import Cutting
 from talkingdit.data.manifest import read_manifest
-from talkingdit.data.precompute import Job, Step, precompute, prepare
+from talkingdit.data.precompute import FinishedVideo, PrecomputeJob, precompute, prepare
 from talkingdit.data.shards import PrecomputedShards
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.clips import encode_clip, encoders
@@ -100,8 +100,10 @@ class Precompute:
 
     def run(self, folder: Path) -> int:
         cutting = Cutting(clip_frames=16, min_frames=8, max_area=32 * 48, multiple=16)
-        job = Job(read_manifest(self.manifest), self.encoders, encode_clip, folder / "out", cutting, shard_bytes=1)
-        steps: list[Step] = []
+        job = PrecomputeJob(
+            read_manifest(self.manifest), self.encoders, encode_clip, folder / "out", cutting, shard_bytes=1
+        )
+        steps: list[FinishedVideo] = []
         try:
             with prepare(job):
                 precompute(job, report=steps.append)
@@ -183,7 +185,7 @@ class Export:
 
     def run(self, folder: Path) -> int:
         try:
-            export.main(export.Options(self.source, folder / "model"))
+            export.main(export.ExportFlags(self.source, folder / "model"))
         except UserError as error:
             print(error)
             return 2

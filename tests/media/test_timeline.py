@@ -18,7 +18,7 @@ from av_files import FPS, onset, speech, write_av, write_sound
 from talkingdit.data.clips import read_frames, times
 from talkingdit.data.manifest import read_manifest
 from talkingdit.data.probe import Probes, frames_of, media_of, probe
-from talkingdit.media.container import Source
+from talkingdit.media.container import MediaFile
 from talkingdit.media.files import read_audio, read_video
 from talkingdit.media.pose import PoseVideo
 from talkingdit.media.reader import Upright, read_pictures, timed_pictures
@@ -49,7 +49,7 @@ def make(tmp_path: Path, kind: str, **more: object) -> Path:
 
 def flashes(path: Path) -> list[float]:
     """When bright pictures are shown, on the time line."""
-    with Source(path) as source:
+    with MediaFile(path) as source:
         upright = Upright(source.pictures)
         return [float(at) for at, frame in timed_pictures(source) if upright(frame).mean() > 120]
 
@@ -166,7 +166,7 @@ def test_a_stream_that_begins_within_a_group_of_pictures_is_aligned(tmp_path: Pa
     assert line.pictures > Fraction(1, 5)
     assert_aligned(path, "ts")
     found = probe(path)
-    with Source(path) as source:
+    with MediaFile(path) as source:
         shown = sum(1 for _ in timed_pictures(source))
     assert found.seconds == pytest.approx(shown / FPS, abs=0.001)
     assert found.begins == pytest.approx(float(line.pictures))
@@ -351,7 +351,7 @@ def test_as_many_frames_are_read_as_are_counted(tmp_path: Path, suffix: str, fps
 def test_a_forked_data_worker_can_free_what_its_parent_has_read(tmp_path: Path) -> None:
     """Scalers with threads made it wait for threads that it does not have."""
     path = make(tmp_path, "mp4")
-    with Source(path) as source:
+    with MediaFile(path) as source:
         upright = Upright(source.pictures)
         frames = [frame for _, frame in itertools.islice(timed_pictures(source), 3)]
         assert len({upright(frame).shape for frame in frames}) == 1

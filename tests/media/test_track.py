@@ -14,7 +14,7 @@ import soundfile
 from av_files import beeping, onset, speech, write_av, write_sound
 
 from talkingdit.errors import UserError
-from talkingdit.media.container import Source
+from talkingdit.media.container import MediaFile
 from talkingdit.media.files import VideoWriter, read_audio, read_video
 from talkingdit.media.sound import channel_blocks, survey
 
@@ -23,7 +23,7 @@ FPS = 25
 
 def packets(path: Path) -> list[bytes]:
     """Digests of the packets of the sound."""
-    with Source(path) as source:
+    with MediaFile(path) as source:
         return [hashlib.sha256(bytes(p)).digest() for p in source.packets(source.need_sound()) if p.size]
 
 
@@ -84,7 +84,7 @@ def test_what_an_mp4_may_not_hold_is_encoded_with_its_channels(tmp_path: Path, n
     path = tmp_path / f"v.{name}"
     soundfile.write(path, two_voices(2, rate).T, rate)
     out = film(tmp_path / "out.mp4", path)
-    with Source(out) as source:
+    with MediaFile(out) as source:
         assert source.need_sound().codec_context.name == "aac"
     one, other = channels(path)[:90000], channels(out)[:90000]
     assert other.shape[1] == 2
@@ -148,7 +148,7 @@ def test_sound_that_is_not_whole_is_mended(tmp_path: Path, kind: str) -> None:
             path.write_bytes(bytes(data) + other.read_bytes())
     assert not (survey(path).whole and survey(path).rate)
     out = film(tmp_path / "out.mp4", path, pictures=75)
-    with Source(out) as source:
+    with MediaFile(out) as source:
         assert source.need_sound().codec_context.name == "aac"
     assert abs(onset(read_audio(out), 16000) - onset(read_audio(path), 16000)) < 0.003
 

@@ -109,7 +109,7 @@ def test_attention_in_pieces_is_attention(device: str, backend: str, dtype: torc
     want = softmax_attention(*wide, mask[:, None, None])
     weight = torch.randn_like(want).to(dtype)
     want_grads = torch.autograd.grad(want, wide, weight.double())
-    whole = attention_pieces.Piece(out.to(dtype), lse, results[0].extra)
+    whole = attention_pieces.AttentionPiece(out.to(dtype), lse, results[0].extra)
     grads = [attention_pieces.backward(weight.transpose(1, 2), queries, *cut, whole, backend) for cut in cuts]
     got_grads = [sum(g[0] for g in grads), *(torch.cat([g[i] for g in grads], 2) for i in (1, 2))]
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)

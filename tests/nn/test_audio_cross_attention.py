@@ -5,7 +5,7 @@ import peft
 import pytest
 import torch
 
-from talkingdit.nn.audio_cross_attention import AudioCrossAttention, FrameSpan
+from talkingdit.nn.audio_cross_attention import AudioCrossAttention, TokenSpan
 
 B, F, S, A, HEADS, DIM = 2, 3, 7, 5, 4, 32
 
@@ -161,7 +161,7 @@ def test_clips_with_frames_of_several_sizes_in_one_call(absorb, stream):
     x, tokens = (t.to(stream)[:1] for t in draw())
     tokens = torch.cat([tokens, tokens.flip(1)], dim=1)[:, :5]
     x = x[:, :19]
-    spans = (FrameSpan(12, 2, 7, 2), FrameSpan(7, 3, 3))
+    spans = (TokenSpan(12, 2, 7, 2), TokenSpan(7, 3, 3))
     mask = torch.rand(1, 19, generator=torch.Generator().manual_seed(3)).to(stream)
     want = torch.cat(
         [

@@ -17,7 +17,7 @@ from torch import Tensor
 from talkingdit.distributed.team import ALONE, Team
 from talkingdit.pipelines.long_video import ChunkPrefix, ClipPrefix, OverlapBlend, ShiftFusion, denoise, denoise_parts
 from talkingdit.pipelines.plans import Plan, blend_curve
-from talkingdit.pipelines.window_step import Sampler
+from talkingdit.pipelines.window_step import WindowSampler
 
 SIGMAS = [1.0, 0.8, 0.55, 0.25, 0.0]
 WEIGHTS = [-0.7, 0.0, 1.7]
@@ -263,8 +263,8 @@ def test_chunks_with_a_clean_prefix_are_the_loop(overlap: int, given: int | None
     torch.testing.assert_close(run(x, plan), wanted, rtol=1e-11, atol=1e-11)
 
 
-def sampler(**options: Any) -> Sampler:
-    return Sampler(SIGMAS, network, lambda step: WEIGHTS, **options)
+def sampler(**options: Any) -> WindowSampler:
+    return WindowSampler(SIGMAS, network, lambda step: WEIGHTS, **options)
 
 
 def test_chunks_become_final_one_by_one_and_go_on_elsewhere() -> None:

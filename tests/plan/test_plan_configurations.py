@@ -17,7 +17,7 @@ from talkingdit.plan import training as planner
 from talkingdit.plan.cards import COMMUNICATOR, card_of
 from talkingdit.plan.clip import ClipShape
 from talkingdit.plan.report import training_report
-from talkingdit.plan.run import Cluster, MeshSizes, Run
+from talkingdit.plan.run import Cluster, MeshSizes, TrainingRun
 from talkingdit.plan.training_memory import margins
 from talkingdit.plan.transformer import Transformer
 from talkingdit.plan.units import unit_sizes
@@ -70,7 +70,7 @@ def test_every_wan_s2v_configuration_is_in_the_table() -> None:
 
 
 def test_adapters_of_the_14b_model_fit_24_gb_and_less_than_half_the_host() -> None:
-    before = Run(CLIP, checkpointing="full", trains="lora", offload=True, asynchronous=False, validates=False)
+    before = TrainingRun(CLIP, checkpointing="full", trains="lora", offload=True, asynchronous=False, validates=False)
     old = planner.predict(RELEASED, unit_sizes(RELEASED, before), before, Cluster(1, 1), MeshSizes())
     assert old.needed > 47e9
     config = read_toml(ROOT / "training" / "configs" / "wan_s2v_lora_24gb.toml")
@@ -82,7 +82,7 @@ def test_adapters_of_the_14b_model_fit_24_gb_and_less_than_half_the_host() -> No
 # ---- What is beside tensors ------------------------------------------------------------------------------------------
 
 
-def plan_of(run: Run, mesh: MeshSizes) -> planner.TrainPlan:
+def plan_of(run: TrainingRun, mesh: MeshSizes) -> planner.TrainPlan:
     return planner.predict(SMALL, unit_sizes(SMALL, run), run, Cluster(), mesh)
 
 
@@ -97,7 +97,7 @@ def plan_of(run: Run, mesh: MeshSizes) -> planner.TrainPlan:
     ],
 )
 def test_every_axis_that_talks_has_a_communicator(mesh: MeshSizes, axes: int) -> None:
-    assert plan_of(Run(CLIP, 2), mesh).margins["communicators"] == axes * COMMUNICATOR
+    assert plan_of(TrainingRun(CLIP, 2), mesh).margins["communicators"] == axes * COMMUNICATOR
 
 
 def test_pools_are_what_two_streams_cannot_lend_each_other() -> None:
@@ -108,7 +108,7 @@ def test_pools_are_what_two_streams_cannot_lend_each_other() -> None:
 
 
 def test_validation_has_the_weights_twice_and_checkpoints_are_copied() -> None:
-    mesh, run = MeshSizes(ulysses=8), Run(CLIP, 2)
+    mesh, run = MeshSizes(ulysses=8), TrainingRun(CLIP, 2)
     plan = plan_of(run, mesh)
     assert plan.validation["weights that wait"] == plan.memory["averages"] == plan.memory["weights"]
     saved = plan.memory["weights"] + plan.memory["optimiser"] + plan.memory["averages"]
@@ -121,7 +121,7 @@ def test_validation_has_the_weights_twice_and_checkpoints_are_copied() -> None:
 
 
 def test_a_machine_with_too_little_memory_beside_its_cards_is_no_fit() -> None:
-    run = Run(CLIP, trains="lora")
+    run = TrainingRun(CLIP, trains="lora")
     roomy, fits = planner.best(RELEASED, run, Cluster(1, 1, 24 * 2**30, 165))
     assert fits
     assert (roomy.run.frozen, roomy.run.inputs, roomy.run.offload) == ("bf16", "host", True)  # exact
@@ -134,7 +134,7 @@ def test_a_machine_with_too_little_memory_beside_its_cards_is_no_fit() -> None:
 
 
 def test_swapping_takes_as_few_blocks_as_it_must() -> None:
-    run = Run(CLIP, trains="lora", optimizer="adamw8bit", frozen="int8", inputs="host_bf16")
+    run = TrainingRun(CLIP, trains="lora", optimizer="adamw8bit", frozen="int8", inputs="host_bf16")
     sizes = [plan_of(replace(run, swap=swap), MeshSizes()) for swap in (0, 1, 3, 5)]
     assert [p.needed for p in sizes] == sorted((p.needed for p in sizes), reverse=True)
     moved = [p.host.get("swapped weights", 0.0) for p in sizes]
@@ -149,12 +149,12 @@ def test_swapping_takes_as_few_blocks_as_it_must() -> None:
 @pytest.mark.parametrize(
     ("run", "missing"),
     [
-        (Run(CLIP, trains="lora"), "lora"),
-        (Run(CLIP, averages=False), "averages"),
-        (Run(CLIP, trains="lora", averages=False), "averages"),
+        (TrainingRun(CLIP, trains="lora"), "lora"),
+        (TrainingRun(CLIP, averages=False), "averages"),
+        (TrainingRun(CLIP, trains="lora", averages=False), "averages"),
     ],
 )
-def test_no_advice_that_was_followed_already(run: Run, missing: str) -> None:
+def test_no_advice_that_was_followed_already(run: TrainingRun, missing: str) -> None:
     last = training_report(plan_of(run, MeshSizes()), False, SMALL, Cluster()).splitlines()[-1]
     assert last.startswith("does not fit:")
     assert missing not in last
@@ -165,7 +165,7 @@ def test_no_advice_that_was_followed_already(run: Run, missing: str) -> None:
 
 
 def test_what_was_not_tried_is_offered() -> None:
-    last = training_report(plan_of(Run(CLIP), MeshSizes()), False, SMALL, Cluster()).splitlines()[-1]
+    last = training_report(plan_of(TrainingRun(CLIP), MeshSizes()), False, SMALL, Cluster()).splitlines()[-1]
     assert last.endswith("take more GPUs, a smaller or shorter clip, --no-averages, or --train-only lora")
 
 

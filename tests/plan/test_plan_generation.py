@@ -3,6 +3,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from bench.live_memory import LiveMemory
 from talkingdit import families
+from talkingdit.autoencoders.codec import WAN_PART, WanCodec
 from talkingdit.autoencoders.streaming import StreamingDecoder, encode
 from talkingdit.cli import main as cli
 from talkingdit.errors import UserError
@@ -28,6 +30,7 @@ from talkingdit.nn.eight_bit import quantise
 from talkingdit.ops import _eight_bit_library
 from talkingdit.pipelines.memory import Memory
 from talkingdit.plan import generation as planner
+from talkingdit.plan import shipped
 from talkingdit.plan.cards import EFFICIENCY, GIB, HOST_TO_DEVICE, card_of
 from talkingdit.plan.clip import ClipShape
 from talkingdit.plan.cost import ALL_SWITCHES, AUTOENCODER, Cost
@@ -177,7 +180,7 @@ def test_memory_of_the_autoencoder_is_predicted(dtype):
             encode(vae, torch.empty(1, 3, 17, 256, 320))
             encoding = count.peak - base
             assert len(frames) == 4
-    phases = wan_cost.autoencoder(clip, Memory(), dtype.itemsize)
+    phases = wan_cost.autoencoder(wan_cost.complete({}), clip, Memory(), dtype.itemsize)
     assert phases["decode"] == pytest.approx(decode, rel=0.1)
     assert phases["encode"] == pytest.approx(encoding, rel=0.1)
 
@@ -192,7 +195,7 @@ def test_memory_of_the_tiny_autoencoder_is_predicted(clip, dtype):
         vae = AutoencoderKLWan(**{k: v for k, v in config.items() if not k.startswith("_")}).eval()
         torch.set_default_dtype(torch.float32)
         weights = list(vae.parameters())
-        assert sum(p.numel() for p in weights) == puppet_cost.VAE_PARAMETERS
+        assert sum(p.numel() for p in weights) == shipped.VAE_PARAMETERS
         with LiveMemory(weights) as count:
             base = count.live
             portrait = encode(vae, torch.empty(1, 3, 1, clip.height, clip.width))
@@ -203,9 +206,32 @@ def test_memory_of_the_tiny_autoencoder_is_predicted(clip, dtype):
             frames = decoder(torch.empty(1, 16, clip.latents, clip.height // 8, clip.width // 8))
             assert frames.shape[2] == clip.frames
             decode = count.peak - base
-    phases = puppet_cost.autoencoder(clip, Memory(), dtype.itemsize)
+    phases = puppet_cost.autoencoder(preset("puppet_tiny"), clip, Memory(), dtype.itemsize)
     assert phases["decode"] == pytest.approx(decode, rel=0.1)
     assert phases["encode"] == pytest.approx(encoding, rel=0.1)
+
+
+@pytest.mark.parametrize("clip", [clip_of(96, 96, 8), clip_of(128, 128, 33)], ids=str)
+def test_memory_of_whole_clips_in_the_tiny_autoencoder_is_predicted(clip):
+    """As families use it that encode clips and decode them in parts; it is float32 there."""
+    config = json.loads((default_checkpoint() / "vae" / "config.json").read_text())
+    with FakeTensorMode(), torch.no_grad():
+        vae = AutoencoderKLWan(**{k: v for k, v in config.items() if not k.startswith("_")}).eval()
+        with LiveMemory(list(vae.parameters())) as count:
+            base = count.live
+            encode(vae, torch.empty(1, 3, clip.frames - 3, clip.height, clip.width))
+            encoding = count.peak - base
+            latents = torch.empty(1, 16, clip.latents, clip.height // 8, clip.width // 8)
+            base = count.live
+            count.reset()
+            for part in range(len(WanCodec(vae).parts(clip.latents))):
+                WanCodec(vae).decode(latents, part, None)
+            decode = count.peak - base
+    phases = shipped.autoencoder(replace(clip, latents=min(clip.latents, WAN_PART)), 4, video=True)
+    assert phases["decode"] == pytest.approx(decode, rel=0.1)
+    whole = shipped.autoencoder(clip, 4, video=True)
+    assert whole["encode"] == pytest.approx(encoding, rel=0.1)
+    assert whole["decode"] >= 0.95 * decode
 
 
 @pytest.mark.parametrize("seconds", [5, 60])
@@ -250,7 +276,7 @@ def test_the_shipped_model_takes_what_its_preset_says(dtype):
     folder, cost = default_checkpoint(), families.get("puppet").cost
     read, named = (cost.complete(config) for config in (cost.read_config(folder), preset("puppet_tiny")))
     assert cost.parameters(read) == cost.parameters(named)
-    assert cost.frozen_parts(dtype, folder) == cost.frozen_parts(dtype)
+    assert cost.frozen_parts(read, dtype, folder) == cost.frozen_parts(named, dtype)
     assert cost.default_clip(read, folder) == cost.default_clip(named)
     assert cost.default_clip(named) == clip_of(96, 96, 8, steps=8, batched=True)
 
@@ -373,6 +399,39 @@ def test_the_command_says_what_a_card_needs(capsys):
     assert "time        unknown" in said
 
 
+# Gigabytes of weights beside the transformer in bfloat16: text encoder, autoencoder, picture and speech encoder.
+RELEASED = {
+    "gloria_17b": (11.36, 0.51, 2.53, 1.26),
+    "gloria_5b": (11.36, 0.51, 2.53, 1.26),
+    "hunyuan_avatar_13b": (16.96, 0.99, 0.0, 0.03),
+    "skyreels_audio": (11.36, 0.51, 2.53, 2.55),
+    "skyreels_audio_1_3b": (11.36, 0.51, 2.53, 2.55),
+    "wan22_i2v_14b": (11.36, 0.51, 0.0, 0.0),
+    "wan_i2v_14b_480p": (11.36, 0.51, 2.53, 0.0),
+    "wan_i2v_14b_720p": (11.36, 0.51, 2.53, 0.0),
+    "wan_s2v_14b": (11.36, 0.51, 0.0, 1.26),
+}
+
+
+@pytest.mark.parametrize("name", [name for family in families.names() for name in families.get(family).presets])
+def test_presets_are_planned_with_the_parts_that_belong_to_them(name):
+    family = families.of_preset(name)
+    transformer = Transformer.of(family, family.presets[name])
+    weights = planner.weigh(transformer, torch.bfloat16)
+    clip = family.cost.default_clip(transformer.config)
+    found = planner.predict(transformer, weights, clip, voice=planner.hear(transformer, clip, 10))
+    small = name.endswith(("_tiny", "_drawn"))
+    assert small is (name not in RELEASED)
+    assert (found.peak < 1e9) is small
+    if small:
+        assert set(found.weights) == {"transformer", "text encoder", "autoencoder"}
+        assert sum(found.weights.values()) < 50e6
+        assert "speech" not in found.phases
+    else:
+        parts = ("text encoder", "autoencoder", "picture encoder", "speech encoder")
+        assert [found.weights.get(part, 0) / 1e9 for part in parts] == pytest.approx(RELEASED[name], abs=0.006)
+
+
 @pytest.mark.parametrize("source", [["--preset", "puppet_tiny"], ["--checkpoint", str(default_checkpoint())]])
 def test_drawn_characters_take_megabytes(source, capsys):
     assert cli.main(["plan", *source, "--card", "h100"]) == 0
@@ -394,7 +453,9 @@ def test_a_checkpoint_folder_is_read_and_not_loaded(tmp_path, capsys):
     (tmp_path / "Wan2.1_VAE.pth").write_bytes(b"0" * 3_000_000)
     assert cli.main(["plan", "--checkpoint", str(tmp_path), "--size", "128x128"]) == 0
     assert "autoencoder         3.00 MB" in capsys.readouterr().out
-    assert wan_cost.frozen_parts(torch.bfloat16, tmp_path).sizes[AUTOENCODER] == 3_000_000
+    assert (
+        wan_cost.frozen_parts(wan_cost.read_config(tmp_path), torch.bfloat16, tmp_path).sizes[AUTOENCODER] == 3_000_000
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from bench import scaling
-from bench.counted_step import Step, count
+from bench.counted_step import CountedStep, count
 from talkingdit import families
 from talkingdit.cli import main as cli
 from talkingdit.plan import training as planner
 from talkingdit.plan.clip import ClipShape
 from talkingdit.plan.communication import communication
-from talkingdit.plan.run import Cluster, MeshSizes, Run
+from talkingdit.plan.run import Cluster, MeshSizes, TrainingRun
 from talkingdit.plan.training_memory import memory, states
 from talkingdit.plan.transformer import Transformer
 from talkingdit.plan.units import unit_sizes
@@ -34,7 +34,7 @@ WHICH = {
 def counted(run, layout, gpus):
     sizes = {name: getattr(layout, name) for name in ("replicate", "shard", "ring", "ulysses")}
     return count(
-        Step(
+        CountedStep(
             SMALL.config,
             run.clip,
             ParallelConfig(**sizes, activation_checkpointing=run.checkpointing, inputs=run.inputs),
@@ -53,13 +53,13 @@ def counted(run, layout, gpus):
 @pytest.mark.parametrize(
     ("run", "layout", "gpus"),
     [
-        (Run(CLIP), MeshSizes(ulysses=8), 8),
-        (Run(CLIP, 2, checkpointing="off", averages=False), MeshSizes(shard=2, ring=2, ulysses=4), 8),
-        (Run(CLIP, 8, "muon", "selective"), MeshSizes(replicate=2, shard=2, ulysses=2), 4),
-        (Run(CLIP, trains="lora"), MeshSizes(ring=2, ulysses=2), 4),
-        (Run(CLIP, trains="audio"), MeshSizes(ulysses=8), 4),
-        (Run(CLIP, trains="lora", frozen="bf16", inputs="bf16"), MeshSizes(ulysses=2), 2),
-        (Run(CLIP, trains="lora", frozen="int8", inputs="bf16", averages=False), MeshSizes(), 1),
+        (TrainingRun(CLIP), MeshSizes(ulysses=8), 8),
+        (TrainingRun(CLIP, 2, checkpointing="off", averages=False), MeshSizes(shard=2, ring=2, ulysses=4), 8),
+        (TrainingRun(CLIP, 8, "muon", "selective"), MeshSizes(replicate=2, shard=2, ulysses=2), 4),
+        (TrainingRun(CLIP, trains="lora"), MeshSizes(ring=2, ulysses=2), 4),
+        (TrainingRun(CLIP, trains="audio"), MeshSizes(ulysses=8), 4),
+        (TrainingRun(CLIP, trains="lora", frozen="bf16", inputs="bf16"), MeshSizes(ulysses=2), 2),
+        (TrainingRun(CLIP, trains="lora", frozen="int8", inputs="bf16", averages=False), MeshSizes(), 1),
     ],
     ids=[
         *("ulysses", "fsdp-ring-ulysses-off", "hsdp-muon-selective-two-micro-batches", "lora", "audio-two-nodes"),
@@ -115,14 +115,14 @@ def test_predictions_of_the_14b_model_are_what_was_counted(row, released_sizes):
 def test_full_training_of_the_14b_model_at_704x1024_fits_8_cards_of_80_gb(frames):
     row = next(r for r in ROWS if (r["world"], r["ulysses"], r["frames"], r["checkpointing"]) == (8, 8, frames, "full"))
     assert sum(row["peak"].values()) < 60e9
-    run = Run(ClipShape(704, 1024, frames // 4, history=19))
+    run = TrainingRun(ClipShape(704, 1024, frames // 4, history=19))
     found, fits = planner.best(RELEASED, run, Cluster())
     assert fits
     assert found.needed < 80 * 2**30
 
 
 def test_switches_are_taken_in_the_order_of_what_they_cost():
-    run = Run(ClipShape(704, 1024, 12, history=19))
+    run = TrainingRun(ClipShape(704, 1024, 12, history=19))
     roomy, _ = planner.best(SMALL, run, Cluster(memory=80e9))
     assert roomy.run.checkpointing == "off"
     needed = [roomy.needed]
@@ -139,14 +139,14 @@ def test_switches_are_taken_in_the_order_of_what_they_cost():
 
 
 def test_given_switches_are_kept():
-    run = Run(ClipShape(704, 1024, 12, history=19), optimizer="muon", checkpointing="selective")
+    run = TrainingRun(ClipShape(704, 1024, 12, history=19), optimizer="muon", checkpointing="selective")
     found, fits = planner.best(SMALL, run, Cluster(memory=1e9), frozenset({"optimizer", "checkpointing", "offload"}))
     assert not fits
     assert (found.run.optimizer, found.run.checkpointing, found.run.offload) == ("muon", "selective", False)
 
 
 def test_layouts_use_every_gpu_and_divide_heads_and_micro_batches():
-    found = list(planner.layouts(12, Run(CLIP, 4), Cluster(nodes=2)))
+    found = list(planner.layouts(12, TrainingRun(CLIP, 4), Cluster(nodes=2)))
     assert len(set(found)) == len(found) > 10
     for layout in found:
         assert layout.data * layout.context == 16
@@ -156,7 +156,7 @@ def test_layouts_use_every_gpu_and_divide_heads_and_micro_batches():
 
 
 def test_long_sequences_go_over_ulysses_within_a_node():
-    found, _ = planner.best(RELEASED, Run(ClipShape(704, 1024, 20, history=19), 4), Cluster(nodes=4))
+    found, _ = planner.best(RELEASED, TrainingRun(ClipShape(704, 1024, 20, history=19), 4), Cluster(nodes=4))
     assert found.mesh.ulysses * found.mesh.ring <= 8
     ring = planner.predict(
         *(RELEASED, unit_sizes(RELEASED, found.run), found.run),
@@ -168,7 +168,7 @@ def test_long_sequences_go_over_ulysses_within_a_node():
 @pytest.mark.parametrize(("name", "value"), [("optimizer", "sgd"), ("checkpointing", "some"), ("trains", "head")])
 def test_unknown_names_are_refused(name, value):
     with pytest.raises(ValueError, match=f"plan: {name} must be one of .*, got '{value}'"):
-        unit_sizes(SMALL, replace(Run(CLIP), **{name: value}))
+        unit_sizes(SMALL, replace(TrainingRun(CLIP), **{name: value}))
 
 
 TRAIN = ["plan", "--train", "--preset", "wan_s2v_14b", "--size", "1024x704", "--frames", "48"]

@@ -17,7 +17,7 @@ from talkingdit.families.wan_s2v.presets import PRESETS
 from talkingdit.plan.clip import ClipShape
 from training.batching import PATIENCE, Planned, Planner, cost, pack, slots
 from training.buckets import Buckets, Fit, patches
-from training.sampler import Draw, Sampler, Stream, stream_shares
+from training.sampler import Draw, ItemStream, Sampler, stream_shares
 
 ATTENTION = 29184.0
 
@@ -185,7 +185,7 @@ def mixture(seed):
 
 
 def planner(shapes, buckets, **options):
-    streams = [Stream("a", "video", np.arange(len(shapes)))]
+    streams = [ItemStream("a", "video", np.arange(len(shapes)))]
     shares = stream_shares(streams, {"a": 1})
 
     def fits(name, index):
@@ -285,7 +285,7 @@ def test_shapes_of_which_there_are_too_few_go_in_smaller_stacks_instead_of_waiti
 def test_a_plan_goes_on_from_its_state(mode, single):
     shapes, buckets = mixture(1)
     kinds = ["talk", "sing"]
-    streams = [Stream("a", kind, np.arange(i, len(shapes), 2)) for i, kind in enumerate(kinds)]
+    streams = [ItemStream("a", kind, np.arange(i, len(shapes), 2)) for i, kind in enumerate(kinds)]
     shares = stream_shares(streams, {"a": 1}, {"talk": 0.7, "sing": 0.3})
 
     def make():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from talkingdit.data.sample import Sample, Shape
-from training.conditions import CONDITIONS, Anchor, cell_weights, draw, noisy_history, normal
+from training.conditions import CONDITIONS, AnchorFrame, cell_weights, draw, noisy_history, normal
 from training.config import Config, read_toml
 from training.loader import Loader
 from training.losses import sample_sigmas
@@ -161,7 +161,7 @@ def test_anchors_are_balanced_by_weights_and_come_from_what_is_there():
         3,
         stage_of(conditions={"anchors": {"types": types}}),
         0,
-    ).anchors == (Anchor("face", "happy", 0),)
+    ).anchors == (AnchorFrame("face", "happy", 0),)
 
 
 def test_hunyuan_avatar_mixes_audio_and_images_one_to_one_and_a_half():

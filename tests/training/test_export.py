@@ -61,13 +61,13 @@ def test_adapters_alone_are_one_file(tmp_path: Path) -> None:
 
 def test_export_of_a_folder_without_checkpoints_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no complete checkpoint"):
-        export.main(export.Options(tmp_path, tmp_path / "model"))
+        export.main(export.ExportFlags(tmp_path, tmp_path / "model"))
 
 
 def test_a_folder_of_something_else_is_no_target(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").touch()
     with pytest.raises(UserError, match=r"thesis: expected a new folder or one with an earlier model, got .*chapter"):
-        export.main(export.Options(tmp_path, tmp_path / "thesis"))
+        export.main(export.ExportFlags(tmp_path, tmp_path / "thesis"))
     with pytest.raises(UserError, match=r"chapter.tex: expected a new folder, got a file"):
-        export.main(export.Options(tmp_path, tmp_path / "thesis" / "chapter.tex"))
+        export.main(export.ExportFlags(tmp_path, tmp_path / "thesis" / "chapter.tex"))

@@ -227,7 +227,7 @@ def exported(run: Path, **changes: Any) -> None:
         section, _, key = name.partition("__")
         values[section][key] = value
     replace(file.parent, "config.json", json.dumps(values).encode())
-    export.main(export.Options(run, run.parent / "model"))
+    export.main(export.ExportFlags(run, run.parent / "model"))
 
 
 def test_a_configuration_of_other_or_impossible_networks_is_told_before_there_is_memory_for_them(
@@ -244,11 +244,11 @@ def test_a_configuration_of_other_or_impossible_networks_is_told_before_there_is
         exported(folder.parents[1], model__settings={}, model__nonsense=1)
     (folder / "config.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="nested too deeply"):
-        export.main(export.Options(folder.parents[1], tmp_path / "model"))
+        export.main(export.ExportFlags(folder.parents[1], tmp_path / "model"))
     assert not (tmp_path / "model").exists()
 
 
 def test_what_a_killed_save_left_is_not_exported(folder: Path, tmp_path: Path) -> None:
     folder.rename(folder.with_name("step-00000002.tmp"))
     with pytest.raises(UserError, match="holds no complete checkpoint"):
-        export.main(export.Options(folder.parents[1], tmp_path / "model"))
+        export.main(export.ExportFlags(folder.parents[1], tmp_path / "model"))

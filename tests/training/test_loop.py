@@ -167,7 +167,7 @@ def test_without_averages_there_are_none_and_those_of_before_are_kept(
             trainer.run()
             parallel.stop()
         assert len(trainer.ema.state_dict()) == expected
-        export.main(export.Options(config.run.out, tmp_path / f"model{expected}"))
+        export.main(export.ExportFlags(config.run.out, tmp_path / f"model{expected}"))
     parallel.start(config.parallel, "cpu")
 
 
@@ -193,8 +193,8 @@ def test_a_step_that_is_not_finite_is_left_out_counted_and_its_sample_named(
 def test_exported_weights_are_the_averages_and_generate_finds_all_it_needs(
     straight: Path, world: Config, tmp_path: Path, alone: None
 ) -> None:
-    export.main(export.Options(straight, tmp_path / "averaged"))
-    export.main(export.Options(straight, tmp_path / "last", averages=False))
+    export.main(export.ExportFlags(straight, tmp_path / "averaged"))
+    export.main(export.ExportFlags(straight, tmp_path / "last", averages=False))
     named = "transformer/diffusion_pytorch_model.safetensors"
     averaged, last, at_the_end = (
         load_file(folder / named) for folder in (tmp_path / "averaged", tmp_path / "last", straight / "model")

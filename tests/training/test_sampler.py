@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.sampler import Sampler, Stream, stream_shares
+from training.sampler import ItemStream, Sampler, stream_shares
 
 
 def stream(source, count, kind="video", begins=None):
-    return Stream(source, kind, np.arange(count), begins)
+    return ItemStream(source, kind, np.arange(count), begins)
 
 
 def draws(sampler, shares, count, kind=None):

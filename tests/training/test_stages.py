@@ -144,7 +144,7 @@ def test_a_run_goes_through_its_stages_and_ends():
     progress = Progress(stages({"name": "a", "steps": 2}, {"name": "b", "minutes": 1.0}))
     seen = []
     while not progress.done:
-        seen.append((progress.stage.name, progress.step, progress.share, progress.enter()))
+        seen.append((progress.stage.name, progress.step, progress.fraction, progress.enter()))
         progress.advance(seconds=30.0)
     assert seen == [("a", 0, 0.0, True), ("a", 1, 0.5, False), ("b", 0, 0.0, True), ("b", 1, 0.5, False)]
     assert (progress.total, progress.overall) == (4, 1.0)

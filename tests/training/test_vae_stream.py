@@ -7,13 +7,13 @@ import torch
 from talkingdit.autoencoders.streaming import StreamingDecoder
 from training.vae import Mouths, make_vae
 from training.vae import VaeConfig as FirstStage
-from training.vae_stream import Stream, StreamConfig
+from training.vae_stream import DecodingStream, StreamConfig
 
 
 def test_windows_join_to_the_whole_stream_with_every_frame_as_its_target():
     torch.manual_seed(0)
     vae = make_vae(FirstStage(base_dim=4, dim_mult=(1, 1, 1))).eval()
-    stream = Stream(vae, np.random.default_rng(0), StreamConfig(latent_noise=0.0), Mouths([]))
+    stream = DecodingStream(vae, np.random.default_rng(0), StreamConfig(latent_noise=0.0), Mouths([]))
     outputs, targets = [], []
     while not stream.ended:
         output, target = stream.decode(vae)

@@ -2,7 +2,8 @@
 """What is measured of a clip: a class each, figures out.
 
 A stage is made once per process, with the settings, and asked once per clip. What an earlier stage has found, a later
-one uses: `Found`. Figures are numbers, texts or lists under dotted names; a limit of the settings goes by such a name.
+one uses: `ClipFindings`. Figures are numbers, texts or lists under dotted names; a limit of the settings goes by such a
+name.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Person:
 
 
 @dataclass
-class Found:
+class ClipFindings:
     """What stages have found in a clip so far.
 
     Args:
@@ -79,7 +80,7 @@ class Found:
         return file.getvalue()
 
     @staticmethod
-    def unpacked(data: bytes) -> Found:
+    def unpacked(data: bytes) -> ClipFindings:
         """What was `packed`."""
         with np.load(io.BytesIO(data)) as held:
             rest = json.loads(str(held["rest"]))
@@ -88,7 +89,7 @@ class Found:
                 number, _, name = key.partition(" ")
                 if name:
                     told[int(number)][name] = held[key] if held[key].ndim else float(held[key])
-        return Found(
+        return ClipFindings(
             people=[Person(**one) for one in told],
             spoken=[(begin, end) for begin, end in rest["spoken"]],
             hands=[(int(still), *box) for still, *box in rest["hands"]],
@@ -97,7 +98,7 @@ class Found:
         )
 
 
-class Stage(Protocol):
+class MeasuringStage(Protocol):
     """Measures clips.
 
     `gpu` says that it wants a card: such stages run together, in workers of their own. `alone`, which it may have, says
@@ -107,7 +108,7 @@ class Stage(Protocol):
 
     gpu: bool
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         """Figures of a clip."""
 
 
@@ -154,7 +155,7 @@ def stage_of(name: str) -> type[Any]:
 
 def make_stages(
     watch: Watch, gpu: bool | None = None, names: Mapping[str, str] | None = None
-) -> tuple[dict[str, Stage], dict[str, str]]:
+) -> tuple[dict[str, MeasuringStage], dict[str, str]]:
     """The stages of the settings, and of those that lack a model what to install or to give.
 
     Args:
@@ -167,7 +168,7 @@ def make_stages(
     """
     from talkingdit.detect.packages import NotInstalledError
 
-    made: dict[str, Stage] = {}
+    made: dict[str, MeasuringStage] = {}
     lacking: dict[str, str] = {}
     for name in watch.stages:
         kind = stage_of(name)

@@ -7,7 +7,7 @@ import numpy as np
 
 from talkingdit.curate.look import Look
 from talkingdit.curate.settings import Watch
-from talkingdit.curate.stages import Figures, Found
+from talkingdit.curate.stages import ClipFindings, Figures
 from talkingdit.detect import bodies, hands, pose, tflite
 from talkingdit.detect.packages import NotInstalledError
 
@@ -23,7 +23,7 @@ class BodyStage:
         if not (bodies.available() and hands.available() and pose.available()):
             raise NotInstalledError(f"body: the weights of bodies and hands are not installed, {tflite.GET}.")
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         shares: list[float] = []
         figures: Figures = {"body.stills": len(look.stills)}
         person = found.people[0] if found.people else None

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from talkingdit.curate.look import Look
 from talkingdit.curate.settings import Watch
-from talkingdit.curate.stages import Figures, Found, Person
+from talkingdit.curate.stages import ClipFindings, Figures, Person
 from talkingdit.detect import blaze, faces, mesh, tflite
 from talkingdit.detect.boxes import overlap
 from talkingdit.detect.faces import Face
@@ -46,7 +46,7 @@ class PeopleStage:
             raise NotInstalledError(f"people: the weights of the face mesh are not installed, {tflite.GET}.")
         self._thorough = faces.available()
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         count = len(look.pictures)
         quick = sorted({*range(0, count, max(1, round(self._watch.face_every * look.fps))), count - 1})
         found_in = {index: blaze.large_faces(look.pictures[index]) for index in quick}

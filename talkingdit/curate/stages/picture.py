@@ -8,11 +8,13 @@ from numpy.typing import NDArray
 
 from talkingdit.curate.look import Look
 from talkingdit.curate.settings import Watch
-from talkingdit.curate.stages import Figures, Found
+from talkingdit.curate.stages import ClipFindings, Figures
 from talkingdit.detect.motion import Flow
 from talkingdit.detect.text import texts
 
 SHARP_SIDE = 128  # pixels to which a face or hand is brought before its sharpness is measured
+PICTURE_SIDE, TILE = 512, 64  # pixels to which the longer side of a picture is brought for that, and of its parts
+SHARPEST = 0.9  # of the parts of a picture, that which is sharper than so many stands for it
 FLOW_EVERY = 0.08  # seconds between pictures whose flow is measured
 TEXT_STILLS = 3  # of a clip, in which text is read
 
@@ -26,7 +28,7 @@ class PictureStage:
 
     def __init__(self, watch: Watch) -> None: ...
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         grey = look.pictures[:: max(1, round(look.fps))].mean(-1)
         figures = {
             "clip.seconds": round(look.seconds, 3),
@@ -42,14 +44,22 @@ class PictureStage:
 
 
 class SharpnessStage:
-    """Variance of the Laplacian of faces and hands, brought to one size (Wan-S2V, section 2)."""
+    """Variance of the Laplacian of faces and hands, brought to one size (Wan-S2V, section 2), and of the picture.
+
+    In a picture that is blurred enough no face is found, so its sharpest parts tell. A person in front of a blurred
+    background is sharp.
+    """
 
     gpu = False
 
     def __init__(self, watch: Watch) -> None: ...
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         figures: Figures = {}
+        if look.stills:
+            figures["sharpness.picture"] = round(
+                float(np.median([sharpest(still.picture) for still in look.stills])), 2
+            )
         if found.people and look.stills:
             values = []
             for still in look.stills:
@@ -78,6 +88,20 @@ def laplacian(picture: NDArray[np.uint8], box: NDArray[np.float32]) -> float:
     return float(cv2.Laplacian(grey, cv2.CV_32F).var())
 
 
+def sharpest(picture: NDArray[np.uint8]) -> float:
+    """Sharpness of the sharper parts of a picture, brought to one size."""
+    import cv2
+
+    scale = PICTURE_SIDE / max(picture.shape[:2])
+    size = [max(TILE, round(side * scale)) for side in picture.shape[1::-1]]
+    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    grey = cv2.cvtColor(cv2.resize(picture, size, interpolation=way), cv2.COLOR_RGB2GRAY)
+    edges = cv2.Laplacian(grey, cv2.CV_32F)
+    down, right = (side // TILE for side in edges.shape)
+    tiles = edges[: down * TILE, : right * TILE].reshape(down, TILE, right, TILE)
+    return float(np.quantile(tiles.var(axis=(1, 3)), SHARPEST))
+
+
 class MotionStage:
     """Optical flow: of everything, and of what is not the person; and how much it jumps."""
 
@@ -86,7 +110,7 @@ class MotionStage:
     def __init__(self, watch: Watch) -> None:
         self._flow = Flow()
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         step = max(1, round(FLOW_EVERY * look.fps))
         pairs = range(0, len(look.pictures) - step, max(step, len(look.pictures) // 24))
         if not len(pairs):
@@ -115,7 +139,7 @@ class TextStage:
     def __init__(self, watch: Watch) -> None:
         texts(np.zeros((64, 64, 3), np.uint8))
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         if not look.stills:
             return {}
         chosen = {round(at) for at in np.linspace(0, len(look.stills) - 1, TEXT_STILLS)}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from talkingdit.curate.look import Look
 from talkingdit.curate.settings import Watch
-from talkingdit.curate.stages import Figures, Found
+from talkingdit.curate.stages import ClipFindings, Figures
 
 SIDE, MOMENTS = 12, (0.02, 0.25, 0.5, 0.75, 0.98)
 
@@ -25,7 +25,7 @@ class SignatureStage:
 
     def __init__(self, watch: Watch) -> None: ...
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         import cv2
 
         last = len(look.pictures) - 1

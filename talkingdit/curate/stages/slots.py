@@ -18,7 +18,7 @@ import numpy as np
 from talkingdit.curate.look import Look
 from talkingdit.curate.settings import Watch
 from talkingdit.curate.slots import SLOTS, missing_line, path_of
-from talkingdit.curate.stages import Figures, Found
+from talkingdit.curate.stages import ClipFindings, Figures
 from talkingdit.detect.packages import NotInstalledError
 from talkingdit.errors import UserError
 from talkingdit.media.sound import SPEECH_RATE
@@ -75,7 +75,7 @@ class LanguageStage:
             codes = self._model.generation_config.lang_to_id
             self._names = {token: name.strip("<|>") for name, token in codes.items()}
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         import torch
 
         if not found.spoken:
@@ -110,7 +110,7 @@ class CaptionStage:
             self._processor: Any = AutoProcessor.from_pretrained(folder)
             self._model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=kind).eval().to(_device())
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         import torch
         from PIL import Image
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from talkingdit.curate.look import Look
 from talkingdit.curate.settings import Watch
-from talkingdit.curate.stages import Figures, Found
+from talkingdit.curate.stages import ClipFindings, Figures
 from talkingdit.detect import speech, voices
 from talkingdit.media.sound import SILENCE_PEAK, SPEECH_RATE
 
@@ -24,7 +24,7 @@ class SpeechStage:
     def __init__(self, watch: Watch) -> None:
         speech.speech(np.zeros(speech.HOP, np.float32))
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         samples = look.samples
         if len(samples) < speech.HOP or float(np.abs(samples).max()) < SILENCE_PEAK:
             return {"speech.share": 0.0, "speech.loudness": QUIET, "speech.silent": 1}
@@ -49,7 +49,7 @@ class VoicesStage:
         self._likeness = watch.same_voice
         voices.embed(np.zeros(0, np.float32), [])
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         pieces = voices.embed(look.samples, found.spoken, VOICE_EVERY)
         if not len(pieces):
             return {}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from talkingdit.curate.look import Look
 from talkingdit.curate.settings import Watch
-from talkingdit.curate.stages import Figures, Found
+from talkingdit.curate.stages import ClipFindings, Figures
 from talkingdit.media.sound import SPEECH_RATE
 
 LOW, HIGH = 200.0, 4000.0  # Hz, of a voice
@@ -32,7 +32,7 @@ class SyncStage:
     def __init__(self, watch: Watch) -> None:
         self._largest = watch.largest_lag
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         people = [person.opening for person in found.people if person.opening is not None]
         if not people or not found.spoken:
             return {}

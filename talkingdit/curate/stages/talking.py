@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from talkingdit.curate.look import Look
 from talkingdit.curate.settings import Watch
 from talkingdit.curate.slots import SLOTS, missing_line, path_of
-from talkingdit.curate.stages import Figures, Found, Person
+from talkingdit.curate.stages import ClipFindings, Figures, Person
 from talkingdit.detect.packages import NotInstalledError
 from talkingdit.media.sound import SPEECH_RATE
 
@@ -38,7 +38,7 @@ def _need(watch: Watch, slot: str) -> None:
         raise NotInstalledError(missing_line(SLOTS[slot]) + ".")
 
 
-def _talkers(look: Look, found: Found) -> list[Person]:
+def _talkers(look: Look, found: ClipFindings) -> list[Person]:
     """Whom to look at: nobody where nothing is said, or where it is too short to tell."""
     seconds = min(look.seconds, len(look.samples) / SPEECH_RATE)
     return found.people[:MOST] if found.spoken and seconds >= SHORTEST else []
@@ -55,7 +55,7 @@ class SyncnetStage:
 
         self._network = SyncNet.from_file(path_of(watch, self.slot)).to(_device())
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         from talkingdit.detect.talking import heads
 
         people = _talkers(look, found)
@@ -84,7 +84,7 @@ class LightAsdStage:
 
         self._network: Any = LightASD.from_file(path_of(watch, self.slot)).to(_device())
 
-    def measure(self, look: Look, found: Found) -> Figures:
+    def measure(self, look: Look, found: ClipFindings) -> Figures:
         from talkingdit.detect.talking import heads, mouths
 
         people = _talkers(look, found)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from talkingdit.eval.evidence import Evidence, NotMeasured, View, spread
+from talkingdit.eval.evidence import Evidence, NotMeasured, RegionView, spread
 from talkingdit.eval.metric import PICTURES, FloatArray, Metric, Value, over_people
 
 MOST_FRAMES = 64  # of a video that are looked at, evenly spread
@@ -27,7 +27,7 @@ def alike(slot: str, most: int = MOST_FRAMES) -> Callable[[Evidence, str], Value
         values = []
         for view in evidence.views(region):
             view.need_truth()
-            chosen = spread(view.shown, most)
+            chosen = spread(view.visible, most)
             if not len(chosen):
                 continue
             gen = evidence.features(slot, region, view, False, chosen)
@@ -44,7 +44,7 @@ def consistent(slot: str) -> Callable[[Evidence, str], Value]:
     def of(evidence: Evidence, region: str) -> Value:
         values = []
         for view in evidence.views(region):
-            chosen = spread(view.shown, MOST_FRAMES)
+            chosen = spread(view.visible, MOST_FRAMES)
             if len(chosen) < 2:
                 continue
             unit = _unit(evidence.features(slot, region, view, False, chosen))
@@ -61,7 +61,7 @@ def scored(slot: str) -> Callable[[Evidence, str], Value]:
     def of(evidence: Evidence, region: str) -> Value:
         values = []
         for view in evidence.views(region):
-            chosen = spread(view.shown, MOST_FRAMES)
+            chosen = spread(view.visible, MOST_FRAMES)
             if len(chosen):
                 values.append(_curve(view, chosen, evidence.features(slot, region, view, False, chosen)[:, 0]))
         return over_people(_some(values))
@@ -73,7 +73,7 @@ def _frames_of(slot: str) -> Callable[[Evidence, str], tuple[FloatArray, FloatAr
     def of(evidence: Evidence, region: str) -> tuple[FloatArray, FloatArray]:
         gen, truth = [], []
         for view in evidence.views(region):
-            chosen = spread(view.shown, MOST_FRAMES)
+            chosen = spread(view.visible, MOST_FRAMES)
             view.need_truth()
             gen.append(evidence.features(slot, region, view, False, chosen))
             truth.append(evidence.features(slot, region, view, True, chosen))
@@ -93,9 +93,9 @@ def _clips(evidence: Evidence, region: str) -> tuple[FloatArray, FloatArray]:
     return np.concatenate(gen), np.concatenate(truth)
 
 
-def _windows(frames: np.ndarray, view: View) -> list[np.ndarray]:
+def _windows(frames: np.ndarray, view: RegionView) -> list[np.ndarray]:
     """Inputs [3, 16, 224, 224] in 0..1."""
-    shown = frames[view.shown]
+    shown = frames[view.visible]
     if not len(shown):
         raise NotMeasured("no frame shows the region in both videos")
     if len(shown) < CLIP_FRAMES:
@@ -110,7 +110,7 @@ def _windows(frames: np.ndarray, view: View) -> list[np.ndarray]:
     return out
 
 
-def _curve(view: View, chosen: np.ndarray, found: FloatArray) -> tuple[float, FloatArray]:
+def _curve(view: RegionView, chosen: np.ndarray, found: FloatArray) -> tuple[float, FloatArray]:
     curve = np.full(len(view.gen), np.nan)
     curve[chosen] = found
     return float(found.mean()), curve

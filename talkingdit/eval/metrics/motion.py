@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from talkingdit.eval.evidence import Evidence, NotMeasured, View
+from talkingdit.eval.evidence import Evidence, NotMeasured, RegionView
 from talkingdit.eval.metric import PICTURES, FloatArray, Metric, Value, over_people
 
 Grey = npt.NDArray[np.uint8]
@@ -18,7 +18,7 @@ MOVES = 6.0  # pixels per frame at a shorter side of 256 above which a frame mov
 NEEDED = 4 / 16  # share of frames that move in a dynamic video
 
 
-def _greys(view: View) -> list[Grey]:
+def _greys(view: RegionView) -> list[Grey]:
     """The frames in grey, at most 512 pixels long."""
     scale = min(1.0, LONGEST / max(view.gen.shape[1:3]))
     size = (max(8, round(view.gen.shape[2] * scale)), max(8, round(view.gen.shape[1] * scale)))
@@ -38,7 +38,7 @@ def _smoothness(evidence: Evidence, region: str) -> Value:
     """1 - mean difference between a frame and what its neighbours say it should be, over 255."""
     values = []
     for view in evidence.views(region):
-        greys, shown = _greys(view), view.shown
+        greys, shown = _greys(view), view.visible
         curve = np.full(len(greys), np.nan)
         for f in range(1, len(greys) - 1):
             if shown[f - 1 : f + 2].all():
@@ -65,7 +65,7 @@ def _amounts(evidence: Evidence, region: str) -> list[tuple[FloatArray, float]]:
     """For each person the motion [F] between each frame and the next, and the threshold above which it counts."""
     out = []
     for view in evidence.views(region):
-        greys, shown = _greys(view), view.shown
+        greys, shown = _greys(view), view.visible
         curve = np.full(len(greys), np.nan)
         for f in range(len(greys) - 1):
             if shown[f] and shown[f + 1]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from talkingdit.eval.evidence import Evidence, NotMeasured, View
+from talkingdit.eval.evidence import Evidence, NotMeasured, RegionView
 from talkingdit.eval.metric import PICTURES, FloatArray, Metric, Value, over_people
 from talkingdit.eval.similarity import Frame, cosine, peak_signal_to_noise, structural_similarity
 
@@ -25,7 +25,7 @@ def _paired(measure: Callable[[Frame, Frame], float]) -> Callable[[Evidence, str
         for view in evidence.views(region):
             truth = view.need_truth()
             curve = np.full(len(view.gen), np.nan)
-            for f in np.nonzero(view.shown)[0]:
+            for f in np.nonzero(view.visible)[0]:
                 curve[f] = measure(view.gen[f], truth[f])
             values.append((float(np.nanmean(curve)), curve))
         return over_people(values)
@@ -43,13 +43,13 @@ def _sharpness(evidence: Evidence, region: str) -> Value:
     values = []
     for view in evidence.views(region):
         curve: FloatArray = np.full(len(view.gen), np.nan)
-        for f in np.nonzero(view.shown)[0]:
+        for f in np.nonzero(view.visible)[0]:
             curve[f] = np.log10(1 + sharpness_of(_as_filmed(view, int(f))))
         values.append((float(np.nanmean(curve)), curve))
     return over_people(values)
 
 
-def _as_filmed(view: View, f: int) -> Frame:
+def _as_filmed(view: RegionView, f: int) -> Frame:
     """A frame without the enlargement of its crop, which looks like blur."""
     frame = view.gen[f]
     if not view.native or view.native >= len(frame):

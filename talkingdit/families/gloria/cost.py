@@ -19,7 +19,6 @@ __all__ = [
     "LORA_TARGETS",
     "SUBSETS",
     "SWITCHES",
-    "absent_parts",
     "activations",
     "attention_flops",
     "autoencoder",
@@ -65,7 +64,6 @@ COST = WanCost(
     speech_parameters=SPEECH_PARAMETERS,
 )
 complete, read_config, default_clip = COST.complete, COST.read_config, COST.default_clip
-absent_parts = COST.absent_parts
 frozen_parts, parameters, heads, tokens = COST.frozen_parts, COST.parameters, COST.heads, COST.tokens
 flops, attention_flops, conditions, step = COST.flops, COST.attention_flops, COST.conditions, COST.step
 autoencoder, speech, activations = COST.autoencoder, COST.speech, COST.activations

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talkingdit import ops
-from talkingdit.nn.audio_cross_attention import FrameSpan, cut, effective, place_spans
+from talkingdit.nn.audio_cross_attention import TokenSpan, cut, effective, place_spans
 from talkingdit.nn.layers import LayerNorm, wide
 
 ABSORB = ("none", "full")
@@ -112,7 +112,7 @@ class FaceAudioAdapter(nn.Module):
         x: Tensor,
         audio: Tensor | None,
         weights: Tensor,
-        spans: tuple[FrameSpan, ...],
+        spans: tuple[TokenSpan, ...],
         memory: VoiceMemory | None = None,
         absorb: str = "none",
         inplace: bool = False,

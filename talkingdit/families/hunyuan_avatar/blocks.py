@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from talkingdit import ops
 from talkingdit.families.hunyuan_avatar.rope import Layouts
 from talkingdit.families.hunyuan_avatar.sequence import SequenceShard
-from talkingdit.families.hunyuan_avatar.text import Mlp
+from talkingdit.families.hunyuan_avatar.text_refiner import Mlp
 from talkingdit.nn.attention import attention
 from talkingdit.nn.layers import Float32Linear, RMSNorm, lend
 from talkingdit.nn.units import FFN_TOKENS

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from talkingdit.families.hunyuan_avatar.model import HunyuanAvatarModel
-    from talkingdit.families.hunyuan_avatar.words import TextEncoder
+    from talkingdit.families.hunyuan_avatar.words import AvatarTextEncoder
 
 NEGATIVE_PROMPT = (
     "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
@@ -101,7 +101,7 @@ class HunyuanAvatarCheckpoint:
 
     transformer: HunyuanAvatarModel
     vae: Any  # AutoencoderKLHunyuanVideo, or AutoencoderKLWan
-    text_encoder: TextEncoder  # of prompts with a picture, see `words.py`
+    text_encoder: AvatarTextEncoder  # of prompts with a picture, see `words.py`
     audio_encoder: Any  # talkingdit.encoders.whisper.WhisperEncoder, or SpeechFeatures
     settings: HunyuanAvatarSettings
     folder: Path

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from talkingdit.families.hunyuan_avatar.audio import ABSORB, FRAMES_PER_LATENT
-from talkingdit.families.hunyuan_avatar.inputs import AvatarInputs
+from talkingdit.families.hunyuan_avatar.conditions import AvatarInputs
 from talkingdit.nn.shapes import check_shape
 
 _NAME = "HunyuanAvatarModel"

@@ -28,7 +28,7 @@ from talkingdit.families.hunyuan_avatar.checkpoint import find_parts, load_audio
 from talkingdit.families.hunyuan_avatar.samples import NOT_OF_THE_CLIP, STILL, sample_columns
 
 if TYPE_CHECKING:
-    from talkingdit.families.hunyuan_avatar.words import TextEncoder
+    from talkingdit.families.hunyuan_avatar.words import AvatarTextEncoder
 
 
 class _Columns:
@@ -53,7 +53,7 @@ class AvatarClipEncoders(Encoders):
         audio: speech encoder; None leaves sound out.
     """
 
-    def __init__(self, vae: Any, settings: Any, words: TextEncoder | None, audio: Any):
+    def __init__(self, vae: Any, settings: Any, words: AvatarTextEncoder | None, audio: Any):
         super().__init__(vae, settings, None, None if audio is None else _Columns(audio))
         self.words, self.codec = words, codec(vae)
 

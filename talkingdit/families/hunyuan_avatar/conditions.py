@@ -1,122 +1,107 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the transformer is given for a window of a video: its part of the voices, of the faces and of the emotions.
-
-A video of N latents has 4 N video frames of sound, of which those behind the last shown one are silent. Latent l hears
-the frames 4 l - 3 .. 4 l; the first latent of a window hears one frame, 4 l. Windows may wrap around the end of the
-video, and so do their sounds.
-"""
+"""What a video is made from, and what a denoising step needs of it that does not depend on the timestep."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from talkingdit.autoencoders.latents import FRAMES_PER_LATENT
-from talkingdit.families.hunyuan_avatar.guidance import View
-from talkingdit.families.hunyuan_avatar.masks import small_masks
-from talkingdit.families.hunyuan_avatar.outline import Details, Voice
-from talkingdit.families.hunyuan_avatar.voices import HeardVoice
-from talkingdit.families.hunyuan_avatar.words import Words
+from talkingdit.families.hunyuan_avatar.audio import VoiceMemory
+from talkingdit.families.hunyuan_avatar.emotion import KeyValue, SceneTokens
+from talkingdit.families.hunyuan_avatar.rope import Layouts
+from talkingdit.families.hunyuan_avatar.sequence import SequenceShard
+
+# What the released program says of every video.
+MOTION_EXP, MOTION_POSE, FPS = 30.0, 25.0, 25.0
 
 
-@dataclass(frozen=True)
-class VideoConditions:
-    """What all windows of a video have in common, made once.
-
-    Attributes:
-        words: of the prompt and the negative prompt, of one length.
-        reference: [1, C, window, h, w], the picture as a video that stands still.
-        voices: one per speaker.
-        masks: [1, S, 1, h, w] float32, which part of the picture each of them moves, or [1, S, latents, h, w] of
-            faces that move.
-        strength: [1, S].
-        emotion: [1, E, C, 1, h, w], or None.
-        emotion_index: of every latent.
-    """
-
-    details: Details
-    words: tuple[Words, Words]
-    reference: Tensor
-    voices: tuple[HeardVoice, ...]
-    masks: Tensor
-    strength: Tensor
-    emotion: Tensor | None
-    emotion_index: Tensor
-    silence: str = "zeros"  # see `HunyuanAvatarSettings`
-
-    def arguments(self, frames: Tensor, views: Sequence[View], mask: float, fps: float) -> dict[str, Any]:
-        """Arguments of the transformer besides latents and timestep, a sample per view.
-
-        Args:
-            frames: int64 [f], the latents of the window on the host.
-            views: what each prediction is given.
-            mask: that face masks are multiplied with.
-            fps: video frames per second.
-        """
-        device, count = self.reference.device, len(views)
-        chosen = [self.words[0 if view.text else 1] for view in views]
-        heard = sound_frames(frames, self.latents)
-        # [1, S, 4 f - 3, window, blocks, channels]
-        audio = torch.stack([voice.at(heard) for voice in self.voices])[None].to(device)
-        deaf = 0.0 if self.silence == "none" else mask
-        masks = torch.tensor([mask if view.audio else deaf for view in views], device=device)
-        found: dict[str, Any] = {
-            "text": torch.cat([words.features for words in chosen]),
-            "text_mask": torch.cat([words.mask for words in chosen]),
-            "pooled_text": torch.cat([words.pooled for words in chosen]),
-            "reference": _repeat(self.reference[:, :, : len(frames)], count),
-            "audio": torch.cat([audio if view.audio else torch.zeros_like(audio) for view in views]),
-            "face_mask": masks_of(self.masks, frames) * masks.view(-1, 1, 1, 1, 1),
-            "strength": _repeat(self.strength, count),
-            "fps": torch.full((count,), float(fps), device=device),
-        }
-        if self.emotion is not None:
-            index = self.emotion_index[frames].to(device)[None]
-            strength = self.details.options.emotion_strength
-            found |= {
-                "emotion": _repeat(self.emotion, count),
-                "emotion_index": _repeat(index, count),
-                "emotion_strength": strength,
-            }
-        return found
-
-    @property
-    def latents(self) -> int:
-        """Of the whole video."""
-        return len(self.emotion_index)
-
-
-def sound_frames(latents: Tensor, count: int) -> Tensor:
-    """The video frames whose sound a window hears, int64 [4 f - 3].
+@dataclasses.dataclass(frozen=True, eq=False)
+class AvatarInputs:
+    """The inputs of `HunyuanAvatarModel.encode_conditions`. S speakers, E pictures of emotions, T latent frames.
 
     Args:
-        latents: int64 [f], those of the window, modulo `count`.
-        count: latents of the video.
+        text: [B, L, text_states_dim] features of a language model.
+        text_mask: bool or int [B, L], true for real tokens; None for all. The others are left out of the sequence; see
+            `talkingdit.families.hunyuan_avatar.text_refiner.used_text` for padding that is not all behind.
+        pooled_text: [B, text_states_dim_2]; None for zeros.
+        reference: [B, in_channels, T, H, W] latents of the picture repeated over time, or of one frame, [.., 1, H, W],
+            which is repeated. None for no character.
+        audio: voices [B, S, 4 T - 3, window, blocks, channels], features for every video frame; without the axis of
+            speakers for one. S may be zero. None for no voice at all; silence is a voice of zeros.
+        face_mask: [B, S, 1 or T, H, W] in 0..1, where each speaker's face is; None for everywhere. Of faces that
+            overlap, masks are scaled down so that no token hears more than one voice's worth.
+        strength: [B, S], how much each is heard; or one number.
+        emotion: [B, E, in_channels, 1, H', W'] latents of pictures; None for none.
+        emotion_index: [B, T], the picture that each latent frame follows, -1 for none; None is the first one.
+        emotion_strength: [B, E], or one number.
+        motion_exp, motion_pose: [B, 4], how much face and head move; None for what the released program says.
+        fps: [B] frames per second; None for 25.
+        size: (T, H, W) of the latents, where conditions are encoded without latents and no reference of T frames tells.
     """
-    last = FRAMES_PER_LATENT * latents
-    rest = last[1:, None] - torch.arange(FRAMES_PER_LATENT - 1, -1, -1)
-    return torch.cat([last[:1], rest.reshape(-1)]) % (FRAMES_PER_LATENT * count)
+
+    text: Tensor
+    text_mask: Tensor | None = None
+    pooled_text: Tensor | None = None
+    reference: Tensor | None = None
+    audio: Tensor | None = None
+    face_mask: Tensor | None = None
+    strength: Tensor | float | None = None
+    emotion: Tensor | None = None
+    emotion_index: Tensor | Sequence[Sequence[int]] | None = None
+    emotion_strength: Tensor | float | None = None
+    motion_exp: Tensor | None = None
+    motion_pose: Tensor | None = None
+    fps: Tensor | None = None
+    size: tuple[int, int, int] | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> AvatarInputs:
+        """With all tensors on a device. Hooks of offloading move what a model is given by this method."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **moved)
 
 
-def cell_masks(voices: Sequence[Voice], size: tuple[int, int]) -> Tensor:
-    """Masks of all voices, [1, S, 1 or latents, h, w]; see `VideoConditions`."""
-    still = small_masks([voice.mask for voice in voices], size)
-    if all(voice.moving is None for voice in voices):
-        return still
-    moving = [None if voice.moving is None else torch.from_numpy(voice.moving) for voice in voices]
-    count = next(len(mask) for mask in moving if mask is not None)
-    found = [still[0, i].expand(count, -1, -1) if mask is None else mask for i, mask in enumerate(moving)]
-    return torch.stack(found)[None]
+@dataclasses.dataclass(frozen=True)
+class AvatarConditions:
+    """Everything a step needs that does not depend on the timestep, made by `HunyuanAvatarModel.encode_conditions`.
 
+    What belongs to tokens is there for those that this process holds (`shard`). A packed sequence is a batch of one,
+    with the frames of its clips behind each other and a text for each clip.
+    """
 
-def masks_of(masks: Tensor, frames: Tensor) -> Tensor:
-    """Masks [1, S, 1 or latents, h, w] of a window of latents, int64 [f] -> [1, S, 1 or f, h, w]."""
-    return masks if masks.shape[2] == 1 else masks[:, :, frames.to(masks.device)]
+    shard: SequenceShard
+    layouts: Layouts
+    text: Tensor  # features for the refiner [B or clips, L, text_dim]
+    text_mask: Tensor | None  # bool [B or clips, L], true for real tokens; None for all
+    vec: Tensor  # [B or clips, dim] float32: all of the vector of a step but its timestep
+    reference: tuple[Tensor, ...]  # per clip, tokens of the reference that are here [B, n, dim]
+    added: tuple[Tensor | None, ...]  # per clip, added to the video tokens that are here [B, n, dim]
+    channels: tuple[Tensor | None, ...]  # per clip, latents that lie behind the channels of the noisy ones
+    lengths: tuple[int, ...] | None = None  # tokens of each sample of a batch, where they differ
+    key_mask: Tensor | None = None  # bool [B, N], the same
+    audio: Tensor | None = None  # [B, P, F, A, dim], of the frames that video tokens are in; None without voices
+    audio_weights: Tensor | None = None  # [B, P, n] of the video tokens here
+    audio_memory: tuple[VoiceMemory, ...] | None = None  # per adapter
+    emotion: Tensor | None = None  # [B or clips, E, n, dim]
+    emotion_strength: Tensor | None = None  # [B or clips, E]
+    emotion_scenes: tuple[SceneTokens, ...] = ()
+    emotion_memory: tuple[KeyValue, ...] | None = None  # per adapter
+    idle_audio: Tensor | None = None  # [B, 1, 1, A, dim], for layers that must run although nobody speaks
+    idle_emotion: Tensor | None = None  # [B, 1, 1, dim], likewise
 
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Latent frames, patch rows and patch columns of the video, where there is one."""
+        return self.shard.clips[0].grid
 
-def _repeat(x: Tensor, count: int) -> Tensor:
-    return x.expand(count, *x.shape[1:])
+    @property
+    def batch(self) -> int:
+        """Samples behind each other along the first axis."""
+        return 1 if self.shard.packed else self.text.shape[0]

@@ -13,6 +13,7 @@ from talkingdit.families.hunyuan_avatar.presets import PRESETS
 from talkingdit.families.hunyuan_avatar.units import hears, walk
 from talkingdit.nn.units import FFN_TOKENS
 from talkingdit.pipelines.memory import Memory
+from talkingdit.plan import shipped
 from talkingdit.plan.clip import ClipShape
 from talkingdit.plan.cost import (
     ALL_SWITCHES,
@@ -24,7 +25,7 @@ from talkingdit.plan.cost import (
     Parameter,
     SpeechCost,
 )
-from talkingdit.plan.run import MeshSizes, Run
+from talkingdit.plan.run import MeshSizes, TrainingRun
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,7 @@ TEXT_PARAMETERS = 8_355_000_000 + 123_060_480  # LLaVA on Llama 3 8B, and the te
 VAE_PARAMETERS = 246_490_000
 SPEECH_PARAMETERS = 8_208_384  # the encoder of whisper-tiny
 SPEECH_HEARING = 4.0e6  # bytes alive per second of voice
+TEXT_WIDTH = 4096  # of LLaVA's features
 TEXT_TOKENS = 831  # of a prompt with its picture, as the released program pads it
 # Elements alive per pixel of a tile while the autoencoder runs; its tiles have 256 pixels and 64 frames.
 TILE, TILE_FRAMES, VAE_ELEMENTS = 256, 65, 780
@@ -71,15 +73,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def default_clip(config: Mapping[str, Any], folder: Path | None = None) -> ClipShape:
-    """A window of 704 x 704 pixels, guided, as the checkpoint has it."""
+    """A window of 704 x 704 pixels, or of the drawn world's; guided, as the checkpoint has it."""
     from talkingdit.families.hunyuan_avatar.checkpoint import HunyuanAvatarSettings, read_settings
 
     settings = HunyuanAvatarSettings() if folder is None else read_settings(folder)
-    side = settings.image_size // 16 * 16
+    small = folder is None and not released(config)
+    side = shipped.SIDE if small else settings.image_size // 16 * 16
     return ClipShape(
         height=side,
         width=side,
-        latents=settings.window,
+        latents=shipped.LATENTS if small else settings.window,
         history=0,
         steps=settings.steps,
         branches=2,
@@ -87,13 +90,25 @@ def default_clip(config: Mapping[str, Any], folder: Path | None = None) -> ClipS
     )
 
 
-def frozen_parts(dtype: torch.dtype, folder: Path | None = None) -> FrozenParts:
+def released(config: Mapping[str, Any]) -> bool:
+    """Do the released text encoders and what stands beside them fit the transformer? If not, those that ship do."""
+    return config["text_states_dim"] == TEXT_WIDTH
+
+
+def text_tokens(config: Mapping[str, Any]) -> int:
+    """Of a prompt."""
+    return TEXT_TOKENS if released(config) else shipped.TEXT_TOKENS
+
+
+def frozen_parts(config: Mapping[str, Any], dtype: torch.dtype, folder: Path | None = None) -> FrozenParts:
     """Autoencoder and speech encoder are float32; files of a folder tell the sizes of what they hold."""
-    sizes = {
+    sizes: dict[str, int] = {
         TEXT_ENCODER: TEXT_PARAMETERS * dtype.itemsize,
         AUTOENCODER: VAE_PARAMETERS * 4,
         SPEECH_ENCODER: SPEECH_PARAMETERS * 4,
     }
+    if not released(config):
+        sizes = dict(shipped.frozen_parts().sizes)
     if folder is not None:
         from talkingdit.families.hunyuan_avatar.checkpoint import find_parts
 
@@ -130,7 +145,7 @@ def tokens(config: Mapping[str, Any], clip: ClipShape) -> tuple[int, int]:
     from talkingdit.families.hunyuan_avatar.sequence import tokens_of
 
     height, width = clip.height // 8, clip.width // 8
-    total = tokens_of(config, clip.latents, height, width, reference=True, text=TEXT_TOKENS)
+    total = tokens_of(config, clip.latents, height, width, reference=True, text=text_tokens(config))
     return clip.latents * (height // 2) * (width // 2), total
 
 
@@ -158,8 +173,9 @@ def flops(config: Mapping[str, Any], clip: ClipShape, memory: Memory | None = No
     block = total * (8 * dim**2 + 4 * dim * hidden)
     modulation = 24 * config["depth_double_blocks"] * dim**2 + 6 * config["depth_single_blocks"] * dim**2
     adapter = 4 * video * dim * audio if memory is None or memory.offload == "none" else 4 * video * dim * inner
-    refiner = config["refiner_depth"] * TEXT_TOKENS * (24 * dim**2 + 4 * TEXT_TOKENS * dim)
-    text = 2 * TEXT_TOKENS * dim * config["text_states_dim"] + refiner
+    words = text_tokens(config)
+    refiner = config["refiner_depth"] * words * (24 * dim**2 + 4 * words * dim)
+    text = 2 * words * dim * config["text_states_dim"] + refiner
     ends = 2 * video * dim * 4 * (config["in_channels"] + config["out_channels"])
     products = _blocks(config) * block + modulation + _adapters(config) * adapter + text + ends
     return products + attention_flops(config, clip)
@@ -183,8 +199,8 @@ def conditions(config: Mapping[str, Any], clip: ClipShape, memory: Memory, size:
         raise ValueError("plan: this model takes no pose video")
     video, total = tokens(config, clip)
     dim, audio = config["hidden_size"], clip.latents * _audio_tokens(config)
-    elements = (total - TEXT_TOKENS) * dim + audio * dim  # reference, what it adds, audio tokens
-    elements += TEXT_TOKENS * config["text_states_dim"]
+    elements = (total - text_tokens(config)) * dim + audio * dim  # reference, what it adds, audio tokens
+    elements += text_tokens(config) * config["text_states_dim"]
     if memory.offload == "none":  # offloaded layers make their keys and values in every step
         elements += _adapters(config) * audio * 2 * dim
     return clip.branches * (elements * size + 4 * video)
@@ -215,8 +231,10 @@ def step(config: Mapping[str, Any], clip: ClipShape, memory: Memory, size: int) 
     return max(moments) + 4 * copies * config["in_channels"] * clip.latents * clip.pixels / 64
 
 
-def autoencoder(clip: ClipShape, memory: Memory, width: int) -> dict[str, float]:
-    """Bytes of decoding the clip's frames and of encoding a still video; always in tiles."""
+def autoencoder(config: Mapping[str, Any], clip: ClipShape, memory: Memory, width: int) -> dict[str, float]:
+    """Bytes of decoding the clip's frames and of encoding a still video; the released one always in tiles."""
+    if not released(config):
+        return shipped.autoencoder(clip, width, video=True)
     everything = 3 * 4 * 4 * clip.latents * clip.pixels
     tile = min(clip.pixels, TILE**2) * min(4 * clip.latents, TILE_FRAMES) * VAE_ELEMENTS * width / 4
     return {"decode": tile + 2 * everything, "encode": tile + everything}
@@ -227,13 +245,15 @@ def speech(config: Mapping[str, Any], folder: Path | None = None) -> SpeechCost:
     from talkingdit.families.hunyuan_avatar.checkpoint import HunyuanAvatarSettings, read_settings
 
     fps = (HunyuanAvatarSettings() if folder is None else read_settings(folder)).fps
-    return SpeechCost(SPEECH_HEARING, 4.0 * config["audio_blocks"] * config["audio_channels"] * 50, fps)
+    return SpeechCost(
+        SPEECH_HEARING if released(config) else 0.0, 4.0 * config["audio_blocks"] * config["audio_channels"] * 50, fps
+    )
 
 
 # ---- Memory of training ----------------------------------------------------------------------------------------------
 
 
-def activations(config: Mapping[str, Any], run: Run, mesh: MeshSizes, size: int) -> Activations:
+def activations(config: Mapping[str, Any], run: TrainingRun, mesh: MeshSizes, size: int) -> Activations:
     """What a rank keeps and sends of a micro-batch.
 
     In units of tokens x dim a block keeps for its backward, besides the residual stream at its input: 12 and 3 times
@@ -256,8 +276,10 @@ def activations(config: Mapping[str, Any], run: Run, mesh: MeshSizes, size: int)
         kept[path] = {"off": off, "selective": partly, "full": 0.0}[run.checkpointing]
         working[path] = alive - kept[path]
     area = run.clip.pixels / 64
-    inputs = 4 * area * run.clip.latents * 3 * config["in_channels"] + 4 * TEXT_TOKENS * config["text_states_dim"]
-    refined = (config["refiner_depth"] * 16 + 4) * TEXT_TOKENS * dim * size
+    inputs = (
+        4 * area * run.clip.latents * 3 * config["in_channels"] + 4 * text_tokens(config) * config["text_states_dim"]
+    )
+    refined = (config["refiner_depth"] * 16 + 4) * text_tokens(config) * dim * size
     return Activations(
         stream=stream,
         kept=kept,

@@ -38,7 +38,7 @@ from talkingdit.families.hunyuan_avatar.speakers import Speaker
 from talkingdit.families.puppet.evaluate import machine, read_voices
 from talkingdit.media.boxes import Box
 from talkingdit.media.files import SPEECH_RATE
-from talkingdit.puppets.measure import Voice, correlation, truth_of
+from talkingdit.puppets.measure import HeldOutVoice, correlation, truth_of
 from talkingdit.puppets.probe import probe
 from talkingdit.puppets.render import Image
 from talkingdit.puppets.scenes import (
@@ -187,7 +187,7 @@ class Bench:
     """
 
     generate: Generator
-    voices: Sequence[Voice]
+    voices: Sequence[HeldOutVoice]
     fps: int
     window: int
     shift: int
@@ -198,14 +198,14 @@ class Bench:
     def scene(self, number: int, people: int) -> Scene:
         return held_out_scene(self.seed, number, people)
 
-    def voice(self, number: int) -> Voice:
+    def voice(self, number: int) -> HeldOutVoice:
         return self.voices[number % len(self.voices)]
 
     def truth(self, samples: FloatArray | None, frames: int) -> FloatArray:
         """How far a voice opens the mouth in each frame; zeros for none."""
         if samples is None:
             return np.zeros(frames, np.float32)
-        return truth_of(Voice("", "", samples), frames, self.fps).opening
+        return truth_of(HeldOutVoice("", "", samples), frames, self.fps).opening
 
 
 def voices_row(bench: Bench) -> dict[str, Any]:
@@ -354,7 +354,7 @@ def open_checkpoint(folder: Path) -> Any:
     return checkpoint
 
 
-def open_voices(options: argparse.Namespace) -> list[Voice]:
+def open_voices(options: argparse.Namespace) -> list[HeldOutVoice]:
     """Held-out speech."""
     count, rng = max(3, options.scenes), np.random.default_rng(options.seed)
     return list(read_voices(options.voices, options.seconds, count, rng))

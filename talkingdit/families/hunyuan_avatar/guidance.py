@@ -21,7 +21,7 @@ EARLY_END = 2.0  # towards which the strength of the first steps falls
 
 
 @dataclass(frozen=True)
-class View:
+class GuidanceView:
     """One prediction of a step: what it is given."""
 
     text: bool  # the prompt; else the negative one
@@ -29,7 +29,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Guidance:
+class StepGuidance:
     """How the predictions of a step are put together.
 
     Args:
@@ -62,14 +62,14 @@ class Guidance:
         """Are the strengths of text and voice apart, and constant?"""
         return self.text is not None or self.audio is not None
 
-    def views(self, step: int) -> tuple[View, ...]:
+    def views(self, step: int) -> tuple[GuidanceView, ...]:
         """The predictions of a step, in the order of `coefficients`."""
         if self.separate:
-            return tuple(View(branch.text, branch.audio) for branch in self._branches())
-        given = View(text=True, audio=True)
+            return tuple(GuidanceView(branch.text, branch.audio) for branch in self._branches())
+        given = GuidanceView(text=True, audio=True)
         if self.start <= 1:
             return (given,)
-        return View(text=step >= self.early_steps, audio=False), given
+        return GuidanceView(text=step >= self.early_steps, audio=False), given
 
     def coefficients(self, step: int) -> list[float]:
         """Weights of the predictions of a step; they add up to one."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from talkingdit.families.hunyuan_avatar.inputs import AvatarConditions
-from talkingdit.nn.audio_cross_attention import FrameSpan
+from talkingdit.families.hunyuan_avatar.conditions import AvatarConditions
+from talkingdit.nn.audio_cross_attention import TokenSpan
 from talkingdit.nn.ranges import scatter_ranges, take_ranges
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def _voices(
         if conditions.idle_audio is None:
             return video
         nothing = video.new_zeros(video.shape[0], 1, 0, dtype=torch.float32)
-        spans: tuple[FrameSpan, ...] = (FrameSpan(0, 1, 1),)
+        spans: tuple[TokenSpan, ...] = (TokenSpan(0, 1, 1),)
         ran = model.run_layer(adapter, video[:, :0], conditions.idle_audio, nothing, spans, None, absorb, False)
         return torch.cat([video, ran], dim=1)
     memory = None if conditions.audio_memory is None else conditions.audio_memory[index]

@@ -8,7 +8,7 @@ from typing import Any
 
 from talkingdit.families.hunyuan_avatar import config
 from talkingdit.families.hunyuan_avatar.presets import CLASSES
-from talkingdit.families.loader import Loader
+from talkingdit.families.loader import TransformerLoader
 
 
 def _model() -> Any:
@@ -23,7 +23,7 @@ def _initialise(model: Any, source: str | Path) -> None:
     initialise_from_video_model(model, source)
 
 
-LOADER = Loader(
+LOADER = TransformerLoader(
     model=_model,
     classes=CLASSES,
     native=config.native,

@@ -18,13 +18,13 @@ from talkingdit.checkpoints.adapters import refuse_adapters
 from talkingdit.families.hunyuan_avatar.audio import AudioProjector, FaceAudioAdapter
 from talkingdit.families.hunyuan_avatar.blocks import BlockInputs, DoubleBlock, FinalLayer, SingleBlock
 from talkingdit.families.hunyuan_avatar.checks import check_config, check_latents
-from talkingdit.families.hunyuan_avatar.embed import encode, step_input
+from talkingdit.families.hunyuan_avatar.conditions import AvatarConditions, AvatarInputs
 from talkingdit.families.hunyuan_avatar.emotion import EmotionAdapter, EmotionEmbedder
+from talkingdit.families.hunyuan_avatar.encode import encode, step_input
 from talkingdit.families.hunyuan_avatar.hearing import hear
 from talkingdit.families.hunyuan_avatar.injection import PatchEmbed, copy_bias, with_channels
-from talkingdit.families.hunyuan_avatar.inputs import AvatarConditions, AvatarInputs
 from talkingdit.families.hunyuan_avatar.packed import PackedClip, encode_packed
-from talkingdit.families.hunyuan_avatar.text import ScalarEmbedder, TextRefiner, VectorEmbedder
+from talkingdit.families.hunyuan_avatar.text_refiner import ScalarEmbedder, TextRefiner, VectorEmbedder
 from talkingdit.families.hunyuan_avatar.units import ROOT, UNITS, hears
 from talkingdit.nn.context_parallel import ContextParallel, gather
 from talkingdit.nn.hooks import like_forward

@@ -18,7 +18,7 @@ import numpy as np
 from talkingdit.encoders.speech import Sound
 from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.emotions import Emotion, emotion_index
-from talkingdit.families.hunyuan_avatar.guidance import Guidance
+from talkingdit.families.hunyuan_avatar.guidance import StepGuidance
 from talkingdit.families.hunyuan_avatar.masks import moving_mask, read_mask
 from talkingdit.families.hunyuan_avatar.options import RELEASED, Options
 from talkingdit.families.hunyuan_avatar.places import Mask, Place, draw_mask, place_speakers, scaled
@@ -39,7 +39,7 @@ DECODED_LATENTS = 12  # of a part that is decoded at once, as the autoencoder ha
 
 
 @dataclass(frozen=True)
-class Length:
+class AvatarLength:
     """How long a video is.
 
     Attributes:
@@ -54,7 +54,7 @@ class Length:
 
 
 @dataclass(frozen=True)
-class Voice:
+class PlacedVoice:
     """A voice and what it moves."""
 
     speaker: Speaker
@@ -68,9 +68,9 @@ class Details:
     """What the pipeline knows of a video besides its outline."""
 
     options: Options
-    guidance: Guidance
-    length: Length
-    voices: tuple[Voice, ...]
+    guidance: StepGuidance
+    length: AvatarLength
+    voices: tuple[PlacedVoice, ...]
     stages: tuple[int, ...]  # number of the step with which each stage of the denoising ends
     parts: int  # that it is decoded in
     emotions: tuple[Frames, ...]  # pictures, [H, W, 3] each
@@ -79,7 +79,7 @@ class Details:
     negative_prompt: str
 
 
-def video_length(samples: int, fps: int, window: int) -> Length:
+def video_length(samples: int, fps: int, window: int) -> AvatarLength:
     """How long the video of a voice is, and how many latents are denoised for it, as in the released program.
 
     Args:
@@ -94,7 +94,7 @@ def video_length(samples: int, fps: int, window: int) -> Length:
     kept = heard // 4 + 1
     if kept == window:
         latents = window
-    return Length(frames, latents, min(kept, (frames + 2) // 4 + 1))
+    return AvatarLength(frames, latents, min(kept, (frames + 2) // 4 + 1))
 
 
 def video_size(image: Frames, settings: HunyuanAvatarSettings, options: Options) -> tuple[int, int]:
@@ -164,7 +164,7 @@ def outline(inputs: Inputs, settings: HunyuanAvatarSettings, options: Options) -
     portrait = (inputs.image.shape[0], inputs.image.shape[1])
     masks = [draw_mask(place, portrait, size) for place in places]
     moving = [moving_mask(s, length.latents, settings.fps, size) if s.moves else None for s in speakers]
-    voices = tuple(Voice(*parts) for parts in zip(speakers, sounds, masks, moving, strict=True))
+    voices = tuple(PlacedVoice(*parts) for parts in zip(speakers, sounds, masks, moving, strict=True))
     emotions = tuple(read_image(emotion.picture) for emotion in options.emotion)
     stages = stages_of(guidance.steps, options.step_cache)
     parts = -(-max(length.kept - 1, 1) // DECODED_LATENTS)
@@ -199,11 +199,11 @@ def outline(inputs: Inputs, settings: HunyuanAvatarSettings, options: Options) -
     )
 
 
-def _guidance(settings: HunyuanAvatarSettings, options: Options) -> Guidance:
+def _guidance(settings: HunyuanAvatarSettings, options: Options) -> StepGuidance:
     text, audio = options.text_guidance, options.audio_guidance
     if text is None and audio is None and options.guidance is None:
         text, audio = settings.text_guidance, settings.audio_guidance
-    return Guidance(
+    return StepGuidance(
         steps=settings.steps if options.steps is None else options.steps,
         start=settings.guidance_start if options.guidance is None else options.guidance,
         high=settings.guidance_high,
@@ -280,7 +280,7 @@ def _marks(
     return (*marks, *(Mark("", scaled(face, portrait, size)) for face in silent))
 
 
-def _idle(options: Options, guidance: Guidance, seconds: float) -> list[str]:
+def _idle(options: Options, guidance: StepGuidance, seconds: float) -> list[str]:
     """What was asked for and has no effect."""
     found = []
     if guidance.predictions == 1:
@@ -317,7 +317,7 @@ def _kept_settings(details: Details, turns: tuple[Turn, ...], settings: HunyuanA
     }
 
 
-def _digest_of(voice: Voice) -> str:
+def _digest_of(voice: PlacedVoice) -> str:
     own = "" if voice.speaker.voice is None else digest_of(voice.speaker.voice)
     mask = voice.mask if voice.moving is None else voice.moving
     return hashlib.sha256(own.encode() + np.ascontiguousarray(mask).tobytes()).hexdigest()[:32]

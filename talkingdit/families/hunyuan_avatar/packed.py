@@ -13,7 +13,9 @@ from torch import Tensor
 
 from talkingdit.families.hunyuan_avatar.audio import fold_frames
 from talkingdit.families.hunyuan_avatar.checks import check_latents, clip_size, speakers_of
-from talkingdit.families.hunyuan_avatar.embed import (
+from talkingdit.families.hunyuan_avatar.conditions import AvatarConditions, AvatarInputs
+from talkingdit.families.hunyuan_avatar.emotion import SceneTokens, scenes_of
+from talkingdit.families.hunyuan_avatar.encode import (
     clip_span,
     emotion_rows,
     emotions,
@@ -23,11 +25,9 @@ from talkingdit.families.hunyuan_avatar.embed import (
     step_vector,
     vector_inputs,
 )
-from talkingdit.families.hunyuan_avatar.emotion import SceneTokens, scenes_of
-from talkingdit.families.hunyuan_avatar.inputs import AvatarConditions, AvatarInputs
 from talkingdit.families.hunyuan_avatar.rope import layouts
 from talkingdit.families.hunyuan_avatar.sequence import MAX_CLIPS, ClipSpan, SequenceShard, sequence_shard
-from talkingdit.families.hunyuan_avatar.text import used_text
+from talkingdit.families.hunyuan_avatar.text_refiner import used_text
 
 if TYPE_CHECKING:
     from talkingdit.families.hunyuan_avatar.model import HunyuanAvatarModel

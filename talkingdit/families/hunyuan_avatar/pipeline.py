@@ -24,12 +24,11 @@ from talkingdit.autoencoders.latents import FRAMES_PER_LATENT
 from talkingdit.distributed.layout import Parallel
 from talkingdit.encoders.text import cut_warning
 from talkingdit.errors import UserError
-from talkingdit.families.hunyuan_avatar.conditions import VideoConditions
-from talkingdit.families.hunyuan_avatar.encode import encode
-from talkingdit.families.hunyuan_avatar.guidance import View
-from talkingdit.families.hunyuan_avatar.inputs import AvatarInputs
+from talkingdit.families.hunyuan_avatar.conditions import AvatarInputs
+from talkingdit.families.hunyuan_avatar.guidance import GuidanceView
 from talkingdit.families.hunyuan_avatar.options import RELEASED
 from talkingdit.families.hunyuan_avatar.outline import Details
+from talkingdit.families.hunyuan_avatar.prepare import encode
 from talkingdit.families.hunyuan_avatar.step_cache import (
     BACKBONE,
     Changes,
@@ -38,6 +37,7 @@ from talkingdit.families.hunyuan_avatar.step_cache import (
     computes,
     fitted_for,
 )
+from talkingdit.families.hunyuan_avatar.windows import VideoConditions
 from talkingdit.pipelines.long_video import (
     Carry,
     ClipPipeline,
@@ -200,7 +200,7 @@ class HunyuanAvatarPipeline(ClipPipeline):
             length = latents.shape[1]
             frames = torch.linspace(0, length - 1, min(length, self.settings.window)).long()
             if not given:
-                said = conditions.arguments(frames, [View(text=True, audio=True)], 1.0, self.settings.fps)
+                said = conditions.arguments(frames, [GuidanceView(text=True, audio=True)], 1.0, self.settings.fps)
                 given.append(AvatarInputs(**said))
             x = latents[None, :, frames.to(latents.device)].to(self._device)
             found: Tensor = self.checkpoint.transformer.step_input(

@@ -18,7 +18,7 @@ class Layouts(NamedTuple):
     whole: RopeLayout  # of all; text stands at 0 on every axis, which is no rotation
 
 
-class Places(NamedTuple):
+class RopePositions(NamedTuple):
     """How positions turn channels, and where the reference stands."""
 
     split: tuple[int, int, int]  # channels of a head for time, height and width
@@ -35,7 +35,7 @@ def layouts(config: Any, clips: Sequence[ClipSpan]) -> Layouts:
         clips: of the sequence, in order.
     """
     time, height, width = config.rope_dim_list
-    places = Places(
+    places = RopePositions(
         (time, height, width), float(config.rope_theta), float(config.reference_time), bool(config.reference_shift)
     )
     image = [_layout(clip.grid, bool(clip.reference), 0, places) for clip in clips]
@@ -46,7 +46,7 @@ def layouts(config: Any, clips: Sequence[ClipSpan]) -> Layouts:
 
 
 @functools.lru_cache(maxsize=64)
-def _layout(grid: tuple[int, int, int], reference: bool, text: int, places: Places) -> RopeLayout:
+def _layout(grid: tuple[int, int, int], reference: bool, text: int, places: RopePositions) -> RopeLayout:
     frames, rows, columns = grid
     segments = []
     if reference:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from talkingdit.nn.audio_cross_attention import FrameSpan
+from talkingdit.nn.audio_cross_attention import TokenSpan
 from talkingdit.nn.ranges import Range
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class SequenceShard:
     video: tuple[Range, ...]  # of the video tokens
     text: tuple[Range, ...]  # of the text tokens
     frames: tuple[Range, ...]  # the latent frames that the video tokens here are in
-    frame_spans: tuple[FrameSpan, ...]  # the video tokens here by latent frames, at least one span, maybe empty
+    frame_spans: tuple[TokenSpan, ...]  # the video tokens here by latent frames, at least one span, maybe empty
     context: ContextParallel | None = None
     packed: bool = False
 
@@ -174,22 +174,22 @@ def sequence_shard(
     )
 
 
-def _frames_of(clips: Sequence[ClipSpan], video: Sequence[Range]) -> tuple[tuple[Range, ...], tuple[FrameSpan, ...]]:
+def _frames_of(clips: Sequence[ClipSpan], video: Sequence[Range]) -> tuple[tuple[Range, ...], tuple[TokenSpan, ...]]:
     """`frames` and `frame_spans` of a shard that holds these video tokens of its clips."""
     frames: list[Range] = []
-    spans: list[FrameSpan] = []
+    spans: list[TokenSpan] = []
     for clip, (first, last) in zip(clips, video, strict=True):
         if first == last:
             frames.append((0, 0))
             continue
         frames.append((first // clip.per_frame, -(-last // clip.per_frame)))
-        span = FrameSpan(last - first, frames[-1][1] - frames[-1][0], clip.per_frame, first % clip.per_frame)
+        span = TokenSpan(last - first, frames[-1][1] - frames[-1][0], clip.per_frame, first % clip.per_frame)
         if spans and spans[-1].tokens_per_frame == clip.per_frame:  # it ended with its clip, so with a whole frame
             tail = spans.pop()
-            span = FrameSpan(tail.tokens + span.tokens, tail.frames + span.frames, clip.per_frame, tail.token_offset)
+            span = TokenSpan(tail.tokens + span.tokens, tail.frames + span.frames, clip.per_frame, tail.token_offset)
         spans.append(span)
     if not spans:  # modules must run all the same, or their weights would get no gradient here
-        frames[0], spans = (0, 1), [FrameSpan(0, 1, clips[0].per_frame)]
+        frames[0], spans = (0, 1), [TokenSpan(0, 1, clips[0].per_frame)]
     return tuple(frames), tuple(spans)
 
 

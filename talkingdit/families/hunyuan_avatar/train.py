@@ -13,8 +13,8 @@ from torch import Tensor
 
 from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.checkpoint import HunyuanAvatarSettings
+from talkingdit.families.hunyuan_avatar.conditions import AvatarInputs
 from talkingdit.families.hunyuan_avatar.config import RELEASED
-from talkingdit.families.hunyuan_avatar.inputs import AvatarInputs
 from talkingdit.families.hunyuan_avatar.packed import PackedClip
 from talkingdit.families.hunyuan_avatar.samples import EMOTION, FACE, STILL, emotion_track, split_text, voice_features
 from talkingdit.families.hunyuan_avatar.sequence import MAX_CLIPS, tokens_of

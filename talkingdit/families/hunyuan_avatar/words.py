@@ -35,7 +35,7 @@ class Words(NamedTuple):
     pooled: Tensor  # [1, text_states_dim_2]
 
 
-class TextEncoder(Protocol):
+class AvatarTextEncoder(Protocol):
     """What the pipeline asks of the text encoders of a checkpoint."""
 
     @property
@@ -131,7 +131,7 @@ def pooled_mean(features: Tensor, mask: Tensor) -> Tensor:
 
 def load_text_encoder(
     folder: Path, text: Path | None, pooled: Path | None, dtype: torch.dtype, device: torch.device | str
-) -> TextEncoder:
+) -> AvatarTextEncoder:
     """The text encoders of a checkpoint.
 
     Args:

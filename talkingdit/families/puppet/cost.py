@@ -23,8 +23,9 @@ from talkingdit.families.wan_s2v.cost import (
     step,
     tokens,
 )
+from talkingdit.plan import shipped
 from talkingdit.plan.clip import ClipShape
-from talkingdit.plan.cost import AUTOENCODER, TEXT_ENCODER, FrozenParts, SpeechCost
+from talkingdit.plan.cost import FrozenParts, SpeechCost
 
 if TYPE_CHECKING:
     import torch
@@ -54,14 +55,6 @@ __all__ = [
 ]
 
 SWITCHES: tuple[dict[str, Any], ...] = ()  # no part is large enough that moving or narrowing it would help
-
-# The autoencoder and the prompt encoder that ship with the package.
-VAE_PARAMETERS = 3_016_636
-TEXT_PARAMETERS = 19_648
-# The autoencoder, counted while it runs: elements alive per pixel of a frame, by width of an element.
-VAE_DECODE = {4: 249, 2: 265}  # while a latent frame goes through it
-VAE_JOIN = {4: 100, 2: 101}  # its caches and the last frames, while the decoded frames are brought to -1..1
-VAE_ENCODE = {4: 43, 2: 46}  # of one frame
 
 
 def default_clip(config: Mapping[str, Any], folder: Path | None = None) -> ClipShape:
@@ -94,13 +87,10 @@ def speech(config: Mapping[str, Any], folder: Path | None = None) -> SpeechCost:
     return SpeechCost(0.0, 4.0 * config["audio_layers"] * config["audio_dim"] * fps, fps)
 
 
-def frozen_parts(dtype: torch.dtype, folder: Path | None = None) -> FrozenParts:
+def frozen_parts(config: Mapping[str, Any], dtype: torch.dtype, folder: Path | None = None) -> FrozenParts:
     """The autoencoder has the dtype of the transformer, the prompt encoder is float32; audio features need no model."""
-    text, vae = TEXT_PARAMETERS, VAE_PARAMETERS
-    if folder is not None:
-        text = _elements(folder / "text_encoder") or text
-        vae = _elements(folder / "vae") or vae
-    return FrozenParts({TEXT_ENCODER: 4 * text, AUTOENCODER: dtype.itemsize * vae}, dtype.itemsize)
+    text, vae = (0, 0) if folder is None else (_elements(folder / "text_encoder"), _elements(folder / "vae"))
+    return shipped.frozen_parts(dtype.itemsize, text, vae)
 
 
 def _elements(folder: Path) -> int:
@@ -114,16 +104,6 @@ def _elements(folder: Path) -> int:
     return sum(math.prod(shape) for shape in open_weights(folder).shapes.values()) if folder.is_dir() else 0
 
 
-def autoencoder(clip: ClipShape, memory: Memory, width: int) -> dict[str, float]:
-    """Bytes of decoding the clip's frames and of encoding the portrait; history stays latent.
-
-    Decoded frames are kept in the autoencoder's dtype until the last is there. Then there are two float32 copies of
-    them, and a narrow one beside them where that is not their dtype.
-    """
-    per_latent = 3 * clip.frames / clip.latents  # elements per pixel
-    through = VAE_DECODE[width] + per_latent * (clip.latents - 1)
-    join = VAE_JOIN[width] + {4: 2, 2: 5}[width] * per_latent * clip.latents
-    return {
-        "decode": clip.pixels * width * max(through, join),
-        "encode": clip.pixels * width * VAE_ENCODE[width],
-    }
+def autoencoder(config: Mapping[str, Any], clip: ClipShape, memory: Memory, width: int) -> dict[str, float]:
+    """Bytes of decoding the clip's frames and of encoding the portrait; history stays latent."""
+    return shipped.autoencoder(clip, width)

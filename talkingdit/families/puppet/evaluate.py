@@ -27,9 +27,9 @@ from talkingdit.errors import UserError
 from talkingdit.media.files import SPEECH_RATE
 from talkingdit.puppets.measure import (
     Generator,
-    Job,
+    HeldOutVoice,
+    MeasureJob,
     RoundTrip,
-    Voice,
     draw_job,
     evaluate,
     measure,
@@ -44,7 +44,7 @@ PAGE = Path("docs/puppets.md")
 MARKS = ("<!-- puppets:start -->", "<!-- puppets:end -->")
 
 
-def read_voices(folder: Path, seconds: float, count: int, rng: np.random.Generator) -> list[Voice]:
+def read_voices(folder: Path, seconds: float, count: int, rng: np.random.Generator) -> list[HeldOutVoice]:
     """`count` stretches of held-out speech, the speakers in turn; recordings of one speaker are joined to `seconds`.
 
     Raises:
@@ -66,7 +66,7 @@ def read_voices(folder: Path, seconds: float, count: int, rng: np.random.Generat
         raise UserError(f"{index}: lists no voice of the split held_out.")
     for paths in speakers.values():
         rng.shuffle(paths)
-    voices: list[Voice] = []
+    voices: list[HeldOutVoice] = []
     following = dict.fromkeys(speakers, 0)
     while len(voices) < count:
         speaker, language = name = list(speakers)[len(voices) % len(speakers)]
@@ -76,7 +76,7 @@ def read_voices(folder: Path, seconds: float, count: int, rng: np.random.Generat
             following[name] += 1
             parts.append(read_audio(folder / path, SPEECH_RATE))
         samples = normalise_loudness(np.concatenate(parts)[: int(seconds * SPEECH_RATE)])
-        voices.append(Voice(speaker, language, samples))
+        voices.append(HeldOutVoice(speaker, language, samples))
     return voices
 
 
@@ -126,7 +126,7 @@ def machine() -> dict[str, Any]:
 def drawn_by(pipeline: Any, options: Any) -> Generator:
     """A generator of frames for `evaluate` from a `PuppetPipeline` and `Options`; seeds come from the jobs."""
 
-    def generate(job: Job) -> Image:
+    def generate(job: MeasureJob) -> Image:
         features, frames = pipeline.features(job.voice.samples)
         chosen = dataclasses.replace(options, seed=job.seed)
         clips = pipeline.generate(job.portrait, features, job.scene.caption(), chosen, frames=min(frames, job.frames))
@@ -142,7 +142,7 @@ def through_vae(vae: Any) -> RoundTrip:
     return lambda frames: to_frames(StreamingDecoder(vae)(encode(vae, to_video(frames))))
 
 
-def measure_mp4(job: Job, checkpoint: Any, options: Any) -> dict[str, Any]:
+def measure_mp4(job: MeasureJob, checkpoint: Any, options: Any) -> dict[str, Any]:
     """Run the whole job from files to an .mp4, read frames and sound back from it, and measure them."""
     import cv2
     import soundfile
@@ -151,8 +151,7 @@ def measure_mp4(job: Job, checkpoint: Any, options: Any) -> dict[str, Any]:
     from talkingdit.families.puppet.outline import outline
     from talkingdit.families.puppet.pipeline import open_pipeline
     from talkingdit.media.files import read_audio, read_video
-    from talkingdit.pipelines.inputs import Job as VideoJob
-    from talkingdit.pipelines.inputs import read_inputs
+    from talkingdit.pipelines.inputs import Job, read_inputs
     from talkingdit.pipelines.job import make_video
 
     with tempfile.TemporaryDirectory() as folder:
@@ -161,10 +160,10 @@ def measure_mp4(job: Job, checkpoint: Any, options: Any) -> dict[str, Any]:
         peak = float(np.abs(job.voice.samples).max())
         soundfile.write(audio, job.voice.samples / max(1.0, peak), SPEECH_RATE)
         chosen = dataclasses.replace(options, seed=job.seed)
-        inputs = read_inputs(VideoJob(image=image, audio=audio, output=video, prompt=job.scene.caption()))
+        inputs = read_inputs(Job(image=image, audio=audio, output=video, prompt=job.scene.caption()))
         make_video(inputs, outline(inputs, checkpoint.settings, chosen), open_pipeline(checkpoint))
         frames = read_video(video)[0]
-        heard = Voice(job.voice.speaker, job.voice.language, normalise_loudness(read_audio(video, SPEECH_RATE)))
+        heard = HeldOutVoice(job.voice.speaker, job.voice.language, normalise_loudness(read_audio(video, SPEECH_RATE)))
     return measure(dataclasses.replace(job, voice=heard), frames, fps=checkpoint.settings.fps)
 
 

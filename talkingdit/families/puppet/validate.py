@@ -29,7 +29,7 @@ from talkingdit.puppets.world import Motion, Scene
 
 
 @dataclass(frozen=True)
-class Case:
+class ValidationCase:
     """A held-out character and what it says."""
 
     scene: Scene
@@ -50,7 +50,7 @@ class PuppetValidator:
         long_enough = [voice for voice in read_voices(folder, "held_out", fps) if len(voice.opening) >= frames]
         if len(long_enough) < 1:
             raise ValueError(f"validation: no held-out voice in {folder} lasts {seconds} s")
-        self.cases: list[Case] = []
+        self.cases: list[ValidationCase] = []
         for _ in range(run.validation.clips):
             voice = long_enough[rng.integers(len(long_enough))]
             start = int(rng.integers(len(voice.opening) - frames + 1))
@@ -58,7 +58,7 @@ class PuppetValidator:
             shut = np.zeros((1, 1), np.float32)
             portrait = render(scene, shut, shut + 0.5, [Motion.still(1)], run.data["size"])[0]
             span = slice(start, start + frames)
-            self.cases.append(Case(scene, portrait, voice.features[..., span], voice.opening[span]))
+            self.cases.append(ValidationCase(scene, portrait, voice.features[..., span], voice.opening[span]))
 
     @torch.no_grad()
     def run(

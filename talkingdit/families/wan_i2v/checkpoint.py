@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from talkingdit.encoders.clip import PictureEncoder
     from talkingdit.encoders.umt5 import UMT5Encoder
-    from talkingdit.families.loader import Loader
+    from talkingdit.families.loader import TransformerLoader
     from talkingdit.families.wan_i2v.model import WanI2VModel
 
 UNKNOWN = ("grey", "zeros")
@@ -169,7 +169,12 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device | str
 
 
 def load_parts(
-    folder: Path, loader: Loader, settings: Any, dtype: torch.dtype, device: torch.device | str, audio: bool = False
+    folder: Path,
+    loader: TransformerLoader,
+    settings: Any,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    audio: bool = False,
 ) -> WanI2VCheckpoint:
     """A checkpoint of a family that has these parts, see `load_checkpoint`.
 

@@ -17,17 +17,19 @@ from talkingdit.families.wan_s2v import cost as wan_s2v
 from talkingdit.families.wan_s2v.cost import Kept
 from talkingdit.nn.units import FFN_TOKENS
 from talkingdit.pipelines.memory import Memory
+from talkingdit.plan import shipped
 from talkingdit.plan.clip import ClipShape
 from talkingdit.plan.cost import (
     ALL_SWITCHES,
     AUTOENCODER,
+    SPEECH_ENCODER,
     TEXT_ENCODER,
     Activations,
     FrozenParts,
     Parameter,
     SpeechCost,
 )
-from talkingdit.plan.run import MeshSizes, Run
+from talkingdit.plan.run import MeshSizes, TrainingRun
 
 if TYPE_CHECKING:
     import torch
@@ -84,32 +86,32 @@ class WanCost:
         return found
 
     def default_clip(self, config: Mapping[str, Any], folder: Path | None = None) -> ClipShape:
-        """832 x 480 pixels, guided; length and steps as the checkpoint has them."""
+        """832 x 480 pixels, or those of the drawn world; guided; length and steps as the checkpoint has them."""
         from talkingdit.pipelines.guidance import guidance_branches
 
         settings = self.settings(folder)
         branches = len(guidance_branches(settings.guidance, getattr(settings, "audio_guidance", settings.guidance)))
+        small = not wan_s2v.released(config)
         return ClipShape(
-            height=480,
-            width=832,
-            latents=settings.chunk_latents,
+            height=shipped.SIDE if small else 480,
+            width=shipped.SIDE if small else 832,
+            latents=shipped.LATENTS if small and folder is None else settings.chunk_latents,
             steps=settings.steps,
             branches=branches,
             batched=branches > 1,
         )
 
-    def frozen_parts(self, dtype: torch.dtype, folder: Path | None = None) -> FrozenParts:
-        """Autoencoder, picture and speech encoder are float32."""
-        parts = dict(wan_s2v.frozen_parts(dtype, folder).sizes)
-        found = {name: parts[name] for name in (TEXT_ENCODER, AUTOENCODER)}
-        found[PICTURE_ENCODER] = PICTURE_PARAMETERS * 4
+    def frozen_parts(self, config: Mapping[str, Any], dtype: torch.dtype, folder: Path | None = None) -> FrozenParts:
+        """All but the text encoder is float32. A model that looks at no picture needs no encoder of pictures."""
+        parts = wan_s2v.frozen_parts(config, dtype, folder)
+        if not wan_s2v.released(config):
+            return parts
+        found = {name: parts.sizes[name] for name in (TEXT_ENCODER, AUTOENCODER)}
+        if config["image_dim"]:
+            found[PICTURE_ENCODER] = PICTURE_PARAMETERS * 4
         if self.speech_parameters:
-            found |= {name: size for name, size in parts.items() if name not in found}
+            found[SPEECH_ENCODER] = self.speech_parameters * 4
         return FrozenParts(found)
-
-    def absent_parts(self, config: Mapping[str, Any]) -> frozenset[str]:
-        """A model that looks at no picture needs no encoder of them."""
-        return frozenset() if config["image_dim"] else frozenset([PICTURE_ENCODER])
 
     def parameters(self, config: Mapping[str, Any]) -> dict[str, Parameter]:
         import torch
@@ -194,20 +196,21 @@ class WanCost:
         latents = copies * config["out_dim"] + clip.batch * config["in_dim"]
         return max(moments) + 4 * latents * clip.latents * clip.pixels / 64
 
-    def autoencoder(self, clip: ClipShape, memory: Memory, width: int) -> dict[str, float]:
+    def autoencoder(self, config: Mapping[str, Any], clip: ClipShape, memory: Memory, width: int) -> dict[str, float]:
         """Bytes of decoding the clip's frames and of encoding its first."""
-        return wan_s2v.autoencoder(clip, memory, width)
+        return wan_s2v.autoencoder(config, clip, memory, width)
 
     def speech(self, config: Mapping[str, Any], folder: Path | None = None) -> SpeechCost:
         """Of the speech encoder in float32, of which all layers are kept; nothing for models that do not hear."""
         fps = self.settings(folder).fps
         if not self.speech_parameters:
             return SpeechCost(0, 0, fps)
-        return SpeechCost(wan_s2v.SPEECH_HEARING, 4.0 * config["audio_layers"] * config["audio_dim"] * fps, fps)
+        hearing = wan_s2v.SPEECH_HEARING if wan_s2v.released(config) else 0.0
+        return SpeechCost(hearing, 4.0 * config["audio_layers"] * config["audio_dim"] * fps, fps)
 
     # ---- Memory of training ------------------------------------------------------------------------------------------
 
-    def activations(self, config: Mapping[str, Any], run: Run, mesh: MeshSizes, size: int) -> Activations:
+    def activations(self, config: Mapping[str, Any], run: TrainingRun, mesh: MeshSizes, size: int) -> Activations:
         """What a rank keeps and sends of a micro-batch; counted as for Wan-S2V, with audio inside of the blocks."""
         dim, wide, ring = config["dim"], config["ffn_dim"] / config["dim"], mesh.ring
         noisy, total = self.tokens(config, run.clip)
@@ -263,7 +266,6 @@ CAST: tuple[str, ...] = ("text_embedding.", "img_emb.")
 
 COST = WanCost("Wan I2V", "wan_i2v_14b_480p", PRESETS, _model, _translate, _settings)
 complete, read_config, default_clip = COST.complete, COST.read_config, COST.default_clip
-absent_parts = COST.absent_parts
 frozen_parts, parameters, heads, tokens = COST.frozen_parts, COST.parameters, COST.heads, COST.tokens
 flops, attention_flops, conditions, step = COST.flops, COST.attention_flops, COST.conditions, COST.step
 autoencoder, speech, activations = COST.autoencoder, COST.speech, COST.activations

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from talkingdit.families.loader import Loader, Shapes
+from talkingdit.families.loader import Shapes, TransformerLoader
 from talkingdit.families.wan_i2v import config
 from talkingdit.families.wan_i2v.presets import CLASSES, names_model
 
@@ -32,15 +32,15 @@ def loader(
     complete: Callable[..., dict[str, Any]],
     mark: str,
     never: str = "casual_audio_encoder.",
-) -> Loader:
+) -> TransformerLoader:
     """The loader of a family.
 
     Args:
-        model, classes, complete: see `Loader`.
+        model, classes, complete: see `TransformerLoader`.
         mark: how the name of a weight begins that a single file must hold to be of this family.
         never: how names begin that such a file has none of.
     """
-    return Loader(
+    return TransformerLoader(
         model=model,
         classes=classes,
         native=config.native,

@@ -15,6 +15,7 @@ from talkingdit.families.wan_s2v.presets import PRESETS
 from talkingdit.families.wan_s2v.units import walk
 from talkingdit.nn.units import FFN_TOKENS
 from talkingdit.pipelines.memory import Memory
+from talkingdit.plan import shipped
 from talkingdit.plan.clip import ClipShape, latents_of
 from talkingdit.plan.cost import (
     ALL_SWITCHES,
@@ -26,7 +27,7 @@ from talkingdit.plan.cost import (
     Parameter,
     SpeechCost,
 )
-from talkingdit.plan.run import MeshSizes, Run
+from talkingdit.plan.run import MeshSizes, TrainingRun
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,7 @@ VAE_DECODE = {4: 4865, 2: 5061}
 VAE_ENCODE = {4: 3310, 2: 3507}
 TILE = 256  # pixels of a side of diffusers' tiles
 TEXT_PARAMETERS = 5_680_910_336  # the encoder of UMT5-XXL
+TEXT_WIDTH = 4096  # of its features
 SPEECH_PARAMETERS = 315_438_720  # wav2vec2-large
 INT8_SUMS = 1 << 27  # bytes of a product's int32 sums that `ops.eight_bit_linear` has at once
 SPEECH_HEARING = 13.2e6  # bytes alive per second of voice at its worst moment, counted
@@ -87,13 +89,26 @@ def default_clip(config: Mapping[str, Any], folder: Path | None = None) -> ClipS
     )
 
 
-def frozen_parts(dtype: torch.dtype, folder: Path | None = None) -> FrozenParts:
+def released(config: Mapping[str, Any]) -> bool:
+    """Do the released text encoder and what stands beside it fit the transformer? If not, those that ship do."""
+    return config["text_dim"] == TEXT_WIDTH
+
+
+def frozen_parts(config: Mapping[str, Any], dtype: torch.dtype, folder: Path | None = None) -> FrozenParts:
     """Autoencoder and speech encoder are float32; files of a folder tell the sizes of what they hold."""
-    text, vae = TEXT_PARAMETERS * dtype.itemsize, VAE_PARAMETERS * 4
+    sizes: dict[str, int] = {
+        TEXT_ENCODER: TEXT_PARAMETERS * dtype.itemsize,
+        AUTOENCODER: VAE_PARAMETERS * 4,
+        SPEECH_ENCODER: SPEECH_PARAMETERS * 4,
+    }
+    if not released(config):
+        sizes = dict(shipped.frozen_parts().sizes)
     if folder is not None:
-        text = _file_bytes(folder, ("models_t5*.pth", "text_encoder/*.safetensors")) or text
-        vae = _file_bytes(folder, ("*VAE*.pth", "vae/*.safetensors")) or vae
-    return FrozenParts({TEXT_ENCODER: text, AUTOENCODER: vae, SPEECH_ENCODER: SPEECH_PARAMETERS * 4})
+        sizes[TEXT_ENCODER] = (
+            _file_bytes(folder, ("models_t5*.pth", "text_encoder/*.safetensors")) or sizes[TEXT_ENCODER]
+        )
+        sizes[AUTOENCODER] = _file_bytes(folder, ("*VAE*.pth", "vae/*.safetensors")) or sizes[AUTOENCODER]
+    return FrozenParts(sizes)
 
 
 def _file_bytes(folder: Path, patterns: tuple[str, ...]) -> int:
@@ -211,8 +226,10 @@ def step(config: Mapping[str, Any], clip: ClipShape, memory: Memory, size: int) 
     return max(moments) + sums + 4 * copies * config["in_dim"] * clip.latents * clip.pixels / 64
 
 
-def autoencoder(clip: ClipShape, memory: Memory, width: int) -> dict[str, float]:
+def autoencoder(config: Mapping[str, Any], clip: ClipShape, memory: Memory, width: int) -> dict[str, float]:
     """Bytes of decoding the clip's frames and of encoding its history."""
+    if not released(config):
+        return shipped.autoencoder(clip, width, video=True)
     frames = 3 * 4 * clip.frames * clip.pixels  # float32
     if memory.vae == "tiled":
         area = min(clip.pixels, TILE**2)
@@ -232,7 +249,9 @@ def speech(config: Mapping[str, Any], folder: Path | None = None) -> SpeechCost:
     from talkingdit.families.wan_s2v.checkpoint import WanS2VSettings, read_settings
 
     fps = (WanS2VSettings() if folder is None else read_settings(folder)).fps
-    return SpeechCost(SPEECH_HEARING, 4.0 * config["audio_layers"] * config["audio_dim"] * fps, fps)
+    return SpeechCost(
+        SPEECH_HEARING if released(config) else 0.0, 4.0 * config["audio_layers"] * config["audio_dim"] * fps, fps
+    )
 
 
 # ---- Memory of training ----------------------------------------------------------------------------------------------
@@ -250,7 +269,7 @@ class Kept:
         return {"off": self.off, "selective": self.selective, "full": 0.0}[checkpointing]
 
 
-def activations(config: Mapping[str, Any], run: Run, mesh: MeshSizes, size: int) -> Activations:
+def activations(config: Mapping[str, Any], run: TrainingRun, mesh: MeshSizes, size: int) -> Activations:
     """What a rank keeps and sends of a micro-batch.
 
     In units of tokens x dim a block keeps for its backward, besides the residual stream at its input and two more of

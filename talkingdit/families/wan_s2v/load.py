@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from talkingdit.families.loader import Loader
+from talkingdit.families.loader import TransformerLoader
 from talkingdit.families.wan_s2v import config
 from talkingdit.families.wan_s2v.presets import CLASSES
 
@@ -30,7 +30,7 @@ def _initialise(model: Any, source: str | Path) -> None:
     initialise_from_video_model(model, source)
 
 
-LOADER = Loader(
+LOADER = TransformerLoader(
     model=_model,
     classes=CLASSES,
     native=config.native,

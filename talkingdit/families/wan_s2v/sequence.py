@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from talkingdit.nn.audio_cross_attention import FrameSpan
+from talkingdit.nn.audio_cross_attention import TokenSpan
 from talkingdit.nn.framepack import packed_tokens
 from talkingdit.nn.ranges import Range
 
@@ -53,7 +53,7 @@ class SequenceShard:
     clip_frames: tuple[Range, ...]  # per clip, the latent frames of the noisy tokens that are here
     noisy_offset: int  # noisy tokens of the sequence in front of the first one here
     noisy_ranges: tuple[Range, ...]  # local: where noisy tokens are, at least one range, which may be empty
-    frame_spans: tuple[FrameSpan, ...]  # the same tokens by latent frames, at least one, which may be empty
+    frame_spans: tuple[TokenSpan, ...]  # the same tokens by latent frames, at least one, which may be empty
     local_clips: Range  # the clips that have tokens here, at least one
     clip_ranges: tuple[Range, ...]  # local: the tokens of each of the local clips
     context: ContextParallel | None = None
@@ -108,11 +108,11 @@ def sequence_shard(
 
 def _noisy_parts(
     clips: Sequence[ClipSpan], clip_noisy: Sequence[Range], begin: int
-) -> tuple[list[Range], list[Range], list[FrameSpan]]:
+) -> tuple[list[Range], list[Range], list[TokenSpan]]:
     """`clip_frames`, `noisy_ranges` and `frame_spans` of the shard that begins there."""
     frames: list[Range] = []
     ranges: list[Range] = []
-    spans: list[FrameSpan] = []
+    spans: list[TokenSpan] = []
     for clip, (first, last) in zip(clips, clip_noisy, strict=True):
         if first == last:
             frames.append((0, 0))
@@ -122,14 +122,14 @@ def _noisy_parts(
         if ranges and ranges[-1][1] == local:
             local, _ = ranges.pop()
         ranges.append((local, clip.begin + last - begin))
-        span = FrameSpan(last - first, frames[-1][1] - frames[-1][0], clip.per_frame, first % clip.per_frame)
+        span = TokenSpan(last - first, frames[-1][1] - frames[-1][0], clip.per_frame, first % clip.per_frame)
         if spans and spans[-1].tokens_per_frame == clip.per_frame:  # it ended with its clip, so with a whole frame
             tail = spans.pop()
-            span = FrameSpan(tail.tokens + span.tokens, tail.frames + span.frames, clip.per_frame, tail.token_offset)
+            span = TokenSpan(tail.tokens + span.tokens, tail.frames + span.frames, clip.per_frame, tail.token_offset)
         spans.append(span)
     if not spans:  # modules must run all the same, or their weights would get no gradient here
         frames[0] = (0, 1)
-        ranges, spans = [(0, 0)], [FrameSpan(0, 1, clips[0].per_frame)]
+        ranges, spans = [(0, 0)], [TokenSpan(0, 1, clips[0].per_frame)]
     return frames, ranges, spans
 
 

@@ -85,7 +85,7 @@ class CaseFiles:
 
 
 @dataclass(frozen=True)
-class Case:
+class ValidationCase:
     """What all ranks know of a case."""
 
     text: Tensor  # [2, L, text_dim]: prompt and negative prompt
@@ -141,7 +141,7 @@ class WanS2VValidator:
         encoders = clip_encoders(run.validation.encoders, dtype=dtype, device=str(device))
         self.settings = encoders.settings
         self.sampling = self._sampling()
-        self.cases: list[Case] = from_rank_0(lambda: self._encode(encoders))
+        self.cases: list[ValidationCase] = from_rank_0(lambda: self._encode(encoders))
         self.vae: Any = load_vae(vae, torch.float32, "cpu").requires_grad_(False)
 
     def _sampling(self) -> Sampling:
@@ -156,7 +156,7 @@ class WanS2VValidator:
         except ValueError as error:
             raise UserError(f"sample: {error}") from error
 
-    def _encode(self, encoders: CheckpointEncoders) -> list[Case]:
+    def _encode(self, encoders: CheckpointEncoders) -> list[ValidationCase]:
         kept = self.folder / "cases"
         kept.mkdir(parents=True, exist_ok=True)
         made = []
@@ -173,7 +173,7 @@ class WanS2VValidator:
             torch.cuda.empty_cache()
         return made
 
-    def _encode_one(self, files: CaseFiles, encoders: CheckpointEncoders) -> Case:
+    def _encode_one(self, files: CaseFiles, encoders: CheckpointEncoders) -> ValidationCase:
         image, sound = read_image(files.image), read_audio(files.audio)
         size = output_size(image.shape[0], image.shape[1], self._wanted.max_area, self.settings.size_multiple)
         image, _ = fit_image(image, size)
@@ -189,7 +189,7 @@ class WanS2VValidator:
             text = loaded.text_encoder.encode(words).features.float().cpu()
             features = loaded.audio_encoder.features(sound, -(-frames // clip) * clip).float().cpu()
         reference = loaded.latents(image[None])[None]
-        return Case(text, features, torch.from_numpy(image), reference, torch.from_numpy(sound))
+        return ValidationCase(text, features, torch.from_numpy(image), reference, torch.from_numpy(sound))
 
     def _fingerprint(self, files: CaseFiles, encoders: CheckpointEncoders) -> str:
         try:
@@ -239,7 +239,7 @@ class WanS2VValidator:
         """Samples of sound while the first frame stays."""
         return self.sampling.dropped * SPEECH_RATE // self.settings.fps
 
-    def _generate(self, pipeline: WanS2VPipeline, case: Case) -> NDArray[np.uint8]:
+    def _generate(self, pipeline: WanS2VPipeline, case: ValidationCase) -> NDArray[np.uint8]:
         """Frames [n, H, W, 3] of a case; the first one stays for those that the beginning lacks."""
         count = len(case.sound) * self.settings.fps // SPEECH_RATE
         conditions = VideoConditions(
@@ -255,11 +255,13 @@ class WanS2VValidator:
         return np.concatenate([frames[:1].repeat(self.sampling.dropped, axis=0), frames])
 
 
-def _read(file: Path, print_: str) -> Case | None:
+def _read(file: Path, print_: str) -> ValidationCase | None:
     """A case that was encoded before from the same files in the same way."""
     if not file.exists():
         return None
     with safe_open(file, "pt") as opened:
         if (opened.metadata() or {}).get("of") != print_:
             return None
-        return Case(**{field.name: opened.get_tensor(field.name) for field in dataclasses.fields(Case)})
+        return ValidationCase(
+            **{field.name: opened.get_tensor(field.name) for field in dataclasses.fields(ValidationCase)}
+        )

@@ -14,7 +14,7 @@ from talkingdit.nn.accelerate.replacement import plain
 from talkingdit.nn.layers import wide
 
 
-class Modulation(NamedTuple):
+class BlockModulation(NamedTuple):
     """Shift, scale and gate of the self-attention, then of the feed-forward, each [B, G, dim], and the G groups: ends
     of token ranges, tokens per group, or None for one group."""
 
@@ -30,7 +30,7 @@ def layer_dtype(x: Tensor) -> torch.dtype:
 
 def run_block(
     x: Tensor,
-    modulation: Modulation,
+    modulation: BlockModulation,
     eps: tuple[float, float],
     norm: Callable[[Tensor], Tensor],
     self_attention: Callable[[Tensor], Tensor],

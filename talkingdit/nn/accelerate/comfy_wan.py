@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from talkingdit import ops
-from talkingdit.nn.accelerate.block import Modulation, run_block
+from talkingdit.nn.accelerate.block import BlockModulation, run_block
 from talkingdit.nn.accelerate.replacement import Replacement, is_norm, parameters_of, plain, replace_method
 from talkingdit.nn.accelerate.report import Report
 from talkingdit.nn.accelerate.rotation import TableLayout, token_rows
@@ -64,14 +64,14 @@ def _control_block(block: Any, c: Tensor, x: Tensor, **kwargs: Any) -> tuple[Ten
     return block.after_proj(c), c
 
 
-def _modulation(table: Tensor, e: Tensor, x: Tensor) -> Modulation:
+def _modulation(table: Tensor, e: Tensor, x: Tensor) -> BlockModulation:
     """`table` [1, 6, dim] with e [B, 6, dim], or [B, G, 6, dim] where parts of equal length have times of their own;
     the last may be cut off."""
     table = table.to(x.device, x.dtype)
     if e.dim() < 4:
-        return Modulation((table + e).chunk(6, dim=1), None)
+        return BlockModulation((table + e).chunk(6, dim=1), None)
     tokens, parts = x.shape[1], e.shape[1]
-    return Modulation((table[None] + e).unbind(2), None if parts == 1 else -(-tokens // parts))
+    return BlockModulation((table[None] + e).unbind(2), None if parts == 1 else -(-tokens // parts))
 
 
 def _self_attention(

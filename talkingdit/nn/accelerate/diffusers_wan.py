@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from talkingdit import ops
-from talkingdit.nn.accelerate.block import Modulation, run_block
+from talkingdit.nn.accelerate.block import BlockModulation, run_block
 from talkingdit.nn.accelerate.processor import StandIn
 from talkingdit.nn.accelerate.replacement import is_norm, parameters_of, plain, replace_method
 from talkingdit.nn.accelerate.report import Report
@@ -60,20 +60,20 @@ def _fits(attn: Any, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     )
 
 
-def _wan_modulation(table: Tensor, temb: Tensor) -> Modulation:
+def _wan_modulation(table: Tensor, temb: Tensor) -> BlockModulation:
     if temb.ndim == 4:  # [B, N, 6, dim]: every token has its own time
-        return Modulation((table[None] + temb.float()).unbind(2), 1)
-    return Modulation((table + temb.float()).chunk(6, dim=1), None)
+        return BlockModulation((table[None] + temb.float()).unbind(2), 1)
+    return BlockModulation((table + temb.float()).chunk(6, dim=1), None)
 
 
-def _skyreels_modulation(table: Tensor, temb: Tensor) -> Modulation:
+def _skyreels_modulation(table: Tensor, temb: Tensor) -> BlockModulation:
     if temb.ndim == 4:  # [B, 6, N, dim]: diffusion forcing
-        return Modulation((table[:, :, None] + temb.float()).unbind(1), 1)
-    return Modulation((table + temb.float()).chunk(6, dim=1), None)
+        return BlockModulation((table[:, :, None] + temb.float()).unbind(1), 1)
+    return BlockModulation((table + temb.float()).chunk(6, dim=1), None)
 
 
 def _run(
-    block: Any, x: Tensor, context: Tensor, modulation: Modulation, rotary_emb: Rotary, mask: Tensor | None
+    block: Any, x: Tensor, context: Tensor, modulation: BlockModulation, rotary_emb: Rotary, mask: Tensor | None
 ) -> Tensor:
     return run_block(
         x.contiguous(),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from talkingdit import ops
-from talkingdit.nn.accelerate.block import Modulation, layer_dtype, run_block
+from talkingdit.nn.accelerate.block import BlockModulation, layer_dtype, run_block
 from talkingdit.nn.accelerate.replacement import is_norm, parameters_of, plain, replace_method
 from talkingdit.nn.accelerate.report import Report
 from talkingdit.nn.accelerate.rotation import TableLayout, grid_rows, token_rows
@@ -49,16 +49,16 @@ def _block(
     )
 
 
-def _modulation(table: Tensor, e: Any, tokens: int) -> Modulation:
+def _modulation(table: Tensor, e: Any, tokens: int) -> BlockModulation:
     """`table` [1, 6, dim] with e as a block gets it: [B, 6, dim]; [B, N, 6, dim]; or, in S2V, [B, 6, 2, dim] and the
     number of tokens that the first of the two is for."""
     if isinstance(e, list | tuple):
         end = min(max(0, int(e[1])), tokens)
-        return Modulation((table[:, :, None] + e[0]).unbind(1), [end, tokens])
+        return BlockModulation((table[:, :, None] + e[0]).unbind(1), [end, tokens])
     if e.dim() == 3:
-        return Modulation((table + e).chunk(6, dim=1), None)
+        return BlockModulation((table + e).chunk(6, dim=1), None)
     e = _once(e)
-    return Modulation((table[None] + e).unbind(2), 1 if e.shape[1] > 1 else None)
+    return BlockModulation((table[None] + e).unbind(2), 1 if e.shape[1] > 1 else None)
 
 
 def _self_attention(attn: Any, x: Tensor, seq_lens: Any, grid_sizes: Any, freqs: Tensor) -> Tensor:

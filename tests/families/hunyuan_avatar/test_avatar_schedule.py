@@ -16,14 +16,14 @@ from torch import Tensor
 
 from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.checkpoint import HunyuanAvatarSettings
-from talkingdit.families.hunyuan_avatar.conditions import cell_masks, masks_of, sound_frames
-from talkingdit.families.hunyuan_avatar.guidance import Guidance, View
+from talkingdit.families.hunyuan_avatar.guidance import GuidanceView, StepGuidance
 from talkingdit.families.hunyuan_avatar.masks import moving_mask, small_masks
 from talkingdit.families.hunyuan_avatar.options import Options
-from talkingdit.families.hunyuan_avatar.outline import Voice, outline, stages_of, video_length
+from talkingdit.families.hunyuan_avatar.outline import PlacedVoice, outline, stages_of, video_length
 from talkingdit.families.hunyuan_avatar.pipeline import noise_levels
 from talkingdit.families.hunyuan_avatar.speakers import Speaker
 from talkingdit.families.hunyuan_avatar.step_cache import TeaSteps, computes
+from talkingdit.families.hunyuan_avatar.windows import cell_masks, masks_of, sound_frames
 from talkingdit.pipelines.inputs import Inputs, Job
 from talkingdit.pipelines.long_video import ShiftFusion, denoise
 from talkingdit.pipelines.step_cache import Fitted
@@ -49,7 +49,7 @@ def test_the_released_loop(case: str) -> None:
     sound = torch.zeros(4 * length.latents)
     sound[:heard] = audio[0]
     steps = setting["steps"]
-    guidance = Guidance(steps, start=setting["start_cfg_scale"] if setting["cfg"] else 1.0)
+    guidance = StepGuidance(steps, start=setting["start_cfg_scale"] if setting["cfg"] else 1.0)
     assert torch.allclose(noise_levels(steps, setting["flow_shift"]), sigmas, atol=1e-6)
 
     def predict(window: Tensor, frames: Tensor, step: int) -> list[Tensor]:
@@ -71,27 +71,31 @@ def test_the_released_loop(case: str) -> None:
 
 
 def test_the_released_schedule() -> None:
-    guidance = Guidance(50)
-    assert guidance.views(9) == (View(text=False, audio=False), View(text=True, audio=True))
-    assert guidance.views(10) == (View(text=True, audio=False), View(text=True, audio=True))
+    guidance = StepGuidance(50)
+    assert guidance.views(9) == (GuidanceView(text=False, audio=False), GuidanceView(text=True, audio=True))
+    assert guidance.views(10) == (GuidanceView(text=True, audio=False), GuidanceView(text=True, audio=True))
     for step, scale in ((0, 7.5), (9, 41 / 50 * 5.5 + 2), (10, 40 / 50 * 3 + 3.5), (49, 1 / 50 * 3 + 3.5)):
         assert guidance.coefficients(step) == pytest.approx([1 - scale, scale])
     assert (guidance.mask_at(9), guidance.mask_at(10)) == (0.6, 1.0)
-    assert Guidance(50, start=1.0).views(20) == (View(text=True, audio=True),)
-    assert Guidance(50, start=1.0).coefficients(20) == [1.0]
+    assert StepGuidance(50, start=1.0).views(20) == (GuidanceView(text=True, audio=True),)
+    assert StepGuidance(50, start=1.0).coefficients(20) == [1.0]
 
 
 def test_separate_strengths() -> None:
     """v_00 + g_text (v_t0 - v_00) + g_audio (v_ta - v_t0), and no prediction that has no weight."""
-    values = {View(text=True, audio=True): 5.0, View(text=True, audio=False): 3.0, View(text=False, audio=False): 1.0}
+    values = {
+        GuidanceView(text=True, audio=True): 5.0,
+        GuidanceView(text=True, audio=False): 3.0,
+        GuidanceView(text=False, audio=False): 1.0,
+    }
     for text, audio, count in ((4.0, 6.0, 3), (1.0, 3.0, 2), (2.0, 2.0, 2), (None, 3.0, 2), (3.0, None, 3)):
-        guidance = Guidance(20, text=text, audio=audio)
+        guidance = StepGuidance(20, text=text, audio=audio)
         got = sum(w * values[v] for w, v in zip(guidance.coefficients(3), guidance.views(3), strict=True))
         assert got == pytest.approx(1 + (text or 1) * 2 + (audio or 1) * 2)
         assert guidance.predictions == count
         assert guidance.views(0) == guidance.views(19)
     with pytest.raises(ValueError, match="text_guidance must be a number of at least 0, got -1"):
-        Guidance(20, text=-1.0)
+        StepGuidance(20, text=-1.0)
 
 
 def test_lengths() -> None:
@@ -176,7 +180,7 @@ def test_a_mask_that_is_a_video_moves_with_the_frames(tmp_path: Path) -> None:
 
 
 def test_windows_see_the_masks_of_their_frames() -> None:
-    still = Voice(Speaker("a"), np.zeros(1, np.float32), np.ones((32, 48), np.float32))
+    still = PlacedVoice(Speaker("a"), np.zeros(1, np.float32), np.ones((32, 48), np.float32))
     moving = np.arange(5, dtype=np.float32)[:, None, None].repeat(4, 1).repeat(6, 2)
     voices = [still, replace(still, moving=moving)]
     masks = cell_masks(voices, (4, 6))

@@ -12,7 +12,7 @@ from test_hunyuan_avatar_model import inputs, tiny
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from talkingdit.families.hunyuan_avatar.inputs import AvatarInputs
+from talkingdit.families.hunyuan_avatar.conditions import AvatarInputs
 from talkingdit.families.hunyuan_avatar.packed import PackedClip
 from talkingdit.families.hunyuan_avatar.sequence import ClipSpan, sequence_shard
 from talkingdit.families.hunyuan_avatar.units import UNITS

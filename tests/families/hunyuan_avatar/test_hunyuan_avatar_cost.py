@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from talkingdit.families.hunyuan_avatar import cost
-from talkingdit.families.hunyuan_avatar.inputs import AvatarInputs
+from talkingdit.families.hunyuan_avatar.conditions import AvatarInputs
 from talkingdit.families.hunyuan_avatar.model import HunyuanAvatarModel
 from talkingdit.families.hunyuan_avatar.presets import PRESETS
 from talkingdit.plan.clip import ClipShape
@@ -25,7 +25,7 @@ def test_work_is_what_a_counter_counts():
     config = cost.complete(TINY)
     model = HunyuanAvatarModel(**config).eval()
     given = inputs(3, 8, 12, 1, dtype=torch.float32)
-    given["text"], given["text_mask"] = torch.randn(1, cost.TEXT_TOKENS, 12), None
+    given["text"], given["text_mask"] = torch.randn(1, cost.text_tokens(config), 12), None
     latents, timestep = given.pop("latents"), given.pop("timestep")
     with torch.no_grad():
         conditions = model.encode_conditions(AvatarInputs(**given))
@@ -33,7 +33,7 @@ def test_work_is_what_a_counter_counts():
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
             model(latents, timestep, conditions)
     clip = ClipShape(64, 96, 3, 0, 1, 1, False)
-    assert cost.tokens(config, clip) == (72, 96 + cost.TEXT_TOKENS)
+    assert cost.tokens(config, clip) == (72, 96 + cost.text_tokens(config))
     assert cost.flops(config, clip) == pytest.approx(counted.get_total_flops(), rel=0.03)
 
 
@@ -41,7 +41,7 @@ def test_conditions_are_as_large_as_those_that_are_kept():
     config = cost.complete(TINY)
     model = HunyuanAvatarModel(**config).eval()
     given = inputs(3, 8, 12, 1, dtype=torch.float32)
-    given["text"], given["text_mask"] = torch.randn(1, cost.TEXT_TOKENS, 12), None
+    given["text"], given["text_mask"] = torch.randn(1, cost.text_tokens(config), 12), None
     with torch.no_grad():
         kept = model.encode_conditions(
             AvatarInputs(**{k: v for k, v in given.items() if k not in ("latents", "timestep")})

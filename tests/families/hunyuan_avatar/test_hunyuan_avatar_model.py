@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from talkingdit.families.hunyuan_avatar import blocks
-from talkingdit.families.hunyuan_avatar.inputs import AvatarInputs
+from talkingdit.families.hunyuan_avatar.conditions import AvatarInputs
 from talkingdit.families.hunyuan_avatar.model import HunyuanAvatarModel
 from talkingdit.families.hunyuan_avatar.packed import PackedClip
 from talkingdit.families.hunyuan_avatar.presets import PRESETS

@@ -13,7 +13,7 @@ import soundfile
 from talkingdit.encoders.log_mel import normalise_loudness
 from talkingdit.errors import UserError
 from talkingdit.families.puppet.evaluate import insert_report, main, read_voices
-from talkingdit.puppets.measure import Job, Voice, evaluate, measure_round_trip, sync, table, truth_of
+from talkingdit.puppets.measure import HeldOutVoice, MeasureJob, evaluate, measure_round_trip, sync, table, truth_of
 from talkingdit.puppets.render import Image, render
 from talkingdit.puppets.world import Character, FloatArray, Motion, Scene
 
@@ -41,11 +41,11 @@ def speech(seconds: float, seed: int) -> FloatArray:
 
 
 @pytest.fixture(scope="module")
-def voices() -> list[Voice]:
-    return [Voice(f"speaker{i}", "xx", speech(6.0, i)) for i in range(2)]
+def voices() -> list[HeldOutVoice]:
+    return [HeldOutVoice(f"speaker{i}", "xx", speech(6.0, i)) for i in range(2)]
 
 
-def draw(job: Job, late: int = 0, share: float = 1.0, who: Character | None = None) -> Image:
+def draw(job: MeasureJob, late: int = 0, share: float = 1.0, who: Character | None = None) -> Image:
     """The true video, or one whose mouth is late, small, or somebody else's."""
     truth = truth_of(job.voice, job.frames)
     opening = share * np.concatenate([np.zeros(late, np.float32), truth.opening])[: job.frames]
@@ -57,8 +57,8 @@ def draw(job: Job, late: int = 0, share: float = 1.0, who: Character | None = No
 
 
 @pytest.fixture(scope="module")
-def perfect(voices: list[Voice]) -> dict:
-    return evaluate(draw, voices, Voice("speaker0", "xx", speech(9.0, 7)))
+def perfect(voices: list[HeldOutVoice]) -> dict:
+    return evaluate(draw, voices, HeldOutVoice("speaker0", "xx", speech(9.0, 7)))
 
 
 def test_a_perfect_speaker_is_called_perfect(perfect: dict) -> None:
@@ -73,20 +73,20 @@ def test_a_perfect_speaker_is_called_perfect(perfect: dict) -> None:
     assert all(third["identity"] > 0.99 and third["r"] > 0.95 for third in perfect["long"]["thirds"])
 
 
-def test_a_late_picture_shows_as_lag(voices: list[Voice]) -> None:
+def test_a_late_picture_shows_as_lag(voices: list[HeldOutVoice]) -> None:
     job = evaluate_one(voices, lambda job: draw(job, late=3))
     assert job["lag"] == 3
     assert job["r_at_lag"] > 0.95 > job["r"]
 
 
-def test_a_mouth_that_opens_half_as_far_shows_as_slope(voices: list[Voice]) -> None:
+def test_a_mouth_that_opens_half_as_far_shows_as_slope(voices: list[HeldOutVoice]) -> None:
     row = evaluate_one(voices, lambda job: draw(job, share=0.5))
     assert row["slope"] == pytest.approx(0.5, abs=0.05)
     assert row["r"] > 0.97
 
 
-def test_another_character_shows_as_identity(voices: list[Voice]) -> None:
-    def impostor(job: Job) -> Image:
+def test_another_character_shows_as_identity(voices: list[HeldOutVoice]) -> None:
+    def impostor(job: MeasureJob) -> Image:
         true = job.scene.characters[0]
         shirt = "red" if true.shirt != "red" else "green"
         return draw(
@@ -96,8 +96,8 @@ def test_another_character_shows_as_identity(voices: list[Voice]) -> None:
     assert evaluate_one(voices, impostor)["identity"] < 0.05
 
 
-def test_a_colour_that_drifts_away_shows_in_the_thirds(voices: list[Voice]) -> None:
-    def fading(job: Job) -> Image:
+def test_a_colour_that_drifts_away_shows_in_the_thirds(voices: list[HeldOutVoice]) -> None:
+    def fading(job: MeasureJob) -> Image:
         frames = draw(job).astype(np.float32)
         return np.clip(frames - 12 * np.linspace(0, 1, len(frames))[:, None, None, None], 0, 255).astype(np.uint8)
 
@@ -105,11 +105,11 @@ def test_a_colour_that_drifts_away_shows_in_the_thirds(voices: list[Voice]) -> N
     assert shifts[2] > shifts[0] + 4
 
 
-def evaluate_one(voices: list[Voice], generate) -> dict:  # type: ignore[no-untyped-def]
+def evaluate_one(voices: list[HeldOutVoice], generate) -> dict:  # type: ignore[no-untyped-def]
     return evaluate(generate, voices, voices[0])["rows"][0]
 
 
-def test_the_round_trip_of_an_autoencoder_that_keeps_everything_is_perfect(voices: list[Voice]) -> None:
+def test_the_round_trip_of_an_autoencoder_that_keeps_everything_is_perfect(voices: list[HeldOutVoice]) -> None:
     kept: list[int] = []
 
     def keep(frames: Image) -> Image:

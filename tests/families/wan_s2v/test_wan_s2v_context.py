@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.sequence import ClipSpan, sequence_shard
-from talkingdit.nn.audio_cross_attention import FrameSpan
+from talkingdit.nn.audio_cross_attention import TokenSpan
 from talkingdit.nn.context_parallel import ContextParallel
 
 LAYOUTS = [(1, 2, "gather"), (2, 1, "gather"), (2, 1, "ring"), (2, 2, "gather"), (2, 2, "ring"), (1, 4, "gather")]
@@ -256,7 +256,7 @@ def test_shards_of_a_packed_sequence():
     assert shard.noisy_offset == 6
     assert shard.noisy_ranges == ((0, 6), (11, 19))
     assert shard.frame_spans == (
-        FrameSpan(14, 4, 4, 2),
+        TokenSpan(14, 4, 4, 2),
     )  # frames of one size, one call: 2 tokens of a cut one, then 12
     assert (shard.local_clips, shard.clip_ranges) == ((0, 2), ((0, 11), (11, 21)))
     assert shard.segments == [17, 30, 36]
@@ -264,10 +264,10 @@ def test_shards_of_a_packed_sequence():
     assert (shard.clip_noisy, shard.noisy_ranges, shard.frame_spans) == (
         ((12, 12), (0, 0), (0, 0)),
         ((0, 0),),
-        (FrameSpan(0, 1, 4),),
+        (TokenSpan(0, 1, 4),),
     )
     assert (shard.clip_frames[0], shard.local_clips, shard.clip_ranges) == ((0, 1), (0, 1), ((0, 3),))
     shard = sequence_shard(places, Fixed(20, 36), packed=True)
-    assert shard.frame_spans == (FrameSpan(5, 2, 4, 3), FrameSpan(6, 1, 6))
+    assert shard.frame_spans == (TokenSpan(5, 2, 4, 3), TokenSpan(6, 1, 6))
     assert shard.noisy_offset == 15
-    assert sequence_shard(places[2:], None).frame_spans == (FrameSpan(6, 1, 6),)
+    assert sequence_shard(places[2:], None).frame_spans == (TokenSpan(6, 1, 6),)

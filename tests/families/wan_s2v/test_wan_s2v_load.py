@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from talkingdit.checkpoints.names import to_diffusers, to_native
-from talkingdit.checkpoints.weights import Entry, Weights
+from talkingdit.checkpoints.weights import TensorEntry, Weights
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.config import ARGUMENTS, complete
 from talkingdit.families.wan_s2v.load import read_config
@@ -131,7 +131,9 @@ def test_shapes_alone_tell_the_released_configuration() -> None:
         names = json.loads(file.metadata()["spec"])["full_keys"]
     assert len(names) == 1260
     path = Path("wan2.2_s2v_14B_bf16.safetensors")
-    weights = Weights(path, {name: Entry(path, name, tuple(shape), torch.bfloat16) for name, shape in names.items()})
+    weights = Weights(
+        path, {name: TensorEntry(path, name, tuple(shape), torch.bfloat16) for name, shape in names.items()}
+    )
     assert complete({}, weights, path) == preset("wan_s2v_14b")
 
 
