@@ -22,7 +22,7 @@ from typing import Any
 from talkingdit.curate.measure import Record, Video, Watcher, broken_record
 from talkingdit.curate.settings import Watch
 from talkingdit.curate.versions import Versions, versions_of
-from talkingdit.detect.given import Given
+from talkingdit.detect.given import GivenModel
 from talkingdit.errors import UserError
 
 TRIES = 2  # of a video whose worker died
@@ -43,7 +43,7 @@ class Task:
     watch: Watch
     folder: Path
     anchors: bool = True
-    given: Mapping[str, Given] = field(default_factory=dict)
+    given: Mapping[str, GivenModel] = field(default_factory=dict)
 
     def watcher(self, gpu: bool | None = None) -> Watcher:
         """What watches videos so."""

@@ -27,7 +27,7 @@ from talkingdit.curate.settings import Watch
 from talkingdit.curate.slots import identify_models
 from talkingdit.curate.stages import ClipFindings, MeasuringStage, is_alone, make_stages
 from talkingdit.curate.versions import ANCHORS, Versions, versions_of
-from talkingdit.detect.given import Given
+from talkingdit.detect.given import GivenModel
 from talkingdit.detect.packages import NotInstalledError
 from talkingdit.detect.shots import Cuts
 from talkingdit.errors import UserError
@@ -83,7 +83,7 @@ class Watcher:
         folder: Path,
         anchors: bool = True,
         gpu: bool | None = None,
-        given: Mapping[str, Given] | None = None,
+        given: Mapping[str, GivenModel] | None = None,
     ) -> None:
         self._watch, self._folder = watch, folder
         given = identify_models(watch) if given is None else given

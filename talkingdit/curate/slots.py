@@ -20,14 +20,14 @@ from typing import Any
 
 from talkingdit.atomic import write_whole
 from talkingdit.curate.settings import Watch
-from talkingdit.detect.given import Given, identify
+from talkingdit.detect.given import GivenModel, identify
 from talkingdit.errors import UserError
 
 MODELS = "models.json"  # in the folder of the results
 
 
 @dataclass(frozen=True)
-class Slot:
+class CurateSlot:
     """A place for a model.
 
     Attributes:
@@ -44,17 +44,17 @@ class Slot:
 SLOTS = {
     slot.name: slot
     for slot in (
-        Slot("syncnet", "the file syncnet_v2.model of SyncNet's authors"),
-        Slot("light_asd", "the file finetuning_TalkSet.model or pretrain_AVA_CVPR.model of Light-ASD's authors"),
-        Slot("language", "a folder of Whisper (transformers) that knows many languages"),
-        Slot("caption", "a folder of a vision-language model (transformers)"),
-        Slot("expression", "an ONNX file of eight classes as EmotiEffLib has them"),
-        Slot("verify", "'module:name' of a function (picture, expression) -> expression or None", function=True),
+        CurateSlot("syncnet", "the file syncnet_v2.model of SyncNet's authors"),
+        CurateSlot("light_asd", "the file finetuning_TalkSet.model or pretrain_AVA_CVPR.model of Light-ASD's authors"),
+        CurateSlot("language", "a folder of Whisper (transformers) that knows many languages"),
+        CurateSlot("caption", "a folder of a vision-language model (transformers)"),
+        CurateSlot("expression", "an ONNX file of eight classes as EmotiEffLib has them"),
+        CurateSlot("verify", "'module:name' of a function (picture, expression) -> expression or None", function=True),
     )
 }
 
 
-def missing_line(slot: Slot) -> str:
+def missing_line(slot: CurateSlot) -> str:
     """The one line that says what to give where a slot is empty."""
     return f"not available; give: watch.models.{slot.name}, {slot.give}"
 
@@ -81,7 +81,7 @@ def check_models(watch: Watch) -> None:
             raise UserError(f"{_where(watch, slot)}: there is no such file or folder; give {slot.give}.")
 
 
-def identify_models(watch: Watch, cache: Path | None = None) -> dict[str, Given]:
+def identify_models(watch: Watch, cache: Path | None = None) -> dict[str, GivenModel]:
     """Which weights are given, by slot.
 
     Args:
@@ -92,7 +92,7 @@ def identify_models(watch: Watch, cache: Path | None = None) -> dict[str, Given]
         UserError: as `identify`, or a function that is not there.
     """
     known = _read(cache)
-    found: dict[str, Given] = {}
+    found: dict[str, GivenModel] = {}
     for name, slot in SLOTS.items():
         value = watch.models.get(name)
         if not value:
@@ -102,13 +102,13 @@ def identify_models(watch: Watch, cache: Path | None = None) -> dict[str, Given]
             continue
         path, before = path_of(watch, name), known.get(name, {})
         if before.get("path") == value and before.get("stamp") == _stamp(path):
-            found[name] = Given(before["name"], before["version"])
+            found[name] = GivenModel(before["name"], before["version"])
         else:
             found[name] = identify(path, _where(watch, slot), f"give {slot.give}")
     return found
 
 
-def note_models(watch: Watch, given: Mapping[str, Given], cache: Path) -> None:
+def note_models(watch: Watch, given: Mapping[str, GivenModel], cache: Path) -> None:
     """Write down which weights are given, where that is news."""
     notes = {
         name: {
@@ -122,7 +122,7 @@ def note_models(watch: Watch, given: Mapping[str, Given], cache: Path) -> None:
         write_whole(cache, (json.dumps(notes, indent=1) + "\n").encode())
 
 
-def _where(watch: Watch, slot: Slot) -> str:
+def _where(watch: Watch, slot: CurateSlot) -> str:
     return f"curate: watch.models.{slot.name} = {watch.models[slot.name]!r}"
 
 
@@ -145,7 +145,7 @@ def _stamp(path: Path) -> list[list[Any]]:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def _function(watch: Watch, slot: Slot) -> Given:
+def _function(watch: Watch, slot: CurateSlot) -> GivenModel:
     """A function is known by its module's text."""
     value = watch.models[slot.name]
     module = value.partition(":")[0]
@@ -157,4 +157,4 @@ def _function(watch: Watch, slot: Slot) -> Given:
         raise UserError(f"{_where(watch, slot)}: there is no such module; give {slot.give}.")
     text = Path(spec.origin).read_bytes() if spec.origin and Path(spec.origin).is_file() else value.encode()
     digest = hashlib.sha256(text).hexdigest()
-    return Given(f"{value}-{digest[:8]}", digest[:16])
+    return GivenModel(f"{value}-{digest[:8]}", digest[:16])

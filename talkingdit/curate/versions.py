@@ -17,7 +17,7 @@ from typing import Any
 from talkingdit.curate.settings import Watch
 from talkingdit.curate.slots import SLOTS
 from talkingdit.curate.stages import STAGES, is_alone, stage_of
-from talkingdit.detect.given import Given
+from talkingdit.detect.given import GivenModel
 
 ANCHORS = "anchors"  # they are found like a stage's figures
 
@@ -35,7 +35,7 @@ class Versions:
     stages: dict[str, str]
 
 
-def versions_of(watch: Watch, given: Mapping[str, Given], anchors: bool = True) -> Versions:
+def versions_of(watch: Watch, given: Mapping[str, GivenModel], anchors: bool = True) -> Versions:
     """The versions of settings with these weights."""
     own = {name: value for name, value in watch.models.items() if name not in SLOTS}
 
@@ -53,7 +53,7 @@ def versions_of(watch: Watch, given: Mapping[str, Given], anchors: bool = True) 
     return Versions(_digest(base), stages)
 
 
-def _is_empty(name: str, given: Mapping[str, Given]) -> bool:
+def _is_empty(name: str, given: Mapping[str, GivenModel]) -> bool:
     slot = getattr(stage_of(name), "slot", "")
     return bool(slot) and slot not in given
 

@@ -27,7 +27,7 @@ NAMED_DIGEST = re.compile(r"-([0-9a-f]{8})\.[a-z]+$")  # torch.hub's rule for na
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenModel:
     """Which weights they are.
 
     Attributes:
@@ -39,7 +39,7 @@ class Given:
     version: str
 
 
-def identify(path: Path, where: str, wanted: str) -> Given:
+def identify(path: Path, where: str, wanted: str) -> GivenModel:
     """Name and version of a file or folder.
 
     Args:
@@ -66,7 +66,7 @@ def identify(path: Path, where: str, wanted: str) -> Given:
             "it was damaged or renamed."
         )
     known = STANDARD.get(digest) or STANDARD.get(digest[:8] if named else "")
-    return Given(known or f"{path.stem or path.name}-{digest[:8]}", digest[:16])
+    return GivenModel(known or f"{path.stem or path.name}-{digest[:8]}", digest[:16])
 
 
 def why(error: BaseException) -> str:
