@@ -17,6 +17,7 @@ from talkingdit.curate.log import FIGURES, Log
 from talkingdit.curate.measure import Record, Video
 from talkingdit.curate.report import REPORT, write_report
 from talkingdit.curate.settings import LIMITS, CurateSettings
+from talkingdit.curate.slots import MODELS, SLOTS, check_models, empty_slots, identify_models, note_models
 from talkingdit.curate.stages import stage_of
 from talkingdit.curate.write import MANIFEST, TABLE, write_manifest, write_table
 from talkingdit.data.manifest import read_manifest
@@ -107,28 +108,33 @@ def curate(job: CurateJob, started: Callable[[int, int], None], watched: Callabl
     Raises:
         UserError: something is wrong with the source, the settings or the folder.
     """
-    check_folder(job.folder, (FIGURES, MANIFEST, TABLE, BROKEN, REPORT), FIGURES, {"videos": job.source})
+    check_folder(job.folder, (FIGURES, MANIFEST, TABLE, BROKEN, REPORT, MODELS), FIGURES, {"videos": job.source})
     videos = find_videos(job.source)
     for name in job.settings.watch.stages:
         stage_of(name)
+    check_models(job.settings.watch)
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         lock = RunLock(job.folder / LOCK, job.folder, "talkingdit curate")
     except OSError as error:
         raise UserError(f"curate: {job.folder}: cannot be written to ({error.strerror or error}).") from None
     with lock:
+        given = identify_models(job.settings.watch, job.folder / MODELS)
+        task = Task(job.settings.watch, job.folder.resolve(), job.settings.write.anchors, given)
         log = Log(job.folder)
-        missing = log.missing(videos, job.settings.watch, job.again)
+        missing = log.missing(videos, task.versions, job.again)
         started(len(videos), len(missing))
 
         def note(record: Record) -> None:
             log.add(record)
+            if given and not (job.folder / MODELS).exists():
+                note_models(job.settings.watch, given, job.folder / MODELS)
             watched(record)
 
         try:
             if missing:
-                _watch(job, missing, note)
-            return _finish(job, videos, log)
+                _watch(job, task, missing, note)
+            return _finish(job, task, videos, log)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
                 raise UserError(
@@ -137,8 +143,7 @@ def curate(job: CurateJob, started: Callable[[int, int], None], watched: Callabl
             raise
 
 
-def _watch(job: CurateJob, missing: list[Video], note: Callable[[Record], None]) -> None:
-    task = Task(job.settings.watch, job.folder.resolve(), job.settings.write.anchors)
+def _watch(job: CurateJob, task: Task, missing: list[Video], note: Callable[[Record], None]) -> None:
     if job.ray is not None:
         from talkingdit.curate.on_ray import RayCluster, watch_on_ray
 
@@ -149,19 +154,21 @@ def _watch(job: CurateJob, missing: list[Video], note: Callable[[Record], None])
         watch_in_processes(task, missing, job.workers, note)
 
 
-def _finish(job: CurateJob, videos: list[Video], log: Log) -> Outcome:
+def _finish(job: CurateJob, task: Task, videos: list[Video], log: Log) -> Outcome:
     """Decide, and write what comes out, from what is noted."""
-    records = list(log.records(videos))
+    records = list(log.records(videos, task.versions))
     decisions = decide(records, job.settings)
     broken = [record for record in records if record["error"]]
     lacking: dict[str, str] = {}
     for record in records:
-        lacking.update(record["lacking"])
+        lacking.update({name: line for name, line in record["lacking"].items() if name not in SLOTS})
+    lacking.update(empty_slots(job.settings.watch, job.settings.write.anchors))
     lacking.update(_unknown_limits(decisions, job.settings))
     lines = [json.dumps({"id": r["key"], "video": r["path"], "reason": r["error"]}) + "\n" for r in broken]
     write_whole(job.folder / BROKEN, "".join(lines).encode())
     write_manifest(job.folder, decisions, videos, job.settings.write)
     write_table(job.folder, decisions)
+    note_models(job.settings.watch, task.given, job.folder / MODELS)
     outcome = Outcome(decisions, len(videos), len(broken), lacking)
     write_report(job.folder, decisions, len(videos), broken, lacking)
     return outcome

@@ -13,14 +13,16 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from talkingdit.curate.measure import Record, Video, Watcher, broken_record
 from talkingdit.curate.settings import Watch
+from talkingdit.curate.versions import Versions, versions_of
+from talkingdit.detect.given import GivenModel
 from talkingdit.errors import UserError
 
 TRIES = 2  # of a video whose worker died
@@ -35,16 +37,26 @@ class Task:
         watch: settings.
         folder: of the results, absolute.
         anchors: cut out anchors.
+        given: the weights of slots.
     """
 
     watch: Watch
     folder: Path
     anchors: bool = True
+    given: Mapping[str, GivenModel] = field(default_factory=dict)
+
+    def watcher(self, gpu: bool | None = None) -> Watcher:
+        """What watches videos so."""
+        return Watcher(self.watch, self.folder, self.anchors, gpu, self.given)
+
+    @property
+    def versions(self) -> Versions:
+        return versions_of(self.watch, self.given, self.anchors)
 
 
 def watch_here(task: Task, videos: Iterable[Video], note: Callable[[Record], None]) -> None:
     """In this process, one after the other."""
-    watcher = Watcher(task.watch, task.folder, task.anchors)
+    watcher = task.watcher()
     for video in videos:
         note(watcher.record(video))
 
@@ -126,7 +138,7 @@ def _bury(
     if tries[video.key] < TRIES:
         left.appendleft(video)
     else:
-        note(broken_record(video, task.watch, f"{video.path}: {TRIES} workers died while they watched it ({how})."))
+        note(broken_record(video, task.versions, f"{video.path}: {TRIES} workers died while they watched it ({how})."))
 
 
 @contextlib.contextmanager
@@ -150,7 +162,7 @@ def _work(task: Task, end: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver stops its workers
     try:
         one_thread()
-        watcher = Watcher(task.watch, task.folder, task.anchors)
+        watcher = task.watcher()
         end.send(("ready", None))
         while (video := end.recv()) is not None:
             end.send(("record", watcher.record(video)))

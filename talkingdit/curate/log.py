@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from talkingdit.atomic import append_line
-from talkingdit.curate.measure import FORM, Record, Video, stamp_of
-from talkingdit.curate.settings import Watch
+from talkingdit.curate.measure import FORM, Record, Video, forget, stamp_of
+from talkingdit.curate.versions import Versions
 
 FIGURES = "figures.jsonl"
 
@@ -47,28 +48,40 @@ class Log:
         append_line(self.file, line)
         self._known[record["key"]] = line
 
-    def missing(self, videos: Iterable[Video], watch: Watch, again: bool = False) -> list[Video]:
-        """The videos that are still to be watched.
+    def missing(self, videos: Iterable[Video], versions: Versions, again: bool = False) -> list[Video]:
+        """The videos that are still to be watched; where stages that stand alone are all that is missing, for these.
 
         Args:
             videos: all of them.
-            watch: settings.
-            again: broken ones too.
+            versions: of the settings.
+            again: broken ones too, and stages that lacked a package.
         """
-        digest = watch.digest()
         left = []
         for video in videos:
             line = self._known.get(video.key)
             record = {} if line is None else json.loads(line)
-            same = record.get("watch") == digest and all(
+            same = record.get("watch") == versions.base and all(
                 record.get(name) == value for name, value in stamp_of(video).items()
             )
-            if not same or (again and record["error"]):
+            if not same:
                 left.append(video)
+                continue
+            lacked = set(record["lacking"]) if again else set()
+            todo = [n for n, version in versions.stages.items() if record["stages"].get(n) != version or n in lacked]
+            if record["error"]:
+                left += [video] if again or todo else []
+            elif lacked - set(versions.stages):
+                left.append(video)
+            elif todo:
+                left.append(replace(video, before=record, todo=tuple(todo)))
         return left
 
-    def records(self, videos: Iterable[Video]) -> Iterator[Record]:
-        """The records of those videos that have one, in their order."""
+    def records(self, videos: Iterable[Video], versions: Versions) -> Iterator[Record]:
+        """The records of those videos that have one, in their order, without figures of other versions."""
         for video in videos:
             if video.key in self._known:
-                yield json.loads(self._known[video.key])
+                record = json.loads(self._known[video.key])
+                old = {n for n, version in record["stages"].items() if versions.stages.get(n) != version}
+                for clip in record["clips"]:
+                    forget(clip, old)
+                yield record

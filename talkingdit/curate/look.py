@@ -113,7 +113,12 @@ def unpacked(video: Path, data: bytes) -> tuple[Look, list[tuple[float, float]]]
 
 
 def looks(
-    path: Path, watch: Watch, start: float = 0.0, end: float | None = None, find_cuts: bool = True
+    path: Path,
+    watch: Watch,
+    start: float = 0.0,
+    end: float | None = None,
+    find_cuts: bool = True,
+    cuts: Sequence[float] | None = None,
 ) -> Iterator[Look]:
     """The clips of a video: its shots, and parts of shots that are longer than `watch.clip_seconds`.
 
@@ -122,6 +127,7 @@ def looks(
         watch: how to watch it.
         start, end: seconds after its first picture, of the part that is watched.
         find_cuts: divide it into shots; otherwise it is one.
+        cuts: seconds after its first picture at which there are cuts, where that is known already.
 
     Raises:
         UserError, MediaError: it cannot be read.
@@ -136,7 +142,10 @@ def looks(
     last = None if end is None else round((end - start) * fps)
     sound = _Sound(path, begins) if has_sound else None
     wanted = (begins + n / fps for n in itertools.count())
-    cutter = _Cutter(path, watch, fps, start, sound, Cuts(watch.cut) if find_cuts else None)
+    finder: Cuts | _Known | None = Cuts(watch.cut) if find_cuts and cuts is None else None
+    if cuts is not None:
+        finder = _Known([round((at - start) * fps) for at in cuts])
+    cutter = _Cutter(path, watch, fps, start, sound, finder)
     try:
         for number, frame in enumerate(read_pictures(path, wanted)):
             if number == last:
@@ -148,6 +157,20 @@ def looks(
             sound.close()
 
 
+class _Known:
+    """Cuts that were found before, in the form of a finder of cuts."""
+
+    def __init__(self, cuts: list[int]) -> None:
+        self._cuts, self.settled = cuts, 0
+
+    def add(self, picture: Picture) -> list[tuple[int, float]]:
+        self.settled += 1
+        return [(at, 1.0) for at in self._cuts if at == self.settled - 1]
+
+    def finish(self) -> list[tuple[int, float]]:
+        return []
+
+
 @dataclass
 class _Cutter:
     """Keeps pictures until it is known where their clip ends."""
@@ -157,7 +180,7 @@ class _Cutter:
     fps: Fraction
     start: float
     sound: _Sound | None
-    finder: Cuts | None
+    finder: Cuts | _Known | None
     number: int = 0
     shot: int = 0
     first: int = 0  # picture of the clip that is being kept

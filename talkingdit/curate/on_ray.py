@@ -26,7 +26,7 @@ from typing import Any
 
 from talkingdit.curate.local import Task, one_thread
 from talkingdit.curate.look import Look, unpacked
-from talkingdit.curate.measure import Record, Video, Watcher, broken_record, measured
+from talkingdit.curate.measure import TODO, Record, Video, add_figures, broken_record, measured
 from talkingdit.curate.stages import ClipFindings, make_stages, stage_of
 from talkingdit.errors import UserError
 
@@ -121,7 +121,7 @@ class Actor:
         self._task, self._sends = task, gpu is False
         self._failed = ""
         try:
-            self._watcher = Watcher(task.watch, task.folder, task.anchors, gpu)
+            self._watcher = task.watcher(gpu)
         except UserError as error:  # of an actor that does not start Ray makes new ones for ever
             self._failed = str(error)
 
@@ -136,7 +136,8 @@ class Actor:
     def _record(self, row: dict[str, Any], packed: list[bytes]) -> Record:
         if self._failed:
             return {"key": row["key"], "failed": self._failed}
-        video = Video(row["key"], Path(row["path"]), row["start"], row["end"], row["caption"])
+        before, todo = row.get("before"), tuple(row.get("todo", ()))
+        video = Video(row["key"], Path(row["path"]), row["start"], row["end"], row["caption"], before=before, todo=todo)
 
         def keep(look: Look, found: ClipFindings) -> None:
             packed.append(look.packed(self._task.watch.card_pictures, found.spoken))
@@ -144,7 +145,7 @@ class Actor:
         try:
             if _tried(self._task.folder, video.key) > TRIES:
                 sentence = f"{video.path}: {TRIES} workers died while they watched it."
-                return broken_record(video, self._task.watch, sentence)
+                return broken_record(video, self._task.versions, sentence)
             return self._watcher.record(video, keep if self._sends else None)
         except OSError as error:
             reason = error.strerror or str(error)
@@ -157,7 +158,8 @@ class CardActor:
     def __init__(self, task: Task) -> None:
         self._failed = ""
         try:
-            self._stages, self._lacking = make_stages(task.watch, True)
+            names = {slot: weights.name for slot, weights in task.given.items()}
+            self._stages, self._lacking = make_stages(task.watch, True, names)
         except UserError as error:
             self._failed = str(error)
 
@@ -168,12 +170,12 @@ class CardActor:
     def _more(self, record: Record, packed: list[bytes]) -> Record:
         if record.get("failed") or self._failed:
             return record if record.get("failed") else {"key": record["key"], "failed": self._failed}
+        todo = record.pop(TODO, None)
+        stages = {name: stage for name, stage in self._stages.items() if todo is None or name in todo}
         clips = {clip["number"]: clip for clip in record["clips"]}
         for data in packed:
             look, spoken = unpacked(Path(record["path"]), data)
-            figures, took = measured(self._stages, look, ClipFindings(spoken=spoken))
-            clips[look.number]["figures"] |= figures
-            clips[look.number]["took"] |= took
+            add_figures(clips[look.number], *measured(stages, look, ClipFindings(spoken=spoken)))
         record["lacking"] |= self._lacking
         return record
 

@@ -13,8 +13,6 @@ anchors = true
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import sys
 from dataclasses import dataclass, field
@@ -58,16 +56,11 @@ class Watch:
     largest_lag: float = 0.6
     stages: tuple[str, ...] = (
         *("picture", "people", "body", "sharpness", "motion", "text"),
-        *("speech", "voices", "sync", "language", "caption", "signature"),
+        *("speech", "voices", "sync", "syncnet", "light_asd", "language", "caption", "signature"),
     )
     models: dict[str, str] = field(default_factory=dict)
     card_pictures: int = 8
     samples: float = 1.0
-
-    def digest(self) -> str:
-        """A name of these settings: figures of other settings are other figures."""
-        told = {name: value for name, value in dataclasses.asdict(self).items() if name != "samples"}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -120,6 +113,10 @@ LIMITS: dict[str, Limit] = {
     "voices.likeness": Limit(at_least=0.68),
     "sync.score": Limit(at_least=0.3),
     "sync.lag": Limit(at_least=-0.14, at_most=0.14),
+    "syncnet.confidence": Limit(at_least=3.0),  # of LatentSync's data (arXiv:2412.09262)
+    "syncnet.offset": Limit(at_least=-3, at_most=3),  # pictures of 25 a second
+    "active_speaker.score": Limit(at_least=0.0),  # less: nobody who is to be seen speaks
+    "active_speaker.is_largest": Limit(at_least=1),  # else the wrong person speaks
     "language.is_wanted": Limit(at_least=1),
     "duplicates.of_another": Limit(at_most=0),
 }

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from talkingdit.detect.given import why
 from talkingdit.errors import UserError
 from talkingdit.media.sound import SPEECH_RATE
 
@@ -57,8 +58,6 @@ def _head(size: int) -> nn.Sequential:
 class SyncNet(nn.Module):
     """The network; names of its parts are those of the released weights."""
 
-    side = 224  # of the faces
-    margin = 1.4  # of the square around a face's box
     size = 1024  # of the embeddings
 
     def __init__(self) -> None:
@@ -90,8 +89,7 @@ class SyncNet(nn.Module):
         try:
             network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:
-            told = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path}: expected the weights syncnet_v2.model of SyncNet, got {told[:160]}") from None
+            raise UserError(f"{path}: expected the weights syncnet_v2.model of SyncNet, got {why(error)}") from None
         return network.eval()
 
     def hear(self, sound: Tensor) -> Tensor:
@@ -109,7 +107,7 @@ class SyncNet(nn.Module):
         """How well a mouth follows the sound.
 
         Args:
-            faces: uint8 [F, 224, 224, 3] RGB, crops of one face, 1.4 times its box.
+            faces: uint8 [F, 224, 224, 3] RGB, of one person, as `detect.talking.heads` cuts them out.
             fps: of them; read at 25 per second, the nearest frame each.
             sound: float32 [samples] at 16 kHz from the time of frame 0 on, full scale at 1.
 
@@ -122,12 +120,15 @@ class SyncNet(nn.Module):
         nearest = np.minimum(np.round(np.arange(count) / FPS * fps).astype(int), len(faces) - 1)
         blue_first = torch.from_numpy(np.ascontiguousarray(faces[nearest][..., ::-1].transpose(3, 0, 1, 2)))
         cepstra = torch.from_numpy(mfcc(np.round(sound * 32767.0)).T.astype(np.float32))
+        device = next(self.parameters()).device
         windows = min(count - WINDOW, (cepstra.shape[1] - 4 * WINDOW) // 4)
         seen, heard = [], []
         for first in range(0, windows, BATCH):
             span = range(first, min(windows, first + BATCH))
-            seen.append(self.see(torch.stack([blue_first[:, i : i + WINDOW] for i in span]).float()))
-            heard.append(self.hear(torch.stack([cepstra[None, :, 4 * i : 4 * i + 4 * WINDOW] for i in span])))
+            pictures = torch.stack([blue_first[:, i : i + WINDOW] for i in span]).to(device)
+            seen.append(self.see(pictures.float()))
+            pieces = torch.stack([cepstra[None, :, 4 * i : 4 * i + 4 * WINDOW] for i in span]).to(device)
+            heard.append(self.hear(pieces))
         return _sync(torch.cat(seen), torch.cat(heard))
 
 

@@ -8,24 +8,14 @@ metrics.
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from talkingdit.detect.given import identify
 from talkingdit.errors import UserError
 from talkingdit.eval import backbones
-from talkingdit.media.checks import digest_of
-
-# Files whose digests everybody knows: SHA-256, or its beginning where the file's publisher names it so.
-STANDARD = {
-    "1a9a5a14": "inception-v3-tf",  # torchvision: inception_v3_google-1a9a5a14.pth
-    "0cc3c7bd": "inception-v3",  # torchvision: inception_v3_google-0cc3c7bd.pth
-    "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836": "clip-vit-l-14",  # OpenAI: ViT-L-14.pt
-    "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af": "clip-vit-b-32",  # OpenAI: ViT-B-32.pt
-}
-NAMED_DIGEST = re.compile(r"-([0-9a-f]{8})\.[a-z]+$")  # torch.hub's rule for names of files
 
 
 @dataclass(frozen=True)
@@ -185,8 +175,8 @@ def resolve(slot: Slot, given: Path | None) -> Backbone | None:
         UserError: the path does not exist, or its name holds a digest that its bytes do not have.
     """
     if given is not None:
-        name, version = _identify(slot, given)
-        return Backbone(slot.name, name, version, "", lambda: slot.open(given))
+        found = identify(given, f"eval: --backbone {slot.name}={given}", missing_line(slot))
+        return Backbone(slot.name, found.name, found.version, "", lambda: slot.open(given))
     if slot.default is None or not slot.default.there():
         return None
     return Backbone(slot.name, slot.default.id, "1", slot.default.licence, slot.default.load)
@@ -203,27 +193,3 @@ def resolve_all(given: Mapping[str, Path]) -> dict[str, Backbone]:
         raise UserError(f"eval: no slot is called {unknown[0]!r}; expected one of {', '.join(SLOTS)}.")
     found = {name: resolve(slot, given.get(name)) for name, slot in SLOTS.items()}
     return {name: backbone for name, backbone in found.items() if backbone is not None}
-
-
-def _identify(slot: Slot, path: Path) -> tuple[str, str]:
-    """Name and version of what a user gives: the standard name where the bytes are known, else by file and digest."""
-    where = f"eval: --backbone {slot.name}={path}"
-    if not path.exists():
-        raise UserError(f"{where}: there is no such file or folder; {missing_line(slot)}.")
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    if not files:
-        raise UserError(f"{where}: the folder is empty; {missing_line(slot)}.")
-    if path.is_file():
-        digest = digest_of(path)
-    else:
-        import hashlib
-
-        digest = hashlib.sha256("".join(digest_of(file) + file.name for file in files).encode()).hexdigest()
-    named = NAMED_DIGEST.search(path.name)
-    if path.is_file() and named and not digest.startswith(named[1]):
-        raise UserError(
-            f"{where}: the file's name says that its SHA-256 begins with {named[1]}, but it begins with {digest[:8]}: "
-            "it was damaged or renamed."
-        )
-    known = STANDARD.get(digest) or STANDARD.get(digest[:8] if named else "")
-    return known or f"{path.stem or path.name}-{digest[:8]}", digest[:16]

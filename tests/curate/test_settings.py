@@ -9,6 +9,7 @@ import pytest
 
 from talkingdit.curate.settings import LIMITS, CurateSettings, Limit, Watch, read_settings
 from talkingdit.curate.stages import STAGES, stage_of
+from talkingdit.curate.versions import versions_of
 from talkingdit.errors import UserError
 
 
@@ -62,7 +63,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_limits_and_samples_are_no_reason_to_watch_anew() -> None:
-    assert Watch(samples=0.1).digest() == Watch().digest() != Watch(fps=10).digest()
+    assert versions_of(Watch(samples=0.1), {}) == versions_of(Watch(), {})
+    assert versions_of(Watch(fps=10), {}).base != versions_of(Watch(), {}).base
 
 
 def test_limits_keep_what_lies_within() -> None:

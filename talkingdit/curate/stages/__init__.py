@@ -9,6 +9,9 @@ name.
 from __future__ import annotations
 
 import importlib
+import io
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,6 +36,7 @@ class Person:
         roll: float32 [F], radians by which the eyes are turned.
         opening, yaw, likely: float32 [F] of the mouth, degrees of the head, and how much it looks like a face.
         mouth: float32 [F, 4], box around the lips.
+        speaking: float32 [F], scores of the slot `light_asd`; above 0 this one speaks.
     """
 
     boxes: NDArray[np.float32]
@@ -42,6 +46,7 @@ class Person:
     mouth: NDArray[np.float32] | None = None
     yaw: NDArray[np.float32] | None = None
     likely: NDArray[np.float32] | None = None
+    speaking: NDArray[np.float32] | None = None
 
 
 @dataclass
@@ -62,9 +67,44 @@ class ClipFindings:
     bodies: dict[int, tuple[float, float, float, float]] = field(default_factory=dict)
     facing: dict[int, float] = field(default_factory=dict)
 
+    def packed(self) -> bytes:
+        """All of it in few bytes, for a stage that is added later."""
+        curves: dict[str, Any] = {}
+        for number, person in enumerate(self.people):
+            told = {name: value for name, value in vars(person).items() if value is not None}
+            curves |= {f"{number} {name}": np.asarray(value) for name, value in told.items()}
+        rest = {"spoken": self.spoken, "hands": self.hands, "people": len(self.people)}
+        rest |= {"bodies": list(self.bodies.items()), "facing": list(self.facing.items())}
+        file = io.BytesIO()
+        np.savez_compressed(file, rest=np.array(json.dumps(rest, default=float)), **curves)
+        return file.getvalue()
+
+    @staticmethod
+    def unpacked(data: bytes) -> ClipFindings:
+        """What was `packed`."""
+        with np.load(io.BytesIO(data)) as held:
+            rest = json.loads(str(held["rest"]))
+            told: list[dict[str, Any]] = [{} for _ in range(rest["people"])]
+            for key in held.files:
+                number, _, name = key.partition(" ")
+                if name:
+                    told[int(number)][name] = held[key] if held[key].ndim else float(held[key])
+        return ClipFindings(
+            people=[Person(**one) for one in told],
+            spoken=[(begin, end) for begin, end in rest["spoken"]],
+            hands=[(int(still), *box) for still, *box in rest["hands"]],
+            bodies={int(still): tuple(box) for still, box in rest["bodies"]},
+            facing={int(still): float(angle) for still, angle in rest["facing"]},
+        )
+
 
 class MeasuringStage(Protocol):
-    """Measures clips. `gpu` says that it wants a card: such stages run together, in workers of their own."""
+    """Measures clips.
+
+    `gpu` says that it wants a card: such stages run together, in workers of their own. `alone`, which it may have, says
+    that it finds nothing that other stages use: added to a folder of results, it runs by itself. A stage of a slot has
+    its name as `slot`, and is told the name of its weights as `backbone`.
+    """
 
     gpu: bool
 
@@ -83,10 +123,19 @@ STAGES = {
     "speech": "talkingdit.curate.stages.sound:SpeechStage",
     "voices": "talkingdit.curate.stages.sound:VoicesStage",
     "sync": "talkingdit.curate.stages.sync:SyncStage",
+    "syncnet": "talkingdit.curate.stages.talking:SyncnetStage",
+    "light_asd": "talkingdit.curate.stages.talking:LightAsdStage",
     "language": "talkingdit.curate.stages.slots:LanguageStage",
     "caption": "talkingdit.curate.stages.slots:CaptionStage",
     "signature": "talkingdit.curate.stages.signature:SignatureStage",
 }
+
+FIND = ("people", "body", "speech")  # of these, stages that find what others use
+
+
+def is_alone(name: str) -> bool:
+    """Does no other stage use what this one finds?"""
+    return bool(getattr(stage_of(name), "alone", name in STAGES and name not in FIND))
 
 
 def stage_of(name: str) -> type[Any]:
@@ -104,12 +153,18 @@ def stage_of(name: str) -> type[Any]:
     return found
 
 
-def make_stages(watch: Watch, gpu: bool | None = None) -> tuple[dict[str, MeasuringStage], dict[str, str]]:
+def make_stages(
+    watch: Watch, gpu: bool | None = None, names: Mapping[str, str] | None = None
+) -> tuple[dict[str, MeasuringStage], dict[str, str]]:
     """The stages of the settings, and of those that lack a model what to install or to give.
 
     Args:
         watch: settings.
         gpu: only those that want a card, or only the others.
+        names: of the weights by slot, with which figures are signed.
+
+    Raises:
+        UserError: there is no such stage, or what is given for a slot cannot be used.
     """
     from talkingdit.detect.packages import NotInstalledError
 
@@ -120,7 +175,9 @@ def make_stages(watch: Watch, gpu: bool | None = None) -> tuple[dict[str, Measur
         if gpu is not None and bool(getattr(kind, "gpu", False)) != gpu:
             continue
         try:
-            made[name] = kind(watch)
+            made[name] = stage = kind(watch)
+            if names and getattr(kind, "slot", "") in names:
+                stage.backbone = names[kind.slot]
         except NotInstalledError as error:
             lacking[name] = str(error)
     return made, lacking

@@ -8,6 +8,8 @@ caption = "Qwen2.5-VL-7B-Instruct"  # a folder of a vision-language model
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import numpy as np
 
 from talkingdit.curate.look import Look
 from talkingdit.curate.settings import Watch
+from talkingdit.curate.slots import SLOTS, missing_line, path_of
 from talkingdit.curate.stages import ClipFindings, Figures
 from talkingdit.detect.packages import NotInstalledError
+from talkingdit.errors import UserError
 from talkingdit.media.sound import SPEECH_RATE
 
 # The three aspects of Wan-S2V, section 2, "dense video caption".
@@ -29,14 +33,25 @@ PROMPT = (
 CAPTION_PICTURES, CAPTION_TOKENS = 8, 220
 
 
-def _folder(watch: Watch, stage: str, what: str) -> Path:
-    given = watch.models.get(stage, "")
-    if not given:
-        raise NotInstalledError(f"{stage}: no package carries such a model; give {what} as models.{stage}.")
-    folder = Path(given).expanduser()
+def _folder(watch: Watch, slot: str) -> Path:
+    if not watch.models.get(slot):
+        raise NotInstalledError(missing_line(SLOTS[slot]) + ".")
+    folder = path_of(watch, slot)
     if not (folder / "config.json").is_file():
-        raise NotInstalledError(f"{stage}: expected {what} with a config.json, got {str(folder)!r}.")
+        raise UserError(f"curate: {slot}: expected {SLOTS[slot].give} with a config.json, got {str(folder)!r}.")
     return folder
+
+
+@contextlib.contextmanager
+def _loading(slot: str, folder: Path) -> Iterator[None]:
+    """What a library says of a folder that it cannot use, in one sentence."""
+    try:
+        yield
+    except NotInstalledError:
+        raise
+    except Exception as error:
+        told = " ".join((str(error).strip() or type(error).__name__).split())[:200]
+        raise UserError(f"curate: {slot}: expected {SLOTS[slot].give}, got {str(folder)!r} ({told}).") from error
 
 
 def _device() -> str:
@@ -48,15 +63,17 @@ def _device() -> str:
 class LanguageStage:
     """The language that is spoken, as Whisper hears it in the first half minute of the clip."""
 
-    gpu = True
+    gpu, slot, backbone = True, "language", ""
 
     def __init__(self, watch: Watch) -> None:
-        folder = _folder(watch, "language", "a folder of Whisper (transformers) that knows many languages")
-        from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+        folder = _folder(watch, self.slot)
+        with _loading(self.slot, folder):
+            from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-        self._model: Any = WhisperForConditionalGeneration.from_pretrained(folder).eval().to(_device())
-        self._features = WhisperFeatureExtractor(feature_size=self._model.config.num_mel_bins)
-        self._names = {token: name.strip("<|>") for name, token in self._model.generation_config.lang_to_id.items()}
+            self._model: Any = WhisperForConditionalGeneration.from_pretrained(folder).eval().to(_device())
+            self._features = WhisperFeatureExtractor(feature_size=self._model.config.num_mel_bins)
+            codes = self._model.generation_config.lang_to_id
+            self._names = {token: name.strip("<|>") for name, token in codes.items()}
 
     def measure(self, look: Look, found: ClipFindings) -> Figures:
         import torch
@@ -70,22 +87,28 @@ class LanguageStage:
         tokens = list(self._names)
         probabilities = logits[tokens].float().softmax(0).cpu()
         best = int(probabilities.argmax())
-        return {"language.name": self._names[tokens[best]], "language.score": round(float(probabilities[best]), 3)}
+        score = round(float(probabilities[best]), 3)
+        return {
+            "language.name": self._names[tokens[best]],
+            "language.score": score,
+            "language.backbone": self.backbone,
+        }
 
 
 class CaptionStage:
     """A caption by a vision-language model that transformers loads, from eight pictures of the clip."""
 
-    gpu = True
+    gpu, slot, backbone = True, "caption", ""
 
     def __init__(self, watch: Watch) -> None:
-        folder = _folder(watch, "caption", "a folder of a vision-language model (transformers)")
-        import torch
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        folder = _folder(watch, self.slot)
+        with _loading(self.slot, folder):
+            import torch
+            from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        kind = torch.bfloat16 if _device() == "cuda" else torch.float32
-        self._processor: Any = AutoProcessor.from_pretrained(folder)
-        self._model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=kind).eval().to(_device())
+            kind = torch.bfloat16 if _device() == "cuda" else torch.float32
+            self._processor: Any = AutoProcessor.from_pretrained(folder)
+            self._model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=kind).eval().to(_device())
 
     def measure(self, look: Look, found: ClipFindings) -> Figures:
         import torch
@@ -100,4 +123,4 @@ class CaptionStage:
         with torch.inference_mode():
             made = self._model.generate(**inputs, max_new_tokens=CAPTION_TOKENS, do_sample=False)
         words = self._processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
-        return {"caption.text": " ".join(words.split())}
+        return {"caption.text": " ".join(words.split()), "caption.backbone": self.backbone}

@@ -2,8 +2,8 @@
 """Do mouth and voice belong together: `envelope`, the opening of the mouth against the loudness of the voice.
 
 The measure is plain and needs no weights of its own: the correlation of the two curves, at the shift that fits best. It
-is not SyncNet's confidence and not comparable with it; `models.sync = "module:Class"` puts a network of yours in its
-place. Of several people the one who fits best is the speaker.
+is not SyncNet's confidence and not comparable with it: that is the slot `syncnet`, in `talking.py`. Of several people
+the one who fits best is the speaker.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from talkingdit.eval.evidence import Evidence, NotMeasured
 from talkingdit.eval.metric import Metric, Value
-from talkingdit.eval.tracks import crops
 from talkingdit.media.sound import SPEECH_RATE
 
 SOUND = ("sound",)
@@ -62,13 +61,14 @@ def _syncnet(which: str) -> Callable[[Evidence, str], Value]:
         tracks = evidence.found.tracks.get("face", ())
         if not tracks:
             raise NotMeasured("no face was found")
+        from talkingdit.detect.talking import heads
+
         network = evidence.network("syncnet")
         results = []
         for track in tracks:
             if not track.found.all():
                 continue  # it reads five frames in a row
-            faces = crops(clip.frames, track, network.side, network.margin)
-            results.append(network.judge(faces, clip.fps, clip.sound))
+            results.append(network.judge(heads(clip.frames, track.boxes), clip.fps, clip.sound))
         if not results:
             raise NotMeasured("no face is there in every frame")
         best = max(results, key=lambda result: result.confidence)
@@ -86,6 +86,7 @@ METRICS = [
         regions=("face",),
         slot="syncnet",
         measure=_syncnet("confidence"),
+        version=2,
     ),
     Metric(
         name="sync_d",
@@ -95,6 +96,7 @@ METRICS = [
         regions=("face",),
         slot="syncnet",
         measure=_syncnet("distance"),
+        version=2,
     ),
     Metric(
         name="wer",
