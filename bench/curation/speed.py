@@ -27,7 +27,7 @@ from talkingdit.atomic import write_whole
 from talkingdit.curate.job import CurateJob, curate, find_videos
 from talkingdit.curate.local import one_thread
 from talkingdit.curate.measure import Video, Watcher
-from talkingdit.curate.settings import CurateSettings, Watch
+from talkingdit.curate.settings import CurateSettings, Watch, Write
 from talkingdit.detect.shots import Cuts
 from talkingdit.media.reader import all_pictures
 
@@ -62,14 +62,14 @@ def scripts(videos: list[Video], work: Path) -> dict[str, tuple[float, float]]:
     spent = {"shots": seconds_of(cuts)}
     for name in ALONE:
         stages = (*NEEDS.get(name, ()), name)
-        watcher = Watcher(Watch(stages=stages, cut=0, samples=0), work, anchors=False)
+        watcher = Watcher(Watch(stages=stages, cut=0, samples=0), work, write=Write(anchors=False))
         spent[name] = seconds_of(lambda watcher=watcher: [watcher.record(video) for video in videos])  # type: ignore[misc]
     return spent
 
 
 def funnel(videos: list[Video], work: Path) -> dict[str, Any]:
     """All stages at once, and what each took of it."""
-    watcher = Watcher(Watch(stages=ALONE, samples=0), work, anchors=False)
+    watcher = Watcher(Watch(stages=ALONE, samples=0), work, write=Write(anchors=False))
     records: list[dict[str, Any]] = []
     processor, clock = seconds_of(lambda: records.extend(watcher.record(video) for video in videos))
     stages: dict[str, float] = {}

@@ -67,7 +67,8 @@ def generate(
         UserError: a file or an option is not good, the family has no such option, memory runs out, or the video cannot
             be written. Files are checked before a model is loaded. Or a loaded checkpoint is to be changed.
     """
-    folder = find_checkpoint(getattr(checkpoint, "folder", checkpoint))
+    source: Any = checkpoint
+    folder = find_checkpoint(getattr(source, "folder", source))
     family = families.of_folder(folder)
     wish = PipelineCall(
         image=image,

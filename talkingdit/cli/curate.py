@@ -35,7 +35,7 @@ class Flags:
     gpus: Annotated[float, Flag("N")] = 0.0
     """on Ray: cards for each worker of the stages that want one"""
     again: bool = False
-    """watch videos again that could not be read"""
+    """watch videos again that could not be read, or whose stages lacked a package"""
 
     def __post_init__(self) -> None:
         check_options(self, "curate")

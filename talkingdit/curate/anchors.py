@@ -27,7 +27,7 @@ EXPRESSIONS = ("surprise", "angry", "disgust", "fear", "contempt", "neutral", "h
 FRONT, SIDE, BACK = 25.0, (60.0, 120.0), 150.0
 HEAD_FRONT, HEAD_SIDE = 15.0, 32.0
 SURE_EXPRESSION = 0.5
-BODY_MARGIN, HEAD_MARGIN = 0.1, 0.5  # around what is cut out, in its sizes
+BODY_MARGIN = 0.1  # around a body that is cut out, in its sizes
 # The order of EmotiEffLib's networks of eight classes, and how they see a face.
 CLASSES = ("angry", "contempt", "disgust", "fear", "happy", "neutral", "sad", "surprise")
 SEEN, MEAN, DEVIATION = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -75,26 +75,25 @@ class Anchors:
     Args:
         watch: settings; `models.expression` is an ONNX file of eight classes as EmotiEffLib has them, `models.verify` a
             "module:name" of a callable (picture, expression) -> expression or None.
+        head_margin: around a head that is cut out, in its sizes.
 
     Raises:
         UserError: a model that is given cannot be used.
     """
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Watch, head_margin: float) -> None:
+        self._margin = head_margin
         given = watch.models.get("expression")
         self._classes: Any = None if given is None else _classifier(Path(given).expanduser())
         verify = watch.models.get("verify")
         self._verify: Any = None if verify is None else _named(verify)
 
-    def find(
-        self, look: Look, found: ClipFindings, head_margin: float = HEAD_MARGIN
-    ) -> list[tuple[str, float, Picture]]:
+    def find(self, look: Look, found: ClipFindings) -> list[tuple[str, float, Picture]]:
         """Kind, seconds of the video, and picture of every anchor of a clip; at most one of a kind.
 
         Args:
             look: the clip.
             found: what stages found in it.
-            head_margin: around a head.
         """
         anchors: dict[str, tuple[str, float, Picture]] = {}
         person = found.people[0] if len(found.people) == 1 else None
@@ -114,10 +113,10 @@ class Anchors:
             alone = len(found.people) <= 1
             whole = body if body is not None else head
             if view is not None and alone and whole is not None and view not in anchors:
-                margin = BODY_MARGIN if body is not None else 2 * head_margin
+                margin = BODY_MARGIN if body is not None else 2 * self._margin
                 anchors[view] = view, at, cut_out(still.picture, whole, margin)
             if head is not None and self._classes is not None:
-                part = cut_out(still.picture, head, head_margin)
+                part = cut_out(still.picture, head, self._margin)
                 kind = self._expression(part)
                 if kind is not None and kind not in anchors:
                     anchors[kind] = kind, at, part

@@ -120,7 +120,7 @@ def curate(job: CurateJob, started: Callable[[int, int], None], watched: Callabl
         raise UserError(f"curate: {job.folder}: cannot be written to ({error.strerror or error}).") from None
     with lock:
         given = identify_models(job.settings.watch, job.folder / MODELS)
-        task = Task(job.settings.watch, job.folder.resolve(), job.settings.write.anchors, given)
+        task = Task(job.settings.watch, job.folder.resolve(), job.settings.write, given)
         log = Log(job.folder)
         missing = log.missing(videos, task.versions, job.again)
         started(len(videos), len(missing))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from talkingdit.curate.measure import Record, Video, Watcher, broken_record
-from talkingdit.curate.settings import Watch
+from talkingdit.curate.settings import USUAL, Watch, Write
 from talkingdit.curate.versions import Versions, versions_of
 from talkingdit.detect.given import GivenModel
 from talkingdit.errors import UserError
@@ -36,22 +36,22 @@ class Task:
     Args:
         watch: settings.
         folder: of the results, absolute.
-        anchors: cut out anchors.
+        write: what is written; anchors are cut out on the way.
         given: the weights of slots.
     """
 
     watch: Watch
     folder: Path
-    anchors: bool = True
+    write: Write = USUAL
     given: Mapping[str, GivenModel] = field(default_factory=dict)
 
     def watcher(self, gpu: bool | None = None) -> Watcher:
         """What watches videos so."""
-        return Watcher(self.watch, self.folder, self.anchors, gpu, self.given)
+        return Watcher(self.watch, self.folder, self.write, gpu, self.given)
 
     @property
     def versions(self) -> Versions:
-        return versions_of(self.watch, self.given, self.anchors)
+        return versions_of(self.watch, self.given, self.write)
 
 
 def watch_here(task: Task, videos: Iterable[Video], note: Callable[[Record], None]) -> None:

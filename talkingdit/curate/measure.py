@@ -23,7 +23,7 @@ import numpy as np
 from talkingdit.atomic import write_whole
 from talkingdit.curate.anchors import EXPRESSIONS, Anchors
 from talkingdit.curate.look import Look, looks
-from talkingdit.curate.settings import Watch
+from talkingdit.curate.settings import USUAL, Watch, Write
 from talkingdit.curate.slots import identify_models
 from talkingdit.curate.stages import ClipFindings, MeasuringStage, is_alone, make_stages
 from talkingdit.curate.versions import ANCHORS, Versions, versions_of
@@ -69,7 +69,7 @@ class Watcher:
     Args:
         watch: settings.
         folder: of the results, where pictures for the report and anchors go.
-        anchors: cut out anchors.
+        write: what is written; anchors are cut out on the way.
         gpu: see `make_stages`.
         given: the weights of slots; those of the settings where it is left out.
 
@@ -81,16 +81,16 @@ class Watcher:
         self,
         watch: Watch,
         folder: Path,
-        anchors: bool = True,
+        write: Write = USUAL,
         gpu: bool | None = None,
         given: Mapping[str, GivenModel] | None = None,
     ) -> None:
         self._watch, self._folder = watch, folder
         given = identify_models(watch) if given is None else given
         self._names = {slot: weights.name for slot, weights in given.items()}
-        self._versions = versions_of(watch, given, anchors)
+        self._versions = versions_of(watch, given, write)
         self.stages, self.lacking = make_stages(watch, gpu, self._names)
-        self._anchors = Anchors(watch) if anchors else None
+        self._anchors = Anchors(watch, write.head_margin) if write.anchors else None
         self._find_cuts = watch.cut > 0
         try:
             if self._find_cuts:

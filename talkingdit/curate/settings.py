@@ -141,6 +141,9 @@ class Write:
     head_margin: float = 0.5
 
 
+USUAL = Write()
+
+
 @dataclass(frozen=True)
 class CurateSettings:
     """All of it."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from talkingdit.curate.settings import Watch
+from talkingdit.curate.settings import USUAL, Watch, Write
 from talkingdit.curate.slots import SLOTS
 from talkingdit.curate.stages import STAGES, is_alone, stage_of
 from talkingdit.detect.given import GivenModel
@@ -35,7 +35,7 @@ class Versions:
     stages: dict[str, str]
 
 
-def versions_of(watch: Watch, given: Mapping[str, GivenModel], anchors: bool = True) -> Versions:
+def versions_of(watch: Watch, given: Mapping[str, GivenModel], write: Write = USUAL) -> Versions:
     """The versions of settings with these weights."""
     own = {name: value for name, value in watch.models.items() if name not in SLOTS}
 
@@ -48,8 +48,9 @@ def versions_of(watch: Watch, given: Mapping[str, GivenModel], anchors: bool = T
         del told[name]
     base = [told, *(version(name) for name in watch.stages if not is_alone(name))]
     stages = {name: _digest(version(name)) for name in watch.stages if is_alone(name) and not _is_empty(name, given)}
-    if anchors:
-        stages[ANCHORS] = _digest([given[slot].version for slot in ("expression", "verify") if slot in given])
+    if write.anchors:
+        models = [given[slot].version for slot in ("expression", "verify") if slot in given]
+        stages[ANCHORS] = _digest([*models, write.head_margin])
     return Versions(_digest(base), stages)
 
 

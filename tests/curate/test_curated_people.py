@@ -12,7 +12,7 @@ from real_media import ACTRESS, ASTRONAUT, CUT, GROUP, PRESENTER, real
 
 from talkingdit.curate.look import looks
 from talkingdit.curate.measure import Video, Watcher
-from talkingdit.curate.settings import Watch
+from talkingdit.curate.settings import Watch, Write
 from talkingdit.curate.stages.sync import envelope, shift
 from talkingdit.detect.blaze import large_faces
 from talkingdit.detect.faces import faces
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 def figures(folder: Path, path: Path, *stages: str, cut: float = 0.0, fps: float = 25.0) -> list[dict[str, object]]:
     need_stages(*stages)
-    watcher = Watcher(Watch(stages=stages, cut=cut, fps=fps, samples=0), folder, anchors=False)
+    watcher = Watcher(Watch(stages=stages, cut=cut, fps=fps, samples=0), folder, write=Write(anchors=False))
     record = watcher.record(Video("clip", path))
     assert not record["error"]
     return [{**clip["figures"], "start": clip["start"]} for clip in record["clips"]]

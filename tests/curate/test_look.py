@@ -14,7 +14,7 @@ from clip_files import RATE, draw, number_of, voice, write_video
 from talkingdit.curate import look as looking
 from talkingdit.curate.look import looks, unpacked
 from talkingdit.curate.measure import Video, Watcher
-from talkingdit.curate.settings import Watch
+from talkingdit.curate.settings import Watch, Write
 from talkingdit.curate.stages.sync import envelope, shift
 from talkingdit.media.sound import sound_blocks
 
@@ -127,7 +127,9 @@ def test_sound_that_ends_early_leaves_the_rest_silent(tmp_path: Path) -> None:
 
 def test_all_that_watching_holds_does_not_grow_with_the_video(tmp_path: Path) -> None:
     """Ten times as long takes a tenth more at most, beside the clips' figures; `tools/long_memory.py` takes an hour."""
-    watcher = Watcher(Watch(clip_seconds=2.0, cut=0, stages=("picture",), samples=0), tmp_path, anchors=False)
+    watcher = Watcher(
+        Watch(clip_seconds=2.0, cut=0, stages=("picture",), samples=0), tmp_path, write=Write(anchors=False)
+    )
     peaks = []
     for seconds in (4, 4, 40):  # the first loads what is loaded once
         path = write_video(tmp_path / "video.mp4", draw(seconds * 8, (128, 192)), 8, voice(float(seconds)))

@@ -15,7 +15,7 @@ from needs import need_cuts, need_stages
 
 from talkingdit.curate.decide import CurateClip, decide
 from talkingdit.curate.measure import Video, Watcher
-from talkingdit.curate.settings import CurateSettings, Watch
+from talkingdit.curate.settings import CurateSettings, Watch, Write
 from talkingdit.curate.stages.picture import sharpest
 from talkingdit.detect.shots import Cuts, _network, _peaks
 from talkingdit.encoders.log_mel import normalise_loudness
@@ -73,7 +73,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CurateClip]:
         "shifted": (drawn(7), late),
         "blur": (np.stack([cv2.GaussianBlur(p, (0, 0), 3) for p in drawn(8)]), voice),
     }
-    watcher = Watcher(Watch(stages=STAGES, cut=0, still_every=1.0, samples=0), folder, anchors=False)
+    watcher = Watcher(Watch(stages=STAGES, cut=0, still_every=1.0, samples=0), folder, write=Write(anchors=False))
     records = []
     for name, (frames, samples) in planted.items():
         write(folder / f"{name}.mp4", frames, samples)

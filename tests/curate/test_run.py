@@ -15,7 +15,7 @@ from clip_files import draw, voice, write_video
 from forked import start
 
 from talkingdit.curate.job import CurateJob, curate
-from talkingdit.curate.settings import CurateSettings, Limit, Watch
+from talkingdit.curate.settings import CurateSettings, Limit, Watch, Write
 from talkingdit.errors import UserError
 
 HERE = Path(__file__).parent
@@ -147,7 +147,7 @@ def test_stages_with_a_card_get_what_others_have_decoded(tmp_path: Path) -> None
 
     make_videos(tmp_path / "videos", ["a"])
     stages = ("planted:Quick", "planted:Card")
-    task = Task(Watch(stages=stages, cut=0, min_seconds=0.5, card_pictures=4), tmp_path, anchors=False)
+    task = Task(Watch(stages=stages, cut=0, min_seconds=0.5, card_pictures=4), tmp_path, write=Write(anchors=False))
     row = {"key": "a", "path": str(tmp_path / "videos/a.mp4"), "start": 0.0, "end": None, "caption": ""}
     first = Actor(task, False)({"video": [json.dumps(row)]})
     figures = json.loads(first["record"][0])["clips"][0]["figures"]

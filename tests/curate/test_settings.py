@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from talkingdit.curate.settings import LIMITS, CurateSettings, Limit, Watch, read_settings
-from talkingdit.curate.stages import STAGES, stage_of
-from talkingdit.curate.versions import versions_of
+from talkingdit.curate.anchors import Anchors
+from talkingdit.curate.look import Look, Still
+from talkingdit.curate.settings import LIMITS, CurateSettings, Limit, Watch, Write, read_settings
+from talkingdit.curate.stages import STAGES, ClipFindings, Person, stage_of
+from talkingdit.curate.versions import ANCHORS, versions_of
 from talkingdit.errors import UserError
 
 
@@ -65,6 +68,21 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_limits_and_samples_are_no_reason_to_watch_anew() -> None:
     assert versions_of(Watch(samples=0.1), {}) == versions_of(Watch(), {})
     assert versions_of(Watch(fps=10), {}).base != versions_of(Watch(), {}).base
+
+
+def test_the_margin_of_heads_is_that_of_the_settings() -> None:
+    """Another one cuts anchors out anew, and nothing else."""
+    boxes = np.array([[40, 40, 60, 60]], np.float32)
+    found = ClipFindings(people=[Person(boxes, 1.0, boxes[:, 0], yaw=np.zeros(1, np.float32))])
+    pictures = np.zeros((1, 100, 100, 3), np.uint8)
+    still, silence = Still(0, pictures[0]), np.zeros(0, np.float32)
+    look = Look(Path("a.mp4"), 0, 0, 0.0, 25.0, (100, 100), pictures=pictures, stills=[still], samples=silence)
+    for margin, side in ((0.5, 60), (0.25, 40)):
+        kind, _, picture = next(one for one in Anchors(Watch(), margin).find(look, found) if one[0] == "front")
+        assert (kind, picture.shape[:2]) == ("front", (side, side))
+    one, other = (versions_of(Watch(), {}, Write(head_margin=margin)) for margin in (0.5, 0.25))
+    assert one.base == other.base
+    assert {name for name in one.stages if one.stages[name] != other.stages[name]} == {ANCHORS}
 
 
 def test_limits_keep_what_lies_within() -> None:
