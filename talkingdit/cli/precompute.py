@@ -137,14 +137,16 @@ def _job(flags: Flags, manifest: Manifest) -> PrecomputeJob:
     from talkingdit import families
     from talkingdit.data.cutting import Cutting
     from talkingdit.data.precompute import PrecomputeJob
+    from talkingdit.models import find_checkpoint
     from talkingdit.pipelines.tuning import usual_device
 
     device = flags.device or usual_device()
     # The text encoder is large; on the host half precision is slow.
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    clips = families.of_folder(flags.checkpoint).clips
+    folder = find_checkpoint(flags.checkpoint)
+    clips = families.of_folder(folder).clips
     what = tuple(flags.what.split(",")) if flags.what else ()
-    encoders = clips.encoders(flags.checkpoint, what, dtype, device, flags.fps)
+    encoders = clips.encoders(folder, what, dtype, device, flags.fps)
     multiple = flags.multiple or encoders.settings.size_multiple
     if flags.tokens is not None:
         # A token is a patch of 2 x 2 latents of 8 x 8 pixels, and a latent is four frames.

@@ -12,10 +12,12 @@ from PIL import Image
 
 from talkingdit import families
 from talkingdit.cli.main import main
+from talkingdit.families.hunyuan_avatar.evaluate import Ask, generator, held_out_scene
 from talkingdit.media.files import read_video
 from talkingdit.models import find_checkpoint, load_checkpoint
 from talkingdit.puppets import MODEL, PEOPLE, VOICE
-from talkingdit.puppets.scenes import face_boxes, portrait_of
+from talkingdit.puppets.measure import HeldOutVoice, truth_of
+from talkingdit.puppets.scenes import face_boxes, measure_mouths, portrait_of
 from talkingdit.puppets.world import Scene
 
 MEGABYTE = 1_000_000
@@ -38,6 +40,17 @@ def test_the_model_is_small_and_whole() -> None:
     assert checkpoint.settings.features == "speech"
     shipped = load_checkpoint()
     assert checkpoint.vae.state_dict().keys() == shipped.vae.state_dict().keys()
+
+
+def test_every_mouth_follows_its_own_voice() -> None:
+    """Not the other's, and not the sum of both: that is what the model is for. bench/results has it at length."""
+    samples, rate = soundfile.read(VOICE, dtype="float32")
+    voices = [samples[: 4 * rate], samples[6 * rate : 10 * rate]]
+    frames = generator(load_checkpoint("drawn_people"))(Ask(held_out_scene(0, 0, 2), voices))
+    truth = np.stack([truth_of(HeldOutVoice("", "", voice), len(frames), 16).opening for voice in voices])
+    found = measure_mouths(frames, truth, 16)
+    assert min(found["own"]) > 0.7
+    assert max(found["others"]) < 0.4
 
 
 def test_two_people_speak_with_a_voice_each(tmp_path: Path) -> None:
