@@ -41,6 +41,7 @@ NEGATIVE_PROMPT = (
 PROMPT_PREFIX = "Authentic, Realistic, Natural, High-quality, Lens-Fixed, "
 FEATURES = ("whisper", "speech")
 SILENCE = ("zeros", "none")
+STILL = ("window", "video")
 _RELEASED = "hunyuan-video-t2v-720p"
 
 
@@ -79,6 +80,7 @@ class HunyuanAvatarSettings(PipelineSettings):
     audio_guidance: float | None = None
     features: str = "whisper"  # of a voice: "whisper", or "speech", which need no encoder
     silence: str = "zeros"  # what audio guidance leads away from: features of zeros, or "none", nothing heard at all
+    still: str = "window"  # what the picture, as a still video, begins with: every window, or the video
     prompt_prefix: str = PROMPT_PREFIX
     negative_prompt: str = NEGATIVE_PROMPT
 
@@ -95,6 +97,7 @@ class HunyuanAvatarSettings(PipelineSettings):
             raise ValueError(f"pipeline.json: size_multiple must be a multiple of 16, got {self.size_multiple}")
         self.check_word("features", FEATURES)
         self.check_word("silence", SILENCE)
+        self.check_word("still", STILL)
 
 
 @dataclass(frozen=True)

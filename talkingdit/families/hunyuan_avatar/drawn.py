@@ -34,6 +34,7 @@ from talkingdit.data.sample import ClipRequest, Sample, Shape
 from talkingdit.encoders.log_mel import SpeechFeatures
 from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.samples import EMOTION, NOT_OF_THE_CLIP, STILL
+from talkingdit.families.hunyuan_avatar.windows import still_places
 from talkingdit.families.puppet.drawn import Voice, mouth_cells, read_voices
 from talkingdit.families.training import TrainRun
 from talkingdit.puppets.render import mouth_boxes
@@ -42,8 +43,8 @@ from talkingdit.puppets.world import EXPRESSIONS, Character, Motion, Scene
 
 PEOPLE = 3  # places for voices in a clip; those without a person have no room
 SHARES = (0.3, 0.5, 0.2)  # of scenes with one, two and three people
-TALKS, HEARS_SILENCE = 0.75, 0.5  # chances: that somebody talks, that who does not hears silence
-TOLD, CHANGES = 0.65, 0.8  # chances: that a mood is told, that it changes in the video
+TALKS, HEARS_SILENCE = 0.6, 0.4  # chances: that somebody talks, that who does not hears silence
+TOLD, CHANGES = 0.8, 0.8  # chances: that a mood is told, that it changes in the video
 CLIPS = 2  # lengths of a clip in a video
 PART = 50  # videos in a file
 SPATIAL = 8  # pixels per latent pixel
@@ -180,7 +181,7 @@ def precompute(scenes: DrawnScenes, seed: int = 0) -> None:
         "fps": scenes.fps,
         "seed": seed,
         "vae": weights.stat().st_size,
-        "drawing": 3,  # what is drawn, and what is kept of it
+        "drawing": 4,  # what is drawn, and what is kept of it
     }
     stamp = scenes.cache / "stamp.json"
     scenes.cache.mkdir(parents=True, exist_ok=True)
@@ -293,7 +294,7 @@ class Scenes:
         still_latents, masks, audio = read("still"), read("masks"), read("audio")[..., columns]
         names = [f"voice {i}" for i in range(PEOPLE)]
         regions = {name: masks[i].expand(self.scenes.latents, -1, -1) for i, name in enumerate(names)}
-        outside = {STILL: still_latents}
+        outside = {STILL: still_latents[:, still_places(latents, still_latents.shape[1])]}
         if bool(read("told")):
             outside[EMOTION] = read("emotion")
             second = (latents >= read("change")).float()[:, None, None].expand_as(regions[names[0]])
@@ -304,7 +305,7 @@ class Scenes:
             latents=read("latents")[:, latents],
             voices={name: audio[i] for i, name in enumerate(names)},
             caption=self._captions[part][row],
-            reference=still_latents[:, :1],
+            reference=outside[STILL][:, :1],
             regions={
                 **regions,
                 "faces": read("faces").expand(self.scenes.latents, -1, -1),

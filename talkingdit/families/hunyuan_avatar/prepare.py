@@ -53,6 +53,7 @@ def encode(
         emotion=emotion,
         emotion_index=torch.tensor(details.emotion_index),
         silence=checkpoint.settings.silence,
+        still=checkpoint.settings.still,
     )
 
 

@@ -100,6 +100,7 @@ def _settings(arguments: Mapping[str, Any], run: TrainRun) -> HunyuanAvatarSetti
         early_steps=0,
         features="speech",
         silence="none",
+        still="video",
         prompt_prefix="",
         negative_prompt="",
     )

@@ -29,7 +29,8 @@ class VideoConditions:
 
     Attributes:
         words: of the prompt and the negative prompt, of one length.
-        reference: [1, C, window, h, w], the picture as a video that stands still.
+        reference: [1, C, window, h, w], the picture as a video that stands still; its last latent stands for all later
+            ones.
         voices: one per speaker.
         masks: [1, S, 1, h, w] float32, which part of the picture each of them moves, or [1, S, latents, h, w] of
             faces that move.
@@ -47,6 +48,7 @@ class VideoConditions:
     emotion: Tensor | None
     emotion_index: Tensor
     silence: str = "zeros"  # see `HunyuanAvatarSettings`
+    still: str = "window"  # likewise
 
     def arguments(self, frames: Tensor, views: Sequence[GuidanceView], mask: float, fps: float) -> dict[str, Any]:
         """Arguments of the transformer besides latents and timestep, a sample per view.
@@ -68,7 +70,7 @@ class VideoConditions:
             "text": torch.cat([words.features for words in chosen]),
             "text_mask": torch.cat([words.mask for words in chosen]),
             "pooled_text": torch.cat([words.pooled for words in chosen]),
-            "reference": _repeat(self.reference[:, :, : len(frames)], count),
+            "reference": _repeat(self.still_latents(frames), count),
             "audio": torch.cat([audio if view.audio else torch.zeros_like(audio) for view in views]),
             "face_mask": masks_of(self.masks, frames) * masks.view(-1, 1, 1, 1, 1),
             "strength": _repeat(self.strength, count),
@@ -84,10 +86,25 @@ class VideoConditions:
             }
         return found
 
+    def still_latents(self, frames: Tensor) -> Tensor:
+        """The latents [1, C, f, h, w] of the picture that go beside those of a window, int64 [f]."""
+        if self.still == "window":
+            return self.reference[:, :, : len(frames)]
+        return self.reference[:, :, still_places(frames, self.reference.shape[2]).to(self.reference.device)]
+
     @property
     def latents(self) -> int:
         """Of the whole video."""
         return len(self.emotion_index)
+
+
+def still_places(latents: Tensor, length: int) -> Tensor:
+    """Which of the `length` latents of a still video go beside those of a video, int64 [f], where it begins with it.
+
+    The first latent of a video holds one frame and the others four, and those near the beginning still differ a little:
+    beside its counterpart a latent shows the model where in the video it is. Behind the last one nothing changes.
+    """
+    return latents.clamp(max=length - 1)
 
 
 def sound_frames(latents: Tensor, count: int) -> Tensor:

@@ -121,7 +121,9 @@ def test_clips_are_windows_of_a_longer_video_that_wraps(scenes: DrawnScenes) -> 
     source = Scenes(scenes)
     with safe_open(scenes.part(0), "pt") as file:
         told = next(row for row in range(4) if file.get_slice("told")[row : row + 1][0])
-        kept = {name: file.get_slice(name)[told : told + 1][0].float() for name in ("latents", "audio", "mouths")}
+        kept = {
+            name: file.get_slice(name)[told : told + 1][0].float() for name in ("latents", "still", "audio", "mouths")
+        }
         change = int(file.get_slice("change")[told : told + 1][0])
     begun = set()
     for seed in range(40):
@@ -135,6 +137,7 @@ def test_clips_are_windows_of_a_longer_video_that_wraps(scenes: DrawnScenes) -> 
         assert torch.equal(sample.voices["voice 0"], kept["audio"][0][..., heard])
         track = emotion_track(sample.regions, 2, 3).tolist()
         assert track == [int(latent >= change) for latent in window]
+        assert torch.equal(sample.outside["still"], kept["still"][:, [min(latent, 2) for latent in window]])
         assert torch.equal(sample.outside["still"][:, :1], sample.reference)
     assert begun == set(range(6))
 

@@ -23,7 +23,7 @@ from talkingdit.families.hunyuan_avatar.outline import PlacedVoice, outline, sta
 from talkingdit.families.hunyuan_avatar.pipeline import noise_levels
 from talkingdit.families.hunyuan_avatar.speakers import Speaker
 from talkingdit.families.hunyuan_avatar.step_cache import TeaSteps, computes
-from talkingdit.families.hunyuan_avatar.windows import cell_masks, masks_of, sound_frames
+from talkingdit.families.hunyuan_avatar.windows import VideoConditions, cell_masks, masks_of, sound_frames
 from talkingdit.pipelines.inputs import Inputs, Job
 from talkingdit.pipelines.long_video import ShiftFusion, denoise
 from talkingdit.pipelines.step_cache import Fitted
@@ -112,6 +112,21 @@ def test_lengths() -> None:
 def test_windows_hear_their_frames_around_the_end_of_the_video() -> None:
     assert sound_frames(torch.tensor([0, 1, 2]), 5).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8]
     assert sound_frames(torch.tensor([4, 0, 1]), 5).tolist() == [16, 17, 18, 19, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("still", "begins", "goes_on", "wraps"),
+    [("window", [0, 1, 2], [0, 1, 2], [0, 1, 2]), ("video", [0, 1, 2], [2, 3, 3], [3, 0, 1])],
+)
+def test_the_still_picture_begins_with_the_window_or_with_the_video(
+    still: str, begins: list[int], goes_on: list[int], wraps: list[int]
+) -> None:
+    """Released models are given it from its beginning in every window; drawn ones are told where they are by it."""
+    conditions = object.__new__(VideoConditions)
+    object.__setattr__(conditions, "reference", torch.arange(4.0).view(1, 1, 4, 1, 1))
+    object.__setattr__(conditions, "still", still)
+    for frames, expected in (([0, 1, 2], begins), ([2, 3, 4], goes_on), ([6, 0, 1], wraps)):
+        assert conditions.still_latents(torch.tensor(frames)).flatten().tolist() == expected
 
 
 def test_a_voice_that_is_being_spoken_is_refused(tmp_path: Path) -> None:
