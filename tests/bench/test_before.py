@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison of all ops with another build: rows of what both have, in turns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bench import before
+
+
+def test_a_build_against_itself(tmp_path: Path) -> None:
+    """As many rows as there are cases, each with what it was and what it is."""
+    assert (
+        before.main(["rope3d", "--old", ".", "--quick", "--samples", "2", "--threads", "1", "--out", str(tmp_path)])
+        == 0
+    )
+    result = json.loads((tmp_path / "cpu-before.json").read_text())
+    assert {(row["dtype"], row["direction"]) for row in result["rows"]} == {
+        (dtype, direction) for dtype in ("float32", "bfloat16") for direction in ("forward", "backward")
+    }
+    assert all(row["old_us"] > 0 and row["new_us"] > 0 and row["samples"] == 2 for row in result["rows"])
+    assert result["ops"]["rope3d"]["cases"] == len(result["rows"])
+
+
+def test_ops_by_their_geometric_mean_and_their_worst_case() -> None:
+    rows = [{"op": "a", "new_to_old": 0.5}, {"op": "a", "new_to_old": 2.0}, {"op": "b", "new_to_old": 0.9}]
+    assert before.summary(rows) == {
+        "a": {"cases": 2, "mean": 1.0, "largest": 2.0},
+        "b": {"cases": 1, "mean": 0.9, "largest": 0.9},
+    }
