@@ -383,8 +383,13 @@ def open_bench(folder: Path, options: argparse.Namespace) -> Bench:
     """What a checkpoint is measured with."""
     checkpoint = open_checkpoint(folder)
     settings = checkpoint.settings
+    make = generator(checkpoint, options.steps)
+    if options.truth:
+        from talkingdit.families.hunyuan_avatar.truth import true_generator
+
+        make = true_generator(checkpoint.vae, settings.image_size, settings.fps)
     return Bench(
-        generator(checkpoint, options.steps), open_voices(options), settings.fps, settings.window,
+        make, open_voices(options), settings.fps, settings.window,
         settings.shift_offset, options.steps or settings.steps, options.seed, options.scenes,
     )  # fmt: skip
 
@@ -407,6 +412,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--sheet", type=Path, metavar="PNG", help="draw the sheet of a video of two people, and no more"
     )
+    parser.add_argument(
+        "--truth", action="store_true", help="measure what is drawn, through the checkpoint's autoencoder, instead"
+    )
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="only these")
     parser.add_argument("--scenes", type=int, default=4, help="videos for each row (%(default)s)")
     parser.add_argument("--seconds", type=float, default=15.0, help="length of a video (%(default)s)")
@@ -427,7 +435,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All rows as one JSON object; those that an earlier run of the same request wrote are taken from there."""
-    asked = {name: str(getattr(options, name)) for name in ("checkpoint", "scenes", "seconds", "steps", "seed")}
+    names = ("checkpoint", "scenes", "seconds", "steps", "seed", *(["truth"] if options.truth else []))
+    asked = {name: str(getattr(options, name)) for name in names}
     rows: dict[str, dict[str, Any]] = {}
     if options.out.is_file():
         before = json.loads(options.out.read_text())
