@@ -8,7 +8,9 @@ Everything is analysis by synthesis or linear photometry, nothing is learned, so
   pixels, so blur, the usual fault of generated frames, does not bias it;
 - identity: skin, hair and shirt colours are medians of fixed regions, named by the nearest palette entry; the hair
   style is the one whose drawing fits best;
-- expression: the face is compared with drawings of the eight expressions of the measured identity and opening;
+- expression: the face is compared with drawings of the eight expressions of the measured identity and opening, with
+  mouths of several widths and eyes open and shut, both sides blurred: a generated frame is, and against sharp drawings
+  it looks like the expression with the least contrast;
 - logo: its shape and colour are those of the drawing that fits best, on a shirt of the measured colour
   (`measure_logo`);
 - speaker: of several people, the one whose mouth moves most within half a second.
@@ -19,7 +21,7 @@ The layout of the scene is assumed: front view, one person or several side by si
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -47,6 +49,9 @@ from talkingdit.puppets.world import (
 CLOSED_HEIGHT = 0.0161
 OPENING_HEIGHT = 0.1510
 
+_FACE = (0.3, 0.27, 0.7, 0.68)  # brows, eyes, nose and mouth
+_WIDTHS, _EYELIDS = (0.2, 0.5, 0.8), (0.0, 0.5, 1.0)  # of mouth and eyes, as an expression is looked for
+_BLUR = 1 / 128  # of frames and drawings then, in frame sizes
 _CANONICAL = 96  # persons of a scene of several are resampled to this size before measuring
 
 
@@ -130,14 +135,19 @@ def measure_height(frames: Image) -> FloatArray:
 
 def _template(frames: Image, drawings: Image, box: tuple[float, float, float, float], reach: int) -> NDArray[np.int64]:
     """For every frame the index of the drawing that fits best inside `box`, letting it slide by `reach` pixels."""
-    size = frames.shape[1]
-    x0, y0, x1, y1 = (round(v * size) for v in box)
-    best = np.empty(len(frames), np.int64)
-    templates = [d[y0:y1, x0:x1] for d in drawings]
-    for f, frame in enumerate(frames):
-        area = frame[max(0, y0 - reach) : y1 + reach, max(0, x0 - reach) : x1 + reach]
-        best[f] = np.argmin([cv2.matchTemplate(area, t, cv2.TM_SQDIFF).min() for t in templates])
-    return best
+    templates = _cut(drawings, box)
+    return np.array(
+        [
+            np.argmin([cv2.matchTemplate(area, t, cv2.TM_SQDIFF).min() for t in templates])
+            for area in _cut(frames, box, reach)
+        ]
+    )
+
+
+def _cut(frames: Image, box: tuple[float, float, float, float], reach: int = 0) -> Image:
+    """Pixels of a box given in frame sizes, and `reach` pixels around it."""
+    x0, y0, x1, y1 = (round(v * frames.shape[1]) for v in box)
+    return frames[:, max(0, y0 - reach) : y1 + reach, max(0, x0 - reach) : x1 + reach]
 
 
 def _draw(
@@ -146,11 +156,14 @@ def _draw(
     expression: str = "neutral",
     opening: float = 0.0,
     logo: tuple[str, str] = ("circle", "white"),
+    width: float = 0.5,
+    eyelids: float = 1.0,
 ) -> Image:
-    """The probe's own drawing of somebody, [size, size, 3]; eyes and mouth width are not measured."""
+    """The probe's own drawing of somebody, [size, size, 3]; the colour of the eyes is not measured."""
     character = Character(who.skin, who.hair_style, who.hair, who.shirt, *logo, "brown")
     mouth = np.array([[opening]], np.float32)
-    return render(Scene((character,), (expression,)), mouth, np.full_like(mouth, 0.5), [Motion.still(1)], size)[0]
+    motion = replace(Motion.still(1), eyelids=np.full(1, eyelids, np.float32))
+    return render(Scene((character,), (expression,)), mouth, np.full_like(mouth, width), [motion], size)[0]
 
 
 def _hair_styles(frames: Image, looks: list[tuple[str, str, str]], backdrop: NDArray[np.float32]) -> list[str]:
@@ -170,13 +183,22 @@ def _hair_styles(frames: Image, looks: list[tuple[str, str, str]], backdrop: NDA
 def _expressions(frames: Image, identities: list[Identity], opening: FloatArray) -> list[str]:
     found = [""] * len(frames)
     levels = np.clip(np.round(opening * 5), 0, 5).astype(int)
+    size = frames.shape[1]
+    areas = _cut(_blurred(frames), _FACE, 3)
     for key in set(zip(identities, levels.tolist(), strict=True)):
-        members = [i for i in range(len(frames)) if (identities[i], levels[i]) == key]
         who, level = key
-        drawings = np.stack([_draw(who, frames.shape[1], e, level / 5) for e in EXPRESSIONS])
-        for i, e in zip(members, _template(frames[members], drawings, (0.3, 0.27, 0.7, 0.68), 3), strict=True):
-            found[i] = EXPRESSIONS[e]
+        looks = [(e, width, eyelids) for e in EXPRESSIONS for width in _WIDTHS for eyelids in _EYELIDS]
+        drawings = [_draw(who, size, e, level / 5, width=w, eyelids=lids) for e, w, lids in looks]
+        templates = _cut(_blurred(np.stack(drawings)), _FACE)
+        for i in range(len(frames)):
+            if (identities[i], levels[i]) == key:
+                misfits = [cv2.matchTemplate(areas[i], t, cv2.TM_SQDIFF).min() for t in templates]
+                found[i] = looks[int(np.argmin(misfits))][0]
     return found
+
+
+def _blurred(frames: Image) -> Image:
+    return np.stack([cv2.GaussianBlur(frame, (0, 0), frames.shape[1] * _BLUR) for frame in frames])
 
 
 def _shirts(frames: Image) -> list[str]:
