@@ -5,9 +5,9 @@
 # yuv420p, which nearly every video decodes to, becomes planar RGB without its last columns: `to_ndarray(format="gbrp")`
 # of a portrait video of 1080 x 1920 leaves 8 columns at the right edge as the memory happened to be, often a piece of
 # an earlier picture of the same video, so that it looks right wherever the edge is still. Widths that leave 1 to 8 when
-# they are divided by 16 lose as many columns (854 x 480: 6), also in a filter ("format=gbrp"), whose rows have more room
-# behind them. PyAV's rgba and bgra lose up to 4 columns in the same way (852 x 480: 4), those of a filter none. yuv422p
-# and yuvj420p are like yuv420p; rgb24 and bgr24 are right at every width. Nothing is raised or logged.
+# they are divided by 16 lose as many columns (854 x 480: 6), also in a filter ("format=gbrp"), whose rows have more
+# room behind them. PyAV's rgba and bgra lose up to 4 columns in the same way (852 x 480: 4), those of a filter none.
+# yuv422p and yuvj420p are like yuv420p; rgb24 and bgr24 are right at every width. Nothing is raised or logged.
 #
 # What to do: convert to rgb24, and take the planes apart or add the alpha channel with numpy.
 #

@@ -4,11 +4,11 @@
 #
 # A part of an MP3, `soundfile.read(file, start=..., frames=...)`, may begin with silence, then noise, where the file
 # has sound: seen are up to 0.4 s, at the right place and of the right length, without an exception. The whole file is
-# read right (PyAV gives the same samples, also of parts). After a search the decoder lacks the bits that frames borrow
+# read right (PyAV gives the same samples, also of parts). After a seek the decoder lacks the bits that frames borrow
 # from frames before them, and is silent until it has enough; a steady sound, whose frames are small, always shows it.
-# Speech does too: of two minutes of it, written with soundfile's defaults at 16, 24, 44.1 and 48 kHz, 7, 17, 24 and 36 %
-# of all parts began wrong, by up to 0.28 s; with compression_level=0.7 20, 38, 74 and 82 %. Clips that a data set cuts
-# from MP3s begin with a silence that nobody recorded, and mouths move in it.
+# Speech does too: of two minutes of it, written with soundfile's defaults at 16, 24, 44.1 and 48 kHz, 7, 17, 24 and
+# 36 percent of all parts began wrong, by up to 0.28 s; with compression_level=0.7 20, 38, 74 and 82 percent. Clips that
+# a data set cuts from MP3s begin with a silence that nobody recorded, and mouths move in it.
 #
 # What to do: begin a second earlier and throw that away, or decode MP3s whole, or with PyAV.
 #

@@ -5,10 +5,10 @@
 # `F.mse_loss`, the loss of every diffusion trainer, of two DTensors that are sharded over their batch or their tokens
 # has the right value and the wrong gradient: as many times too large as there are ranks. huber_loss, smooth_l1_loss,
 # soft_margin_loss and binary_cross_entropy are like it; the mean of squares written out, l1_loss, and mse_loss with
-# reduction "sum" or "none" are right. Loss curves show nothing, and Adam hides a common factor; what suffers is the norm
-# by which gradients are clipped, SGD, and a sum of losses, of which this one weighs more with every rank. Where rows do
-# not divide evenly the value is wrong as well, a mean of the ranks' means, and NaN if a rank has no rows; the mean of
-# squares stays right then, too.
+# reduction "sum" or "none" are right. Loss curves show nothing, and Adam hides a common factor; what suffers is the
+# norm by which gradients are clipped, SGD, and a sum of losses, of which this one weighs more with every rank. Where
+# rows do not divide evenly the value is wrong as well, a mean of the ranks' means, and NaN if a rank has no rows; the
+# mean of squares stays right then, too.
 #
 # What to do: (prediction - target).square().mean(), or take the loss of local tensors.
 #
