@@ -8,8 +8,8 @@
 # from frames before them, and is silent until it has enough; a steady sound, whose frames are small, always shows it.
 # Speech does too: of two minutes of it, written with soundfile's defaults at 16, 24, 44.1 and 48 kHz, 7, 17, 24 and
 # 36 percent of all parts began wrong, by up to 0.28 s; with compression_level=0.7 20, 38, 74 and 82 percent. Clips that
-# a data set cuts from MP3s begin with a silence that nobody recorded, and mouths move in it. librosa.load (0.11.0) with an offset
-# reads by soundfile and gives the same.
+# a data set cuts from MP3s begin with a silence that nobody recorded, and mouths move in it. librosa.load (0.11.0)
+# with an offset reads by soundfile and gives the same.
 #
 # What to do: begin a second earlier and throw that away, or decode MP3s whole, or with PyAV.
 #
