@@ -72,7 +72,7 @@ class Upright:
         curve, primaries = _known(frame.color_trc, self._curve), _known(frame.color_primaries, self._primaries)
         if curve == PQ:
             tell(
-                f"{self._name}: a high-range video (PQ), whose colours are read as they stand and look pale; convert it "
+                f"{self._name}: a high-range video (PQ), whose colours are read as they stand, too pale; convert it "
                 "to standard range first."
             )
         elif primaries in WIDE:
