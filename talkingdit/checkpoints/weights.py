@@ -298,7 +298,7 @@ def stored_config(weights: Weights) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{weights.source}: the configuration in its metadata is not JSON ({error}).") from error
     # Some programs wrap it in the name of the part.
     inner = values.get("transformer", values) if isinstance(values, dict) else None
