@@ -145,7 +145,8 @@ def prepare(argv: Sequence[str]) -> GenerationRequest:
 
     output, pipe = _target(flags)
     read_too = {"checkpoint": _folder(flags)} | {f"lora {n}": choice.path for n, choice in enumerate(loras.lora, 1)}
-    check_apart({"output": output, "sheet": flags.sheet}, read_too)
+    for name, target in (("output", output), ("sheet", flags.sheet)):
+        check_apart({name: target}, read_too)
     job = Job(
         image=flags.image,
         audio=sound_of(values, flags.audio, options),

@@ -22,7 +22,7 @@ def existing_file(path: str | os.PathLike[str], what: str) -> Path:
     source = Path(path)
     if os.path.isdir(source):
         raise UserError(f"{what} {str(source)!r}: expected a file, got a folder")
-    if source.is_symlink() and not os.path.exists(source):
+    if os.path.islink(source) and not os.path.exists(source):
         raise UserError(f"{what} {str(source)!r}: expected an existing file, got a link that leads to none")
     if os.path.exists(source) and not os.path.isfile(source):
         kind = "a pipe" if source.is_fifo() else "something else"
