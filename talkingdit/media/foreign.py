@@ -91,7 +91,7 @@ def _tiff_kind(source: Path) -> str:
             tags = ImageFileDirectory_v2(file.read(8))
             file.seek(tags.next)
             tags.load(file)
-        bits, kind, colours = tags.get(BITS, (1,)), tags.get(339, (1,)), tags.get(262)
+        bits, kind, colours = tags.get(BITS, (1,)), tags.get(339, (1,)), tags.get(262, -1)
         if colours in RAW or DNG_VERSION in tags:
             return f"a camera's raw file; {EXPORT}"
         what = {2: "signed integers", 3: "floats"}.get(kind[0], "integers")

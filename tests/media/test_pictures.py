@@ -16,6 +16,7 @@ import pytest
 from talkingdit.media import pictures
 from talkingdit.media.files import VideoWriter, read_video
 from talkingdit.media.pictures import repeatable, to_yuv
+from talkingdit.media.reader import all_pictures
 
 # Five videos: of three widths that are no multiple of 128, in a process that is fresh to begin with and used later.
 ENCODE = """
@@ -132,3 +133,16 @@ def test_videos_of_many_lines_are_of_bt709_and_say_so(
         assert np.abs(found - yuv(colours, *matrix)).max() <= 2
         assert np.abs(read_video(tmp_path / "a.mp4")[0][2, 40, at].astype(int) - colours).max() <= 6
         assert (b"colrnclx" in (tmp_path / "a.mp4").read_bytes()) == (tags[0] == 1)  # for players that look there
+
+
+@pytest.mark.parametrize("width", [1080, 854, 852, 838, 720])
+def test_pictures_are_read_to_their_last_column(tmp_path: Path, width: int) -> None:
+    """Where a width leaves 1 to 8 when divided by 16, libswscale writes no last columns of planar RGB, and PyAV's RGBA
+    lacks up to 4 (findings/gbrp_last_columns.sh)."""
+    greys = (200, 40, 120, 250, 5)
+    with VideoWriter(tmp_path / "grey.mp4", 10, (32, width), crf=1) as video:
+        for grey in greys:
+            video.write(np.full((32, width, 3), grey, np.uint8))
+    found = list(all_pictures(tmp_path / "grey.mp4"))
+    assert [picture.shape for picture in found] == [(32, width, 3)] * len(greys)
+    assert max(np.abs(picture.astype(int) - grey).max() for picture, grey in zip(found, greys, strict=True)) <= 3
