@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import stat
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from talkingdit.errors import UserError
@@ -32,6 +36,8 @@ MOST = {
     "shard_size": 1 << 20,  # megabytes
     "seed": (1 << 63) - 1,
 }
+MOST_JSON = 64 << 20  # bytes of a file of settings
+SETTINGS = ("config.json", "pipeline.json", "model_index.json")
 LAYERS, OTHERS, ITEMS = 1_000, 1 << 24, 10_000  # a number of layers or blocks, any other number, values in a list
 
 
@@ -91,3 +97,36 @@ def _most(name: str) -> int:
     last = name.rsplit(".", 1)[-1]
     counted = last.endswith(("layers", "blocks", "num_hidden_layers")) or last == "depth"
     return MOST.get(last, LAYERS if counted else OTHERS)
+
+
+# ---- Folders ---------------------------------------------------------------------------------------------------------
+
+
+def check_plain(folder: Path) -> None:
+    """Can the files of a folder be looked into? For those who read settings of it to see whose it is.
+
+    Raises:
+        UserError: there is a pipe or a device, which may never end, or settings beyond all measure.
+    """
+    for place, _, names in os.walk(folder):
+        for file in (Path(place) / name for name in names):
+            try:
+                status = file.stat()
+            except OSError:
+                continue  # told when it is read
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"{file}: expected a file, got a pipe or a device; remove it from the checkpoint.")
+            if file.name in SETTINGS:
+                _check_settings(file, status.st_size)
+
+
+def _check_settings(file: Path, size: int) -> None:
+    """Is a file of settings of a size and depth that may be read?"""
+    if size > MOST_JSON:
+        raise UserError(f"{file}: expected at most {MOST_JSON >> 20} MB, got {size >> 20} MB.")
+    try:
+        json.loads(file.read_bytes())
+    except RecursionError as error:
+        raise UserError(f"{file}: not a readable JSON file ({error}).") from error
+    except (OSError, ValueError):
+        pass  # told when it is loaded

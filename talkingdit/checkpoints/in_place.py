@@ -6,15 +6,15 @@ or an old tensor until its layer runs.
 
     resident                   the parameter itself
     host memory                the parameter, and with streams a copy in host memory that comes back after every use
-    disk (diffusers)           a file per group of layers; a changed group gets a file of its own beside the first one,
-                               which stays as it is, for diffusers takes it up again in later runs
+    disk (diffusers)           a file per group of layers; a changed group gets a file of its own in a folder beside the
+                               first one, which stays as it is, for diffusers takes it up again in later runs. The
+                               folder goes with the model; that of a killed process goes with the next change
     host memory (accelerate)   a dictionary of tensors; parameters are on meta
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from talkingdit.atomic import PART, whole_file
+from talkingdit.atomic import part_folder
+from talkingdit.checkpoints.saving import save_tensors
 from talkingdit.errors import UserError
 
 Value = Callable[[str, Tensor], Tensor]  # a parameter's name and original value -> its new value
@@ -40,6 +41,10 @@ class InPlace:
         self._model = model
         self._originals: dict[str, Tensor] = {}  # kept copies, on the CPU
         self._redirected: dict[Any, str] = {}  # groups on disk that have a changed file, and the path of the first one
+        self._rooms: dict[Path, Path] = {}  # folders of such files, and ours in them
+        self._open = contextlib.ExitStack()  # keeps ours from being taken for leftovers
+        self._for_good = False  # files in them are what the model is now
+        weakref.finalize(model, self._open.close)
 
     def change(self, names: Iterable[str], value: Value, keep: bool = True) -> None:
         """Give these parameters new values, and all others their original ones.
@@ -86,6 +91,7 @@ class InPlace:
     def forget(self) -> None:
         """Keep no originals: the parameters stay what they are now."""
         self._originals.clear()
+        self._for_good |= bool(self._redirected)
         for group in self._redirected:
             self._redirected[group] = group.safetensors_file_path
 
@@ -100,19 +106,29 @@ class InPlace:
             original = self._originals.get(name, tensors[key])
             tensors[key] = value(name, original).to(tensors[key].dtype)
             parameter.data.copy_(tensors[key])
-        changed = first.with_name(f"{PART}{first.stem}-{os.getpid()}-{id(self):x}.safetensors")
-        _save(tensors, changed)
-        if group not in self._redirected:
-            self._redirected[group] = str(first)
-            weakref.finalize(self._model, _remove, changed)
+        try:
+            changed = self._room(first.parent) / first.name
+            save_tensors(tensors, changed)
+        except OSError as error:
+            raise UserError(f"{first.parent}: the changed weights cannot be written there ({error}).") from error
+        self._redirected.setdefault(group, str(first))
         group.safetensors_file_path = str(changed)
+
+    def _room(self, folder: Path) -> Path:
+        """A folder of ours in a folder of diffusers' files."""
+        if folder not in self._rooms:
+            self._rooms[folder] = self._open.enter_context(part_folder(folder / "changed"))
+        return self._rooms[folder]
 
     def _restore(self, group: Any) -> None:
         """The first file of a group again."""
         changed, group.safetensors_file_path = group.safetensors_file_path, self._redirected.pop(group)
         for key, tensor in _load(group.safetensors_file_path).items():
             group.key_to_tensor[key].data.copy_(tensor)
-        _remove(Path(changed))
+        Path(changed).unlink(missing_ok=True)
+        if not self._redirected and not self._for_good:
+            self._rooms.clear()
+            self._open.close()
 
 
 class _Homes:
@@ -189,19 +205,3 @@ def _load(path: str | Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(path)
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        with whole_file(path) as temporary:
-            save_file(tensors, temporary)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path.parent}: the changed weights cannot be written there ({error}).") from error
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()

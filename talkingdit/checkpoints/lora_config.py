@@ -21,6 +21,9 @@ METADATA = "lora_adapter_metadata"  # where diffusers keeps the configuration in
 KINDS = ("LORA", "LOHA", "LOKR")
 # Ways to begin that change the base weights, which the file does not hold.
 CHANGED_BASE = re.compile(r"pissa|olora|corda|loftq", re.IGNORECASE)
+LARGEST = 1_000_000  # alpha or rank
+# Patterns may come from anyone, and repeated repetitions take forever.
+ENDLESS, REPEATED, MOST_REPEATED = re.compile(r"\)[*+{]"), re.compile(r"(?<![\\(])[*+{?]"), 4
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def read_config(path: Path, weights: Weights) -> PeftConfig:
 def _in_metadata(path: Path, text: str) -> dict[str, Any]:
     try:
         return {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: its adapter configuration is not readable ({error}).") from error
 
 
@@ -123,10 +126,19 @@ def _check(config: PeftConfig) -> None:
         patterns = values.get(name) or {}
         if not isinstance(patterns, dict) or not all(_is_pattern(key) for key in patterns):
             raise UserError(f"{config.source}: {name} must map names of modules to numbers.")
+        for key, value in patterns.items():
+            if not _is_number(value):
+                raise UserError(f"{config.source}: {name} must map names of modules to numbers, got {value!r:.80}.")
+            if ENDLESS.search(key) or len(REPEATED.findall(key)) > MOST_REPEATED:
+                raise UserError(f"{config.source}: {name} has a pattern that takes too long to search ({key!r:.80}).")
     for name in ("r", "lora_alpha", "alpha"):
         value = values.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
-            raise UserError(f"{config.source}: {name} must be a positive number, got {value!r}.")
+        if value is not None and not _is_number(value):
+            raise UserError(f"{config.source}: {name} must be a positive number, got {value!r:.80}.")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= LARGEST
 
 
 def _is_pattern(text: str) -> bool:

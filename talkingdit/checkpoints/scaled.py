@@ -52,7 +52,7 @@ def _check_formats(weights: Weights) -> None:
     for name, note in weights.read(name for name in weights.entries if name.endswith(".comfy_quant")).items():
         try:
             kind = json.loads(bytes(note.tolist())).get("format")
-        except (ValueError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{weights.source}: {name} is not a readable description of a format.") from error
         if kind not in ("float8_e4m3fn", "float8_e5m2"):
             raise UserError(f"{weights.source}: {name} says {kind!r}, only scaled float8 is supported.")

@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from talkingdit.checkpoints import gguf
-from talkingdit.checkpoints.bounds import check_bounds
+from talkingdit.checkpoints.bounds import MOST_JSON, check_bounds
 from talkingdit.errors import UserError
 
 SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors$")
-MOST_SHARDS, MOST_JSON = 10_000, 64 << 20  # no checkpoint has more files, or bytes in a file of settings
+PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+MOST_SHARDS = 10_000  # no checkpoint has more files
 # How safetensors headers spell dtypes.
 DTYPES = {
     "F64": torch.float64,
@@ -256,6 +257,11 @@ def _table(source: Path, files: list[Path]) -> Weights:
     entries: dict[str, TensorEntry] = {}
     metadata: dict[str, str] = {}
     for file in files:
+        if file.exists() and not file.is_file():
+            raise UserError(f"{file}: expected a file of weights, got a pipe or a device.")
+        if file.suffix not in (".safetensors", gguf.SUFFIX, *PICKLED):
+            kinds = ", ".join((".safetensors", gguf.SUFFIX, *PICKLED))
+            raise UserError(f"{file}: expected a file of weights ({kinds}), got one of another name.")
         if file.suffix == ".safetensors":
             found, text = _header(file)
         elif file.suffix == gguf.SUFFIX:
@@ -298,7 +304,7 @@ def stored_config(weights: Weights) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{weights.source}: the configuration in its metadata is not JSON ({error}).") from error
     # Some programs wrap it in the name of the part.
     inner = values.get("transformer", values) if isinstance(values, dict) else None
@@ -314,6 +320,8 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: no such file, not JSON, not an object.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: expected a JSON file, got a folder, a pipe or a device.")
         if (size := path.stat().st_size) > MOST_JSON:
             raise UserError(f"{path}: expected at most {MOST_JSON >> 20} MB, got {size >> 20} MB.")
         values = json.loads(path.read_text(encoding="utf-8"))

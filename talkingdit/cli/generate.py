@@ -140,9 +140,13 @@ def prepare(argv: Sequence[str]) -> GenerationRequest:
     loras.check_files()
 
     from talkingdit.api.road import outlined
+    from talkingdit.media.targets import check_apart
     from talkingdit.pipelines.inputs import Job
 
     output, pipe = _target(flags)
+    read_too = {"checkpoint": _folder(flags)} | {f"lora {n}": choice.path for n, choice in enumerate(loras.lora, 1)}
+    for name, target in (("output", output), ("sheet", flags.sheet)):
+        check_apart({name: target}, read_too)
     job = Job(
         image=flags.image,
         audio=sound_of(values, flags.audio, options),

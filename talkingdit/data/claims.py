@@ -17,6 +17,9 @@ from talkingdit.errors import UserError
 TRIES = 2  # processes that may end at an entry
 _END = "now"
 
+# What reading a file of ours may raise that somebody has changed.
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError)
+
 
 class Claims:
     """The claims in a folder, as they were before this worker began.
@@ -31,7 +34,9 @@ class Claims:
         self._prefix = prefix
         self._ended: dict[str, int] = {}
         for path in folder.glob(f"{PART}*{_END}"):
-            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            with contextlib.suppress(
+                OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError
+            ):
                 said = json.loads(path.read_text())
                 self._ended[str(said["key"])] = max(int(said["tries"]), self._ended.get(str(said["key"]), 0))
 

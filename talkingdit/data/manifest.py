@@ -50,7 +50,15 @@ COLUMNS = (
     *("video", "audio", "caption", "reference", "pose", "kind", "start", "end", "regions", "outside"),
     *("id", "fps", "frames", "width", "height"),
 )
-MOST = {"fps": 1000, "frames": 10_000_000, "width": 1 << 16, "height": 1 << 16}  # no video has more
+LONGEST = 1 << 30  # seconds
+MOST = {
+    "start": LONGEST,
+    "end": LONGEST,
+    "fps": 1000,
+    "frames": 10_000_000,
+    "width": 1 << 16,
+    "height": 1 << 16,
+}  # no video has more
 IMAGE = "image"
 SILENT = "none"
 
@@ -157,7 +165,7 @@ def _jsonl(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             where = f"{source}:{number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: not JSON ({error}).") from error
             yield where, _object(row, where)
 
@@ -165,7 +173,7 @@ def _jsonl(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _json(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         rows = json.loads(source.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not JSON ({error}).") from error
     if not isinstance(rows, list):
         raise UserError(f"{source}: expected a list of objects, got {type(rows).__name__}.")
@@ -220,8 +228,7 @@ def _entry(values: dict[str, Any], where: str, folder: Path) -> Entry:
     for name in texts:
         if not isinstance(values.get(name, ""), str):
             raise UserError(f"{where}: {name} must be a text, got {values[name]!r}.")
-        if "\0" in values.get(name, ""):
-            raise UserError(f"{where}: {name} must be a text without NUL, got {values[name]!r}.")
+        _check_text(values.get(name, ""), name, where)
     start = _number(values, "start", where) or 0.0
     end = _number(values, "end", where)
     if end is not None and end <= start:
@@ -253,16 +260,24 @@ def _entry(values: dict[str, Any], where: str, folder: Path) -> Entry:
     )
 
 
+def _check_text(text: str, name: str, where: str) -> None:
+    """Can a text be a name, or be written into one? JSON has halves of characters, too."""
+    if "\0" in text:
+        raise UserError(f"{where}: {name} must be a text without NUL, got {text!r}.")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"{where}: {name} must be a text of whole characters, got {text!r}.")
+
+
 def _number(values: dict[str, Any], name: str, where: str) -> float | None:
     value = values.get(name)
     if value is None:
         return None
     try:
         number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         number = math.nan
     if not 0 <= number < math.inf:
-        raise UserError(f"{where}: {name} must be a number of at least 0, got {value!r}.")
+        raise UserError(f"{where}: {name} must be a number of at least 0, got {value!r:.80}.")
     if number > MOST.get(name, number):
         raise UserError(f"{where}: {name} must be at most {MOST[name]}, got {value!r}.")
     return number
@@ -292,7 +307,9 @@ def _regions(found: Any, where: str, folder: Path) -> dict[str, Path | Box]:
         raise UserError(f"{where}: regions must be an object of masks or boxes by name, got {found!r}.")
     regions: dict[str, Path | Box] = {}
     for name, value in found.items():
+        _check_text(str(name), "regions", where)
         if isinstance(value, str):
+            _check_text(value, f"region {name!r}", where)
             regions[name] = folder / value
             continue
         box = tuple(value) if isinstance(value, list) and all(isinstance(side, int | float) for side in value) else ()
@@ -309,13 +326,15 @@ def _outside(found: Any, where: str, folder: Path) -> dict[str, tuple[Path | flo
         raise UserError(f"{where}: outside must be an object of times and images by kind, got {found!r}.")
     outside: dict[str, tuple[Path | float, ...]] = {}
     for kind, value in found.items():
+        _check_text(str(kind), "outside", where)
         frames: list[Path | float] = []
         for frame in value if isinstance(value, list) else [value]:
             if isinstance(frame, str):
+                _check_text(frame, f"outside {kind!r}", where)
                 frames.append(folder / frame)
-            elif isinstance(frame, int | float) and not isinstance(frame, bool) and 0 <= frame < math.inf:
+            elif isinstance(frame, int | float) and not isinstance(frame, bool) and 0 <= frame <= LONGEST:
                 frames.append(float(frame))
             else:
-                raise UserError(f"{where}: outside {kind!r} must be seconds or image files, got {frame!r}.")
+                raise UserError(f"{where}: outside {kind!r} must be seconds or image files, got {frame!r:.80}.")
         outside[kind] = tuple(frames)
     return outside

@@ -253,11 +253,12 @@ class _BrokenLog:
 
     def __init__(self, path: Path):
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
         self.known = set(lines)
 
     def add(self, key: str, entry: Entry, reason: str) -> None:
         line = json.dumps({"key": key, "row": entry.where, "reason": reason}, ensure_ascii=False)
+        line = line.encode(errors="backslashreplace").decode()  # names of files may be no text
         if line not in self.known:
             self.known.add(line)
             try:

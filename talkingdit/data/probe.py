@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from talkingdit.atomic import write_whole
-from talkingdit.data.manifest import Entry
+from talkingdit.data.manifest import LONGEST, Entry
 from talkingdit.errors import UserError
 from talkingdit.media.container import MediaError, MediaFile
 from talkingdit.media.image import image_size
@@ -78,6 +78,26 @@ def probe(path: Path) -> Media:
         return Media(error=f"{path} cannot be decoded ({error})")
 
 
+def _media_from(row: dict[str, Any]) -> Media:
+    """What a row says that was kept.
+
+    Raises:
+        TypeError, ValueError: it has other fields, or values that no file has.
+    """
+    media = Media(**row)
+    for field in dataclasses.fields(Media):
+        value = getattr(media, field.name)
+        if field.name == "error":
+            fits = isinstance(value, str)
+        else:
+            fits = type(value) in (int, float) and 0 <= value <= LONGEST
+        if not fits:
+            raise ValueError(f"{field.name} cannot be {value!r:.80}")
+    if media.seconds and not (media.fps and media.height and media.width):
+        raise ValueError("pictures without a rate or a size")
+    return media
+
+
 def _image(path: Path) -> Media:
     try:
         height, width = image_size(path)
@@ -115,10 +135,11 @@ class Probes:
         self.file = manifest.with_name(manifest.name + ".probe")
         self._known: dict[str, dict[str, Any]] = {}
         self._new = False
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             for line in self.file.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
-                self._known[row.pop("path")] = row
+                if isinstance(row, dict) and isinstance(row.get("path"), str):
+                    self._known[row.pop("path")] = row
 
     def of(self, entry: Entry) -> tuple[Media, Media]:
         """Video and sound of an entry; the same where the sound is the video's own."""
@@ -147,8 +168,8 @@ class Probes:
         name = os.path.relpath(path, self.file.parent)
         row = self._known.get(name)
         if row is not None and row.get("stamp") == stamp:
-            with contextlib.suppress(TypeError):
-                return Media(**{key: value for key, value in row.items() if key != "stamp"})
+            with contextlib.suppress(TypeError, ValueError):
+                return _media_from({key: value for key, value in row.items() if key != "stamp"})
         try:
             media = probe(path)
         except Exception as error:  # whatever a decoder raises: one file must not end the work on all others

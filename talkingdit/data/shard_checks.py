@@ -56,8 +56,8 @@ def check_description(clip: Any, size: int) -> dict[str, Any]:
         raise ValueError(f"the end {where} must be in the shard, got {clip['offset'] + clip['size']} of {size} bytes")
     fps = clip.get("fps")
     number = isinstance(fps, int | float) and not isinstance(fps, bool)
-    if not number or not 0 < float(fps or 0) <= MOST_FPS:
-        bound = f"at most {MOST_FPS}" if number and float(fps or 0) > 0 else "a number over 0"
+    if not number or not 0 < (fps or 0) <= MOST_FPS:
+        bound = f"at most {MOST_FPS}" if number and (fps or 0) > 0 else "a number over 0"
         raise ValueError(f"fps {where} must be {bound}, got {fps!r:.40}")
     return clip
 

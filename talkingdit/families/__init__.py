@@ -14,6 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from talkingdit.checkpoints.bounds import check_plain
 from talkingdit.errors import UserError
 from talkingdit.families.family import Family
 from talkingdit.families.flag import GenerationOptions
@@ -70,6 +71,7 @@ def of_folder(folder: str | Path) -> Family:
     root = Path(folder)
     if not os.path.isdir(root):
         raise UserError(f"{root}: the checkpoint must be a folder, and there is none of this name.")
+    check_plain(root)
     for family in sorted(map(get, reversed(names())), key=lambda family: not family.base):
         if family.checkpoint.owns(root):
             return family

@@ -49,6 +49,8 @@ class LoraOptions:
         for choice in self.lora:
             if not choice.path.exists():
                 raise UserError(f"--lora: there is no file or folder {str(choice.path)!r}.")
+            if not (choice.path.is_file() or choice.path.is_dir()):
+                raise UserError(f"--lora: expected a file or folder, got a pipe or a device ({str(choice.path)!r}).")
 
     def checked(self, family: Family, folder: Path, outline: Outline) -> Outline:
         """The outline with what the LoRAs add to it: what finished clips depend on, and warnings.

@@ -22,6 +22,11 @@ def existing_file(path: str | os.PathLike[str], what: str) -> Path:
     source = Path(path)
     if os.path.isdir(source):
         raise UserError(f"{what} {str(source)!r}: expected a file, got a folder")
+    if os.path.islink(source) and not os.path.exists(source):
+        raise UserError(f"{what} {str(source)!r}: expected an existing file, got a link that leads to none")
+    if os.path.exists(source) and not os.path.isfile(source):
+        kind = "a pipe" if source.is_fifo() else "something else"
+        raise UserError(f"{what} {str(source)!r}: expected a file that can be read twice, got {kind}; save it first")
     if not os.path.isfile(source):
         raise UserError(f"{what} {str(source)!r}: expected an existing file, got none of this name")
     if not os.access(source, os.R_OK):

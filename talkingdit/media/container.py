@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from talkingdit.media.checks import reason_of
+from talkingdit.media.headers import mended
 from talkingdit.media.notices import tell
 from talkingdit.media.opening import open_container
 
@@ -25,6 +26,7 @@ JUMP = 10  # seconds: a clock that may start anew, and is ahead by more, has
 LONGEST_GAP = 3600  # seconds that any other clock is believed to have lost
 OVERLAP = Fraction(1, 20)  # seconds that sound may lie back without its clock having started anew
 DISORDER = 1  # seconds that pictures may lie back, whose packets are out of order
+REORDERED = 17  # pictures that they may lie back, where that is more
 MOST_ERRORS = 16  # failed reads on end after which a file is taken to have ended
 
 
@@ -58,7 +60,7 @@ class Clock:
         at = stamp * base + self.offset
         end = self._ends.get(stream.index)
         if end is not None:
-            back = OVERLAP if self.restarts and stream.type == "audio" and packet.dts is not None else DISORDER
+            back = OVERLAP if self.restarts and stream.type == "audio" and packet.dts is not None else _disorder(stream)
             ahead = JUMP if self.restarts else LONGEST_GAP
             if at < end - back or at > max(self._ends.values()) + ahead:
                 self.offset += end - at
@@ -69,6 +71,12 @@ class Clock:
             shift = round(self.offset / base)
             packet.dts = None if packet.dts is None else packet.dts + shift
             packet.pts = None if packet.pts is None else packet.pts + shift
+
+
+def _disorder(stream: Any) -> Fraction:
+    """Seconds that the time of a packet may lie behind that of the one before."""
+    rate = stream.average_rate if stream.type == "video" else None
+    return max(Fraction(DISORDER), REORDERED / Fraction(rate)) if rate else Fraction(DISORDER)
 
 
 @dataclass(frozen=True)
@@ -94,11 +102,10 @@ class MediaFile:
         MediaError: it is no media file.
     """
 
-    def __init__(self, path: str | os.PathLike[str], options: dict[str, str] | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.broken = 0
         """Packets that could not be decoded."""
-        self._options = options
         self._open()
 
     def _open(self) -> None:
@@ -109,11 +116,11 @@ class MediaFile:
         except (OSError, ValueError) as error:
             raise MediaError(reason_of(error)) from None
         try:
-            options = wave_options(self._file) if self._options is None else self._options
-            self.container = open_container(self._file, options=options)
-        except (av.FFmpegError, OSError, ValueError, MediaError) as error:
+            view, options = mended(self._file)
+            self.container = open_container(view, options=options)
+        except (av.FFmpegError, OSError, ValueError) as error:
             self._file.close()
-            raise error if isinstance(error, MediaError) else MediaError(reason_of(error)) from None
+            raise MediaError(reason_of(error)) from None
         self.restarts = bool(self.container.format.flags & RESTARTS)
         self.clock = Clock(self.restarts)
         self._video = _first(self.container.streams.video)
@@ -206,6 +213,11 @@ class MediaFile:
             self.broken += 1
             return []
 
+    def undecoded(self, stream: Any) -> str:
+        """What a file is whose packets of a stream all are broken."""
+        packets = "1 packet" if self.broken == 1 else f"{self.broken} packets"
+        return f"a file of {packets} of {stream.codec_context.name}, none of which can be decoded"
+
     def tell_broken(self, what: str) -> None:
         """Say how much of the sound, or of the pictures, could not be decoded."""
         if self.broken:
@@ -222,42 +234,3 @@ def _first(streams: Any) -> Any | None:
     usable = [s for s in usable if s.type != "audio" or s.rate] or usable
     marked = [s for s in usable if s.disposition & Disposition.default]
     return (marked or usable or [None])[0]
-
-
-def _is_name(chunk: bytes) -> bool:
-    return all(32 <= byte < 127 for byte in chunk)
-
-
-def wave_options(file: Any) -> dict[str, str]:
-    """How a file is to be opened: of a WAV whose data goes on behind its stated end, all is read.
-
-    Args:
-        file: open for reading; it is left at its beginning.
-
-    Raises:
-        MediaError: there are zeros where its parts should be.
-    """
-    try:
-        head = file.read(12)
-        if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
-            return {}
-        end = file.seek(0, os.SEEK_END)
-        at = 12
-        while True:
-            file.seek(at)
-            chunk = file.read(8)
-            if chunk == bytes(8):
-                raise MediaError("a WAV that is not filled in")  # FFmpeg would look at every eight zeros of gigabytes
-            if len(chunk) < 8 or not _is_name(chunk[:4]):
-                return {}
-            at += 8 + int.from_bytes(chunk[4:], "little")
-            if chunk[:4] == b"data":
-                break
-            at += at % 2
-        file.seek(at + at % 2)
-        follows = file.read(8)
-        known = len(follows) == 8 and _is_name(follows[:4])
-        fits = known and file.tell() + int.from_bytes(follows[4:], "little") <= end
-        return {} if at + 8 >= end or fits else {"ignore_length": "1"}
-    finally:
-        file.seek(0)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from talkingdit.errors import UserError
+from talkingdit.media.checks import existing_file
 from talkingdit.media.container import MediaError, MediaFile, NoStreamError
 from talkingdit.media.framing import Frames
 from talkingdit.media.reader import Upright, read_pictures, timed_pictures
@@ -65,9 +66,7 @@ def open_edited(path: str | os.PathLike[str]) -> EditedVideo:
     Raises:
         UserError: no such file, or not a video.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"video {str(file)!r}: expected an existing file, got none of this name.")
+    file = existing_file(path, "video")
     try:
         with MediaFile(file) as source:
             stream = source.need_pictures()
@@ -75,14 +74,14 @@ def open_edited(path: str | os.PathLike[str]) -> EditedVideo:
             upright = Upright(stream)
             first = next(timed_pictures(source), None)
             if first is None:
-                raise NoStreamError("a file without frames")
+                raise NoStreamError(source.undecoded(stream) if source.broken else "a file without frames")
             size = upright.size(first[1])
         start = timeline(file).pictures
         found = length(file)
     except NoStreamError as error:
         raise UserError(f"video {str(file)!r}: expected a video, got {error}.") from error
     except MediaError as error:
-        raise UserError(f"video {str(file)!r}: expected a video, got a file that is none.") from error
+        raise UserError(f"video {str(file)!r}: expected a video, got a file that is none ({error}).") from error
     start = first[0] if start is None else start
     seconds = found.pictures - start
     if not rate or not 0 < rate <= FASTEST:

@@ -15,7 +15,7 @@ from talkingdit.errors import UserError
 from talkingdit.media.checks import existing_file
 from talkingdit.media.container import MediaError, MediaFile, NoStreamError
 from talkingdit.media.image import read_image
-from talkingdit.media.reader import all_pictures
+from talkingdit.media.reader import all_pictures, timed_pictures
 from talkingdit.media.sound import SPEECH_RATE, read_audio, read_track, sound_blocks
 from talkingdit.media.targets import check_writable
 from talkingdit.media.timeline import timeline
@@ -49,6 +49,7 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | N
             stream = opened.need_pictures()
             fps = float(stream.average_rate or stream.base_rate or 0)
             has_sound = opened.sound is not None
+            broken = opened.undecoded(stream) if next(timed_pictures(opened), None) is None and opened.broken else None
         frames = list(all_pictures(source))
         begins = timeline(source).pictures
     except NoStreamError as error:
@@ -58,6 +59,6 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | N
             f"video {str(source)!r}: expected a video, got a file that cannot be decoded ({error})"
         ) from None
     if not frames:
-        raise UserError(f"video {str(source)!r}: expected a video, got a file without frames")
+        raise UserError(f"video {str(source)!r}: expected a video, got {broken or 'a file without frames'}")
     audio, rate = read_track(source, begins or 0) if has_sound else (None, 0)
     return np.stack(frames), audio, fps, rate

@@ -15,7 +15,7 @@ import numpy as np
 
 from talkingdit.errors import UserError
 from talkingdit.media.checks import existing_file, reason_of
-from talkingdit.media.opening import open_media
+from talkingdit.media.foreign import flaw_of, kind_of
 from talkingdit.media.profiles import HighRange, to_srgb
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ LARGEST_IMAGE = 250_000_000  # pixels; one takes four bytes while it is decoded
 WHOLE_IMAGE = 89_478_485  # read whole up to here, where Pillow begins to warn
 REDUCED_IMAGE = 40_000_000  # larger ones are read with so many pixels at most, more than any video has
 HEAD = 1 << 16  # bytes of a file that tell what it is
+PHOTOMETRIC = 262  # the tag of a TIFF that says what its numbers are; 0: white is zero
 HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 AVIF = (b"avif", b"avis")
 
@@ -108,9 +109,13 @@ def _opened(source: Path) -> Iterator[Image.Image]:
                 opened = Image.open(source)
         except UnidentifiedImageError:
             raise UserError(
-                f"image {str(source)!r}: expected an image (PNG, JPEG, WebP), got {_kind(source)}"
+                f"image {str(source)!r}: expected an image (PNG, JPEG, WebP), got {kind_of(source, _head(source))}"
             ) from None
     with opened:
+        with _decoding(source):
+            flaw = flaw_of(opened)
+        if flaw is not None:
+            raise UserError(f"image {str(source)!r}: expected an image (PNG, JPEG, WebP), got {flaw}")
         yield opened
 
 
@@ -156,41 +161,6 @@ def _prepare(source: Path) -> None:
 def _head(source: Path, size: int = HEAD) -> bytes:
     with source.open("rb") as file:
         return file.read(size)
-
-
-def _kind(source: Path) -> str:
-    """What a file that is no image to Pillow is, as far as others can tell."""
-    import av
-
-    if _head(source, 4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return _tiff_kind(source)
-    try:
-        with open_media(source) as container:
-            # FFmpeg plays text as a terminal, and believes the name of a file that should be an image.
-            guessed = container.format.name in ("tty", "image2") or container.format.name.endswith("_pipe")
-            if container.streams.video and not guessed:
-                return "a video"
-            if container.streams.audio:
-                return "a sound file"
-    except (av.FFmpegError, ValueError):
-        pass
-    return "a file of another kind"
-
-
-def _tiff_kind(source: Path) -> str:
-    """TIFF holds anything; by name what Pillow has no mode for."""
-    from PIL.TiffImagePlugin import ImageFileDirectory_v2
-
-    try:
-        with source.open("rb") as file:
-            tags = ImageFileDirectory_v2(file.read(8))
-            file.seek(tags.next)
-            tags.load(file)
-        bits, kind = tags.get(258, (1,)), tags.get(339, (1,))
-        what = {2: "signed integers", 3: "floats"}.get(kind[0], "integers")
-        return f"a TIFF of {len(bits)} x {bits[0]}-bit {what}; save it with 8 or 16 bits"
-    except Exception:  # what is damaged in it does not matter here
-        return "a damaged TIFF"
 
 
 # ---- Pixels ----------------------------------------------------------------------------------------------------------
@@ -240,6 +210,8 @@ def _eight_bits(image: Image.Image, source: Path) -> Image.Image:
     from PIL import Image as Images
 
     grey: Any
+    # Pillow inverts 8 bits alone.
+    white_is_zero = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32) // 257
     elif image.mode == "F":
@@ -256,7 +228,8 @@ def _eight_bits(image: Image.Image, source: Path) -> Image.Image:
         grey = np.asarray(image).astype(np.uint32) // 257
     else:
         return image
-    plain = Images.fromarray(grey.astype(np.uint8))
+    grey = grey.astype(np.uint8)
+    plain = Images.fromarray(255 - grey if white_is_zero else grey)
     plain.info.update({name: value for name, value in image.info.items() if name != "transparency"})
     plain.format = image.format
     return plain

@@ -12,10 +12,15 @@ class MediaWarning(UserWarning):
     """A file is damaged, or says of itself what is not so; what it holds is used."""
 
 
-def tell(sentence: str) -> None:
-    """Warn, once for every sentence. `talkingdit` prints it as it prints its own."""
-    if sentence not in _told:
-        _told.add(sentence)
+def tell(sentence: str, about: str | None = None) -> None:
+    """Warn, once for every sentence, or for everything that is said about the same. `talkingdit` prints it as its own.
+
+    Args:
+        about: what the sentence is about, where it may be worded with other numbers another time.
+    """
+    known = sentence if about is None else about
+    if known not in _told:
+        _told.add(known)
         warnings.warn(sentence, MediaWarning, stacklevel=2)
 
 

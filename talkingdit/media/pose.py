@@ -7,14 +7,13 @@ import itertools
 import os
 from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from talkingdit.errors import UserError
+from talkingdit.media.checks import existing_file
 from talkingdit.media.container import MediaError, MediaFile, NoStreamError
 from talkingdit.media.framing import Frames, fit_pose
-from talkingdit.media.reader import all_pictures, read_pictures
-from talkingdit.media.timeline import timeline
+from talkingdit.media.reader import all_pictures, read_pictures, timed_pictures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,19 +36,17 @@ class PoseVideo:
     """
 
     def __init__(self, path: str | os.PathLike[str], fps: float, official: bool = False):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"pose {str(self.path)!r}: expected an existing file, got none of this name.")
+        self.path = existing_file(path, "pose")
         try:
             with MediaFile(self.path) as source:
                 stream = source.need_pictures()
                 rate = float(stream.average_rate or stream.base_rate or fps)
-            if timeline(self.path).pictures is None:
-                raise NoStreamError("a file without frames")
+                if next(timed_pictures(source), None) is None:
+                    raise NoStreamError(source.undecoded(stream) if source.broken else "a file without frames")
         except NoStreamError as error:
             raise UserError(f"pose {str(self.path)!r}: expected a video, got {error}.") from error
         except MediaError as error:
-            raise UserError(f"pose {str(self.path)!r}: expected a video, got a file that is none.") from error
+            raise UserError(f"pose {str(self.path)!r}: expected a video, got a file that is none ({error}).") from error
         self._fps = Fraction(fps).limit_denominator(1001)
         self._step = max(1, round(rate / fps)) if official else None
         self.frames = 0  # read so far

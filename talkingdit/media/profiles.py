@@ -163,17 +163,21 @@ def _is_adobe(image: Image.Image) -> bool:
 def _by_matrix(image: Image.Image, space: Space) -> Image.Image:
     from PIL import Image as Images
 
+    return Images.fromarray(pixels_to_srgb(np.array(image), space))
+
+
+def pixels_to_srgb(pixels: NDArray[np.uint8], space: Space) -> NDArray[np.uint8]:
+    """Pixels uint8 [H, W, 3] of a space, which are changed in place to those of sRGB, and returned."""
     levels = np.arange(256) / 255
     linear = (_linear(levels) if space.gamma is None else levels**space.gamma).astype(np.float32)
     try:
         matrix = (np.linalg.inv(_to_xyz(SRGB)) @ _to_xyz(space.primaries)).astype(np.float32)
     except np.linalg.LinAlgError:  # chromaticities of no colour space
-        return image
-    pixels = np.array(image)
+        return pixels
     for top in range(0, len(pixels), ROWS):
         mixed = linear[pixels[top : top + ROWS]] @ matrix.T
         pixels[top : top + ROWS] = (_encoded(np.clip(mixed, 0, 1)) * 255 + 0.5).astype(np.uint8)
-    return Images.fromarray(pixels)
+    return pixels
 
 
 def _to_xyz(primaries: Chromaticities) -> NDArray[np.float64]:

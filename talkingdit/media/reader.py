@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from talkingdit.media.container import MediaFile
+from talkingdit.media.notices import tell
 from talkingdit.media.opening import SCALER_THREADS
+from talkingdit.media.profiles import PRIMARIES, Space, pixels_to_srgb
 from talkingdit.media.timeline import PictureTimes, may_seek, timeline
 
 Frames = NDArray[np.uint8]
@@ -25,19 +27,25 @@ BACK = (0, 2, 10)  # seconds before the wanted time at which a key frame is sear
 WIDEST_PIXEL = 8  # times as wide as high; what files say beyond that is wrong
 BT709, UNKNOWN = 1, 2  # colour spaces, as H.273 numbers them
 SD_LINES = 576  # videos of more lines that name no colour space are BT.709
+WIDE = (9, 11, 12)  # colour primaries that differ visibly from those of sRGB: BT.2020, DCI-P3, Display P3
+PQ = 16  # transfer characteristics
 
 
 class Upright:
     """Makes pictures as they are to be seen: turned and mirrored as the file says, with square pixels.
 
-    All pictures of a video get the size of its first one, also where its resolution changes.
+    All pictures of a video get the size of its first one, also where its resolution changes. Wide colours become those
+    of sRGB; of HLG what a screen of standard range shows, as it is made for both. PQ is not: it is told.
 
     Args:
         stream: of pictures.
+        name: of their file, for what is told.
     """
 
-    def __init__(self, stream: Any) -> None:
-        self._pixel = _pixel_shape(stream)
+    def __init__(self, stream: Any, name: str = "video") -> None:
+        self._pixel, self._name = _pixel_shape(stream), name
+        codec = stream.codec_context
+        self._curve, self._primaries = codec.color_trc, codec.color_primaries  # of the container
         self._size: tuple[int, int] | None = None  # height and width, before turning
 
     def size(self, frame: Any) -> tuple[int, int]:
@@ -60,7 +68,16 @@ class Upright:
         pixels = pixels.transpose(1, 0, 2) if across else pixels
         pixels = pixels[:, ::-1] if leftwards else pixels
         pixels = pixels[::-1] if upwards else pixels
-        return np.ascontiguousarray(pixels)
+        pixels = np.ascontiguousarray(pixels)
+        curve, primaries = _known(frame.color_trc, self._curve), _known(frame.color_primaries, self._primaries)
+        if curve == PQ:
+            tell(
+                f"{self._name}: a high-range video (PQ), whose colours are read as they stand, too pale; convert it "
+                "to standard range first."
+            )
+        elif primaries in WIDE:
+            pixels = pixels_to_srgb(pixels, Space(PRIMARIES[primaries]))
+        return pixels
 
     def _square(self, frame: Any) -> tuple[int, int]:
         if self._size is None:
@@ -71,6 +88,11 @@ class Upright:
                 height = round(height / self._pixel)
             self._size = height, width
         return self._size
+
+
+def _known(code: int, otherwise: int) -> int:
+    """A code point of H.273, or another one where it says nothing."""
+    return otherwise if code in (0, UNKNOWN) else code
 
 
 def _pixel_shape(stream: Any) -> Fraction:
@@ -157,7 +179,7 @@ def read_pictures(path: str | os.PathLike[str], wanted: Iterable[Fraction]) -> I
         return
     with MediaFile(path) as source:
         stream = source.need_pictures()
-        upright = Upright(stream)
+        upright = Upright(stream, str(path))
         rate = stream.average_rate or stream.base_rate
         slack = Fraction(1, 2) / rate if rate else Fraction(1, 50)
         shown: tuple[Any, Frames] | None = None
@@ -204,7 +226,7 @@ def _nearest(
 def all_pictures(path: str | os.PathLike[str]) -> Iterator[Frames]:
     """Every picture of a video, uint8 [H, W, 3] RGB, in the order in which they are shown; raises `MediaError`."""
     with MediaFile(Path(path)) as source:
-        upright = Upright(source.need_pictures())
+        upright = Upright(source.need_pictures(), str(path))
         for _, frame in timed_pictures(source):
             yield upright(frame)
         source.tell_broken("pictures")

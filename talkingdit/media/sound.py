@@ -37,6 +37,8 @@ SPEECH_RATE = 16000  # Hz, of every waveform that enters a speech encoder
 SILENCE_PEAK = 1e-4  # -80 dBFS
 SHORTEST_AUDIO = 0.1  # seconds; less is not speech
 LISTENED = 30  # seconds of sound by which it is decided how channels become one
+SLOWEST, FASTEST = 1000, 1_000_000  # samples per second of a recording
+LOUDEST = 100  # times full scale; more are floats that mean something else
 CANCELLED = 0.01  # of the power of the channels: a mean of less has lost the voice
 
 Mix = Callable[[Samples], Samples]
@@ -91,6 +93,7 @@ def _blocks(
     with _worded(file), MediaFile(file) as source:
         begin, pieces = pieces_from(source, start)
         first = next(pieces, None)
+        _check_first(file, source, first)
         if first is None:
             return
         mix, target = mix_of(file, first), first.rate if rate is None else rate
@@ -100,12 +103,28 @@ def _blocks(
         for block in _cut(_at_rate(runs, target), target, start, seconds):
             if not np.isfinite(block).all():
                 raise UserError(f"audio {str(file)!r}: expected finite samples, got NaN or infinity")
+            if (peak := float(np.abs(block).max(initial=0))) > LOUDEST:
+                raise UserError(
+                    f"audio {str(file)!r}: expected samples from -1 to 1, got one of {peak:.6g}; divide them by what "
+                    "full scale is, 32768 for 16 bits"
+                )
             total += len(block)
             yield block
         source.tell_broken("sound")
         if not start and seconds is None:
             heard = Fraction(total, target) - (timeline(file).sound or 0)
             compare(source, source.need_sound(), heard, UNEQUAL, "sound")
+
+
+def _check_first(file: Path, source: MediaFile, first: SoundPiece | None) -> None:
+    """Does the first that was decoded belong to a recording? Raises UserError."""
+    if first is None and source.broken:
+        raise UserError(f"audio {str(file)!r}: expected sound, got {source.undecoded(source.need_sound())}")
+    if first is not None and not SLOWEST <= first.rate <= FASTEST:
+        raise UserError(
+            f"audio {str(file)!r}: expected {SLOWEST} to {FASTEST} samples per second, got {first.rate}; the header "
+            "of the file is damaged, or it is no recording"
+        )
 
 
 @contextmanager
@@ -172,6 +191,7 @@ def sound_form(path: str | os.PathLike[str]) -> tuple[int, int]:
     file = existing_file(path, "audio")
     with _worded(file), MediaFile(file) as source:
         first = next(pieces_from(source, Fraction(0))[1], None)
+        _check_first(file, source, first)
     if first is None:
         raise UserError(f"audio {str(file)!r}: expected sound, got a file without samples")
     return first.rate, first.samples.shape[1]

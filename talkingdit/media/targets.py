@@ -63,7 +63,8 @@ def _check_length(target: Path) -> None:
 def check_apart(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:
     """Make sure that nothing is written over what is read, nor two results into one file.
 
-    Files are the same through symbolic and hard links as well. Nothing is opened.
+    Files are the same through symbolic and hard links as well; a link to a file in a folder is that folder. Nothing is
+    opened.
 
     Args:
         outputs, inputs: files by what a person calls them; None for those that are not given. Folders may be inputs.
@@ -107,6 +108,10 @@ def check_folder(folder: Path, names: Sequence[str], mark: str, inputs: Mapping[
 
 
 def _same(one: Path, other: Path) -> bool:
+    if os.path.islink(one) and os.path.isdir(other) and os.path.exists(one):
+        inside = os.path.commonpath([os.path.realpath(one), os.path.realpath(other)]) == os.path.realpath(other)
+        if inside:
+            return True
     try:
         if os.path.samefile(one, other):
             return True

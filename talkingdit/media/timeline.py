@@ -203,7 +203,7 @@ def _length(path: Path, size: int, changed: int) -> Length:
         indexed = _from_index(source, line, size)
         if indexed is not None:
             return indexed
-        count, ends = 0, {"video": Fraction(0), "audio": Fraction(0)}
+        count, ends, last_sound = 0, {"video": Fraction(0), "audio": Fraction(0)}, None
         step = PictureTimes(source).step if source.pictures is not None else Fraction(0)
         in_order = source.container.format.name == "avi"
         for packet in source.packets(*(s for s in (source.pictures, source.sound) if s is not None)):
@@ -216,8 +216,13 @@ def _length(path: Path, size: int, changed: int) -> Length:
             if packet.stream.type == "video":
                 if line.pictures is None or at < line.pictures:
                     continue  # before the first key frame
-                lasts, count = lasts or step, count + 1
+                lasts, count = lasts if lasts and stamp is not None else step, count + 1  # as `PictureTimes` counts
+            else:
+                last_sound = None if lasts else (at, packet)
             ends[packet.stream.type] = max(last, at + lasts)
+        if last_sound is not None:  # no container says how long this packet is; its decoder does
+            at, packet = last_sound
+            ends["audio"] = max(ends["audio"], at + sum(map(_seconds, source.decode(packet)), Fraction(0)))
         steady = not source.clock.jumps
         if count:
             stream = source.need_pictures()
@@ -276,5 +281,8 @@ def compare(source: MediaFile, stream: Any, seconds: Fraction, slack: Fraction, 
     begins = (stream.start_time or 0) * stream.time_base  # some count from 0, and not from where they begin
     if min(abs(stated - seconds), abs(stated - begins - seconds)) <= slack:
         return True
-    tell(f"{source.path}: states {float(stated):.2f} s, holds {float(seconds):.2f} s of {what}; all of it is used.")
+    tell(
+        f"{source.path}: states {float(stated):.2f} s, holds {float(seconds):.2f} s of {what}; all of it is used.",
+        about=f"length of {source.path}: {what}",
+    )
     return False

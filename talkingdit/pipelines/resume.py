@@ -32,9 +32,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from talkingdit.atomic import remove_left, whole_file
+from talkingdit.checkpoints.saving import save_tensors
 from talkingdit.distributed.team import ALONE, Team
 from talkingdit.errors import UserError
 from talkingdit.lock import RunLock
@@ -43,7 +43,7 @@ from talkingdit.pipelines.long_video import Carry
 
 Frames = NDArray[np.uint8]
 OURS = re.compile(r"settings\.json|clip-\d{4,9}\.mkv|carry-\d{4,9}\.safetensors")
-LEFT = re.compile(r"\.tmp\w{6}")  # in the midst of safetensors' save
+LEFT = re.compile(r"\.tmp\w{6}")  # in the midst of safetensors' save, by earlier versions
 LOCK = "lock"
 SUM = "sha256"  # of a carry, in its file
 NO_FRAMES = b"no frames\n"  # the file of a clip that shows none
@@ -159,13 +159,12 @@ class ClipStore:
                     _write_lossless(path, frames)
                 else:
                     path.write_bytes(NO_FRAMES)
-            with whole_file(self._carry(index)) as path:
-                kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-                save_file(kept, path, {SUM: _sum(kept)})
+            kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            save_tensors(kept, self._carry(index), {SUM: _sum(kept)})
             self.finished = index + 1
             if index:
                 self._carry(index - 1).unlink(missing_ok=True)
-        except (OSError, av.FFmpegError, SafetensorError) as error:
+        except (OSError, av.FFmpegError) as error:
             raise UserError(f"{self.folder}: clip {index} cannot be written ({error}).") from error
 
     def carry(self) -> Carry | None:

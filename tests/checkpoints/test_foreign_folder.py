@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_checkpoint import make_checkpoint
 
+from talkingdit import families
 from talkingdit.checkpoints.bounds import check_bounds
 from talkingdit.checkpoints.weights import check_index, open_weights, read_bounded, read_json
 from talkingdit.errors import UserError
@@ -114,3 +117,42 @@ def test_a_checkpoint_of_impossible_size_is_refused_at_once(tmp_path: Path, file
     (folder / file).write_text(json.dumps(values | {name: value}))
     with pytest.raises(UserError, match=rf"{name} must be at most \d+, got {value}"):
         load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["transformer/config.json", "model_index.json", "weights.safetensors", "notes.txt"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_folder_in_which_something_never_ends_is_not_looked_into(
+    make: Callable[[Path], None], name: str, tmp_path: Path
+) -> None:
+    """Every command asks families whose a folder is, and these read settings: a pipe made them wait for ever."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=r"expected a file, got a pipe or a device; remove it from the checkpoint\."):
+        families.of_folder(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["large", "deep"])
+def test_settings_beyond_measure_are_not_read_to_see_whose_a_folder_is(what: str, tmp_path: Path) -> None:
+    with (tmp_path / "config.json").open("wb") as file:
+        if what == "large":
+            file.truncate(5 << 30)
+        else:
+            file.write(b"[" * 200_000)
+    with pytest.raises(
+        UserError, match=r"config\.json: (expected at most 64 MB, got 5120|not a readable JSON)"
+    ):
+        families.of_folder(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".gguf", ".pth"])
+def test_weights_that_never_end_are_not_opened(suffix: str, tmp_path: Path) -> None:
+    for number, make in enumerate((os.mkfifo, lambda path: path.symlink_to("/dev/zero"))):
+        make(tmp_path / f"{number}{suffix}")
+        with pytest.raises(UserError, match="expected a file of weights, got a pipe or a device"):
+            open_weights(tmp_path / f"{number}{suffix}")
+
+
+def test_what_is_no_file_of_weights_is_named(tmp_path: Path) -> None:
+    (tmp_path / "face.png").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"expected a file of weights \(\.safetensors, .*\), got one of another name"):
+        open_weights(tmp_path / "face.png")

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from forked import run
 from official import random_transformer
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -120,7 +124,11 @@ MODES: dict[str, Callable[[WanS2VModel, Path], None]] = {
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*"))}
+    """Of all files in a folder; a folder in it counts too."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 @pytest.mark.parametrize("first", ["offload", "load"])
@@ -218,6 +226,46 @@ def test_merged_for_good_on_disk_and_nothing_of_it_in_the_files_of_other_runs(
     other = build()  # another run with the same folder
     offload(level, disk=True)(other, tmp_path)
     assert distance(answer(other), plain) < 1e-6
+
+
+def killed_in_a_merge(file: Path, folder: Path) -> None:
+    """As the library leaves it that is killed while it writes the second of the changed files."""
+    model = build()
+    offload("block", disk=True)(model, folder)
+    loras = Loras(model)
+    loras.load(file)
+    really, written = safetensors.torch.save_file, []
+
+    def killed(tensors: dict[str, Tensor], path: Path, *more: Any) -> None:
+        if written:
+            Path(path).with_name(".tmpAbCdEf").write_bytes(b"x" * 5000)
+            os.kill(os.getpid(), signal.SIGKILL)
+        written.append(path)
+        really(tensors, path, *more)
+
+    safetensors.torch.save_file = killed
+    loras.merge()
+
+
+def test_what_a_killed_merge_leaves_on_disk_is_removed_by_the_next_change(file: Path, tmp_path: Path) -> None:
+    assert run(killed_in_a_merge, file, tmp_path) == -signal.SIGKILL
+    left = {name for name in hashes(tmp_path / "disk") if name.startswith(".")}
+    assert sum(name.endswith(".tmpAbCdEf") for name in left) == 1
+    model, living = build(), build()
+    for one in (living, model):
+        offload("block", disk=True)(one, tmp_path)
+    others, loras = Loras(living), Loras(model)
+    others.load(file)
+    others.merge()
+    theirs = {name for name in hashes(tmp_path / "disk") if name.startswith(".")}
+    assert theirs
+    assert not theirs & left
+    loras.load(file)
+    loras.merge()
+    assert theirs < hashes(tmp_path / "disk").keys()  # not what a living process computes with
+    others.unload()
+    loras.unload()
+    assert not [name for name in hashes(tmp_path / "disk") if name.startswith(".")]
 
 
 def test_adapters_compute_in_the_dtype_of_the_layer_where_weights_are_cast_to_fp8(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import stat
@@ -150,6 +151,52 @@ def test_nothing_that_is_read_is_written_over(
     assert f"{target} " in said
     assert f"expected a file of its own, got the one given as {source}" in said
     assert all((work / name).read_bytes() == content for name, content in before.items())
+
+
+@pytest.mark.parametrize("target", ["output", "sheet"])
+@pytest.mark.parametrize("source", ["checkpoint", "lora 1"])
+def test_no_link_leads_to_weights(work: Path, capsys: pytest.CaptureFixture[str], target: str, source: str) -> None:
+    """A preview through a link took the place of a checkpoint's weights."""
+    folder = make_checkpoint(work / "model")
+    weights = next(folder.rglob("*.safetensors"))
+    given = {"output": "out.mp4"}
+    more = []
+    if source == "lora 1":
+        (work / "style.safetensors").write_bytes(b"precious")
+        weights, more = work / "style.safetensors", ["--lora", "style.safetensors"]
+    before = weights.read_bytes()
+    name = "l.mp4" if target == "output" else "l.png"
+    (work / name).symlink_to(weights)
+    if target == "output":
+        given["output"] = name
+    else:
+        more += ["--sheet", name]
+    assert call(folder, *more, **given) == 2
+    assert f"expected a file of its own, got the one given as {source}" in capsys.readouterr().err
+    assert weights.read_bytes() == before
+
+
+def test_a_lora_that_is_a_pipe_is_not_waited_for(
+    work: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo("l.safetensors")
+    assert call(checkpoint, "--lora", "l.safetensors", output="out.mp4") == 2
+    assert "--lora: expected a file or folder, got a pipe or a device" in capsys.readouterr().err
+
+
+def test_names_that_are_no_text_are_printed_all_the_same(
+    work: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The video was made, and then there was a traceback in place of its name."""
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, encoding="utf-8", write_through=True))
+    names = [os.fsdecode(name) for name in (b"o\xff.mp4", b"s\xff.png", b"f\xff.png", b"v\xff.wav")]
+    (work / "face.png").rename(names[2])
+    (work / "voice.wav").rename(names[3])
+    assert call(checkpoint, "--sheet", names[1], image=names[2], audio=names[3], output=names[0]) == 0
+    assert rb"o\udcff.mp4: 32 frames" in printed.getvalue()
+    assert rb"s\udcff.png" in printed.getvalue()
+    assert left(work) == set(names)
 
 
 def test_two_results_do_not_go_into_one_file(work: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,6 +110,18 @@ def test_keys_do_not_depend_on_where_a_row_stands(tmp_path: Path) -> None:
         ("m.csv", "video\na.mp4,b,c\n", r"m.csv:2: expected 1 columns as in the first line, got 3"),
         ("m.csv", 'video\n"a.mp4\n', r"m.csv:\d: not a row of csv"),
         ("m.json", '{"video": "a.mp4"}', r"m.json: expected a list of objects, got dict"),
+        ("m.jsonl", '{"video": "a", "start": 1' + "0" * 400 + "}", r"m.jsonl:1: start must be a number of at least 0"),
+        ("m.jsonl", '{"video": "a", "end": 1' + "0" * 5000 + "}", r"m.jsonl:1: not JSON"),
+        ("m.jsonl", '{"video": "a", "end": 1e300}', r"m.jsonl:1: end must be at most 1073741824"),
+        ("m.jsonl", '{"video": "a", "fps": NaN}', r"m.jsonl:1: fps must be a number of at least 0, got nan"),
+        ("m.csv", "video,end\na.mp4,inf\n", r"m.csv:2: end must be a number of at least 0, got 'inf'"),
+        ("m.jsonl", '{"video": "a", "outside": {"s": 1e300}}', r"outside 's' must be seconds or image files"),
+        ("m.jsonl", '{"video": ' + "[" * 100_000, r"m.jsonl:1: not JSON \(maximum recursion"),
+        ("m.json", "[" * 100_000, r"m.json: not JSON \(maximum recursion"),
+        ("m.jsonl", r'{"video": "a\ud800.mp4"}', r"video must be a text of whole characters, got 'a\\ud800.mp4'"),
+        ("m.jsonl", r'{"video": "a", "caption": "\udc00"}', r"caption must be a text of whole characters"),
+        ("m.jsonl", r'{"video": "a", "regions": {"f": "b\u0000"}}', r"region 'f' must be a text without NUL"),
+        ("m.jsonl", r'{"video": "a", "outside": {"s": "\ud800"}}', r"outside 's' must be a text of whole characters"),
         ("m.jsonl", "", r"m.jsonl: expected at least one video, got an empty manifest"),
         ("m.txt", "a.mp4", r"expected a .jsonl, .csv or .json file"),
     ],
@@ -152,6 +164,26 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path) -> None:
     probes.fill(read_manifest(manifest).entries)
     assert probes.of(read_manifest(manifest).entries[0])[0].seconds == 1.25
     assert "1.25" in (tmp_path / "m.jsonl.probe").read_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seconds": float("inf")}, {"seconds": "5"}, {"fps": float("nan")}, {"fps": 0}, {"sound": -1}, {"width": None},
+        {"begins": 10**400}, {"error": 3}, {"path": ["a.mp4"]}, {"more": 1}, "[" * 100_000, '"a"', "[1]", "{}",
+    ],
+)  # fmt: skip
+def test_a_cache_that_cannot_be_is_not_believed(tmp_path: Path, change: dict[str, Any] | str) -> None:
+    """It lies beside the manifest, and comes with it from wherever that is from."""
+    write_video(tmp_path / "a.mp4", draw(5), 16, voice(5 / 16))
+    entry = only(write_rows(tmp_path / "m.jsonl", {"video": "a.mp4"}))
+    probes = Probes(tmp_path / "m.jsonl")
+    probes.fill([entry])
+    cache = tmp_path / "m.jsonl.probe"
+    cache.write_text(change if isinstance(change, str) else json.dumps(json.loads(cache.read_text()) | change))
+    video, sound = media_of(entry, Probes(tmp_path / "m.jsonl"))
+    assert video == probe(tmp_path / "a.mp4")
+    assert frames_of(entry, video, sound, 16) == 5
 
 
 def test_files_whose_size_is_known_are_not_opened(tmp_path: Path) -> None:

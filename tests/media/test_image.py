@@ -326,3 +326,71 @@ def test_what_no_decoder_takes_is_one_sentence(tmp_path: Path, make: Callable[[P
 def test_damaged_exif_is_no_reason_to_refuse_a_picture(tmp_path: Path) -> None:
     Image.fromarray(chart()).save(tmp_path / "a.png", exif=b"Exif\0\0II*\0\xff\xff\xff\xff damaged")
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), chart())
+
+
+def tiff(path: Path, values: np.ndarray, colours: int = 1, planes: int = 1, tags: dict[int, int] | None = None) -> Path:
+    """A TIFF without compression, of any kind of numbers [H, W] or [H, W, channels]."""
+    height, width, channels = (*values.shape, 1)[:3]
+    order = np.moveaxis(values.reshape(height, width, channels), 2, 0) if planes == 2 else values
+    data, bits = np.ascontiguousarray(order).tobytes(), 8 * values.itemsize
+    behind = 8 + len(data)
+    extra = struct.pack(f"<{channels}H", *[bits] * channels)
+    strips = channels if planes == 2 else 1
+    places = [8 + n * len(data) // strips for n in range(strips)]
+    first, second = behind + len(extra), behind + len(extra) + 4 * strips
+    extra += struct.pack(f"<{2 * strips}I", *places, *[len(data) // strips] * strips)
+    kind = {"f": 3, "i": 2, "u": 1}[values.dtype.kind]
+    entries = {256: width, 257: height, 259: 1, 262: colours, 277: channels, 278: height, 284: planes, **(tags or {})}
+    rows = [struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries.items()]
+    rows.append(struct.pack("<HHI", 258, 3, channels) + struct.pack("<I", bits if channels == 1 else behind))
+    rows.append(struct.pack("<HHI", 339, 3, 1) + struct.pack("<I", kind))
+    rows.append(struct.pack("<HHI", 273, 4, strips) + struct.pack("<I", places[0] if strips == 1 else first))
+    rows.append(struct.pack("<HHI", 279, 4, strips) + struct.pack("<I", len(data) if strips == 1 else second))
+    rows.sort(key=lambda row: row[:2][::-1])
+    table = struct.pack("<H", len(rows)) + b"".join(rows) + bytes(4)
+    path.write_bytes(b"II*\0" + struct.pack("<I", behind + len(extra)) + data + extra + table)
+    return path
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("white_is_zero", [False, True])
+def test_a_tiff_whose_white_is_zero_is_no_negative(kind: type, white_is_zero: bool, tmp_path: Path) -> None:
+    grey = np.linspace(0, 255, 64).round().reshape(8, 8).astype(np.uint8)
+    numbers = {np.uint8: grey, np.uint16: grey.astype(np.uint16) * 257, np.float32: (grey / 255).astype(np.float32)}
+    values, most = numbers[kind], {np.uint8: 255, np.uint16: 65535, np.float32: 1}[kind]
+    path = tiff(tmp_path / "a.tif", (most - values).astype(kind) if white_is_zero else values, int(not white_is_zero))
+    assert np.abs(read_image(path).astype(int) - grey[..., None]).max() <= (kind is np.float32)
+
+
+def test_a_tiff_of_16_bits_in_planes_is_named(tmp_path: Path) -> None:
+    """Pillow takes its numbers for those of 8 bits: stripes."""
+    values = np.random.default_rng(0).integers(0, 65535, (8, 8, 3), dtype=np.uint16)
+    assert np.abs(read_image(tiff(tmp_path / "a.tif", values, 2)) - values / 257).max() < 1
+    for read in (read_image, image_size):
+        with pytest.raises(UserError, match=r"got a TIFF of 16 bits whose colours lie in planes; export it as a PNG"):
+            read(tiff(tmp_path / "b.tif", values, 2, planes=2))
+
+
+def test_the_preview_in_a_raw_file_is_not_the_picture(tmp_path: Path) -> None:
+    """A DNG has a small picture first, which Pillow opens."""
+    small = np.zeros((8, 8, 3), np.uint8)
+    for tags in ({254: 1}, {50706: 1}):
+        with pytest.raises(UserError, match=r"got a camera's raw file, whose preview is 8 x 8; export it as a PNG"):
+            read_image(tiff(tmp_path / "a.dng", small, 2, tags=tags))
+    with pytest.raises(UserError, match="got a camera's raw file; export it"):
+        read_image(tiff(tmp_path / "b.dng", np.zeros((8, 8), np.uint16), 32803))
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"%PDF-1.7\n", "a PDF"), (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "EPS, which other programs"),
+        (b"\xff\x0a", "JPEG XL"), (b"\0\0\0\x0cJXL \r\n", "JPEG XL"), (b"\x76\x2f\x31\x01", "OpenEXR"),
+        (b"#?RADIANCE\n", "a high-range image of Radiance"), (b"8BPS\0\2", "a Photoshop file"), (b"PF\n2 2\n", "PFM"),
+        (b"<?xml version='1.0'?><svg width='9'/>", "SVG"), (b"<html><p>404", "a web page"), (b"PK\3\4", "an archive"),
+    ],
+)  # fmt: skip
+def test_what_is_no_image_to_us_is_called_by_its_name(data: bytes, name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(data + bytes(300))
+    with pytest.raises(UserError, match=f"got .*{name}.*; export it as a PNG or JPEG$"):
+        read_image(tmp_path / "a.png")

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import stat
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from forked import run
 from safetensors.torch import save as save_tensors
 
 from talkingdit.errors import UserError
@@ -99,7 +104,7 @@ def test_a_write_that_fails_keeps_what_was_finished(tmp_path: Path, monkeypatch:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("talkingdit.pipelines.resume.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(UserError, match=r"clip 1 cannot be written .*No space left"):
         store.add(frames(1), carry(1))
     store.close()
@@ -152,6 +157,35 @@ def test_an_interrupt_leaves_a_folder_of_others_alone(tmp_path: Path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         ClipStore(tmp_path / "a.mp4", SETTINGS)
     assert (folder / "settings.json").read_text() == (folder / "notes.txt").read_text() == "theirs"
+
+
+def killed_in_a_carry(output: Path) -> None:
+    """As the library leaves it that is killed while it writes."""
+
+    def killed(tensors: object, path: Path, *_: object) -> None:
+        Path(path).with_name(".tmpAbCdEf").write_bytes(b"x" * 5000)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    store = ClipStore(output, SETTINGS)
+    store.add(frames(0), carry(0))
+    safetensors.torch.save_file = killed
+    store.add(frames(1), carry(1))
+
+
+def test_a_carry_is_of_the_usual_mode_and_what_a_kill_leaves_of_it_is_removed(tmp_path: Path) -> None:
+    assert run(killed_in_a_carry, tmp_path / "a.mp4") == -signal.SIGKILL
+    left = ClipStore(tmp_path / "a.mp4", SETTINGS)
+    assert left.finished == 1
+    found = {path.name for path in left.folder.iterdir()}
+    assert found == {"lock", "settings.json", "clip-0000.mkv", "clip-0001.mkv", "carry-0000.safetensors"}
+    before = os.umask(0o027)
+    try:
+        left.add(frames(1), carry(1))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((left.folder / "carry-0001.safetensors").stat().st_mode) == 0o640
+    left.remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("left", [".tmpAb3dEf", ".part-x1.safetensors", ".nfs0000000001", ".DS_Store", ".fuse_hidden1"])
