@@ -138,9 +138,7 @@ def test_settings_beyond_measure_are_not_read_to_see_whose_a_folder_is(what: str
             file.truncate(5 << 30)
         else:
             file.write(b"[" * 200_000)
-    with pytest.raises(
-        UserError, match=r"config\.json: (expected at most 64 MB, got 5120|not a readable JSON)"
-    ):
+    with pytest.raises(UserError, match=r"config\.json: (expected at most 64 MB, got 5120|not a readable JSON)"):
         families.of_folder(tmp_path)
 
 
