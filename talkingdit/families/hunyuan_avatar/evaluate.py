@@ -35,6 +35,7 @@ from talkingdit.errors import UserError
 from talkingdit.families.hunyuan_avatar.emotions import Emotion
 from talkingdit.families.hunyuan_avatar.options import Options
 from talkingdit.families.hunyuan_avatar.speakers import Speaker
+from talkingdit.families.hunyuan_avatar.truth import Ask, true_generator
 from talkingdit.families.puppet.evaluate import machine, read_voices
 from talkingdit.media.boxes import Box
 from talkingdit.media.files import SPEECH_RATE
@@ -54,29 +55,6 @@ from talkingdit.puppets.scenes import (
 from talkingdit.puppets.world import EXPRESSIONS, Character, FloatArray, Scene
 
 TRACK = ("happy", "surprised", "angry")  # moods of a track, one after the other
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A video to make.
-
-    Attributes:
-        scene: who is in it, with closed mouths.
-        voices: samples [n] at 16 kHz of everybody, None for who has none; or with `turns` one that all share.
-        turns: (speaker, start, end) of the one recording.
-        masks: whether speakers have their boxes.
-        moods: (expression, start, end) that pictures tell, in seconds.
-        mood_strength: how much faces follow them.
-        seed: of the noise.
-    """
-
-    scene: Scene
-    voices: Sequence[FloatArray | None]
-    turns: Sequence[tuple[int, float, float]] = ()
-    masks: bool = True
-    moods: Sequence[tuple[str, float, float]] = ()
-    mood_strength: float = 1.0
-    seed: int = 0
 
 
 Generator = Callable[[Ask], Image]  # -> [F, S, S, 3]
@@ -385,8 +363,6 @@ def open_bench(folder: Path, options: argparse.Namespace) -> Bench:
     settings = checkpoint.settings
     make = generator(checkpoint, options.steps)
     if options.truth:
-        from talkingdit.families.hunyuan_avatar.truth import true_generator
-
         make = true_generator(checkpoint.vae, settings.image_size, settings.fps)
     return Bench(
         make, open_voices(options), settings.fps, settings.window,

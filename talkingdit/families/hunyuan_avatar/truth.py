@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the measures of drawn scenes find in videos that are right: drawn, and through the autoencoder and back.
+"""What is asked of a model of drawn scenes, and what would be right: drawn, and through the autoencoder and back.
 
 No model of latents can do better than its autoencoder shows. A mouth that stands still reads as one that moves a
 little behind it, so figures of a model are to be seen beside these.
@@ -7,7 +7,8 @@ little behind it, so figures of a model are to be seen beside these.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,34 @@ from torch import Tensor
 
 from talkingdit.autoencoders.codec import codec
 from talkingdit.autoencoders.streaming import to_frames, to_video
-from talkingdit.families.hunyuan_avatar.evaluate import Ask
 from talkingdit.media.files import SPEECH_RATE
 from talkingdit.puppets.measure import HeldOutVoice, truth_of
 from talkingdit.puppets.render import Image
 from talkingdit.puppets.scenes import Play
-from talkingdit.puppets.world import Motion
+from talkingdit.puppets.world import FloatArray, Motion, Scene
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A video to make.
+
+    Attributes:
+        scene: who is in it, with closed mouths.
+        voices: samples [n] at 16 kHz of everybody, None for who has none; or with `turns` one that all share.
+        turns: (speaker, start, end) of the one recording.
+        masks: whether speakers have their boxes.
+        moods: (expression, start, end) that pictures tell, in seconds.
+        mood_strength: how much faces follow them.
+        seed: of the noise.
+    """
+
+    scene: Scene
+    voices: Sequence[FloatArray | None]
+    turns: Sequence[tuple[int, float, float]] = ()
+    masks: bool = True
+    moods: Sequence[tuple[str, float, float]] = ()
+    mood_strength: float = 1.0
+    seed: int = 0
 
 
 def true_generator(vae: Any, size: int, fps: int) -> Callable[[Ask], Image]:

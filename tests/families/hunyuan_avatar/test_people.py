@@ -12,7 +12,8 @@ from PIL import Image
 
 from talkingdit import families
 from talkingdit.cli.main import main
-from talkingdit.families.hunyuan_avatar.evaluate import Ask, generator, held_out_scene
+from talkingdit.families.hunyuan_avatar.evaluate import generator, held_out_scene
+from talkingdit.families.hunyuan_avatar.truth import Ask
 from talkingdit.media.files import read_video
 from talkingdit.models import find_checkpoint, load_checkpoint
 from talkingdit.puppets import MODEL, PEOPLE, VOICE

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import soundfile
 
-from talkingdit.families.hunyuan_avatar.evaluate import Ask, held_out_scene
-from talkingdit.families.hunyuan_avatar.truth import true_generator, true_play
+from talkingdit.families.hunyuan_avatar.evaluate import held_out_scene
+from talkingdit.families.hunyuan_avatar.truth import Ask, true_generator, true_play
 from talkingdit.media.files import SPEECH_RATE
 from talkingdit.models import load_checkpoint
 from talkingdit.puppets import VOICE
