@@ -24,7 +24,7 @@ class Unfilled(ValueError):
 
 
 @dataclass(frozen=True)
-class Edit:
+class HeaderEdit:
     """Other bytes in the place of some of a file.
 
     Args:
@@ -46,12 +46,12 @@ class Mended:
         edits: ascending, apart from each other.
     """
 
-    def __init__(self, file: IO[bytes], edits: Sequence[Edit]) -> None:
+    def __init__(self, file: IO[bytes], edits: Sequence[HeaderEdit]) -> None:
         self.name = getattr(file, "name", "")
         self._file, self._at = file, 0
         self._parts: list[tuple[int, bytes | int]] = []  # where each part ends, and its bytes, or its shift in the file
         end = before = 0
-        for edit in (*edits, Edit(file.seek(0, os.SEEK_END), 0, b"")):
+        for edit in (*edits, HeaderEdit(file.seek(0, os.SEEK_END), 0, b"")):
             self._parts.append((end + edit.at - before, before - end))
             end += edit.at - before
             if edit.data:
@@ -111,10 +111,10 @@ def mended(file: IO[bytes]) -> tuple[Any, dict[str, str]]:
 # ---- WAV -------------------------------------------------------------------------------------------------------------
 
 
-def _wave(file: IO[bytes], large: bool) -> tuple[list[Edit], dict[str, str]]:
+def _wave(file: IO[bytes], large: bool) -> tuple[list[HeaderEdit], dict[str, str]]:
     """Of a WAV, or RF64 (large), whose data goes on behind its stated end, all is read."""
     end = file.seek(0, os.SEEK_END)
-    edits: list[Edit] = []
+    edits: list[HeaderEdit] = []
     stated, at = 0, 12
     for _ in range(CHUNKS):
         chunk = _read(file, at, 8)
@@ -137,18 +137,18 @@ def _wave(file: IO[bytes], large: bool) -> tuple[list[Edit], dict[str, str]]:
             return edits, {} if at + 8 >= end or fits else {"ignore_length": "1"}
         at += size
         if size % 2 and _is_name(_read(file, at, 4)) and not _is_name(_read(file, at + 1, 4)):
-            edits.append(Edit(at, 0, b"\0"))  # somebody has left it out
+            edits.append(HeaderEdit(at, 0, b"\0"))  # somebody has left it out
         else:
             at += size % 2
     return edits, {}
 
 
-def _filled_samples(form: bytes, at: int) -> list[Edit]:
+def _filled_samples(form: bytes, at: int) -> list[HeaderEdit]:
     """Where samples have fewer bits than their place, they fill it from above, and may be read as if they had all."""
     bits, valid = int.from_bytes(form[14:16], "little"), int.from_bytes(form[18:20], "little")
     kinds = [int.from_bytes(form[part], "little") for part in (slice(0, 2), slice(24, 26))]
     if kinds == [EXTENSIBLE, PCM] and 0 < valid < bits and bits % 8 == 0:
-        return [Edit(at + 18, 2, bits.to_bytes(2, "little"))]
+        return [HeaderEdit(at + 18, 2, bits.to_bytes(2, "little"))]
     return []
 
 
@@ -164,12 +164,12 @@ def _read(file: IO[bytes], at: int, size: int) -> bytes:
 # ---- W64 and AIFF ----------------------------------------------------------------------------------------------------
 
 
-def _w64(file: IO[bytes]) -> list[Edit]:
+def _w64(file: IO[bytes]) -> list[HeaderEdit]:
     """Sizes of a W64 that was written to a pipe, or was cut."""
     end = file.seek(0, os.SEEK_END)
     edits = []
     if int.from_bytes(_read(file, 16, 8), "little") < 40:
-        edits.append(Edit(16, 8, end.to_bytes(8, "little")))
+        edits.append(HeaderEdit(16, 8, end.to_bytes(8, "little")))
     at = 40
     for _ in range(CHUNKS):
         chunk = _read(file, at, 24)
@@ -179,7 +179,7 @@ def _w64(file: IO[bytes]) -> list[Edit]:
         if chunk[:4] == b"data":
             after = at + size + -size % 8
             if size <= 24 or (after < end and _read(file, after + 4, 12) != W64_TAIL) or after > end + 8:
-                edits.append(Edit(at + 16, 8, (end - at).to_bytes(8, "little")))
+                edits.append(HeaderEdit(at + 16, 8, (end - at).to_bytes(8, "little")))
             break
         if size < 24:
             break
@@ -187,10 +187,10 @@ def _w64(file: IO[bytes]) -> list[Edit]:
     return edits
 
 
-def _aiff(file: IO[bytes]) -> list[Edit]:
+def _aiff(file: IO[bytes]) -> list[HeaderEdit]:
     """Sizes of an AIFF that was written to a pipe, or was cut."""
     end = file.seek(0, os.SEEK_END)
-    edits: list[Edit] = []
+    edits: list[HeaderEdit] = []
     at = 12
     for _ in range(CHUNKS):
         chunk = _read(file, at, 8)
@@ -201,7 +201,7 @@ def _aiff(file: IO[bytes]) -> list[Edit]:
         if chunk[:4] == b"SSND":
             after = at + size + size % 2
             if size <= 8 or after > end + 1 or (after + 8 <= end and not _is_name(_read(file, after, 4))):
-                edits = [Edit(place, 4, min(end - place - 4, FULL).to_bytes(4, "big")) for place in (4, at - 4)]
+                edits = [HeaderEdit(place, 4, min(end - place - 4, FULL).to_bytes(4, "big")) for place in (4, at - 4)]
             break
         at += size + size % 2
     return edits
