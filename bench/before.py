@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every op of this build against the same op of another one, in turns: has one become slower?
 
-    python -m bench.before --old DIR [op ...] [--samples 25] [--quick] [--out bench/results]
+    python -m bench.before --old DIR [op ...] [--rounds 3] [--samples 10] [--quick] [--out bench/results]
 
 DIR is a tree with kernels of its own that were built in it. Each build runs in a process of its own, which waits while
-the other one computes. A turn is two calls, and the second is timed. Cases are those of `python -m bench`, as far as
-both trees have them by the same name; a row tells the medians and how they compare.
+the other one computes. A turn is two calls, and the second is timed. How fast a process is at large tensors depends on
+the pages that it was given (the same build, started again, may take twice as long), so there are rounds, each
+with new processes. Cases are those of `python -m bench`, as far as both trees have them by the same name; a row tells
+the medians over the rounds of the medians in each, and how they compare.
 """
 
 from __future__ import annotations
@@ -99,12 +101,15 @@ class Build:
         self._out.close()
 
 
-def compare(builds: dict[str, Build], op: str, samples: int) -> list[dict[str, Any]]:
-    """Rows of an op: every case that all builds have, with the medians in microseconds."""
+Key = tuple[str, str, str, str]  # op, shape, dtype, direction
+
+
+def compare(builds: dict[str, Build], op: str, samples: int) -> dict[Key, dict[str, float]]:
+    """Medians in microseconds by build, of every case of an op that all builds have."""
     places = {
         name: {tuple(case): i for i, case in enumerate(build.ask(f"cases {op}"))} for name, build in builds.items()
     }
-    rows = []
+    found: dict[Key, dict[str, float]] = {}
     for key in places["new"]:
         if any(key not in known for known in places.values()):
             continue
@@ -118,15 +123,22 @@ def compare(builds: dict[str, Build], op: str, samples: int) -> list[dict[str, A
                 taken[name].append(build.ask("time"))
                 time.sleep(_REST)
             used += time.monotonic() - begin
-        medians = {name: statistics.median(values) for name, values in taken.items()}
-        row = dict(zip(("op", "shape", "dtype", "direction"), key, strict=True)) | {
-            "samples": len(taken["new"]),
-            "old_us": float(f"{medians['old']:.4g}"),
-            "new_us": float(f"{medians['new']:.4g}"),
-            "new_to_old": round(medians["new"] / medians["old"], 3),
-        }
-        rows.append(row)
-        print(" ".join(str(value) for value in row.values()), file=sys.stderr, flush=True)
+        found[key] = {name: statistics.median(values) for name, values in taken.items()}
+        told = "  ".join(f"{name} {median:.0f}" for name, median in found[key].items())
+        print(" ".join(key), "us:", told, file=sys.stderr, flush=True)
+    return found
+
+
+def rows_of(rounds: Sequence[dict[Key, dict[str, float]]]) -> list[dict[str, Any]]:
+    """A row for every case, over all rounds."""
+    rows = []
+    for key in rounds[0]:
+        old, new = (statistics.median(found[key][name] for found in rounds) for name in ("old", "new"))
+        rows.append(
+            dict(zip(("op", "shape", "dtype", "direction"), key, strict=True))
+            | {"old_us": float(f"{old:.4g}"), "new_us": float(f"{new:.4g}"), "new_to_old": round(new / old, 3)}
+            | {f"{name}_rounds_us": [float(f"{found[key][name]:.4g}") for found in rounds] for name in ("old", "new")}
+        )
     return rows
 
 
@@ -149,7 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.before", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="op", help="(default: all)")
     parser.add_argument("--old", type=Path, required=True, metavar="DIR", help="tree of the other build")
-    parser.add_argument("--samples", type=int, default=25, metavar="N", help="of each case and build (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="with new processes (%(default)s)")
+    parser.add_argument("--samples", type=int, default=10, metavar="N", help="of each case in a round (%(default)s)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the JSON file (default: none is written)")
@@ -158,14 +171,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"expected some of {', '.join(cases.names())}, got {', '.join(sorted(unknown))}")
     trees = {"old": options.old.resolve(), "new": _ROOT}
     chosen = [op for op in options.ops or cases.names() if (trees["old"] / "bench" / f"{op}.py").is_file()]
-    builds = {name: Build(tree, options.threads, options.quick) for name, tree in trees.items()}
-    rows: list[dict[str, Any]] = []
-    try:
-        for op in chosen:
-            rows += compare(builds, op, options.samples)
-    finally:
-        for build in builds.values():
-            build.close()
+    rounds: list[dict[Key, dict[str, float]]] = []
+    for _ in range(options.rounds):
+        builds = {name: Build(tree, options.threads, options.quick) for name, tree in trees.items()}
+        try:
+            rounds.append({})
+            for op in chosen:
+                rounds[-1] |= compare(builds, op, options.samples)
+        finally:
+            for build in builds.values():
+                build.close()
+    rows = rows_of(rounds)
     result = record.header("before", torch.device("cpu"), options.quick) | {
         "old": name_of(str(options.old)),
         "load_before": round(os.getloadavg()[0], 2),
