@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every op of this build against the same op of another one, in turns: has one become slower?
 
-    python -m bench.before --old DIR [op ...] [--rounds 3] [--samples 10] [--quick] [--out bench/results]
+    python -m bench.before --old DIR [op ...] [--rounds 4] [--samples 10] [--quick] [--out bench/results]
 
 DIR is a tree with kernels of its own that were built in it. Each build runs in a process of its own, which waits while
 the other one computes. A turn is two calls, and the second is timed. How fast a process is at large tensors depends on
-the pages that it was given (the same build, started again, may take twice as long), so there are rounds, each
-with new processes. Cases are those of `python -m bench`, as far as both trees have them by the same name; a row tells
+the pages that it was given (the same build, started again, may take twice as long), so there are rounds, each with new
+processes, and builds begin in turns. Cases are those of `python -m bench`, as far as both trees have them by the same name; a row tells
 the medians over the rounds of the medians in each, and how they compare.
 """
 
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.before", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="op", help="(default: all)")
     parser.add_argument("--old", type=Path, required=True, metavar="DIR", help="tree of the other build")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="with new processes (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="with new processes (%(default)s)")
     parser.add_argument("--samples", type=int, default=10, metavar="N", help="of each case in a round (%(default)s)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
@@ -172,8 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trees = {"old": options.old.resolve(), "new": _ROOT}
     chosen = [op for op in options.ops or cases.names() if (trees["old"] / "bench" / f"{op}.py").is_file()]
     rounds: list[dict[Key, dict[str, float]]] = []
-    for _ in range(options.rounds):
-        builds = {name: Build(tree, options.threads, options.quick) for name, tree in trees.items()}
+    for number in range(options.rounds):
+        order = list(trees) if number % 2 else list(reversed(trees))  # the first one finds more large pages
+        builds = {name: Build(trees[name], options.threads, options.quick) for name in order}
         try:
             rounds.append({})
             for op in chosen:
