@@ -6,8 +6,8 @@
 DIR is a tree with kernels of its own that were built in it. Each build runs in a process of its own, which waits while
 the other one computes. A turn is two calls, and the second is timed. How fast a process is at large tensors depends on
 the pages that it was given (the same build, started again, may take twice as long), so there are rounds, each with new
-processes, and builds begin in turns. Cases are those of `python -m bench`, as far as both trees have them by the same name; a row tells
-the medians over the rounds of the medians in each, and how they compare.
+processes, and builds begin in turns. Cases are those of `python -m bench`, as far as both trees have them by the same
+name; a row tells the medians over the rounds of the medians in each, and how they compare.
 """
 
 from __future__ import annotations
