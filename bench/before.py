@@ -171,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"expected some of {', '.join(cases.names())}, got {', '.join(sorted(unknown))}")
     trees = {"old": options.old.resolve(), "new": _ROOT}
     chosen = [op for op in options.ops or cases.names() if (trees["old"] / "bench" / f"{op}.py").is_file()]
+    load = os.getloadavg()[0]
     rounds: list[dict[Key, dict[str, float]]] = []
     for number in range(options.rounds):
         order = list(trees) if number % 2 else list(reversed(trees))  # the first one finds more large pages
@@ -184,8 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 build.close()
     rows = rows_of(rounds)
     result = record.header("before", torch.device("cpu"), options.quick) | {
+        "threads": options.threads,  # of the processes that compute
         "old": name_of(str(options.old)),
-        "load_before": round(os.getloadavg()[0], 2),
+        "load_before": round(load, 2),
         "ops": summary(rows),
         "rows": rows,
     }

@@ -23,7 +23,7 @@ def test_a_build_against_itself(tmp_path: Path) -> None:
                 "--samples",
                 "2",
                 "--threads",
-                "1",
+                "2",
                 "--out",
                 str(tmp_path),
             ]
@@ -35,6 +35,7 @@ def test_a_build_against_itself(tmp_path: Path) -> None:
         (dtype, direction) for dtype in ("float32", "bfloat16") for direction in ("forward", "backward")
     }
     assert all(row["old_us"] > 0 and row["new_us"] > 0 and len(row["new_rounds_us"]) == 2 for row in result["rows"])
+    assert result["threads"] == 2
     assert result["ops"]["rope3d"]["cases"] == len(result["rows"])
 
 

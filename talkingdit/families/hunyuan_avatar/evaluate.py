@@ -361,16 +361,14 @@ def open_bench(folder: Path, options: argparse.Namespace) -> Bench:
     """What a checkpoint is measured with."""
     checkpoint = open_checkpoint(folder)
     settings = checkpoint.settings
-    make = generator(checkpoint, options.steps)
     if options.truth:
         make = true_generator(checkpoint.vae, settings.image_size, settings.fps)
+    else:
+        make = generator(checkpoint, options.steps)
     return Bench(
         make, open_voices(options), settings.fps, settings.window,
         settings.shift_offset, options.steps or settings.steps, options.seed, options.scenes,
     )  # fmt: skip
-
-
-# ---- The command -----------------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is asked of a model of drawn scenes, and what would be right: drawn, and through the autoencoder and back.
 
-No model of latents can do better than its autoencoder shows. A mouth that stands still reads as one that moves a
-little behind it, so figures of a model are to be seen beside these.
+An autoencoder changes what the measures see: a mouth that stands still reads as one that moves a little behind it. So
+figures of a model are to be seen beside these, which are no bound: a model may make what its autoencoder shows well.
 """
 
 from __future__ import annotations
