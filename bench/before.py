@@ -7,8 +7,9 @@ DIR is a tree with kernels of its own that were built in it. Each build runs in 
 the other one computes. A turn is two calls, and the second is timed. How fast a process is at large tensors depends on
 the pages that it was given (the same build, started again, may take three times as long), so both use large pages, and
 those that they have again (`MEMORY`), and there are rounds, each with new processes, in which builds begin in turns.
-Cases are those of `python -m bench`, as far as both trees have them by the same name. A row has the median of each
-round; what is compared are the medians over the rounds and, since bad pages only ever cost time, the best rounds.
+Good and bad times of the machine last for minutes and are both builds': the medians of a round are compared, and a row
+tells the median over the rounds of how they compare. Cases are those of `python -m bench`, as far as both trees have
+them by the same name.
 """
 
 from __future__ import annotations
@@ -141,31 +142,28 @@ def rows_of(rounds: Sequence[dict[Key, dict[str, float]]]) -> list[dict[str, Any
     rows = []
     for key in rounds[0]:
         old, new = (statistics.median(found[key][name] for found in rounds) for name in ("old", "new"))
-        best = {name: min(found[key][name] for found in rounds) for name in ("old", "new")}
+        ratio = statistics.median(found[key]["new"] / found[key]["old"] for found in rounds)
         rows.append(
             dict(zip(("op", "shape", "dtype", "direction"), key, strict=True))
-            | {"old_us": float(f"{old:.4g}"), "new_us": float(f"{new:.4g}"), "new_to_old": round(new / old, 3)}
-            | {"best_new_to_old": round(best["new"] / best["old"], 3)}
+            | {"old_us": float(f"{old:.4g}"), "new_us": float(f"{new:.4g}"), "new_to_old": round(ratio, 3)}
             | {f"{name}_rounds_us": [float(f"{found[key][name]:.4g}") for found in rounds] for name in ("old", "new")}
         )
     return rows
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Geometric means of an op's ratios, and the largest ones."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """Geometric mean of an op's ratios, and the largest one."""
+    found: dict[str, list[float]] = {}
     for row in rows:
-        found.setdefault(row["op"], []).append(row)
-    told: dict[str, Any] = {}
-    for op, of_op in found.items():
-        told[op] = {"cases": len(of_op)}
-        for prefix in ("", "best_"):
-            ratios = [row[f"{prefix}new_to_old"] for row in of_op]
-            told[op] |= {
-                f"{prefix}mean": round(math.exp(statistics.fmean(map(math.log, ratios))), 3),
-                f"{prefix}largest": max(ratios),
-            }
-    return told
+        found.setdefault(row["op"], []).append(row["new_to_old"])
+    return {
+        op: {
+            "cases": len(ratios),
+            "mean": round(math.exp(statistics.fmean(map(math.log, ratios))), 3),
+            "largest": max(ratios),
+        }
+        for op, ratios in found.items()
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
