@@ -3,7 +3,7 @@
 
     python -m bench.long_video [--threads 2] [--out bench/results]     steps: time and bytes
     python -m bench.long_video --first                                 the first frame of a live video
-    python -m bench.long_video --minutes 1 30                          videos: peak memory of `talkingdit generate`
+    python -m bench.long_video --minutes 1 30                          videos: memory, and who is in their last minute
 
 Steps: guidance of two predictions, an Euler update and the fusion of one denoising step, in float32, as StableAvatar
 (sequential blend, window by window) and HunyuanVideo-Avatar (sum and count, windows that wrap around) compute it with
@@ -15,8 +15,9 @@ The first frame: with models loaded, seconds until the first frames of a live vi
 denoising of its first clip; medians.
 
 Videos: the model that ships speaks its voice again and again for so many minutes, as a live video in a process of its
-own, whose largest resident memory is stated. Rows are kept in the result as they come, and those that are there are not
-made again.
+own, whose largest resident memory is stated; and the probe reads its first and its last minute: shares of frames with
+the portrait's person and logo, and how alike the backgrounds are. Rows are kept in the result as they come, and those
+that are there are not made again.
 """
 
 from __future__ import annotations
@@ -29,22 +30,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 from torch import Tensor
 
 from bench import record
+from bench.demo import command as demo_command
 from bench.traffic import Traffic
 from talkingdit import ops
 from talkingdit.models import default_checkpoint
 from talkingdit.pipelines.plans import OverlapBlend, Plan, ShiftFusion, Windows, blend_curve
 
 GUIDANCE, SIZE, STEP = 4.5, -0.02, 3  # strength, step of the noise level, number of the step
-_RESULTS = Path(__file__).resolve().parent / "results"
+_ROOT = Path(__file__).resolve().parent.parent
+_RESULTS = _ROOT / "bench" / "results"
 
 
 @dataclass(frozen=True)
@@ -181,24 +187,25 @@ def first_frame(repeats: int) -> dict[str, Any]:
     return {"first_frame_s": round(first, 3), "clip_denoising_s": round(clip, 3), "ratio": round(first / clip, 3)}
 
 
-# ---- Memory ----------------------------------------------------------------------------------------------------------
-def peak_of_video(minutes: float, steps: int) -> dict[str, Any]:
-    """Largest resident memory of a process that makes a live video of so many minutes."""
+# ---- Memory, and what stays ------------------------------------------------------------------------------------------
+def make_long(minutes: float, steps: int) -> dict[str, Any]:
+    """Largest resident memory of a process that makes a live video of so many minutes, and what stays in the video."""
     import soundfile
 
     assets = default_checkpoint().parent
     voice, rate = soundfile.read(assets / "voice.flac", dtype="float32")
     with tempfile.TemporaryDirectory(prefix="long-video-") as folder:
-        sound = Path(folder) / "voice.wav"
+        sound, made = Path(folder) / "voice.wav", Path(folder) / "out.mp4"
         with soundfile.SoundFile(sound, "w", rate, 1) as file:
             left = round(minutes * 60 * rate)
             while left > 0:
                 file.write(voice[:left])
                 left -= len(voice)
-        command = [sys.executable, "-m", "talkingdit", "generate", "--image", str(assets / "portrait.png")]
-        command += ["--audio", str(sound), "-o", f"{folder}/out.mp4", "--live", "--steps", str(steps)]
+        command = demo_command(_ROOT)
+        command[command.index("--audio") + 1] = str(sound)
+        command += ["-o", str(made), "--live", "--steps", str(steps)]
         begin = time.monotonic()
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=_ROOT)
         if done.returncode:
             raise RuntimeError(done.stderr.strip().splitlines()[-1])
         seconds = time.monotonic() - begin
@@ -210,6 +217,43 @@ def peak_of_video(minutes: float, steps: int) -> dict[str, Any]:
             "frames": int(words[words.index("frames,") - 1]),
             "peak_mib": round(peak, 1),  # of the largest child so far: lengths are made from short to long
             "seconds": round(seconds, 1),
+            **dict(zip(("first", "last"), ends(made, assets / "portrait.png"), strict=True)),
+        }
+
+
+def as_drawn(picture: np.ndarray) -> np.ndarray:
+    """A picture uint8 [S, S, 3] in the size of the drawn world."""
+    from bench.drawn_anchors import SIZE
+
+    return cv2.resize(picture, (SIZE, SIZE), interpolation=cv2.INTER_AREA) if picture.shape[0] != SIZE else picture
+
+
+def ends(video: Path, portrait: Path, seconds: float = 60.0) -> Iterator[dict[str, float]]:
+    """What the first and the last seconds of a video have of its portrait.
+
+    Returns:
+        twice: shares of frames with the right `identity` and `logo`, and the likeness of the `background` (1: equal).
+    """
+    from bench.gloria_rows import FPS, backdrop
+    from talkingdit.media.image import read_image
+    from talkingdit.media.reader import all_pictures
+    from talkingdit.puppets.probe import measure_logo, probe
+
+    count = round(seconds * FPS)
+    first: list[np.ndarray] = []
+    last: deque[np.ndarray] = deque(maxlen=count)
+    for picture in (as_drawn(each) for each in all_pictures(video)):
+        if len(first) < count:
+            first.append(picture)
+        last.append(picture)
+    given = as_drawn(read_image(portrait))[None]
+    who, logo, behind = probe(given).identity[0][0], measure_logo(given)[0], backdrop(given)
+    for part in (first, list(last)):
+        frames = np.stack(part)
+        yield {
+            "identity": round(float(np.mean([found == who for found in probe(frames).identity[0]])), 4),
+            "logo": round(float(np.mean([found == logo for found in measure_logo(frames)])), 4),
+            "background": round(float(1 - np.abs(backdrop(frames) - behind).mean() / 255), 4),
         }
 
 
@@ -221,7 +265,7 @@ def videos(minutes: Sequence[float], steps: int, path: Path) -> dict[str, Any]:
     there = {(row["minutes"], row["steps"]) for row in result["videos"]}
     for length in sorted(minutes):
         if (length, steps) not in there:
-            result["videos"].append(peak_of_video(length, steps))
+            result["videos"].append(make_long(length, steps))
             record.write(path, json.dumps(result, indent=1) + "\n")
     return result
 
@@ -239,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=30, metavar="N")
     parser.add_argument("--minutes", type=float, nargs="+", metavar="M", help="make videos of these lengths instead")
     parser.add_argument("--first", action="store_true", help="time the first frame of a live video instead")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="denoising steps of the videos")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="denoising steps of the videos")
     parser.add_argument("--out", type=Path, metavar="DIR", default=_RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
