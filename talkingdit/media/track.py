@@ -137,7 +137,8 @@ class EncodedTrack:
 
     def _next(self, count: int) -> Samples:
         """The next samples [count, channels], silence behind the end."""
-        parts, missing = [self._held], count - len(self._held)
+        parts = [self._held] if len(self._held) else []
+        missing = count - len(self._held)
         while missing > 0:
             block = next(self._blocks, None)
             if block is None:
@@ -146,7 +147,7 @@ class EncodedTrack:
                 block = block.mean(axis=1, keepdims=True, dtype=np.float32)
             parts.append(block)
             missing -= len(block)
-        samples = np.concatenate(parts)
+        samples = np.concatenate(parts) if len(parts) > 1 else parts[0]  # one block may be the sound of hours: no copy
         self._held = samples[count:]
         return samples[:count]
 

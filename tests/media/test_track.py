@@ -17,6 +17,7 @@ from talkingdit.errors import UserError
 from talkingdit.media.container import MediaFile
 from talkingdit.media.files import VideoWriter, read_audio, read_video
 from talkingdit.media.sound import channel_blocks, survey
+from talkingdit.media.track import EncodedTrack
 
 FPS = 25
 
@@ -217,3 +218,14 @@ def test_a_video_of_a_voice_is_the_voice_again(tmp_path: Path) -> None:
     shutil.copy(once, tmp_path / "copy.mp4")
     assert packets(twice) == packets(once)
     np.testing.assert_allclose(read_audio(once)[:31000], read_audio(path)[:31000], atol=1e-3)
+
+
+def test_the_sound_of_hours_is_not_copied_for_every_packet() -> None:
+    """An array is one block: to copy the rest of it 56,000 times an hour takes longer than the video."""
+    samples = np.linspace(-1, 1, 5000, dtype=np.float32)[:, None]
+    track = EncodedTrack(iter([samples]), 16000, 1)
+    pieces = [track._next(1024) for _ in range(4)]
+    assert all(np.shares_memory(piece, samples) for piece in pieces)
+    rest = track._next(1024)
+    assert np.array_equal(np.concatenate([*pieces, rest])[:5000], samples)
+    assert not rest[5000 - 4096 :].any()
