@@ -248,7 +248,7 @@ def _write(flags: Flags, results: Results, pairs: list[Pair], judge: Judge | Non
     assert flags.out is not None
     rows = rows_of(results)
     baseline = flags.baseline or flags.generated[0][0]
-    compared = [one for one in comparisons(results, rows, baseline) if one.system in dict(flags.generated)]
+    compared = comparisons(results, rows, baseline)
     write_all(flags.out, results, rows, compared, flags.protocol)
     page = flags.out / REPORT
     write_whole(page, report(results, rows, compared, flags.protocol).encode())
@@ -257,6 +257,8 @@ def _write(flags: Flags, results: Results, pairs: list[Pair], judge: Judge | Non
     broken = [verdict for verdict in results.verdicts if verdict.error]
     for verdict in broken:
         warn(verdict.error)
+    for line in results.failures():
+        warn(f"eval: {line}")
     if len(broken) == len(results.verdicts):
         raise UserError("eval: no video could be judged.")
     if judge is not None:

@@ -15,13 +15,20 @@ Grey = npt.NDArray[np.uint8]
 LONGEST = 512  # pixels of a side at which flow is computed
 TOP_SHARE = 0.05  # of pixels, whose mean flow is a frame's motion
 MOVES = 6.0  # pixels per frame at a shorter side of 256 above which a frame moves
+LEAST_SIDE = 12  # pixels that the flow needs
 NEEDED = 4 / 16  # share of frames that move in a dynamic video
 
 
 def _greys(view: RegionView) -> list[Grey]:
-    """The frames in grey, at most 512 pixels long."""
+    """The frames in grey, at most 512 pixels long.
+
+    Raises:
+        NotMeasured: they are too small for the flow.
+    """
+    if min(view.gen.shape[1:3]) < LEAST_SIDE:
+        raise NotMeasured(f"needs sides of at least {LEAST_SIDE} pixels, got {view.gen.shape[2]}x{view.gen.shape[1]}")
     scale = min(1.0, LONGEST / max(view.gen.shape[1:3]))
-    size = (max(8, round(view.gen.shape[2] * scale)), max(8, round(view.gen.shape[1] * scale)))
+    size = (max(LEAST_SIDE, round(view.gen.shape[2] * scale)), max(LEAST_SIDE, round(view.gen.shape[1] * scale)))
     greys = []
     for frame in view.gen:
         small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if scale < 1 else frame
