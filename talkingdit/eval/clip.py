@@ -119,15 +119,13 @@ def _is_even(path: Path, size: int, changed: int) -> bool:
             rate = stream.average_rate or stream.base_rate
             if not rate or source.container.format.name == "avi":  # whose packets have no times of pictures
                 return True
-            stamps = [
-                packet.pts for packet in source.packets(stream) if packet.size and not packet.is_discard
-            ]
+            stamps = [packet.pts for packet in source.packets(stream) if packet.size and not packet.is_discard]
             tick = float(stream.time_base)
     except MediaError as error:
         raise UserError(f"video {str(path)!r}: expected a video, got a file that cannot be decoded ({error})") from None
     if any(stamp is None for stamp in stamps) or len(stamps) < 2:
         return True
-    at = np.sort(np.asarray(stamps, np.float64)) * tick * float(rate)
+    at: npt.NDArray[np.float64] = np.sort(np.asarray(stamps, np.float64)) * (tick * float(rate))
     return bool(np.abs(at - at[0] - np.arange(len(at))).max() <= 0.5)
 
 

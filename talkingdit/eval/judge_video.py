@@ -27,11 +27,12 @@ from talkingdit.eval.protocol import Name, metrics_of
 from talkingdit.eval.slots import Backbone, resolve_all
 from talkingdit.media.checks import digest_of
 from talkingdit.media.container import MediaFile
-from talkingdit.media.timeline import length
+from talkingdit.media.timeline import length, timeline
 
 SOUND = "sound"  # the region of what is heard
+SAME_SHAPE, SHORTER = 0.02, 0.1  # parts of proportions and length by which a video may differ from its truth untold
 LONGEST_REASON = 200  # letters of what a library says
-SHEET_FRAMES, SHEET_HEIGHT = 8, 120  # of the contact sheet
+SHEET_FRAMES, SHEET_HEIGHT, SHEET_WIDTH = 8, 120, 480  # of the contact sheet; the largest that a frame has there
 COLOURS = {"face": (64, 160, 255), "hands": (255, 160, 32), "left_hand": (255, 96, 96), "right_hand": (255, 200, 0)}
 
 
@@ -140,7 +141,10 @@ def judge(pair: Pair, tools: Tools, skip: Sequence[str] = ()) -> Judged:
             _add(judged[-1], _judge(published, _frame_by_frame(pair, tools, part.clip), tools))
         if not part.number:
             judged[0].sheet = contact_sheet(evidence)
+            size = part.clip.frames.shape[1:3] if part.truth is None else part.truth.frames.shape[1:3]
         del part, evidence  # before the next ones are read
+    if pair.truth is not None and pair.truth != pair.gen:
+        judged[0].facts |= _unequal(judged, pair.truth, size)
     if len(judged) == 1:
         return judged[0]
     heard = [one for one in wanted if one[1] == SOUND]
@@ -149,6 +153,23 @@ def judge(pair: Pair, tools: Tools, skip: Sequence[str] = ()) -> Judged:
         clip = replace(first, frames=first.frames[:1], sound=read_sound(pair.gen))
         judged.append(_judge(heard, _evidence(pair, tools, clip, None, ""), tools))
     return _joined(judged, parts=len(judged) - bool(heard))
+
+
+def _unequal(judged: Sequence[Judged], truth: Path, size: tuple[int, ...]) -> dict[str, Any]:
+    """In what a video differs from its truth that values do not say: "shorter" and "stretched", with how much.
+
+    Args:
+        size: height and width of the truth.
+    """
+    out: dict[str, Any] = {}
+    height, width = size
+    facts = judged[0].facts
+    if abs(facts["width"] * height / (facts["height"] * width) - 1) > SAME_SHAPE:
+        out["stretched"] = f"{facts['width']}x{facts['height']} to {width}x{height}"
+    its = float(length(truth).pictures - (timeline(truth).pictures or 0))
+    if sum(one.facts["seconds"] for one in judged) < (1 - SHORTER) * its:
+        out["shorter"] = f"the true video lasts {its:.2f} s"
+    return out
 
 
 def _same_frames(pair: Pair) -> bool:
@@ -162,7 +183,7 @@ def _same_frames(pair: Pair) -> bool:
             stream = source.need_pictures()
             rates.append(stream.average_rate or stream.base_rate or 0)
         count = max(count, length(path).count)
-    return is_even(pair.gen) and is_even(pair.truth) and in_step(*rates, count)
+    return is_even(pair.gen) and is_even(pair.truth) and in_step(rates[0], rates[1], count)
 
 
 def _frame_by_frame(pair: Pair, tools: Tools, clip: EvalClip) -> Evidence:
@@ -273,10 +294,10 @@ def contact_sheet(evidence: Evidence) -> str:
 
 
 def _row(frames: Frames, found: Found | None, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-    scale = SHEET_HEIGHT / frames.shape[1]
+    scale = min(SHEET_HEIGHT / frames.shape[1], SHEET_WIDTH / frames.shape[2])
     tiles = []
     for f in chosen:
-        size = (max(1, round(frames.shape[2] * scale)), SHEET_HEIGHT)
+        size = (max(1, round(frames.shape[2] * scale)), max(1, round(frames.shape[1] * scale)))
         tile = np.ascontiguousarray(cv2.resize(frames[f], size, interpolation=cv2.INTER_AREA))
         for region, tracks in (found.tracks if found is not None else {}).items():
             for track in tracks:

@@ -25,12 +25,16 @@ import numpy.typing as npt
 from talkingdit.atomic import write_whole
 from talkingdit.errors import UserError
 from talkingdit.eval.clip import is_even
-from talkingdit.eval.job import Pair
+from talkingdit.eval.job import Pair, lacking
 from talkingdit.eval.judge_video import Judged, JudgePlan, Tools, judge, key_of
 from talkingdit.eval.parts import PART_SECONDS, is_long
 from talkingdit.media.checks import digest_of, reason_of
 
 KEPT = "videos"  # folder of what is known
+UNEQUAL = {  # facts of a video, and what they mean for its values
+    "shorter": "end before nine tenths of their true ones, whose rest is not judged",
+    "stretched": "have other proportions than their true ones, and whole frames are stretched for comparison",
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,34 @@ class Results:
     def systems(self) -> list[str]:
         """Names of systems, in order."""
         return list(dict.fromkeys(verdict.pair.system for verdict in self.verdicts))
+
+    def remarks(self) -> list[str]:
+        """What a reader of the tables must know besides: one sentence each."""
+        return self.lacking() + self.unequal() + self.failures()
+
+    def lacking(self) -> list[str]:
+        """A sentence for each system that has not got all videos."""
+        found = lacking([verdict.pair for verdict in self.verdicts])
+        return [
+            f"{system} has no video called {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} "
+            f"({len(names)} missing); its values are of the others."
+            for system, names in found.items()
+        ]
+
+    def unequal(self) -> list[str]:
+        """A sentence for each system with videos whose length or proportions are not those of their truth."""
+        told = []
+        for system in self.systems:
+            facts = [(v.pair.name, v.judged.facts) for v in self.verdicts if v.pair.system == system]
+            for fact, what in UNEQUAL.items():
+                if names := [name for name, its in facts if its.get(fact)]:
+                    told.append(f"{len(names)} of {len(facts)} videos of {system} {what}; the first is {names[0]}.")
+        return told
+
+    def lost(self) -> list[str]:
+        """Rows that went wrong for every video that could be read."""
+        read = [verdict for verdict in self.verdicts if not verdict.error]
+        return [key for key in (read[0].judged.failed if read else ()) if all(key in v.judged.failed for v in read)]
 
     def failures(self) -> list[str]:
         """A sentence for each row in which something went wrong: for how many videos, and what for the first."""
