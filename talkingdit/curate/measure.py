@@ -126,7 +126,8 @@ class Watcher:
                     return self.record(replace(video, before=None), keep)
                 clips.append(self._clip(video, look, keep) if before is None else self._more(video, look, keep, before))
             if not clips:
-                error = f"{video.path} has no frames."
+                end = "" if video.end is None else f" up to {video.end:g} s"
+                error = f"{video.path} has no frames{f' from {video.start:g} s on{end}' if video.start or end else ''}."
         except OSError as found:
             if found.errno in FULL:
                 raise

@@ -108,9 +108,24 @@ def test_frames_too_small_for_a_metric_cost_that_metric_alone(tmp_path: Path) ->
     evenly(tmp_path / "gen" / "usual.mp4", np.arange(20), 25.0)
     found = evaluated(tmp_path / "out", "--generated", str(tmp_path / "gen"), "--metrics", "motion,sharpness")
     values = {one["name"]: one["values"] for one in found["videos"]}
-    assert "sides of at least 12 pixels, got 4x4" in values["tiny"]["motion[opencv-dis]|whole"]["missing"]
+    assert "sides of at least 8 pixels, got 4x4" in values["tiny"]["motion[opencv-dis]|whole"]["missing"]
     assert "value" in values["tiny"]["sharpness[laplacian]|whole"]
     assert "value" in values["usual"]["motion[opencv-dis]|whole"]
+
+
+@pytest.mark.parametrize("size", [(8, 640), (24, 96), (640, 8), (14, 40), (12, 12)])
+def test_flow_between_long_pictures_ends_no_process(size: tuple[int, int]) -> None:
+    """OpenCV's own ends in a segmentation fault; a banner among a lab's videos took the whole run with it."""
+    import cv2
+
+    from talkingdit.detect.motion import Flow, flow_between
+
+    rng = np.random.default_rng(0)
+    before, after = rng.integers(0, 256, (2, *size), dtype=np.uint8)
+    for preset in (cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST, cv2.DISOPTICAL_FLOW_PRESET_FAST):
+        assert flow_between(cv2.DISOpticalFlow.create(preset), before, after).shape == (*size, 2)
+    colours = np.repeat(before[..., None], 3, axis=-1)
+    assert np.isfinite(Flow()(colours, colours)).all()
 
 
 def with_sharpness(monkeypatch: pytest.MonkeyPatch, measure: Any) -> None:

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from talkingdit.detect.motion import flow_between
 from talkingdit.eval.evidence import Evidence, NotMeasured, RegionView
 from talkingdit.eval.metric import PICTURES, FloatArray, Metric, Value, over_people
 
@@ -15,7 +16,7 @@ Grey = npt.NDArray[np.uint8]
 LONGEST = 512  # pixels of a side at which flow is computed
 TOP_SHARE = 0.05  # of pixels, whose mean flow is a frame's motion
 MOVES = 6.0  # pixels per frame at a shorter side of 256 above which a frame moves
-LEAST_SIDE = 12  # pixels that the flow needs
+LEAST_SIDE = 8  # pixels in which there is something to see move
 NEEDED = 4 / 16  # share of frames that move in a dynamic video
 
 
@@ -38,7 +39,7 @@ def _greys(view: RegionView) -> list[Grey]:
 
 def _flow(a: Grey, b: Grey) -> npt.NDArray[np.float32]:
     dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-    return np.asarray(dis.calc(a, b, None))  # type: ignore[call-overload]
+    return flow_between(dis, a, b)
 
 
 def _smoothness(evidence: Evidence, region: str) -> Value:
