@@ -96,7 +96,7 @@ def read_first(path: Path, count: int, name: str) -> EvalClip:
 
 def in_step(fps: float | Fraction, other: float | Fraction, frames: int) -> bool:
     """Is the i-th frame at one rate shown with the i-th at another, for so many frames, to half a frame?"""
-    return frames * abs(fps - other) < float(fps) / 2
+    return frames * abs(float(fps) - float(other)) < float(fps) / 2
 
 
 def is_even(path: Path) -> bool:

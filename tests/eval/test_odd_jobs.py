@@ -202,7 +202,7 @@ def test_both_protocols_share_a_folder(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
 
-    torch.jit.trace(Pooled(), torch.zeros(1, 3, 299, 299)).save(tmp_path / "net.pt")  # type: ignore[no-untyped-call]
+    torch.jit.trace(Pooled(), torch.zeros(1, 3, 299, 299)).save(tmp_path / "net.pt")
     for i in range(2):
         evenly(tmp_path / "gen" / f"{i}.mp4", np.arange(20) + i, 25.0)
         evenly(tmp_path / "truth" / f"{i}.mp4", np.arange(20) * 2 + i, 25.0)
