@@ -190,12 +190,12 @@ def test_parts_of_one_shot_are_no_copies_of_each_other(tmp_path: Path) -> None:
         clips = list(looks(tmp_path / f"{name}.mp4", watch, find_cuts=False))
         found += [(clip.seconds, SignatureStage(watch).measure(clip, ClipFindings())) for clip in clips]
     names = ("pictures", "loudness", "movement")
-    pictures, loudness, movement = ([told[f"signature.{name}"] for _, told in found] for name in names)
+    moments, loudness, movement = ([told[f"signature.{name}"] for _, told in found] for name in names)
     count = len(found) // 3
     assert count >= 3
-    first = groups(pictures, [seconds for seconds, _ in found], loudness, movement)
+    first = groups(moments, [seconds for seconds, _ in found], loudness, movement)
     assert first == [*range(count)] * 3
-    assert len(set(groups(pictures, [seconds for seconds, _ in found]))) < count  # pictures alone take them for one
+    assert len(set(groups(moments, [seconds for seconds, _ in found]))) < count  # pictures alone take them for one
 
 
 def test_folders_are_no_videos(tmp_path: Path) -> None:
