@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from talkingdit.eval.win_rate import Judge
 
 COMMAND = "talkingdit eval"
-REPORT, WIN_RATES = "report.html", "win_rates.json"
+REPORT, WIN_RATES, LOCK = "report.html", "win_rates.json", ".eval.lock"
 ABOUT = "Judge videos region by region, with and without true videos; run again, it goes on where it was stopped."
 
 
@@ -101,16 +101,22 @@ def eval(argv: Sequence[str]) -> None:
     if flags.list:
         sys.stdout.write(_listed(plan))
         return
-    from talkingdit.eval.job import pairs_of, read_texts
+    from talkingdit.eval.job import pairs_of, read_texts, texts_aside
     from talkingdit.eval.win_rate import command_judge
+    from talkingdit.lock import RunLock
 
+    assert flags.out is not None
     _check_results(flags)
     judge = None if flags.judge is None else command_judge(flags.judge)
     texts: dict[str, SpokenText] = {} if flags.texts is None else read_texts(flags.texts)
     pairs = pairs_of(dict(flags.generated), flags.truth, texts)
+    for line in [] if flags.texts is None else texts_aside(pairs, texts):
+        warn(f"eval: --texts {str(flags.texts)!r}: {line}")
     with _told(flags.out):
-        results = _run(flags, pairs, plan)
-        _write(flags, results, pairs, judge)
+        flags.out.mkdir(parents=True, exist_ok=True)
+        with RunLock(flags.out / LOCK, flags.out, COMMAND):
+            results = _run(flags, pairs, plan)
+            _write(flags, results, pairs, judge)
 
 
 @contextmanager
@@ -242,29 +248,36 @@ def _run(flags: Flags, pairs: list[Pair], plan: JudgePlan) -> Results:
 def _write(flags: Flags, results: Results, pairs: list[Pair], judge: Judge | None) -> None:
     from talkingdit.atomic import write_whole
     from talkingdit.eval.report import report
+    from talkingdit.eval.run import KEPT
     from talkingdit.eval.summary import comparisons, rows_of
     from talkingdit.eval.tables import write_all
+    from talkingdit.eval.win_rate import remembering
 
     assert flags.out is not None
     rows = rows_of(results)
     baseline = flags.baseline or flags.generated[0][0]
-    compared = [one for one in comparisons(results, rows, baseline) if one.system in dict(flags.generated)]
+    compared = comparisons(results, rows, baseline)
     write_all(flags.out, results, rows, compared, flags.protocol)
     page = flags.out / REPORT
-    write_whole(page, report(results, rows, compared, flags.protocol).encode())
+    write_whole(page, report(results, rows, compared, flags.protocol).encode(errors="backslashreplace"))
     for name, line in results.not_available.items():
         warn(f"eval: {name} is not available; {line}.")
     broken = [verdict for verdict in results.verdicts if verdict.error]
-    for verdict in broken:
-        warn(verdict.error)
+    for sentence in dict.fromkeys(verdict.error for verdict in broken):  # a true video may be of several pairs
+        warn(sentence)
+    for line in results.remarks():
+        warn(f"eval: {line}")
     if len(broken) == len(results.verdicts):
         raise UserError("eval: no video could be judged.")
+    (flags.out / WIN_RATES).unlink(missing_ok=True)  # of an earlier run, whose videos may have been others
     if judge is not None:
-        _win_rates(flags, pairs, baseline, judge)
+        _win_rates(flags, pairs, baseline, remembering(judge, str(flags.judge), flags.out / KEPT))
     told = f"; {len(broken)} could not be read" if broken else ""
     if known := sum(verdict.known for verdict in results.verdicts):
-        told = f", {known} of them by an earlier run{told}"
+        told = f", {known} of them before{told}"
     sys.stdout.write(f"{page}: {len(results.verdicts) - len(broken)} videos judged{told}\n")
+    if lost := results.lost():
+        raise UserError(f"eval: {', '.join(lost)} failed for every video, as told above; all else is in {page}.")
 
 
 def _win_rates(flags: Flags, pairs: list[Pair], baseline: str, judge: Judge) -> None:

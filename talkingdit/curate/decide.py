@@ -126,7 +126,10 @@ def _mark_copies(clips: list[CurateClip], limit: Limit) -> None:
     """Of clips that are the same the one with the largest picture is kept, of these the first."""
     best = sorted(clips, key=lambda clip: (-(clip.figures.get("clip.height") or 0), clip.key))
     seconds = [clip.end - clip.start for clip in best]
-    for clip, first in zip(best, groups([c.figures.get("signature.pictures") for c in best], seconds), strict=True):
+    pictures, loudness, movement = (
+        [clip.figures.get(f"signature.{name}") for clip in best] for name in ("pictures", "loudness", "movement")
+    )
+    for clip, first in zip(best, groups(pictures, seconds, loudness, movement), strict=True):
         other = best[first]
         clip.figures[DUPLICATE] = int(other is not clip)
         if other is not clip:

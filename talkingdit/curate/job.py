@@ -75,7 +75,9 @@ def find_videos(source: Path) -> list[Video]:
         UserError: there is none.
     """
     if source.is_dir():
-        files = sorted(p for p in source.rglob("*") if p.suffix.lower() in VIDEOS and not p.name.startswith("."))
+        files = sorted(
+            p for p in source.rglob("*") if p.suffix.lower() in VIDEOS and p.is_file() and not p.name.startswith(".")
+        )
         if not files:
             raise UserError(f"curate: {source}: expected videos ({', '.join(VIDEOS[:4])}, ...), found none.")
         return [Video(_key(path.relative_to(source)), path.resolve()) for path in files]

@@ -119,6 +119,7 @@ class Watcher:
             record["stages"] = {**video.before["stages"], **record["stages"]}
             lacking = {n: line for n, line in video.before["lacking"].items() if n not in video.todo} | lacking
         try:
+            _check_name(video.path)
             cuts = _cuts(known) if known else None
             for look in looks(video.path, self._watch, video.start, video.end, self._find_cuts, cuts):
                 before = known.get(look.number)
@@ -126,7 +127,8 @@ class Watcher:
                     return self.record(replace(video, before=None), keep)
                 clips.append(self._clip(video, look, keep) if before is None else self._more(video, look, keep, before))
             if not clips:
-                error = f"{video.path} has no frames."
+                end = "" if video.end is None else f" up to {video.end:g} s"
+                error = f"{video.path} has no frames{f' from {video.start:g} s on{end}' if video.start or end else ''}."
         except OSError as found:
             if found.errno in FULL:
                 raise
@@ -246,6 +248,14 @@ def forget(clip: dict[str, Any], stages: Collection[str]) -> None:
         clip["took"].pop(stage, None)
     if ANCHORS in stages:
         clip["anchors"] = []
+
+
+def _check_name(path: Path) -> None:
+    """Raises UserError: a manifest could not name the file."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: its name is no text in UTF-8, as a manifest needs; rename it.") from None
 
 
 def _cuts(clips: dict[int, dict[str, Any]]) -> list[float]:

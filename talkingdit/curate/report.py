@@ -65,7 +65,10 @@ def write_report(
         _list("Broken videos", [html.escape(record["error"]) for record in broken[:200]]),
     ]
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>curate</title><style>{STYLE}</style>'
-    write_whole(folder / REPORT, (page + "\n".join(part for part in parts if part) + "</html>\n").encode())
+    write_whole(
+        folder / REPORT,
+        (page + "\n".join(part for part in parts if part) + "</html>\n").encode(errors="backslashreplace"),
+    )
 
 
 def _funnel(steps: list[FunnelStep]) -> str:

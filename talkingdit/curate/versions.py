@@ -41,7 +41,9 @@ def versions_of(watch: Watch, given: Mapping[str, GivenModel], write: Write = US
 
     def version(name: str) -> list[Any]:
         slot = getattr(stage_of(name), "slot", "")
-        return [name, given[slot].version if slot in given else "", {} if name in STAGES else own]
+        told = [name, given[slot].version if slot in given else "", {} if name in STAGES else own]
+        changed = getattr(stage_of(name), "version", 1)
+        return told if changed == 1 else [*told, changed]
 
     told = dataclasses.asdict(watch)
     for name in ("samples", "stages", "models"):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,10 @@ class EvalClip:
 
 
 def read_clip(path: Path) -> EvalClip:
-    """A whole video: upright, with square pixels.
+    """A whole video: upright, with square pixels, and as many frames in each second of it.
+
+    Where the frames of a file do not follow each other evenly (recordings of phones and screens), those are taken that
+    are shown at even times, at the file's mean rate.
 
     Raises:
         UserError: no such file, or not a video.
@@ -50,6 +54,9 @@ def read_clip(path: Path) -> EvalClip:
     frames, sound, fps, rate = read_video(path)
     if not fps > 0:
         raise UserError(f"video {str(path)!r}: expected a frame rate, got none.")
+    if not is_even(path):
+        del frames
+        frames = _frames_at(path, fps, None)
     return EvalClip(frames, fps, None if sound is None else _at_rate(sound, rate), path.name)
 
 
@@ -60,21 +67,80 @@ def read_truth(path: Path, like: EvalClip) -> EvalClip:
         UserError: no such file, or not a video.
     """
     from talkingdit.media.files import read_video
-    from talkingdit.media.reader import read_pictures
 
     frames, sound, fps, rate = read_video(path)
-    if abs(fps - like.fps) > 0.01 * like.fps:
+    if not in_step(fps, like.fps, len(like.frames)) or not is_even(path):
         del frames
-        from talkingdit.media.timeline import timeline
-
-        begin = timeline(path).pictures or Fraction(0)
-        step = 1 / Fraction(like.fps).limit_denominator(1001)
-        wanted = (begin + i * step for i in range(len(like.frames)))
-        taken = [frame.copy() for frame in read_pictures(path, wanted)]
-        if not taken:
-            raise UserError(f"video {str(path)!r}: expected a video, got a file without frames")
-        frames = np.stack(list(itertools.islice(taken, len(like.frames))))
+        frames = _frames_at(path, like.fps, len(like.frames))
     return EvalClip(frames[: len(like.frames)], like.fps, None if sound is None else _at_rate(sound, rate), path.name)
+
+
+def read_first(path: Path, count: int, name: str) -> EvalClip:
+    """The first frames of a file as they follow each other, whenever they are shown; without sound.
+
+    Raises:
+        UserError: no such file, or not a video.
+    """
+    from talkingdit.media.checks import existing_file
+    from talkingdit.media.container import MediaError
+    from talkingdit.media.reader import all_pictures
+
+    try:
+        frames = list(itertools.islice(all_pictures(existing_file(path, "video")), count))
+    except MediaError as error:
+        raise UserError(f"video {str(path)!r}: expected a video, got a file that cannot be decoded ({error})") from None
+    if not frames:
+        raise UserError(f"video {str(path)!r}: expected a video, got a file without frames")
+    return EvalClip(np.stack(frames), 1.0, None, name)
+
+
+def in_step(fps: float | Fraction, other: float | Fraction, frames: int) -> bool:
+    """Is the i-th frame at one rate shown with the i-th at another, for so many frames, to half a frame?"""
+    return frames * abs(float(fps) - float(other)) < float(fps) / 2
+
+
+def is_even(path: Path) -> bool:
+    """Do the frames of a file follow each other evenly, to half a frame? By the times of its packets alone.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    status = path.stat()
+    return _is_even(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _is_even(path: Path, size: int, changed: int) -> bool:
+    from talkingdit.media.container import MediaError, MediaFile
+
+    try:
+        with MediaFile(path) as source:
+            stream = source.need_pictures()
+            rate = stream.average_rate or stream.base_rate
+            if not rate or source.container.format.name == "avi":  # whose packets have no times of pictures
+                return True
+            stamps = [packet.pts for packet in source.packets(stream) if packet.size and not packet.is_discard]
+            tick = float(stream.time_base)
+    except MediaError as error:
+        raise UserError(f"video {str(path)!r}: expected a video, got a file that cannot be decoded ({error})") from None
+    if any(stamp is None for stamp in stamps) or len(stamps) < 2:
+        return True
+    at: npt.NDArray[np.float64] = np.sort(np.asarray(stamps, np.float64)) * (tick * float(rate))
+    return bool(np.abs(at - at[0] - np.arange(len(at))).max() <= 0.5)
+
+
+def _frames_at(path: Path, fps: float, most: int | None) -> Frames:
+    """Frames at even times from the first one on, at most so many: uint8 [F, H, W, 3]."""
+    from talkingdit.media.reader import read_pictures
+    from talkingdit.media.timeline import timeline
+
+    begin = timeline(path).pictures or Fraction(0)
+    step = 1 / Fraction(fps).limit_denominator(1001)
+    wanted = (begin + i * step for i in itertools.count())
+    taken = [frame.copy() for frame in itertools.islice(read_pictures(path, wanted), most)]
+    if not taken:
+        raise UserError(f"video {str(path)!r}: expected a video, got a file without frames")
+    return np.stack(taken)
 
 
 def _at_rate(sound: npt.NDArray[np.float32], rate: int) -> Sound:

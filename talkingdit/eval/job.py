@@ -66,11 +66,37 @@ def pairs_of(
         for name, file in videos.items():
             its = next(iter(true.values())) if truth is not None and truth.is_file() else true.get(name)
             if true and its is None:
+                near = [other for other in true if other.lower() == name.lower()]
+                but = f" (but {near[0]}, whose case differs)" if near else ""
                 raise UserError(
-                    f"eval: --truth {truth} has no video called {name}, as {file} is; expected one for every video."
+                    f"eval: --truth {truth} has no video called {name}{but}, as {file} is; "
+                    "expected one for every video."
                 )
             out.append(Pair(system, name, file, its, texts.get(name, SpokenText(""))))
     return out
+
+
+def lacking(pairs: Sequence[Pair]) -> dict[str, list[str]]:
+    """By system the names of videos that it has not got: of all true ones, or of those of any system without these."""
+    names: dict[str, dict[str, None]] = {}
+    for pair in pairs:
+        names.setdefault(pair.system, {})[pair.name] = None
+    wanted = names.get(TRUTH) or dict.fromkeys(name for its in names.values() for name in its)
+    if len({pair.truth for pair in pairs}) == 1 and pairs[0].truth is not None:
+        return {}  # one truth of every video
+    missing = {system: [name for name in wanted if name not in its] for system, its in names.items()}
+    return {system: its for system, its in missing.items() if its}
+
+
+def texts_aside(pairs: Sequence[Pair], texts: Mapping[str, SpokenText]) -> list[str]:
+    """What does not fit of the texts: a sentence for videos without one, and for entries without a video."""
+    names = dict.fromkeys(pair.name for pair in pairs)
+    told = []
+    if bare := [name for name in names if name not in texts]:
+        told.append(f"{len(bare)} of {len(names)} videos have no text, the first being {bare[0]!r}.")
+    if idle := [name for name in texts if name not in names]:
+        told.append(f"{len(idle)} of {len(texts)} texts are of no video here, the first being {idle[0]!r}.")
+    return told
 
 
 def _videos(where: Path, flag: str) -> dict[str, Path]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,19 +15,24 @@ import numpy as np
 import numpy.typing as npt
 
 from talkingdit.errors import UserError
-from talkingdit.eval.clip import EvalClip, Frames
+from talkingdit.eval.clip import EvalClip, Frames, in_step, is_even, read_first
 from talkingdit.eval.evidence import Evidence, NotMeasured
 from talkingdit.eval.finders import FINDERS
 from talkingdit.eval.found import Found
 from talkingdit.eval.job import Pair
+from talkingdit.eval.jwb_compat import FRAMES
 from talkingdit.eval.metric import Metric
 from talkingdit.eval.parts import join_facts, join_values, read_parts, read_sound
 from talkingdit.eval.protocol import Name, metrics_of
 from talkingdit.eval.slots import Backbone, resolve_all
 from talkingdit.media.checks import digest_of
+from talkingdit.media.container import MediaFile
+from talkingdit.media.timeline import length, timeline
 
 SOUND = "sound"  # the region of what is heard
-SHEET_FRAMES, SHEET_HEIGHT = 8, 120  # of the contact sheet
+SAME_SHAPE, SHORTER = 0.02, 0.1  # parts of proportions and length by which a video may differ from its truth untold
+LONGEST_REASON = 200  # letters of what a library says
+SHEET_FRAMES, SHEET_HEIGHT, SHEET_WIDTH = 8, 120, 480  # of the contact sheet; the largest that a frame has there
 COLOURS = {"face": (64, 160, 255), "hands": (255, 160, 32), "left_hand": (255, 96, 96), "right_hand": (255, 200, 0)}
 
 
@@ -99,12 +105,14 @@ class Judged:
         features: {"fid[...]|whole": (of the video, of the truth)} for metrics of sets.
         facts: frames, fps, seconds, size, people, share of frames by region.
         sheet: contact sheet as JPEG in base64.
+        failed: {"ssim|face": sentence} of what went wrong while it was measured; another run may do better.
     """
 
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
     features: dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     sheet: str = ""
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def judge(pair: Pair, tools: Tools, skip: Sequence[str] = ()) -> Judged:
@@ -127,10 +135,16 @@ def judge(pair: Pair, tools: Tools, skip: Sequence[str] = ()) -> Judged:
             continue
         evidence = _evidence(pair, tools, part.clip, part.truth, f"{key}/{part.number}" if key else "")
         here = [one for one in wanted if part.whole or not (one[1] == SOUND or (part.number and one[0].first))]
-        judged.append(_judge(here, evidence, tools))
+        published = [] if pair.truth is None or part.number or _same_frames(pair) else [w for w in here if w[0].first]
+        judged.append(_judge([one for one in here if one not in published], evidence, tools))
+        if published:
+            _add(judged[-1], _judge(published, _frame_by_frame(pair, tools, part.clip), tools))
         if not part.number:
             judged[0].sheet = contact_sheet(evidence)
+            size = part.clip.frames.shape[1:3] if part.truth is None else part.truth.frames.shape[1:3]
         del part, evidence  # before the next ones are read
+    if pair.truth is not None and pair.truth != pair.gen:
+        judged[0].facts |= _unequal(judged, pair.truth, size)
     if len(judged) == 1:
         return judged[0]
     heard = [one for one in wanted if one[1] == SOUND]
@@ -141,6 +155,52 @@ def judge(pair: Pair, tools: Tools, skip: Sequence[str] = ()) -> Judged:
     return _joined(judged, parts=len(judged) - bool(heard))
 
 
+def _unequal(judged: Sequence[Judged], truth: Path, size: tuple[int, ...]) -> dict[str, Any]:
+    """In what a video differs from its truth that values do not say: "shorter" and "stretched", with how much.
+
+    Args:
+        size: height and width of the truth.
+    """
+    out: dict[str, Any] = {}
+    height, width = size
+    facts = judged[0].facts
+    if abs(facts["width"] * height / (facts["height"] * width) - 1) > SAME_SHAPE:
+        out["stretched"] = f"{facts['width']}x{facts['height']} to {width}x{height}"
+    its = float(length(truth).pictures - (timeline(truth).pictures or 0))
+    if sum(one.facts["seconds"] for one in judged) < (1 - SHORTER) * its:
+        out["shorter"] = f"the true video lasts {its:.2f} s"
+    return out
+
+
+def _same_frames(pair: Pair) -> bool:
+    """Are frames at equal times those of equal numbers?"""
+    assert pair.truth is not None
+    if pair.gen == pair.truth:
+        return is_even(pair.gen)
+    rates, count = [], FRAMES
+    for path in (pair.gen, pair.truth):
+        with MediaFile(path) as source:
+            stream = source.need_pictures()
+            rates.append(stream.average_rate or stream.base_rate or 0)
+        count = max(count, length(path).count)
+    return is_even(pair.gen) and is_even(pair.truth) and in_step(rates[0], rates[1], count)
+
+
+def _frame_by_frame(pair: Pair, tools: Tools, clip: EvalClip) -> Evidence:
+    """The first frames of both files by their numbers, as the published program reads them."""
+    assert pair.truth is not None
+    count = len(clip.frames)
+    gen, truth = (read_first(path, count, path.name) for path in (pair.gen, pair.truth))
+    return _evidence(pair, tools, gen, truth, "")
+
+
+def _add(judged: Judged, more: Judged) -> None:
+    """Values that were measured on other frames of the same video."""
+    judged.values.update(more.values)
+    judged.features.update(more.features)
+    judged.failed.update(more.failed)
+
+
 def _joined(judged: Sequence[Judged], parts: int) -> Judged:
     """What the parts of a video make together; what stands behind them is of all that is heard."""
     values = join_values([(one.facts.get("compared", one.facts["frames"]), one.values) for one in judged])
@@ -149,7 +209,11 @@ def _joined(judged: Sequence[Judged], parts: int) -> Judged:
     features = {
         key: (np.concatenate([a for a, _ in of]), np.concatenate([b for _, b in of])) for key, of in pairs.items()
     }
-    return Judged(values, features, join_facts([one.facts for one in judged[:parts]]), judged[0].sheet)
+    failed = {key: told for one in judged for key, told in one.failed.items()}
+    for key in failed:  # what some parts say is not of the whole video
+        values.pop(key, None)
+        features.pop(key, None)
+    return Judged(values, features, join_facts([one.facts for one in judged[:parts]]), judged[0].sheet, failed)
 
 
 def _evidence(pair: Pair, tools: Tools, clip: EvalClip, truth: EvalClip | None, truth_key: str) -> Evidence:
@@ -166,11 +230,20 @@ def _judge(wanted: Sequence[tuple[Metric, str]], evidence: Evidence, tools: Tool
                 raise NotMeasured("needs a true video")
             if metric.measure is not None:
                 value = metric.measure(evidence, region)
+                if math.isnan(value.value):
+                    raise NotMeasured("what came out is not a number")
                 out.values[key] = {"value": value.value, "curve": _rounded(value.curve), "note": value.note}
             elif metric.collect is not None:
-                out.features[key] = metric.collect(evidence, region)
+                both = metric.collect(evidence, region)
+                if not all(np.isfinite(features).all() for features in both):
+                    raise NotMeasured("its features are not finite")
+                out.features[key] = both
         except NotMeasured as why:
             out.values[key] = {"missing": str(why)}
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a library raises: one metric must not end the work on all others
+            out.failed[key] = _sentence(error)
     out.facts = _facts(evidence.gen)
     if evidence.truth is not None:
         out.facts["compared"] = evidence.frames
@@ -180,6 +253,11 @@ def _judge(wanted: Sequence[tuple[Metric, str]], evidence: Evidence, tools: Tool
     if "found" in evidence.__dict__:
         out.facts["people"] = evidence.found.people
     return out
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"[:LONGEST_REASON]
 
 
 def key_of(metric: Metric, region: str, tools: Tools) -> str:
@@ -216,10 +294,10 @@ def contact_sheet(evidence: Evidence) -> str:
 
 
 def _row(frames: Frames, found: Found | None, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-    scale = SHEET_HEIGHT / frames.shape[1]
+    scale = min(SHEET_HEIGHT / frames.shape[1], SHEET_WIDTH / frames.shape[2])
     tiles = []
     for f in chosen:
-        size = (max(1, round(frames.shape[2] * scale)), SHEET_HEIGHT)
+        size = (max(1, round(frames.shape[2] * scale)), max(1, round(frames.shape[1] * scale)))
         tile = np.ascontiguousarray(cv2.resize(frames[f], size, interpolation=cv2.INTER_AREA))
         for region, tracks in (found.tracks if found is not None else {}).items():
             for track in tracks:

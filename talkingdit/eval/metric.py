@@ -51,7 +51,7 @@ class Metric:
         better: which values are.
         regions: that it can measure; "sound" for what is heard.
         slot: of the backbone it needs, "" for none.
-        method: stands in the full name of those without a slot, "opencv-dis".
+        method: stands in the full name, before the backbone, "opencv-dis".
         truth, text: does it need a true video, a text?
         version: changes whenever its values may.
         measure: of one video; raises NotMeasured.
@@ -79,8 +79,8 @@ class Metric:
 
     def full_name(self, backbones: Mapping[str, Backbone]) -> str:
         """The name with what measured it: "csim[dlib-resnet]"."""
-        by = backbones[self.slot].id if self.slot in backbones else self.method
-        return f"{self.name}[{by}]" if by else self.name
+        by = [one for one in (self.method, backbones[self.slot].id if self.slot in backbones else "") if one]
+        return f"{self.name}[{','.join(by)}]" if by else self.name
 
     def key(self, backbones: Mapping[str, Backbone]) -> str:
         """What decides about its values: names and versions."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from talkingdit.errors import UserError
-from talkingdit.eval.clip import EvalClip, Frames, Sound, read_clip, read_truth
+from talkingdit.eval.clip import EvalClip, Frames, Sound, in_step, is_even, read_clip, read_truth
 
 PART_SECONDS = 30.0  # of a video that are held at once
 
@@ -63,7 +63,7 @@ def read_parts(gen: Path, truth: Path | None) -> Iterator[VideoPart]:
         return
     mine = _Stream(gen)
     count = _equal(gen, mine.fps)
-    pictures = mine.pictures()
+    pictures = mine.pictures(None if is_even(gen) else mine.fps)
     true = None if truth is None or truth == gen else _Stream(truth)
     its: Iterator[Frames] = iter(()) if true is None else true.pictures(None if true.runs_like(mine) else mine.fps)
     for number in itertools.count():
@@ -108,7 +108,7 @@ class _Stream:
     def __init__(self, path: Path) -> None:
         from talkingdit.media.checks import existing_file
         from talkingdit.media.container import MediaError, MediaFile
-        from talkingdit.media.timeline import timeline
+        from talkingdit.media.timeline import length, timeline
 
         self.path = existing_file(path, "video")
         try:
@@ -117,13 +117,14 @@ class _Stream:
                 self.fps = Fraction(stream.average_rate or stream.base_rate or 0)
                 self._heard = source.sound is not None
             self._begins = timeline(path).pictures or Fraction(0)
+            self.count = length(path).count
         except MediaError as error:
             raise _no_video(path, error) from None
         if not self.fps:
             raise UserError(f"video {str(path)!r}: expected a frame rate, got none.")
 
     def runs_like(self, other: _Stream) -> bool:
-        return abs(self.fps - other.fps) <= other.fps / 100
+        return in_step(self.fps, other.fps, other.count) and is_even(self.path)
 
     def pictures(self, fps: Fraction | None = None) -> Iterator[Frames]:
         """All of them, or those at so many times a second."""

@@ -56,6 +56,7 @@ def report(results: Results, rows: Sequence[SummaryRow], compared: Sequence[Comp
         f'<p class="dim">Protocol {protocol}; {count} videos of {len(results.systems)} systems'
         + (f'; <span class="error">{broken} could not be read</span>' if broken else "")
         + ". Means over videos; small: 95 % bootstrap interval. Green: best.</p>",
+        *(f'<p class="error">{_safe(remark)}</p>' for remark in results.remarks()),
         '<div class="wide">' + _table(results, rows) + "</div>",
         _categories(results, rows),
         _comparisons(compared),

@@ -15,7 +15,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,17 @@ import numpy.typing as npt
 
 from talkingdit.atomic import write_whole
 from talkingdit.errors import UserError
-from talkingdit.eval.job import Pair
+from talkingdit.eval.clip import is_even
+from talkingdit.eval.job import Pair, lacking
 from talkingdit.eval.judge_video import Judged, JudgePlan, Tools, judge, key_of
 from talkingdit.eval.parts import PART_SECONDS, is_long
-from talkingdit.media.checks import digest_of
+from talkingdit.media.checks import digest_of, reason_of
 
 KEPT = "videos"  # folder of what is known
+UNEQUAL = {  # facts of a video, and what they mean for its values
+    "shorter": "end before nine tenths of their true ones, whose rest is not judged",
+    "stretched": "have other proportions than their true ones, and whole frames are stretched for comparison",
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,46 @@ class Results:
     def systems(self) -> list[str]:
         """Names of systems, in order."""
         return list(dict.fromkeys(verdict.pair.system for verdict in self.verdicts))
+
+    def remarks(self) -> list[str]:
+        """What a reader of the tables must know besides: one sentence each."""
+        return self.lacking() + self.unequal() + self.failures()
+
+    def lacking(self) -> list[str]:
+        """A sentence for each system that has not got all videos."""
+        found = lacking([verdict.pair for verdict in self.verdicts])
+        return [
+            f"{system} has no video called {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} "
+            f"({len(names)} missing); its values are of the others."
+            for system, names in found.items()
+        ]
+
+    def unequal(self) -> list[str]:
+        """A sentence for each system with videos whose length or proportions are not those of their truth."""
+        told = []
+        for system in self.systems:
+            facts = [(v.pair.name, v.judged.facts) for v in self.verdicts if v.pair.system == system]
+            for fact, what in UNEQUAL.items():
+                if names := [name for name, its in facts if its.get(fact)]:
+                    told.append(f"{len(names)} of {len(facts)} videos of {system} {what}; the first is {names[0]}.")
+        return told
+
+    def lost(self) -> list[str]:
+        """Rows that went wrong for every video that could be read."""
+        read = [verdict for verdict in self.verdicts if not verdict.error]
+        return [key for key in (read[0].judged.failed if read else ()) if all(key in v.judged.failed for v in read)]
+
+    def failures(self) -> list[str]:
+        """A sentence for each row in which something went wrong: for how many videos, and what for the first."""
+        of: dict[str, list[tuple[Pair, str]]] = {}
+        for verdict in self.verdicts:
+            for key, told in verdict.judged.failed.items():
+                of.setdefault(key, []).append((verdict.pair, told))
+        return [
+            f"{key} failed for {len(found)} of {len(self.verdicts)} videos, the first being "
+            f"{found[0][0].gen} ({found[0][1].rstrip('.')})."
+            for key, found in of.items()
+        ]
 
 
 def run(
@@ -143,16 +188,22 @@ def _one(pair: Pair, tools: Tools, keep: Path) -> Verdict:
     try:
         file = keep / f"{identity_of(pair, tools)}.json"
         versions = {key_of(metric, region, tools): metric.key(tools.backbones) for metric, region in tools.possible()}
-        known = load(file, versions)
+        kept = load(file)
+        known = kept.of(versions)
         have = set(known.values) | set(known.features)
         if known.facts and have >= set(versions):
             return Verdict(pair, known, known=True)
         found = judge(pair, tools, tuple(have))
-        judged = Judged(known.values | found.values, known.features | found.features, found.facts, found.sheet)
-        save(file, judged, versions)
     except UserError as error:
         return Verdict(pair, Judged(), str(error))
-    return Verdict(pair, judged)
+    except OSError as error:  # it went away, or its disk did
+        return Verdict(pair, Judged(), f"video {str(pair.gen)!r} cannot be read ({reason_of(error)}).")
+    judged = Judged(known.values | found.values, known.features | found.features, found.facts, found.sheet)
+    if "people" in kept.judged.facts and "people" not in found.facts:  # this run did not have to look for any
+        judged = replace(judged, facts=kept.judged.facts, sheet=kept.judged.sheet)
+    kept.add(judged, versions).save(file)
+    failed = {key: {"missing": f"failed: {told}"} for key, told in found.failed.items()}
+    return Verdict(pair, replace(judged, values=judged.values | failed, failed=found.failed))
 
 
 def identity_of(pair: Pair, tools: Tools) -> str:
@@ -165,49 +216,82 @@ def identity_of(pair: Pair, tools: Tools) -> str:
     ]
     if is_long(pair.gen):
         parts.append(f"parts of {PART_SECONDS:g} s")
+    if not all(is_even(path) for path in (pair.gen, pair.truth) if path is not None):
+        parts.append("at even times")
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def save(file: Path, judged: Judged, versions: Mapping[str, str]) -> None:
-    """Keep what is known; features lie beside it, and come first, so that a file of values has its features."""
-    from safetensors.numpy import save as packed
+@dataclass(frozen=True)
+class Kept:
+    """What a file holds of a video: also values of metrics and regions that nobody asks for at present.
 
-    if judged.features:
-        arrays = {f"{key}#{i}": np.ascontiguousarray(both[i]) for key, both in judged.features.items() for i in (0, 1)}
-        write_whole(file.with_suffix(".safetensors"), packed(arrays))  # save_file has a temporary file of its own
-    content = {
-        "values": judged.values,
-        "features": sorted(judged.features),
-        "facts": judged.facts,
-        "sheet": judged.sheet,
-        "versions": {key: versions.get(key, "") for key in [*judged.values, *judged.features]},
-    }
-    write_whole(file, json.dumps(plain(content), allow_nan=False).encode())
+    Attributes:
+        judged: all of it.
+        versions: of metrics by key, when they were measured.
+    """
+
+    judged: Judged = field(default_factory=Judged)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, versions: Mapping[str, str]) -> Judged:
+        """What still holds of these metrics: values whose metric has the version it had."""
+        fresh = {key for key, version in versions.items() if self.versions.get(key) == version}
+        values = {key: value for key, value in self.judged.values.items() if key in fresh}
+        features = {key: both for key, both in self.judged.features.items() if key in fresh}
+        return replace(self.judged, values=values, features=features)
+
+    def add(self, judged: Judged, versions: Mapping[str, str]) -> Kept:
+        """The same with what was found anew in the place of what is known of the same metrics."""
+        old = [key for key in self.versions if key not in versions]
+        values = {key: value for key, value in self.judged.values.items() if key in old}
+        features = {key: both for key, both in self.judged.features.items() if key in old}
+        both = replace(judged, values=values | judged.values, features=features | judged.features)
+        known = dict(self.versions) | dict(versions)
+        return Kept(both, {key: known[key] for key in [*both.values, *both.features]})
+
+    def save(self, file: Path) -> None:
+        """Write it; features lie beside it and come first, and their digest says that they belong to these values."""
+        from safetensors.numpy import save as packed
+
+        judged, digest = self.judged, ""
+        if judged.features:
+            both = judged.features.items()
+            data = packed({f"{key}#{i}": np.ascontiguousarray(of[i]) for key, of in both for i in (0, 1)})
+            digest = hashlib.sha256(data).hexdigest()
+            write_whole(file.with_suffix(".safetensors"), data)  # save_file has a temporary file of its own
+        content = {
+            "values": judged.values,
+            "features": sorted(judged.features),
+            "features_digest": digest,
+            "facts": judged.facts,
+            "sheet": judged.sheet,
+            "versions": self.versions,
+        }
+        write_whole(file, json.dumps(plain(content), allow_nan=False).encode())
 
 
-def load(file: Path, versions: Mapping[str, str]) -> Judged:
-    """What was kept and still holds: values whose metric has the version it had. Empty where nothing was."""
+def load(file: Path) -> Kept:
+    """What a file holds; nothing where it is damaged, or where the features beside it are of another run."""
     try:
         content = json.loads(file.read_text("utf-8"))
-        kept = content["versions"]
-        fresh = {key for key, version in versions.items() if kept.get(key) == version}
-        values = {key: _number(value) for key, value in content["values"].items() if key in fresh}
-        features = _features(file.with_suffix(".safetensors"), [key for key in content["features"] if key in fresh])
-        return Judged(values, features, content["facts"], content["sheet"])
+        values = {key: _number(value) for key, value in content["values"].items()}
+        features = _features(file.with_suffix(".safetensors"), content["features"], content["features_digest"])
+        return Kept(Judged(values, features, content["facts"], content["sheet"]), content["versions"])
     except (OSError, ValueError, KeyError, TypeError):
-        return Judged()
+        return Kept()
 
 
-def _features(file: Path, keys: Sequence[str]) -> dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
+def _features(
+    file: Path, keys: Sequence[str], digest: str
+) -> dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
     if not keys:
         return {}
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load as unpacked
 
-    try:
-        arrays = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(str(error)) from None
+    data = file.read_bytes()
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise ValueError(f"{file}: of another run")
+    arrays = unpacked(data)
     return {key: (arrays[f"{key}#0"], arrays[f"{key}#1"]) for key in keys}
 
 

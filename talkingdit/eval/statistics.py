@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ DRAWS = 2000
 CONFIDENCE = 0.95
 EXACT = 14  # videos up to which every assignment of signs is tried
 FLIPS = 20000
+BLOCK = 1 << 20  # random numbers that are held at once
 
 
 @dataclass(frozen=True)
@@ -48,28 +51,65 @@ class Difference:
 def interval(values: Sequence[float], seed: int = 0, draws: int = DRAWS) -> ConfidenceInterval:
     """Mean and 95 % percentile bootstrap interval (Efron 1979) over videos.
 
+    Plain percentiles are too close for few videos: of 5 from a normal distribution they hold the true mean 86 times of
+    100. They are moved out as Student's t and the variance over n - 1 ask for (Hesterberg 2015, section 5.3).
+
     Raises:
         ValueError: no values.
     """
     given = np.asarray(values, np.float64)
     if not len(given):
         raise ValueError("interval: values must not be empty")
-    low, high = _bounds(lambda chosen: given[chosen].mean(1), len(given), seed, draws)
+    low, high, _ = _bounds(lambda chosen: given[chosen].mean(1), len(given), seed, draws)
     return ConfidenceInterval(float(given.mean()), low, high, len(given))
 
 
 def interval_of(
     statistic: Callable[[npt.NDArray[np.int64]], float], n: int, seed: int = 0, draws: int = 200
 ) -> tuple[float, float]:
-    """Interval of a statistic of whole videos: it is given indices of videos, drawn with replacement."""
-    return _bounds(lambda chosen: np.array([statistic(one) for one in chosen]), n, seed, draws)
+    """Interval of a statistic of whole videos: it is given indices of videos, drawn with replacement.
+
+    A draw has fewer different videos than the set, which raises distances of sets. The percentiles are therefore moved
+    by the gap between the draws' mean and the statistic of the set, around which they lie then.
+    """
+    low, high, mean = _bounds(lambda chosen: np.array([statistic(one) for one in chosen]), n, seed, draws)
+    gap = statistic(np.arange(n)) - mean
+    return low + gap, high + gap
 
 
-def _bounds(means: Callable[[Any], FloatArray], n: int, seed: int, draws: int) -> tuple[float, float]:
-    chosen = np.random.default_rng(seed).integers(0, n, (draws, n))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means(chosen), [tail, 1 - tail])
-    return float(low), float(high)
+def _bounds(means: Callable[[Any], FloatArray], n: int, seed: int, draws: int) -> tuple[float, float, float]:
+    """Both ends of what is drawn, and its mean; drawn in blocks, so that memory does not grow with the draws."""
+    generator, block = np.random.default_rng(seed), max(1, BLOCK // n)
+    drawn = np.concatenate(
+        [means(generator.integers(0, n, (min(block, draws - done), n))) for done in range(0, draws, block)]
+    )
+    tail = _tail(n)
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return float(low), float(high), float(drawn.mean())
+
+
+@lru_cache(maxsize=64)
+def _tail(n: int) -> float:
+    """Share of draws to leave out at each end, for n videos."""
+    if n < 2:
+        return (1 - CONFIDENCE) / 2
+    low, high = 0.0, 1000.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, n - 1) < CONFIDENCE else (low, middle)
+    return 0.5 * math.erfc(high * math.sqrt(n / (n - 1)) / math.sqrt(2))
+
+
+def _within(t: float, freedom: int) -> float:
+    """Probability that Student's t lies between -t and t (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan2(t, math.sqrt(freedom))
+    sine, cosine, odd = math.sin(angle), math.cos(angle), freedom % 2
+    term = cosine if odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for i in range(2 + odd, freedom - 1, 2):
+        term *= cosine**2 * (i - 1) / i
+        total += term
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
 
 
 def difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Difference:
@@ -93,8 +133,11 @@ def _sign_flip(gaps: FloatArray, seed: int) -> float:
     if n <= EXACT:
         signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
         return float((np.abs(signs @ gaps) >= seen - slack).mean())
-    signs = np.random.default_rng(seed).choice((-1, 1), (FLIPS, n))
-    return float((1 + (np.abs(signs @ gaps) >= seen - slack).sum()) / (FLIPS + 1))
+    generator, block, as_far = np.random.default_rng(seed), max(1, BLOCK // n), 0
+    for done in range(0, FLIPS, block):
+        signs = generator.choice((-1, 1), (min(block, FLIPS - done), n))
+        as_far += int((np.abs(signs @ gaps) >= seen - slack).sum())
+    return (1 + as_far) / (FLIPS + 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from talkingdit.eval.frechet import frechet_distance
+from talkingdit.eval.job import TRUTH
 from talkingdit.eval.judge_video import key_of
 from talkingdit.eval.metric import Metric
 from talkingdit.eval.protocol import REGION_ROWS, row_order
@@ -120,6 +121,7 @@ def _set_cell(metric: Metric, key: str, verdicts: Sequence[Verdict]) -> Cell | N
     low = high = None
     if gen.shape[1] <= FEW_DIMENSIONS and len(both) > 1:
         low, high = interval_of(lambda chosen: _distance(both, chosen), len(both))
+        low = max(0.0, low)
     return Cell(frechet_distance(gen, truth), low, high, min(len(gen), len(truth)), missing, warning)
 
 
@@ -130,11 +132,14 @@ def _distance(both: Sequence[tuple[np.ndarray, np.ndarray]], chosen: np.ndarray)
 def comparisons(results: Results, rows: Sequence[SummaryRow], baseline: str) -> list[Comparison]:
     """Every other system against the baseline on the videos that both have, p adjusted over all rows.
 
-    Rows without a better direction, and distances of sets, which no single video has, are left out.
+    Rows without a better direction, and distances of sets, which no single video has, are left out; so are true videos,
+    which are no system.
     """
     found: list[tuple[SummaryRow, str, Difference]] = []
     by_system = {
-        system: [verdict for verdict in results.verdicts if verdict.pair.system == system] for system in results.systems
+        system: [verdict for verdict in results.verdicts if verdict.pair.system == system]
+        for system in results.systems
+        if system != TRUTH
     }
     for row in rows:
         if row.metric.collect is not None or row.metric.better == "neither":
@@ -178,7 +183,10 @@ def worst_first(results: Results, rows: Sequence[SummaryRow]) -> list[tuple[floa
             if "value" in (found := verdict.judged.values.get(row.key, {}))
         ]
         seen.sort(reverse=row.metric.better == "lower")
-        for place, (_, i) in enumerate(seen):
-            ranks[i].append(1 - place / max(1, len(seen) - 1))
+        places: dict[float, list[int]] = {}
+        for place, (value, _) in enumerate(seen):
+            places.setdefault(value, []).append(place)
+        for value, i in seen:  # equal values have one rank
+            ranks[i].append(1 - float(np.mean(places[value])) / max(1, len(seen) - 1))
     badness = [(2.0 if verdicts[i].error else float(np.mean(r)) if r else 0.0, verdicts[i]) for i, r in ranks.items()]
     return sorted(badness, key=lambda one: -one[0])

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import platform
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def as_json(
             "backbones": [{"slot": b.slot, "id": b.id, "version": b.version, "licence": b.licence} for b in backbones],
             "python": platform.python_version(),
             "not_available": results.not_available,
+            "remarks": results.remarks(),
             "systems": [
                 {"metric": row.full_name, "title": row.metric.title, "region": row.region, "better": row.metric.better}
                 | {"system": system, "perfect": row.metric.perfect}
@@ -146,6 +148,8 @@ def markdown(results: Results, rows: Sequence[SummaryRow]) -> str:
     if results.not_available:
         lines += ["", "Not available:", ""]
         lines += [f"- {name}: {line}" for name, line in results.not_available.items()]
+    if remarks := results.remarks():
+        lines += ["", "Remarks:", "", *(f"- {_escaped(remark)}" for remark in remarks)]
     warnings = {
         f"{row.full_name}, {system}: {cell.warning}"
         for row in rows
@@ -178,7 +182,7 @@ def _with_interval(cell: Cell) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
+    return " ".join(re.sub(r"([\\|*_<>`\[\]])", r"\\\1", text).split())
 
 
 def latex(results: Results, rows: Sequence[SummaryRow]) -> str:
@@ -208,10 +212,18 @@ def latex(results: Results, rows: Sequence[SummaryRow]) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
+TEX = {mark: "\\" + mark for mark in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+}
+
+
 def _tex(text: str) -> str:
-    for mark in "\\&%$#_{}":
-        text = text.replace(mark, {"\\": r"\textbackslash "}.get(mark, "\\" + mark))
-    return text
+    return " ".join("".join(TEX.get(mark, mark) for mark in text).split())
 
 
 def deviations_markdown() -> str:
@@ -232,5 +244,5 @@ def write_all(
         latex(results, rows),
     )
     for name, text in zip(RESULTS, content, strict=True):
-        write_whole(out / name, text.encode())
+        write_whole(out / name, text.encode(errors="backslashreplace"))  # names of files need not be text
     return [out / name for name in RESULTS]

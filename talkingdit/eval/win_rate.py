@@ -7,6 +7,8 @@ the first one gives 50 %.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 import shutil
 import subprocess
@@ -16,8 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from talkingdit.atomic import write_whole
 from talkingdit.errors import UserError
 from talkingdit.eval.statistics import interval
+from talkingdit.media.checks import digest_of
 
 Judge = Callable[[Path, Path, str], int]  # (first, second, text) -> 1 or 2, 0 for a tie
 
@@ -56,6 +60,28 @@ def win_rate(contests: Sequence[tuple[Path, Path, str]], judge: Judge, seed: int
         verdicts.append(0.5 if winner == 0 else float(winner == (2 if swap else 1)))
     around = interval(verdicts, seed)
     return WinRate(around.mean, around.low, around.high, tuple(verdicts))
+
+
+def remembering(judge: Judge, name: str, folder: Path) -> Judge:
+    """A judge whose verdicts are kept in a folder, so that none is asked for twice: one may cost money, or a person.
+
+    Args:
+        judge: that is asked.
+        name: whose verdicts they are; another name is another judge.
+        folder: that is there. A verdict holds for the bytes of both videos in their order, and for the text.
+    """
+
+    def remembered(first: Path, second: Path, text: str) -> int:
+        told = json.dumps([name, digest_of(first), digest_of(second), text])
+        file = folder / f"verdict-{hashlib.sha256(told.encode()).hexdigest()[:32]}.txt"
+        if file.is_file() and (known := file.read_text().strip()) in ("0", "1", "2"):
+            return int(known)
+        winner = judge(first, second, text)
+        if winner in (0, 1, 2):
+            write_whole(file, f"{winner}\n".encode())
+        return winner
+
+    return remembered
 
 
 def command_judge(command: str, seconds: float = 600) -> Judge:

@@ -162,3 +162,45 @@ def test_kinds_of_training_data_follow_from_anchors() -> None:
     assert kind_of({"happy": [1], "sad": [1], "front": [1], "back": [1]}) == "both"
     assert kind_of({"global": [1], "front": [1]}) == "video"
     assert wider([0.0, 0.5, 0.5, 1.0], 0.5) == [0.0, 0.25, 0.75, 1.0]
+
+
+def test_parts_of_one_shot_are_no_copies_of_each_other(tmp_path: Path) -> None:
+    """Somebody before a camera that stands still: an hour of it is not one clip and its copies."""
+    import cv2
+
+    from talkingdit.curate.look import looks
+    from talkingdit.curate.settings import Watch
+    from talkingdit.curate.stages import ClipFindings
+    from talkingdit.curate.stages.signature import SignatureStage
+    from talkingdit.eval.calibration import FPS, scripts
+    from talkingdit.media.files import VideoWriter
+    from talkingdit.media.sound import SPEECH_RATE
+
+    (script,) = scripts(1, 300, 128)
+    frames, watch = script.draw(), Watch(clip_seconds=4.0)
+    smaller = np.stack([cv2.resize(frame, (80, 80), interpolation=cv2.INTER_AREA) for frame in frames])
+    found = []
+    for name, pictures, sound in (
+        ("whole", frames, script.sound),
+        ("copy", smaller, script.sound),
+        ("mute", smaller, None),
+    ):
+        with VideoWriter(tmp_path / f"{name}.mp4", FPS, pictures.shape[1:3], sound, SPEECH_RATE) as video:
+            video.write(pictures)
+        clips = list(looks(tmp_path / f"{name}.mp4", watch, find_cuts=False))
+        found += [(clip.seconds, SignatureStage(watch).measure(clip, ClipFindings())) for clip in clips]
+    names = ("pictures", "loudness", "movement")
+    moments, loudness, movement = ([told[f"signature.{name}"] for _, told in found] for name in names)
+    count = len(found) // 3
+    assert count >= 3
+    first = groups(moments, [seconds for seconds, _ in found], loudness, movement)
+    assert first == [*range(count)] * 3
+    assert len(set(groups(moments, [seconds for seconds, _ in found]))) < count  # pictures alone take them for one
+
+
+def test_folders_are_no_videos(tmp_path: Path) -> None:
+    from talkingdit.curate.job import find_videos
+
+    (tmp_path / "takes.mp4").mkdir()
+    (tmp_path / "takes.mp4" / "one.mp4").touch()
+    assert [video.path.name for video in find_videos(tmp_path)] == ["one.mp4"]

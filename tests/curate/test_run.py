@@ -186,3 +186,22 @@ def test_a_limit_that_no_stage_knows_is_told(tmp_path: Path) -> None:
     videos = make_videos(tmp_path / "videos", ["a"])
     outcome, _ = run(job(tmp_path, videos, limits={"clip.second": Limit(at_least=0.5)}))
     assert outcome.lacking == {"clip.second": "no stage gives a figure of this name, which a limit is on."}
+
+
+def test_a_name_that_is_no_text_costs_its_video(tmp_path: Path) -> None:
+    """A manifest could not name it; without this the whole of it ended where the report is written."""
+    videos = make_videos(tmp_path / "videos", ["a", "b"])
+    (videos / "b.mp4").rename(videos / os.fsdecode(b"\xff.mp4"))
+    outcome, _ = run(job(tmp_path, videos))
+    assert (len(outcome.decisions.kept), outcome.broken) == (1, 1)
+    (row,) = map(json.loads, (tmp_path / "out/broken.jsonl").read_text().splitlines())
+    assert "no text in UTF-8" in row["reason"]
+    assert "no text in UTF-8" in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_part_behind_the_end_says_which(tmp_path: Path) -> None:
+    videos = make_videos(tmp_path / "videos", ["a"])
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"video": str(videos / "a.mp4"), "start": 50, "end": 60}) + "\n")
+    run(job(tmp_path, tmp_path / "rows.jsonl"))
+    (row,) = map(json.loads, (tmp_path / "out/broken.jsonl").read_text().splitlines())
+    assert "has no frames from 50 s on up to 60 s." in row["reason"]

@@ -2,14 +2,16 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from talkingdit.errors import UserError
+from talkingdit.eval.frechet import frechet_distance
 from talkingdit.eval.metrics.speech import normalised, word_errors
-from talkingdit.eval.statistics import difference, holm, interval
+from talkingdit.eval.statistics import difference, holm, interval, interval_of
 from talkingdit.eval.win_rate import command_judge, win_rate
 
 
@@ -20,6 +22,39 @@ def test_intervals_cover_the_true_mean() -> None:
         found = interval(rng.normal(3.0, 2.0, 40).tolist(), seed, draws=500)
         inside += found.low <= 3.0 <= found.high
     assert 0.90 <= inside / 200 <= 0.98  # 95 % promised; the percentile bootstrap of 40 values is a little narrow
+
+
+def test_intervals_of_few_videos_cover_it_too() -> None:
+    rng = np.random.default_rng(1)
+    found = [interval(rng.normal(3.0, 2.0, 6).tolist(), seed, draws=500) for seed in range(300)]
+    inside = sum(one.low <= 3.0 <= one.high for one in found)
+    assert inside / 300 >= 0.91  # plain percentiles: 0.85
+
+
+def test_a_distance_of_sets_lies_in_its_interval() -> None:
+    """Draws have fewer different videos, and larger distances: all of the plain interval is above the value."""
+    rng = np.random.default_rng(0)
+    both = [(rng.normal(0.3, 1, (40, 20)), rng.normal(0, 1, (40, 20))) for _ in range(10)]
+
+    def distance(chosen: np.ndarray) -> float:
+        return frechet_distance(*(np.concatenate([both[j][i] for j in chosen]) for i in (0, 1)))
+
+    low, high = interval_of(distance, len(both))
+    assert low < distance(np.arange(10)) < high
+
+
+def test_memory_does_not_grow_with_the_number_of_videos() -> None:
+    """20,000 videos: drawn all at once, their numbers and signs would take gigabytes."""
+    rng = np.random.default_rng(0)
+    first, second = rng.random((2, 20_000)).tolist()
+    tracemalloc.start()
+    try:
+        found = difference(first, second)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.low < found.mean < found.high
+    assert peak < 100 * 2**20, peak
 
 
 def test_interval_of_equal_values_is_a_point() -> None:

@@ -236,7 +236,7 @@ class Eval:
         return len(files)
 
     def goes_on(self, log: str) -> int:
-        found = re.search(r"6 videos judged, (\d) of them by an earlier run", log)
+        found = re.search(r"6 videos judged, (\d) of them before", log)
         return int(found[1]) if found else 0
 
 

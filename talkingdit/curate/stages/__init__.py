@@ -102,8 +102,9 @@ class MeasuringStage(Protocol):
     """Measures clips.
 
     `gpu` says that it wants a card: such stages run together, in workers of their own. `alone`, which it may have, says
-    that it finds nothing that other stages use: added to a folder of results, it runs by itself. A stage of a slot has
-    its name as `slot`, and is told the name of its weights as `backbone`.
+    that it finds nothing that other stages use: added to a folder of results, it runs by itself. `version`, 1 where it
+    has none, changes whenever its figures may. A stage of a slot has its name as `slot`, and is told the name of its
+    weights as `backbone`.
     """
 
     gpu: bool

@@ -88,11 +88,12 @@ def _metric(name: str, title: str, about: str, better: Any, slot: str = "", perf
         better=better,
         regions=REGIONS,
         slot=slot,
-        method="" if slot else "jwb-compat",
+        method="jwb-compat",
         truth=True,
         measure=_of(name, slot),
         perfect=perfect,
         first=True,
+        version=2,
     )
 
 

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from talkingdit.detect.motion import flow_between
 from talkingdit.eval.evidence import Evidence, NotMeasured, RegionView
 from talkingdit.eval.metric import PICTURES, FloatArray, Metric, Value, over_people
 
@@ -15,13 +16,20 @@ Grey = npt.NDArray[np.uint8]
 LONGEST = 512  # pixels of a side at which flow is computed
 TOP_SHARE = 0.05  # of pixels, whose mean flow is a frame's motion
 MOVES = 6.0  # pixels per frame at a shorter side of 256 above which a frame moves
+LEAST_SIDE = 8  # pixels in which there is something to see move
 NEEDED = 4 / 16  # share of frames that move in a dynamic video
 
 
 def _greys(view: RegionView) -> list[Grey]:
-    """The frames in grey, at most 512 pixels long."""
+    """The frames in grey, at most 512 pixels long.
+
+    Raises:
+        NotMeasured: they are too small for the flow.
+    """
+    if min(view.gen.shape[1:3]) < LEAST_SIDE:
+        raise NotMeasured(f"needs sides of at least {LEAST_SIDE} pixels, got {view.gen.shape[2]}x{view.gen.shape[1]}")
     scale = min(1.0, LONGEST / max(view.gen.shape[1:3]))
-    size = (max(8, round(view.gen.shape[2] * scale)), max(8, round(view.gen.shape[1] * scale)))
+    size = (max(LEAST_SIDE, round(view.gen.shape[2] * scale)), max(LEAST_SIDE, round(view.gen.shape[1] * scale)))
     greys = []
     for frame in view.gen:
         small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if scale < 1 else frame
@@ -31,7 +39,7 @@ def _greys(view: RegionView) -> list[Grey]:
 
 def _flow(a: Grey, b: Grey) -> npt.NDArray[np.float32]:
     dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-    return np.asarray(dis.calc(a, b, None))  # type: ignore[call-overload]
+    return flow_between(dis, a, b)
 
 
 def _smoothness(evidence: Evidence, region: str) -> Value:

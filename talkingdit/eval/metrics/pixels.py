@@ -8,6 +8,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
+from talkingdit.errors import UserError
 from talkingdit.eval.evidence import Evidence, NotMeasured, RegionView
 from talkingdit.eval.metric import PICTURES, FloatArray, Metric, Value, over_people
 from talkingdit.eval.similarity import Frame, cosine, peak_signal_to_noise, structural_similarity
@@ -25,8 +26,11 @@ def _paired(measure: Callable[[Frame, Frame], float]) -> Callable[[Evidence, str
         for view in evidence.views(region):
             truth = view.need_truth()
             curve = np.full(len(view.gen), np.nan)
-            for f in np.nonzero(view.visible)[0]:
-                curve[f] = measure(view.gen[f], truth[f])
+            try:
+                for f in np.nonzero(view.visible)[0]:
+                    curve[f] = measure(view.gen[f], truth[f])
+            except UserError as error:  # frames that are too small
+                raise NotMeasured(str(error)) from None
             values.append((float(np.nanmean(curve)), curve))
         return over_people(values)
 
