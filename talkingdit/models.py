@@ -77,9 +77,13 @@ def load(
         options: of the family's own `load`, such as `config` and `init_from`.
 
     Raises:
-        UserError: no such source, or one that does not load.
+        UserError: no such source, one that does not load, or a dtype or device that cannot be used.
     """
-    return _family_of(source).load.load(source, dtype, device, seed, **options)
+    from talkingdit.pipelines.tuning import check_dtype, open_device
+
+    if dtype is not None:
+        check_dtype(dtype, "load")
+    return _family_of(source).load.load(source, dtype, open_device(device, "load"), seed, **options)
 
 
 def _family_of(source: str | Path) -> families.Family:
@@ -104,13 +108,18 @@ def load_checkpoint(
         device: where the models go.
 
     Raises:
-        UserError: something is missing, does not load, or the parts do not fit each other.
+        UserError: something is missing, does not load, or the parts do not fit each other; or the dtype or the device
+            cannot be used.
     """
     import torch
 
+    from talkingdit.pipelines.tuning import check_dtype, open_device
+
     root = find_checkpoint(folder)
     family = families.of_folder(root)
-    return family.checkpoint.load_checkpoint(root, torch.float32 if dtype is None else dtype, device)
+    dtype = torch.float32 if dtype is None else dtype
+    check_dtype(dtype, "load_checkpoint")
+    return family.checkpoint.load_checkpoint(root, dtype, open_device(device, "load_checkpoint"))
 
 
 def default_checkpoint() -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -72,11 +73,11 @@ def ask(
             image=image,
             audio=audio,
             output=_target(wish, materials),
-            sheet=None if wish.sheet is None else Path(wish.sheet).expanduser(),
+            sheet=None if wish.sheet is None else path_of(wish.sheet, "sheet"),
             prompt=_prompt(wish.prompt),
-            upscale=wish.upscale,
+            upscale=_whole(wish.upscale, "upscale"),
             live=wish.live or (str(audio) == "-" and wish.output is not None),
-            audio_rate=wish.audio_rate,
+            audio_rate=None if wish.audio_rate is None else _whole(wish.audio_rate, "audio_rate"),
         )
         inputs, outline = outlined(family, folder, job, given)
     except BaseException:
@@ -125,7 +126,20 @@ def _voice(audio: Any, options: GenerationOptions, materials: Materials) -> Path
 
 
 def _target(wish: PipelineCall, materials: Materials) -> Path:
-    return materials.folder / "talkingdit.mp4" if wish.output is None else Path(wish.output).expanduser()
+    return materials.folder / "talkingdit.mp4" if wish.output is None else path_of(wish.output, "output")
+
+
+def path_of(value: Any, name: str) -> Path:
+    """Raises: UserError: something other than a path."""
+    if not isinstance(value, str | PathLike):
+        raise UserError(f"{name}: expected a path, got {type(value).__name__}.")
+    return Path(value).expanduser()
+
+
+def _whole(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise UserError(f"{name}: expected a whole number, got {value!r}.")
+    return int(value)
 
 
 def _prompt(prompt: Any) -> str:

@@ -56,6 +56,10 @@ class LoraMixin:
         if isinstance(source, Mapping):
             with tempfile.TemporaryDirectory(prefix="talkingdit-") as folder:
                 return self._load_lora(_saved(source, Path(folder)), name, partial)
+        if not isinstance(source, str | PathLike):
+            raise UserError(
+                f"load_lora_weights: expected a file, a folder or tensors by name, got {type(source).__name__}."
+            )
         path = Path(source).expanduser()
         return self._load_lora(path if weight_name is None else path / weight_name, name, partial)
 

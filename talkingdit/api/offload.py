@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from talkingdit.errors import UserError
+from talkingdit.pipelines.tuning import open_device
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,8 @@ class OffloadMixin:
             device: where to compute; default: the accelerator.
 
         Raises:
-            UserError: there is no accelerator and no device was named, or models are offloaded already.
+            UserError: there is no accelerator and no device was named, the device cannot be used, or models are
+                offloaded already.
         """
         place = self._begin("enable_model_cpu_offload", gpu_id, device)
         transformer = self._checkpoint.transformer.to(place)
@@ -84,20 +86,20 @@ class OffloadMixin:
             others: of diffusers' `ModelMixin.enable_group_offload`; one block is a group where nothing is said.
 
         Raises:
-            UserError: models are offloaded already, there is no such component, or diffusers refuses.
+            UserError: models are offloaded already, a device cannot be used, there is no such component, or diffusers
+                refuses.
         """
-        import torch
-
         stays = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules or ())
         if unknown := sorted(set(stays) - set(vars(self._checkpoint))):
             raise UserError(f"enable_group_offload: exclude_modules: there is no component {unknown[0]!r}.")
+        home = open_device(offload_device, "enable_group_offload")
         place = self._begin("enable_group_offload", None, onload_device)
         blocks = offload_type == "block_level" and num_blocks_per_group is None
         try:
             if "transformer" not in stays:
                 self._checkpoint.transformer.enable_group_offload(
                     place,
-                    torch.device(offload_device),
+                    home,
                     offload_type,
                     1 if blocks else num_blocks_per_group,
                     non_blocking,
@@ -156,12 +158,12 @@ class OffloadMixin:
         if device is None and not torch.accelerator.is_available():
             raise UserError(f"{how}: expected an accelerator or a device, got neither.")
         accelerator = torch.accelerator.current_accelerator() if device is None else None
-        place = torch.device(device or accelerator or "cpu")
+        place = open_device(device if device is not None else accelerator or "cpu", how)
         if gpu_id is not None:
             if place.index not in (None, gpu_id):
                 raise UserError(f"{how}: expected one number of a device, got {gpu_id} and {place}.")
             place = torch.device(place.type, gpu_id)
-        return place
+        return open_device(place, how)  # before anything is moved
 
     def _check_still(self, how: str) -> None:
         """Raises: UserError: something moves or narrows the models already."""

@@ -11,7 +11,7 @@ from talkingdit import families
 from talkingdit.api.asking import PipelineCall, ask, refuse_loading
 from talkingdit.api.road import made
 from talkingdit.models import find_checkpoint, load_checkpoint
-from talkingdit.pipelines.tuning import Tuning, load_tuned
+from talkingdit.pipelines.tuning import Tuning, check_dtype, load_tuned, open_device
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,10 @@ def generate(
             refuse_loading(asked.options, tuning)
             loaded = checkpoint
         else:
-            loaded = load_tuned(lambda place: load_checkpoint(folder, dtype, place), tuning, device, family.units)
+            home = open_device(device)
+            if dtype is not None:
+                check_dtype(dtype, "generate")
+            loaded = load_tuned(lambda place: load_checkpoint(folder, dtype, place), tuning, home, family.units)
             if getattr(asked.options, "compile", False):
                 loaded.transformer.compile_repeated_blocks(fullgraph=True)
         from talkingdit.pipelines.job import Talk

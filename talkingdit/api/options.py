@@ -20,6 +20,9 @@ from talkingdit.errors import UserError
 from talkingdit.families import Family, GenerationOptions
 from talkingdit.families.flag import Flag
 
+# What pipelines of diffusers call some options, where no letters tell it.
+DIFFUSERS = {"generator": "seed", "num_inference_steps": "steps", "height": "size", "width": "size"}
+
 
 def chosen(family: Family, given: Mapping[str, Any], materials: Materials) -> GenerationOptions:
     """The options of a family.
@@ -61,6 +64,8 @@ def chosen(family: Family, given: Mapping[str, Any], materials: Materials) -> Ge
 def _unknown(family: Family, name: str, fields: Iterable[str]) -> str:
     """The sentence about an option that a family does not have."""
     words = set(name.split("_"))
+    if name in DIFFUSERS and (meant := DIFFUSERS[name]) in fields:
+        return f"generate: {family.title} has no option {name!r}; here it is {meant}."
     near = difflib.get_close_matches(name, fields, n=3) or sorted(f for f in fields if words & set(f.split("_")))
     if near:
         return f"generate: {family.title} has no option {name!r}; near ones are {', '.join(near)}."

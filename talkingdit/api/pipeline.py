@@ -20,7 +20,7 @@ from talkingdit.api.video import Loaded, collected, streamed, written
 from talkingdit.errors import UserError
 from talkingdit.families import Family, GenerationOptions
 from talkingdit.models import load_checkpoint
-from talkingdit.pipelines.tuning import Tuning, load_tuned
+from talkingdit.pipelines.tuning import Tuning, check_dtype, load_tuned, open_device
 
 if TYPE_CHECKING:
     import torch
@@ -83,14 +83,17 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
             download: of `huggingface_hub.snapshot_download`, such as `revision`, `cache_dir` or `token`.
 
         Raises:
-            UserError: no such checkpoint, something in it is missing, or the model has no such switch.
+            UserError: no such checkpoint, something in it is missing, the model has no such switch, or the dtype or the
+                device cannot be used.
         """
         folder = find_folder(folder_or_name, download)
         family = families.of_folder(folder)
         tuning = Tuning.of(str(memory), precision, attention)
-        checkpoint = load_tuned(
-            lambda place: load_checkpoint(folder, dtype or torch_dtype, place), tuning, device or "cpu", family.units
-        )
+        place = open_device("cpu" if device is None else device, "from_pretrained")
+        wanted = torch_dtype if dtype is None else dtype
+        if wanted is not None:
+            check_dtype(wanted, "from_pretrained")
+        checkpoint = load_tuned(lambda place: load_checkpoint(folder, wanted, place), tuning, place, family.units)
         pipe = cls(checkpoint, tuning.variant)
         pipe._from_files = True
         if compile:
@@ -126,12 +129,21 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
         they were loaded before.
 
         Raises:
-            UserError: another dtype, and the models were changed after loading; or they are offloaded.
+            UserError: another dtype, and the models were changed after loading; they are offloaded; or the device or
+                the dtype cannot be used.
         """
         import torch
 
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        try:
+            device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        except (RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise UserError(f"to: expected a device, a floating-point dtype of torch, or both ({reason}).") from error
         self._check_still("to")
+        if device is not None:
+            open_device(device, "to")
+        if dtype is not None:
+            check_dtype(dtype, "to")
         if dtype is not None and dtype != self.dtype:
             self._reload(dtype, self.device if device is None else device)
         elif device is not None:
@@ -265,6 +277,9 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
     ) -> Talk:
         from talkingdit.pipelines.job import Talk
 
+        for name, listener in (("progress", progress), ("warn", warn)):
+            if listener is not None and not callable(listener):
+                raise UserError(f"{name}: expected a function, got {type(listener).__name__}.")
         return Talk(progress=progress, warn=warn, step=StepWatch(self, callback, tensors))
 
     @property

@@ -30,6 +30,8 @@ def find_folder(source: str | PathLike[str] | None, download: Mapping[str, Any] 
     if source is None:
         _refuse(download, "the model that ships")
         return default_checkpoint()
+    if not isinstance(source, str | PathLike):
+        raise UserError(f"from_pretrained: expected a folder or a name, got {type(source).__name__}.")
     folder = find_checkpoint(Path(source))
     if folder.is_dir():
         _refuse(download, "a folder")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from talkingdit.errors import UserError
@@ -25,10 +25,12 @@ class StepWatch:
         tensors: names of those that it gets.
 
     Raises:
-        UserError: there is no such tensor.
+        UserError: the callback cannot be called, or there is no such tensor.
     """
 
     def __init__(self, pipe: Any, callback: Callback | None = None, tensors: Sequence[str] = TENSORS) -> None:
+        if callback is not None and not callable(callback):
+            raise UserError(f"callback_on_step_end: expected a function, got {type(callback).__name__}.")
         wanted = getattr(callback, "tensor_inputs", tensors)  # diffusers' own callbacks say it themselves
         if isinstance(wanted, str) or not set(wanted) <= set(TENSORS):
             raise UserError(
@@ -41,7 +43,8 @@ class StepWatch:
         """See `talkingdit.pipelines.long_video.StepDone`.
 
         Raises:
-            UserError: the family does not tell its latents, or those of the callback do not fit.
+            UserError: the family does not tell its latents, or what the callback gives is no dictionary or does not
+                fit.
             Interrupted: the pipeline was interrupted.
         """
         from talkingdit.pipelines.job import Interrupted
@@ -63,6 +66,10 @@ class StepWatch:
             )
         shown = {name: latents for name in self._wanted}
         given = self._callback(self._pipe, step, torch.as_tensor(timestep), shown) or {}
+        if not isinstance(given, Mapping):
+            raise UserError(
+                f"callback_on_step_end: expected a dictionary of tensors after step {step}, got {type(given).__name__}."
+            )
         replaced: Any = given.get("latents", latents)
         if latents is None or replaced is latents:
             return latents

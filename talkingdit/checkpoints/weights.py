@@ -97,7 +97,7 @@ class Weights:
         A tensor on the CPU may lie in a mapped file, whose file must not change while the tensor lives.
 
         Raises:
-            UserError: a file is damaged.
+            UserError: a file is damaged, or the device has no room for it.
         """
         by_file: dict[Path, list[tuple[str, TensorEntry]]] = {}
         for name, entry in self.entries.items():
@@ -108,8 +108,8 @@ class Weights:
                 for name, entry in entries:
                     try:
                         tensor = read(entry.key)
-                    except (SafetensorError, RuntimeError, OSError) as error:
-                        raise _damaged(file, error) from error
+                    except (SafetensorError, RuntimeError, OSError, AssertionError) as error:
+                        raise _unread(file, error, str(device)) from error
                     if entry.scale is not None:
                         tensor = _scaled(tensor, entry.scale)
                     yield name, tensor
@@ -139,6 +139,19 @@ def _reader(file: Path, device: str, stack: ExitStack) -> Callable[[str], Tensor
     except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from error
     return opened.get_tensor
+
+
+def _unread(file: Path, error: Exception, device: str) -> UserError:
+    """What is wrong where a tensor does not come to a device: a file that is good must not be downloaded again."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(
+            f"{file}: {device} has not enough memory for these weights; `talkingdit plan` says what makes them fit."
+        )
+    # Without CUDA, torch asserts that it is there.
+    if isinstance(error, RuntimeError | AssertionError) and torch.device(device).type != "cpu":
+        reason = " ".join(str(error).split())
+        return UserError(f"{file}: its weights cannot be brought to {device} ({reason[:160]}).")
+    return _damaged(file, error)
 
 
 def _damaged(file: Path, error: Exception) -> UserError:

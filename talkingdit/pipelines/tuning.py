@@ -73,8 +73,8 @@ def usual_device(small: bool = False) -> str:
     return "cuda" if torch.cuda.is_available() and not small else "cpu"
 
 
-def open_device(name: str, verb: str = "generate") -> torch.device:
-    """A device by its name.
+def open_device(name: torch.device | str, verb: str = "generate") -> torch.device:
+    """A device by its name, found to be there before anything is read for it.
 
     Raises:
         UserError: it cannot be used.
@@ -84,10 +84,23 @@ def open_device(name: str, verb: str = "generate") -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"{verb}: the device {name!r} cannot be used ({reason}).") from error
+        said = repr(str(name) if isinstance(name, torch.device) else name)
+        raise UserError(f"{verb}: the device {said} cannot be used ({reason}).") from error
     return device
+
+
+def check_dtype(dtype: Any, verb: str) -> None:
+    """Can weights be taken in a dtype?
+
+    Raises:
+        UserError: it is none of torch with floating point.
+    """
+    import torch
+
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"{verb}: expected a floating-point dtype of torch such as torch.bfloat16, got {dtype!r}.")
 
 
 def weights_dtype(name: str | None, device: torch.device) -> torch.dtype:

@@ -88,3 +88,9 @@ def test_what_is_wrong_is_said_and_changes_nothing(
         with pytest.raises(UserError, match=sentence):
             call()
     assert pipe.get_active_adapters() == ["style"]
+
+
+def test_what_is_no_lora_is_one_sentence(pipe: talkingdit.TalkingPipeline) -> None:
+    sentence = r"^load_lora_weights: expected a file, a folder or tensors by name, got int\.$"
+    with pytest.raises(UserError, match=sentence):
+        pipe.load_lora_weights(3)  # type: ignore[arg-type]

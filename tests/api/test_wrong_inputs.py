@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from api_world import World
 
 import talkingdit
-from talkingdit import families
+from talkingdit import families, models
 from talkingdit.api.materials import Materials
 from talkingdit.api.options import chosen
 from talkingdit.errors import UserError
@@ -35,7 +36,8 @@ BOX = (1, 2, 30, 40)
         ({"audio": (np.zeros(16000), 16000)}, "silen"),
         ({"audio": (np.full(16000, np.nan), 16000)}, "expected finite samples, got NaN or infinity"),
         ({"prompt": 3}, "prompt: expected words, got int."),
-        ({"num_inference_steps": 3}, "has no option 'num_inference_steps'; near ones are steps."),
+        ({"num_inference_steps": 3}, "has no option 'num_inference_steps'; here it is steps."),
+        ({"generator": torch.Generator()}, "has no option 'generator'; here it is seed."),
         ({"text_guidence": 3.0}, "has no option 'text_guidence'; near ones are text_guidance"),
         ({"emotion_strength": 1.0}, "has no option 'emotion_strength', only HunyuanVideo-Avatar."),
         ({"xyz": 1}, "has no option 'xyz'; there are audio_guidance, "),
@@ -47,6 +49,14 @@ BOX = (1, 2, 30, 40)
         ({"seed": -1}, "seed must be at least 0, got -1."),
         ({"upscale": 2}, "sheet, upscale and live go with an output"),
         ({"output": "out.avi"}, "expected a name that ends in .mp4, got '.avi'"),
+        ({"output": 3}, "output: expected a path, got int."),
+        ({"output": "out.mp4", "sheet": 3}, "sheet: expected a path, got int."),
+        ({"output": "out.mp4", "upscale": "2"}, "upscale: expected a whole number, got '2'."),
+        ({"audio_rate": "x"}, "audio_rate: expected a whole number, got 'x'."),
+        ({"progress": 3}, "progress: expected a function, got int."),
+        ({"warn": 3}, "warn: expected a function, got int."),
+        ({"callback_on_step_end": 3}, "callback_on_step_end: expected a function, got int."),
+        ({"callback_on_step_end": lambda *_: 3}, "expected a dictionary of tensors after step 0, got int."),
     ],
 )
 def test_one_sentence(world: World, pipe: talkingdit.TalkingPipeline, given: dict[str, Any], sentence: str) -> None:
@@ -71,6 +81,48 @@ def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load("nobody/nothing", cache_dir=tmp_path)
     with pytest.raises(UserError, match="memory"):
         load(memory="weights=none")
+    with pytest.raises(UserError, match=r"^from_pretrained: expected a folder or a name, got int\.$"):
+        load(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_sentence_and_moves_nothing(
+    world: World, pipe: talkingdit.TalkingPipeline, tmp_path: Path, device: str
+) -> None:
+    """It was said to be a damaged file, to be downloaded again, or came as torch's own error."""
+    asked = dict(checkpoint=world.checkpoint, device=device)
+    for attempt in (
+        lambda: talkingdit.TalkingPipeline.from_pretrained(world.checkpoint, device=device),
+        lambda: models.load_checkpoint(world.checkpoint, device=device),
+        lambda: models.load(world.checkpoint, device=device),
+        lambda: talkingdit.generate(world.face, world.given["audio"], tmp_path / "out.mp4", **asked),
+        lambda: pipe.to(device),
+        lambda: pipe.to(device, torch.bfloat16),
+        lambda: pipe.enable_model_cpu_offload(device=device),
+        lambda: pipe.enable_sequential_cpu_offload(device=device),
+        lambda: pipe.enable_group_offload(device),
+        lambda: pipe.enable_group_offload("cpu", device),
+    ):
+        with pytest.raises(UserError) as caught:
+            attempt()
+        assert "device" in str(caught.value)
+        assert "damaged" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", torch.int8])
+def test_a_dtype_that_weights_cannot_have_is_one_sentence(
+    world: World, pipe: talkingdit.TalkingPipeline, tmp_path: Path, dtype: Any
+) -> None:
+    for attempt in (
+        lambda: talkingdit.TalkingPipeline.from_pretrained(world.checkpoint, torch_dtype=dtype),
+        lambda: models.load_checkpoint(world.checkpoint, dtype),
+        lambda: models.load(world.checkpoint, dtype),
+        lambda: pipe.to(dtype=dtype),
+    ):
+        with pytest.raises(UserError, match=r"expected a .*floating-point dtype of torch"):
+            attempt()
 
 
 def test_a_name_on_the_hub_is_fetched(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

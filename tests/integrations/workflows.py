@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
 NOTES = ("Note", "MarkdownNote")
 
 
@@ -24,21 +25,37 @@ def to_prompt(graph: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _node(node: dict[str, Any], info: dict[str, Any], sources: dict[int, Any]) -> dict[str, Any]:
-    values, inputs = list(node["widgets_values"]), {}
-    types = info[node["type"]]
-    for name, (kind, *about) in {**types.get("required", {}), **types.get("optional", {})}.items():
-        if not isinstance(kind, list) and kind not in WIDGETS:
-            continue
-        if not values:
-            raise ValueError(f"{node['type']}: no value for {name}")
-        inputs[name] = values.pop(0)
-        if about and about[0].get("control_after_generate"):
-            values.pop(0)
-        if about and any(word.endswith("_upload") for word in about[0]):
-            values.clear()  # its buttons
+    values = list(node["widgets_values"])
+    inputs = _widgets(info[node["type"]], values, node["type"])
     if values and values != [None]:
         raise ValueError(f"{node['type']}: more values than widgets: {values}")
     for slot in node["inputs"]:
         if slot["link"] is not None:
             inputs[slot["name"]] = sources[slot["link"]]
     return {"class_type": node["type"], "inputs": inputs}
+
+
+def _widgets(types: dict[str, Any], values: list[Any], where: str) -> dict[str, Any]:
+    """Values by the names of widgets, taken off the front of the list.
+
+    A graph may be older than its node: an optional widget for which there is no value has its default, as on the page.
+    """
+    inputs = {}
+    for name, (kind, *about) in {**types.get("required", {}), **types.get("optional", {})}.items():
+        if not isinstance(kind, list) and kind not in (*WIDGETS, DYNAMIC):
+            continue
+        more = about[0] if about else {}
+        if not values and name not in types.get("optional", {}):
+            raise ValueError(f"{where}: no value for {name}")
+        if kind == DYNAMIC:  # a choice that brings widgets of its own
+            chosen = inputs[name] = values.pop(0) if values else more["options"][0]["key"]
+            brought = next(option["inputs"] for option in more["options"] if option["key"] == chosen)
+            below = _widgets(brought, values, f"{where} {name}")
+            inputs |= {f"{name}.{inner}": value for inner, value in below.items()}
+            continue
+        inputs[name] = values.pop(0) if values else more["default"]
+        if more.get("control_after_generate"):
+            values.pop(0)
+        if any(word.endswith("_upload") for word in more):
+            values.clear()  # its buttons
+    return inputs
