@@ -15,7 +15,7 @@ Everything is analysis by synthesis or linear photometry, nothing is learned, so
   (`measure_logo`);
 - speaker: of several people, the one whose mouth moves most within half a second.
 
-The layout of the scene is assumed: front view, one person or several side by side, as `Scene.placements` puts them.
+The layout of the scene is assumed: front view, one person or several, as `Scene.placements` puts them.
 `measure_probe_error` states the probe's own error on drawn frames.
 """
 
@@ -201,16 +201,17 @@ def _blurred(frames: Image) -> Image:
     return np.stack([cv2.GaussianBlur(frame, (0, 0), frames.shape[1] * _BLUR) for frame in frames])
 
 
-def _shirts(frames: Image) -> list[str]:
-    sides = _region(frames, 0.2, 0.88, 0.36, 0.97), _region(frames, 0.64, 0.88, 0.8, 0.97)
+def _shirts(frames: Image, behind: bool) -> list[str]:
+    outer, inner = (0.34, 0.41) if behind else (0.2, 0.36)  # heads in front hide the shoulders
+    sides = _region(frames, outer, 0.88, inner, 0.97), _region(frames, 1 - inner, 0.88, 1 - outer, 0.97)
     return _nearest(_median_colour(*sides), SHIRT)
 
 
-def _measure_person(frames: Image) -> tuple[FloatArray, list[Identity], list[str]]:
+def _measure_person(frames: Image, behind: bool) -> tuple[FloatArray, list[Identity], list[str]]:
     opening = ((measure_height(frames) - CLOSED_HEIGHT) / OPENING_HEIGHT).astype(np.float32)
     skins = _nearest(_skin_colour(frames), SKIN)
     hairs = _nearest(_median_colour(_region(frames, 0.42, 0.15, 0.58, 0.22)), HAIR)
-    shirts = _shirts(frames)
+    shirts = _shirts(frames, behind)
     backdrop = _median_colour(_region(frames, 0.0, 0.02, 0.08, 0.3), _region(frames, 0.92, 0.02, 1.0, 0.3)).mean(0)
     looks = list(zip(skins, hairs, shirts, strict=True))
     styles = _hair_styles(frames, looks, backdrop)
@@ -231,11 +232,11 @@ def probe(frames: Image, people: int = 1, fps: int = 16) -> Reading:
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.shape[1] != frames.shape[2] or frames.dtype != np.uint8:
         raise ValueError(f"probe: frames must be square uint8 RGB [F, S, S, 3], got {frames.dtype} {frames.shape}")
-    crops = [frames]
+    crops, placements = [frames], PLACEMENTS[people]
     if people > 1:
         size = frames.shape[1]
         crops = []
-        for x, y, scale in PLACEMENTS[people]:
+        for x, y, scale in placements:
             matrix = np.array([[scale, 0, (x - 0.5 * scale) * size], [0, scale, y * size]], np.float32)
             matrix[:, :2] *= size / _CANONICAL
             flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
@@ -244,7 +245,8 @@ def probe(frames: Image, people: int = 1, fps: int = 16) -> Reading:
                 for f in frames
             ]
             crops.append(np.stack(warped))
-    measured = [_measure_person(crop) for crop in crops]
+    front = max(y for _, y, _ in placements)
+    measured = [_measure_person(crop, y < front) for crop, (_, y, _) in zip(crops, placements, strict=True)]
     opening = np.stack([m[0] for m in measured])
     speed = np.abs(np.diff(opening, axis=1, prepend=opening[:, :1]))
     kernel = np.ones(max(1, fps // 2))
@@ -264,7 +266,7 @@ def measure_logo(frames: Image) -> list[tuple[str, str]]:
         frames: [F, S, S, 3] uint8 RGB.
     """
     found = [("", "")] * len(frames)
-    shirts = _shirts(frames)
+    shirts = _shirts(frames, behind=False)
     for shirt in set(shirts):
         members = [i for i, other in enumerate(shirts) if other == shirt]
         looks = [(shape, colour) for shape in LOGOS for colour in LOGO_COLOUR if colour != shirt]

@@ -190,6 +190,7 @@ def _person(
     body = np.array([0.5 + 0.35 * offset[0], 0.0])
     shoulders = np.array(
         [
+            [-0.42, 2.0],  # who stands behind others is seen below the own square
             [-0.42, 1.02],
             [-0.38, 0.86],
             [-0.28, 0.79],
@@ -198,6 +199,7 @@ def _person(
             [0.28, 0.79],
             [0.38, 0.86],
             [0.42, 1.02],
+            [0.42, 2.0],
         ]
     )
     canvas.box(head[0] - 0.09, head[1] + 0.2, head[0] + 0.09, 0.78, _shade(skin, 0.86))
@@ -263,9 +265,10 @@ def render(
     if size < 32:
         raise ValueError(f"render: size must be at least 32 pixels, got {size}")
     out = np.empty((frames, size, size, 3), np.uint8)
+    back_to_front = sorted(enumerate(scene.placements()), key=lambda person: person[1][1])
     for f in range(frames):
         image = _backdrop(scene, size * _SUPERSAMPLE, float(motion[0].phase[f]))
-        for p, (x, y, scale) in enumerate(scene.placements()):
+        for p, (x, y, scale) in back_to_front:
             _person(
                 _Canvas(image, x, y, scale),
                 scene.characters[p],

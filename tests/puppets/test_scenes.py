@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from talkingdit.puppets.probe import probe
 from talkingdit.puppets.render import MOUTH_INTERIOR
 from talkingdit.puppets.scenes import (
     Play,
@@ -68,6 +69,29 @@ def test_boxes_hold_the_mouths() -> None:
             inside[part] = True
         assert not (dark & ~inside).any()
         assert [box[0] for box in boxes] == sorted(box[0] for box in boxes)
+
+
+def test_no_face_of_three_hides_another_or_is_smaller_than_one_of_two() -> None:
+    """A voice belongs to a mask, and what an autoencoder keeps of a mouth depends on its pixels."""
+
+    def width(box: tuple[float, float, float, float]) -> float:
+        return box[2] - box[0]
+
+    boxes = face_boxes(3)
+    assert min(map(width, boxes)) >= 0.99 * min(map(width, face_boxes(2)))
+    for i, one in enumerate(boxes):
+        for other in boxes[:i]:
+            apart = max(one[0], other[0]) - min(one[2], other[2])
+            above = max(one[1], other[1]) - min(one[3], other[3])
+            assert max(apart, above) >= 0
+
+
+def test_who_stands_behind_is_recognised() -> None:
+    """The heads in front hide the shoulders of the second of three, whose shirt the probe reads between them."""
+    drawn = play(3)
+    reading = probe(drawn.draw(SIZE), 3, FPS)
+    for i, who in enumerate(drawn.scene.characters):
+        assert reading.identity_share(i, who) == 1
 
 
 def test_who_moves_is_who_speaks() -> None:

@@ -3,8 +3,8 @@
 
 Videos are drawn and encoded whole. A clip is a window of one that begins anywhere and may wrap around the end, as the
 windows of generation do (section 3.5, Algorithm 1): a model that saw only clips encoded by themselves would begin
-every window like a video. One to three people stand side by side. Some talk, each with a voice; of those who do not,
-some hear silence and some have no voice at all. In some videos a picture of somebody else tells the mood of all, or two
+every window like a video. There are one to three people. Some talk, each with a voice; of those who do not, some hear
+silence and some have no voice at all. In some videos a picture of somebody else tells the mood of all, or two
 pictures do, one after the other; in the others people keep the mood of the portrait.
 
 Videos are drawn once, in parts, so that an interrupted run goes on.
@@ -181,7 +181,7 @@ def precompute(scenes: DrawnScenes, seed: int = 0) -> None:
         "fps": scenes.fps,
         "seed": seed,
         "vae": weights.stat().st_size,
-        "drawing": 4,  # what is drawn, and what is kept of it
+        "drawing": 5,  # what is drawn, and what is kept of it
     }
     stamp = scenes.cache / "stamp.json"
     scenes.cache.mkdir(parents=True, exist_ok=True)
