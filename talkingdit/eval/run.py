@@ -222,7 +222,7 @@ def identity_of(pair: Pair, tools: Tools) -> str:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptVideo:
     """What a file holds of a video: also values of metrics and regions that nobody asks for at present.
 
     Attributes:
@@ -240,14 +240,14 @@ class Kept:
         features = {key: both for key, both in self.judged.features.items() if key in fresh}
         return replace(self.judged, values=values, features=features)
 
-    def add(self, judged: Judged, versions: Mapping[str, str]) -> Kept:
+    def add(self, judged: Judged, versions: Mapping[str, str]) -> KeptVideo:
         """The same with what was found anew in the place of what is known of the same metrics."""
         old = [key for key in self.versions if key not in versions]
         values = {key: value for key, value in self.judged.values.items() if key in old}
         features = {key: both for key, both in self.judged.features.items() if key in old}
         both = replace(judged, values=values | judged.values, features=features | judged.features)
         known = dict(self.versions) | dict(versions)
-        return Kept(both, {key: known[key] for key in [*both.values, *both.features]})
+        return KeptVideo(both, {key: known[key] for key in [*both.values, *both.features]})
 
     def save(self, file: Path) -> None:
         """Write it; features lie beside it and come first, and their digest says that they belong to these values."""
@@ -270,15 +270,15 @@ class Kept:
         write_whole(file, json.dumps(plain(content), allow_nan=False).encode())
 
 
-def load(file: Path) -> Kept:
+def load(file: Path) -> KeptVideo:
     """What a file holds; nothing where it is damaged, or where the features beside it are of another run."""
     try:
         content = json.loads(file.read_text("utf-8"))
         values = {key: _number(value) for key, value in content["values"].items()}
         features = _features(file.with_suffix(".safetensors"), content["features"], content["features_digest"])
-        return Kept(Judged(values, features, content["facts"], content["sheet"]), content["versions"])
+        return KeptVideo(Judged(values, features, content["facts"], content["sheet"]), content["versions"])
     except (OSError, ValueError, KeyError, TypeError):
-        return Kept()
+        return KeptVideo()
 
 
 def _features(
