@@ -80,7 +80,9 @@ def is_default(field: Field, value: Any) -> bool:
     """Does a widget say nothing?"""
     if field.default is None:
         return value in (UNSET, DEFAULT, "", None)
-    return bool(value == (field.default if field.flag.read is None else field.flag.write(field.default)))
+    if field.flag.read is None:
+        return bool(value == field.default)
+    return value in ("", field.flag.write(field.default))  # words that were taken out say nothing either
 
 
 def _value(family: Family, field: Field, value: Any) -> Any:

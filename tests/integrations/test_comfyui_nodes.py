@@ -484,6 +484,23 @@ def test_example_workflows_fit_the_nodes(comfy, path):
             assert re.search(r"(image|audio|file|checkpoint) must be one of", str(error)), error  # noqa: PT017
 
 
+@pytest.mark.parametrize("path", sorted((PACK / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_the_families_take_what_example_workflows_say(comfy, pack, path):
+    """ComfyUI checks kinds alone: words that a family refuses end the run when the video is asked for."""
+    graph = json.loads(path.read_text())
+    graph["nodes"] = [node for node in graph["nodes"] if node["type"].startswith("TalkingDiTOptions_")]
+    for node in to_prompt(graph, comfy.object_info()).values():
+        family = families.get(node["class_type"].removeprefix("TalkingDiTOptions_"))
+        said = {name: value for name, value in node["inputs"].items() if not isinstance(value, list)}
+        chosen(family, pack("widgets").values(family, said), Materials())
+
+
+def test_words_that_were_taken_out_say_nothing(pack):
+    family = families.get("hunyuan_avatar")
+    assert pack("widgets").values(family, {"step_cache": "", "size": "", "guidance": -1}) == {}
+    assert pack("widgets").values(family, {"step_cache": "0.1"}) == {"step_cache": "0.1"}
+
+
 def test_a_graph_that_is_older_than_its_nodes():
     """A choice of a node may since have brought further widgets, and a node may have got an optional one: the prompt is
     that of ComfyUI's own page (comfyui-frontend-package 1.49.6)."""
