@@ -7,12 +7,14 @@ The video is a drawn person and a voice, over and over; each verb runs as a prog
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,17 +58,29 @@ def peak_of(words: list[str]) -> float:
     return used.ru_maxrss / 1024
 
 
+def keep(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The figures as a result of this machine and commit."""
+    import torch
+
+    from bench import record
+
+    result = {**record.header("long-memory", torch.device("cpu"), quick=False), "rows": rows}
+    record.write(path, json.dumps(result, indent=1) + "\n")
+
+
 def main() -> int:
     """Print a line per verb; the exit status is 1 where the long video takes over a tenth more."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("verbs", nargs="*", help="curate, eval (default: both)")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--short", type=float, default=SHORT, help=f"minutes to compare with (default: {SHORT:g})")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="where the figures are kept (default: nowhere)")
     parser.add_argument("--metrics", default="ssim,psnr,found,sharpness", help="of eval")
     options = parser.parse_args()
     worse = 0
     with tempfile.TemporaryDirectory() as name:
         peaks: dict[str, list[float]] = {}
+        rows: list[dict[str, Any]] = []
         for minutes in (options.short, options.minutes):
             folder = Path(name) / f"{minutes:g}"
             (folder / "videos").mkdir(parents=True)
@@ -79,15 +93,16 @@ def main() -> int:
             for verb in options.verbs or words:
                 began = time.monotonic()
                 peaks.setdefault(verb, []).append(peak_of(words[verb]))
-                print(
-                    f"{verb}: {minutes:g} minutes: {peaks[verb][-1]:.0f} MB, {time.monotonic() - began:.0f} s",
-                    flush=True,
-                )
+                row = {"minutes": minutes, "mb": round(peaks[verb][-1]), "seconds": round(time.monotonic() - began)}
+                print(f"{verb}: {minutes:g} minutes: {row['mb']} MB, {row['seconds']} s", flush=True)
+                rows.append({"verb": verb, **row})
         for verb, (short, long) in peaks.items():
             worse += long > 1.1 * short
             print(
                 f"{verb}: {long / short:.2f} times the memory for {options.minutes / options.short:g} times the length"
             )
+        if options.out is not None:
+            keep(options.out, rows)
     return int(worse > 0)
 
 

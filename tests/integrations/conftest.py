@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
-from contract import ComfyUI, fill
+from contract import PACK, ComfyUI, fill
 
 
 @pytest.fixture(scope="module")
@@ -22,3 +23,9 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
     for name in set(sys.modules) - set(known):
         if name.startswith(("comfy", "folder_paths")) or "integrations/comfyui" in name:
             del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def pack(comfy: ComfyUI) -> Callable[[str], ModuleType]:
+    """A module of the pack by its name."""
+    return lambda name: sys.modules[f"{str(PACK).replace('.', '_x_')}.{name}"]
