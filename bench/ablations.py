@@ -20,16 +20,23 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bench import record
 
+if TYPE_CHECKING:
+    from training.config import Config
+
 _ROOT = Path(__file__).resolve().parent.parent
 RESULTS = _ROOT / "bench" / "results" / "ablations.json"
 # Modules with a `STUDY`.
-STUDIES = {"gloria": "bench.gloria_rows", "skyreels_audio": "bench.skyreels_rows"}
+STUDIES = {
+    "gloria": "bench.gloria_rows",
+    "skyreels_audio": "bench.skyreels_rows",
+    "hunyuan_avatar": "bench.avatar_rows",
+}
 
 Measured = Mapping[str, float]  # by name
 
@@ -102,6 +109,7 @@ class Study:
         config: file of training/configs that all rows start from.
         rows, claims: what is trained and measured.
         prepare: writes what training reads into a folder; called again, it goes on.
+        settle: says where a row's training finds it; None: a start and clips, by their names in the folder.
     """
 
     name: str
@@ -109,6 +117,7 @@ class Study:
     rows: tuple[Row, ...]
     claims: tuple[Claim, ...]
     prepare: Callable[[Path, Budget], None]
+    settle: Callable[[Config, Row, Path, Budget], None] | None = None
 
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
@@ -125,7 +134,7 @@ def train(chosen: Study, row: Row, folder: Path, budget: Budget) -> Path:
     if row.model:
         return train(chosen, chosen.row(row.model), folder, budget)
     out = folder / f"{chosen.name}_{row.name}"
-    if not (out / "model" / "config.json").is_file():
+    if not (out / "model").is_dir():  # which is written whole
         words = ["--train", f"{chosen.name}/{row.name}", "--folder", str(folder), *_words(budget)]
         subprocess.run([sys.executable, "-m", "bench.ablations", *words], check=True, cwd=_ROOT)
     return out / "model"
@@ -146,9 +155,12 @@ def run_training(chosen: Study, row: Row, folder: Path, budget: Budget) -> None:
     config = read_toml(_ROOT / "training" / "configs" / chosen.config)
     config.run.out = folder / f"{chosen.name}_{row.name}"
     config.run.seed, config.run.threads = budget.seed, budget.threads
-    config.model.start = folder / f"{chosen.name}_start"
-    for source in config.data.sources.values():
-        source.path = folder / f"{chosen.name}_clips"
+    if chosen.settle is not None:
+        chosen.settle(config, row, folder, budget)
+    else:
+        config.model.start = folder / f"{chosen.name}_start"
+        for source in config.data.sources.values():
+            source.path = folder / f"{chosen.name}_clips"
     config.run.minutes, config.run.steps = 0.0, 2
     if not budget.quick:
         # Rows are compared at equal steps, whatever else the machine did: as many as the first row took in its time.
@@ -196,8 +208,10 @@ class Table:
 
     @staticmethod
     def open(folder: Path, results: Path | None) -> Table:
+        """With what the folder and the results have; of a cell in both, the folder's."""
         file = folder / "cells.json"
-        return Table(file, results, json.loads(file.read_text()) if file.is_file() else {})
+        kept = [json.loads(one.read_text()) for one in (results, file) if one is not None and one.is_file()]
+        return Table(file, results, {key: cell for cells in kept for key, cell in cells.items()})
 
     def add(self, key: str, cell: dict[str, Any]) -> None:
         self.cells[key] = cell
