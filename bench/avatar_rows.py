@@ -4,7 +4,7 @@
 character injection  two held-out people who talk with held-out voices: how much the video moves, whether they stay who
                      they are, and how well mouths follow their voices, by the way in which the picture gets in
 
-All rows begin from the drawn people that ship, without what these have learned to do with the picture: the projection of
+All rows begin from the drawn people that ship, without what these have learned to do with it: the projection of
 (c) and the new channels of (b) begin at zero, and the tokenizer of (c) as the video's, which is how the paper begins.
 """
 
