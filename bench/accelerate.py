@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A block of diffusers' WanTransformer3DModel after `talkingdit.accelerate`, against the same block before.
+"""Transformers of diffusers after `talkingdit.accelerate`, against the same before.
 
+A block of WanTransformer3DModel, and a small HunyuanVideoTransformer3DModel whole, whose text ends in padding.
 Backward is with respect to the activations. Most of the time goes to matrix products and attention, which are the same
 code on both sides: the difference is what lies between them.
 """
@@ -19,12 +20,19 @@ from bench.cases import Benchmark, Case, size
 from bench.shapes import TokenShape
 
 SHAPES = {
-    "cpu": [TokenShape("wan-1.3b-3120", [(0, (2, 30, 52))], heads=12, dim=128)],
+    "cpu": [
+        TokenShape("wan-1.3b-3120", [(0, (2, 30, 52))], heads=12, dim=128),
+        TokenShape("hunyuan-tiny-2304", [(0, (9, 16, 16))], heads=2, dim=64),
+        TokenShape("hunyuan-tiny-9216", [(0, (9, 32, 32))], heads=2, dim=64),
+    ],
     "cuda": [
         TokenShape("wan-1.3b-32760", [(0, (21, 30, 52))], heads=12, dim=128),
         TokenShape("wan-14b-32760", [(0, (21, 30, 52))], heads=40, dim=128),
     ],
-    "quick": [TokenShape("tiny", [(0, (3, 4, 6))], heads=2, dim=12)],
+    "quick": [
+        TokenShape("tiny", [(0, (3, 4, 6))], heads=2, dim=12),
+        TokenShape("hunyuan-quick", [(0, (2, 4, 4))], heads=2, dim=64),
+    ],
 }
 _TEXT = 512
 _FFN = {12: 8960, 40: 13824}  # by heads, as released
@@ -48,6 +56,56 @@ def model(shape: TokenShape, dtype: torch.dtype, device: torch.device) -> Any:
     return made.requires_grad_(False)
 
 
+def hunyuan(shape: TokenShape, dtype: torch.dtype, device: torch.device) -> Any:
+    """A whole transformer of two blocks of each kind with random weights."""
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    with device:
+        made = HunyuanVideoTransformer3DModel(
+            in_channels=4, out_channels=4, num_attention_heads=shape.heads, attention_head_dim=shape.dim, num_layers=2,
+            num_single_layers=2, num_refiner_layers=1, patch_size=1, patch_size_t=1, text_embed_dim=64,
+            pooled_projection_dim=64, rope_axes_dim=(16, 24, 24), guidance_embeds=False,
+        )  # fmt: skip
+    return made.to(dtype).requires_grad_(False)
+
+
+def hunyuan_cases(shape: TokenShape, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    before = hunyuan(shape, dtype, device)
+    after = copy.deepcopy(before)
+    talkingdit.accelerate(after)
+    mask = (torch.arange(_TEXT, device=device) < _TEXT // 4)[None]
+    time = torch.full((1,), 500.0, device=device, dtype=dtype)
+
+    def inputs() -> tuple[Tensor, ...]:
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        return (
+            torch.randn(1, 4, *shape.video, **options),
+            torch.randn(1, _TEXT, 64, **options),
+            torch.randn(1, 64, **options),
+        )
+
+    def calling(model: Any) -> Callable[..., Tensor]:
+        def run(x: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
+            return model(x, time, text, mask, pooled, return_dict=False)[0]
+
+        return run
+
+    once = size(*before.parameters(), *inputs())
+    for direction in ("forward", "backward"):
+        yield Case(
+            "accelerate",
+            shape.name,
+            shape.tokens,
+            dtype,
+            direction,
+            bytes=once,
+            inputs=inputs,
+            ours=calling(after),
+            baselines={"diffusers": calling(before)},
+            has_out=False,
+        )
+
+
 def _call(block: nn.Module, rotary: tuple[Tensor, Tensor]) -> Callable[..., Tensor]:
     def run(x: Tensor, text: Tensor, time: Tensor) -> Tensor:
         return block(x, text, time, rotary)
@@ -56,6 +114,9 @@ def _call(block: nn.Module, rotary: tuple[Tensor, Tensor]) -> Callable[..., Tens
 
 
 def cases(shape: TokenShape, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    if shape.name.startswith("hunyuan"):
+        yield from hunyuan_cases(shape, dtype, device)
+        return
     before = model(shape, dtype, device)
     after = copy.deepcopy(before)
     for ours, theirs in zip(after.parameters(), before.parameters(), strict=True):

@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from bench import drawn_voices
 from bench.ablations import Budget, Claim, Measured, Row, Study
 from talkingdit.checkpoints.saving import save_model
 from talkingdit.families.hunyuan_avatar.evaluate import open_bench
@@ -46,9 +45,7 @@ def row(name: str, *, tokens: bool = False, channels: bool = False, projection: 
 
 def prepare(folder: Path, budget: Budget) -> None:
     """Voices, and for every row the weights that it begins from."""
-    if not (folder / "voices" / "index.jsonl").is_file():
-        words = [sys.executable, "-m", "training.voices", "--out", str(folder / "voices")]
-        subprocess.run(words, check=True)
+    drawn_voices.fetch(folder, budget)
     for each in STUDY.rows:
         start = start_of(folder, each)
         if not (start / "transformer" / "config.json").is_file():

@@ -9,6 +9,7 @@ shot, with another background, mouth and mood. Expressions are cut around the he
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,8 @@ from tqdm import tqdm
 from talkingdit.autoencoders.streaming import encode, to_video
 from talkingdit.data.sample import Sample
 from talkingdit.data.shards import ShardWriter
-from talkingdit.encoders.log_mel import SpeechFeatures
+from talkingdit.families.puppet.drawn import Voice
 from talkingdit.puppets.render import Image, render
-from talkingdit.puppets.visemes import visemes_from_audio
 from talkingdit.puppets.world import BACKGROUND, EXPRESSIONS, VIEWPOINTS, Character, FloatArray, Motion, Scene
 
 SIZE, FPS = 96, 16
@@ -73,7 +73,7 @@ def draw_clip(rng: np.random.Generator, voice: Any, latents: int, split: Any = "
     """A clip of a random character.
 
     Args:
-        voice: visemes of a voice.
+        voice: its mouth by frames, as `Voice` or `Visemes` have it.
         latents: of the clip, four frames each.
         split: of characters.
     """
@@ -136,27 +136,28 @@ class Encoder:
         return self.text_encoder.encode([caption]).features[0].float()
 
 
-def write_clips(folder: Path, encoder: Encoder, voice: FloatArray, count: int, latents: int, seed: int = 0) -> None:
+def write_clips(
+    folder: Path, encoder: Encoder, read: Callable[[], Sequence[Voice]], count: int, latents: int, seed: int = 0
+) -> None:
     """Draw and encode so many clips; what an earlier call has written stays.
 
     Args:
         folder: of the shards.
-        voice: [samples] at 16 kHz of the speech that is trained on, loudness normalised.
+        read: gives the voices to train on, of which every clip has one.
         latents: per clip.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "done.txt"
     first = int(done.read_text()) if done.is_file() else 0
-    visemes = visemes_from_audio(voice, FPS)
-    features = SpeechFeatures(fps=FPS)(voice, len(visemes.opening))
+    voices = read() if first < count else []
     part = 50  # clips of a shard: what an interrupt can cost
     for begin in tqdm(range(first, count, part), desc="drawing clips", disable=first >= count):
         writer = ShardWriter(folder, begin // part, 1 << 30)
         for index in range(begin, min(begin + part, count)):
             rng = np.random.default_rng((seed, index))
-            writer.add(
-                _sample(index, draw_clip(rng, visemes, latents), encoder, features, rng), {"fps": FPS}, torch.bfloat16
-            )
+            voice = voices[int(rng.integers(len(voices)))]
+            clip = draw_clip(rng, voice, latents)
+            writer.add(_sample(index, clip, encoder, voice.features, rng), {"fps": FPS}, torch.bfloat16)
         writer.finish()
         done.write_text(str(min(begin + part, count)))
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from bench import drawn_voices
 from bench.ablations import Budget, Claim, Measured, Row, Study
 from bench.drawn_anchors import FPS, KIND_OF, SIZE, Encoder, head_of, held_out_scene, other_shot, still, write_clips
 from talkingdit.autoencoders.streaming import to_frames
@@ -38,7 +39,6 @@ from talkingdit.puppets.render import Image
 from talkingdit.puppets.world import BACKGROUND, Scene
 
 NAME = "gloria"
-TRAINED_SHARE = 0.75  # of the voice; the rest is spoken in evaluation
 CLIP_LATENTS = 8
 TRUNK = ("patch_embedding.", "text_embedding.", "time_embedding.", "time_projection.", "blocks.", "head.")
 
@@ -49,11 +49,9 @@ def shipped() -> Any:
     return load_checkpoint(default_checkpoint())
 
 
-def voice(trained: bool) -> np.ndarray:
-    """The part of the voice that ships that is trained on, or the rest."""
-    whole = normalise_loudness(read_audio(default_checkpoint().parent / "voice.flac", SPEECH_RATE))
-    cut = int(len(whole) * TRAINED_SHARE)
-    return whole[:cut] if trained else whole[cut:]
+def voice() -> np.ndarray:
+    """What is spoken in evaluation."""
+    return normalise_loudness(read_audio(default_checkpoint().parent / "voice.flac", SPEECH_RATE))
 
 
 def prepare(folder: Path, budget: Budget) -> None:
@@ -66,7 +64,8 @@ def prepare(folder: Path, budget: Budget) -> None:
         save_tensors(trunk, start / "diffusion_pytorch_model.safetensors", {"format": "pt"})
         (start / "config.json").write_text(json.dumps({"_class_name": "WanModel", "model_type": "t2v"}))
     encoder = Encoder(shipped().vae, shipped().text_encoder)
-    write_clips(folder / f"{NAME}_clips", encoder, voice(True), budget.clips, CLIP_LATENTS, budget.seed)
+    clips, seed = folder / f"{NAME}_clips", budget.seed
+    write_clips(clips, encoder, lambda: drawn_voices.trained(folder, budget, FPS), budget.clips, CLIP_LATENTS, seed)
 
 
 # ---- Generation ------------------------------------------------------------------------------------------------------
@@ -89,7 +88,7 @@ def generate(
         scene: what the words ask for.
         frames: of the video; the voice is said again where it is shorter.
     """
-    said = voice(False)
+    said = voice()
     samples = frames * SPEECH_RATE // FPS
     said = np.tile(said, -(-samples // len(said)))[:samples]
     sampling = Sampling.of(Options(seed=seed, guidance=1.0, audio_guidance=2.0), made.settings)

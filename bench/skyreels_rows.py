@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ablations of SkyReels-Audio (arXiv:2506.00830, table 3, section 2.4) on the drawn world, see `bench.ablations`.
 
-audio RoPE, guidance,   a held-out character speaks a part of the voice that no clip has: correlation of the mouth
+audio RoPE, guidance,   a held-out character speaks with the voices of held-out speakers: correlation of the mouth
 facial mask loss        with the voice and its lag, identity and background
 BLF                     a longer one: change from frame to frame where windows meet, against elsewhere
 hybrid inference        a drawn video speaks other words: sync, and how well the model itself keeps the rest
@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import soundfile
 import torch
 from tqdm import tqdm
 
+from bench import drawn_voices
 from bench.ablations import Budget, Claim, Measured, Row, Study
 from bench.drawn_anchors import FPS, SIZE, Encoder, held_out_scene, still
 from talkingdit.autoencoders.streaming import to_frames
@@ -28,7 +30,7 @@ from talkingdit.checkpoints.saving import save_tensors
 from talkingdit.data.sample import Sample
 from talkingdit.data.shards import ShardWriter
 from talkingdit.encoders.log_mel import SpeechFeatures, normalise_loudness
-from talkingdit.families.puppet.drawn import mouth_cells
+from talkingdit.families.puppet.drawn import Voice, mouth_cells
 from talkingdit.families.skyreels_audio.checkpoint import SkyReelsAudioSettings
 from talkingdit.families.skyreels_audio.known import grey_out
 from talkingdit.families.skyreels_audio.load import load
@@ -50,7 +52,6 @@ from talkingdit.puppets.world import FloatArray, Motion, Scene
 
 NAME = "skyreels_audio"
 CLIP_LATENTS = 8
-TRAINED_SHARE = 0.7  # of the voice; the rest is spoken in evaluation
 TRUNK = ("patch_embedding.", "text_embedding.", "time_embedding.", "time_projection.", "blocks.", "head.")
 BOX = (32, 40, 64, 72)  # pixels of the lower face, wherever the head sways to
 
@@ -68,11 +69,11 @@ def shipped() -> Any:
     return load_checkpoint(default_checkpoint())
 
 
-def voice(trained: bool) -> FloatArray:
-    """The part of the voice that ships that is trained on, or the rest."""
+def shipped_voice() -> tuple[FloatArray, FloatArray]:
+    """The recording that ships, which no clip has, in two parts: what a video said before, and what it is to say."""
     whole = normalise_loudness(read_audio(default_checkpoint().parent / "voice.flac", SPEECH_RATE))
-    cut = int(len(whole) * TRAINED_SHARE)
-    return whole[:cut] if trained else whole[cut:]
+    half = len(whole) // 2
+    return whole[:half], whole[half:]
 
 
 # ---- Training data ---------------------------------------------------------------------------------------------------
@@ -87,33 +88,32 @@ def prepare(folder: Path, budget: Budget) -> None:
         trunk = {name: value for name, value in state.items() if name.startswith(TRUNK)}
         save_tensors(trunk, start / "diffusion_pytorch_model.safetensors", {"format": "pt"})
         (start / "config.json").write_text(json.dumps({"_class_name": "WanModel", "model_type": "t2v"}))
-    write_clips(folder / f"{NAME}_clips", budget)
+    write_clips(folder / f"{NAME}_clips", lambda: drawn_voices.trained(folder, budget, FPS), budget)
 
 
-def write_clips(folder: Path, budget: Budget) -> None:
+def write_clips(folder: Path, read: Callable[[], Sequence[Voice]], budget: Budget) -> None:
     """Draw and encode clips, as animation and as editing need them; what an earlier call has written stays."""
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "done.txt"
     first, part = int(done.read_text()) if done.is_file() else 0, 50
-    said = voice(True)
-    visemes = visemes_from_audio(said, FPS)
-    features = SpeechFeatures(fps=FPS)(said, len(visemes.opening))
+    voices = read() if first < budget.clips else []
     encoder = Encoder(shipped().vae, shipped().text_encoder)
     for begin in tqdm(range(first, budget.clips, part), desc="drawing clips", disable=first >= budget.clips):
         writer = ShardWriter(folder, begin // part, 1 << 30)
         for index in range(begin, min(begin + part, budget.clips)):
             rng = np.random.default_rng((budget.seed, 3, index))
-            writer.add(_sample(index, encoder, visemes, features, rng), {"fps": FPS}, torch.bfloat16)
+            voice = voices[int(rng.integers(len(voices)))]
+            writer.add(_sample(index, encoder, voice, rng), {"fps": FPS}, torch.bfloat16)
         writer.finish()
         done.write_text(str(min(begin + part, budget.clips)))
 
 
-def _sample(index: int, encoder: Encoder, visemes: Any, features: torch.Tensor, rng: np.random.Generator) -> Sample:
+def _sample(index: int, encoder: Encoder, voice: Voice, rng: np.random.Generator) -> Sample:
     count = 4 * CLIP_LATENTS
     scene = Scene.random(rng, "train")
-    begin = int(rng.integers(len(visemes.opening) - count))
-    opening = np.concatenate([[0.0], visemes.opening[begin : begin + count]]).astype(np.float32)
-    width = np.concatenate([[0.5], visemes.width[begin : begin + count]]).astype(np.float32)
+    begin = int(rng.integers(len(voice.opening) - count))
+    opening = np.concatenate([[0.0], voice.opening[begin : begin + count]]).astype(np.float32)
+    width = np.concatenate([[0.5], voice.width[begin : begin + count]]).astype(np.float32)
     motion = [Motion.random(rng, count + 1)]
     frames = render(scene, opening[None], width[None], motion, SIZE)
     whole = encoder.latents(frames)
@@ -124,7 +124,7 @@ def _sample(index: int, encoder: Encoder, visemes: Any, features: torch.Tensor, 
         source="drawn",
         latents=whole[:, 1:],
         reference=whole[:, :1],
-        audio=features[:, :, begin : begin + count],
+        audio=voice.features[:, :, begin : begin + count],
         caption=scene.caption(),
         text=encoder.text(scene.caption()),
         given=encoder.latents(_grey(frames, made))[:, 1:],
@@ -156,10 +156,9 @@ def pipeline(model: Path, kind: type[SkyReelsAudioPipeline] = SkyReelsAudioPipel
     return kind(WanI2VCheckpoint(load(model), parts.vae, *encoders))
 
 
-def speech(seconds: float) -> FloatArray:
-    """What is spoken in evaluation, again where it is shorter."""
-    said, count = voice(False), int(seconds * SPEECH_RATE)
-    return np.tile(said, -(-count // len(said)))[:count]
+def speech(model: Path, seconds: float, budget: Budget) -> list[FloatArray]:
+    """What is spoken in the cases of an evaluation, by speakers that no clip has."""
+    return drawn_voices.held_out(model.parent.parent, budget, seconds, budget.cases)
 
 
 def options_of(row: Row, seed: int, **more: Any) -> Options:
@@ -167,10 +166,9 @@ def options_of(row: Row, seed: int, **more: Any) -> Options:
     return Options(seed=seed, **chosen)
 
 
-def animate(made: SkyReelsAudioPipeline, row: Row, seconds: float, case: int) -> tuple[Image, FloatArray, Scene]:
+def animate(made: SkyReelsAudioPipeline, row: Row, said: FloatArray, case: int) -> tuple[Image, FloatArray, Scene]:
     """A held-out character speaks; its frames, and the true opening of the mouth."""
     scene, _ = held_out_scene(3000 + case)
-    said = speech(seconds)
     job = Job(image=Path("drawn.png"), audio=Path("drawn.wav"), output=Path("drawn.mp4"), prompt=scene.caption())
     inputs = Inputs(job, still(scene, np.random.default_rng(case)), said)
     found = outline(inputs, made.settings, options_of(row, case))
@@ -206,8 +204,8 @@ def seconds_of(budget: Budget) -> float:
 
 def speaks(row: Row, model: Path, budget: Budget) -> Measured:
     made, found = pipeline(model), []
-    for case in range(budget.cases):
-        frames, opening, scene = animate(made, row, seconds_of(budget), case)
+    for case, said in enumerate(speech(model, seconds_of(budget), budget)):
+        frames, opening, scene = animate(made, row, said, case)
         r, lag = sync(frames, opening)
         reading = probe(frames)
         truth = still(scene, np.random.default_rng(case))
@@ -221,8 +219,8 @@ def speaks(row: Row, model: Path, budget: Budget) -> Measured:
 def seams(row: Row, model: Path, budget: Budget) -> Measured:
     """Change from frame to frame over what windows share, in changes elsewhere."""
     made, ratios = pipeline(model), []
-    for case in range(budget.cases):
-        frames, _, _ = animate(made, row, max(4.0, seconds_of(budget)), case)
+    for case, said in enumerate(speech(model, max(4.0, seconds_of(budget)), budget)):
+        frames, _, _ = animate(made, row, said, case)
         change = np.abs(np.diff(frames.astype(float), axis=0)).mean((1, 2, 3))
         window, overlap = made.settings.chunk_latents, 1 if row.options["fusion"] == "none" else made.settings.overlap
         met = np.zeros(len(change), bool)
@@ -236,10 +234,10 @@ def seams(row: Row, model: Path, budget: Budget) -> Measured:
 def dub(
     made: SkyReelsAudioPipeline, row: Row, budget: Budget, case: int, said: FloatArray, folder: Path
 ) -> tuple[Image, Image, FloatArray]:
-    """A drawn video that spoke the trained part of the voice speaks something else: both, and the old opening."""
+    """A drawn video that spoke the shipped recording speaks something else: both, and the old opening."""
     scene, _ = held_out_scene(4000 + case)
     count = int(seconds_of(budget) * FPS)
-    old = visemes_from_audio(voice(True), FPS)
+    old = visemes_from_audio(shipped_voice()[0], FPS)
     opening, width = (np.asarray(values[:count], np.float32) for values in (old.opening, old.width))
     drawn = render(scene, opening[None], width[None], [Motion.random(np.random.default_rng(case), count)], SIZE)
     with VideoWriter(folder / "in.mp4", FPS, (SIZE, SIZE), crf=4) as writer:
@@ -260,14 +258,17 @@ def dub(
     return before, after, opening
 
 
-def edits(row: Row, model: Path, budget: Budget, kind: type[SkyReelsAudioPipeline], said: FloatArray) -> Measured:
+def edits(
+    row: Row, model: Path, budget: Budget, kind: type[SkyReelsAudioPipeline], said: Sequence[FloatArray]
+) -> Measured:
+    """Videos that say something else: sync to the new and to the old voice, and how well the rest is kept."""
     made, found = pipeline(model, kind), []
     outside = np.ones((SIZE, SIZE, 3), bool)
     outside[BOX[1] : BOX[3], BOX[0] : BOX[2]] = False
-    for case in range(budget.cases):
+    for case, samples in enumerate(said):
         with tempfile.TemporaryDirectory() as folder:
-            before, after, old = dub(made, row, budget, case, said, Path(folder))
-        new = visemes_from_audio(said, FPS).opening[: len(after)]
+            before, after, old = dub(made, row, budget, case, samples, Path(folder))
+        new = visemes_from_audio(samples, FPS).opening[: len(after)]
         kept = psnr(before, after, np.broadcast_to(outside, before.shape))
         found.append((sync(after, new)[0], sync(after, old)[0], kept))
     names = ("sync_new", "sync_old", "psnr_outside")
@@ -275,20 +276,17 @@ def edits(row: Row, model: Path, budget: Budget, kind: type[SkyReelsAudioPipelin
 
 
 def hybrid(row: Row, model: Path, budget: Budget) -> Measured:
-    return edits(row, model, budget, Raw, speech(seconds_of(budget)))
+    return edits(row, model, budget, Raw, speech(model, seconds_of(budget), budget))
 
 
 def dubbing(row: Row, model: Path, budget: Budget) -> Measured:
-    """By a voice of data/voices in another language where the row says so; without such voices nothing is measured."""
-    if row.name != "other_language":
-        return edits(row, model, budget, SkyReelsAudioPipeline, speech(seconds_of(budget)))
-    folder = Path("data/voices")
-    if not (folder / "index.jsonl").is_file():
-        return {"available": 0.0}
-    from talkingdit.families.puppet.evaluate import read_voices
-
-    [other] = read_voices(folder, seconds_of(budget), 1, np.random.default_rng(budget.seed))
-    return edits(row, model, budget, SkyReelsAudioPipeline, other.samples)
+    """The shipped speaker says something else, or speakers of other languages do."""
+    seconds = seconds_of(budget)
+    if row.name == "other_language":
+        said = speech(model, seconds, budget)
+    else:
+        said = [shipped_voice()[1][: int(seconds * SPEECH_RATE)]] * budget.cases
+    return edits(row, model, budget, SkyReelsAudioPipeline, said)
 
 
 STUDY = Study(

@@ -74,6 +74,29 @@ def test_same_output_and_gradients_and_restored_to_the_last_bit(kind: str | None
     assert not any(isinstance(getattr(m, "processor", None), HunyuanVideoProcessor) for m in model.modules())
 
 
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize(("lengths", "masked"), [((6,), 0), ((4,), 0), ((4, 4), 0), ((4, 6), 4), ((6, 6), 0)])
+def test_padding_of_the_text_is_left_out_where_all_samples_have_as_much(
+    lengths: tuple[int, ...], masked: int, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diffusers_hunyuan, "SMALL", 1 << 16 if small else 0)
+    model, given = make(), inputs(len(lengths))
+    given["encoder_attention_mask"] = torch.arange(6)[None] < torch.tensor(lengths)[:, None]
+    expected = run(model, given)
+    talkingdit.accelerate(model)
+    calls, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def count(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(kwargs.get("attn_mask") is not None)
+        return attention(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+        assert difference(run(model, given), expected) < 1e-5
+    if not small:
+        assert sum(calls) == masked + 1  # one more of the text's own refiner
+
+
 def test_blocks_of_very_small_streams_run_as_they_are() -> None:
     model, given = make(), inputs()
     expected = run(model, given)

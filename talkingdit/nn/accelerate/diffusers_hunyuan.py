@@ -39,6 +39,8 @@ class HunyuanVideoProcessor(StandIn):
     ) -> tuple[Tensor, Tensor | None]:
         given = (attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         if encoder_hidden_states is None or image_rotary_emb is None or is_small(hidden_states):
+            if attention_mask is not None and _keys_of(attention_mask) == attention_mask.shape[-1]:
+                given = (*given[:3], None, image_rotary_emb)  # a mask that hides nothing is only work
             return self.original(*given)
         if not fits(attn, hidden_states, image_rotary_emb):
             return self.original(*given)
@@ -62,6 +64,15 @@ class HunyuanVideoProcessor(StandIn):
         image = attn.to_out[1](attn.to_out[0](out[:, :length]))
         return image, attn.to_add_out(out[:, length:])
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """As of any processor; keys of padding behind the text are left out where that says what the mask says.
+
+        Without a mask torch can choose among all of its kernels, and those of the fastest libraries take none at all.
+        """
+        sharded = getattr(self.original, "_parallel_config", None) is not None
+        count = None if mask is None or sharded else _keys_of(mask)
+        return super().attend(q, k, v, mask) if count is None else super().attend(q, k[:, :count], v[:, :count], None)
+
     def single(self, attn: Any, x: Tensor, length: int, mask: Tensor | None, rotary: Rotary) -> Tensor:
         """Attention of image and text tokens [B, N + L, dim] with the same weights; the first `length` are rotated."""
         q, k, v = self._projected(attn, x, ("to_q", "to_k", "to_v"))
@@ -70,6 +81,29 @@ class HunyuanVideoProcessor(StandIn):
 
     def _projected(self, attn: Any, x: Tensor, names: tuple[str, str, str]) -> list[Tensor]:
         return [getattr(attn, name)(x).unflatten(2, (attn.heads, -1)) for name in names]
+
+
+def _keys_of(mask: Tensor) -> int | None:
+    """How many keys stand in front that every query of every sample attends to, and to no others.
+
+    Returns:
+        None where that cannot be said in one number, or not without breaking a graph that is being recorded.
+    """
+    if torch.compiler.is_compiling() or mask.dtype != torch.bool or mask.dim() != 4 or mask.is_meta:
+        return None
+    if mask.shape[1:3] != (1, 1) or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    # All blocks of a forward are given the same mask: the device is waited for once.
+    kept = mask.__dict__
+    if "_talkingdit_keys" not in kept:
+        seen = mask[:, 0, 0]
+        counts = seen.sum(1)
+        in_front = (seen[:, 1:] <= seen[:, :-1]).all()
+        least, most, leading = torch.stack([counts.min(), counts.max(), in_front.to(counts.dtype)]).tolist()
+        kept["_talkingdit_keys"] = (most if leading and least == most and most else None, mask._version)
+    count, version = kept["_talkingdit_keys"]
+    found: int | None = count if version == mask._version else None
+    return found
 
 
 def fits(attn: Any, x: Tensor, rotary: Rotary) -> bool:
