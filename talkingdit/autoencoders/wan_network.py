@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network of the Wan 2.1 autoencoder alone: what diffusers' `AutoencoderKLWan` computes, to the last bit.
+"""The network of the Wan 2.1 autoencoder alone: what diffusers' `AutoencoderKLWan` computes.
 
 diffusers is the library for this autoencoder, and what is trained, saved, tiled or shared by processes is of its class.
 To import it takes longer than a small model takes to make a video, so a video of a small model is made by this one.
 Names of layers and parameters, and the caches of a stream, are those of diffusers; `streaming.py` and `tail.py` use
 either.
+
+Results are diffusers' to the last bit, but for float32 on a CPU. There a convolution over time is a sum of convolutions
+of frames whose channels lie together, and equal up to rounding: torch 2.13 takes six times as long for the one as for
+the others where a latent is small (`findings/conv3d_one_video.sh`), and nine times for a norm over channels.
 """
 
 from __future__ import annotations
@@ -32,12 +36,49 @@ class WanCausalConv3d(nn.Conv3d):
         self._padding = (columns, columns, rows, rows, 2 * frames, 0)
         self.padding = (0, 0, 0)
 
+        self._taps: tuple[Any, list[Tensor]] = (None, [])
+
     def forward(self, x: Tensor, cache: Tensor | None = None) -> Tensor:
         padding = list(self._padding)
         if cache is not None and padding[4] > 0:
             x = torch.cat([cache, x], dim=2)
             padding[4] -= cache.shape[2]
+        trains = torch.is_grad_enabled() and self.weight.requires_grad
+        if x.dtype == torch.float32 and x.device.type == "cpu" and not (trains or torch.is_autocast_enabled("cpu")):
+            return self._by_frames(x, padding[4])
         return super().forward(F.pad(x, padding))
+
+    def _by_frames(self, x: Tensor, missing: int) -> Tensor:
+        """The same of [B, C, T, H, W] as a sum over the taps in time; so many frames of zeros are missing in front."""
+        taps, step, around = int(self.kernel_size[0]), int(self.stride[0]), (self._padding[2], self._padding[0])
+        count = (x.shape[2] + missing - taps) // step + 1
+        made: list[Tensor] = []
+        for tap in reversed(range(taps)):
+            skipped = max(0, -((tap - missing) // step))  # outputs for which this tap sees zeros; none for the last tap
+            if skipped < count:
+                first = tap - missing + step * skipped
+                seen = _frames(x[:, :, first : first + step * (count - skipped) : step])
+                bias = None if made else self.bias
+                part = F.conv2d(seen, self._tap(tap), bias, self.stride[1:], around).unflatten(0, (x.shape[0], -1))
+                if made:
+                    made[0][:, skipped:] += part
+                else:
+                    made.append(part)
+        return made[0].transpose(1, 2)
+
+    def _tap(self, number: int) -> Tensor:
+        """The weight of one of the frames, channels together; kept until the weight is another."""
+        weight = self.weight
+        key = (weight.data_ptr(), None if weight.is_inference() else weight._version)
+        if self._taps[0] != key:
+            taps = weight.detach().unbind(2)
+            self._taps = key, [tap.contiguous(memory_format=torch.channels_last) for tap in taps]
+        return self._taps[1][number]
+
+
+def _frames(x: Tensor) -> Tensor:
+    """The frames [B * T, C, H, W] of a video, the channels of a pixel together; a view where they are already."""
+    return x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
 
 
 class StreamCaches:
@@ -119,7 +160,8 @@ class WanResample(nn.Module):
         begins = isinstance(cache, str)
         stream.caches[number] = _last(x, torch.zeros_like(x[:, :, -1:]) if begins else cache)
         pairs = self.time_conv(x, None if begins else cache).unflatten(1, (2, -1))
-        return pairs.movedim(1, 3).flatten(2, 3)
+        pixels = pairs.permute(0, 3, 1, 4, 5, 2).flatten(1, 2)  # [B, 2 T, H, W, C]
+        return pixels.permute(0, 4, 1, 2, 3)
 
     def _halve(self, x: Tensor, stream: StreamCaches) -> Tensor:
         number, cache = stream.take()
