@@ -148,15 +148,18 @@ def measure_motion(frames: Image, scene: Scene, fps: int) -> dict[str, float]:
     return {"motion": float(moved), "identity": float(np.mean(shares))}
 
 
-def measure_seams(frames: Image, borders: Sequence[int]) -> float:
+def measure_seams(frames: Image, borders: Sequence[int], others: Sequence[int] | None = None) -> float:
     """Mean difference of the frames on both sides of a border, over that of other neighbours; 1 is no seam.
 
     Args:
         borders: first frames behind a border.
+        others: second frames of the neighbours to compare with, borders among them are left out; None: all frames.
     """
     steps = np.abs(np.diff(frames.astype(np.float32), axis=0)).mean((1, 2, 3))  # step i: frame i to i + 1
-    at = np.zeros(len(steps), bool)
+    at, compared = np.zeros(len(steps), bool), np.full(len(steps), others is None)
     at[[b - 1 for b in borders if 0 < b <= len(steps)]] = True
-    if not at.any() or at.all():
+    compared[[b - 1 for b in others or () if 0 < b <= len(steps)]] = True
+    compared &= ~at
+    if not at.any() or not compared.any():
         return float("nan")
-    return float(steps[at].mean() / max(float(steps[~at].mean()), 1e-9))
+    return float(steps[at].mean() / max(float(steps[compared].mean()), 1e-9))

@@ -134,3 +134,6 @@ def test_seams_stand_out() -> None:
     frames[8:] += 3
     assert measure_seams(frames, [8]) == pytest.approx(4)
     assert np.isnan(measure_seams(frames, []))
+    frames[4:] += 1
+    assert measure_seams(frames, [8], [4, 8]) == pytest.approx(2)
+    assert np.isnan(measure_seams(frames, [8], [8]))
