@@ -47,6 +47,7 @@ class Budget:
 
     Args:
         minutes: of training of the first row; the others take as many steps.
+        steps: of training of every row, whatever time that takes; 0: by minutes.
         clips: drawn for training.
         video_minutes: of the long videos.
         cases: videos per claim and row.
@@ -56,6 +57,7 @@ class Budget:
     """
 
     minutes: float = 30.0
+    steps: int = 0
     clips: int = 1200
     video_minutes: float = 5.0
     cases: int = 8
@@ -165,7 +167,9 @@ def run_training(chosen: Study, row: Row, folder: Path, budget: Budget) -> None:
     if not budget.quick:
         # Rows are compared at equal steps, whatever else the machine did: as many as the first row took in its time.
         first = folder / f"{chosen.name}_{chosen.rows[0].name}" / "log.jsonl"
-        if row is chosen.rows[0] or not first.is_file():
+        if budget.steps:
+            config.run.steps = budget.steps
+        elif row is chosen.rows[0] or not first.is_file():
             config.run.minutes = budget.minutes
         else:
             config.run.steps = steps_taken(first)
@@ -257,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     budget = Budget(**{name: getattr(options, name) for name in vars(Budget())})
     if budget.quick:
-        budget = Budget(0.0, 4, 0.02, 1, budget.seed, quick=True)
+        budget = Budget(0.0, 0, 4, 0.02, 1, budget.seed, quick=True)
     if options.train:
         name, _, row = options.train.partition("/")
         run_training(study(name), study(name).row(row), options.folder.resolve(), budget)

@@ -17,7 +17,7 @@ from talkingdit.families.gloria.anchors import KINDS
 from talkingdit.puppets.visemes import Visemes
 from training.config import read_toml
 
-QUICK = Budget(0.0, 4, 0.02, 1, quick=True)
+QUICK = Budget(0.0, 0, 4, 0.02, 1, quick=True)
 
 
 @pytest.mark.parametrize("name", list(ablations.STUDIES))
