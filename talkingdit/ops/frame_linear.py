@@ -24,6 +24,7 @@ _ARGS = (
 
 # Elements of a frame's result from which on the CPU takes frames one by one; for smaller ones, calls would cost more.
 _LARGE_FRAME = 1 << 16
+_ROOM = 32  # elements of bfloat16 that a CPU's matrix unit multiplies at once
 
 
 def used_for(x: Tensor) -> bool:
@@ -49,6 +50,12 @@ def _run(
     if not used_for(x):
         if tokens_per_frame * weight.shape[3] < _LARGE_FRAME:
             out.copy_(_per_frame(x, weight, bias, gate, mask, residual, tokens_per_frame, token_offset))
+            return
+        if (
+            gate is None
+            and mask is None
+            and _add_products(x, weight, bias, residual, tokens_per_frame, token_offset, out)
+        ):
             return
         # A frame at a time: nothing of the size of the result is made besides it, and where all have one dtype nothing
         # of the size of a frame either.
@@ -141,6 +148,44 @@ def _fake(  # type: ignore[no-untyped-def]
 
 _op = register(f"frame_linear({_ARGS}, str kernel) -> Tensor", _forward, _fake)
 _op_out = register(f"frame_linear_out({_ARGS}, bool add, Tensor(a!) out, str kernel) -> ()", _run, lambda *_: None)
+
+
+def _add_products(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    tokens_per_frame: int,
+    token_offset: int,
+    out: Tensor,
+) -> bool:
+    """Whole frames of bfloat16 in one batched product that adds to the residual; False where that does not fit.
+
+    The bias is one more row of the weight, and one more element of x that is 1. Wider types gain nothing by it.
+    """
+    given = [t for t in (x, weight, bias, residual, out) if t is not None]
+    if residual is None or any(t.dtype != torch.bfloat16 for t in given):
+        return False
+    if x.shape[1] % tokens_per_frame or token_offset % tokens_per_frame:
+        return False
+    if residual is not out and _overlap(residual, out):
+        return False
+    batch, inner, count = x.shape[0], x.shape[2], x.shape[1] // tokens_per_frame
+    first = token_offset // tokens_per_frame
+    rows, matrices = x.unflatten(1, (count, tokens_per_frame)), weight[:, first : first + count]
+    if bias is not None:
+        room = -(-(inner + 1) // _ROOM) * _ROOM
+        rows, matrices = x.new_zeros(*rows.shape[:3], room), x.new_zeros(batch, count, room, weight.shape[3])
+        rows[..., :inner], rows[..., inner] = x.unflatten(1, (count, tokens_per_frame)), 1
+        matrices[:, :, :inner], matrices[:, :, inner] = weight[:, first : first + count], bias
+    for sample in range(batch):
+        place = out[sample].unflatten(0, (count, tokens_per_frame))
+        if residual is out:
+            place.baddbmm_(rows[sample], matrices[sample])
+        else:
+            before = residual[sample].unflatten(0, (count, tokens_per_frame))
+            torch.baddbmm(before, rows[sample], matrices[sample], out=place)
+    return True
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

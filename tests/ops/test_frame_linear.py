@@ -62,6 +62,26 @@ def test_residual_and_out_may_be_two_views_of_one_memory(large: int, monkeypatch
     torch.testing.assert_close(memory, expected)
 
 
+@pytest.mark.parametrize("where", ["fresh", "out", "in place"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("frames", "offset"), [(3, 0), (2, 300)])
+def test_large_frames_of_bfloat16_are_added_to_the_residual(where: str, bias: bool, frames: int, offset: int) -> None:
+    """In one product on the CPU, rounded once: nearer to float64 than a product and a sum that are each rounded."""
+    given = sized(torch.bfloat16, B, 300 * frames, 3, 60, 256)
+    arguments = [given["x"], given["weight"], 300]
+    options = {"bias": given["bias"] if bias else None, "token_offset": offset}
+    wide = [t.double() for t in arguments[:2]]
+    exact = ops.frame_linear_reference(
+        *wide, 300, bias=given["bias"].double() if bias else None, residual=given["residual"].double(),
+        token_offset=offset,
+    )  # fmt: skip
+    residual = given["residual"].clone()
+    out = {"fresh": None, "out": torch.empty_like(residual), "in place": residual}[where]
+    got = ops.frame_linear(*arguments, residual=residual, out=out, **options)
+    assert relative(got, exact) < 2e-3
+    assert where == "in place" or torch.equal(residual, given["residual"])
+
+
 @pytest.mark.parametrize("offset", [0, 3])
 def test_no_tokens_are_no_problem(offset: int) -> None:
     given = draw(torch.float32)
