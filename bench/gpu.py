@@ -110,7 +110,7 @@ def steps() -> dict[str, GpuStep]:
         "graphs": GpuStep(gpu_checks.check_graphs, cap=45.0, dry=False),
         "large": GpuStep(gpu_checks.check_large, cap=30.0),
         "ops": GpuStep(_measure(shapes=first), cap=90.0),
-        "block": GpuStep(_measure_block, cap=75.0, needs=_MODEL_PACKAGES),
+        "block": GpuStep(_measure_block, cap=90.0, needs=_MODEL_PACKAGES),
         "compiled": GpuStep(_measure("-compiled", shapes=first, compile="only"), cap=120.0, dry=False),
         "blocks": GpuStep(_measure(shapes=first, blocks=True), cap=40.0, needs=_MODEL_PACKAGES),
         "shapes": GpuStep(_measure("-more", shapes=others), cap=90.0, dry=False),

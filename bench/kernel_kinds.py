@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 # The first pattern that is found in a kernel's name gives its kind.
 KINDS = {
     "talkingdit": r"talkingdit|\btd::|_ZN2td",
-    "attention": r"flash|fmha|attention|sdpa",
+    "attention": r"flash|fmha|attention|sdpa|attn",
     "matrix product": r"gemm|nvjet|cutlass|cublas|splitk|addmm|matmul|::mm\b|::bmm\b|linear",
     "norm": r"layer_?norm|rms_?norm|softmax",
     "copy": r"memcpy|memset|copy|clone|\bcat|::fill",

@@ -139,6 +139,35 @@ def test_a_gpu_has_a_table_with_the_best_baseline_and_one_of_whole_blocks(tmp_pa
     ]
 
 
+def test_a_report_is_of_ops_against_baselines_alone(tmp_path):
+    """A comparison of two builds, which `bench before` leaves in the same folder, has no baselines to show."""
+    save(tmp_path)
+    (expected,) = report.load(tmp_path)
+    save(tmp_path, name="before", rows=[{"op": "rope3d", "shape": "tiny", "old_us": 2.0, "new_us": 1.0}])
+    assert report.load(tmp_path) == [expected]
+
+
+def test_a_gpu_row_has_the_time_of_the_kernel_that_is_chosen_today(tmp_path):
+    """Not that of the one that was chosen when it was measured, which was what the table was filled from."""
+    row = {
+        **RESULT["rows"][0], "op": "frame_linear", "shape": "wan-s2v-14b-448x832", "dtype": "bfloat16",
+        "bytes": 600_000_000, "median_us": 474.0, "out_us": 475.0, "copy_us": 150.0,
+        "baselines": {"eager": 717.0, "general": 475.0, "cutlass": 250.0},
+    }  # fmt: skip
+    other = {**row, "shape": "another"}
+    later = {**row, "shape": "wan-s2v-14b-448x832 fp32 stream", "median_us": 249.0}
+    record.save(
+        {**RESULT, "device": "NVIDIA H200", "name": "frame_linear", "rows": [row, other, later]}, tmp_path, "cuda"
+    )
+    (result,) = report.load(tmp_path)
+    shown, unknown, chosen_then = result["rows"]
+    assert (shown["median_us"], shown["gbps"], shown["share_of_copy"]) == (250.0, 2400.0, 0.6)
+    assert shown["baselines"] == {"eager": 717.0, "general": 475.0}
+    assert "out_us" not in shown
+    assert unknown == other
+    assert chosen_then == later
+
+
 def test_the_readme_has_the_headlines_and_the_chart(root):
     first = {**RESULT["rows"][0], "dtype": "bfloat16"}
     rows = [first, {**first, "dtype": "float32"}, {**first, "shape": "another"}, {**first, "direction": "backward"}]

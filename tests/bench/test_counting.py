@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import counted_block, wan_block
+from bench import block, counted_block, harness, wan_block
 from bench.kernel_kinds import kind, summary
 from bench.traffic import Traffic
 from talkingdit import ops
@@ -51,6 +51,34 @@ def test_a_block_is_counted_by_operator_in_both_programs():
     assert ours["memory_bound_bytes"] < 0.5 * official["memory_bound_bytes"]
     assert 0.8 < ours["operations"] / official["operations"] < 1.01  # text and history are not encoded in every step
     assert "| bound by memory, GB |" in counted_block.table(found)
+    fp8, narrow = found["ours, fp8"], found["ours, 16-bit stream"]
+    assert fp8["operations"] == ours["operations"]
+    assert fp8["bytes"]["talkingdit::eight_bit_linear"] < ours["bytes"]["aten::addmm"]
+    assert "talkingdit::gate_residual_norm_modulate_eight_bit_out" in fp8["bytes"]
+    assert narrow["memory_bound_bytes"] < ours["memory_bound_bytes"]
+    assert narrow["operations"] == ours["operations"]
+
+
+def test_a_wrong_block_is_no_contestant(monkeypatch):
+    """In float8 it is left out with its error, and the others are measured; ours as it is by default ends the run."""
+    right, tiny = block._Ours.contestant, wan_block.SHAPES["tiny"]
+    setting = harness.Setting(torch.device("cpu"), quick=True)
+
+    def wrong(fp8):
+        def made(self, variant, heard):
+            found = right(self, variant, heard)
+            return found._replace(run=lambda x: 2 * x) if variant.fp8 == fp8 else found
+
+        return made
+
+    monkeypatch.setattr(block._Ours, "contestant", wrong(True))
+    entry = block.measure(tiny, setting, [block.Variant(), block.Variant(fp8=True)])
+    assert "must agree with the official block within 0.2, got" in entry["left_out"]["ours, fp8"]
+    assert "ours, fp8" not in entry
+    assert entry["ours"]["error"] < 1e-4
+    monkeypatch.setattr(block._Ours, "contestant", wrong(False))
+    with pytest.raises(RuntimeError, match=r"ours must agree with the official block within 0\.0001"):
+        block.measure(tiny, setting, [block.Variant()])
 
 
 @pytest.mark.parametrize(
@@ -59,6 +87,7 @@ def test_a_block_is_counted_by_operator_in_both_programs():
         ("void td::rope3d_kernel<__nv_bfloat16, 8>(td::RopeArgs)", "talkingdit"),
         ("void talkingdit::audio_attention_forward<128>(Params)", "talkingdit"),
         ("void flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64>>(Flash_fwd_params)", "attention"),
+        ("void qk_int_sv_f8_attn_kernel<128u, 64u, 32u, 64u, 128u>", "attention"),  # SageAttention's
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7", "attention"),
         ("nvjet_tst_256x128_64x4_1x2_h_bz_coopA_bias_TNT", "matrix product"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matrix product"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, gpu, gpu_checks, gpu_job, harness
+from bench import block, cases, gpu, gpu_checks, gpu_job, harness
 from bench.cases import SmallCase
 
 CPU = torch.device("cpu")
@@ -55,6 +55,12 @@ def test_a_dry_run_does_every_step_that_needs_no_gpu(tmp_path, capsys):
     assert step["moved_bytes"] < step["official_moved_bytes"]
     assert step["peak_bytes"] < step["official_peak_bytes"]
     assert step["official"]["kinds_us"]["matrix product"] > 0
+    ways = {str(variant): variant for variant in block.VARIANTS}
+    assert {name for name in ways if name in step} | step["left_out"].keys() == ways.keys()
+    for name, variant in ways.items():
+        if variant.attention == "auto":
+            assert step[name]["error"] < variant.limit(torch.float32)
+    assert "flash-attn-3, which is not installed" in step["left_out"]["ours, fp8, flash3 attention"]
     assert written["cpu-train_step.json"]["steps"]
 
 
