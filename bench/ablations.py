@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the papers claim of their parts, measured on the drawn world: a table of ablations, one command, resumable.
 
-    python -m bench.ablations [--only gloria anchors_hold_identity ...] [--minutes 30] [--folder runs/ablations]
+    python -m bench.ablations [--only gloria anchors_hold_identity ...] [--minutes 18] [--folder runs/ablations]
 
 A `Study` is a family's: it prepares data, trains a model for each of its rows, and measures its claims. A row is
 trained once and may serve several claims. Whatever is finished is kept in the folder: drawn clips, checkpoints of
@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -45,6 +47,9 @@ Measured = Mapping[str, float]  # by name
 class Budget:
     """How much is done.
 
+    The defaults are meant for 6 hours on two cores at most, all studies together: 11 trained rows of 18 minutes are 3.3
+    hours, which leaves 2.7 for drawing clips and measuring (each cell says its seconds).
+
     Args:
         minutes: of training of the first row; the others take as many steps.
         steps: of training of every row, whatever time that takes; 0: by minutes.
@@ -56,9 +61,9 @@ class Budget:
         quick: as little as goes through.
     """
 
-    minutes: float = 30.0
+    minutes: float = 18.0
     steps: int = 0
-    clips: int = 1200
+    clips: int = 800
     video_minutes: float = 5.0
     cases: int = 8
     seed: int = 0
@@ -75,12 +80,14 @@ class Row:
         config: changes of the configuration, by dotted key: {"conditions.anchors.of": "clip"}.
         options: what is said in generation, by name.
         model: the row whose weights it takes; empty: it is trained itself.
+        trained: False: it has no model at all; its measures say what they find in right videos.
     """
 
     name: str
     config: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     model: str = ""
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,8 @@ class Claim:
         name: in the table.
         says: the claim, in words.
         rows: names of the rows that are compared, the full model first.
-        measure: of a row, its exported model, and the budget; the same cases for each row.
+        measure: of a row, its exported model (of a row that trains none: a path where nothing is), and the budget; the
+            same cases for each row.
         better: names of measures, with True where more is better.
     """
 
@@ -132,11 +140,14 @@ def study(name: str) -> Study:
 
 
 def train(chosen: Study, row: Row, folder: Path, budget: Budget) -> Path:
-    """The exported model of a row; trained in a process of its own, which goes on where an earlier one was stopped."""
+    """The exported model of a row; trained in a process of its own, which goes on where an earlier one was stopped.
+
+    Of a row that trains none it is a path where nothing is.
+    """
     if row.model:
         return train(chosen, chosen.row(row.model), folder, budget)
     out = folder / f"{chosen.name}_{row.name}"
-    if not (out / "model").is_dir():  # which is written whole
+    if row.trained and not (out / "model").is_dir():  # which is written whole
         words = ["--train", f"{chosen.name}/{row.name}", "--folder", str(folder), *_words(budget)]
         subprocess.run([sys.executable, "-m", "bench.ablations", *words], check=True, cwd=_ROOT)
     return out / "model"
@@ -225,13 +236,60 @@ class Table:
             record.write(self.results, text)
 
 
+def named(names: Sequence[str]) -> list[tuple[Study, Claim]]:
+    """All claims of the studies that are named, or those claims alone; without names all there are.
+
+    Raises:
+        ValueError: a name is neither of a study nor of a claim.
+    """
+    there = [(chosen, claim) for chosen in map(study, STUDIES) for claim in chosen.claims]
+    known = [*STUDIES, *(claim.name for _, claim in there)]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"ablations: --only must name studies or claims ({', '.join(known)}), got {name!r}")
+    return [(chosen, claim) for chosen, claim in there if not names or chosen.name in names or claim.name in names]
+
+
+def trained_row(said: str) -> tuple[Study, Row]:
+    """The row that "study/row" names.
+
+    Raises:
+        ValueError: there is none, or it is not one that is trained itself.
+    """
+    name, _, row = said.partition("/")
+    if name not in STUDIES:
+        raise ValueError(f"ablations: --train must be STUDY/ROW with a study of {', '.join(STUDIES)}, got {said!r}")
+    chosen = study(name)
+    rows = {one.name: one for one in chosen.rows if one.trained and not one.model}
+    if row not in rows:
+        raise ValueError(f"ablations: --train {name}/ROW must name a row to train ({', '.join(rows)}), got {said!r}")
+    return chosen, rows[row]
+
+
+def check(budget: Budget) -> None:
+    """Whether there is anything to do.
+
+    Raises:
+        ValueError: a number is too small.
+    """
+    for one, least in (("steps", 0), ("clips", 1), ("cases", 1), ("seed", 0), ("threads", 1)):
+        if getattr(budget, one) < least:
+            raise ValueError(f"ablations: --{one} must be at least {least}, got {getattr(budget, one)}")
+    for one in ("minutes", "video_minutes"):
+        if not 0 < getattr(budget, one) < math.inf:
+            option = one.replace("_", "-")
+            raise ValueError(f"ablations: --{option} must be a number over 0, got {getattr(budget, one):g}")
+
+
 def run(names: Sequence[str], folder: Path, budget: Budget, results: Path | None) -> Table:
-    """All claims of the studies that are named, or those claims alone; what is measured already stays."""
+    """All claims of the studies that are named, or those claims alone; what is measured already stays.
+
+    Raises:
+        ValueError: a name is neither of a study nor of a claim.
+    """
+    wanted = named(names)
     folder.mkdir(parents=True, exist_ok=True)
     table = Table.open(folder, results)
-    wanted = [(chosen, claim) for chosen in map(study, STUDIES) for claim in chosen.claims]
-    if names:
-        wanted = [(chosen, claim) for chosen, claim in wanted if chosen.name in names or claim.name in names]
     for chosen, claim in wanted:
         for name in claim.rows:
             key = f"{chosen.name}/{claim.name}/{name}/{budget.seed}"
@@ -239,9 +297,13 @@ def run(names: Sequence[str], folder: Path, budget: Budget, results: Path | None
             if table.cells.get(key, {}).get("budget") == said["budget"]:
                 continue
             row = chosen.row(name)
-            chosen.prepare(folder, budget)
+            if row.trained:
+                chosen.prepare(folder, budget)
             model = train(chosen, row, folder, budget)
+            said["steps"] = steps_taken(model.parent / "log.jsonl") if row.trained else None
+            began = time.monotonic()
             found = dict(claim.measure(row, model, budget))
+            said["seconds"] = round(time.monotonic() - began, 1)
             about = record.header("ablations", torch.device("cpu"), budget.quick)
             said |= {name: about[name] for name in ("machine", "commit")} | {"threads": budget.threads}
             table.add(key, {"measured": found, "says": claim.says, "better": dict(claim.better), **said})
@@ -261,12 +323,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     budget = Budget(**{name: getattr(options, name) for name in vars(Budget())})
     if budget.quick:
-        budget = Budget(0.0, 0, 4, 0.02, 1, budget.seed, quick=True)
-    if options.train:
-        name, _, row = options.train.partition("/")
-        run_training(study(name), study(name).row(row), options.folder.resolve(), budget)
+        budget = Budget(clips=4, video_minutes=0.02, cases=1, seed=budget.seed, quick=True)
+    folder = options.folder.resolve()
+    try:
+        check(budget)
+        to_train = None if options.train is None else trained_row(options.train)
+        named(options.only)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"ablations: --folder must be a folder, got the file {folder}")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if to_train is not None:
+        run_training(*to_train, folder, budget)
         return 0
-    run(options.only, options.folder.resolve(), budget, None if budget.quick else RESULTS)
+    run(options.only, folder, budget, None if budget.quick else RESULTS)
     return 0
 
 

@@ -35,8 +35,11 @@ def claims_of(cells: Cells) -> Claims:
 
 
 def table(cells: Cells) -> str:
-    """A line per claim and row; an arrow tells whether more is better where the claim says so."""
-    lines = ["| claim | row | measured |", "|---|---|---|"]
+    """A line per claim and row; an arrow tells whether more is better where the claim says so.
+
+    Cells of right videos have no steps of training, nor have those that were measured before steps were kept.
+    """
+    lines = ["| claim | row | steps | measured |", "|---|---|---|---|"]
     for (_, claim), rows in claims_of(cells).items():
         for number, (row, cell) in enumerate(rows.items()):
             better = cell["better"]
@@ -45,7 +48,8 @@ def table(cells: Cells) -> str:
                 for name, value in cell["measured"].items()
             )
             about = f"{claim.replace('_', ' ')}: {cell['says']}" if number == 0 else ""
-            lines.append(f"| {about} | {row.replace('_', ' ')} | {measured} |")
+            steps = "" if cell.get("steps") is None else f"{cell['steps']:,}"
+            lines.append(f"| {about} | {row.replace('_', ' ')} | {steps} | {measured} |")
     return "\n".join(lines)
 
 

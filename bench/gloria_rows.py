@@ -3,25 +3,40 @@
 
 anchors hold identity        a long video from a portrait; who and what stands there at its start and at its end
 anchors are used, not copied the first frame shows the back, the words ask for the front, an anchor has the front
-                             in front of another background: is the logo right, and is the anchor's background not
-                             in the video?
+                             in front of another background: is the logo right, is the anchor's background not in
+                             the video, and is no frame nearer to an anchor than a right one would be?
 weak condition               the same with an anchor of an expression beside it: are both right?
+
+The row "right_videos" of each claim says what its measures find in videos that are drawn as the words ask.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from bench import drawn_voices
 from bench.ablations import Budget, Claim, Measured, Row, Study
-from bench.drawn_anchors import FPS, KIND_OF, SIZE, Encoder, head_of, held_out_scene, other_shot, still, write_clips
-from talkingdit.autoencoders.streaming import to_frames
+from bench.drawn_anchors import (
+    FPS,
+    KIND_OF,
+    SIZE,
+    Encoder,
+    head_of,
+    held_out_scene,
+    other_shot,
+    still,
+    talking,
+    write_clips,
+)
+from talkingdit.autoencoders.streaming import StreamingDecoder, to_frames
 from talkingdit.checkpoints.saving import save_tensors
 from talkingdit.encoders.log_mel import SpeechFeatures, normalise_loudness
 from talkingdit.families.gloria.checkpoint import GloriaSettings
@@ -36,6 +51,7 @@ from talkingdit.models import default_checkpoint, load_checkpoint
 from talkingdit.pipelines.long_video import generate_clips
 from talkingdit.puppets.probe import measure_logo, probe
 from talkingdit.puppets.render import Image
+from talkingdit.puppets.visemes import visemes_from_audio
 from talkingdit.puppets.world import BACKGROUND, Scene
 
 NAME = "gloria"
@@ -49,9 +65,11 @@ def shipped() -> Any:
     return load_checkpoint(default_checkpoint())
 
 
-def voice() -> np.ndarray:
-    """What is spoken in evaluation."""
-    return normalise_loudness(read_audio(default_checkpoint().parent / "voice.flac", SPEECH_RATE))
+def voice(frames: int) -> np.ndarray:
+    """What is spoken in a video of so many frames, [samples] at 16 kHz; the recording again where it is shorter."""
+    said = normalise_loudness(read_audio(default_checkpoint().parent / "voice.flac", SPEECH_RATE))
+    samples = frames * SPEECH_RATE // FPS
+    return np.tile(said, -(-samples // len(said)))[:samples]
 
 
 def prepare(folder: Path, budget: Budget) -> None:
@@ -68,7 +86,26 @@ def prepare(folder: Path, budget: Budget) -> None:
     write_clips(clips, encoder, lambda: drawn_voices.trained(folder, budget, FPS), budget.clips, CLIP_LATENTS, seed)
 
 
-# ---- Generation ------------------------------------------------------------------------------------------------------
+# ---- Videos ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a video is made of.
+
+    Args:
+        first: its first frame, [S, S, 3].
+        scene: what the words ask for.
+        anchors: given with it.
+        frames: how many.
+        seed: of its noise.
+    """
+
+    first: Image
+    scene: Scene
+    anchors: tuple[AnchorImage, ...]
+    frames: int
+    seed: int
 
 
 def pipeline(model: Path) -> GloriaPipeline:
@@ -78,27 +115,41 @@ def pipeline(model: Path) -> GloriaPipeline:
     return GloriaPipeline(WanI2VCheckpoint(load(model), parts.vae, parts.text_encoder, None, settings, model, speech))
 
 
-def generate(
-    made: GloriaPipeline, first: Image, scene: Scene, anchors: tuple[AnchorImage, ...], frames: int, seed: int
-) -> Iterator[Image]:
-    """Frames of a video, chunk by chunk.
-
-    Args:
-        first: its first frame.
-        scene: what the words ask for.
-        frames: of the video; the voice is said again where it is shorter.
-    """
-    said = voice()
-    samples = frames * SPEECH_RATE // FPS
-    said = np.tile(said, -(-samples // len(said)))[:samples]
-    sampling = Sampling.of(Options(seed=seed, guidance=1.0, audio_guidance=2.0), made.settings)
+def generate(made: GloriaPipeline, ask: Ask) -> Iterator[Image]:
+    """Frames of a video, chunk by chunk."""
+    sampling = Sampling.of(Options(seed=ask.seed, guidance=1.0, audio_guidance=2.0), made.settings)
     plan = chunk_plan(sampling.chunk_latents, made.settings.prefix_latents)
-    latents = latents_of_frames(frames)
-    details = Details(sampling, Options(), latents, anchors, plan)
-    features = SpeechFeatures(fps=FPS)(said, 1 + 4 * (latents - 1))
-    conditions = made.video(first, scene.caption(), details, features, frames=frames)
+    latents = latents_of_frames(ask.frames)
+    details = Details(sampling, Options(), latents, ask.anchors, plan)
+    features = SpeechFeatures(fps=FPS)(voice(ask.frames), 1 + 4 * (latents - 1))
+    conditions = made.video(ask.first, ask.scene.caption(), details, features, frames=ask.frames)
     for clip in generate_clips(made, conditions, len(list(plan.stages(latents)))):
         yield to_frames(clip.frames)
+
+
+def right_video(ask: Ask) -> Image:
+    """Frames [F, S, S, 3] that are drawn as the words ask, as the autoencoder gives them back."""
+    mouth = visemes_from_audio(voice(ask.frames), FPS, ask.frames)
+    return coded(talking(ask.scene, mouth.opening, mouth.width, np.random.default_rng([8, ask.seed])))
+
+
+def coded(frames: Image) -> Image:
+    """Frames [F, S, S, 3] through the autoencoder of all rows, some at a time so that any length fits into memory."""
+    encoder, part = Encoder(shipped().vae, shipped().text_encoder), 4 * CLIP_LATENTS + 1
+    seen = []
+    for begin in range(0, len(frames), part):
+        piece = frames[begin : begin + part]
+        whole = np.concatenate([piece, np.repeat(piece[-1:], -(len(piece) - 1) % 4, axis=0)])  # 1 + 4 n
+        seen.append(to_frames(StreamingDecoder(shipped().vae)(encoder.latents(whole)[None]))[: len(piece)])
+    return np.concatenate(seen)
+
+
+def maker(row: Row, model: Path) -> Callable[[Ask], Image]:
+    """How a row makes videos [F, S, S, 3]; that which trains nothing draws them."""
+    if not row.trained:
+        return right_video
+    made = pipeline(model)
+    return lambda ask: np.concatenate(list(generate(made, ask)))
 
 
 def global_anchor(first: Image, row: Row) -> tuple[AnchorImage, ...]:
@@ -115,16 +166,23 @@ def backdrop(frames: Image) -> np.ndarray:
     return np.median(corners.reshape(len(frames), -1, 3), axis=1)
 
 
+def anchor_distance(frames: Image, anchors: Sequence[Image]) -> float:
+    """Over frames [F, S, S, 3] the mean absolute difference of pixels to the nearest anchor [h, w, 3], 0..1."""
+    size = frames.shape[2], frames.shape[1]
+    shown = [cv2.resize(anchor, size).astype(np.float32) for anchor in anchors]
+    away = [[np.abs(frame - anchor).mean() / 255 for anchor in shown] for frame in frames]
+    return float(np.min(away, axis=1).mean())
+
+
 def hold_identity(row: Row, model: Path, budget: Budget) -> Measured:
     """Share of frames with the right character, and likeness of the background, in the first and the last tenth."""
-    made = pipeline(model)
+    make = maker(row, model)
     frames = max(8, round(budget.video_minutes * 60 * FPS))
     found: dict[str, list[float]] = {}
     for case in range(max(1, budget.cases // 4)):
         scene, who = held_out_scene(1000 + case)
         first = still(scene, np.random.default_rng(case))
-        chunks = list(generate(made, first, scene, global_anchor(first, row), frames, budget.seed + case))
-        video = np.concatenate(chunks)
+        video = make(Ask(first, scene, global_anchor(first, row), frames, budget.seed + case))
         tenth = max(4, len(video) // 10)
         for name, part in (("start", video[:tenth]), ("end", video[-tenth:])):
             found.setdefault(f"identity_{name}", []).append(probe(part).identity_share(0, who))
@@ -135,8 +193,8 @@ def hold_identity(row: Row, model: Path, budget: Budget) -> Measured:
 
 def _turned(row: Row, model: Path, budget: Budget, mood: bool) -> Measured:
     """From the back to the front, which an anchor shows in front of another background."""
-    made = pipeline(model)
-    logo, expression, copied, identity = [], [], [], []
+    make = maker(row, model)
+    found: dict[str, list[float]] = {}
     for case in range(budget.cases):
         rng = np.random.default_rng([7, case])
         scene, who = held_out_scene(2000 + case)
@@ -147,18 +205,21 @@ def _turned(row: Row, model: Path, budget: Budget, mood: bool) -> Measured:
             face = other_shot(scene, rng, viewpoint="front", expressions=scene.expressions)
             kind = KIND_OF[scene.expressions[0]]
             anchors += (AnchorImage("expression", kind, head_of(still(face, rng))),)
-        video = np.concatenate(list(generate(made, first, scene, anchors, 4 * CLIP_LATENTS + 1, budget.seed + case)))
-        late = video[len(video) // 2 :]
-        logo.append(float(np.mean([look == (who.logo, who.logo_colour) for look in measure_logo(late)])))
-        reading = probe(late)
-        identity.append(reading.identity_share(0, who))
-        expression.append(reading.expression_share(0, scene.expressions[0]))
+        ask = Ask(first, scene, anchors, 4 * CLIP_LATENTS + 1, budget.seed + case)
+        late, right = (video[len(video) // 2 :] for video in (make(ask), right_video(ask)))
         own, other = (np.array(BACKGROUND[name]) for name in (scene.background, shot.background))
-        seen = backdrop(late)
-        copied.append(float(np.mean(np.abs(seen - other).sum(1) < np.abs(seen - own).sum(1))))
-    found = {"logo_right": logo, "identity": identity, "copy_rate": copied}
-    if mood:
-        found["expression_right"] = expression
+        seen, reading, images = backdrop(late), probe(late), [anchor.image for anchor in anchors]
+        one = {
+            "logo_right": np.mean([look == (who.logo, who.logo_colour) for look in measure_logo(late)]),
+            "identity": reading.identity_share(0, who),
+            "copy_rate": np.mean(np.abs(seen - other).sum(1) < np.abs(seen - own).sum(1)),
+            "anchor_distance": anchor_distance(late, images),
+            "right_distance": anchor_distance(right, images),
+        }
+        if mood:
+            one["expression_right"] = reading.expression_share(0, scene.expressions[0])
+        for name, value in one.items():
+            found.setdefault(name, []).append(float(value))
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
@@ -179,26 +240,27 @@ STUDY = Study(
         Row("no_global_anchor", {"conditions.anchors.always": []}, {"no_global": True}),
         Row("no_superset", {"conditions.anchors.of": "clip"}),
         Row("equal_offsets", {"model.settings.anchor_offsets": EQUAL, "model.settings.anchor_step": 0.0}),
+        Row("right_videos", trained=False),
     ),
     claims=(
         Claim(
             "anchors_hold_identity",
             "a global anchor keeps character and background over minutes",
-            ("full", "no_global_anchor", "no_superset"),
+            ("full", "no_global_anchor", "no_superset", "right_videos"),
             hold_identity,
             {"identity_end": True, "background_end": True},
         ),
         Claim(
             "anchors_are_used_not_copied",
             "anchors from outside of the clip are looked things up in, not copied",
-            ("full", "no_superset"),
+            ("full", "no_superset", "right_videos"),
             use_anchors,
             {"logo_right": True, "copy_rate": False},
         ),
         Claim(
             "weak_condition_separates_anchors",
             "places in time keep anchors of two types apart",
-            ("full", "equal_offsets"),
+            ("full", "equal_offsets", "right_videos"),
             tell_apart,
             {"logo_right": True, "expression_right": True},
         ),

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
-from bench import ablations
+from bench import ablations, gloria_rows
 from bench.ablations import Budget, Claim, Row, Study, change, run, study
-from bench.drawn_anchors import anchors_of, draw_clip, held_out_scene, other_shot
+from bench.drawn_anchors import SIZE, anchors_of, draw_clip, head_of, held_out_scene, other_shot, still, talking
 from talkingdit.families.gloria.anchors import KINDS
 from talkingdit.puppets.visemes import Visemes
 from training.config import read_toml
@@ -48,7 +50,7 @@ def test_a_table_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytes
     fake = Study("fake", "", (Row("full"), Row("without", model="full")), (claim,), lambda folder, budget: None)
     monkeypatch.setattr(ablations, "STUDIES", {"fake": "nowhere"})
     monkeypatch.setattr(ablations, "study", lambda name: fake)
-    monkeypatch.setattr(ablations, "train", lambda *_: tmp_path)
+    finished(tmp_path / "fake_full", 7)
     with pytest.raises(KeyboardInterrupt):
         run((), tmp_path, QUICK, tmp_path / "results.json")
     assert list(json.loads((tmp_path / "results.json").read_text())) == ["fake/c/full/0"]
@@ -56,6 +58,98 @@ def test_a_table_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytes
     assert measured == ["full", "stopped", "without"]
     assert table.cells == json.loads((tmp_path / "results.json").read_text())
     assert table.cells["fake/c/without/0"]["measured"] == {"value": 7.0}
+
+
+def finished(folder: Path, steps: int) -> None:
+    """A training that is over, as far as a table looks at it."""
+    (folder / "model").mkdir(parents=True)
+    (folder / "log.jsonl").write_text(f'{{"step": 1}}\n{{"step": {steps}}}\n')
+
+
+def test_cells_say_how_long_their_model_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads the table of two folders sees which numbers are of equal training; right videos are of none."""
+    prepared: list[Path] = []
+
+    def measure(row: Row, model: Path, budget: Budget) -> dict[str, float]:
+        assert model.is_dir() == row.trained
+        return {"value": 1.0}
+
+    rows = (Row("full"), Row("weights_of_full", model="full"), Row("right_videos", trained=False))
+    claim = Claim("c", "says", tuple(row.name for row in rows), measure, {"value": True})
+    fake = Study("fake", "", rows, (claim,), lambda folder, budget: prepared.append(folder))
+    monkeypatch.setattr(ablations, "STUDIES", {"fake": "nowhere"})
+    monkeypatch.setattr(ablations, "study", lambda name: fake)
+    finished(tmp_path / "fake_full", 1412)
+    cells = run((), tmp_path, QUICK, None).cells
+    assert [cell["steps"] for cell in cells.values()] == [1412, 1412, None]
+    assert all(cell["seconds"] >= 0 for cell in cells.values())
+    assert len(prepared) == 2  # nothing is drawn to train what trains nothing
+
+
+def test_a_copied_anchor_has_no_distance_and_a_right_video_has() -> None:
+    scene, _ = held_out_scene(2000)
+    rng = np.random.default_rng(0)
+    shot = still(other_shot(scene, rng, viewpoint="front"), rng)
+    face, first = head_of(shot), still(scene.with_viewpoint("back"), rng)
+    right = talking(scene, rng.random(8).astype(np.float32), np.full(8, 0.5, np.float32), rng)
+    anchors = [first, shot, face]
+    copied = np.stack([shot, first, cv2.resize(face, (SIZE, SIZE))])
+    assert gloria_rows.anchor_distance(copied, anchors) == 0
+    assert gloria_rows.anchor_distance(right, anchors) > 0.02
+    # Of the nearest one, in the range of pixels.
+    assert gloria_rows.anchor_distance(np.zeros_like(right), [np.full((8, 8, 3), c, np.uint8) for c in (255, 51)]) == (
+        pytest.approx(0.2)
+    )
+
+
+def test_measures_of_right_videos_are_what_a_perfect_row_would_have() -> None:
+    """Through the same code as rows that are trained; what the autoencoder costs, a frame of 17, is all they lack."""
+    rows = {row.name: row for row in gloria_rows.STUDY.rows}
+    assert all("right_videos" in claim.rows for claim in gloria_rows.STUDY.claims)
+    found = gloria_rows.tell_apart(rows["right_videos"], Path("nowhere"), QUICK)
+    assert found["identity"] == 1
+    assert found["copy_rate"] == 0
+    assert min(found["logo_right"], found["expression_right"]) > 0.9
+    assert found["anchor_distance"] == found["right_distance"] > 0.02
+    held = gloria_rows.hold_identity(rows["right_videos"], Path("nowhere"), QUICK)
+    assert held["identity_start"] == held["identity_end"] == 1
+    assert min(held["background_start"], held["background_end"]) > 0.95
+
+
+def test_a_row_that_copies_an_anchor_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def copies(row: Row, model: Path) -> Any:
+        return lambda ask: np.repeat(ask.anchors[1].image[None], ask.frames, axis=0)
+
+    monkeypatch.setattr(gloria_rows, "maker", copies)
+    found = gloria_rows.use_anchors(Row("full"), Path("nowhere"), QUICK)
+    assert found["copy_rate"] == 1
+    assert found["anchor_distance"] == 0 < 0.02 < found["right_distance"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--only", "nonsense"], r"--only must name studies or claims \(gloria, .*got 'nonsense'"),
+        (["--only", "gloria", "dub"], r"--only must name studies or claims .*got 'dub'"),
+        (["--train", "foo/bar"], r"--train must be STUDY/ROW with a study of gloria, .*got 'foo/bar'"),
+        (["--train", "gloria"], r"must name a row to train \(full, .*got 'gloria'"),
+        (["--train", "gloria/right_videos"], r"must name a row to train \(full, .*got 'gloria/right_videos'"),
+        (["--train", "skyreels_audio/hybrid"], r"must name a row to train \(full, .*got 'skyreels_audio/hybrid'"),
+        (["--train", ""], r"--train must be STUDY/ROW .*got ''"),
+        (["--cases", "0"], r"--cases must be at least 1, got 0"),
+        (["--video-minutes", "-1"], r"--video-minutes must be a number over 0, got -1"),
+        (["--minutes", "nan"], r"--minutes must be a number over 0, got nan"),
+        (["--folder", __file__], r"--folder must be a folder, got the file .*test_ablations\.py"),
+    ],
+)
+def test_what_cannot_be_run_is_one_sentence(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablations, "run", None)  # never come to
+    assert ablations.main(["--folder", str(tmp_path / "none"), *words]) == 2
+    line = capsys.readouterr().err
+    assert re.fullmatch(f"ablations: .*{says}\n", line), line
+    assert not (tmp_path / "none").exists()
 
 
 def test_drawn_clips_have_anchors_of_every_kind_in_the_clip_and_out_of_it() -> None:

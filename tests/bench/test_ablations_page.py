@@ -12,8 +12,19 @@ import pytest
 from bench import ablations_page
 
 CELLS = {
-    "fake/rope/full/0": {"measured": {"sync": 0.74, "lag": 0.0}, "says": "a & b", "better": {"sync": True}},
+    "fake/rope/full/0": {
+        "steps": 1412,
+        "measured": {"sync": 0.74, "lag": 0.0},
+        "says": "a & b",
+        "better": {"sync": True},
+    },
     "fake/rope/no_rope/0": {"measured": {"sync": -0.05, "lag": 3.5}, "says": "a & b", "better": {"sync": True}},
+    "fake/rope/right_videos/0": {
+        "steps": None,
+        "measured": {"sync": 1.0, "lag": 0.0},
+        "says": "a & b",
+        "better": {"sync": True},
+    },
 }
 
 
@@ -26,13 +37,14 @@ def test_a_line_per_row_and_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ablations_page, "FIGURE", tmp_path / "figure.svg")
     assert ablations_page.main() == 0
     text = page.read_text()
-    assert "| rope: a & b | full | sync ↑ 0.74, lag 0 |" in text
-    assert "|  | no rope | sync ↑ -0.05, lag 3.5 |" in text
+    assert "| rope: a & b | full | 1,412 | sync ↑ 0.74, lag 0 |" in text
+    assert "|  | no rope |  | sync ↑ -0.05, lag 3.5 |" in text
+    assert "|  | right videos |  | sync ↑ 1, lag 0 |" in text
     assert "old" not in text
     assert text.startswith("before")
     assert text.endswith("after\n")
     shapes = ElementTree.parse(tmp_path / "figure.svg").iter("{http://www.w3.org/2000/svg}rect")
-    _, full, without = (one.attrib["width"] for one in shapes)  # behind the paper
+    _, full, without, _ = (one.attrib["width"] for one in shapes)  # behind the paper
     assert float(full) > 100
     assert float(without) == 0
 

@@ -21,6 +21,9 @@ STAGES = [(name, i) for name, file in CONFIGS.items() for i in range(len(read_to
 N = 600
 VIEWS = ("front", "back", "left", "right")
 FACES = ("surprise", "angry", "disgust", "fear", "contempt", "neutral", "happy", "sad")
+# Gloria, tables 5 and 6, in percent.
+VIEW_RATIOS = dict(zip(VIEWS, (29.6, 17.3, 27.9, 25.2), strict=True))
+FACE_RATIOS = dict(zip(FACES, (15.0, 8.2, 13.7, 10.1, 13.6, 8.1, 14.6, 16.7), strict=True))
 
 
 def full_sample(frames=6, **changes):
@@ -119,7 +122,7 @@ def test_a_sample_keeps_only_what_it_has():
     assert draw(full_sample(), 0, stage, 0).kept == frozenset(CONDITIONS)
 
 
-def test_gloria_gives_one_type_of_anchor_with_even_kinds_and_always_the_global_one():
+def test_gloria_gives_one_type_of_anchor_with_kinds_by_the_papers_ratios_and_always_the_global_one():
     stages = {stage.name: stage for stage in read_toml(CONFIGS["gloria"]).stages}
     sample = full_sample()
     assert draw(sample, 0, stages["audio"], 0).anchors == ()
@@ -129,21 +132,26 @@ def test_gloria_gives_one_type_of_anchor_with_even_kinds_and_always_the_global_o
     sets = Counter(frozenset(a.type for a in anchors) for anchors in drawn)
     assert set(sets) == {frozenset({"global", "viewpoint"}), frozenset({"global", "expression"})}
     assert near(sets[frozenset({"global", "viewpoint"})], N, 0.5)
-    for kinds, own in ((VIEWS, "viewpoint"), (FACES, "expression")):
+    for ratios, own in ((VIEW_RATIOS, "viewpoint"), (FACE_RATIOS, "expression")):
         of_type = [[a for a in anchors if a.type == own] for anchors in drawn]
         of_type = [anchors for anchors in of_type if anchors]
         sizes = Counter(len(anchors) for anchors in of_type)
-        assert set(sizes) == set(range(1, len(kinds) + 1))
-        # A kind is in a set of k out of n kinds with probability k / n, and k is even over 1..n: (n + 1) / 2n.
-        expected = (len(kinds) + 1) / (2 * len(kinds))
-        counts = Counter(a.kind for anchors in of_type for a in anchors)
-        for kind in kinds:
-            assert near(counts[kind], len(of_type), expected), (kind, counts[kind] / len(of_type))
+        assert set(sizes) == set(range(1, len(ratios) + 1))
         assert all(len({a.kind for a in anchors}) == len(anchors) for anchors in of_type)
     assert all(0 <= a.index < sample.outside[a.kind].shape[1] for anchors in drawn for a in anchors)
 
     both = draw(sample, 0, stages["both_types"], 0).anchors
     assert {a.type for a in both} == {"global", "viewpoint", "expression"}
+
+    for name in ("single_type", "both_types"):
+        anchors = stages[name].conditions.anchors
+        assert anchors.weights == VIEW_RATIOS | FACE_RATIOS
+        one = dataclasses.replace(anchors, most={"viewpoint": 1, "expression": 1})
+        stage = dataclasses.replace(stages[name], conditions=dataclasses.replace(stages[name].conditions, anchors=one))
+        for ratios, own in ((VIEW_RATIOS, "viewpoint"), (FACE_RATIOS, "expression")):
+            kinds = Counter(a.kind for n in range(4 * N) for a in draw(sample, n, stage, 0).anchors if a.type == own)
+            for kind, ratio in ratios.items():
+                assert near(kinds[kind], kinds.total(), ratio / sum(ratios.values())), (name, kind, kinds)
 
 
 def test_anchors_are_balanced_by_weights_and_come_from_what_is_there():
