@@ -244,6 +244,7 @@ class SkyReelsAudioPipeline(WanI2VPipeline):
             plan,
             lambda window, frames, step: self._predict(clip, window, frames, step),
             sampling.strengths.coefficients,
+            rescale=sampling.rescale_guidance,
             in_place=True,
             after=after,
         )
