@@ -11,7 +11,7 @@ Plans are in `plans.py`, one step of windows in `window_step.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,10 +20,13 @@ from torch import Tensor
 
 from talkingdit.distributed.team import ALONE, Team
 from talkingdit.pipelines.chunks import blend_chunks, lay_over
+from talkingdit.pipelines.finite import check_finite
 from talkingdit.pipelines.plans import ChunkPrefix, ClipPrefix, OverlapBlend, Plan, ShiftFusion, Stage
 from talkingdit.pipelines.window_step import Coefficients, Predict, StageStep, WindowSampler
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from talkingdit.distributed.layout import Parallel
     from talkingdit.pipelines.inputs import Inputs, Outline
 
@@ -338,6 +341,7 @@ def generate_clips(
 
     Raises:
         ValueError: a carry is missing, or there is one at the beginning.
+        UserError: the models make NaN or infinity.
     """
     made = _generated(pipeline, conditions, count, first, carry, progress, in_pieces=False)
     return (one for one in made if isinstance(one, GeneratedClip))
@@ -368,13 +372,40 @@ def _generated(
 ) -> Iterator[Tensor | GeneratedClip]:
     if (carry is None) != (first == 0):
         raise ValueError(f"generate: clip {first} {'needs' if first else 'takes no'} carry")
-    index = first
+    index, folder = first, pipeline.checkpoint.folder
+
+    def done(step: int = -1, timestep: float | Tensor = 0.0, latents: Tensor | None = None) -> Tensor | None:
+        # After every step, so that hours are not spent on what is lost.
+        if latents is not None:
+            check_finite(latents, "latents", f"clip {index + 1} after step {step + 1}", folder)
+        return latents if progress is None else progress(step, timestep, latents)
+
     while index < (total := count(index) if callable(count) else count):
-        given: Any = {"last": index == total - 1, "progress": progress}
+        given: Any = {"last": index == total - 1, "progress": done}
         if in_pieces:
-            clip = yield from pipeline.clip_in_pieces(conditions, index, carry, **given)
+            clip = yield from _checked(pipeline.clip_in_pieces(conditions, index, carry, **given), index, folder)
         else:
             clip = pipeline.clip(conditions, index, carry, **given)
+            _check_frames(clip.frames, index, folder)
         carry = clip.carry
         yield clip
         index += 1
+
+
+def _checked(
+    pieces: Generator[Tensor, None, GeneratedClip], index: int, folder: Path
+) -> Generator[Tensor, None, GeneratedClip]:
+    """The pieces of a clip, each looked at before it is told."""
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as whole:
+            clip: GeneratedClip = whole.value
+            return clip
+        _check_frames(piece, index, folder)
+        yield piece
+
+
+def _check_frames(frames: Tensor, index: int, folder: Path) -> None:
+    """An autoencoder's weights may be what is no number."""
+    check_finite(frames, "frames", f"clip {index + 1}", folder)

@@ -21,7 +21,10 @@ CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-LACKING = ("diffusers", "tyro", "docstring_parser", "typeguard", "soundfile", "av", "soxr", "ftfy", "webdataset")
+LACKING = (
+    *("diffusers", "tyro", "docstring_parser", "typeguard", "soundfile", "av", "soxr", "ftfy", "webdataset"),
+    "expecttest",
+)
 HIDE = f"""
 import sys
 

@@ -6,9 +6,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from clip_files import draw, voice, write_video
@@ -16,12 +19,16 @@ from s2v_run import _toml, train
 from tiny_avatar import TRANSFORMER, save_released
 
 from talkingdit.cli.main import main
+from talkingdit.data import ClipRequest
+from talkingdit.data.shards import PrecomputedShards
 from talkingdit.families.hunyuan_avatar.checkpoint import read_settings
+from talkingdit.families.hunyuan_avatar.clips import HunyuanAvatarEncoders
 from talkingdit.families.hunyuan_avatar.samples import sample_columns, split_text, voice_features
 from talkingdit.families.hunyuan_avatar.train import velocities
 from talkingdit.families.training import TrainBatch, TrainClip
 from talkingdit.models import load
-from training.config import tomllib
+from training.config import read_toml, tomllib
+from training.objective import prepare
 
 CONFIG = Path(__file__).parents[2] / "training" / "configs" / "hunyuan_avatar.toml"
 SETTINGS = {**TRANSFORMER, "rope_dim_list": [8, 8, 8]}
@@ -101,6 +108,67 @@ def test_features_and_text_of_a_sample() -> None:
     assert torch.equal(pooled, text[0, : model.config.text_states_dim_2])
 
 
+def test_pictures_of_emotions_reach_the_model_from_a_manifest(tmp_path: Path) -> None:
+    """Two pictures that take turns, the second by a mask that moves; without the module they change nothing."""
+    root = save_released(tmp_path / "avatar")
+    (root / "ckpts" / "pipeline.json").write_text(json.dumps({"size_multiple": 16}))
+    write_video(tmp_path / "a.mp4", draw(8, (32, 48)), 25, voice(8 / 25))
+    turn = np.zeros((8, 32, 48, 3), np.uint8)
+    turn[4:] = 255
+    write_video(tmp_path / "late.mp4", turn, 25)
+    cv2.imwrite(str(tmp_path / "smile.png"), draw(5, (32, 48))[4, ..., ::-1])
+    row = {
+        "video": "a.mp4",
+        "caption": "a person talking",
+        "outside": {"emotion": ["smile.png", 0.0]},
+        "regions": {"emotion 0": [0, 0, 1, 1], "emotion 1": "late.mp4"},
+    }
+    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    command = ["precompute", "--manifest", str(tmp_path / "m.jsonl"), "--checkpoint", str(root)]
+    sizes = ["--max-area", "32x48", "--clip-frames", "8", "--min-frames", "8"]
+    assert main([*command, "-o", str(tmp_path / "data"), *sizes]) == 0
+
+    (values,) = tomllib.loads("".join(_commented(CONFIG.read_text())))["model"].values()
+    assert values == {"emotion": True}  # what the configuration says to uncomment
+    stage = read_toml(CONFIG).stages[0]
+    stage = dataclasses.replace(
+        stage, conditions=dataclasses.replace(stage.conditions, drop_text=0.0, drop_audio=0.0, drop_reference=0.0)
+    )
+    kept = PrecomputedShards(tmp_path / "data")
+    sample = kept.sample(0, np.random.default_rng(0), ClipRequest())
+    first, second = sample.outside["emotion"].unbind(1)
+    encoders = HunyuanAvatarEncoders(root).load()
+    wanted = encoders.stills(draw(5, (32, 48))[4:])[:, 0]
+    assert torch.equal(first, wanted.bfloat16().float())
+    assert not torch.equal(first, second)
+
+    def velocity(model: Any, sample: Any) -> torch.Tensor:
+        item = prepare(sample, 0, stage, seed=0).clip
+        given = TrainBatch(clips=[item], texts=[sample.text], packed=False, device=torch.device("cpu"))
+        with torch.no_grad():
+            return velocities(model, given)[0]
+
+    def without(*numbers: int) -> Any:
+        pictures = sample.outside["emotion"].clone()
+        pictures[:, list(numbers)] = 0
+        return dataclasses.replace(sample, outside=sample.outside | {"emotion": pictures})
+
+    shows = tiny(**values, depth_single_blocks=0)
+    plain = velocity(shows, sample)
+    for number in range(2):  # no attention follows the one adapter: a frame sees its own picture alone
+        moved = (velocity(shows, without(number)) - plain).abs().amax((0, 2, 3)) > 1e-6
+        assert moved.tolist() == [number == 0, number == 1]
+    blind = tiny(depth_single_blocks=0)
+    assert torch.equal(velocity(blind, sample), velocity(blind, without(0, 1)))
+
+
+def _commented(text: str) -> Iterator[str]:
+    """The lines of a configuration that a comment says to uncomment."""
+    for line in text.splitlines():
+        if line.startswith(("# [model.settings]", "# emotion")):
+            yield line[2:] + "\n"
+
+
 # ---- A run -----------------------------------------------------------------------------------------------------------
 
 
@@ -117,8 +185,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 write_video(root / entry["video"], draw(16, (32, 48)), 25, voice(16 / 25))
                 entry |= {"regions": {"face": [0.2, 0.2, 0.6, 0.6]}} if number else {}
             else:
-                import cv2
-
                 entry["video"] = f"{kind}{number}.png"
                 cv2.imwrite(str(root / entry["video"]), draw(1, (32, 48))[0])
             entries.append(json.dumps(entry))

@@ -37,6 +37,8 @@ class Options(GenerationOptions):
     """how strongly to follow the voice, likewise (default: 4.5)"""
     printed_guidance: bool = False
     """equation 3 of the paper as it is printed, whose coefficients sum to 2"""
+    rescale_guidance: Annotated[float, Flag("R")] = 0.0
+    """how much of the contrast that guidance adds is taken back, 0 to 1"""
     shift: Annotated[float | None, Flag("S")] = None
     """of the noise levels (default: of the checkpoint)"""
     negative_prompt: Annotated[str | None, Flag("WORDS")] = None
@@ -66,6 +68,8 @@ class Options(GenerationOptions):
                 raise ValueError(f"generate: {name} must be at least {least}, got {value}")
         if self.video_steps is not None and self.video_steps < 0:
             raise ValueError(f"generate: video_steps must be at least 0, got {self.video_steps}")
+        if not 0 <= self.rescale_guidance <= 1:
+            raise ValueError(f"generate: rescale_guidance must be 0 to 1, got {self.rescale_guidance}")
         if self.shift is not None and not 0 < self.shift < float("inf"):
             raise ValueError(f"generate: shift must be a positive number, got {self.shift}")
         for name in ("guidance", "audio_guidance"):

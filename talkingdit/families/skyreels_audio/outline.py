@@ -43,6 +43,7 @@ class Sampling:
         steps, shift: of the denoising.
         guidance, audio_guidance: strengths of prompt and voice, in words of `talkingdit.pipelines.schedules`.
         form: see `talkingdit.pipelines.guidance`.
+        rescale_guidance: how much of the spread of the conditioned prediction the guided one gets back, 0 to 1.
         negative_prompt: what not to show.
         window, overlap, windows, fusion: see `Options`.
         video_steps: steps that see all of an edited video.
@@ -65,6 +66,7 @@ class Sampling:
     windows: int
     fusion: Fusion
     video_steps: int
+    rescale_guidance: float = 0.0
     match_colour: bool = False
     seed: int = 0
     batched: bool = True
@@ -93,6 +95,7 @@ class Sampling:
             guidance=str(chosen("guidance")),
             audio_guidance=str(chosen("audio_guidance")),
             form="printed" if options.printed_guidance else "text_first",
+            rescale_guidance=options.rescale_guidance,
             negative_prompt=chosen("negative_prompt"),
             window=chosen("window", "chunk_latents"),
             overlap=chosen("overlap"),

@@ -36,6 +36,7 @@ from talkingdit.media.colour import colours, match_colours
 from talkingdit.media.compose import compose
 from talkingdit.media.framing import fit_image
 from talkingdit.pipelines.features import encode_voice
+from talkingdit.pipelines.finite import check_finite
 from talkingdit.pipelines.guidance import Branch
 from talkingdit.pipelines.long_video import Carry, GeneratedClip, OverlapBlend, StepDone, denoise, go_on_from
 
@@ -181,6 +182,7 @@ class SkyReelsAudioPipeline(WanI2VPipeline):
         video = video[:, :, : min(stop, conditions.frames) - begin]
         anchor = None if carry is None else carry.get("colours")
         if details.edit is not None and self.parallel.team.rank == 0:
+            check_finite(video, "frames", f"clip {index + 1}", self.checkpoint.folder)  # bytes no longer tell
             video = self.composed(details.edit, video, begin)
         elif details.edit is None and sampling.match_colour:
             anchor, video = (colours(video), video) if anchor is None else (anchor, match_colours(video, anchor))
@@ -242,6 +244,7 @@ class SkyReelsAudioPipeline(WanI2VPipeline):
             plan,
             lambda window, frames, step: self._predict(clip, window, frames, step),
             sampling.strengths.coefficients,
+            rescale=sampling.rescale_guidance,
             in_place=True,
             after=after,
         )

@@ -146,6 +146,39 @@ def test_hybrid_inference_sees_the_video_in_the_first_steps_alone(folder: Path, 
     assert not torch.equal(frames[1], frames[2])
 
 
+def test_rescaled_guidance_gives_back_the_spread_of_the_conditioned_velocity(
+    folder: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from talkingdit.families.skyreels_audio.pipeline import SkyReelsAudioPipeline
+
+    predict, said = SkyReelsAudioPipeline._predict, []
+
+    def watched(self, clip, window, frames, step):
+        predictions = predict(self, clip, window, frames, step)
+        said.append((window.double(), [p.double() for p in predictions]))
+        return predictions
+
+    def done(step, timestep, latents):
+        said.append(latents[0].double())
+        return latents
+
+    monkeypatch.setattr(SkyReelsAudioPipeline, "_predict", watched)
+    found, phi = {}, 0.7
+    for rescale in (0.0, phi):
+        pipeline, conditions, _ = opened(
+            folder, files, windows=1, steps=1, guidance="3", audio_guidance="4", rescale_guidance=rescale
+        )
+        said.clear()
+        pipeline.clip(conditions, 0, progress=done)
+        (x, (given, text, none)), found[rescale] = said
+        velocity = 4 * given + (3 - 4) * text + (1 - 3) * none
+        factor = rescale * given.std() / velocity.std() + 1 - rescale
+        assert abs(rescale * (factor - 1)) >= 0.01 * rescale  # there is something to see
+        wanted = x - factor * velocity  # from noise 1 to 0; the first latent is given
+        torch.testing.assert_close(found[rescale][:, 1:], wanted[:, 1:], rtol=1e-5, atol=1e-5)
+    assert (found[phi] - found[0.0])[:, 1:].abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("fusion", ["both", "one", "none"])
 def test_every_fusion_makes_the_frames_of_all_windows(folder: Path, files: Path, fusion: str) -> None:
     pipeline, conditions, found = opened(
@@ -165,6 +198,7 @@ def test_a_portrait_speaks(folder: Path, files: Path, tmp_path: Path) -> None:
             *("generate", "--image", str(tmp_path / "a.png"), "--audio", str(files / "new.wav")),
             *("--checkpoint", str(folder), "--output", str(tmp_path / "out.mp4"), "--prompt", "a person talks"),
             *("--guidance", "2", "--printed-guidance", "--windows", "1", "--match-colour"),
+            *("--rescale-guidance", "0.5"),
         ]
     )
     frames = pictures(tmp_path / "out.mp4")
@@ -229,6 +263,8 @@ def test_several_processes_make_the_video_of_one(folder: Path, files: Path, proc
         (["--overlap", "3"], "overlap must be 1 to 2"),
         (["--guidance", "much"], "--guidance must be a number"),
         (["--video-steps", "-1"], "--video-steps must be at least 0"),
+        (["--rescale-guidance", "1.5"], "--rescale-guidance must be 0 to 1, got 1.5"),
+        (["--rescale-guidance", "nan"], "--rescale-guidance must be 0 to 1, got nan"),
     ],
 )
 def test_what_cannot_be_is_told_before_models_are_loaded(
