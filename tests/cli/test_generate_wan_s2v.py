@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from official import make_official
 
 from talkingdit.cli.main import main
 from talkingdit.media.files import VideoWriter, read_video
+from talkingdit.pipelines import inputs
 
 SECONDS = 1.4  # 23 frames: three clips of eight
 
@@ -66,6 +70,55 @@ def test_an_official_folder_makes_a_video(work: Path, folder: Path, capsys: pyte
     with av.open(str(work / "out.mp4")) as container:
         assert container.streams.audio[0].rate == 16000
         assert float(container.streams.audio[0].duration * container.streams.audio[0].time_base) > 1.3
+
+
+def test_a_voice_from_a_pipe_is_seen_while_it_is_spoken(
+    work: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raw samples that stall until the first clip can be watched, and the same sound at once in a container."""
+    rng = np.random.default_rng(0)  # heard all the time: the level is that of three seconds with sound
+    sound = (3000 * rng.standard_normal(16000 * 18 // 5)).astype(np.int16)
+    soundfile.write(work / "voice.wav", sound, 16000)
+    spoken, watched = (work / "voice.wav").read_bytes(), []
+    raw, heard = sound.astype("<i2").tobytes(), 2 * 16000 * 13 // 4  # bytes
+
+    def slowly(pipe: int) -> None:
+        _put(pipe, raw[:heard])
+        until = time.monotonic() + 60
+        while not (work / "slow.mp4").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        watched.append(len(frames_of(work / "slow.mp4")))
+        _put(pipe, raw[heard:])
+
+    for output, say, more in (
+        ("slow.mp4", slowly, ["--audio-rate", "16000"]),
+        ("fast.mp4", lambda pipe: _put(pipe, spoken), []),
+    ):
+        out, into = os.pipe()
+        monkeypatch.setattr(inputs, "STANDARD_INPUT", out)
+        speaker = threading.Thread(target=_said, args=(say, into))
+        speaker.start()
+        status = main([*arguments(work, folder, *more, output=output), "--audio", "-"])
+        speaker.join()
+        assert status == 0
+        assert f"{output}: 58 frames, 3.62 s of video at 16 fps" in capsys.readouterr().out
+    assert 0 < watched[0] < 58
+    assert left(work) == {"slow.mp4", "fast.mp4"}
+    slow = frames_of(work / "slow.mp4")
+    assert slow.shape == (58, 64, 64, 3)
+    np.testing.assert_array_equal(slow, frames_of(work / "fast.mp4"))
+
+
+def _put(pipe: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(pipe, data) :]
+
+
+def _said(say: Callable[[int], object], pipe: int) -> None:
+    try:
+        say(pipe)
+    finally:
+        os.close(pipe)
 
 
 @pytest.fixture(scope="module")
