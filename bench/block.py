@@ -45,7 +45,7 @@ _SECONDS = 1.0  # for each contestant and shape
 
 
 @dataclass(frozen=True)
-class Variant:
+class BlockVariant:
     """How ours computes.
 
     Attributes:
@@ -80,25 +80,25 @@ class Variant:
         return ", ".join(["ours", *(name for name, said in parts.items() if said)])
 
 
-_ABSORBED = Variant(absorb="value")
+_ABSORBED = BlockVariant(absorb="value")
 _LEAST = replace(_ABSORBED, fp8=True, residual="compute")
 _NAMED = ("cudnn", "flash3", "flash3_fp8", "sage")
 VARIANTS = (
-    Variant(),
+    BlockVariant(),
     _ABSORBED,
-    Variant(fp8=True),
-    *(Variant(fp8, attention) for attention in _NAMED for fp8 in (False, True)),
-    Variant(residual="compute"),
+    BlockVariant(fp8=True),
+    *(BlockVariant(fp8, attention) for attention in _NAMED for fp8 in (False, True)),
+    BlockVariant(residual="compute"),
     _LEAST,
 )
 # Those that differ in what they move; attention reads and writes the same.
 MOVING = (
-    Variant(),
+    BlockVariant(),
     _ABSORBED,
-    Variant(residual="compute"),
+    BlockVariant(residual="compute"),
     replace(_ABSORBED, residual="compute"),
-    Variant(fp8=True),
-    Variant(fp8=True, residual="compute"),
+    BlockVariant(fp8=True),
+    BlockVariant(fp8=True, residual="compute"),
     _LEAST,
 )
 
@@ -132,7 +132,7 @@ class _Ours:
         with torch.no_grad():
             self.time = clip_time(self.model, self.given["t"], self.conditions.shard.clips[0])
 
-    def contestant(self, variant: Variant, heard: Tensor) -> Contestant:
+    def contestant(self, variant: BlockVariant, heard: Tensor) -> Contestant:
         """`heard`: audio tokens, of which absorbed values are made."""
         block, injector, conditions = self.model.blocks[0], self.model.audio_injector, self.conditions
         assert conditions.text_kv is not None
@@ -180,7 +180,7 @@ def contestants(
     shape: wan_block.StepShape,
     device: torch.device,
     dtype: torch.dtype,
-    variants: Iterable[Variant] = VARIANTS,
+    variants: Iterable[BlockVariant] = VARIANTS,
     left_out: dict[str, str] | None = None,
 ) -> tuple[dict[str, Contestant], int]:
     """ "official" and variants of ours by name, and N.
@@ -214,7 +214,7 @@ def _errors(
     functions: dict[str, Contestant],
     x: Tensor,
     dtype: torch.dtype,
-    variants: Iterable[Variant],
+    variants: Iterable[BlockVariant],
     left_out: dict[str, str],
 ) -> dict[str, float]:
     """Relative errors by name. What fails or is too far off leaves the functions; one that must not raises."""
@@ -240,7 +240,7 @@ def _errors(
 
 
 def measure(
-    shape: wan_block.StepShape, setting: harness.Setting, variants: Iterable[Variant] = VARIANTS
+    shape: wan_block.StepShape, setting: harness.Setting, variants: Iterable[BlockVariant] = VARIANTS
 ) -> dict[str, Any]:
     """One entry of ``steps``."""
     device, variants = setting.device, tuple(variants)

@@ -72,13 +72,13 @@ def test_a_wrong_block_is_no_contestant(monkeypatch):
         return made
 
     monkeypatch.setattr(block._Ours, "contestant", wrong(True))
-    entry = block.measure(tiny, setting, [block.Variant(), block.Variant(fp8=True)])
+    entry = block.measure(tiny, setting, [block.BlockVariant(), block.BlockVariant(fp8=True)])
     assert "must agree with the official block within 0.2, got" in entry["left_out"]["ours, fp8"]
     assert "ours, fp8" not in entry
     assert entry["ours"]["error"] < 1e-4
     monkeypatch.setattr(block._Ours, "contestant", wrong(False))
     with pytest.raises(RuntimeError, match=r"ours must agree with the official block within 0\.0001"):
-        block.measure(tiny, setting, [block.Variant()])
+        block.measure(tiny, setting, [block.BlockVariant()])
 
 
 @pytest.mark.parametrize(
