@@ -35,8 +35,7 @@ class WanCausalConv3d(nn.Conv3d):
         frames, rows, columns = (int(n) for n in self.padding)
         self._padding = (columns, columns, rows, rows, 2 * frames, 0)
         self.padding = (0, 0, 0)
-
-        self._taps: tuple[Any, list[Tensor]] = (None, [])
+        self._taps: tuple[Tensor | None, int | None, list[Tensor]] = (None, None, [])
 
     def forward(self, x: Tensor, cache: Tensor | None = None) -> Tensor:
         padding = list(self._padding)
@@ -68,12 +67,15 @@ class WanCausalConv3d(nn.Conv3d):
 
     def _tap(self, number: int) -> Tensor:
         """The weight of one of the frames, channels together; kept until the weight is another."""
-        weight = self.weight
-        key = (weight.data_ptr(), None if weight.is_inference() else weight._version)
-        if self._taps[0] != key:
-            taps = weight.detach().unbind(2)
-            self._taps = key, [tap.contiguous(memory_format=torch.channels_last) for tap in taps]
-        return self._taps[1][number]
+        weight, (of, version, taps) = (
+            self.weight.detach(),
+            self._taps,
+        )  # keeps the memory, so that no other has its place
+        now = None if weight.is_inference() else self.weight._version
+        if of is None or of.data_ptr() != weight.data_ptr() or version != now or of.dtype != weight.dtype:
+            taps = [tap.contiguous(memory_format=torch.channels_last) for tap in weight.unbind(2)]
+            self._taps = weight, now, taps
+        return taps[number]
 
 
 def _frames(x: Tensor) -> Tensor:

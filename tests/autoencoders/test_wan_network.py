@@ -57,6 +57,24 @@ def test_the_same(kind: str, dtype: torch.dtype) -> None:
     assert same(decode_after(ours, latents, latents), decode_after(theirs, latents, latents))
 
 
+@torch.no_grad()
+def test_other_weights_are_taken_up() -> None:
+    """In place, as a state dict brings them, and in another dtype and back."""
+    _, ours = pair("wan", torch.float32)
+    theirs, _ = pair("wan", torch.float32)
+    latents = torch.randn(1, 16, 2, 4, 4)
+    before = StreamingDecoder(ours)(latents)
+    for parameter in theirs.parameters():
+        parameter.mul_(1.1)
+    ours.load_state_dict(theirs.state_dict())
+    want = StreamingDecoder(theirs)(latents)
+    assert not same(before, want)
+    assert same(StreamingDecoder(ours)(latents), want)
+    assert same(StreamingDecoder(ours.double().float())(latents), want)
+    with torch.inference_mode():
+        assert same(StreamingDecoder(ours)(latents).clone(), want)
+
+
 def test_whole_videos_of_diffusers_come_out() -> None:
     """Not by our loops over time, but by those of diffusers."""
     theirs, ours = pair("wan", torch.float32)

@@ -172,8 +172,10 @@ def test_widgets_say_nothing_until_they_are_moved(comfy, pack, name):
         assert about["tooltip"].startswith(helps[word])
         if isinstance(kind, list):
             moved[word] = next(choice for choice in kind if choice not in (about["default"], "default"))
-        elif kind in ("INT", "FLOAT"):
+        elif kind == "INT":
             moved[word] = max(about["default"], 1) + 63
+        elif kind == "FLOAT":
+            moved[word] = about["default"] + 0.5 if 0 <= about["default"] < 1 else max(about["default"], 1) + 63
         elif kind == "BOOLEAN":
             moved[word] = not about["default"]
     video = {"video": Path("film.mp4")} if "video" in helps else {}  # some options need it

@@ -97,6 +97,30 @@ def test_padding_of_the_text_is_left_out_where_all_samples_have_as_much(
         assert sum(calls) == masked + 1  # one more of the text's own refiner
 
 
+@pytest.mark.usefixtures("nothing_is_small")
+def test_in_inference_mode_and_with_a_mask_that_changes() -> None:
+    model, given = make(), inputs(1)
+    want = {}
+    for length in (4, 6):
+        given["encoder_attention_mask"] = torch.arange(6)[None] < length
+        want[length] = run(model, given)
+    talkingdit.accelerate(model)
+    mask = torch.arange(6)[None] < 4
+    given["encoder_attention_mask"] = mask
+    assert difference(run(model, given), want[4]) < 1e-5
+    mask.fill_(True)
+    assert difference(run(model, given), want[6]) < 1e-5
+    with torch.inference_mode():
+        given["encoder_attention_mask"] = torch.arange(6)[None] < 4
+        assert difference(model(**given)[0].clone(), want[4]) < 1e-5
+    seen = torch.arange(10).view(1, 1, 1, 10) < 7
+    assert diffusers_hunyuan._keys_of(seen) == 7
+    seen[..., 7:] = True
+    assert diffusers_hunyuan._keys_of(seen) == 10
+    seen[..., 0] = False
+    assert diffusers_hunyuan._keys_of(seen) is None
+
+
 def test_blocks_of_very_small_streams_run_as_they_are() -> None:
     model, given = make(), inputs()
     expected = run(model, given)

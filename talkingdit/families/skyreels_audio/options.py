@@ -37,8 +37,6 @@ class Options(GenerationOptions):
     """how strongly to follow the voice, likewise (default: 4.5)"""
     printed_guidance: bool = False
     """equation 3 of the paper as it is printed, whose coefficients sum to 2"""
-    rescale_guidance: Annotated[float, Flag("R")] = 0.0
-    """how much of the contrast that guidance adds is taken back, 0 to 1"""
     shift: Annotated[float | None, Flag("S")] = None
     """of the noise levels (default: of the checkpoint)"""
     negative_prompt: Annotated[str | None, Flag("WORDS")] = None
@@ -57,6 +55,9 @@ class Options(GenerationOptions):
     """less memory, more time: one prediction after the other"""
     memory: Annotated[str, Flag("SWITCHES")] = ""
     """fit a smaller card, in words that `plan` suggests: weights=cast_fp8,offload=block,text_encoder=cpu,vae=tiled"""
+    # New options go behind the others: saved workflows of ComfyUI know values by their places.
+    rescale_guidance: Annotated[float, Flag("R")] = 0.0
+    """how much of the contrast that guidance adds is taken back, 0 to 1"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

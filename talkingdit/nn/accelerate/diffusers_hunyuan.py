@@ -89,20 +89,21 @@ def _keys_of(mask: Tensor) -> int | None:
     Returns:
         None where that cannot be said in one number, or not without breaking a graph that is being recorded.
     """
-    if torch.compiler.is_compiling() or mask.dtype != torch.bool or mask.dim() != 4 or mask.is_meta:
+    if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta:
         return None
-    if mask.shape[1:3] != (1, 1) or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:3] != (1, 1):
+        return None
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     # All blocks of a forward are given the same mask: the device is waited for once.
-    kept = mask.__dict__
-    if "_talkingdit_keys" not in kept:
+    kept, version = mask.__dict__, None if mask.is_inference() else mask._version
+    if kept.get("_talkingdit_keys", (None, -1))[1] != version:
         seen = mask[:, 0, 0]
         counts = seen.sum(1)
         in_front = (seen[:, 1:] <= seen[:, :-1]).all()
         least, most, leading = torch.stack([counts.min(), counts.max(), in_front.to(counts.dtype)]).tolist()
-        kept["_talkingdit_keys"] = (most if leading and least == most and most else None, mask._version)
-    count, version = kept["_talkingdit_keys"]
-    found: int | None = count if version == mask._version else None
+        kept["_talkingdit_keys"] = (most if leading and least == most and most else None, version)
+    found: int | None = kept["_talkingdit_keys"][0]
     return found
 
 
