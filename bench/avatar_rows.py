@@ -15,31 +15,29 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from bench import drawn_voices
 from bench.ablations import Budget, Claim, Measured, Row, Study
 from talkingdit.checkpoints.saving import save_model
-from talkingdit.families.hunyuan_avatar.evaluate import open_bench
+from talkingdit.families.hunyuan_avatar.evaluate import motion_row, open_bench
 from talkingdit.families.hunyuan_avatar.injection import copy_bias
 from talkingdit.families.hunyuan_avatar.load import load
 from talkingdit.families.hunyuan_avatar.model import HunyuanAvatarModel
-from talkingdit.families.hunyuan_avatar.truth import Ask
 from talkingdit.models import PEOPLE_NAME, find_checkpoint
-from talkingdit.puppets.scenes import measure_motion, measure_mouths
 from training.config import Config
 
 NAME = "hunyuan_avatar"
 PATCHES, PROJECTION = "img_in.proj.weight", ("ref_in.", "before_proj.")
+WAYS, SETTINGS = ("reference_tokens", "reference_channels", "reference_projection"), "model.settings."
 SECONDS = 15.0  # of a video
 
 
 def row(name: str, *, tokens: bool = False, channels: bool = False, projection: bool = False) -> Row:
     """A row with some of the ways."""
-    ways = {"reference_tokens": tokens, "reference_channels": channels, "reference_projection": projection}
+    ways = dict(zip(WAYS, (tokens, channels, projection), strict=True))
+    settings = {SETTINGS + way: taken for way, taken in ways.items()}
     # The rate is low because the model is good already.
-    settings = {f"model.settings.{way}": taken for way, taken in ways.items()}
     return Row(name, {**settings, "optim.lr": 1e-3, "optim.muon_lr": 1e-3, "optim.warmup_steps": 50})
 
 
@@ -49,7 +47,7 @@ def prepare(folder: Path, budget: Budget) -> None:
     for each in STUDY.rows:
         start = start_of(folder, each)
         if not (start / "transformer" / "config.json").is_file():
-            save_start(start, {key.rpartition(".")[2]: value for key, value in each.config.items() if "model" in key})
+            save_start(start, {way: each.config[SETTINGS + way] for way in WAYS})
 
 
 def start_of(folder: Path, chosen: Row) -> Path:
@@ -96,14 +94,7 @@ def injection(chosen: Row, model: Path, budget: Budget) -> Measured:
             truth=False,
         ),
     )
-    found = []
-    for number in range(bench.scenes):
-        scene, said = bench.scene(number, 2), [bench.voice(number + i).samples for i in range(2)]
-        frames = bench.generate(Ask(scene, said, seed=bench.seed + number))
-        truth = np.stack([bench.truth(samples, len(frames)) for samples in said])
-        sync = float(np.mean(measure_mouths(frames, truth, bench.fps)["own"]))
-        found.append({**measure_motion(frames, scene, bench.fps), "sync": sync})
-    return {name: float(np.nanmean([one[name] for one in found])) for name in ("identity", "motion", "sync")}
+    return motion_row(bench)
 
 
 STUDY = Study(

@@ -45,7 +45,12 @@ def trained(folder: Path, budget: Budget, fps: int) -> Sequence[Voice]:
     return read_voices(fetch(folder, budget), "train", fps)
 
 
-def held_out(folder: Path, budget: Budget, seconds: float, count: int) -> list[FloatArray]:
-    """So many stretches of speech [n] at 16 kHz of speakers that no clip has, the speakers in turn."""
-    voices = fetch(folder, budget)
-    return [voice.samples for voice in read_held_out(voices, seconds, count, np.random.default_rng(budget.seed))]
+def held_out(folder: Path, budget: Budget, seconds: float, count: int, but: str = "") -> list[FloatArray]:
+    """So many stretches of speech [n] at 16 kHz of speakers that no clip has, the speakers in turn.
+
+    Args:
+        but: a language that is left out, of the two of `training.voices`.
+    """
+    voices, rng = fetch(folder, budget), np.random.default_rng(budget.seed)
+    found = read_held_out(voices, seconds, 2 * count if but else count, rng)
+    return [voice.samples for voice in found if voice.language != but][:count]

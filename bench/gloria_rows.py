@@ -90,7 +90,7 @@ def prepare(folder: Path, budget: Budget) -> None:
 
 
 @dataclass(frozen=True)
-class TurnedCase:
+class VideoCase:
     """What a video is made of.
 
     Args:
@@ -115,7 +115,7 @@ def pipeline(model: Path) -> GloriaPipeline:
     return GloriaPipeline(WanI2VCheckpoint(load(model), parts.vae, parts.text_encoder, None, settings, model, speech))
 
 
-def generate(made: GloriaPipeline, ask: TurnedCase) -> Iterator[Image]:
+def generate(made: GloriaPipeline, ask: VideoCase) -> Iterator[Image]:
     """Frames of a video, chunk by chunk."""
     sampling = Sampling.of(Options(seed=ask.seed, guidance=1.0, audio_guidance=2.0), made.settings)
     plan = chunk_plan(sampling.chunk_latents, made.settings.prefix_latents)
@@ -127,7 +127,7 @@ def generate(made: GloriaPipeline, ask: TurnedCase) -> Iterator[Image]:
         yield to_frames(clip.frames)
 
 
-def right_video(ask: TurnedCase) -> Image:
+def right_video(ask: VideoCase) -> Image:
     """Frames [F, S, S, 3] that are drawn as the words ask, as the autoencoder gives them back."""
     mouth = visemes_from_audio(voice(ask.frames), FPS, ask.frames)
     return coded(talking(ask.scene, mouth.opening, mouth.width, np.random.default_rng([8, ask.seed])))
@@ -144,7 +144,7 @@ def coded(frames: Image) -> Image:
     return np.concatenate(seen)
 
 
-def maker(row: Row, model: Path) -> Callable[[TurnedCase], Image]:
+def maker(row: Row, model: Path) -> Callable[[VideoCase], Image]:
     """How a row makes videos [F, S, S, 3]; that which trains nothing draws them."""
     if not row.trained:
         return right_video
@@ -182,7 +182,7 @@ def hold_identity(row: Row, model: Path, budget: Budget) -> Measured:
     for case in range(max(1, budget.cases // 4)):
         scene, who = held_out_scene(1000 + case)
         first = still(scene, np.random.default_rng(case))
-        video = make(TurnedCase(first, scene, global_anchor(first, row), frames, budget.seed + case))
+        video = make(VideoCase(first, scene, global_anchor(first, row), frames, budget.seed + case))
         tenth = max(4, len(video) // 10)
         for name, part in (("start", video[:tenth]), ("end", video[-tenth:])):
             found.setdefault(f"identity_{name}", []).append(probe(part).identity_share(0, who))
@@ -205,7 +205,7 @@ def _turned(row: Row, model: Path, budget: Budget, mood: bool) -> Measured:
             face = other_shot(scene, rng, viewpoint="front", expressions=scene.expressions)
             kind = KIND_OF[scene.expressions[0]]
             anchors += (AnchorImage("expression", kind, head_of(still(face, rng))),)
-        ask = TurnedCase(first, scene, anchors, 4 * CLIP_LATENTS + 1, budget.seed + case)
+        ask = VideoCase(first, scene, anchors, 4 * CLIP_LATENTS + 1, budget.seed + case)
         late, right = (video[len(video) // 2 :] for video in (make(ask), right_video(ask)))
         own, other = (np.array(BACKGROUND[name]) for name in (scene.background, shot.background))
         seen, reading, images = backdrop(late), probe(late), [anchor.image for anchor in anchors]

@@ -156,9 +156,9 @@ def pipeline(model: Path, kind: type[SkyReelsAudioPipeline] = SkyReelsAudioPipel
     return kind(WanI2VCheckpoint(load(model), parts.vae, *encoders))
 
 
-def speech(model: Path, seconds: float, budget: Budget) -> list[FloatArray]:
-    """What is spoken in the cases of an evaluation, by speakers that no clip has."""
-    return drawn_voices.held_out(model.parent.parent, budget, seconds, budget.cases)
+def speech(model: Path, seconds: float, budget: Budget, but: str = "") -> list[FloatArray]:
+    """What is spoken in the cases of an evaluation, by speakers that no clip has; not in the language `but`."""
+    return drawn_voices.held_out(model.parent.parent, budget, seconds, budget.cases, but)
 
 
 def options_of(row: Row, seed: int, **more: Any) -> Options:
@@ -280,10 +280,10 @@ def hybrid(row: Row, model: Path, budget: Budget) -> Measured:
 
 
 def dubbing(row: Row, model: Path, budget: Budget) -> Measured:
-    """The shipped speaker says something else, or speakers of other languages do."""
+    """The shipped speaker, an Italian whom no clip has, says something else, or a speaker of another language does."""
     seconds = seconds_of(budget)
     if row.name == "other_language":
-        said = speech(model, seconds, budget)
+        said = speech(model, seconds, budget, but="it")
     else:
         said = [shipped_voice()[1][: int(seconds * SPEECH_RATE)]] * budget.cases
     return edits(row, model, budget, SkyReelsAudioPipeline, said)

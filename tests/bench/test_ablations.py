@@ -11,11 +11,14 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
 
-from bench import ablations, gloria_rows
+from bench import ablations, avatar_rows, drawn_voices, gloria_rows
 from bench.ablations import Budget, Claim, Row, Study, change, run, study
 from bench.drawn_anchors import SIZE, anchors_of, draw_clip, head_of, held_out_scene, other_shot, still, talking
 from talkingdit.families.gloria.anchors import KINDS
+from talkingdit.families.hunyuan_avatar.load import load as load_avatar
+from talkingdit.puppets.measure import HeldOutVoice
 from talkingdit.puppets.visemes import Visemes
 from training.config import read_toml
 
@@ -195,3 +198,47 @@ def test_rows_are_compared_at_equal_steps(tmp_path: Path, monkeypatch: pytest.Mo
         (folder / "log.jsonl").write_text('{"step": 10}\n{"step": 1412}\n')
     assert seen[0][0] == 3.0
     assert seen[1] == (0.0, 1412)
+
+
+def test_results_of_another_folder_stay(tmp_path: Path) -> None:
+    """A machine that begins anew must not throw away what was measured elsewhere."""
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"fake/other/full/0": {"measured": {"value": 1.0}}}))
+    table = ablations.Table.open(tmp_path / "new", results)
+    (tmp_path / "new").mkdir()
+    table.add("fake/c/full/0", {"measured": {}})
+    assert list(json.loads(results.read_text())) == ["fake/other/full/0", "fake/c/full/0"]
+
+
+def test_rows_of_injections_begin_without_the_picture(tmp_path: Path) -> None:
+    """Else a row would be ahead by what the shipped model has learned of its own way."""
+    chosen = study("hunyuan_avatar")
+    for row in chosen.rows:
+        ways = {way: row.config[avatar_rows.SETTINGS + way] for way in avatar_rows.WAYS}
+        avatar_rows.save_start(tmp_path / row.name, ways)
+        model = load_avatar(tmp_path / row.name / "transformer")
+        assert {way: model.config[way] for way in ways} == ways
+        if ways["reference_channels"]:
+            assert not model.img_in.proj.weight[:, 16:].any()
+        if ways["reference_projection"]:
+            assert not model.before_proj.weight.any()
+            assert torch.equal(model.ref_in.proj.weight, model.img_in.proj.weight[:, :16])
+        else:
+            assert model.ref_in is None
+
+
+def test_a_quick_run_needs_no_network_for_its_voices(tmp_path: Path) -> None:
+    assert len(drawn_voices.trained(tmp_path, QUICK, 16)) == 1
+    assert [len(one) for one in drawn_voices.held_out(tmp_path, QUICK, 2.0, 3)] == [32000] * 3
+
+
+def test_another_language_is_none_of_the_language_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the same speaker's own words count as another language."""
+
+    def read(folder: Path, seconds: float, count: int, rng: np.random.Generator) -> list[HeldOutVoice]:
+        return [HeldOutVoice("a", ("it", "ru")[i % 2], np.full(2, i, np.float32)) for i in range(count)]
+
+    monkeypatch.setattr(drawn_voices, "fetch", lambda folder, budget: folder)
+    monkeypatch.setattr(drawn_voices, "read_held_out", read)
+    found = drawn_voices.held_out(Path(), QUICK, 2.0, 3, but="it")
+    assert [int(samples[0]) for samples in found] == [1, 3, 5]

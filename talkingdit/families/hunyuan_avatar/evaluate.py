@@ -278,13 +278,16 @@ def emotion_row(bench: Bench) -> dict[str, Any]:
 
 
 def motion_row(bench: Bench) -> dict[str, Any]:
-    """Motion and identity of two people who talk: a line of the table of injections."""
+    """Motion, identity and sync of two people who talk: a line of the table of injections."""
     found = []
     for number in range(bench.scenes):
-        given = [bench.voice(number).samples, bench.voice(number + 1).samples]
+        given = [bench.voice(number + i).samples for i in range(2)]
         scene = bench.scene(number, 2)
-        found.append(measure_motion(bench.generate(Ask(scene, given, seed=bench.seed + number)), scene, bench.fps))
-    return {name: float(np.mean([row[name] for row in found])) for name in ("motion", "identity")}
+        frames = bench.generate(Ask(scene, given, seed=bench.seed + number))
+        truth = np.stack([bench.truth(samples, len(frames)) for samples in given])
+        sync = float(np.mean(measure_mouths(frames, truth, bench.fps)["own"]))
+        found.append({**measure_motion(frames, scene, bench.fps), "sync": sync})
+    return {name: float(np.nanmean([row[name] for row in found])) for name in ("identity", "motion", "sync")}
 
 
 def seams_row(bench: Bench) -> dict[str, Any]:
