@@ -219,21 +219,27 @@ class Table:
 
     file: Path
     results: Path | None
-    cells: dict[str, dict[str, Any]] = field(default_factory=dict)
+    own: dict[str, dict[str, Any]] = field(default_factory=dict)  # measured in this folder
 
     @staticmethod
     def open(folder: Path, results: Path | None) -> Table:
-        """With what the folder and the results have; of a cell in both, the folder's."""
         file = folder / "cells.json"
-        kept = [json.loads(one.read_text()) for one in (results, file) if one is not None and one.is_file()]
-        return Table(file, results, {key: cell for cells in kept for key, cell in cells.items()})
+        return Table(file, results, _cells(file))
+
+    @property
+    def cells(self) -> dict[str, dict[str, Any]]:
+        """Those of the results, of other folders too, and the own ones that are not in them."""
+        return self.own | (_cells(self.results) if self.results is not None else {})
 
     def add(self, key: str, cell: dict[str, Any]) -> None:
-        self.cells[key] = cell
-        text = json.dumps(self.cells, indent=1) + "\n"
-        record.write(self.file, text)
+        self.own[key] = cell
+        record.write(self.file, json.dumps(self.own, indent=1) + "\n")
         if self.results is not None:
-            record.write(self.results, text)
+            record.write(self.results, json.dumps(_cells(self.results) | {key: cell}, indent=1) + "\n")
+
+
+def _cells(file: Path) -> dict[str, dict[str, Any]]:
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def named(names: Sequence[str]) -> list[tuple[Study, Claim]]:

@@ -4,8 +4,8 @@
 character injection  two held-out people who talk with held-out voices: how much the video moves, whether they stay who
                      they are, and how well mouths follow their voices, by the way in which the picture gets in
 
-All rows begin from the drawn people that ship, without what these have learned to do with it: the projection of
-(c) and the new channels of (b) begin at zero, and the tokenizer of (c) as the video's, which is how the paper begins.
+All rows begin from the drawn people that ship, without what these have learned to do with it: the new channels of (b)
+begin at zero, the tokenizer of (c) as the video's, as in the paper, and its projection as new layers do, at random.
 """
 
 from __future__ import annotations
