@@ -4,7 +4,8 @@
     read inputs -> outline -> encode -> denoise and decode, clip by clip -> write
     inputs.py      family     family    long_video.py, family               write.py
 
-A live job writes every clip as soon as it is finished, so that the video can be watched while it is made.
+Every clip is written as soon as it is decoded; a live video can be watched while it is made. Where a model's clips do
+not need the frames of those before, they are decoded and written aside, while the next one is denoised (`aside.py`).
 
 Each stage takes and gives one small frozen object. Around the road, not in it: finished clips are kept beside the
 output and an interrupted job goes on after them (`resume.py`), and the processes of torchrun share the work, of which
@@ -13,10 +14,11 @@ rank 0 alone reads and writes files and tells (`distributed`).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -30,12 +32,13 @@ from talkingdit.autoencoders.streaming import to_frames
 from talkingdit.encoders.speech import Sound, pieces
 from talkingdit.errors import UserError
 from talkingdit.media.sound import SPEECH_RATE
+from talkingdit.pipelines.aside import Aside, half_of_the_threads
 from talkingdit.pipelines.inputs import Inputs, Outline, check_heard
 from talkingdit.pipelines.live import LiveSound
-from talkingdit.pipelines.long_video import ClipPipeline, GeneratedClip, StepDone, generate_clips, generate_pieces
+from talkingdit.pipelines.long_video import ClipPipeline, DenoisedClip, StepDone, generate_denoised
 from talkingdit.pipelines.memory import out_of_memory
 from talkingdit.pipelines.resume import ClipStore, NoStore, SharedClipStore
-from talkingdit.pipelines.write import PreviewCurves, ShownFrames, VideoSink, write_video
+from talkingdit.pipelines.write import PreviewCurves, ShownFrames, VideoSink
 
 
 @dataclass(frozen=True)
@@ -118,17 +121,31 @@ def make_video(
     talk.say((*outline.warnings, *pipeline.warnings(inputs, outline)))
     check_heard(inputs.job, outline)
     store = _open_store(inputs, outline, pipeline, talk, variant)
-    with _kept(store, outline), _shown(inputs, outline, curves, started, store) as live:
-        with _in_memory(outline.when_too_large):
-            for made in _made(pipeline, inputs, outline, store, talk, in_pieces=inputs.job.live):
-                if isinstance(made, GeneratedClip):
-                    store.add(lambda clip=made: live.add(clip.frames), made.carry)  # type: ignore[misc]
-                else:
-                    live.show(made)
-        frames, first_after = team.on_rank_0(lambda: live.finish(curves))
+    with _kept(store, outline), _shown(inputs, outline, curves, started, store) as shown:
+        with _in_memory(outline.when_too_large), _aside(pipeline) as aside:
+            for clip in _made(pipeline, inputs, outline, store, talk):
+                aside.do(functools.partial(_finish, clip, shown, store))
+        frames, first_after = team.on_rank_0(shown.finish)
         store.remove()
     took = time.monotonic() - started
-    return Result(inputs.job.output, frames, outline.fps, took, first_after)
+    return Result(inputs.job.output, frames, outline.fps, took, first_after if inputs.job.live else None)
+
+
+@contextmanager
+def _aside(pipeline: ClipPipeline) -> Iterator[Aside]:
+    """What decodes and writes clips: a thread of its own where a processor computes, this process alone, and no clip
+    needs the frames of the one before. A device would gain nothing, and need memory for both at once."""
+    later = getattr(pipeline, "decodes_later", False)
+    alone = pipeline.parallel.team.size == 1 and pipeline.checkpoint.transformer.device.type == "cpu"
+    with half_of_the_threads() if later else nullcontext(1) as threads, Aside(later and alone and threads > 1) as aside:
+        yield aside
+
+
+def _finish(clip: DenoisedClip, shown: _Shown, store: SharedClipStore) -> None:
+    """Decode a clip, write its frames into the video and keep it."""
+    for piece in clip.pieces:
+        store.team.on_rank_0(functools.partial(shown.show, piece))
+    store.add(shown.of_clip, clip.carry)
 
 
 def final_frames(
@@ -150,14 +167,10 @@ def final_frames(
     talk.say((*outline.warnings, *pipeline.warnings(inputs, outline)))
     check_heard(inputs.job, outline)
     shown = ShownFrames(inputs, outline)
-    known = False  # the frames of this clip
-    for made in _made(pipeline, inputs, outline, SharedClipStore(NoStore), talk, in_pieces=in_pieces):
-        if isinstance(made, GeneratedClip):
-            video, known = (None if known else made.frames), False
-        else:
-            video, known = made, True
-        if video is not None and len(frames := shown.of(to_frames(video))):
-            yield frames
+    for clip in _made(pipeline, inputs, outline, SharedClipStore(NoStore), talk):
+        for video in clip.pieces if in_pieces else (clip.whole().frames,):
+            if len(frames := shown.of(to_frames(video))):
+                yield frames
 
 
 def _made(
@@ -166,16 +179,14 @@ def _made(
     outline: Outline,
     store: SharedClipStore,
     talk: Talk,
-    *,
-    in_pieces: bool,
-) -> Iterator[Tensor | GeneratedClip]:
-    """The clips that are not finished yet, from what all clips share on; before each its frames, if in pieces."""
+) -> Iterator[DenoisedClip]:
+    """The clips that are not finished yet, from what all clips share on."""
     if store.finished >= outline.clips:
         return
     with _in_memory("what all clips share: the portrait, the words and the voice"):
         conditions = pipeline.encode(inputs, outline)
     with _in_memory(outline.when_too_large):
-        yield from _clips(pipeline, conditions, inputs, outline, store, talk, in_pieces)
+        yield from _clips(pipeline, conditions, inputs, outline, store, talk)
     talk.say(pipeline.remarks(conditions, outline))
 
 
@@ -186,8 +197,7 @@ def _clips(
     outline: Outline,
     store: SharedClipStore,
     talk: Talk,
-    in_pieces: bool,
-) -> Iterator[Tensor | GeneratedClip]:
+) -> Iterator[DenoisedClip]:
     """The clips that are not finished yet, with progress."""
     work = outline.work or (outline.steps,) * outline.clips
     done, total = sum(work[: store.finished]), sum(work)
@@ -204,9 +214,7 @@ def _clips(
         return team.on_rank_0(lambda: _clips_known(inputs.sound, outline, index))
 
     count = known if spoken else outline.clips
-    generate: Any = generate_pieces if in_pieces else generate_clips
-    made: Iterator[Tensor | GeneratedClip] = generate(pipeline, conditions, count, store.finished, store.carry, advance)
-    return made
+    return generate_denoised(pipeline, conditions, count, store.finished, store.carry, advance)
 
 
 def _clips_known(sound: Sound, outline: Outline, index: int) -> int:
@@ -220,11 +228,11 @@ def _clips_known(sound: Sound, outline: Outline, index: int) -> int:
     return min(outline.clips, max(1, -(-frames // outline.clip_frames)))
 
 
-# ---- Live, beside the road -------------------------------------------------------------------------------------------
+# ---- The video, beside the road --------------------------------------------------------------------------------------
 
 
 class _Shown:
-    """The finished clips of a job on rank 0, on their way into the video: at once where it is live, else in the end."""
+    """The video of a job on rank 0, which grows with the clips."""
 
     def __init__(self, inputs: Inputs, outline: Outline, store: SharedClipStore) -> None:
         self._inputs, self._outline, self._store = inputs, outline, store
@@ -232,32 +240,25 @@ class _Shown:
         self._pieces: list[NDArray[np.uint8]] = []  # of the clip that is being decoded
 
     def open(self, curves: PreviewCurves | None, started: float) -> None:
-        """A live video, with what an earlier run has made."""
+        """Begin with what an earlier run has made."""
         self.sink = VideoSink(self._inputs, self._outline, curves, started)
         for frames in self._store.local.frames():
             self.sink.add(frames)
 
     def show(self, video: Tensor) -> None:
-        """Frames [1, 3, n, H, W] of a clip that is not whole yet; only rank 0 does anything with them."""
-        if self.sink is not None:
-            self._pieces.append(to_frames(video))
-            self.sink.add(self._pieces[-1])
+        """The next frames [1, 3, n, H, W] of a clip."""
+        assert self.sink is not None
+        self._pieces.append(to_frames(video))
+        self.sink.add(self._pieces[-1])
 
-    def add(self, video: Tensor) -> NDArray[np.uint8]:
-        """The frames [1, 3, n, H, W] of the next clip -> [n, H, W, 3]."""
-        if self._pieces:
-            frames, self._pieces = np.concatenate(self._pieces), []
-            return frames
-        frames = to_frames(video)
-        if self.sink is not None:
-            self.sink.add(frames)
-        return frames
+    def of_clip(self) -> NDArray[np.uint8]:
+        """What was shown since this was asked for the last time, [n, H, W, 3]."""
+        pieces, self._pieces = self._pieces, []
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def finish(self, curves: PreviewCurves | None) -> tuple[int, float | None]:
+    def finish(self) -> tuple[int, float | None]:
         """End the video -> its frames, and seconds until the first ones were written."""
-        if self.sink is None:
-            write_video(self._inputs, self._outline, self._store.local.frames(), curves)
-            return self._outline.frames, None
+        assert self.sink is not None
         sink, self.sink = self.sink, None
         sink.finish()
         return sink.seen, sink.first_after
@@ -267,11 +268,10 @@ class _Shown:
 def _shown(
     inputs: Inputs, outline: Outline, curves: PreviewCurves | None, started: float, store: SharedClipStore
 ) -> Iterator[_Shown]:
-    """See `_Shown`. An error leaves a live video that plays as far as it was made."""
+    """See `_Shown`. An error leaves a live video that plays as far as it was made, and no other."""
     shown = _Shown(inputs, outline, store)
     try:
-        if inputs.job.live:
-            store.team.on_rank_0(lambda: shown.open(curves, started))
+        store.team.on_rank_0(lambda: shown.open(curves, started))
         yield shown
     except BaseException:
         if shown.sink is not None:

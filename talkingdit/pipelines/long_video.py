@@ -4,14 +4,14 @@
     denoise           all frames at the end
     denoise_parts     frames as they become final, also for a video whose length nobody knows yet
     generate_clips    the same for models that make a whole clip themselves and hand on what the next one needs
-    generate_pieces   likewise, with the frames of a clip before it is whole
+    generate_denoised likewise, with the frames of a clip still to be decoded
 
 Plans are in `plans.py`, one step of windows in `window_step.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,6 +35,7 @@ __all__ = [
     "ChunkPrefix",
     "ClipPipeline",
     "ClipPrefix",
+    "DenoisedClip",
     "FinalFrames",
     "GeneratedClip",
     "OverlapBlend",
@@ -44,7 +45,7 @@ __all__ = [
     "denoise",
     "denoise_parts",
     "generate_clips",
-    "generate_pieces",
+    "generate_denoised",
     "go_on_from",
 ]
 
@@ -278,19 +279,39 @@ class GeneratedClip:
     carry: Carry | None  # None after the last clip
 
 
+@dataclass(frozen=True)
+class DenoisedClip:
+    """A clip whose frames may still have to be decoded.
+
+    Attributes:
+        index: its number.
+        pieces: its frames [1, 3, n, H, W], in order, decoded as they are asked for; those of the clip before first.
+        carry: None after the last clip.
+    """
+
+    index: int
+    pieces: Iterator[Tensor]
+    carry: Carry | None
+
+    def whole(self) -> GeneratedClip:
+        """The clip with all its frames."""
+        pieces = list(self.pieces)
+        return GeneratedClip(self.index, pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2), self.carry)
+
+
 class ClipPipeline(Protocol):
     """What makes the clips of a video; a family's pipeline. It keeps no state: several videos may be made at once.
 
     Attributes:
         checkpoint: its models.
         parallel: how processes share the work.
-        shows: there is `clip_in_pieces`, which takes what `clip` takes, yields frames [1, 3, n, H, W] of the clip as
-            they are decoded, in order, together the clip's frames, and returns the clip.
+        decodes_later: no clip needs the frames of those before it, and there is `denoised`, which takes what `clip`
+            takes and gives a `DenoisedClip`. Another thread may decode it while the next one is denoised.
     """
 
     checkpoint: Any
     parallel: Parallel
-    shows: bool = False
+    decodes_later: bool = False
 
     def warnings(self, inputs: Inputs, outline: Outline) -> tuple[str, ...]:
         """What is done differently from what may be expected, as the models tell: sentences."""
@@ -343,21 +364,21 @@ def generate_clips(
         ValueError: a carry is missing, or there is one at the beginning.
         UserError: the models make NaN or infinity.
     """
-    made = _generated(pipeline, conditions, count, first, carry, progress, in_pieces=False)
-    return (one for one in made if isinstance(one, GeneratedClip))
+    return (clip.whole() for clip in generate_denoised(pipeline, conditions, count, first, carry, progress))
 
 
-def generate_pieces(
+def generate_denoised(
     pipeline: ClipPipeline,
     conditions: Any,
     count: int | Callable[[int], int],
     first: int = 0,
     carry: Carry | None = None,
     progress: StepDone | None = None,
-) -> Iterator[Tensor | GeneratedClip]:
-    """As `generate_clips`; frames [1, 3, n, H, W] of a clip come before it, as they are decoded, where the pipeline
-    tells them."""
-    return _generated(pipeline, conditions, count, first, carry, progress, in_pieces=getattr(pipeline, "shows", False))
+) -> Iterator[DenoisedClip]:
+    """As `generate_clips`, but the frames of a clip are decoded where they are asked for, if the pipeline can wait."""
+    if (carry is None) != (first == 0):
+        raise ValueError(f"generate: clip {first} {'needs' if first else 'takes no'} carry")
+    return _generated(pipeline, conditions, count, first, carry, progress)
 
 
 def _generated(
@@ -367,11 +388,7 @@ def _generated(
     first: int,
     carry: Carry | None,
     progress: StepDone | None,
-    *,
-    in_pieces: bool,
-) -> Iterator[Tensor | GeneratedClip]:
-    if (carry is None) != (first == 0):
-        raise ValueError(f"generate: clip {first} {'needs' if first else 'takes no'} carry")
+) -> Iterator[DenoisedClip]:
     index, folder = first, pipeline.checkpoint.folder
 
     def done(step: int = -1, timestep: float | Tensor = 0.0, latents: Tensor | None = None) -> Tensor | None:
@@ -382,30 +399,19 @@ def _generated(
 
     while index < (total := count(index) if callable(count) else count):
         given: Any = {"last": index == total - 1, "progress": done}
-        if in_pieces:
-            clip = yield from _checked(pipeline.clip_in_pieces(conditions, index, carry, **given), index, folder)
+        if getattr(pipeline, "decodes_later", False):
+            clip = pipeline.denoised(conditions, index, carry, **given)
+            pieces = clip.pieces
         else:
             clip = pipeline.clip(conditions, index, carry, **given)
-            _check_frames(clip.frames, index, folder)
+            pieces = iter([clip.frames])
         carry = clip.carry
-        yield clip
+        yield DenoisedClip(index, _checked(pieces, index, folder), carry)
         index += 1
 
 
-def _checked(
-    pieces: Generator[Tensor, None, GeneratedClip], index: int, folder: Path
-) -> Generator[Tensor, None, GeneratedClip]:
-    """The pieces of a clip, each looked at before it is told."""
-    while True:
-        try:
-            piece = next(pieces)
-        except StopIteration as whole:
-            clip: GeneratedClip = whole.value
-            return clip
-        _check_frames(piece, index, folder)
+def _checked(pieces: Iterator[Tensor], index: int, folder: Path) -> Iterator[Tensor]:
+    """The frames of a clip, looked at before they are told: an autoencoder's weights may be what is no number."""
+    for piece in pieces:
+        check_finite(piece, "frames", f"clip {index + 1}", folder)
         yield piece
-
-
-def _check_frames(frames: Tensor, index: int, folder: Path) -> None:
-    """An autoencoder's weights may be what is no number."""
-    check_finite(frames, "frames", f"clip {index + 1}", folder)

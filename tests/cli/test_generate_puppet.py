@@ -218,7 +218,7 @@ def test_a_failure_in_the_middle_leaves_nothing(work: Path, checkpoint: Path, mo
     def broken(*_: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(PuppetPipeline, "clip", broken)
+    monkeypatch.setattr(PuppetPipeline, "denoised", broken)
     assert main(arguments(work, checkpoint, "--sheet", str(work / "sheet.png"))) == 130
     assert left(work) == {"portrait.png", "voice.wav"}
 

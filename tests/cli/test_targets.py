@@ -310,7 +310,7 @@ def test_sigterm_says_what_is_kept_and_how_to_go_on(
     at: int,
     kept: str,
 ) -> None:
-    clip = PuppetPipeline.clip
+    clip = PuppetPipeline.denoised
     before = signal.getsignal(signal.SIGTERM)
 
     def ended(self: Any, conditions: Any, index: int, *given: Any, **more: Any) -> Any:
@@ -319,7 +319,7 @@ def test_sigterm_says_what_is_kept_and_how_to_go_on(
         return clip(self, conditions, index, *given, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PuppetPipeline, "clip", ended)
+        patch.setattr(PuppetPipeline, "denoised", ended)
         assert call(checkpoint, output="out.mp4") == 130
     assert signal.getsignal(signal.SIGTERM) == before
     said = capsys.readouterr().err

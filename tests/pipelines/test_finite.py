@@ -21,7 +21,7 @@ import talkingdit
 from talkingdit.cli.main import main
 from talkingdit.errors import UserError
 from talkingdit.pipelines.finite import check_finite
-from talkingdit.pipelines.long_video import GeneratedClip, generate_clips, generate_pieces
+from talkingdit.pipelines.long_video import DenoisedClip, generate_clips, generate_denoised
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -48,12 +48,12 @@ class Clips:
     """A pipeline whose second clip is broken at one place."""
 
     checkpoint = SimpleNamespace(folder=Path("model"))
-    shows = True
+    decodes_later = True
 
     def __init__(self, broken: str) -> None:
         self.broken, self.steps = broken, 0
 
-    def clip_in_pieces(self, conditions: Any, index: int, carry: Any, *, last: bool, progress: Any) -> Any:
+    def denoised(self, conditions: Any, index: int, carry: Any, *, last: bool, progress: Any) -> DenoisedClip:
         wrong = self.broken if index == 1 else ""
         for step in range(2):
             x = torch.full((1, 4, 3, 2, 2), torch.nan if (wrong, step) == ("latents", 0) else 0.0)
@@ -62,16 +62,7 @@ class Clips:
         frames = torch.zeros(1, 3, 8, 2, 2)
         if wrong == "frames":
             frames[:, :, 6] = torch.nan
-        yield from frames.split(4, dim=2)
-        return GeneratedClip(index, frames, None if last else {"x": frames})
-
-    def clip(self, *given: Any, **more: Any) -> GeneratedClip:
-        pieces = self.clip_in_pieces(*given, **more)
-        while True:
-            try:
-                next(pieces)
-            except StopIteration as whole:
-                return whole.value
+        return DenoisedClip(index, iter(frames.split(4, dim=2)), None if last else {"x": frames})
 
 
 def test_clips_are_told_up_to_the_broken_one_and_no_step_is_made_in_vain() -> None:
@@ -85,11 +76,12 @@ def test_clips_are_told_up_to_the_broken_one_and_no_step_is_made_in_vain() -> No
 
 def test_pieces_are_told_up_to_the_broken_one() -> None:
     clips: Any = Clips("frames")
-    made = generate_pieces(clips, None, 3)
-    told = [next(made) for _ in range(4)]  # two pieces and the first clip; the first piece of the second
-    assert isinstance(told[2], GeneratedClip)
+    made = generate_denoised(clips, None, 3)
+    assert len(list(next(made).pieces)) == 2
+    pieces = next(made).pieces
+    next(pieces)
     with pytest.raises(UserError, match="expected finite frames, got NaN in clip 2, frame 2;"):
-        next(made)
+        next(pieces)
 
 
 def spoil(parameter: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import soundfile
+import torch
 from tiny_checkpoint import make_checkpoint
 
 import talkingdit
@@ -50,23 +51,25 @@ def make(work: Path, checkpoint: Path, output: str = "out.mp4", **more: Any) -> 
     return np.concatenate(written)
 
 
+@pytest.mark.parametrize("threads", [1, 2])  # with two, a clip is decoded while the next one is denoised
 def test_a_drawn_character_goes_on_after_its_finished_clips_as_if_never_interrupted(
-    work: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    work: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
+    torch.set_num_threads(threads)
     whole = make(work, checkpoint)
-    clip, made = PuppetPipeline.clip, []
+    denoised, made = PuppetPipeline.denoised, []
 
     def interrupted(self: Any, conditions: Any, index: int, *given: Any, **more: Any) -> Any:
         if index == 3:
             raise KeyboardInterrupt
         made.append(index)
-        return clip(self, conditions, index, *given, **more)
+        return denoised(self, conditions, index, *given, **more)
 
-    monkeypatch.setattr(PuppetPipeline, "clip", interrupted)
+    monkeypatch.setattr(PuppetPipeline, "denoised", interrupted)
     with pytest.raises(KeyboardInterrupt, match=r"3 of 4 clips are kept in .*again.mp4.parts; the same command"):
         make(work, checkpoint, "again.mp4")
     monkeypatch.setattr(
-        PuppetPipeline, "clip", lambda self, *given, **more: made.append(given[1]) or clip(self, *given, **more)
+        PuppetPipeline, "denoised", lambda self, *given, **more: made.append(given[1]) or denoised(self, *given, **more)
     )
     said: list[str] = []
     steps: list[tuple[int, int]] = []
@@ -83,17 +86,17 @@ def test_a_drawn_character_goes_on_after_its_finished_clips_as_if_never_interrup
 def test_finished_clips_of_other_settings_are_not_gone_on_from(
     work: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clip = PuppetPipeline.clip
+    denoised = PuppetPipeline.denoised
 
     def interrupted(self: Any, conditions: Any, index: int, *given: Any, **more: Any) -> Any:
         if index == 1:
             raise KeyboardInterrupt
-        return clip(self, conditions, index, *given, **more)
+        return denoised(self, conditions, index, *given, **more)
 
-    monkeypatch.setattr(PuppetPipeline, "clip", interrupted)
+    monkeypatch.setattr(PuppetPipeline, "denoised", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(work, checkpoint)
-    monkeypatch.setattr(PuppetPipeline, "clip", clip)
+    monkeypatch.setattr(PuppetPipeline, "denoised", denoised)
     said: list[str] = []
     make(work, checkpoint, seed=1, warn=said.append)
     assert said == [f"{work / 'out.mp4'}.parts was made with another seed; starting over."]

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 import soundfile
+import torch
 from numpy.typing import NDArray
 from tiny_checkpoint import make_checkpoint
 
@@ -96,30 +97,38 @@ def put(descriptor: int, data: bytes) -> None:
         data = data[os.write(descriptor, data) :]
 
 
+@pytest.mark.parametrize("threads", [1, 2])  # with two, a clip is written while the next one is denoised
 def test_a_live_video_is_the_video_and_grows_clip_by_clip(
-    portrait: Path, checkpoint: Path, voice: NDArray[np.int16], recorded: list[Any], monkeypatch: pytest.MonkeyPatch
+    portrait: Path,
+    checkpoint: Path,
+    voice: NDArray[np.int16],
+    recorded: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
 ) -> None:
+    torch.set_num_threads(threads)
     soundfile.write(portrait.with_name("voice.wav"), voice[: 2 * RATE], RATE)
     file, live = portrait.with_name("voice.wav"), portrait.with_name("live.mp4")
     generate(portrait, file, "whole.mp4", checkpoint)
     whole = np.concatenate(recorded)
-    pieces, seen = PuppetPipeline.clip_in_pieces, {}
+    denoised, seen = PuppetPipeline.denoised, {}
 
     def watched(self: Any, conditions: Any, index: int, *given: Any, **more: Any) -> Any:
-        seen[index] = len(read_video(live)[0]) if live.exists() else 0
+        if threads == 1:
+            seen[index] = len(read_video(live)[0]) if live.exists() else 0
         if index == 3:
             raise KeyboardInterrupt
-        return pieces(self, conditions, index, *given, **more)
+        return denoised(self, conditions, index, *given, **more)
 
-    monkeypatch.setattr(PuppetPipeline, "clip_in_pieces", watched)
+    monkeypatch.setattr(PuppetPipeline, "denoised", watched)
     recorded.clear()
     with pytest.raises(KeyboardInterrupt, match="3 of 4 clips are kept"):
         generate(portrait, file, "live.mp4", checkpoint, live=True)
-    assert all(index * CLIP - FPS / 2 <= seen[index] <= index * CLIP for index in range(4))
+    assert all(index * CLIP - FPS / 2 <= frames <= index * CLIP for index, frames in seen.items())
     assert len(read_video(live)[0]) == 3 * CLIP  # what an interrupt leaves plays to its end
     np.testing.assert_array_equal(np.concatenate(recorded), whole[: 3 * CLIP])
 
-    monkeypatch.setattr(PuppetPipeline, "clip_in_pieces", pieces)
+    monkeypatch.setattr(PuppetPipeline, "denoised", denoised)
     recorded.clear()
     result = generate(portrait, file, "live.mp4", checkpoint, live=True, sheet=portrait.with_name("sheet.png"))
     np.testing.assert_array_equal(np.concatenate(recorded), whole)

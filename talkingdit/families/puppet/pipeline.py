@@ -18,9 +18,9 @@ A clip hands on to the next, as its carry, the last latents: as many as the mode
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -41,10 +41,18 @@ from talkingdit.families.wan_s2v import step_cache
 from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.media.files import SPEECH_RATE
 from talkingdit.media.framing import fit_portrait
+from talkingdit.pipelines.aside import half_of_the_threads
 from talkingdit.pipelines.features import Features, encode_voice
 from talkingdit.pipelines.guidance import Branch, guided_step
 from talkingdit.pipelines.inputs import Frames, Inputs, Outline
-from talkingdit.pipelines.long_video import Carry, ClipPipeline, GeneratedClip, StepDone, generate_clips
+from talkingdit.pipelines.long_video import (
+    Carry,
+    ClipPipeline,
+    DenoisedClip,
+    GeneratedClip,
+    StepDone,
+    generate_clips,
+)
 from talkingdit.pipelines.parallel import shared_autoencoder
 
 if TYPE_CHECKING:
@@ -101,7 +109,7 @@ class PuppetPipeline(ClipPipeline):
             same clips.
     """
 
-    shows = True
+    decodes_later = True
 
     def __init__(self, checkpoint: PuppetCheckpoint, parallel: Parallel | None = None):
         self.checkpoint = checkpoint
@@ -189,7 +197,8 @@ class PuppetPipeline(ClipPipeline):
         own = tuple(self.parallel.own(sampling.branches))
         groups = (own,) if sampling.batched else tuple((branch,) for branch in own)
         picture = to_video(portrait[None]).to(self._device)
-        reference = self._vae.encode(picture)
+        with half_of_the_threads():
+            reference = self._vae.encode(picture)
         return VideoConditions(
             sampling=sampling,
             sigmas=schedule(sampling.steps, sampling.shift),
@@ -240,15 +249,10 @@ class PuppetPipeline(ClipPipeline):
         progress: StepDone | None = None,
     ) -> GeneratedClip:
         """Clip `index`, see `ClipPipeline.clip`."""
-        pieces = self.clip_in_pieces(conditions, index, carry, last=last, progress=progress)
-        while True:
-            try:
-                next(pieces)
-            except StopIteration as whole:
-                return cast(GeneratedClip, whole.value)
+        return self.denoised(conditions, index, carry, last=last, progress=progress).whole()
 
     @torch.no_grad()
-    def clip_in_pieces(
+    def denoised(
         self,
         conditions: VideoConditions,
         index: int,
@@ -256,22 +260,27 @@ class PuppetPipeline(ClipPipeline):
         *,
         last: bool = False,
         progress: StepDone | None = None,
-    ) -> Generator[Tensor, None, GeneratedClip]:
-        """Clip `index`, whose frames are told as they are decoded, see `ClipPipeline`."""
+    ) -> DenoisedClip:
+        """Clip `index`, whose frames are still to be decoded, see `ClipPipeline`."""
         past = conditions.reference if carry is None else carry["latents"].to(self._device)
-        encoded = self._encode(conditions, index, past)
-        x = self._denoise(conditions, index, encoded, progress)
-        frames = min(self.clip_frames, conditions.frames - index * self.clip_frames)
-        # At the beginning the past is the portrait itself: decoded, not shown.
-        stream = conditions.decoder.behind(index, past)
-        parts: list[Tensor] = []
-        # A latent's frames each, which are finished by themselves whoever watches; no bit depends on it.
-        for latent in x[:, :, : -(-frames // FRAMES_PER_LATENT)].split(1, dim=2):
-            left = frames - FRAMES_PER_LATENT * len(parts)
-            parts.append(conditions.finish(stream(latent)[:, :, :left]))
-            yield parts[-1]
+        with half_of_the_threads():
+            encoded = self._encode(conditions, index, past)
+            x = self._denoise(conditions, index, encoded, progress)
         kept = None if last else {"latents": torch.cat([past, x], dim=2)[:, :, -self._kept :]}
-        return GeneratedClip(index, torch.cat(parts, dim=2), kept)
+        return DenoisedClip(index, self._decoded(conditions, index, past, x), kept)
+
+    @torch.no_grad()
+    def _decoded(self, conditions: VideoConditions, index: int, past: Tensor, x: Tensor) -> Iterator[Tensor]:
+        """The frames of a clip's latents x, those of one latent after the other."""
+        frames = min(self.clip_frames, conditions.frames - index * self.clip_frames)
+        with half_of_the_threads():
+            # At the beginning the past is the portrait itself: decoded, not shown.
+            stream = conditions.decoder.behind(index, past)
+        for number, latent in enumerate(x[:, :, : -(-frames // FRAMES_PER_LATENT)].split(1, dim=2)):
+            left = frames - FRAMES_PER_LATENT * number
+            with half_of_the_threads():
+                shown = conditions.finish(stream(latent)[:, :, :left])
+            yield shown
 
     def _encode(self, conditions: VideoConditions, index: int, past: Tensor) -> list[Any]:
         """What the model needs to know for a clip, for each group of predictions."""

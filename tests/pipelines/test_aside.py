@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done aside: it changes no bit, loses nothing that was finished, and tells what went wrong."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from tiny_checkpoint import make_checkpoint
+
+import talkingdit
+from talkingdit.errors import UserError
+from talkingdit.families.puppet.pipeline import PuppetPipeline
+from talkingdit.pipelines.aside import Aside, half_of_the_threads
+from talkingdit.pipelines.resume import ClipStore
+
+
+def test_half_of_the_threads_is_given_back_however_it_is_nested() -> None:
+    torch.set_num_threads(6)
+    inside: list[int] = []
+    with half_of_the_threads() as whole:
+        inside.append(torch.get_num_threads())
+
+        def beside() -> None:
+            with half_of_the_threads():
+                inside.append(torch.get_num_threads())
+
+        thread = threading.Thread(target=beside)
+        thread.start()
+        thread.join()
+        with half_of_the_threads() as again:
+            inside.append(torch.get_num_threads())
+        inside.append(torch.get_num_threads())
+    assert (whole, again) == (6, 6)
+    assert inside == [3, 3, 3, 3]
+    assert torch.get_num_threads() == 6
+    torch.set_num_threads(1)
+    with half_of_the_threads():
+        assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("really", [False, True])
+def test_work_is_done_in_order_and_its_errors_are_raised(really: bool) -> None:
+    done: list[int] = []
+    with Aside(really) as aside:
+        for number in range(5):
+            aside.do(lambda number=number: done.append(number))  # type: ignore[misc]
+    assert done == [0, 1, 2, 3, 4]
+
+    def fails() -> None:
+        raise UserError("the disk is full")
+
+    def ask(*works: Callable[[], None]) -> None:
+        with Aside(really) as aside:
+            for work in works:
+                aside.do(work)
+
+    for works in ((fails,), (fails, lambda: done.append(5))):
+        with pytest.raises(UserError, match="the disk is full"):
+            ask(*works)
+    assert done == [0, 1, 2, 3, 4]
+
+
+def test_what_stops_the_caller_waits_for_what_is_done_aside() -> None:
+    begun, done = threading.Event(), []
+
+    def slow() -> None:
+        begun.wait(60)
+        done.append(True)
+
+    def ask() -> None:
+        with Aside(True) as aside:
+            aside.do(slow)
+            threading.Timer(0.1, begun.set).start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask()
+    assert done == [True]
+
+
+def test_inference_mode_of_the_caller_holds_aside() -> None:
+    seen: list[bool] = []
+    for mode in (True, False):
+        with torch.inference_mode(mode), Aside(True) as aside:
+            aside.do(lambda: seen.append(torch.is_inference_mode_enabled()))
+    assert seen == [True, False]
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    Image.fromarray(np.full((64, 64, 3), 180, np.uint8)).save(tmp_path / "face.png")
+    soundfile.write(tmp_path / "voice.wav", np.sin(np.arange(32_000) / 9) * 0.3, 16_000)
+    make_checkpoint(tmp_path / "model")
+    return tmp_path
+
+
+def make(work: Path) -> Any:
+    return talkingdit.generate(work / "face.png", work / "voice.wav", work / "out.mp4", checkpoint=work / "model")
+
+
+def test_clips_are_denoised_and_kept_by_two_threads_where_there_are_two(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoised, add, at = PuppetPipeline.denoised, ClipStore.add, []
+
+    def watched(self: Any, *given: Any, **more: Any) -> Any:
+        at.append((threading.current_thread().name, torch.get_num_threads()))
+        return denoised(self, *given, **more)
+
+    def kept(self: Any, *given: Any) -> None:
+        at.append((threading.current_thread().name, torch.get_num_threads()))
+        add(self, *given)
+
+    monkeypatch.setattr(PuppetPipeline, "denoised", watched)
+    monkeypatch.setattr(ClipStore, "add", kept)
+    main = threading.current_thread().name
+    torch.set_num_threads(1)
+    make(work)
+    assert set(at) == {(main, 1)}
+    at.clear()
+    torch.set_num_threads(4)
+    make(work)
+    assert set(at) == {(main, 2), ("aside_0", 2)}
+    assert torch.get_num_threads() == 4
+
+
+def test_a_disk_that_is_full_aside_ends_the_work_and_keeps_what_was_finished(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = ClipStore.add
+
+    def full(self: Any, *given: Any) -> None:
+        if self.finished == 2:
+            raise UserError("no space left")
+        add(self, *given)
+
+    torch.set_num_threads(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(ClipStore, "add", full)
+        with pytest.raises(UserError, match="no space left"):
+            make(work)
+    assert {path.name for path in work.iterdir()} == {"face.png", "voice.wav", "model", "out.mp4.parts"}
+    said: list[str] = []
+    talkingdit.generate(
+        work / "face.png", work / "voice.wav", work / "out.mp4", checkpoint=work / "model", warn=said.append
+    )
+    assert said[0].startswith("going on after 2 of 4 clips")
+    assert {path.name for path in work.iterdir()} == {"face.png", "voice.wav", "model", "out.mp4"}
