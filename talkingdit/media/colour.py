@@ -113,28 +113,34 @@ class ColourUnifier:
     evenly over the frames, so that no border is seen. It knows nothing of what comes later, and keeps a few numbers.
 
     Args:
-        wanted: [2, 3] from `colours`, such as those of the reference picture; None takes those of the first part.
+        wanted: [2, 3] from `colours`, such as those of the reference picture; None takes those of the first part, which
+            stays as it is.
         strength: 1 corrects all, 0 nothing.
+        reached: to go on behind a part, `reached` of the one that has corrected it.
+
+    Attributes:
+        wanted: see above; None before the first part.
+        reached: gain and shift [2, 3] of the end of the last part; None before the first.
 
     Raises:
         ValueError: another strength.
     """
 
-    def __init__(self, wanted: Tensor | None = None, strength: float = 1.0) -> None:
+    def __init__(self, wanted: Tensor | None = None, strength: float = 1.0, reached: Tensor | None = None) -> None:
         if not 0 <= strength <= 1:
             raise ValueError(f"colours: strength must be 0 to 1, got {strength}")
-        self.wanted, self.strength = wanted, strength
-        self._before: Tensor | None = None  # gain and shift [2, 3] of the end of the last part
+        self.wanted, self.strength, self.reached = wanted, strength, reached
 
     def __call__(self, video: Tensor) -> Tensor:
         """The next part [1, 3, F, H, W] in -1..1, corrected: float32."""
         if self.wanted is None:
-            self.wanted = colours(video)
+            self.wanted, self.reached = colours(video), torch.tensor([[1.0], [0.0]]).expand(2, 3)
+            return video
         gain, shift = _correction(colours(video), self.wanted.cpu())
         now = torch.stack([1 + self.strength * (gain - 1), self.strength * shift])
-        before = now if self._before is None else self._before
+        before = now if self.reached is None else self.reached.cpu()
         # The correction of a part holds in its middle; it reaches the one of this part there and keeps it.
         rise = ((torch.arange(video.shape[2]) + 0.5) / (video.shape[2] / 2)).clamp(max=1)[:, None, None]
         rows = before + rise * (now - before)
-        self._before = now
+        self.reached = now
         return _corrected(video, rows[:, 0], rows[:, 1])

@@ -32,7 +32,7 @@ from talkingdit.families.skyreels_audio.known import Given, given_of, masked_cli
 from talkingdit.families.skyreels_audio.outline import Details, Edit, Sampling, clip_span, frames_of
 from talkingdit.families.wan_i2v.conditions import WanI2VConditions, WanI2VInputs
 from talkingdit.families.wan_i2v.pipeline import WanI2VPipeline
-from talkingdit.media.colour import colours, match_colours
+from talkingdit.media.colour import ColourUnifier
 from talkingdit.media.compose import compose
 from talkingdit.media.framing import fit_image
 from talkingdit.pipelines.features import encode_voice
@@ -180,17 +180,21 @@ class SkyReelsAudioPipeline(WanI2VPipeline):
             video = self._vae.decode_after(past.to(self._vae.device), new.to(self._vae.device))
         begin, stop = frames_of(first + given, end)
         video = video[:, :, : min(stop, conditions.frames) - begin]
-        anchor = None if carry is None else carry.get("colours")
+        colours: dict[str, Tensor] = {}
         if details.edit is not None and self.parallel.team.rank == 0:
             check_finite(video, "frames", f"clip {index + 1}", self.checkpoint.folder)  # bytes no longer tell
             video = self.composed(details.edit, video, begin)
         elif details.edit is None and sampling.match_colour:
-            anchor, video = (colours(video), video) if anchor is None else (anchor, match_colours(video, anchor))
+            before = {} if carry is None else carry
+            unify = ColourUnifier(before.get("colours"), reached=before.get("correction"))
+            video = unify(video)
+            assert unify.wanted is not None and unify.reached is not None
+            colours = {"colours": unify.wanted, "correction": unify.reached}
         kept = None
         if not last:
             keep = max(sampling.overlap, lookback(self.checkpoint.vae))
             latents = x if past is None else torch.cat([past.to(x), new], dim=2)
-            kept = {"latents": latents[:, :, -keep:]} | ({} if anchor is None else {"colours": anchor})
+            kept = {"latents": latents[:, :, -keep:], **colours}
         return GeneratedClip(index, video, kept)
 
     def composed(self, edit: Edit, video: Tensor, begin: int) -> Tensor:

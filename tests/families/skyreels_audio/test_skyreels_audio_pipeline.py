@@ -18,6 +18,7 @@ from talkingdit.cli.main import main
 from talkingdit.families.skyreels_audio.known import masked_clip
 from talkingdit.families.skyreels_audio.options import Options
 from talkingdit.families.skyreels_audio.outline import outline
+from talkingdit.media.colour import ColourUnifier
 from talkingdit.media.edited import open_edited
 from talkingdit.pipelines.inputs import Job, read_inputs
 from talkingdit.pipelines.long_video import generate_clips
@@ -204,6 +205,36 @@ def test_a_portrait_speaks(folder: Path, files: Path, tmp_path: Path) -> None:
     frames = pictures(tmp_path / "out.mp4")
     assert len(frames) == 25
     assert families.of_folder(folder).name == "skyreels_audio"
+
+
+def test_colours_of_a_portrait_are_unified_without_a_step_between_clips_and_over_an_interrupt(
+    folder: Path, files: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    from talkingdit.families.skyreels_audio.pipeline import open_pipeline
+    from talkingdit.models import load_checkpoint
+
+    Image.fromarray(scene(1)[0]).save(tmp_path / "a.png")
+    pipeline = open_pipeline(load_checkpoint(folder))
+
+    def clips(match: bool):
+        job = Job(image=tmp_path / "a.png", audio=files / "new.wav", output=tmp_path / "out.mp4")
+        given = Options(match_colour=match, windows=1)
+        inputs = read_inputs(job, given.files())
+        found = outline(inputs, pipeline.settings, given)
+        conditions = pipeline.encode(inputs, found)
+        made = list(generate_clips(pipeline, conditions, found.clips))
+        again = pipeline.clip(conditions, 2, made[1].carry)  # as after an interrupt
+        return [clip.frames for clip in made], again.frames
+
+    plain, _ = clips(match=False)
+    found, again = clips(match=True)
+    unify = ColourUnifier()
+    for one, other in zip(found, map(unify, plain), strict=True):
+        torch.testing.assert_close(one, other)
+    assert not torch.allclose(found[1], plain[1], atol=1e-2)
+    assert torch.equal(again, found[2])
 
 
 def test_an_interrupted_run_goes_on_to_the_same_video(
