@@ -23,6 +23,7 @@ from tiny_checkpoint import make_checkpoint
 import talkingdit
 from talkingdit.encoders.log_mel import SpeechFeatures
 from talkingdit.errors import UserError
+from talkingdit.families.gloria import checkpoint as gloria_checkpoint
 from talkingdit.families.gloria import pipeline as gloria
 from talkingdit.families.gloria.pipeline import GloriaPipeline
 from talkingdit.families.puppet.pipeline import PuppetPipeline
@@ -276,7 +277,7 @@ def test_another_rate_is_brought_to_that_of_speech(tmp_path: Path, spoken: Any) 
 def test_a_pipe_with_too_little_sound_is_told_before_a_model_is_loaded(
     portrait: Path, voice: NDArray[np.int16], spoken: Any, chunked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gloria, "open_pipeline", None)
+    monkeypatch.setattr(gloria_checkpoint, "load_checkpoint", None)
     spoken(lambda pipe: put(pipe, voice[:300].tobytes()))
     with pytest.raises(UserError, match=r"audio -: expected at least 0\.1 s, got 0\.019 s\."):
         generate(portrait, "-", "out.mp4", chunked, audio_rate=RATE)

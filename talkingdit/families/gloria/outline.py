@@ -2,8 +2,8 @@
 """What a Gloria video will be: chunks that share latents, and the anchors that stand beside all of them.
 
 Frame 0 is the picture itself, which is shown. The first chunk of T latents has 1 + 4 (T - 1) frames; each later one
-begins with the last latents of the one before it (section 4.3), which it shows. So n chunks of T latents that share P show
-4 n (T - P) frames, and 1 + 4 (P - 1) behind them.
+begins with the last latents of the one before it (section 4.3), which it shows. So n chunks of T latents that share P
+show 4 n (T - P) frames, and 1 + 4 (P - 1) behind them.
 """
 
 from __future__ import annotations
