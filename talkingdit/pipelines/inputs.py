@@ -21,7 +21,7 @@ from talkingdit.encoders.speech import Sound, is_long
 from talkingdit.errors import UserError
 from talkingdit.media.edited import open_edited
 from talkingdit.media.files import SPEECH_RATE, read_image, sound_blocks
-from talkingdit.media.sound import check_voice
+from talkingdit.media.sound import SHORTEST_AUDIO, check_voice
 from talkingdit.media.targets import check_apart, check_writable
 from talkingdit.pipelines.live import LiveSound
 from talkingdit.pipelines.rows import Rows
@@ -95,8 +95,9 @@ class Outline:
         steps: denoising steps per clip.
         predictions: of the model per step, with and without conditions.
         frames: that the video shows.
-        clip_frames: of every clip, where clips are made one after the other and no more of the voice must be known than
-            theirs; 0 where all of it must be.
+        clip_frames: that every clip adds, where clips are made one after the other and no more of the voice must be
+            known than theirs; 0 where all of it must be.
+        overlap_frames: at the end of every clip that the next one makes too and shows; only the last one shows its own.
         repeated_frames: frames at its beginning that repeat the first one.
         skipped_frames: frames' worth of sound that is left out at the beginning.
         settings: what finished clips depend on, by names that a person knows, of plain JSON types.
@@ -116,6 +117,7 @@ class Outline:
     predictions: int
     frames: int
     clip_frames: int = 0
+    overlap_frames: int = 0
     repeated_frames: int = 0
     skipped_frames: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -148,7 +150,8 @@ def read_inputs(job: Job, others: Mapping[str, Path] | None = None) -> Inputs:
     image = first_picture(job.image) if job.image == (others or {}).get("video") else read_image(job.image)
     if job.spoken:
         sound = LiveSound(STANDARD_INPUT, job.output.parent, job.audio_rate)
-        sound.wait(1)  # if nothing ever comes, that is told before a model is loaded
+        # If nothing ever comes, or too little, that is told before a model is loaded.
+        sound.wait(math.ceil(SHORTEST_AUDIO * SPEECH_RATE))
         return Inputs(job, image, sound)
     return Inputs(job, image, read_voice(job.audio, job.output.parent))
 

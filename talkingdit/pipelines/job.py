@@ -220,12 +220,12 @@ def _clips(
 def _clips_known(sound: Sound, outline: Outline, index: int) -> int:
     """How many clips a voice that is being spoken takes, once its sound for clip `index` is there."""
     assert isinstance(sound, LiveSound)
-    last = -(-(index + 1) * outline.clip_frames * SPEECH_RATE // outline.fps)
+    last = -(-((index + 1) * outline.clip_frames + outline.overlap_frames) * SPEECH_RATE // outline.fps)
     there = sound.wait(last + 1)
     if there > last:
         return outline.clips
     frames = -(-there * outline.fps // SPEECH_RATE)
-    return min(outline.clips, max(1, -(-frames // outline.clip_frames)))
+    return min(outline.clips, max(1, -(-(frames - outline.overlap_frames) // outline.clip_frames)))
 
 
 # ---- The video, beside the road --------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from talkingdit.errors import UserError
 from talkingdit.media.opening import open_container
-from talkingdit.media.sound import SPEECH_RATE
+from talkingdit.media.sound import SHORTEST_AUDIO, SPEECH_RATE
 from talkingdit.pipelines.rows import Rows
 
 LONGEST = 24 * 3600 * SPEECH_RATE  # samples that a voice is taken to have until its end is known
@@ -70,7 +70,7 @@ class LiveSound:
         """Wait until there are so many samples, or all -> how many there are.
 
         Raises:
-            UserError: the pipe gave no sound at all.
+            UserError: the pipe gave no sound at all, or less than 0.1 s.
         """
         assert self._changed is not None
         with self._changed:
@@ -79,6 +79,9 @@ class LiveSound:
         if self._ended and not len(self._rows):
             got = self._failed or "no sound"
             raise UserError(f"audio -: expected sound, raw with `--audio-rate` or in a container, got {got}.")
+        if self._ended and len(self._rows) < SHORTEST_AUDIO * SPEECH_RATE:
+            seconds = len(self._rows) / SPEECH_RATE
+            raise UserError(f"audio -: expected at least {SHORTEST_AUDIO} s, got {seconds:.3f} s.")
         return len(self._rows)
 
     @property

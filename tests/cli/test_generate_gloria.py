@@ -16,8 +16,8 @@ from forked import run
 from tiny_i2v import make_i2v
 
 from talkingdit.cli.main import main
-from talkingdit.families.gloria.pipeline import GloriaPipeline
 from talkingdit.media.files import read_video
+from talkingdit.pipelines.resume import ClipStore
 
 SECONDS = 1.4  # 23 frames, 7 latents: chunks of 4 latents that share 2 begin at 0, 2 and 4
 
@@ -82,14 +82,14 @@ def test_a_folder_and_anchors_make_a_video_and_a_figure(whole: Path) -> None:
 
 
 def killed_at_the_third_clip(words: list[str]) -> int:
-    clip = GloriaPipeline.clip
+    add = ClipStore.add
 
-    def killed(self: GloriaPipeline, conditions: Any, index: int, *rest: Any, **more: Any) -> Any:
-        if index == 2:
+    def killed(self: ClipStore, *given: Any) -> None:
+        if self.finished == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return clip(self, conditions, index, *rest, **more)
+        add(self, *given)
 
-    GloriaPipeline.clip = killed  # type: ignore[method-assign]
+    ClipStore.add = killed  # type: ignore[method-assign]
     return main(words)
 
 
@@ -133,11 +133,14 @@ def test_what_is_wrong_with_anchors_is_said(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_voice_that_is_still_spoken_is_refused_before_a_model_is_loaded(
-    folder: Path, media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_wan_i2v_refuses_a_voice_that_is_still_spoken_before_a_model_is_loaded(
+    media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from talkingdit.families.gloria import checkpoint
+    """A model that does not hear goes on from frames, and its video is as long as the sound."""
+    from talkingdit.families.wan_i2v import checkpoint
     from talkingdit.pipelines import inputs
+
+    folder = make_i2v(tmp_path / "i2v")
 
     monkeypatch.setattr(checkpoint, "load_checkpoint", None)
     words = arguments(media, folder, tmp_path / "out.mp4")
@@ -146,7 +149,7 @@ def test_a_voice_that_is_still_spoken_is_refused_before_a_model_is_loaded(
         monkeypatch.setattr(inputs, "STANDARD_INPUT", voice.fileno())
         said = refused(words, capsys)
     assert "audio -: expected a voice from a file, as this model must have all of it before" in said
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["i2v"]
 
 
 def test_wan_i2v_makes_a_video_as_long_as_the_sound(

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import tiny_families
 import torch
 from PIL import Image
 from tiny_checkpoint import make_checkpoint
 
 import talkingdit
 from talkingdit.errors import UserError
+from talkingdit.families.gloria.pipeline import GloriaPipeline
 from talkingdit.families.puppet.pipeline import PuppetPipeline
 from talkingdit.pipelines.aside import Aside, half_of_the_threads
 from talkingdit.pipelines.resume import ClipStore
@@ -102,14 +104,19 @@ def work(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make(work: Path) -> Any:
-    return talkingdit.generate(work / "face.png", work / "voice.wav", work / "out.mp4", checkpoint=work / "model")
+def make(work: Path, model: str = "model") -> Any:
+    return talkingdit.generate(work / "face.png", work / "voice.wav", work / "out.mp4", checkpoint=work / model)
 
 
+@pytest.mark.parametrize("pipeline", [PuppetPipeline, GloriaPipeline])
 def test_clips_are_denoised_and_kept_by_two_threads_where_there_are_two(
-    work: Path, monkeypatch: pytest.MonkeyPatch
+    work: Path, monkeypatch: pytest.MonkeyPatch, pipeline: Any
 ) -> None:
-    denoised, add, at = PuppetPipeline.denoised, ClipStore.add, []
+    model = "model"
+    if pipeline is GloriaPipeline:
+        tiny_families.gloria(work / "gloria")
+        model = "gloria/model"
+    denoised, add, at = pipeline.denoised, ClipStore.add, []
 
     def watched(self: Any, *given: Any, **more: Any) -> Any:
         at.append((threading.current_thread().name, torch.get_num_threads()))
@@ -119,15 +126,15 @@ def test_clips_are_denoised_and_kept_by_two_threads_where_there_are_two(
         at.append((threading.current_thread().name, torch.get_num_threads()))
         add(self, *given)
 
-    monkeypatch.setattr(PuppetPipeline, "denoised", watched)
+    monkeypatch.setattr(pipeline, "denoised", watched)
     monkeypatch.setattr(ClipStore, "add", kept)
     main = threading.current_thread().name
     torch.set_num_threads(1)
-    make(work)
+    make(work, model)
     assert set(at) == {(main, 1)}
     at.clear()
     torch.set_num_threads(4)
-    make(work)
+    make(work, model)
     assert set(at) == {(main, 2), ("aside_0", 2)}
     assert torch.get_num_threads() == 4
 

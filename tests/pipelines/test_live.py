@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 import soundfile
+import tiny_families
 import torch
 from numpy.typing import NDArray
 from tiny_checkpoint import make_checkpoint
@@ -22,6 +23,9 @@ from tiny_checkpoint import make_checkpoint
 import talkingdit
 from talkingdit.encoders.log_mel import SpeechFeatures
 from talkingdit.errors import UserError
+from talkingdit.families.gloria import checkpoint as gloria_checkpoint
+from talkingdit.families.gloria import pipeline as gloria
+from talkingdit.families.gloria.pipeline import GloriaPipeline
 from talkingdit.families.puppet.pipeline import PuppetPipeline
 from talkingdit.media.files import VideoWriter, read_video
 from talkingdit.pipelines import inputs
@@ -34,6 +38,22 @@ RATE, FPS, CLIP = 16000, 16, 8
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def chunked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of Gloria: chunks of 4 latents that share 2; they hear 13 frames, 21, 29, ... and show 5, 13, 21, ..."""
+    folder = tmp_path_factory.mktemp("gloria")
+    tiny_families.gloria(folder)
+    return folder / "model"
+
+
+@pytest.fixture(params=["puppet", "gloria"])
+def either(request: pytest.FixtureRequest) -> tuple[Path, type, int]:
+    """A checkpoint, its pipeline, and the frames that three clips show."""
+    if request.param == "gloria":
+        return request.getfixturevalue("chunked"), GloriaPipeline, 5 + 2 * CLIP
+    return request.getfixturevalue("checkpoint"), PuppetPipeline, 3 * CLIP
 
 
 @pytest.fixture(scope="module")
@@ -100,18 +120,19 @@ def put(descriptor: int, data: bytes) -> None:
 @pytest.mark.parametrize("threads", [1, 2])  # with two, a clip is written while the next one is denoised
 def test_a_live_video_is_the_video_and_grows_clip_by_clip(
     portrait: Path,
-    checkpoint: Path,
+    either: tuple[Path, Any, int],
     voice: NDArray[np.int16],
     recorded: list[Any],
     monkeypatch: pytest.MonkeyPatch,
     threads: int,
 ) -> None:
+    checkpoint, pipeline, shown = either
     torch.set_num_threads(threads)
     soundfile.write(portrait.with_name("voice.wav"), voice[: 2 * RATE], RATE)
     file, live = portrait.with_name("voice.wav"), portrait.with_name("live.mp4")
     generate(portrait, file, "whole.mp4", checkpoint)
     whole = np.concatenate(recorded)
-    denoised, seen = PuppetPipeline.denoised, {}
+    denoised, seen = pipeline.denoised, {}
 
     def watched(self: Any, conditions: Any, index: int, *given: Any, **more: Any) -> Any:
         if threads == 1:
@@ -120,15 +141,15 @@ def test_a_live_video_is_the_video_and_grows_clip_by_clip(
             raise KeyboardInterrupt
         return denoised(self, conditions, index, *given, **more)
 
-    monkeypatch.setattr(PuppetPipeline, "denoised", watched)
+    monkeypatch.setattr(pipeline, "denoised", watched)
     recorded.clear()
     with pytest.raises(KeyboardInterrupt, match="3 of 4 clips are kept"):
         generate(portrait, file, "live.mp4", checkpoint, live=True)
     assert all(index * CLIP - FPS / 2 <= frames <= index * CLIP for index, frames in seen.items())
-    assert len(read_video(live)[0]) == 3 * CLIP  # what an interrupt leaves plays to its end
-    np.testing.assert_array_equal(np.concatenate(recorded), whole[: 3 * CLIP])
+    assert len(read_video(live)[0]) == shown  # what an interrupt leaves plays to its end
+    np.testing.assert_array_equal(np.concatenate(recorded), whole[:shown])
 
-    monkeypatch.setattr(PuppetPipeline, "denoised", denoised)
+    monkeypatch.setattr(pipeline, "denoised", denoised)
     recorded.clear()
     result = generate(portrait, file, "live.mp4", checkpoint, live=True, sheet=portrait.with_name("sheet.png"))
     np.testing.assert_array_equal(np.concatenate(recorded), whole)
@@ -139,9 +160,10 @@ def test_a_live_video_is_the_video_and_grows_clip_by_clip(
 
 
 def test_a_voice_is_seen_while_it_is_spoken_and_its_end_is_the_end(
-    portrait: Path, checkpoint: Path, voice: NDArray[np.int16], recorded: list[Any], spoken: Any
+    portrait: Path, either: tuple[Path, Any, int], voice: NDArray[np.int16], recorded: list[Any], spoken: Any
 ) -> None:
     """The pipe stalls until the first clips can be watched, and ends in the middle of a clip."""
+    checkpoint = either[0]
     live, watched = portrait.with_name("slow.mp4"), []
 
     def slowly(pipe: int) -> None:
@@ -171,6 +193,63 @@ def test_a_voice_is_seen_while_it_is_spoken_and_its_end_is_the_end(
     assert abs(len(sound) / RATE - 4.25) < 0.15
 
 
+@pytest.mark.parametrize("frames", [7, 13, 14, 21, 30])  # within a chunk, at its end, and one frame behind
+def test_a_spoken_voice_gives_the_chunks_of_the_recording(
+    portrait: Path,
+    chunked: Path,
+    voice: NDArray[np.int16],
+    recorded: list[Any],
+    spoken: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    frames: int,
+) -> None:
+    """All of them, the last one too, and the figure over them, where the features are the same."""
+    voice, encode, features = voice[: frames * RATE // FPS], gloria.encode_voice, []
+
+    def of_the_recording(*given: Any) -> Any:
+        features.extend([] if features else [encode(*given)])
+        return features[0]
+
+    monkeypatch.setattr(gloria, "encode_voice", of_the_recording)
+    soundfile.write(portrait.with_name("voice.wav"), voice, RATE, subtype="PCM_16")
+    figures = portrait.with_name("file.png"), portrait.with_name("pipe.png")
+    generate(portrait, portrait.with_name("voice.wav"), "file.mp4", chunked, attention_figure=figures[0])
+    whole = np.concatenate(recorded)
+    assert len(whole) == frames
+    recorded.clear()
+
+    def slowly(pipe: int) -> None:
+        heard = 13 * RATE // FPS + 1  # one sample more than the first chunk hears
+        put(pipe, voice[:heard].tobytes())
+        until = time.monotonic() + 120
+        while len(voice) > heard and not recorded and time.monotonic() < until:
+            time.sleep(0.05)
+        assert recorded or len(voice) <= heard  # a chunk is made before the sound of the next one is there
+        put(pipe, voice[heard:].tobytes())
+
+    spoken(slowly)
+    generate(portrait, "-", "pipe.mp4", chunked, audio_rate=RATE, live=True, attention_figure=figures[1])
+    np.testing.assert_array_equal(np.concatenate(recorded), whole)
+    rows = [figure.with_suffix(".csv").read_text() for figure in figures]
+    assert rows[0] == rows[1]
+    assert len(rows[0].splitlines()) == 1 + 1 + -(-(frames - 1) // 4)  # names, and latents
+
+
+def test_a_spoken_voice_is_seen_no_longer_than_asked_for(
+    portrait: Path, chunked: Path, voice: NDArray[np.int16], spoken: Any
+) -> None:
+    spoken(lambda pipe: put(pipe, voice.tobytes()))
+    assert generate(portrait, "-", "out.mp4", chunked, audio_rate=RATE, frames=18).frames == 18
+    assert len(read_video(portrait.with_name("out.mp4"))[0]) == 18
+
+
+def test_a_chunk_is_seen_latent_by_latent(portrait: Path, chunked: Path, voice: NDArray[np.int16]) -> None:
+    pipe = talkingdit.TalkingPipeline.from_pretrained(chunked)
+    given = (voice[: 14 * RATE // FPS].astype(np.float32) / 2**15, RATE)
+    spans = pipe.stream(image=portrait, audio=given, steps=1)
+    assert [len(span.frames) for span in spans] == [1, 4, 4, 4, 1]
+
+
 def test_features_of_a_spoken_voice_are_those_of_the_recording(
     tmp_path: Path, voice: NDArray[np.int16], spoken: Any
 ) -> None:
@@ -193,6 +272,16 @@ def test_another_rate_is_brought_to_that_of_speech(tmp_path: Path, spoken: Any) 
     assert abs(len(got) - RATE) <= 1
     wanted = 0.5 * np.sin(2 * np.pi * 300 * np.arange(len(got)) / RATE)
     assert np.abs(got - wanted)[200:-200].max() < 1e-3
+
+
+def test_a_pipe_with_too_little_sound_is_told_before_a_model_is_loaded(
+    portrait: Path, voice: NDArray[np.int16], spoken: Any, chunked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gloria_checkpoint, "load_checkpoint", None)
+    spoken(lambda pipe: put(pipe, voice[:300].tobytes()))
+    with pytest.raises(UserError, match=r"audio -: expected at least 0\.1 s, got 0\.019 s\."):
+        generate(portrait, "-", "out.mp4", chunked, audio_rate=RATE)
+    assert {path.name for path in portrait.parent.iterdir()} == {"face.png"}
 
 
 @pytest.mark.parametrize("data", [b"", b"no sound at all, and no container either"])

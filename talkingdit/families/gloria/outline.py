@@ -2,7 +2,8 @@
 """What a Gloria video will be: chunks that share latents, and the anchors that stand beside all of them.
 
 Frame 0 is the picture itself, which is shown. The first chunk of T latents has 1 + 4 (T - 1) frames; each later one
-begins with the last latents of the one before it (section 4.3).
+begins with the last latents of the one before it (section 4.3), which it shows. So n chunks of T latents that share P
+show 4 n (T - P) frames, and 1 + 4 (P - 1) behind them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from talkingdit.autoencoders.latents import FRAMES_PER_LATENT
 from talkingdit.errors import UserError
 from talkingdit.families.gloria.anchors import GLOBAL, KINDS, AnchorFile, check_once
 from talkingdit.families.gloria.options import Options
@@ -114,6 +116,8 @@ def outline(inputs: Inputs, settings: GloriaSettings, options: Options) -> Outli
     kept = {anchor.name: _digest(anchor.image) for anchor in anchors}
     return replace(
         plain,
+        clip_frames=FRAMES_PER_LATENT * (plan.window - plan.overlap),
+        overlap_frames=FRAMES_PER_LATENT * (plan.overlap - 1) + 1,
         settings={**plain.settings, "anchors": kept, "attention figure": options.attention_figure is not None},
         details=Details(sampling, options, latents, anchors, plan),
     )

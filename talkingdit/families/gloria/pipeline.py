@@ -14,11 +14,15 @@ A chunk hands on to the next, as its carry:
     tail       [C, 4, H, W] latents that the next one begins with
     past       [1, C, n, H, W] those before them that the decoder still looks at
     attention  [anchors, latents so far] where a figure was asked for
+
+Of a voice that is still being spoken the length is asked for anew by every chunk. A chunk that is not the last is the
+same whatever it is; before the last one the voice has ended.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,11 +36,13 @@ from talkingdit.families.gloria.attention import AnchorAttention, draw_figure
 from talkingdit.families.gloria.audio import WINDOW
 from talkingdit.families.gloria.outline import AnchorImage, Details
 from talkingdit.families.wan_i2v.conditions import ExtraTokens
+from talkingdit.families.wan_i2v.outline import latents_of_frames, video_frames
 from talkingdit.families.wan_i2v.pipeline import ClipInputs, VideoConditions, WanI2VPipeline
 from talkingdit.media.framing import fit_image
+from talkingdit.pipelines.aside import half_of_the_threads
 from talkingdit.pipelines.chunks import lay_over
 from talkingdit.pipelines.features import Features, encode_voice
-from talkingdit.pipelines.long_video import Carry, GeneratedClip, StepDone
+from talkingdit.pipelines.long_video import Carry, DenoisedClip, GeneratedClip, StepDone
 from talkingdit.pipelines.plans import ChunkPrefix, Stage
 
 if TYPE_CHECKING:
@@ -54,6 +60,14 @@ class GloriaConditions(VideoConditions):
     anchors: tuple[str, ...]  # names, in the order of `extra`
     decoder: ClipDecoder
     figure: Path | None = None
+    frames_so_far: Callable[[], int] | None = None  # of a voice that is being spoken: `frames` as far as is known
+
+    def so_far(self) -> GloriaConditions:
+        """With the length of the video as far as it is known by now."""
+        if self.frames_so_far is None:
+            return self
+        frames = self.frames_so_far()
+        return replace(self, frames=frames, latents=latents_of_frames(frames))
 
 
 def open_pipeline(checkpoint: WanI2VCheckpoint, parallel: Parallel | None = None) -> GloriaPipeline:
@@ -63,6 +77,8 @@ def open_pipeline(checkpoint: WanI2VCheckpoint, parallel: Parallel | None = None
 
 class GloriaPipeline(WanI2VPipeline):
     """Generates chunks with a checkpoint. It keeps no state; several videos may be made at once."""
+
+    decodes_later = True
 
     def warnings(self, inputs: Inputs, outline: Outline) -> tuple[str, ...]:
         """As of Wan I2V; and where no figure can be made."""
@@ -76,14 +92,24 @@ class GloriaPipeline(WanI2VPipeline):
             found += ("`--attention-figure` has no effect without anchors.",)
         return found
 
+    @half_of_the_threads()
     def encode(self, inputs: Inputs, outline: Outline) -> GloriaConditions:
         """Encode what all chunks share, from the files of a job."""
         details: Details = outline.details
         image, _ = fit_image(inputs.image, outline.size, details.options.cover)
         frames = 1 + WINDOW * (details.latents - 1)
-        features = encode_voice(self.checkpoint.audio_encoder, inputs, frames, self.settings.fps, self.parallel.team)
-        return self.video(image, inputs.job.prompt, details, features, frames=outline.frames)
+        fps, team = self.settings.fps, self.parallel.team
+        features = encode_voice(self.checkpoint.audio_encoder, inputs, frames, fps, team)
+        conditions = self.video(image, inputs.job.prompt, details, features, frames=outline.frames)
+        if not inputs.job.spoken:
+            return conditions
 
+        def frames_so_far() -> int:
+            return team.on_rank_0(lambda: video_frames(inputs, fps, details.options))
+
+        return replace(conditions, frames_so_far=frames_so_far)
+
+    @half_of_the_threads()
     @torch.no_grad()
     def video(self, image: Any, prompt: str, details: Details, features: Features, *, frames: int) -> GloriaConditions:
         """Encode what all chunks share.
@@ -114,7 +140,6 @@ class GloriaPipeline(WanI2VPipeline):
             for anchor in anchors
         )
 
-    @torch.no_grad()
     def clip(  # type: ignore[override]
         self,
         conditions: GloriaConditions,
@@ -125,6 +150,21 @@ class GloriaPipeline(WanI2VPipeline):
         progress: StepDone | None = None,
     ) -> GeneratedClip:
         """Chunk `index`, see `ClipPipeline.clip`."""
+        return self.denoised(conditions, index, carry, last=last, progress=progress).whole()
+
+    @half_of_the_threads()
+    @torch.no_grad()
+    def denoised(
+        self,
+        conditions: GloriaConditions,
+        index: int,
+        carry: Carry | None = None,
+        *,
+        last: bool = False,
+        progress: StepDone | None = None,
+    ) -> DenoisedClip:
+        """Chunk `index`, whose frames are still to be decoded, see `ClipPipeline`."""
+        conditions = conditions.so_far()
         stage = _stage(conditions, index)
         given = conditions.first if carry is None else carry["tail"][None].to(self.device)
         length = stage.last - stage.first
@@ -142,19 +182,30 @@ class GloriaPipeline(WanI2VPipeline):
             overlap = len(curve)
             x = torch.cat([lay_over(known[0, :, :overlap], x[0, :, :overlap], curve)[None], x[:, :, overlap:]], dim=2)
         count = stage.final - stage.first
-        past = conditions.first[:, :, :0] if carry is None else carry["past"]
-        video = conditions.decoder.behind(index, past)(x[:, :, :count])
-        shown = video[:, :, : conditions.frames - _frames_before(stage.first)]
+        final = x[:, :, :count]
+        past = (conditions.first[:, :, :0] if carry is None else carry["past"]).to(self.device)
+        shown = self._decoded(conditions, index, past, final)
         seen = None
         if watched is not None and watched.weights is not None:
             seen = _joined(carry, watched.weights[:, :count])
         if last:
             if conditions.figure is not None and self.parallel.team.rank == 0:
                 draw_figure(conditions.figure, seen, conditions.anchors, self.settings.fps)
-            return GeneratedClip(index, shown, None)
-        looked = torch.cat([past.to(x.device), x[:, :, :count]], dim=2)[:, :, -lookback(self.checkpoint.vae) :]
+            return DenoisedClip(index, shown, None)
+        looked = torch.cat([past, final], dim=2)[:, :, -lookback(self.checkpoint.vae) :]
         handed = {"tail": x[0, :, count:], "past": looked}
-        return GeneratedClip(index, shown, handed if seen is None else {**handed, "attention": seen})
+        return DenoisedClip(index, shown, handed if seen is None else {**handed, "attention": seen})
+
+    @torch.no_grad()
+    def _decoded(self, conditions: GloriaConditions, index: int, past: Tensor, latents: Tensor) -> Iterator[Tensor]:
+        """The frames of a chunk's latents, those of one latent after the other."""
+        first, device = _stage(conditions, index).first, self._vae.device
+        with half_of_the_threads():
+            stream = conditions.decoder.behind(index, past.to(device))
+        for number, latent in enumerate(latents.split(1, dim=2), first):
+            with half_of_the_threads():
+                shown = stream(latent.to(device))[:, :, : conditions.frames - _frames_before(number)]
+            yield shown
 
     def chunk_audio(self, conditions: GloriaConditions, stage: Stage) -> Tensor:
         """Features [1, layers, audio_dim, 4 T] of a chunk: latent 0 of the video hears its one frame four times."""
