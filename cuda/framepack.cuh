@@ -316,8 +316,8 @@ __global__ void __launch_bounds__(kPackThreads) pool_kernel(const __grid_constan
   }
 }
 
-// Which of 32 places of the bucket's (padded) list, from `first` on, show frame t: a bit for each. All lanes of the warp
-// take part.
+// Which of 32 places of the bucket's (padded) list, from `first` on, show frame t: a bit for each. All lanes of the
+// warp take part.
 __device__ __forceinline__ uint32_t places_of(const PackProductArgs& args, const PackShare& share, uint32_t first,
                                               int32_t t) {
   const uint32_t place = first + (threadIdx.x & 31), count = share.grid[0].divisor * share.kernel[0].divisor;
@@ -354,8 +354,7 @@ __device__ __forceinline__ compute_t<T> collect(const PackProductArgs& args, con
           if (share.weight == nullptr) {
             sum += C(token_of<const T>(args, share, line + fx)[c]) / C(share.volume());
           } else {
-            const C* part =
-                static_cast<const C*>(args.workspace) + share.part + int64_t(line + fx) * taps + (tap + dx);
+            const C* part = static_cast<const C*>(args.workspace) + share.part + int64_t(line + fx) * taps + (tap + dx);
             for (int i = 0; i < share.splits; ++i) sum += part[i * size];
           }
         }
