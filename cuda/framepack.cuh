@@ -46,17 +46,22 @@ __device__ __forceinline__ void gather_taps(const PackProductArgs& args, const P
   const uint32_t row = share.kernel[2].div(tap), plane = share.kernel[1].div(row);
   int32_t c = int32_t(share.kernel[0].div(plane)), dt = int32_t(plane - uint32_t(c * kt));
   int32_t dy = int32_t(row - plane * uint32_t(kh)), dx = int32_t(tap - row * uint32_t(kw));
+  // One channel of a frame, which the taps leave once in kh * kw; null: there is none, only zeros.
+  int32_t frame = frame_at(args, share, patch.t + dt);
+  const auto picture_of = [&]() -> const T* {
+    if (patch.sample == nullptr || c >= args.channels || frame < 0) return nullptr;
+    return patch.sample + c * args.latent_strides[1] + frame * args.latent_strides[2];
+  };
+  const T* picture = picture_of();
 #pragma unroll 1
   for (int at = first; at < first + kSpan; at += run) {
     char* target = tile + Shape::offset(line, at / kCount) + at % kCount * int(sizeof(T));
     const T* source = static_cast<const T*>(args.latents);
     int32_t there = 0;  // elements before the padding
-    if (patch.sample != nullptr && c < args.channels) {
-      const int32_t frame = frame_at(args, share, patch.t + dt);
+    if (picture != nullptr) {
       const int32_t y = int32_t(pack_source(args.padding, patch.y + dy, args.height)), x = patch.x + dx;
-      if (frame >= 0 && y >= 0) {
-        const T* start =
-            patch.sample + c * args.latent_strides[1] + frame * args.latent_strides[2] + y * args.latent_strides[3];
+      if (y >= 0) {
+        const T* start = picture + y * args.latent_strides[3];
         there = args.width - x < run ? args.width - x : run;
         if (there < run && args.padding == PackPadding::replicate) {
           for (int e = 0; e < run; ++e)
@@ -90,6 +95,8 @@ __device__ __forceinline__ void gather_taps(const PackProductArgs& args, const P
           dt = 0;
           ++c;
         }
+        if (kt > 1) frame = frame_at(args, share, patch.t + dt);
+        picture = picture_of();
       }
     }
   }
@@ -309,7 +316,16 @@ __global__ void __launch_bounds__(kPackThreads) pool_kernel(const __grid_constan
   }
 }
 
-// What a bucket adds to the gradient of one element of the latents, padding included.
+// Which of 32 places of the bucket's (padded) list, from `first` on, show frame t: a bit for each. All lanes of the
+// warp take part.
+__device__ __forceinline__ uint32_t places_of(const PackProductArgs& args, const PackShare& share, uint32_t first,
+                                              int32_t t) {
+  const uint32_t place = first + (threadIdx.x & 31), count = share.grid[0].divisor * share.kernel[0].divisor;
+  return __ballot_sync(0xffffffffu, place < count && frame_at(args, share, int32_t(place)) == t);
+}
+
+// What a bucket adds to the gradient of one element of the latents, padding included. All lanes of the warp take part,
+// each for a `w` of its own in one row; what those beyond the width get is of no use.
 template <class T>
 __device__ __forceinline__ compute_t<T> collect(const PackProductArgs& args, const PackShare& share, uint32_t b,
                                                 uint32_t c, int32_t t, uint32_t h, uint32_t w) {
@@ -317,26 +333,30 @@ __device__ __forceinline__ compute_t<T> collect(const PackProductArgs& args, con
   const uint32_t kt = share.kernel[0].divisor, kh = share.kernel[1].divisor, kw = share.kernel[2].divisor;
   const PackSpan down = pack_span(args.padding, h, args.height, int64_t(share.grid[1].divisor) * kh);
   const PackSpan across = pack_span(args.padding, w, args.width, int64_t(share.grid[2].divisor) * kw);
+  const uint32_t last = w < uint32_t(args.width) ? uint32_t(across.end) : 0;
   const int64_t taps = args.channels * share.volume(), size = share.patches(args.batch) * taps;
   C sum = C(0);
 #pragma unroll 1
-  for (uint32_t place = 0; place < share.grid[0].divisor * kt; ++place) {
-    if (frame_at(args, share, int32_t(place)) != t) continue;
-    const uint32_t ft = share.kernel[0].div(place), dt = place - ft * kt;
+  for (uint32_t first = 0; first < share.grid[0].divisor * kt; first += 32) {
 #pragma unroll 1
-    for (uint32_t y = uint32_t(down.first); y < uint32_t(down.end); ++y) {
-      const uint32_t fy = share.kernel[1].div(y), dy = y - fy * kh;
+    for (uint32_t places = places_of(args, share, first, t); places != 0; places &= places - 1) {
+      const uint32_t place = first + uint32_t(__ffs(int(places)) - 1);
+      const uint32_t ft = share.kernel[0].div(place), dt = place - ft * kt;
 #pragma unroll 1
-      for (uint32_t x = uint32_t(across.first); x < uint32_t(across.end); ++x) {
-        const uint32_t fx = share.kernel[2].div(x), dx = x - fx * kw;
-        const int64_t m =
-            ((int64_t(b) * share.grid[0].divisor + ft) * share.grid[1].divisor + fy) * share.grid[2].divisor + fx;
-        if (share.weight == nullptr) {
-          sum += C(token_of<const T>(args, share, m)[c]) / C(share.volume());
-        } else {
-          const C* part = static_cast<const C*>(args.workspace) + share.part + m * taps +
-                          ((int64_t(c) * kt + dt) * kh + dy) * kw + dx;
-          for (int i = 0; i < share.splits; ++i) sum += part[i * size];
+      for (uint32_t y = uint32_t(down.first); y < uint32_t(down.end); ++y) {
+        const uint32_t fy = share.kernel[1].div(y), dy = y - fy * kh;
+        // Patches of a bucket, and taps of a patch, are fewer than 2^31: the binding makes sure.
+        const uint32_t line = ((b * share.grid[0].divisor + ft) * share.grid[1].divisor + fy) * share.grid[2].divisor;
+        const uint32_t tap = ((c * kt + dt) * kh + dy) * kw;
+#pragma unroll 1
+        for (uint32_t x = uint32_t(across.first); x < last; ++x) {
+          const uint32_t fx = share.kernel[2].div(x), dx = x - fx * kw;
+          if (share.weight == nullptr) {
+            sum += C(token_of<const T>(args, share, line + fx)[c]) / C(share.volume());
+          } else {
+            const C* part = static_cast<const C*>(args.workspace) + share.part + int64_t(line + fx) * taps + (tap + dx);
+            for (int i = 0; i < share.splits; ++i) sum += part[i * size];
+          }
         }
       }
     }
@@ -356,11 +376,12 @@ __global__ void __launch_bounds__(kPackThreads, 1) collect_kernel(const __grid_c
     const uint32_t b = plane / uint32_t(args.channels), c = plane - b * uint32_t(args.channels);
     T* target = static_cast<T*>(args.latents) + b * args.latent_strides[0] + c * args.latent_strides[1] +
                 t * args.latent_strides[2] + h * args.latent_strides[3];
-    for (uint32_t w = threadIdx.x & 31; w < uint32_t(args.width); w += 32) {
+    for (uint32_t first = 0; first < uint32_t(args.width); first += 32) {
+      const uint32_t w = first + (threadIdx.x & 31);
       compute_t<T> sum(0);
       for (int which = 0; which < args.bucket_count; ++which)
         sum += collect<T>(args, args.shares[which], b, c, int32_t(t), h, w);
-      target[w] = T(sum);
+      if (w < uint32_t(args.width)) target[w] = T(sum);
     }
   }
 }

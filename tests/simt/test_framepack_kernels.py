@@ -140,6 +140,14 @@ def test_odd_kernels_averages_and_strides(gpu: Device, padding: str, dtype: torc
     check(gpu, latents, buckets, padding, place)
 
 
+@pytest.mark.parametrize("padding", ["none", "replicate"])
+def test_long_histories_and_wide_rows(gpu: Device, padding: str) -> None:
+    """More frames in a bucket than a warp looks at in one go, some of them twice, and rows longer than a warp."""
+    frames = [*range(34), 33, 0, 33, 5]
+    latents, buckets = history(1, 2, (34, 4, 38), 8, torch.float32, (frames, BASE), (frames, (2, 4, 2)))
+    check(gpu, latents, buckets, padding)
+
+
 def test_parts_that_get_no_step(gpu: Device, cut: Callable[[int], None]) -> None:
     """More parts than steps: some sum nothing, and say so."""
     cut(5)

@@ -118,6 +118,9 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
 inline int __popc(unsigned bits) {
   return __builtin_popcount(bits);
 }
+inline int __ffs(int bits) {
+  return __builtin_ffs(bits);
+}
 
 template <class T>
 T __ldg(const T* source) {
