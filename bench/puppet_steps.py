@@ -78,7 +78,7 @@ def configuration(voices: Path, folder: Path, way: Way, steps: int) -> str:
     }
     text = [line for one in kept for line in (one, *ours.get(one, []))]
     text = [line for line in text if not line.startswith("every")]
-    return "\n".join([*text, "[checkpoint]", "every = 0", "[log]", "every = 1", "tensorboard = false", ""])
+    return "\n".join([*text, "[checkpoint]", "every = 100000", "[log]", "every = 1", "tensorboard = false", ""])
 
 
 def measure(tree: Path, way: Way, config: Path, log: Path) -> list[float]:
