@@ -8,9 +8,9 @@ does. Ours is measured as the model runs it without gradients: it overwrites the
 
 The official style has the attention that torch chooses, and a stream in float32. Ours runs in several ways
 (`VARIANTS`): "ours" as models do unless they are told otherwise; with linear layers in float8, as `--precision fp8`
-has them; with each attention kernel that may be named; with both; with the stream in the type of the layers. Each is
-told with its error, which is that of what the block adds to the stream, relative to what the official one adds. What a
-machine refuses is left out with its reason.
+has them; with each attention kernel that may be named; with both; with the stream in the type of the layers; with GELU
+in the epilogue of the product in front of it. Each is told with its error, which is that of what the block adds to the
+stream, relative to what the official one adds. What a machine refuses is left out with its reason.
 """
 
 from __future__ import annotations
@@ -53,17 +53,19 @@ class BlockVariant:
         attention: of `talkingdit.nn.attention.attention`.
         residual: "float32", or "compute" for a stream in the type of the layers.
         absorb: of `AudioCrossAttention.memory`.
+        gelu: kernel of `talkingdit.ops.linear_gelu`.
     """
 
     fp8: bool = False
     attention: str = "auto"
     residual: str = "float32"
     absorb: str = "none"
+    gelu: str = "auto"
 
     @property
     def optional(self) -> bool:
         """May it be left out: by a machine that refuses it, or because its error is too large?"""
-        return self.fp8 or self.attention != "auto" or self.residual != "float32"
+        return self.fp8 or self.attention != "auto" or self.residual != "float32" or self.gelu != "auto"
 
     def limit(self, dtype: torch.dtype) -> float:
         """Of its error, with layers of a dtype."""
@@ -75,6 +77,7 @@ class BlockVariant:
             "fp8": self.fp8,
             "value absorbed": self.absorb == "value",
             "16-bit stream": self.residual == "compute",
+            "GELU in the product": self.gelu == "epilogue",
             f"{self.attention} attention": self.attention != "auto",
         }
         return ", ".join(["ours", *(name for name, said in parts.items() if said)])
@@ -82,6 +85,8 @@ class BlockVariant:
 
 _ABSORBED = BlockVariant(absorb="value")
 _LEAST = replace(_ABSORBED, fp8=True, residual="compute")
+_IN_PRODUCT = BlockVariant(gelu="epilogue")
+_SIXTEEN = replace(_IN_PRODUCT, residual="compute")
 _NAMED = ("cudnn", "flash3", "flash3_fp8", "sage")
 VARIANTS = (
     BlockVariant(),
@@ -90,6 +95,8 @@ VARIANTS = (
     *(BlockVariant(fp8, attention) for attention in _NAMED for fp8 in (False, True)),
     BlockVariant(residual="compute"),
     _LEAST,
+    _IN_PRODUCT,
+    replace(_SIXTEEN, absorb="value"),
 )
 # Those that differ in what they move; attention reads and writes the same.
 MOVING = (
@@ -97,6 +104,9 @@ MOVING = (
     _ABSORBED,
     BlockVariant(residual="compute"),
     replace(_ABSORBED, residual="compute"),
+    _IN_PRODUCT,
+    _SIXTEEN,
+    replace(_SIXTEEN, absorb="value"),
     BlockVariant(fp8=True),
     BlockVariant(fp8=True, residual="compute"),
     _LEAST,
@@ -141,6 +151,7 @@ class _Ours:
         inputs = BlockInputs(
             *(self.time.groups, conditions.layout, conditions.text_mask, conditions.key_mask, variant.attention),
             inplace=True,
+            gelu=variant.gelu,
         )
         injection = Injection(0, self.per_frame, self.dtype, variant.absorb, inplace=True)
         memory = conditions.audio_kv[0]

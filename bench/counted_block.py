@@ -25,13 +25,18 @@ from bench.traffic import Traffic
 
 RESULTS = Path(__file__).resolve().parent / "results" / "counted-block.json"
 # Operators whose time goes with their operations; all others are bound by memory.
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "eight_bit_linear")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "eight_bit_linear", "linear_gelu")
 
 
 def _eight_bit_operations(codes: Any, scale: Any, weight: Any, *_: Any, **__: Any) -> int:
     """Of shapes: codes [M, K] times weight [N, K]."""
     del scale
     return int(2 * codes[0] * codes[1] * weight[0])
+
+
+def _gelu_operations(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Of shapes: x [M, K] times weight [N, K]."""
+    return int(2 * x[0] * x[1] * weight[0])
 
 
 def is_product(operator: str) -> bool:
@@ -45,7 +50,10 @@ def count(shape: wan_block.StepShape) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with as_on_gpus():
         functions, tokens = block.contestants(shape, torch.device("cpu"), torch.bfloat16, block.MOVING)
-        products = {torch.ops.talkingdit.eight_bit_linear: _eight_bit_operations}
+        products = {
+            torch.ops.talkingdit.eight_bit_linear: _eight_bit_operations,
+            torch.ops.talkingdit.linear_gelu: _gelu_operations,
+        }
         for name, (function, dtype) in functions.items():
             x = torch.empty(1, tokens, shape.config["dim"], dtype=dtype)
             with Traffic() as traffic:

@@ -22,10 +22,10 @@ KERNELS = ("auto", "general", "cutlass", "library")
 
 @dataclass(frozen=True)
 class Measured:
-    """A measurement that "cutlass" won.
+    """A measurement that "cutlass", or "epilogue" of linear_gelu, won.
 
     Attributes:
-        op: "frame_linear" or "framepack".
+        op: "frame_linear", "framepack" or "linear_gelu".
         inner: lengths of the sums (H * A of frame_linear, elements of the largest patch of framepack) that it holds
             for, from the first to before the second.
         columns: likewise, channels of the result.
@@ -49,6 +49,7 @@ class Measured:
 # Filled from `python -m bench frame_linear framepack` on an H100 or H200, which time all kernels. On an H200 "cutlass"
 # takes 0.53x to 0.76x of the general kernel's time in frame_linear, for sums of 60 to 960 and 1,536 to 5,120 channels,
 # into both widths of the stream (bench/results/cuda-frame_linear*.json). In framepack cuBLAS is a little ahead of it.
+# `python -m bench.gpu --only block` times "epilogue" of linear_gelu in whole blocks; it has not been measured yet.
 MEASURED: tuple[Measured, ...] = (Measured("frame_linear", inner=(60, 961), columns=(1536, 5121)),)
 
 

@@ -57,6 +57,12 @@ def test_a_block_is_counted_by_operator_in_both_programs():
     assert "talkingdit::gate_residual_norm_modulate_eight_bit_out" in fp8["bytes"]
     assert narrow["memory_bound_bytes"] < ours["memory_bound_bytes"]
     assert narrow["operations"] == ours["operations"]
+    assert "aten::copy_" not in ours["bytes"]  # slices of the feed-forward are written where their tokens were
+    gelu = ours["bytes"]["aten::gelu_"]
+    fused = found["ours, 16-bit stream, GELU in the product"]
+    assert narrow["memory_bound_bytes"] - fused["memory_bound_bytes"] == gelu
+    assert sum(narrow["bytes"].values()) - sum(fused["bytes"].values()) == gelu
+    assert fused["operations"] == narrow["operations"]
 
 
 def test_a_wrong_block_is_no_contestant(monkeypatch):

@@ -16,6 +16,7 @@ from talkingdit.families.wan_s2v import blocks
 from talkingdit.families.wan_s2v.conditions import WanInputs
 from talkingdit.families.wan_s2v.model import WanS2VModel
 from talkingdit.families.wan_s2v.units import UNITS
+from talkingdit.nn import feed_forward
 from talkingdit.nn.eight_bit import EightBitGelu, EightBitLinear, quantise
 from talkingdit.ops.eight_bit import KINDS
 from talkingdit.pipelines.memory import Memory, fit
@@ -112,7 +113,7 @@ def test_long_sequences_go_through_in_slices(monkeypatch: pytest.MonkeyPatch) ->
     model = tiny()
     quantise(model, UNITS, "int8")
     want = velocity(model)
-    monkeypatch.setattr(blocks, "FFN_TOKENS", 7)
+    monkeypatch.setattr(feed_forward, "FFN_TOKENS", 7)
     assert torch.equal(velocity(model), want)
 
 

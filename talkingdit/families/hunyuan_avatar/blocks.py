@@ -14,8 +14,8 @@ from talkingdit.families.hunyuan_avatar.rope import Layouts
 from talkingdit.families.hunyuan_avatar.sequence import SequenceShard
 from talkingdit.families.hunyuan_avatar.text_refiner import Mlp
 from talkingdit.nn.attention import attention
+from talkingdit.nn.feed_forward import feed_forward, overwrites
 from talkingdit.nn.layers import Float32Linear, RMSNorm, lend
-from talkingdit.nn.units import FFN_TOKENS
 
 EPS = 1e-6  # of all norms of the blocks
 
@@ -31,11 +31,6 @@ class BlockInputs:
     key_mask: Tensor | None = None  # bool [B, N], the same for kernels that need it as a mask
     backend: str = "auto"  # see `talkingdit.nn.attention.attention`
     inplace: bool = False  # streams may be overwritten. Where gradients are recorded they are not.
-
-
-def overwrites() -> bool:
-    """May buffers be used again? Not where gradients need them, nor in a compiled graph, which plans its own."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, inputs: BlockInputs) -> Tensor:
@@ -139,7 +134,7 @@ class DoubleBlock(nn.Module):
         out = (x, torch.empty_like(y)) if inplace else None
         ends, offset = place
         x, y = ops.gate_residual_norm_modulate(x, y, gate1, scale2, shift2, ends, EPS, offset, dtype=y.dtype, out=out)
-        return ops.gate_residual(x, feed_forward(mlp, y), gate2, ends, offset, out=x if inplace else None)
+        return ops.gate_residual(x, feed_forward(mlp, y, kind=Mlp), gate2, ends, offset, out=x if inplace else None)
 
 
 class SingleBlock(nn.Module):
@@ -170,8 +165,7 @@ class SingleBlock(nn.Module):
         if inplace:  # the values lie in front of the feed-forward's part: attention goes there, and nothing is copied
             both = wide[..., 2 * self.dim :]
             both[..., : self.dim] = y
-            for part in both[..., self.dim :].split(FFN_TOKENS, dim=1):
-                part.copy_(F.gelu(part, approximate="tanh"))
+            torch.ops.aten.gelu_.default(both[..., self.dim :], approximate="tanh")
         else:
             both = torch.cat([y, F.gelu(wide[..., 3 * self.dim :], approximate="tanh")], dim=-1)
         del y
@@ -190,15 +184,6 @@ class FinalLayer(nn.Module):
         """Video tokens x [B, n, dim], vec [B, G, dim] -> patches [B, n, out_channels]."""
         shift, scale = self.adaLN_modulation(vec).chunk(2, dim=-1)
         return self.linear(ops.norm_modulate(x, scale, shift, ends, EPS, offset))
-
-
-def feed_forward(mlp: nn.Module, y: Tensor) -> Tensor:
-    """The mlp of y, which it may overwrite: without gradients in slices, so that its wide middle stays small."""
-    if not overwrites() or y.shape[1] <= FFN_TOKENS:
-        return mlp(y)
-    for part in y.split(FFN_TOKENS, dim=1):
-        part.copy_(mlp(part))
-    return y
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor, place: tuple[list[int], int], dtype: torch.dtype) -> Tensor:

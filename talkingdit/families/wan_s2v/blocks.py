@@ -15,8 +15,8 @@ from talkingdit.families.wan_s2v.sequence import SequenceShard
 from talkingdit.nn.attention import attention
 from talkingdit.nn.audio_cross_attention import CrossAttention
 from talkingdit.nn.eight_bit import NormOptions, gate_residual_norm_modulate, norm_modulate
+from talkingdit.nn.feed_forward import feed_forward, overwrites
 from talkingdit.nn.layers import Float32Linear, LayerNorm, RMSNorm, lend
-from talkingdit.nn.units import FFN_TOKENS
 from talkingdit.ops import EightBitRows, RopeLayout
 
 Groups = int | list[int]  # tokens per group, or where groups end
@@ -36,16 +36,12 @@ class BlockInputs:
     backend: str = "auto"  # see `talkingdit.nn.attention.attention`
     inplace: bool = False  # the residual stream may be overwritten. Where gradients are recorded it is not.
     shard: SequenceShard | None = None  # None: all tokens, of a sequence that is not packed
+    gelu: str = "auto"  # kernel of the feed-forward's first product, see `talkingdit.ops.linear_gelu`
 
     @property
     def token_offset(self) -> int:
         """Place of the first token in the whole sequence."""
         return 0 if self.shard is None else self.shard.begin
-
-
-def overwrites() -> bool:
-    """May buffers be used again? Not where gradients need them, nor in a compiled graph, which plans its own."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class SelfAttention(nn.Module):
@@ -155,7 +151,8 @@ class WanBlock(nn.Module):
         y = self.attend_context(y, text, inputs, text_kv, *more)
         one = torch.ones_like(gate1)
         x, y = gate_residual_norm_modulate(self.ffn[0], x, y, one, scale2, shift2, how, inplace)
-        return ops.gate_residual(x, self._feed_forward(y), gate2, groups, begin, out=x if inplace else None)
+        y = feed_forward(self.ffn, y, inputs.gelu)
+        return ops.gate_residual(x, y, gate2, groups, begin, out=x if inplace else None)
 
     def attend_context(self, y: Tensor, text: Tensor, inputs: BlockInputs, text_kv: KeyValue | None) -> Tensor:
         """What attention to text, and in other models to more, adds: normalised y [B, N, dim] -> [B, N, dim]."""
@@ -164,17 +161,6 @@ class WanBlock(nn.Module):
     def _context_query(self) -> Any:
         """The one layer that multiplies what `attend_context` is given; None in blocks that give it to more."""
         return self.cross_attn.q if type(self).attend_context is WanBlock.attend_context else None
-
-    def _feed_forward(self, y: Tensor | EightBitRows) -> Tensor:
-        """The ffn of y, which it may overwrite: without gradients in slices, so that its wide middle stays small."""
-        if not overwrites() or y.shape[1] <= FFN_TOKENS:
-            return self.ffn(y)
-        out = torch.empty(y.shape, dtype=y.dtype, device=y.codes.device) if isinstance(y, EightBitRows) else y
-        for begin in range(0, y.shape[1], FFN_TOKENS):
-            end = min(begin + FFN_TOKENS, y.shape[1])
-            part = y.narrow(begin, end) if isinstance(y, EightBitRows) else y[:, begin:end]
-            out[:, begin:end] = self.ffn(part)
-        return out
 
 
 class Head(nn.Module):

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from talkingdit.families.hunyuan_avatar import blocks
 from talkingdit.families.hunyuan_avatar.conditions import AvatarInputs
 from talkingdit.families.hunyuan_avatar.model import HunyuanAvatarModel
 from talkingdit.families.hunyuan_avatar.packed import PackedClip
 from talkingdit.families.hunyuan_avatar.presets import PRESETS
 from talkingdit.families.hunyuan_avatar.step_cache import RELEASED_STEPS, FrameCache, LastBlockCache, computes
 from talkingdit.families.hunyuan_avatar.units import ROOT, UNITS, walk
+from talkingdit.nn import feed_forward
 from talkingdit.nn.units import unit_of
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "hunyuan_avatar.safetensors"
@@ -260,7 +260,7 @@ def test_large_feed_forwards_run_in_slices(monkeypatch):
     model, given = tiny(), inputs()
     with torch.no_grad():
         want = model(**given)
-        monkeypatch.setattr(blocks, "FFN_TOKENS", 7)
+        monkeypatch.setattr(feed_forward, "FFN_TOKENS", 7)
         assert relative(model(**given), want) < 1e-12
     assert relative(model(**given).detach(), want) < 1e-12
 
