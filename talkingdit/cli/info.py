@@ -27,8 +27,9 @@ def info(argv: Sequence[str]) -> None:
 
     import talkingdit
     from talkingdit.nn import attention_backends
+    from talkingdit.pipelines import aside
 
-    found = {**talkingdit.build_info(), "threads wait": waiting(), **attention_backends.report()}
+    found = {**talkingdit.build_info(), **aside.report(), "threads wait": waiting(), **attention_backends.report()}
     width = max(len(name) for name in found)
     for name, value in found.items():
         if isinstance(value, bool):

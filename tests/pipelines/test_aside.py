@@ -20,7 +20,7 @@ import talkingdit
 from talkingdit.errors import UserError
 from talkingdit.families.gloria.pipeline import GloriaPipeline
 from talkingdit.families.puppet.pipeline import PuppetPipeline
-from talkingdit.pipelines.aside import Aside, half_of_the_threads
+from talkingdit.pipelines.aside import Aside, half_of_the_threads, report
 from talkingdit.pipelines.resume import ClipStore
 
 
@@ -46,6 +46,15 @@ def test_half_of_the_threads_is_given_back_however_it_is_nested() -> None:
     torch.set_num_threads(1)
     with half_of_the_threads():
         assert torch.get_num_threads() == 1
+
+
+def test_people_are_told_what_threads_do() -> None:
+    torch.set_num_threads(6)
+    assert report() == {
+        "threads": "6; drawn characters and Gloria: 3 each, one clip is decoded while the next is denoised"
+    }
+    torch.set_num_threads(1)
+    assert report() == {"threads": "1; drawn characters and Gloria: 1, one clip is decoded when it is denoised"}
 
 
 @pytest.mark.parametrize("really", [False, True])
