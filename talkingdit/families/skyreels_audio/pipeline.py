@@ -188,7 +188,8 @@ class SkyReelsAudioPipeline(WanI2VPipeline):
             before = {} if carry is None else carry
             unify = ColourUnifier(before.get("colours"), reached=before.get("correction"))
             video = unify(video)
-            assert unify.wanted is not None and unify.reached is not None
+            assert unify.wanted is not None
+            assert unify.reached is not None
             colours = {"colours": unify.wanted, "correction": unify.reached}
         kept = None
         if not last:
