@@ -48,6 +48,7 @@ class PipelineCall:
     sheet: str | PathLike[str] | None = None
     upscale: int = 1
     live: bool = False
+    resume: bool = False
     audio_rate: int | None = None
 
 
@@ -77,6 +78,7 @@ def ask(
             prompt=_prompt(wish.prompt),
             upscale=_whole(wish.upscale, "upscale"),
             live=wish.live or (str(audio) == "-" and wish.output is not None),
+            resume=wish.resume,
             audio_rate=None if wish.audio_rate is None else _whole(wish.audio_rate, "audio_rate"),
         )
         inputs, outline = outlined(family, folder, job, given)

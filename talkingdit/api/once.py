@@ -33,6 +33,7 @@ def generate(
     sheet: str | PathLike[str] | None = None,
     upscale: int = 1,
     live: bool = False,
+    resume: bool = False,
     audio_rate: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     warn: Callable[[str], None] | None = None,
@@ -54,6 +55,8 @@ def generate(
         sheet: a PNG with a preview to write.
         upscale: enlarge the frames so many times.
         live: let the video be watched while it is made; always so with a voice from standard input.
+        resume: refuse to start over where an interrupted call has left clips of other settings, instead of throwing
+            them away.
         audio_rate: of raw 16-bit mono sound on standard input, in Hz; None for sound in a container.
         progress: called with the number of denoising steps done and of all of them.
         warn: called with a sentence about what was done differently from what may be expected.
@@ -78,6 +81,7 @@ def generate(
         sheet=sheet,
         upscale=upscale,
         live=live,
+        resume=resume,
         audio_rate=audio_rate,
     )
     asked = ask(family, folder, wish, options)

@@ -180,6 +180,7 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
         sheet: str | PathLike[str] | None = None,
         upscale: int = 1,
         live: bool = False,
+        resume: bool = False,
         audio_rate: int | None = None,
         progress: Progress | None = None,
         warn: Warn | None = None,
@@ -199,6 +200,8 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
             sheet: a .png with a preview to write beside an `output`; see also `TalkingOutput.sheet`.
             upscale: enlarge the frames of the `output` so many times.
             live: let the `output` be watched while it is made.
+            resume: refuse to start over where an interrupted call has left clips of other settings beside the `output`,
+                instead of throwing them away.
             audio_rate: of raw 16-bit mono sound on standard input (audio "-"), in Hz; None for sound in a container.
             progress: called with the number of denoising steps done and of all of them.
             warn: called with a sentence about what was done differently from what may be expected.
@@ -214,8 +217,10 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
         Raises:
             UserError: a file or an option is not good, memory runs out, or the video cannot be written.
         """
-        if output is None and (sheet is not None or upscale != 1 or live):
-            raise UserError("generate: sheet, upscale and live go with an output; without one use save() and sheet().")
+        if output is None and (sheet is not None or upscale != 1 or live or resume):
+            raise UserError(
+                "generate: sheet, upscale, live and resume go with an output; without one use save() and sheet()."
+            )
         wish = PipelineCall(
             image=image,
             audio=audio,
@@ -224,6 +229,7 @@ class TalkingPipeline(LoraMixin, OffloadMixin):
             sheet=sheet,
             upscale=upscale,
             live=live,
+            resume=resume,
             audio_rate=audio_rate,
         )
         talk = self._talk(progress, warn, callback_on_step_end, callback_on_step_end_tensor_inputs)

@@ -54,6 +54,8 @@ class Flags:
     """the video to write; a run that was interrupted goes on after its last clip; - is standard output"""
     live: bool = False
     """let the video be watched while it is made: it grows under its name (always so with - for voice or video)"""
+    resume: bool = False
+    """refuse to start over where an interrupted run has left clips of other settings, instead of throwing them away"""
     checkpoint: Annotated[Path | None, Flag("DIR")] = None
     """folder of the model, or drawn_people, which ships (default: the other one shipped, of one drawn character)"""
     upscale: Annotated[int, Flag("N")] = 1
@@ -153,6 +155,7 @@ def prepare(argv: Sequence[str]) -> GenerationRequest:
         output=output,
         live=flags.live or pipe is not None or str(flags.audio) == "-",
         pipe=pipe,
+        resume=flags.resume,
         audio_rate=flags.audio_rate,
         sheet=flags.sheet,
         prompt=flags.prompt,
@@ -172,6 +175,8 @@ def prepare(argv: Sequence[str]) -> GenerationRequest:
         idle.append("`--parallel vae=` has no effect on one process.")
     if flags.audio_rate is not None and not inputs.job.spoken:
         idle.append("`--audio-rate` has no effect on a recording, which says its rate itself.")
+    if flags.resume and (inputs.job.spoken or inputs.job.pipe is not None):
+        idle.append("`--resume` has no effect on a voice or a video in a pipe, of which no clips are kept.")
     outline = replace(outline, warnings=(*outline.warnings, *idle))
     return GenerationRequest(flags, loras, family.name, options, layout, inputs, outline, tuning)
 

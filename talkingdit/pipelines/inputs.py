@@ -41,6 +41,7 @@ class Job:
         live: the video may be watched while it is made: it grows, fragment by fragment (`media/growing.py`).
         pipe: descriptor of a pipe that it goes into instead of `output`, beside which things are kept meanwhile.
         audio_rate: of raw 16-bit mono sound on standard input, in Hz; None for sound in a container.
+        resume: clips that an interrupted run has left are never thrown away: those of other settings are refused.
         sheet: a PNG with a preview to write.
         prompt: what to show.
         upscale: enlarge the frames so many times.
@@ -55,6 +56,7 @@ class Job:
     live: bool = False
     pipe: int | None = None
     audio_rate: int | None = None
+    resume: bool = False
 
     @property
     def spoken(self) -> bool:

@@ -288,7 +288,9 @@ def _open_store(inputs: Inputs, outline: Outline, pipeline: ClipPipeline, talk: 
     def opened() -> ClipStore | NoStore:
         if inputs.job.spoken or inputs.job.pipe is not None:
             return NoStore()
-        store = ClipStore(inputs.job.output, _fingerprint(inputs, outline, pipeline, variant), talk.warn)
+        store = ClipStore(
+            inputs.job.output, _fingerprint(inputs, outline, pipeline, variant), talk.warn, inputs.job.resume
+        )
         if store.finished:
             talk.say(
                 (f"going on after {store.finished} of {outline.clips} clips that are finished in {store.folder}.",)

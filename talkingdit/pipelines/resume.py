@@ -57,12 +57,20 @@ class ClipStore:
         output: the video that is being made.
         settings: what the parts depend on, of plain JSON types. Clips made with others are thrown away.
         warn: called with a sentence when that happens.
+        keep: refuse instead of throwing any away.
 
     Raises:
-        UserError: the folder is there but holds something else, cannot be written, or another run is at work there.
+        UserError: the folder is there but holds something else, cannot be written, or another run is at work there; or
+            clips are to be kept that were made with other settings.
     """
 
-    def __init__(self, output: Path, settings: dict[str, Any], warn: Callable[[str], None] | None = None):
+    def __init__(
+        self,
+        output: Path,
+        settings: dict[str, Any],
+        warn: Callable[[str], None] | None = None,
+        keep: bool = False,
+    ):
         # Whoever writes through a link meets those who write to the file.
         output = Path(os.path.realpath(output)) if output.is_symlink() else output
         self.folder = output.with_name(output.name + ".parts")
@@ -72,7 +80,7 @@ class ClipStore:
         try:
             self._lock = self._make()
             try:
-                self._open(json.loads(json.dumps(settings)), warn)
+                self._open(json.loads(json.dumps(settings)), warn, keep)
             except KeyboardInterrupt:
                 self.remove_if_empty()
                 raise
@@ -109,7 +117,7 @@ class ClipStore:
         if self._lock is not None:
             self._lock.release()
 
-    def _open(self, settings: dict[str, Any], warn: Callable[[str], None] | None) -> None:
+    def _open(self, settings: dict[str, Any], warn: Callable[[str], None] | None, keep: bool) -> None:
         for left in self.folder.iterdir():
             if LEFT.fullmatch(left.name):
                 left.unlink()
@@ -122,10 +130,17 @@ class ClipStore:
         if found == settings:
             self.finished = self._count()
             return
-        if found is not None and warn is not None and self._count():
+        if (finished := self._count()) and (keep or found is not None):
             before = found if isinstance(found, dict) else {}
             changed = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
-            warn(f"{self.folder} was made with another {changed[0] if changed else 'program'}; starting over.")
+            made = f"was made with another {changed[0] if found is not None and changed else 'program'}"
+            if keep:
+                raise UserError(
+                    f"{self.folder} {made}, and its clips ({finished}) are to be kept: give what they were made with, "
+                    "or start over without `--resume`."
+                )
+            if warn is not None:
+                warn(f"{self.folder} {made}; starting over.")
         self._clear()
         with whole_file(file) as path:
             path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")

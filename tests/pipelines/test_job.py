@@ -97,6 +97,8 @@ def test_finished_clips_of_other_settings_are_not_gone_on_from(
     with pytest.raises(KeyboardInterrupt):
         make(work, checkpoint)
     monkeypatch.setattr(PuppetPipeline, "denoised", denoised)
+    with pytest.raises(UserError, match=r"made with another seed, and its clips .1. are to be kept: give what"):
+        make(work, checkpoint, seed=1, resume=True)
     said: list[str] = []
     make(work, checkpoint, seed=1, warn=said.append)
     assert said == [f"{work / 'out.mp4'}.parts was made with another seed; starting over."]

@@ -97,6 +97,26 @@ def test_other_settings_start_over_and_say_which(tmp_path: Path, name: str, valu
     assert {path.name for path in store.folder.iterdir()} == {"settings.json"}
 
 
+@pytest.mark.parametrize("settings", ["of another seed", "lost"])
+def test_clips_of_other_settings_are_kept_where_that_is_asked_for(tmp_path: Path, settings: str) -> None:
+    store = ClipStore(tmp_path / "a.mp4", SETTINGS, keep=True)  # where there is nothing it begins
+    for index in range(2):
+        store.add(frames(index), carry(index))
+    store.close()
+    if settings == "lost":
+        (store.folder / "settings.json").unlink()
+    before = {path.name: path.read_bytes() for path in store.folder.glob("c*")}
+    message = "program" if settings == "lost" else "seed"
+    with pytest.raises(
+        UserError, match=rf"a.mp4.parts was made with another {message}, and its clips .2. are to be kept"
+    ):
+        ClipStore(tmp_path / "a.mp4", SETTINGS | {"seed": 2}, keep=True)
+    assert {path.name: path.read_bytes() for path in store.folder.glob("c*")} == before
+    if settings != "lost":
+        again = ClipStore(tmp_path / "a.mp4", SETTINGS, keep=True)
+        assert again.finished == 2
+
+
 def test_a_write_that_fails_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = ClipStore(tmp_path / "a.mp4", SETTINGS)
     store.add(frames(0), carry(0))
