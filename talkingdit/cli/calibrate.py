@@ -79,6 +79,8 @@ def calibrate(argv: Sequence[str]) -> None:
     job = Job(image=flags.image, audio=audio, output=target, prompt=flags.prompt)
     inputs = Inputs(job, read_image(flags.image), read_audio(audio, SPEECH_RATE))
     outline = family.outline.outline(inputs, family.checkpoint.read_settings(folder), options)
+    if getattr(options, "guidance_interval", "0-1") != "0-1":
+        raise UserError("calibrate: all steps are measured alike; leave `--guidance-interval` out.")
     if outline.steps < 3:
         raise UserError(f"calibrate: a fit takes at least 3 steps, got {outline.steps}.")
 

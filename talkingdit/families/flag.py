@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from talkingdit.checkpoints.bounds import check_options
+from talkingdit.pipelines.schedules import read_interval
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,21 @@ class GenerationOptions:
     def files(self) -> dict[str, Path]:
         """The files and folders among the options, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Path)}
+
+
+INTERVAL = Flag("BEGIN-END")
+
+
+def check_guidance_interval(words: str) -> None:
+    """Of the families that have one.
+
+    Raises:
+        ValueError: an interval that is none.
+    """
+    try:
+        read_interval(words)
+    except ValueError as error:
+        raise ValueError(f"generate: guidance_interval {error}") from error
 
 
 def check_step_cache(threshold: float) -> None:

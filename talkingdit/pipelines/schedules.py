@@ -54,7 +54,10 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Interval:
-    """`value` in the steps from `begin` to `end`, as shares of all, and `outside` in the others (arXiv:2404.07724)."""
+    """`value` in the steps from `begin` to `end`, as shares of all, and `outside` in the others (arXiv:2404.07724).
+
+    Of S steps these are begin S <= step < end S: 0.2-0.8 of ten are the steps 2 to 7, counted from 0.
+    """
 
     value: float
     begin: float
@@ -96,13 +99,32 @@ def parse(words: str) -> Schedule:
             return Linear(first, last) if name == "linear" else Cosine(first, last)
         if name == "interval":
             value, _, share = rest.partition("@")
-            begin, end = (_finite(part) for part in share.split("-"))
-            return Interval(_finite(value), begin, end)
+            return Interval(_finite(value), *read_interval(share))
         if name == "dynamic":
             return Dynamic(_finite(rest))
     except ValueError as error:
         raise ValueError(f"{_EXPECTED}, got {words!r}") from error
     raise ValueError(f"{_EXPECTED}, got {words!r}")
+
+
+ALL_STEPS = (0.0, 1.0)
+
+
+def read_interval(words: str) -> tuple[float, float]:
+    """Begin and end of an `Interval` in words, BEGIN-END: "0.2-0.8".
+
+    Raises:
+        ValueError: something else.
+    """
+    begin, _, end = words.partition("-")
+    try:
+        shares = _finite(begin), _finite(end)
+        Interval(1.0, *shares)
+    except ValueError as error:
+        raise ValueError(
+            f"must be BEGIN-END, shares of the steps with 0 <= BEGIN <= END <= 1, such as 0.2-0.8, got {words!r}"
+        ) from error
+    return shares
 
 
 _EXPECTED = "must be a number, linear:A:B, cosine:A:B, interval:G@BEGIN-END with shares of the steps, or dynamic:G"

@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +271,7 @@ class CachedSteps:
     """The steps of one clip: which are computed, and what is kept for every branch.
 
     Args:
-        branches: forward passes per step.
+        branches: forward passes per step, the most.
         computed: a decision per step; None computes all and keeps nothing.
         changes: of the modulated input between steps, for a recorder, which has every step computed.
     """
@@ -287,12 +288,19 @@ class CachedSteps:
         if computed is not None or recorder is not None:
             self._caches = [BlockCache(measure=recorder is not None) for _ in range(branches)]
 
-    def begin(self, step: int) -> list[BlockCache | None]:
-        """What the forward passes of a step are given."""
-        for cache in self._caches:
+    def begin(self, step: int, branches: int | None = None) -> list[BlockCache | None]:
+        """What the forward passes of a step are given.
+
+        Args:
+            branches: how many this step has; None for the most. What was kept for the others is forgotten.
+        """
+        count = len(self._caches) if branches is None else branches
+        for number, cache in enumerate(self._caches):
             if cache is not None:
                 cache.compute = self.computed is None or self.computed[step]
-        return self._caches
+                if number >= count:
+                    cache.kept = None
+        return self._caches[:count]
 
     def end(self) -> None:
         """After the last step: what was measured goes to the recorder."""
@@ -340,11 +348,22 @@ class WindowCaches:
             cache.kept = None if cache.kept is None else cache.kept.cpu()
 
 
-def decide(inputs: Tensor, threshold: float, fitted: Fitted) -> list[bool]:
+def decide(inputs: Tensor, threshold: float, fitted: Fitted, breaks: Sequence[int] = ()) -> list[bool]:
     """Which steps of a clip are computed.
 
     Args:
         inputs: [S, ...], the modulated input of every step, of a model where it depends on the timestep alone.
+        breaks: steps in rising order, 1 to S - 1, where the cache begins anew: what was kept is of other predictions.
     """
-    cache = TeaCache(fitted.coefficients, threshold, steps=len(inputs), first=fitted.first, last=fitted.last)
-    return cache.plan(list(inputs))
+    steps, computed = len(inputs), list[bool]()
+    for begin, end in pairwise((0, *breaks, steps)):
+        # Of steps that are always computed, those that lie in this part.
+        first, last = max(1, fitted.first - begin), max(0, fitted.last - (steps - end))
+        cache = TeaCache(fitted.coefficients, threshold, steps=end - begin, first=first, last=last)
+        computed += cache.plan(list(inputs[begin:end]))
+    return computed
+
+
+def changes_of(predictions: Sequence[object]) -> tuple[int, ...]:
+    """The steps that make other predictions than the one before, of what every step makes."""
+    return tuple(step for step, (before, now) in enumerate(pairwise(predictions), 1) if now != before)

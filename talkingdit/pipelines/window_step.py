@@ -183,7 +183,7 @@ class StageStep:
     def _keep(self, windows: Windows, group: range, predictions: list[Tensor]) -> None:
         if self.sampler.computed is None:
             return
-        if self._last is None:
+        if self._last is None or len(self._last) != len(predictions):
             shape = self.x.shape
             self._last = [torch.zeros(shape, dtype=p.dtype, device=p.device) for p in predictions]
         slots = windows.slots(group[0])

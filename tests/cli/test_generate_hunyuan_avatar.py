@@ -194,6 +194,8 @@ def test_a_step_cache_is_calibrated_and_skips_steps(
         run(inputs, copy, tmp_path / "no.mp4", *more, "0.1"), capsys
     )
     given = ["--image", str(inputs / "two.png"), "--checkpoint", str(copy), "--size", "64x32", *voices(inputs), *steps]
+    assert main(["calibrate", *given, "--guidance-interval", "0.2-0.8"]) == 2
+    assert "calibrate: all steps are measured alike; leave `--guidance-interval` out." in capsys.readouterr().err
     assert main(["calibrate", *given]) == 0
     written = json.loads((copy / "step_cache.json").read_text())
     assert written["pairs"] == 5  # of all stages together

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from talkingdit.families.flag import SIDES, Flag, GenerationOptions, check_step_cache
+from talkingdit.families.flag import INTERVAL, SIDES, Flag, GenerationOptions, check_guidance_interval, check_step_cache
 from talkingdit.families.hunyuan_avatar.emotions import Emotion, read_emotion
 from talkingdit.families.hunyuan_avatar.speakers import Speaker, check_speakers, read_speaker
 
@@ -66,6 +66,8 @@ class Options(GenerationOptions):
     """fit a smaller card, in words that `plan` suggests: weights=cast_fp8,offload=block,text_encoder=cpu,vae=tiled"""
     compile: bool = False
     """compile the blocks of the model: slow to begin with, faster then"""
+    guidance_interval: Annotated[str, INTERVAL] = "0-1"
+    """shares of the steps that guidance is taken in, such as 0.2-0.8; the others make one prediction, in less time"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,6 +79,7 @@ class Options(GenerationOptions):
             check_step_cache(self.step_cache)
         elif self.step_cache != RELEASED:
             raise ValueError(f"generate: step_cache must be a number or {RELEASED}, got {self.step_cache!r}")
+        check_guidance_interval(self.guidance_interval)
         check_speakers(self.speaker, self.turns is not None)
         if self.guidance is not None and (self.text_guidance is not None or self.audio_guidance is not None):
             raise ValueError("generate: guidance must be left out beside separate strengths of text and audio")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from talkingdit.media.boxes import Box
 from talkingdit.media.checks import digest_of
 from talkingdit.media.files import SPEECH_RATE, read_image
 from talkingdit.pipelines.inputs import Frames, Inputs, Mark, Outline, read_voice
+from talkingdit.pipelines.schedules import ALL_STEPS, read_interval
 
 if TYPE_CHECKING:
     from talkingdit.families.hunyuan_avatar.checkpoint import HunyuanAvatarSettings
@@ -212,6 +213,7 @@ def _guidance(settings: HunyuanAvatarSettings, options: Options) -> StepGuidance
         audio=audio,
         early_steps=settings.early_steps,
         early_mask=settings.early_mask,
+        interval=read_interval(options.guidance_interval),
     )
 
 
@@ -288,6 +290,8 @@ def _idle(options: Options, guidance: StepGuidance, seconds: float) -> list[str]
             found.append("`--negative-prompt` has no effect without guidance.")
         if options.sequential:
             found.append("`--sequential` has no effect without guidance, which takes one prediction.")
+    if guidance.interval != ALL_STEPS and replace(guidance, interval=ALL_STEPS).predictions == 1:
+        found.append("`--guidance-interval` has no effect without guidance.")
     for emotion in options.emotion:
         if emotion.start >= seconds:
             found.append(f"`--emotion {emotion}` has no effect: the video ends after {seconds:.2f} s.")
@@ -299,9 +303,12 @@ def _idle(options: Options, guidance: StepGuidance, seconds: float) -> list[str]
 def _kept_settings(details: Details, turns: tuple[Turn, ...], settings: HunyuanAvatarSettings) -> dict[str, Any]:
     """What finished parts depend on. What saves memory or time is left out."""
     options, guidance = details.options, details.guidance
+    strengths = asdict(guidance)
+    interval = strengths.pop("interval")
     return {
+        **({"guidance interval": list(interval)} if interval != ALL_STEPS else {}),
         "steps": guidance.steps,
-        "guidance": list(astuple(guidance)),
+        "guidance": list(strengths.values()),
         "step cache": options.step_cache or False,  # as it was kept when there was the released one alone
         "negative prompt": details.negative_prompt,
         "prompt prefix": settings.prompt_prefix,

@@ -151,12 +151,15 @@ class HunyuanAvatarPipeline(ClipPipeline):
         model, fps = self.checkpoint.transformer, settings.fps
         sigmas = noise_levels(guidance.steps, settings.shift)
         options = conditions.details.options
+        changes = guidance.changes
         # By prediction. A stage begins without, so that it is the same after an interruption.
         caches: dict[int, FrameCache] = {}
 
         def predict(window: Tensor, frames: Tensor, step: int) -> list[Tensor]:
             views = guidance.views(step)
-            own = list(parallel.own(views))
+            # Where there are too few for all processes, each makes all of them.
+            split = len(views) == guidance.predictions
+            own = list(parallel.own(views) if split else views)
             found = []
             for number, some in enumerate([[view] for view in own] if options.sequential else [own]):
                 given = conditions.arguments(frames, some, guidance.mask_at(step), fps)
@@ -165,9 +168,10 @@ class HunyuanAvatarPipeline(ClipPipeline):
                 cache = None
                 if options.step_cache == RELEASED:
                     cache = caches.setdefault(number, FrameCache())
-                    cache.at(frames.tolist(), computes(step, guidance.steps))
+                    cache.at(frames.tolist(), step in changes or computes(step, guidance.steps))
                 found.append(model(x, timestep, context=parallel.context, cache=cache, **given))
-            return list(parallel.exchange(torch.cat(found).float(), len(views)))
+            predictions = torch.cat(found).float()
+            return list(parallel.exchange(predictions, len(views)) if split else predictions)
 
         inputs = self._step_inputs(conditions, sigmas)
         tea = self._tea(conditions, inputs, latents[0], begin, end)
@@ -222,7 +226,6 @@ class HunyuanAvatarPipeline(ClipPipeline):
         options, guidance = conditions.details.options, conditions.details.guidance
         if not options.step_cache or options.step_cache == RELEASED:
             return None
-        changes = guidance.views(max(guidance.early_steps - 1, 0)) != guidance.views(guidance.early_steps)
         return TeaSteps(
             inputs,
             latents,
@@ -231,7 +234,7 @@ class HunyuanAvatarPipeline(ClipPipeline):
             begin=begin,
             end=end,
             steps=guidance.steps,
-            breaks=(guidance.early_steps,) if changes else (),
+            breaks=guidance.changes,
             decide=self.parallel.team.on_rank_0,
         )
 

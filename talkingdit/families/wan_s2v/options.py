@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from talkingdit.families.flag import AREA, SIDES, Flag, GenerationOptions, check_step_cache
+from talkingdit.families.flag import (
+    AREA,
+    INTERVAL,
+    SIDES,
+    Flag,
+    GenerationOptions,
+    check_guidance_interval,
+    check_step_cache,
+)
 
 Solver = Literal["unipc", "dpm++", "euler"]
 Opening = Literal["hold", "cut"]
@@ -55,6 +63,8 @@ class Options(GenerationOptions):
     """fit a smaller card, in words that `plan` suggests: weights=cast_fp8,offload=block,text_encoder=cpu,vae=tiled"""
     compile: bool = False
     """compile the blocks of the model: slow to begin with, faster then"""
+    guidance_interval: Annotated[str, INTERVAL] = "0-1"
+    """shares of the steps that guidance is taken in, such as 0.2-0.8; the others make one prediction, in less time"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,5 +81,6 @@ class Options(GenerationOptions):
         if self.guidance is not None and not 1 <= self.guidance < float("inf"):
             raise ValueError(f"generate: guidance must be a number of at least 1, got {self.guidance}")
         check_step_cache(self.step_cache)
+        check_guidance_interval(self.guidance_interval)
         if self.shift is not None and not 0 < self.shift < float("inf"):
             raise ValueError(f"generate: shift must be a positive number, got {self.shift}")

@@ -19,6 +19,7 @@ from talkingdit.media.files import SPEECH_RATE
 from talkingdit.media.framing import fit_image, output_size
 from talkingdit.media.pose import PoseVideo
 from talkingdit.pipelines.inputs import Inputs, Outline
+from talkingdit.pipelines.schedules import ALL_STEPS, Interval, read_interval
 from talkingdit.pipelines.solvers import check_solver
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Sampling:
         step_cache: threshold of `talkingdit.pipelines.step_cache`; 0 computes every step.
         batched: both predictions in one forward pass; False takes less memory and more time.
         drop_first: the first clip has no history and loses its first frames.
+        interval: shares of the steps that take the guidance, see `Interval`; in the others it is 1.
 
     Raises:
         ValueError: a value is impossible.
@@ -63,6 +65,7 @@ class Sampling:
     batched: bool = True
     drop_first: bool = True
     step_cache: float = 0.0
+    interval: tuple[float, float] = ALL_STEPS
 
     def __post_init__(self) -> None:
         if self.clip_frames < FRAMES_PER_LATENT or self.clip_frames % FRAMES_PER_LATENT:
@@ -98,12 +101,22 @@ class Sampling:
             batched=not options.sequential,
             step_cache=options.step_cache,
             drop_first=settings.drop_first_motion and not options.start_from_reference,
+            interval=read_interval(options.guidance_interval),
         )
+
+    def strength(self, step: int) -> float:
+        """Strength of the guidance in a step."""
+        return Interval(self.guidance, *self.interval)(step, self.steps)
+
+    @property
+    def counts(self) -> list[int]:
+        """Predictions of every denoising step."""
+        return [2 if self.strength(step) > 1 else 1 for step in range(self.steps)]
 
     @property
     def predictions(self) -> int:
-        """Predictions per denoising step."""
-        return 2 if self.guidance > 1 else 1
+        """The most that a denoising step has."""
+        return max(self.counts)
 
     @property
     def dropped(self) -> int:
@@ -245,6 +258,8 @@ def _idle(options: Options, sampling: Sampling, clips: int) -> list[str]:
             found.append("`--negative-prompt` has no effect at guidance 1.")
         if options.sequential:
             found.append("`--sequential` has no effect at guidance 1, which takes one prediction.")
+    if sampling.guidance == 1 and sampling.interval != ALL_STEPS:
+        found.append("`--guidance-interval` has no effect at guidance 1.")
     if options.size is not None and options.max_area is not None:
         found.append("`--max-area` has no effect beside `--size`.")
     if options.opening != "hold" and options.official_timing:
@@ -275,6 +290,7 @@ def _kept_settings(sampling: Sampling, length: VideoLength, options: Options) ->
     values = asdict(sampling)
     return {
         **({"step cache": sampling.step_cache} if sampling.step_cache else {}),
+        **({"guidance interval": list(sampling.interval)} if sampling.interval != ALL_STEPS else {}),
         "pose": pose,
         "framing": options.cover,
         "length": length.audio_frames,

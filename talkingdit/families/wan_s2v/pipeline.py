@@ -30,7 +30,7 @@ from talkingdit.autoencoders.streaming import FRAMES_PER_LATENT, to_video
 from talkingdit.distributed.layout import Parallel
 from talkingdit.encoders.text import cut_warning
 from talkingdit.families.wan_s2v import step_cache
-from talkingdit.families.wan_s2v.conditions import WanInputs
+from talkingdit.families.wan_s2v.conditions import WanConditions, WanInputs
 from talkingdit.families.wan_s2v.outline import DROPPED, Details, Sampling
 from talkingdit.media.colour import colours, match_colours
 from talkingdit.media.framing import fit_image
@@ -39,6 +39,7 @@ from talkingdit.pipelines.features import Features, encode_voice
 from talkingdit.pipelines.long_video import Carry, ClipPipeline, GeneratedClip, StepDone
 from talkingdit.pipelines.parallel import shared_autoencoder
 from talkingdit.pipelines.solvers import flow_solver
+from talkingdit.pipelines.step_cache import changes_of
 
 if TYPE_CHECKING:
     from talkingdit.families.wan_s2v.checkpoint import WanS2VCheckpoint
@@ -241,47 +242,62 @@ class WanS2VPipeline(ClipPipeline):
         pose = None if conditions.pose is None else self._encode_pose(conditions.pose(index)).to(device)
         # Given everything, and the negative prompt with silence.
         branches = [(conditions.text[:1], audio), (conditions.text[1:], torch.zeros_like(audio))]
-        branches = list(parallel.own(branches[: sampling.predictions]))
-        if len(branches) > 1 and sampling.batched:
-            texts, sounds = zip(*branches, strict=True)
-            branches = [(torch.cat(texts), torch.cat(sounds))]
-        encoded = [
-            model.encode_conditions(
-                WanInputs(
-                    text,
-                    reference=_repeat(conditions.reference.to(device), text),
-                    history=None if history is None else _repeat(history.to(device), text),
-                    pose=None if pose is None else _repeat(pose, text),
-                    audio=sound,
-                    size=(frames, height, width),
-                ),
-                context=parallel.context,
+
+        def groups(count: int) -> list[tuple[Tensor, Tensor]]:
+            """Text and sound of each forward pass of a step with so many predictions."""
+            # Where there are too few for all processes, each makes all of them.
+            own = list(parallel.own(branches[:count]) if count == sampling.predictions else branches[:count])
+            if len(own) > 1 and sampling.batched:
+                texts, sounds = zip(*own, strict=True)
+                return [(torch.cat(texts), torch.cat(sounds))]
+            return own
+
+        def encode(text: Tensor, sound: Tensor) -> WanConditions:
+            given = WanInputs(
+                text,
+                reference=_repeat(conditions.reference.to(device), text),
+                history=None if history is None else _repeat(history.to(device), text),
+                pose=None if pose is None else _repeat(pose, text),
+                audio=sound,
+                size=(frames, height, width),
             )
-            for text, sound in branches
-        ]
+            return model.encode_conditions(given, context=parallel.context)
+
+        counts = sampling.counts
+        breaks = changes_of(counts)
         solver = flow_solver(sampling.solver, sampling.steps, sampling.shift, device)
         # One process draws, for devices may differ in how they do.
         shape = (channels, frames, height, width)
         x = parallel.team.broadcast(lambda: self._noise(shape, sampling.seed + index), device)
         steps = step_cache.cached_steps(
-            model, solver.timesteps, len(branches), sampling.step_cache, self.checkpoint.folder, self.recorder
+            model,
+            solver.timesteps,
+            len(groups(sampling.predictions)),
+            sampling.step_cache,
+            self.checkpoint.folder,
+            self.recorder,
+            breaks,
         )
+        passes: list[tuple[int, WanConditions]] = []  # samples and conditions of each
         for step, timestep in enumerate(solver.timesteps):
+            if step == 0 or step in breaks:
+                passes = [(len(text), encode(text, sound)) for text, sound in groups(counts[step])]
             predictions = torch.cat(
                 [
                     model(
-                        _repeat(x, text),
-                        timestep.float().expand(len(text)),
+                        x.expand(samples, *x.shape[1:]),
+                        timestep.float().expand(samples),
                         condition,
                         context=parallel.context,
                         cache=cache,
                     )
-                    for (text, _), condition, cache in zip(branches, encoded, steps.begin(step), strict=True)
+                    for (samples, condition), cache in zip(passes, steps.begin(step, len(passes)), strict=True)
                 ]
             )
-            predictions = parallel.exchange(predictions, sampling.predictions)
+            if counts[step] == sampling.predictions:
+                predictions = parallel.exchange(predictions, sampling.predictions)
             velocity = predictions[:1].float()
-            if sampling.predictions > 1:
+            if counts[step] > 1:
                 without = predictions[1:].float()
                 velocity = without + sampling.guidance * (velocity - without)
             x = solver.step(velocity, timestep, x, return_dict=False)[0]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,15 +38,17 @@ def cached_steps(
     threshold: float,
     folder: Path,
     recorder: Recorder | None = None,
+    breaks: Sequence[int] = (),
 ) -> CachedSteps:
     """The steps of a clip.
 
     Args:
         timesteps: [S] in 0..1000, on the device of the model.
-        branches: forward passes per step.
+        branches: forward passes per step, the most.
         threshold: of the step cache; 0 computes all steps.
         folder: of the checkpoint.
         recorder: of a calibration.
+        breaks: steps that make other predictions than the one before.
     """
     if recorder is not None:
         inputs = model.step_inputs(timesteps)
@@ -54,7 +57,7 @@ def cached_steps(
     if not threshold:
         return CachedSteps(branches)
     fitted = fitted_for(model, folder)
-    return CachedSteps(branches, decide(model.step_inputs(timesteps, fitted.projected), threshold, fitted))
+    return CachedSteps(branches, decide(model.step_inputs(timesteps, fitted.projected), threshold, fitted, breaks))
 
 
 def warnings(threshold: float, folder: Path) -> tuple[str, ...]:
