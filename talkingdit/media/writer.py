@@ -92,6 +92,7 @@ class VideoWriter:
         elif audio is not None:
             self._sound = open_track(audio, int(rate), Fraction(skip), self.path)
         self._live = live is not False
+        self._over = False
         self._open(int(live) if piped else None, (height, width), crf)
 
     def _open(self, descriptor: int | None, size: tuple[int, int], crf: int) -> None:
@@ -168,12 +169,17 @@ class VideoWriter:
         if self.frames == 0:
             self.abort()
             raise UserError(f"video {str(self.path)!r}: expected at least one frame, got none")
-        with self._writing():
-            self._end()
-            if self._live:
-                self._growing.close()
-            else:
-                self._whole.finish()
+        try:
+            with self._writing():
+                self._end()
+                if self._live:
+                    self._growing.close()
+                else:
+                    self._whole.finish()
+        except BaseException:  # also an interruption
+            self.abort()
+            raise
+        self._over = True
 
     def _end(self) -> None:
         """What the encoders still hold, and the index."""
@@ -187,14 +193,19 @@ class VideoWriter:
         """Give up: remove what was written so far, and an older file at the target stays; end it where it is live."""
         import av
 
-        with contextlib.suppress(av.FFmpegError, OSError, ValueError):
+        if self._over:
+            return
+        try:
             if self._live and self.frames:
-                self._end()
-            else:
+                with contextlib.suppress(av.FFmpegError, OSError, ValueError):
+                    self._end()
+            with contextlib.suppress(av.FFmpegError, OSError, ValueError):
                 self._container.close()
-        if self._sound is not None:
-            self._sound.close()
-        self._release()
+            if self._sound is not None:
+                self._sound.close()
+        finally:  # a second interruption leaves no more behind than the first
+            self._release()
+            self._over = True
 
     def _enlarge(self, frame: np.ndarray) -> np.ndarray:
         if self.upscale == 1:

@@ -16,34 +16,55 @@ from types import TracebackType
 
 import torch
 
-_lock = threading.Lock()
-_users = 0
-_whole = 0  # threads of a layer outside of `half_of_the_threads`
+
+class _Here(threading.local):
+    """How far this thread is in `half_of_the_threads`."""
+
+    depth = 0
+    whole = 1  # threads of a layer outside
+
+
+_here = _Here()
 
 
 @contextlib.contextmanager
 def half_of_the_threads() -> Iterator[int]:
-    """Let torch use half of its threads, at least one: the other half is for what is done aside.
+    """Let torch use half of its threads in this thread, at least one: the other half is for what is done aside.
 
     Results depend on the number of threads in their last bits. What can be done aside is computed so everywhere, aside
-    or not, and is the same then. Contexts may be nested, also in several threads; of those the one that was the first
-    to enter must be the last to leave.
+    or not, and is the same then. Contexts may be nested. Those of other threads, and threads that begin meanwhile, are
+    not touched: each has its own number.
 
     Yields:
         The threads outside.
     """
-    global _users, _whole
-    with _lock:
-        if not _users:
-            _whole = torch.get_num_threads()
-        _users += 1
-        torch.set_num_threads(max(1, _whole // 2))  # of this thread, and of those that begin now
+    if not _here.depth:
+        _here.whole = torch.get_num_threads()
+    _here.depth += 1
     try:
-        yield _whole
+        if _here.depth == 1:
+            _take(max(1, _here.whole // 2), _here.whole)
+        yield _here.whole
     finally:
-        with _lock:
-            _users -= 1
-            torch.set_num_threads(max(1, _whole // 2) if _users else _whole)
+        _here.depth -= 1
+        if not _here.depth:
+            _take(_here.whole, _here.whole)
+
+
+def _take(threads: int, beginning: int) -> None:
+    """Set the threads of a layer of this thread, and of those threads that begin from now on."""
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+        if threads != beginning:  # torch knows no other way to set them than from a thread that then has them, too
+            other = threading.Thread(target=torch.set_num_threads, args=(beginning,))
+            other.start()
+            other.join()
+
+
+def _begin_inside(depth: int, threads: int, whole: int) -> None:
+    """Have a thread that begins stand where the one stands that began it."""
+    _here.depth, _here.whole = depth, whole
+    _take(threads, whole if depth else threads)
 
 
 def report() -> dict[str, str]:
@@ -56,15 +77,25 @@ def report() -> dict[str, str]:
 class Aside:
     """A thread that does one thing after the other, at most one of them behind the caller.
 
-    Leaving the `with` block waits for it.
+    Leaving the `with` block waits for it, whatever happens: nothing of what it uses goes away under it. A first
+    interruption lets it finish; a second one has it give up, where the work looks at `given_up`.
 
     Args:
         really: False: everything is done at once, by the caller.
     """
 
     def __init__(self, really: bool) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="aside") if really else None
+        self._thread: ThreadPoolExecutor | None = None
+        if really:
+            place = (_here.depth, torch.get_num_threads(), _here.whole)
+            self._thread = ThreadPoolExecutor(1, "aside", initializer=_begin_inside, initargs=place)
         self._last: Future[None] | None = None
+        self._given_up = threading.Event()
+
+    @property
+    def given_up(self) -> bool:
+        """Will nobody take what is being done?"""
+        return self._given_up.is_set()
 
     def do(self, work: Callable[[], None]) -> None:
         """Begin with a piece of work, once the one before is done.
@@ -75,19 +106,29 @@ class Aside:
         if self._thread is None:
             work()
             return
-        self._wait()
-        inference = torch.is_inference_mode_enabled()  # which every thread has for itself
+        if self._last is not None:
+            self._last.result()
+        modes = (  # which every thread has for itself
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"),
+        )
 
         def run() -> None:
-            with torch.inference_mode(inference):
+            inference, autocast, dtype = modes
+            with torch.inference_mode(inference), torch.autocast("cpu", dtype, autocast):
                 work()
 
         self._last = self._thread.submit(run)
 
-    def _wait(self) -> None:
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
+    def check(self) -> None:
+        """Tell what has gone wrong, as soon as it has; waits for nothing.
+
+        Raises:
+            Whatever the last piece of work has raised.
+        """
+        if self._last is not None and self._last.done():
+            self._last.result()
 
     def __enter__(self) -> Aside:
         return self
@@ -95,11 +136,16 @@ class Aside:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._thread is None:
-            return
-        try:
-            # What stops the caller is told rather than what its end does to the work that goes on.
-            with contextlib.suppress(Exception) if kind is not None else contextlib.nullcontext():
-                self._wait()
-        finally:
-            self._thread.shutdown()
+        interruption: BaseException | None = None
+        while self._thread is not None:
+            try:
+                self._thread.shutdown()
+                break
+            except BaseException as error:
+                if kind is not None or interruption is not None:
+                    self._given_up.set()
+                interruption = error
+        if interruption is not None:
+            raise interruption
+        if kind is None:  # what stops the caller is told rather than what its end does to the work that goes on
+            self.check()

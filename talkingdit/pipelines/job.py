@@ -123,8 +123,8 @@ def make_video(
     store = _open_store(inputs, outline, pipeline, talk, variant)
     with _kept(store, outline), _shown(inputs, outline, curves, started, store) as shown:
         with _in_memory(outline.when_too_large), _aside(pipeline) as aside:
-            for clip in _made(pipeline, inputs, outline, store, talk):
-                aside.do(functools.partial(_finish, clip, shown, store))
+            for clip in _made(pipeline, inputs, outline, store, talk, aside.check):
+                aside.do(functools.partial(_finish, clip, shown, store, aside))
         frames, first_after = team.on_rank_0(shown.finish)
         store.remove()
     took = time.monotonic() - started
@@ -141,9 +141,11 @@ def _aside(pipeline: ClipPipeline) -> Iterator[Aside]:
         yield aside
 
 
-def _finish(clip: DenoisedClip, shown: _Shown, store: SharedClipStore) -> None:
+def _finish(clip: DenoisedClip, shown: _Shown, store: SharedClipStore, aside: Aside) -> None:
     """Decode a clip, write its frames into the video and keep it."""
     for piece in clip.pieces:
+        if aside.given_up:
+            return
         store.team.on_rank_0(functools.partial(shown.show, piece))
     store.add(shown.of_clip, clip.carry)
 
@@ -179,14 +181,15 @@ def _made(
     outline: Outline,
     store: SharedClipStore,
     talk: Talk,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[DenoisedClip]:
-    """The clips that are not finished yet, from what all clips share on."""
+    """The clips that are not finished yet, from what all clips share on; `check` is called as often as can be."""
     if store.finished >= outline.clips:
         return
     with _in_memory("what all clips share: the portrait, the words and the voice"):
         conditions = pipeline.encode(inputs, outline)
     with _in_memory(outline.when_too_large):
-        yield from _clips(pipeline, conditions, inputs, outline, store, talk)
+        yield from _clips(pipeline, conditions, inputs, outline, store, talk, check)
     talk.say(pipeline.remarks(conditions, outline))
 
 
@@ -197,6 +200,7 @@ def _clips(
     outline: Outline,
     store: SharedClipStore,
     talk: Talk,
+    check: Callable[[], None],
 ) -> Iterator[DenoisedClip]:
     """The clips that are not finished yet, with progress."""
     work = outline.work or (outline.steps,) * outline.clips
@@ -205,23 +209,24 @@ def _clips(
 
     def advance(step: int = -1, timestep: float | Tensor = 0.0, latents: Tensor | None = None) -> Tensor | None:
         nonlocal done
+        check()
         done += 1
         if talk.progress is not None:
             talk.progress(done, -(-done // outline.steps) * outline.steps if spoken else total)
         return latents if talk.step is None else talk.step(step, timestep, latents)
 
     def known(index: int) -> int:
-        return team.on_rank_0(lambda: _clips_known(inputs.sound, outline, index))
+        return team.on_rank_0(lambda: _clips_known(inputs.sound, outline, index, check))
 
     count = known if spoken else outline.clips
     return generate_denoised(pipeline, conditions, count, store.finished, store.carry, advance)
 
 
-def _clips_known(sound: Sound, outline: Outline, index: int) -> int:
+def _clips_known(sound: Sound, outline: Outline, index: int, check: Callable[[], None]) -> int:
     """How many clips a voice that is being spoken takes, once its sound for clip `index` is there."""
     assert isinstance(sound, LiveSound)
     last = -(-((index + 1) * outline.clip_frames + outline.overlap_frames) * SPEECH_RATE // outline.fps)
-    there = sound.wait(last + 1)
+    there = sound.wait(last + 1, check)
     if there > last:
         return outline.clips
     frames = -(-there * outline.fps // SPEECH_RATE)

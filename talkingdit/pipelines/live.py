@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,11 @@ class LiveSound:
             self._ended = True
             self._changed.notify_all()
 
-    def wait(self, samples: int) -> int:
+    def wait(self, samples: int, check: Callable[[], None] = lambda: None) -> int:
         """Wait until there are so many samples, or all -> how many there are.
+
+        Args:
+            check: called again and again meanwhile; what it raises ends the waiting.
 
         Raises:
             UserError: the pipe gave no sound at all, or less than 0.1 s.
@@ -76,6 +79,7 @@ class LiveSound:
         with self._changed:
             while len(self._rows) < samples and not self._ended:
                 self._changed.wait(POLL)
+                check()
         if self._ended and not len(self._rows):
             got = self._failed or "no sound"
             raise UserError(f"audio -: expected sound, raw with `--audio-rate` or in a container, got {got}.")

@@ -45,7 +45,7 @@ Frames = NDArray[np.uint8]
 OURS = re.compile(r"settings\.json|clip-\d{4,9}\.mkv|carry-\d{4,9}\.safetensors")
 LEFT = re.compile(r"\.tmp\w{6}")  # in the midst of safetensors' save, by earlier versions
 LOCK = "lock"
-SUM = "sha256"  # of a carry, in its file
+SUM = "sha256"  # of a carry or of the frames of a clip, in its file
 NO_FRAMES = b"no frames\n"  # the file of a clip that shows none
 MOST_FRAMES = 4096  # of a clip that is read; no model makes as many at once
 
@@ -225,11 +225,15 @@ class ClipStore:
             size = [stream.height, stream.width]  # looked at before there is memory for a frame
             if stream.codec_context.name != "ffv1" or (self._size is not None and size != self._size):
                 raise ValueError(f"got {stream.codec_context.name} of {size}")
+            wanted = {name.lower(): value for name, value in container.metadata.items()}.get(SUM)
             decoded = islice(container.decode(video=0), MOST_FRAMES)
             frames = [frame.to_ndarray(format="rgb24", threads=SCALER_THREADS) for frame in decoded]
         if not 0 < len(frames) < MOST_FRAMES or any(list(frame.shape[:2]) != size for frame in frames):
             raise ValueError(f"got frames of {[frame.shape for frame in frames[:1]]}")
-        return np.stack(frames)
+        found = np.stack(frames)
+        if wanted not in (None, _sum_of_frames(found)):  # earlier versions kept none
+            raise ValueError("not what was written")
+        return found
 
     def remove(self) -> None:
         """Throw all clips away: the video is finished."""
@@ -348,8 +352,16 @@ def _sum(tensors: Carry) -> str:
     return found.hexdigest()
 
 
+def _sum_of_frames(frames: Frames) -> str:
+    """Digest of shape and values: what was cut off or changed within a file decodes all the same."""
+    found = hashlib.sha256(f"{list(frames.shape)}\n".encode())
+    found.update(np.ascontiguousarray(frames).data)
+    return found.hexdigest()
+
+
 def _write_lossless(path: Path, frames: Frames) -> None:
     with av.open(as_target(path), "w", format="matroska") as container:
+        container.metadata[SUM] = _sum_of_frames(frames)
         stream = container.add_stream("ffv1", rate=25)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
         for number, pixels in enumerate(frames):

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -396,3 +397,29 @@ def test_a_part_of_a_steady_tone_in_an_mp3_is_not_silent(tmp_path: Path, rate: i
         wanted = whole[round(start * rate) :][:rate]
         assert len(part) == rate
         assert np.abs(part - wanted).max() < 1e-4
+
+
+@pytest.mark.parametrize("moment", ["_end", "abort"])
+def test_an_interruption_while_a_video_is_ended_leaves_nothing_beside_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    target = tmp_path / "out.mp4"
+    target.write_bytes(b"old")
+    video = VideoWriter(target, fps=16, size=(16, 16))
+    video.write(np.zeros((3, 16, 16, 3), np.uint8))
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if moment == "_end":
+        monkeypatch.setattr(video, "_end", interrupted)
+    else:  # a second one, while the first is obeyed
+        container = video._container
+        monkeypatch.setattr(video, "_container", SimpleNamespace(mux=interrupted, close=interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        video.close()
+    video.abort()
+    if moment == "abort":
+        container.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
+    assert target.read_bytes() == b"old"

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,31 @@ def test_people_are_told_what_threads_do() -> None:
     assert report() == {"threads": "1; drawn characters and Gloria: 1, one clip is decoded when it is denoised"}
 
 
+def test_two_videos_at_once_take_no_threads_from_each_other_nor_from_who_begins_meanwhile() -> None:
+    torch.set_num_threads(6)
+    entered, leave, found = threading.Event(), threading.Event(), []
+
+    def beside() -> None:
+        with half_of_the_threads():
+            found.append(torch.get_num_threads())
+            entered.set()
+            leave.wait(60)
+        found.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=beside)
+    with half_of_the_threads():  # the first to enter is the first to leave
+        thread.start()
+        entered.wait(60)
+        begun = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        begun.start()
+        begun.join()
+    here = torch.get_num_threads()
+    leave.set()
+    thread.join()
+    assert here == torch.get_num_threads() == 6
+    assert found == [3, 6, 6]
+
+
 @pytest.mark.parametrize("really", [False, True])
 def test_work_is_done_in_order_and_its_errors_are_raised(really: bool) -> None:
     done: list[int] = []
@@ -95,6 +122,64 @@ def test_what_stops_the_caller_waits_for_what_is_done_aside() -> None:
     with pytest.raises(KeyboardInterrupt):
         ask()
     assert done == [True]
+
+
+def test_whatever_interrupts_the_waiting_nothing_goes_on_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended = threading.Event(), threading.Event()
+    shutdown, interruptions = ThreadPoolExecutor.shutdown, [True, True]
+
+    def interrupted(self: ThreadPoolExecutor, *given: Any, **more: Any) -> None:
+        if interruptions:
+            interruptions.pop()
+            raise KeyboardInterrupt
+        shutdown(self, *given, **more)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", interrupted)
+
+    def ask() -> None:
+        with Aside(True) as aside:
+
+            def endless() -> None:
+                begun.set()
+                for _ in range(6000):
+                    if aside.given_up:
+                        ended.set()
+                        return
+                    time.sleep(0.01)
+
+            aside.do(endless)
+            begun.wait(60)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask()
+    assert ended.is_set()
+
+
+def test_what_goes_wrong_aside_is_told_before_the_next_piece_of_work() -> None:
+    def fails() -> None:
+        raise UserError("the disk is full")
+
+    def ask() -> None:
+        with Aside(True) as aside:
+            aside.do(fails)
+            for _ in range(6000):
+                aside.check()
+                time.sleep(0.01)
+
+    started = time.monotonic()
+    with pytest.raises(UserError, match="the disk is full"):
+        ask()
+    assert time.monotonic() - started < 30
+
+
+def test_autocast_of_the_caller_holds_aside() -> None:
+    seen: list[torch.dtype] = []
+    one = torch.ones(2, 2)
+    for autocast in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, autocast), Aside(True) as aside:
+            aside.do(lambda: seen.append((one @ one).dtype))
+    assert seen == [torch.bfloat16, torch.float32]
 
 
 def test_inference_mode_of_the_caller_holds_aside() -> None:
@@ -170,3 +255,32 @@ def test_a_disk_that_is_full_aside_ends_the_work_and_keeps_what_was_finished(
     )
     assert said[0].startswith("going on after 2 of 4 clips")
     assert {path.name for path in work.iterdir()} == {"face.png", "voice.wav", "model", "out.mp4"}
+
+
+def test_a_full_disk_is_told_within_the_clip_that_is_denoised_meanwhile(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed, steps = threading.Event(), []
+
+    def full(self: Any, *given: Any) -> None:
+        failed.set()
+        raise UserError("no space left")
+
+    def progress(done: int, total: int) -> None:
+        steps.append(done)
+        if done == 5:  # the first step of the second clip
+            failed.wait(60)
+            time.sleep(0.2)
+
+    monkeypatch.setattr(ClipStore, "add", full)
+    torch.set_num_threads(2)
+    with pytest.raises(UserError, match="no space left"):
+        talkingdit.generate(
+            work / "face.png",
+            work / "voice.wav",
+            work / "out.mp4",
+            checkpoint=work / "model",
+            steps=4,
+            progress=progress,
+        )
+    assert max(steps) == 5

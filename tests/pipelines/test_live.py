@@ -274,6 +274,25 @@ def test_another_rate_is_brought_to_that_of_speech(tmp_path: Path, spoken: Any) 
     assert np.abs(got - wanted)[200:-200].max() < 1e-3
 
 
+def test_who_waits_for_a_voice_that_stalls_is_told_what_goes_wrong_meanwhile(tmp_path: Path, spoken: Any) -> None:
+    told = threading.Event()
+
+    def stall(pipe: int) -> None:
+        put(pipe, b"\0" * 2 * RATE)
+        told.wait(60)
+
+    spoken(stall)
+    sound = LiveSound(inputs.STANDARD_INPUT, tmp_path, RATE)
+    assert sound.wait(RATE) == RATE
+
+    def check() -> None:
+        raise UserError("the reader has gone")
+
+    with pytest.raises(UserError, match="the reader has gone"):
+        sound.wait(2 * RATE, check)
+    told.set()
+
+
 def test_a_pipe_with_too_little_sound_is_told_before_a_model_is_loaded(
     portrait: Path, voice: NDArray[np.int16], spoken: Any, chunked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

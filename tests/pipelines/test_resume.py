@@ -262,3 +262,21 @@ def test_settings_that_cannot_be_read_start_over(tmp_path: Path, text: str) -> N
     ClipStore(tmp_path / "a.mp4", SETTINGS).close()
     (tmp_path / "a.mp4.parts" / "settings.json").write_text(text)
     assert ClipStore(tmp_path / "a.mp4", SETTINGS).finished == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_kept_clip_that_lost_frames_or_changed_is_told(tmp_path: Path, damage: str) -> None:
+    store = ClipStore(tmp_path / "out.mp4", {"size": [32, 32]})
+    frames = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    store.add(frames, None)
+    file = tmp_path / "out.mp4.parts" / "clip-0000.mkv"
+    assert np.array_equal(next(store.frames()), frames)
+    data = bytearray(file.read_bytes())
+    if damage == "cut":
+        del data[len(data) // 2 :]
+    else:
+        data[len(data) // 2] ^= 0x55
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"clip-0000\.mkv: damaged; delete"):
+        list(store.frames())
+    store.close()
