@@ -319,13 +319,18 @@ class ClipDecoder:
         self._stream = stream
         self._next: int | None = None
 
-    def behind(self, index: int, past: Tensor) -> SharedStream:
-        """What decodes clip `index`; after any other than the one before it it begins from the past.
+    def get_ready(self, index: int, past: Tensor) -> None:
+        """Go through the past of clip `index`, unless the clip before it was decoded last.
 
         Args:
             past: [1, C, k, H, W], the latents before the clip.
         """
         if self._next != index:
             self._stream.resume(past)
+            self._next = index
+
+    def behind(self, index: int, past: Tensor) -> SharedStream:
+        """What decodes clip `index`; see `get_ready`."""
+        self.get_ready(index, past)
         self._next = index + 1
         return self._stream

@@ -85,6 +85,7 @@ class Aside:
     """
 
     def __init__(self, really: bool) -> None:
+        self.really = really
         self._thread: ThreadPoolExecutor | None = None
         if really:
             place = (_here.depth, torch.get_num_threads(), _here.whole)

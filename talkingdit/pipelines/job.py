@@ -123,7 +123,7 @@ def make_video(
     store = _open_store(inputs, outline, pipeline, talk, variant)
     with _kept(store, outline), _shown(inputs, outline, curves, started, store) as shown:
         with _in_memory(outline.when_too_large), _aside(pipeline) as aside:
-            for clip in _made(pipeline, inputs, outline, store, talk, aside.check):
+            for clip in _made(pipeline, inputs, outline, store, talk, aside):
                 aside.do(functools.partial(_finish, clip, shown, store, aside))
         frames, first_after = team.on_rank_0(shown.finish)
         store.remove()
@@ -169,7 +169,7 @@ def final_frames(
     talk.say((*outline.warnings, *pipeline.warnings(inputs, outline)))
     check_heard(inputs.job, outline)
     shown = ShownFrames(inputs, outline)
-    for clip in _made(pipeline, inputs, outline, SharedClipStore(NoStore), talk):
+    for clip in _made(pipeline, inputs, outline, SharedClipStore(NoStore), talk, Aside(False)):
         for video in clip.pieces if in_pieces else (clip.whole().frames,):
             if len(frames := shown.of(to_frames(video))):
                 yield frames
@@ -181,15 +181,17 @@ def _made(
     outline: Outline,
     store: SharedClipStore,
     talk: Talk,
-    check: Callable[[], None] = lambda: None,
+    aside: Aside,
 ) -> Iterator[DenoisedClip]:
-    """The clips that are not finished yet, from what all clips share on; `check` is called as often as can be."""
+    """The clips that are not finished yet, from what all clips share on."""
     if store.finished >= outline.clips:
         return
     with _in_memory("what all clips share: the portrait, the words and the voice"):
         conditions = pipeline.encode(inputs, outline)
     with _in_memory(outline.when_too_large):
-        yield from _clips(pipeline, conditions, inputs, outline, store, talk, check)
+        if aside.really:
+            aside.do(functools.partial(pipeline.get_ready_to_decode, conditions, store.finished, store.carry))
+        yield from _clips(pipeline, conditions, inputs, outline, store, talk, aside.check)
     talk.say(pipeline.remarks(conditions, outline))
 
 

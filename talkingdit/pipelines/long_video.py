@@ -306,7 +306,8 @@ class ClipPipeline(Protocol):
         checkpoint: its models.
         parallel: how processes share the work.
         decodes_later: no clip needs the frames of those before it, and there is `denoised`, which takes what `clip`
-            takes and gives a `DenoisedClip`. Another thread may decode it while the next one is denoised.
+            takes and gives a `DenoisedClip`. Another thread may decode it while the next one is denoised, after it has
+            called `get_ready_to_decode` while the first one was.
     """
 
     checkpoint: Any
@@ -323,6 +324,10 @@ class ClipPipeline(Protocol):
 
     def encode(self, inputs: Inputs, outline: Outline) -> Any:
         """The conditions that all clips share."""
+
+    def get_ready_to_decode(self, conditions: Any, index: int, carry: Carry | None) -> None:
+        """Do what can be done for the frames of clip `index` before it is denoised: nothing, unless a family says."""
+        return
 
     def clip(
         self,

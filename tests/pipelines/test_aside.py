@@ -19,6 +19,7 @@ from PIL import Image
 from tiny_checkpoint import make_checkpoint
 
 import talkingdit
+from talkingdit.autoencoders.strips import SharedStream
 from talkingdit.errors import UserError
 from talkingdit.families.gloria.pipeline import GloriaPipeline
 from talkingdit.families.puppet.pipeline import PuppetPipeline
@@ -220,17 +221,39 @@ def test_clips_are_denoised_and_kept_by_two_threads_where_there_are_two(
         at.append((threading.current_thread().name, torch.get_num_threads()))
         add(self, *given)
 
+    ready: list[tuple[str, int]] = []
     monkeypatch.setattr(pipeline, "denoised", watched)
     monkeypatch.setattr(ClipStore, "add", kept)
+    monkeypatch.setattr(
+        pipeline,
+        "get_ready_to_decode",
+        lambda self, conditions, index, carry: ready.append((threading.current_thread().name, index)),
+    )
     main = threading.current_thread().name
     torch.set_num_threads(1)
     make(work, model)
     assert set(at) == {(main, 1)}
+    assert not ready
     at.clear()
     torch.set_num_threads(4)
     make(work, model)
     assert set(at) == {(main, 2), ("aside_0", 2)}
+    assert ready == [("aside_0", 0)]  # while the first clip is denoised
     assert torch.get_num_threads() == 4
+
+
+def test_a_decoder_that_is_ready_goes_through_the_past_once(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resume, past = SharedStream.resume, []
+    monkeypatch.setattr(
+        SharedStream, "resume", lambda self, x: past.append(threading.current_thread().name) or resume(self, x)
+    )
+    frames = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        make(work)
+        frames.append((work / "out.mp4").read_bytes())
+    assert past == [threading.current_thread().name, "aside_0"]
+    assert frames[0] == frames[1]
 
 
 def test_a_disk_that_is_full_aside_ends_the_work_and_keeps_what_was_finished(

@@ -262,7 +262,7 @@ class PuppetPipeline(ClipPipeline):
         progress: StepDone | None = None,
     ) -> DenoisedClip:
         """Clip `index`, whose frames are still to be decoded, see `ClipPipeline`."""
-        past = conditions.reference if carry is None else carry["latents"].to(self._device)
+        past = self._past(conditions, carry)
         with half_of_the_threads():
             encoded = self._encode(conditions, index, past)
             x = self._denoise(conditions, index, encoded, progress)
@@ -270,11 +270,20 @@ class PuppetPipeline(ClipPipeline):
         return DenoisedClip(index, self._decoded(conditions, index, past, x), kept)
 
     @torch.no_grad()
+    def get_ready_to_decode(self, conditions: VideoConditions, index: int, carry: Carry | None) -> None:
+        """Go through the latents before the clip, see `ClipPipeline`."""
+        with half_of_the_threads():
+            conditions.decoder.get_ready(index, self._past(conditions, carry))
+
+    def _past(self, conditions: VideoConditions, carry: Carry | None) -> Tensor:
+        """The latents before a clip: at the beginning the portrait itself, which is decoded and not shown."""
+        return conditions.reference if carry is None else carry["latents"].to(self._device)
+
+    @torch.no_grad()
     def _decoded(self, conditions: VideoConditions, index: int, past: Tensor, x: Tensor) -> Iterator[Tensor]:
         """The frames of a clip's latents x, those of one latent after the other."""
         frames = min(self.clip_frames, conditions.frames - index * self.clip_frames)
         with half_of_the_threads():
-            # At the beginning the past is the portrait itself: decoded, not shown.
             stream = conditions.decoder.behind(index, past)
         for number, latent in enumerate(x[:, :, : -(-frames // FRAMES_PER_LATENT)].split(1, dim=2)):
             left = frames - FRAMES_PER_LATENT * number
