@@ -107,8 +107,7 @@ class Aside:
         if self._thread is None:
             work()
             return
-        if self._last is not None:
-            self._last.result()
+        self.wait()
         modes = (  # which every thread has for itself
             torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled("cpu"),
@@ -121,6 +120,15 @@ class Aside:
                 work()
 
         self._last = self._thread.submit(run)
+
+    def wait(self) -> None:
+        """Wait for the last piece of work.
+
+        Raises:
+            Whatever it has raised.
+        """
+        if self._last is not None:
+            self._last.result()
 
     def check(self) -> None:
         """Tell what has gone wrong, as soon as it has; waits for nothing.

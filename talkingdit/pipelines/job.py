@@ -123,7 +123,12 @@ def make_video(
     store = _open_store(inputs, outline, pipeline, talk, variant)
     with _kept(store, outline), _shown(inputs, outline, curves, started, store) as shown:
         with _in_memory(outline.when_too_large), _aside(pipeline) as aside:
+            awaited = inputs.job.live and not store.finished
             for clip in _made(pipeline, inputs, outline, store, talk, aside):
+                if awaited:  # by who watches: the first frames are not decoded beside the next clip
+                    aside.wait()
+                    team.on_rank_0(functools.partial(shown.show, next(clip.pieces)))
+                    awaited = False
                 aside.do(functools.partial(_finish, clip, shown, store, aside))
         frames, first_after = team.on_rank_0(shown.finish)
         store.remove()

@@ -230,7 +230,7 @@ class ClipStore:
             frames = [frame.to_ndarray(format="rgb24", threads=SCALER_THREADS) for frame in decoded]
         if not 0 < len(frames) < MOST_FRAMES or any(list(frame.shape[:2]) != size for frame in frames):
             raise ValueError(f"got frames of {[frame.shape for frame in frames[:1]]}")
-        found = np.stack(frames)
+        found: Frames = np.stack(frames).astype(np.uint8, copy=False)
         if wanted not in (None, _sum_of_frames(found)):  # earlier versions kept none
             raise ValueError("not what was written")
         return found
