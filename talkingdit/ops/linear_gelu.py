@@ -11,7 +11,7 @@ from talkingdit.ops import _matrix_kernels as matrix_kernels
 from talkingdit.ops._checks import check_dims, check_float, check_same, check_shape, check_tensor
 from talkingdit.ops._library import register
 
-__all__ = ["linear_gelu", "linear_gelu_reference"]
+__all__ = ["linear_gelu"]
 
 KERNELS = ("auto", "general", "epilogue")
 
@@ -58,7 +58,7 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, kernel: str = "auto") -> Tensor:
-    """``gelu(x @ weight.T + bias)``, GELU in the form with tanh, for inference (to train: ``linear_gelu_reference``).
+    """``gelu(x @ weight.T + bias)``, GELU in the form with tanh, for inference.
 
     Args:
         x: [M, K].
@@ -83,9 +83,3 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, kernel: str = "auto"
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias)):
         raise RuntimeError(f"{op}: it has no gradient; call it under torch.no_grad()")
     return _op(x, weight, bias) if _fuses(x, weight, kernel) else _two_passes(x, weight, bias)
-
-
-def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """:func:`linear_gelu` as two functions of PyTorch, with gradients."""
-    _check("linear_gelu_reference", x, weight, bias)
-    return F.gelu(F.linear(x, weight, bias), approximate="tanh")

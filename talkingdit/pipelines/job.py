@@ -271,9 +271,8 @@ class _Shown:
     def finish(self) -> tuple[int, float | None]:
         """End the video -> its frames, and seconds until the first ones were written."""
         assert self.sink is not None
-        sink, self.sink = self.sink, None
-        sink.finish()
-        return sink.seen, sink.first_after
+        self.sink.finish()
+        return self.sink.seen, self.sink.first_after
 
 
 @contextmanager

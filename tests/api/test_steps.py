@@ -91,6 +91,7 @@ def test_an_interruption_keeps_finished_clips_and_the_same_call_goes_on(
     assert len(steps) == 5
     assert not target.exists()
     steps.clear()
+    written.clear()
     again = pipe(**world.given, output=target, callback_on_step_end=lambda *given: steps.append(given[1]))
     assert steps == [0, 1]
     assert again.path == target

@@ -47,7 +47,7 @@ BOX = (1, 2, 30, 40)
         ({"text_guidance": "strong"}, "generate: text_guidance must be a number, got 'strong'."),
         ({"sequential": 1}, "generate: sequential must be True or False, got 1."),
         ({"seed": -1}, "seed must be at least 0, got -1."),
-        ({"upscale": 2}, "sheet, upscale and live go with an output"),
+        ({"upscale": 2}, "sheet, upscale, live and resume go with an output"),
         ({"output": "out.avi"}, "expected a name that ends in .mp4, got '.avi'"),
         ({"output": 3}, "output: expected a path, got int."),
         ({"output": "out.mp4", "sheet": 3}, "sheet: expected a path, got int."),

@@ -127,7 +127,7 @@ def test_another_lora_does_not_go_on_from_the_clips_of_one(
         ([], ["--lora", style]),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(job, "write_video", stop)
+            patch.setattr(job.VideoSink, "finish", stop)
             assert main(arguments(folder, tmp_path, "--steps", "1", *first)) == 130
         capsys.readouterr()
         assert main(arguments(folder, tmp_path, "--steps", "1", *then)) == 0

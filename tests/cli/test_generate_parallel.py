@@ -142,7 +142,7 @@ def test_what_three_processes_began_one_goes_on_with(processes: Any, work: Path,
     argv = arguments(work, folder)
     first, *others = processes(3, command, [*argv, "--parallel", "ring=3,vae=split"], 1, timeout=PATIENCE)
     kept = f"interrupted; 1 of 3 clips are kept in {work / 'out.mp4.parts'}; the same command goes on there."
-    assert first == Said(130, "", f"talkingdit: {kept}\n")
+    assert first._replace(frames=None) == Said(130, "", f"talkingdit: {kept}\n")
     assert others == [Said(130), Said(130)]
     rest = command(argv)
     assert "going on after 1 of 3 clips" in rest.messages

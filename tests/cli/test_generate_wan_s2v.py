@@ -148,7 +148,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_video(
     work: Path, folder: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(killed_at_the_second_clip, arguments(work, folder)) == -signal.SIGKILL
-    assert left(work) == {"out.mp4.parts"}
+    assert {name for name in left(work) if name[0] != "."} == {"out.mp4.parts"}  # beside what the next run removes
     assert main(arguments(work, folder)) == 0
     assert "going on after 1 of 3 clips" in capsys.readouterr().err
     assert left(work) == {"out.mp4"}
@@ -191,7 +191,7 @@ def test_parts_of_another_request_are_thrown_away(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "write_video", stop)
+        patch.setattr(job.VideoSink, "finish", stop)
         assert main(arguments(work, folder)) == 130
     assert "3 of 3 clips are kept" in capsys.readouterr().err
     assert main(arguments(work, folder, "--seed", "5", "--clips", "1")) == 0

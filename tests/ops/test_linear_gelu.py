@@ -30,18 +30,16 @@ def test_on_cpus_it_is_the_two_layers_bit_by_bit(rows: int, kernel: str, dtype: 
     x, weight, bias = draw(dtype, rows)
     want = F.gelu(F.linear(x, weight, bias), approximate="tanh")
     assert torch.equal(ops.linear_gelu(x, weight, bias, kernel=kernel), want)
-    assert torch.equal(ops.linear_gelu_reference(x, weight, bias), want)
 
 
 def test_the_registered_op_has_the_shapes_it_says() -> None:
     torch.library.opcheck(torch.ops.talkingdit.linear_gelu.default, tuple(draw(torch.bfloat16)))
 
 
-def test_a_gradient_is_refused_and_the_reference_has_it() -> None:
+def test_a_gradient_is_refused() -> None:
     x, weight, bias = (t.requires_grad_() for t in draw(torch.float64, 3, 4, 5))
     with pytest.raises(RuntimeError, match="linear_gelu: it has no gradient"):
         ops.linear_gelu(x, weight, bias)
-    assert torch.autograd.gradcheck(ops.linear_gelu_reference, (x, weight, bias))
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -67,7 +65,7 @@ def test_cuda_kernels_agree_with_float64(
 ) -> None:
     """Within the rounding of the result (of both results, the general way). GELU with erf would be off by 5e-4."""
     given = draw(dtype, *sizes)
-    truth = ops.linear_gelu_reference(*(t.double() for t in given))
+    truth = F.gelu(F.linear(*(t.double() for t in given)), approximate="tanh")
     x, weight, bias = (t.cuda() for t in given)
     out = ops.linear_gelu(x, weight, bias, kernel=kernel)
     bound = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}[dtype]
