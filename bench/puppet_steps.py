@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The first steps of training/configs/puppets.toml: an older build, this one, and this one with a process per core.
 
-    python -m bench.puppet_steps --voices data/voices [--old COMMIT|DIR] [--steps 200] [--turns 1] [--out bench/results]
+    python -m bench.puppet_steps --voices data/voices [--old COMMIT|DIR] [--steps 200] [--turns 4] [--out bench/results]
 
 Builds take turns, which cut their steps into parts of equal length, so that a machine that is slow for a while is slow
 for all. All draw the same few videos and encode them with the autoencoder that ships, before the time that counts:

@@ -23,6 +23,7 @@ from talkingdit.autoencoders.strips import SharedStream
 from talkingdit.errors import UserError
 from talkingdit.families.gloria.pipeline import GloriaPipeline
 from talkingdit.families.puppet.pipeline import PuppetPipeline
+from talkingdit.media.writer import VideoWriter
 from talkingdit.pipelines.aside import Aside, half_of_the_threads, report
 from talkingdit.pipelines.resume import ClipStore
 
@@ -254,6 +255,27 @@ def test_a_decoder_that_is_ready_goes_through_the_past_once(work: Path, monkeypa
         frames.append((work / "out.mp4").read_bytes())
     assert past == [threading.current_thread().name, "aside_0"]
     assert frames[0] == frames[1]
+
+
+def test_who_watches_sees_the_first_frames_before_the_next_clip_begins(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoised, write, order = PuppetPipeline.denoised, VideoWriter.write, []
+
+    def begun(self: Any, conditions: Any, index: int, *given: Any, **more: Any) -> Any:
+        order.append(f"clip {index}")
+        return denoised(self, conditions, index, *given, **more)
+
+    def shown(self: Any, frames: Any) -> None:
+        order.append(f"{len(frames)} frames by {threading.current_thread().name}")
+        write(self, frames)
+
+    monkeypatch.setattr(PuppetPipeline, "denoised", begun)
+    monkeypatch.setattr(VideoWriter, "write", shown)
+    torch.set_num_threads(2)
+    talkingdit.generate(work / "face.png", work / "voice.wav", work / "out.mp4", checkpoint=work / "model", live=True)
+    assert order[:2] == ["clip 0", f"4 frames by {threading.current_thread().name}"]
+    assert {"clip 1", "4 frames by aside_0"} == set(order[2:4])
 
 
 def test_a_disk_that_is_full_aside_ends_the_work_and_keeps_what_was_finished(

@@ -218,8 +218,8 @@ def step(config: Mapping[str, Any], clip: ClipShape, memory: Memory, size: int) 
     moments = [
         # double block: q, k, v of image and text, the same together, and normalised ones
         residual + 8 * whole,
-        # input and a slice of the hidden layer (adapters keep it before the activation, too)
-        residual + whole + 2 * min(total, clip.batch * FFN_TOKENS) * dim * ratio * size,
+        # input and a slice of the hidden layer; adapters, which are not counted, keep it before the activation, too
+        residual + whole + min(total, clip.batch * FFN_TOKENS) * dim * ratio * size,
         # single block: q, k, v and the hidden layer in one, normalised q and k, and the result
         residual + (6 + ratio) * whole,
         # adapter: normalised input and, where nothing is folded in, query and result

@@ -185,8 +185,8 @@ class WanCost:
             residual + 5 * whole + 4 * total * config["num_heads"],
             # normalised input, query, result of the text and of the picture, and of audio
             residual + 4 * whole + hears * 2 * only_noisy,
-            # input and a slice of the hidden layer (adapters keep it before the activation, too)
-            residual + whole + 2 * min(total, clip.batch * FFN_TOKENS) * config["ffn_dim"] * size,
+            # input and a slice of the hidden layer; adapters, which are not counted, keep it before the activation, too
+            residual + whole + min(total, clip.batch * FFN_TOKENS) * config["ffn_dim"] * size,
             # the head in float32
             residual + noisy * dim * wide,
             # at the beginning: patches beside the whole sequence, narrow and wide

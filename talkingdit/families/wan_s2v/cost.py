@@ -212,7 +212,7 @@ def step(config: Mapping[str, Any], clip: ClipShape, memory: Memory, size: int) 
     moments = [
         # normalised input, q, k, v and the result, with the statistics of the softmax
         residual + 4 * whole + (codes if eight_bit else whole) + 4 * total * config["num_heads"],
-        # input and a slice of the hidden layer (adapters keep it before the activation, too)
+        # input and a slice of the hidden layer; adapters, which are not counted, keep it before the activation, too
         residual + whole + (codes + hidden * (size + 1) if eight_bit else hidden * size),
         # normalised input, query and result; absorbed: scores and softmax too
         residual + 3 * only_noisy + (2 * weights * (size + wide) if memory.absorb_audio else 0),
