@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clips of the drawn world with content anchors, for models that take them: drawn, encoded, kept as shards.
 
-A video is some shots of one character. A clip is a part of one: the frame before it, its frames, its sound. In half of
-the clips the character is seen from elsewhere in the frame before, so that what the words ask for can only be known
-from anchors. Anchors of every kind are there twice: a frame of the clip where it shows the kind, and one of another
-shot, with another background, mouth and mood. Expressions are cut around the head and have a size of their own.
+A video is some shots of one character. A clip is a part of one: the frame before it, its frames, its sound. The words
+say the mood and from where the character is seen, and nothing of their looks. In most clips they are seen from
+elsewhere in the frame before, so that looks can only be known from anchors. Anchors of every kind are there twice: a
+frame of the clip where it shows the kind, and one of another shot, with another background, mouth and mood.
+Expressions are cut around the head and have a size of their own.
 """
 
 from __future__ import annotations
@@ -29,17 +30,24 @@ from talkingdit.puppets.world import BACKGROUND, EXPRESSIONS, VIEWPOINTS, Charac
 SIZE, FPS = 96, 16
 HEAD_BOX, HEAD_SIDE = (0.18, 0.08, 0.82, 0.72), 64  # part of a frame that an expression shows, and its side in pixels
 KIND_OF = {name: {"surprised": "surprise"}.get(name, name) for name in EXPRESSIONS}  # as the paper calls them
+TURNED = 0.7  # share of clips whose frame before shows another side
 
 
 @dataclass(frozen=True)
 class AnchorClip:
     """What one clip shows."""
 
-    scene: Scene  # as its caption says it
+    scene: Scene
     before: Scene  # of the frame before it
     frames: Image  # [1 + n, S, S, 3], the frame before it in front
     opening: FloatArray  # [1 + n] of the mouth
     start: int  # of its sound in the voice, in frames
+
+
+def words(scene: Scene) -> str:
+    """What is said of a scene: all that anchors do not show."""
+    backdrop = "moving" if scene.moving_background else "still"
+    return f"a person, {scene.expressions[0]}, {scene.viewpoint} view, talking, {backdrop} background"
 
 
 def talking(scene: Scene, opening: FloatArray, width: FloatArray, rng: np.random.Generator) -> Image:
@@ -80,7 +88,7 @@ def draw_clip(rng: np.random.Generator, voice: Any, latents: int, split: Any = "
     count = 4 * latents
     scene = Scene.random(rng, split, viewpoint=VIEWPOINTS[int(rng.choice(4, p=(0.55, 0.15, 0.15, 0.15)))])
     before = scene
-    if rng.random() < 0.5:
+    if rng.random() < TURNED:
         before = scene.with_viewpoint(str(rng.choice([view for view in VIEWPOINTS if view != scene.viewpoint])))  # type: ignore[arg-type]
     start = int(rng.integers(len(voice.opening) - count))
     opening = np.concatenate([[rng.random() * (rng.random() < 0.3)], voice.opening[start : start + count]])
@@ -177,8 +185,8 @@ def _sample(index: int, clip: AnchorClip, encoder: Encoder, features: torch.Tens
         latents=whole[:, 1:],
         reference=whole[:, :1],
         audio=features[:, :, clip.start : clip.start + len(clip.frames) - 1],
-        caption=clip.scene.caption(),
-        text=encoder.text(clip.scene.caption()),
+        caption=words(clip.scene),
+        text=encoder.text(words(clip.scene)),
         outside=outside,
         inside={kind: torch.tensor([float(own) for _, own in frames]) for kind, frames in anchors.items()},
     )

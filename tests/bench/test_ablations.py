@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from bench import ablations, avatar_rows, drawn_voices, gloria_rows
 from bench.ablations import Budget, Claim, Row, Study, change, run, study
-from bench.drawn_anchors import SIZE, anchors_of, draw_clip, head_of, held_out_scene, other_shot, still, talking
+from bench.drawn_anchors import SIZE, anchors_of, draw_clip, head_of, held_out_scene, other_shot, still, talking, words
 from talkingdit.families.gloria.anchors import KINDS
 from talkingdit.families.hunyuan_avatar.load import load as load_avatar
 from talkingdit.models import PEOPLE_NAME, find_checkpoint
@@ -174,6 +175,33 @@ def test_drawn_clips_have_anchors_of_every_kind_in_the_clip_and_out_of_it() -> N
     scene, _ = held_out_scene(3)
     assert scene.characters[0].held_out
     assert other_shot(scene, rng).background != scene.background
+
+
+def test_captions_say_nothing_of_looks() -> None:
+    """Else a row that never reads an anchor would turn people round to the right shirt and logo, as the words say."""
+    text: Any = gloria_rows.shipped().text_encoder
+    one, other = (held_out_scene(seed)[0] for seed in (3, 4))
+    assert one.characters != other.characters
+    other = replace(other, expressions=one.expressions, moving_background=one.moving_background)
+    assert words(one) == words(other) != words(one.with_viewpoint("back"))
+    assert text.unknown_words(words(one)) == []
+    assert {one.viewpoint, *one.expressions} <= set(text.words(words(one)))
+
+
+def test_a_row_without_view_anchors_is_not_given_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+
+    def looks(row: Row, model: Path) -> Any:
+        def make(ask: gloria_rows.VideoCase) -> Any:
+            given.append([anchor.name for anchor in ask.anchors])
+            return np.repeat(ask.first[None], ask.frames, axis=0)
+
+        return make
+
+    monkeypatch.setattr(gloria_rows, "maker", looks)
+    for name in ("full", "no_view_anchor"):
+        gloria_rows.use_anchors(gloria_rows.STUDY.row(name), Path("nowhere"), QUICK)
+    assert given == [["global", "view/front"], ["global"]]
 
 
 def test_rows_are_compared_at_equal_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
