@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from talkingdit._native_loader import build_info
 from talkingdit.errors import UserError
 from talkingdit.nn.units import large_prefixes
 from training.networks import Networks
@@ -164,6 +165,7 @@ class Muon(torch.optim.Optimizer):
     The momentum of a matrix is replaced by its nearest semi-orthogonal matrix, to which a few Newton-Schulz iterations
     come close enough. That needs the whole matrix: of every so many matrices each process of a shard group collects
     one, does the iterations and sends the rows back, so each matrix is worked on once and crosses the network twice.
+    Small matrices travel together, and those of a shape are one batch.
 
     Args:
         params: matrices, or groups of them.
@@ -217,44 +219,95 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+_TOGETHER = 1 << 22  # elements of small matrices that a process works on at once
+
+
 def _orthogonal(parameters: Sequence[Tensor], updates: Sequence[Tensor], steps: int) -> Iterable[Tensor]:
     """The own rows of the orthogonalised updates, of which the own rows are given."""
     first = parameters[0]
     if not isinstance(first, DTensor) or first.device_mesh.size(first.device_mesh.ndim - 1) == 1:
-        yield from (newton_schulz(update, steps) for update in updates)
+        for begin, end in _portions(parameters, 1):
+            yield from _newton_schulz_each(updates[begin:end], steps)
         return
     mesh = first.device_mesh
-    group, size = mesh.get_group(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
-    rank = dist.get_rank(group)
-    for begin in range(0, len(updates), size):
-        # Process i of the group works on matrix i of these. Rows are cut as torch.chunk cuts them.
-        mine = [update.to(mesh.device_type) for update in updates[begin : begin + size]]
-        whole = parameters[begin + rank].shape if rank < len(mine) else (0, 0)
-        per_part = -(-whole[0] // size)
-        sent = [update.numel() for update in mine] + [0] * (size - len(mine))
-        got = [max(0, min(per_part, whole[0] - i * per_part)) * whole[1] for i in range(size)]
-        rows = torch.cat([update.flatten() for update in mine])
-        matrix = rows.new_empty(math.prod(whole))
-        dist.all_to_all_single(matrix, rows, got, sent, group)
-        if matrix.numel():
-            matrix = newton_schulz(matrix.view(whole), steps).to(rows.dtype).flatten()
-        dist.all_to_all_single(rows, matrix, sent, got, group)
-        yield from (part.view_as(update) for part, update in zip(rows.split(sent[: len(mine)]), mine, strict=True))
+    for begin, end in _portions(parameters, mesh.size(mesh.ndim - 1)):
+        mine = [update.to(mesh.device_type) for update in updates[begin:end]]
+        yield from _exchanged(parameters[begin:end], mine, steps, mesh.get_group(mesh.ndim - 1))
+
+
+def _portions(parameters: Sequence[Tensor], size: int) -> Iterable[tuple[int, int]]:
+    """Ranges of matrices that are worked on together: so many, or as many more as are small for each process."""
+    begin = 0
+    while begin < len(parameters):
+        each = max(1, _TOGETHER // max(1, parameters[begin].numel()))
+        yield begin, min(begin + each * size, len(parameters))
+        begin += each * size
+
+
+def _exchanged(parameters: Sequence[Tensor], mine: Sequence[Tensor], steps: int, group: Any) -> list[Tensor]:
+    """As `_orthogonal`: process i of the group works on the matrices i, i + size, ... of these."""
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    owned = [range(process, len(mine), size) for process in range(size)]
+    order = [index for indices in owned for index in indices]
+    shapes = [parameters[index].shape for index in owned[rank]]
+    # Rows are cut as torch.chunk cuts them.
+    cuts = [[max(0, min(-(-n // size), n - i * -(-n // size))) for i in range(size)] for n, _ in shapes]
+    sent = [sum(mine[index].numel() for index in indices) for indices in owned]
+    got = [sum(cut[i] * columns for cut, (_, columns) in zip(cuts, shapes, strict=True)) for i in range(size)]
+    rows = torch.cat([mine[index].flatten() for index in order])
+    collected = rows.new_empty(sum(got))
+    dist.all_to_all_single(collected, rows, got, sent, group)
+    if len(shapes) == 1:
+        whole = [collected.view(shapes[0])]  # no copy of what may be large
+    else:
+        pieces = [
+            part.split([cut[i] * columns for cut, (_, columns) in zip(cuts, shapes, strict=True)])
+            for i, part in enumerate(collected.split(got))
+        ]
+        whole = [torch.cat([piece[m] for piece in pieces]).view(shape) for m, shape in enumerate(shapes)]
+    whole = [matrix.to(rows.dtype) for matrix in _newton_schulz_each(whole, steps)]
+    if len(whole) == 1:
+        collected = whole[0].flatten()
+    elif whole:
+        split = [matrix.split(cut) for matrix, cut in zip(whole, cuts, strict=True)]
+        collected = torch.cat([cut[i].flatten() for i in range(size) for cut in split])
+    dist.all_to_all_single(rows, collected, sent, got, group)
+    back = dict(zip(order, rows.split([mine[index].numel() for index in order]), strict=True))
+    return [back[index].view_as(update) for index, update in enumerate(mine)]
+
+
+def _newton_schulz_each(matrices: Sequence[Tensor], steps: int) -> list[Tensor]:
+    """`newton_schulz` of each matrix, of those of a shape at once."""
+    found: dict[int, Tensor] = {}
+    for shape in dict.fromkeys(matrix.shape for matrix in matrices):
+        indices = [index for index, matrix in enumerate(matrices) if matrix.shape == shape]
+        stacked = torch.stack([matrices[i] for i in indices]) if len(indices) > 1 else matrices[indices[0]][None]
+        found |= zip(indices, newton_schulz(stacked, steps), strict=True)
+    return [found[index] for index in range(len(matrices))]
 
 
 def newton_schulz(
-    matrix: Tensor, steps: int, coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315)
+    matrices: Tensor, steps: int, coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315)
 ) -> Tensor:
     """Nearly the nearest semi-orthogonal matrix: singular values go to about 1 (0.7 to 1.2), singular vectors stay.
 
-    In bfloat16 on GPUs, which bear it and are much faster so; elsewhere in float32.
+    In bfloat16, which the iterations bear, on GPUs and on processors that multiply it themselves, and are several times
+    faster so; elsewhere in float32.
+
+    Args:
+        matrices: [..., rows, columns].
     """
     a, b, c = coefficients
-    x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / x.norm().clamp(min=1e-7)
+    x = matrices.bfloat16() if _multiplies_bf16(matrices.device) else matrices.float()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).view(-1, *x.shape[-2:])
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.mT if tall else x
+    return x.view(matrices.shape)
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    return device.type == "cuda" or (device.type == "cpu" and build_info()["cpu_isa"] == "avx512_bf16")

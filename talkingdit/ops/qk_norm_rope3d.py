@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from talkingdit.ops.rope3d import check_layout, rope3d_reference
 
 __all__ = ["qk_norm_rope3d", "qk_norm_rope3d_reference"]
 
+_MOST_CHANNELS = 1024  # of a head, in the kernel
 # The registered op works on one tensor; the public function calls it for q and for k.
 _OPTIONS = "Tensor table, Tensor segments, int[] pairs, bool interleaved, SymInt token_offset, bool per_head, float eps"
 
@@ -165,6 +168,38 @@ def qk_norm_rope3d(
         check_out(op, target, x.shape, x.dtype, [x, weight])
         _op_out(x, weight.to(wide), *options, target)
     return out
+
+
+@functools.lru_cache(maxsize=16)
+def _unturned(dim: int, wide: torch.dtype) -> tuple[int, Tensor, Tensor]:
+    """Heads that `dim` channels are cut into, and the tables of a layout in which no token is turned, however many."""
+    heads = next(n for n in range(-(-dim // _MOST_CHANNELS), dim) if dim % (2 * n) == 0)
+    table = torch.tensor([1.0, 0.0], dtype=wide)[:, None].expand(2, dim // heads // 2).contiguous()
+    return heads, table, torch.tensor([[0, 1 << 30, 1 << 15, 1 << 15, 0, 0, 0]])
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """``rms_norm(x) * weight`` over the last axis on processors, for which torch has many small kernels instead of one.
+
+    It is the norm of `qk_norm_rope3d` with a rotation by nothing.
+
+    Args:
+        x: [..., C] on the CPU, any floating dtype, C even. Arithmetic is float32 (float64 for float64).
+        weight: [C], any floating dtype.
+
+    Returns:
+        As x.
+
+    Raises:
+        ValueError: C is odd.
+    """
+    dim = x.shape[-1]
+    if dim % 2:
+        raise ValueError(f"rms_norm: x must have an even number of channels, got shape {tuple(x.shape)}")
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    heads, table, segments = _unturned(dim, wide)
+    tokens = x.reshape(1, x.numel() // dim, heads, dim // heads)
+    return _op(tokens, weight.to(wide), table, segments, [dim // heads // 2, 0, 0], True, 0, False, eps).view(x.shape)
 
 
 def qk_norm_rope3d_reference(

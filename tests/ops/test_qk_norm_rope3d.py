@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accuracy import DTYPES, relative, with_gradients
 from emulated_device import Device
 from hypothesis import given, settings
@@ -13,7 +14,9 @@ from rope_layouts import HEADS, make_layout, small_layout
 from torch import Tensor
 
 from talkingdit import ops
+from talkingdit.nn.layers import RMSNorm
 from talkingdit.ops import RopeLayout, Segment
+from talkingdit.ops.qk_norm_rope3d import rms_norm
 
 NORMS = ["all_heads", "per_head"]
 
@@ -165,3 +168,34 @@ def test_cuda_agrees_with_cpu(dtype: torch.dtype, pairing: str, norm: str) -> No
     )
     for a, b in zip(on_device, expected, strict=True):
         assert relative(a, b) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [2, 6, 128, 1030, 2046, 5120])
+def test_norm_alone_has_at_most_twice_the_error_of_torch(channels: int, dtype: torch.dtype) -> None:
+    """The norm of cross-attention's queries and keys on processors; weights may have another dtype than activations."""
+    x, weight = 3 * torch.randn(2, 37, channels), torch.randn(channels)
+
+    def composite(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return (F.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), 1e-6).to(x.dtype),)
+
+    inputs = [x.to(dtype), weight.to(dtype)]
+    exact = with_gradients(composite, [v.double() for v in inputs])
+    ours = with_gradients(lambda x, weight: (rms_norm(x, weight, 1e-6),), inputs)
+    floor = 4 * torch.finfo(dtype).eps if dtype == torch.float64 else 0.0
+    for a, b, truth in zip(ours, with_gradients(composite, inputs), exact, strict=True):
+        assert relative(a, truth) <= 2 * relative(b, truth) + floor
+    layer = RMSNorm(channels)
+    layer.weight.data = weight
+    torch.testing.assert_close(layer(x.to(dtype)), rms_norm(x.to(dtype), weight), rtol=0, atol=0)
+    swapped = x.to(dtype).transpose(0, 1)
+    torch.testing.assert_close(layer(swapped), layer(x.to(dtype)).transpose(0, 1), rtol=0, atol=0)
+
+
+def test_norm_alone_takes_no_rows_and_refuses_odd_channels() -> None:
+    assert rms_norm(torch.empty(0, 4), torch.ones(4)).shape == (0, 4)
+    with pytest.raises(ValueError, match=r"rms_norm: x must have an even number of channels, got shape \(2, 3\)"):
+        rms_norm(torch.zeros(2, 3), torch.ones(3))
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(RMSNorm(3)(x), F.rms_norm(x, (3,), eps=1e-6))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from talkingdit.errors import UserError
+from training import optim
 from training.lora import add_adapters
 from training.optim import LearningRate, Muon, build_optimizers, learning_rate_factor, newton_schulz
 from training.parallel import shard, start
@@ -41,9 +43,11 @@ def steps(make, place):
 
 
 def muon_in_shards():
+    """Larger matrices one for each process at a time, smaller ones together."""
     size = dist.get_world_size()
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("shard",))
-    found = steps(lambda p: Muon(p, lr=0.01), lambda t: distribute_tensor(t, mesh, [Shard(0)]))
+    with mock.patch.object(optim, "_TOGETHER", 150):
+        found = steps(lambda p: Muon(p, lr=0.01), lambda t: distribute_tensor(t, mesh, [Shard(0)]))
     return [p.full_tensor() for p in found]
 
 
@@ -55,7 +59,7 @@ def test_muon_on_shards_is_muon_on_whole_matrices(processes, size):
 
 
 def test_muon_is_that_of_torch_but_for_rounding():
-    """torch iterates in bfloat16; ours, on the CPU, in float32."""
+    """torch iterates in bfloat16; ours, on a CPU that does not multiply it, in float32."""
     start_values, _ = matrices()
     ours = steps(lambda p: Muon(p, lr=0.01, weight_decay=0.1), torch.clone)
     options = {"lr": 0.01, "weight_decay": 0.1, "ns_steps": 4, "adjust_lr_fn": "match_rms_adamw"}
@@ -65,11 +69,16 @@ def test_muon_is_that_of_torch_but_for_rounding():
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (40, 10), (10, 40)])
-def test_newton_schulz_keeps_singular_vectors_and_evens_out_singular_values(shape):
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    u, values, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-    turned = u.T @ newton_schulz(matrix, 5).double() @ v.T
-    torch.testing.assert_close(turned, torch.diag(turned.diagonal()), rtol=0, atol=1e-4)
+@pytest.mark.parametrize(("bf16", "aside"), [(False, 1e-4), (True, 0.03)])
+def test_newton_schulz_keeps_singular_vectors_and_evens_out_singular_values(shape, bf16, aside, monkeypatch):
+    monkeypatch.setattr(optim, "_multiplies_bf16", lambda device: bf16)
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
+    together = newton_schulz(matrices, 5)
+    each = torch.stack([newton_schulz(matrix, 5) for matrix in matrices])
+    torch.testing.assert_close(together, each, rtol=0, atol=2 * torch.finfo(together.dtype).eps)
+    u, values, v = torch.linalg.svd(matrices[0].double(), full_matrices=False)
+    turned = u.T @ together[0].double() @ v.T
+    torch.testing.assert_close(turned, torch.diag(turned.diagonal()), rtol=0, atol=aside)
     large = turned.diagonal()[values > 0.05 * values[0]]
     assert len(large) >= 9
     assert 0.6 < large.min() <= large.max() < 1.3
