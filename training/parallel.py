@@ -125,14 +125,25 @@ def _forget_meshes() -> None:
         getattr(debug, f"_clear{part}_sharding_prop_cache", lambda: None)()
 
 
+_LEFT_OVER = ("shard", "replicate")  # axes that may take what the others leave
+
+
 def mesh_sizes(config: ParallelConfig, world: int) -> dict[str, int]:
-    """Size of each axis; `shard` 0 takes what the others leave."""
+    """Size of each axis; `shard` or `replicate` of 0 takes what the others leave.
+
+    Raises:
+        UserError: a size out of range, two of 0, or a product that is not `world`.
+    """
     sizes = {name: int(getattr(config, name)) for name in AXES}
     for name, size in sizes.items():
-        if size < (0 if name == "shard" else 1):
-            raise UserError(f"parallel.{name}: must be at least {0 if name == 'shard' else 1}, got {size}.")
-    if sizes["shard"] == 0:
-        sizes["shard"] = max(1, world // (sizes["replicate"] * sizes["ring"] * sizes["ulysses"]))
+        least = 0 if name in _LEFT_OVER else 1
+        if size < least:
+            raise UserError(f"parallel.{name}: must be at least {least}, got {size}.")
+    open_ = [name for name in _LEFT_OVER if sizes[name] == 0]
+    if len(open_) > 1:
+        raise UserError("parallel.replicate, parallel.shard: one of them may be 0, what the others leave; got both.")
+    for name in open_:
+        sizes[name] = max(1, world // math.prod(size for other, size in sizes.items() if other != name))
     if math.prod(sizes.values()) != world:
         product = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise UserError(
@@ -166,10 +177,10 @@ def shard(networks: Networks, mesh: ProcessMesh, config: ParallelConfig, narrow:
     """Cut all parameters over the processes, and prepare the model for training: nothing large stays whole.
 
     Each block and each other large layer is a unit of its own, which is gathered for its forward and for its backward
-    and else exists in shards only. With precision "bf16" units compute in bfloat16 from float32 shards and gradients
-    are summed in float32; layers that must be float32 stay so. Parameters with values are first made those of rank 0;
-    those on the meta device get memory for their shards, and are NaN until `load_weights`. Frozen parameters may have
-    any dtype, those that train must share one.
+    and else exists in shards only; where nothing is cut, on processors, all are one unit. With precision "bf16" units
+    compute in bfloat16 from float32 shards and gradients are summed in float32; layers that must be float32 stay so.
+    Parameters with values are first made those of rank 0; those on the meta device get memory for their shards, and
+    are NaN until `load_weights`. Frozen parameters may have any dtype, those that train must share one.
 
     Args:
         narrow: some frozen parameters have another dtype than they compute in, see `training.frozen`.
@@ -204,19 +215,23 @@ def shard(networks: Networks, mesh: ProcessMesh, config: ParallelConfig, narrow:
     mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {"mesh": mesh.fsdp, "offload_policy": offload}
     units = networks.family.units
+    usual = precise if config.precision == "fp32" else mixed
+    # On processors that share nothing but gradients units save no memory, nor would one be on its way while another
+    # computes; they cost a cast of their own each, and a word with the other processes.
+    apart = mesh.device.type != "cpu" or mesh.fsdp.size(mesh.fsdp.ndim - 1) > 1
     layers = [(layer, unit) for _, layer, unit in modules_of(model, units.UNITS)]
     for layer, unit in layers:
-        policy = precise if unit.float32 or config.precision == "fp32" else mixed
+        policy = precise if unit.float32 else usual
         # What runs last in the forward runs first in the backward: the head stays gathered in between.
-        fully_shard(layer, mp_policy=policy, reshard_after_forward=layer is not layers[-1][0], **options)
+        if apart or policy is not usual:
+            fully_shard(layer, mp_policy=policy, reshard_after_forward=layer is not layers[-1][0], **options)
     # The root keeps what is called more than once or not at all, as conditions come and go. It is small.
-    policy = precise if config.precision == "fp32" else mixed
-    fully_shard(model, mp_policy=policy, reshard_after_forward=False, **options)
+    fully_shard(model, mp_policy=usual, reshard_after_forward=False, **options)
     for name in getattr(model, "forward_methods", ()):  # called instead of its forward
         register_fsdp_forward_method(model, name)
     if networks.text_encoder is not None:
         fully_shard(networks.text_encoder, mp_policy=precise, reshard_after_forward=False, **options)
-    in_order: list[Any] = [model.get_submodule(path) for path in units.walk(model.config)]
+    in_order: list[Any] = [model.get_submodule(path) for path in units.walk(model.config)] if apart else []
     for layer, following in pairwise(in_order):  # backward prefetch, in reverse, is what FSDP2 does by itself
         layer.set_modules_to_forward_prefetch([following])
 

@@ -53,7 +53,7 @@ class LoraConfig:
 
 @dataclass
 class ParallelConfig:
-    replicate: int = 1  # copies of the sharded model (HSDP)
+    replicate: int = 1  # copies of the sharded model (HSDP); 0: what is left
     shard: int = 0  # ranks that share the parameters; 0: what is left
     ulysses: int = 1  # context parallelism by all-to-all over heads
     ring: int = 1  # context parallelism over the sequence

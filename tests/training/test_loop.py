@@ -60,6 +60,7 @@ def same_curve(a: list[dict[str, float]], b: list[dict[str, float]]) -> None:
     [
         (2, {}),
         (2, {"ulysses": 2}),
+        (2, {"replicate": 0, "shard": 1}),
         (4, {"replicate": 2}),
         (4, {"ring": 2, "ulysses": 2}),
     ],
