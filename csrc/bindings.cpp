@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The module talkingdit._native. Ops register themselves from bind_<op>.cpp.
 #include <pybind11/pybind11.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "bind.h"
 #include "core/parallel.h"
@@ -50,21 +48,6 @@ py::dict build_info() {
   return info;
 }
 
-// Asks for huge pages below a fresh CPU tensor. Only advice: where the system does not know it, nothing happens.
-void advise_huge_pages(const TensorView& tensor) {
-#if defined(MADV_HUGEPAGE)
-  int64_t last = 0;
-  for (int i = 0; i < tensor.ndim; ++i) last += (tensor.shape[i] - 1) * tensor.strides[i];
-  if (tensor.is_cuda || tensor.numel() == 0) return;
-  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), start = reinterpret_cast<uintptr_t>(tensor.data);
-  const uintptr_t begin = (start + page - 1) / page * page;
-  const uintptr_t end = (start + uintptr_t(last) * item_size(tensor.dtype)) / page * page;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)tensor;
-#endif
-}
-
 }  // namespace
 }  // namespace td
 
@@ -72,7 +55,6 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU and CUDA kernels of talkingdit. Use talkingdit.ops.";
   td::cpu_isa();  // a wrong TALKINGDIT_CPU_ISA is an error at import
   m.def("build_info", &td::build_info);
-  m.def("advise_huge_pages", &td::advise_huge_pages);
   m.def("stream_threshold", &td::stream_threshold);
   for (const td::Registrar bind : td::registrars()) bind(m);
 }

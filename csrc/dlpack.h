@@ -2,7 +2,7 @@
 // How tensors cross from Python: DLPack's C exchange API, as published at https://dmlc.github.io/dlpack (version 1.3).
 // A tensor type offers a capsule `__dlpack_c_exchange_api__` with function pointers; one call fills a DLTensor that
 // borrows the tensor's memory, shape and strides, another one names the framework's current stream. Nothing is owned or
-// freed here.
+// freed here, but for memory of our own that a tensor is made of (bind_results.cpp).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -33,6 +33,11 @@ struct Tensor {
   int64_t* shape;
   int64_t* strides;
   uint64_t byte_offset;
+};
+struct ManagedTensor {
+  Tensor tensor;
+  void* context;
+  void (*deleter)(ManagedTensor* self);
 };
 struct ExchangeApi {
   Version version;

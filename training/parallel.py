@@ -139,10 +139,10 @@ def mesh_sizes(config: ParallelConfig, world: int) -> dict[str, int]:
         least = 0 if name in _LEFT_OVER else 1
         if size < least:
             raise UserError(f"parallel.{name}: must be at least {least}, got {size}.")
-    open_ = [name for name in _LEFT_OVER if sizes[name] == 0]
-    if len(open_) > 1:
+    left = [name for name in _LEFT_OVER if sizes[name] == 0]
+    if len(left) > 1:
         raise UserError("parallel.replicate, parallel.shard: one of them may be 0, what the others leave; got both.")
-    for name in open_:
+    for name in left:
         sizes[name] = max(1, world // math.prod(size for other, size in sizes.items() if other != name))
     if math.prod(sizes.values()) != world:
         product = " x ".join(f"{name} {size}" for name, size in sizes.items())
