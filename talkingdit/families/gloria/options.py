@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from talkingdit.families.flag import Flag
+from talkingdit.families.flag import INTERVAL, Flag
 from talkingdit.families.gloria.anchors import AnchorFile, read_anchor
-from talkingdit.families.wan_i2v.options import Options as WanOptions
+from talkingdit.families.wan_i2v.options import WanI2VOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(WanOptions):
+class Options(WanI2VOptions):
     """None takes what the checkpoint suggests."""
 
     anchor: Annotated[tuple[AnchorFile, ...], Flag("TYPE[/KIND]=FILE", read_anchor, many=True)] = ()
@@ -25,6 +25,8 @@ class Options(WanOptions):
     """how strongly to follow the voice (default: of the checkpoint, 4.5)"""
     attention_figure: Annotated[Path | None, Flag("PNG")] = None
     """a figure to write: how much the video looks at each anchor, over time"""
+    guidance_interval: Annotated[str, INTERVAL] = "0-1"
+    """shares of the steps that guidance is taken in, such as 0.2-0.8; the others make one prediction, in less time"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

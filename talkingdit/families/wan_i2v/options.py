@@ -1,18 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may be said about a video of a Wan I2V checkpoint."""
+"""What may be said about a video of a Wan I2V checkpoint, and of families on it."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, get_args
 
-from talkingdit.families.flag import AREA, SIDES, Flag, GenerationOptions, check_step_cache
+from talkingdit.families.flag import (
+    AREA,
+    INTERVAL,
+    SIDES,
+    Flag,
+    GenerationOptions,
+    check_guidance_interval,
+    check_step_cache,
+)
 from talkingdit.families.wan_s2v.options import Solver
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(GenerationOptions):
-    """None takes what the checkpoint suggests."""
+class WanI2VOptions(GenerationOptions, ABC):
+    """What families on Wan I2V have in common; None takes what the checkpoint suggests.
+
+    New options are fields of each family's `Options`, behind its others: saved workflows of ComfyUI know values by
+    their places.
+    """
 
     size: Annotated[tuple[int, int] | None, SIDES] = None
     """exact size of the video, width and height (default: by the picture)"""
@@ -41,6 +54,11 @@ class Options(GenerationOptions):
     compile: bool = False
     """compile the blocks of the model: slow to begin with, faster then"""
 
+    @property
+    @abstractmethod
+    def guidance_interval(self) -> str:
+        """Shares of the steps that guidance is taken in, BEGIN-END."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.solver is not None and self.solver not in get_args(Solver):
@@ -51,6 +69,7 @@ class Options(GenerationOptions):
                 raise ValueError(f"generate: {name} must be at least {least}, got {value}")
         self.check_guidance("guidance")
         check_step_cache(self.step_cache)
+        check_guidance_interval(self.guidance_interval)
         if self.shift is not None and not 0 < self.shift < float("inf"):
             raise ValueError(f"generate: shift must be a positive number, got {self.shift}")
 
@@ -59,3 +78,11 @@ class Options(GenerationOptions):
         value = getattr(self, name)
         if value is not None and not 0 <= value < float("inf"):
             raise ValueError(f"generate: {name} must be a number of at least 0, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(WanI2VOptions):
+    """None takes what the checkpoint suggests."""
+
+    guidance_interval: Annotated[str, INTERVAL] = "0-1"
+    """shares of the steps that guidance is taken in, such as 0.2-0.8; the others make one prediction, in less time"""

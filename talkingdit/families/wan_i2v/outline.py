@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from talkingdit.autoencoders.latents import FRAMES_PER_LATENT
 from talkingdit.errors import UserError
-from talkingdit.families.wan_i2v.options import Options
+from talkingdit.families.wan_i2v.options import Options, WanI2VOptions
 from talkingdit.families.wan_s2v.outline import video_size
 from talkingdit.media.framing import fit_image
 from talkingdit.media.sound import SPEECH_RATE
-from talkingdit.pipelines.guidance import Branch, guidance_branches
+from talkingdit.pipelines.guidance import Branch, Guidance, guidance_branches
 from talkingdit.pipelines.inputs import Inputs, Outline
+from talkingdit.pipelines.schedules import ALL_STEPS, Interval, read_interval
 from talkingdit.pipelines.solvers import check_solver
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Sampling:
         seed: of the first clip; later ones count on.
         step_cache: threshold of `talkingdit.pipelines.step_cache`; 0 computes every step.
         batched: all predictions in one forward pass; False takes less memory and more time.
+        interval: shares of the steps that take both guidances, see `Interval`; in the others they are 1.
 
     Raises:
         ValueError: a value is impossible.
@@ -52,13 +54,15 @@ class Sampling:
     seed: int = 0
     batched: bool = True
     step_cache: float = 0.0
+    interval: tuple[float, float] = ALL_STEPS
 
     def __post_init__(self) -> None:
         check_solver(self.solver, self.steps, self.shift)
         guidance_branches(self.guidance, self.audio_guidance)
+        Interval(1.0, *self.interval)
 
     @staticmethod
-    def of(options: Options, settings: WanI2VSettings) -> Sampling:
+    def of(options: WanI2VOptions, settings: WanI2VSettings) -> Sampling:
         """The options, completed by the settings of the checkpoint.
 
         Raises:
@@ -81,12 +85,23 @@ class Sampling:
             seed=options.seed,
             batched=not options.sequential,
             step_cache=options.step_cache,
+            interval=read_interval(options.guidance_interval),
         )
 
-    @property
-    def branches(self) -> tuple[Branch, ...]:
+    def branches(self, step: int) -> tuple[Branch, ...]:
         """The predictions of a step."""
-        return guidance_branches(self.guidance, self.audio_guidance)
+        text, audio = (Interval(strength, *self.interval) for strength in (self.guidance, self.audio_guidance))
+        return Guidance(self.steps, text, audio).branches(step)
+
+    @property
+    def predictions(self) -> int:
+        """The most that a denoising step has."""
+        return max(len(self.branches(step)) for step in range(self.steps))
+
+    @property
+    def negates(self) -> bool:
+        """Does a step ask what the negative prompt would show?"""
+        return any(not branch.text for step in range(self.steps) for branch in self.branches(step))
 
 
 @dataclass(frozen=True)
@@ -117,7 +132,7 @@ def outline(inputs: Inputs, settings: WanI2VSettings, options: Options) -> Outli
     return outlined(inputs, settings, options, sampling, clips, silent)
 
 
-def sampling_of(options: Options, settings: WanI2VSettings) -> Sampling:
+def sampling_of(options: WanI2VOptions, settings: WanI2VSettings) -> Sampling:
     """`Sampling.of`, with a UserError for an impossible value."""
     try:
         return Sampling.of(options, settings)
@@ -125,7 +140,7 @@ def sampling_of(options: Options, settings: WanI2VSettings) -> Sampling:
         raise UserError(f"{error}.") from error
 
 
-def video_frames(inputs: Inputs, fps: int, options: Options) -> int:
+def video_frames(inputs: Inputs, fps: int, options: WanI2VOptions) -> int:
     """Frames of the video: as the sound lasts, or fewer."""
     frames = max(1, -(-len(inputs.sound) * fps // SPEECH_RATE))
     return frames if options.frames is None else min(frames, options.frames)
@@ -134,7 +149,7 @@ def video_frames(inputs: Inputs, fps: int, options: Options) -> int:
 def outlined(
     inputs: Inputs,
     settings: WanI2VSettings,
-    options: Options,
+    options: WanI2VOptions,
     sampling: Sampling,
     clips: int,
     warnings: tuple[str, ...] = (),
@@ -151,8 +166,10 @@ def outlined(
     found = list(warnings)
     if black:
         found.append(f"{inputs.job.image}: {black} of the video's rows or columns are black; `--cover` avoids that.")
-    if len(sampling.branches) == 1 and options.negative_prompt is not None:
+    if options.negative_prompt is not None and not sampling.negates:
         found.append("`--negative-prompt` has no effect at guidance 1.")
+    if sampling.interval != ALL_STEPS and sampling.guidance == sampling.audio_guidance == 1:
+        found.append("`--guidance-interval` has no effect without guidance.")
     if options.size is not None and options.max_area is not None:
         found.append("`--max-area` has no effect beside `--size`.")
     frames = video_frames(inputs, settings.fps, options)
@@ -161,7 +178,7 @@ def outlined(
         fps=settings.fps,
         clips=clips,
         steps=sampling.steps,
-        predictions=len(sampling.branches),
+        predictions=sampling.predictions,
         frames=frames,
         settings={"framing": options.cover, "length": frames, **_kept(sampling), **kept},
         warnings=tuple(found),
@@ -173,4 +190,6 @@ def outlined(
 
 def _kept(sampling: Sampling) -> dict[str, Any]:
     """What of it finished clips depend on. What saves memory or time is left out."""
-    return {name.replace("_", " "): value for name, value in asdict(sampling).items() if name != "batched"}
+    values = {name.replace("_", " "): value for name, value in asdict(sampling).items() if name != "batched"}
+    interval = values.pop("interval")
+    return {**values, **({"guidance interval": list(interval)} if interval != ALL_STEPS else {})}

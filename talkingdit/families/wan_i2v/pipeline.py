@@ -23,7 +23,7 @@ from talkingdit.autoencoders.latents import FRAMES_PER_LATENT
 from talkingdit.autoencoders.streaming import to_video
 from talkingdit.distributed.layout import Parallel
 from talkingdit.encoders.text import cut_warning
-from talkingdit.families.wan_i2v.conditions import ExtraTokens, WanI2VInputs
+from talkingdit.families.wan_i2v.conditions import ExtraTokens, WanI2VConditions, WanI2VInputs
 from talkingdit.families.wan_i2v.outline import Details, Sampling
 from talkingdit.families.wan_s2v import step_cache
 from talkingdit.media.framing import fit_image
@@ -31,6 +31,7 @@ from talkingdit.pipelines.guidance import Branch
 from talkingdit.pipelines.long_video import Carry, ClipPipeline, GeneratedClip, StepDone
 from talkingdit.pipelines.parallel import shared_autoencoder
 from talkingdit.pipelines.solvers import flow_solver
+from talkingdit.pipelines.step_cache import changes_of
 
 if TYPE_CHECKING:
     from talkingdit.families.wan_i2v.checkpoint import WanI2VCheckpoint
@@ -44,8 +45,7 @@ class VideoConditions:
     """What all clips of a video have in common, made once."""
 
     sampling: Sampling
-    groups: tuple[tuple[Branch, ...], ...]  # the predictions of this process, those of one forward pass together
-    texts: tuple[Tensor, ...]  # [branches, L, text_dim] of each group
+    text: Tensor  # [2, L, text_dim]: prompt and negative prompt
     first: Tensor  # [1, C, 1, H, W] latent of the picture
     pixels: Tensor  # [1, 3, 1, 8 H, 8 W] the picture in -1..1
     image: Tensor | None  # [1, L, image_dim] its features
@@ -53,11 +53,6 @@ class VideoConditions:
     latents: int  # of the video
     features: Features | None = None  # [layers, audio_dim, F] of a voice, for models that hear
     extra: tuple[ExtraTokens, ...] = ()  # beside every clip
-
-    @property
-    def weights(self) -> list[float]:
-        """Of the predictions of all processes."""
-        return [branch.weight for branch in self.sampling.branches]
 
 
 @dataclass(frozen=True)
@@ -103,7 +98,7 @@ class WanI2VPipeline(ClipPipeline):
         details: Details = outline.details
         encoder, sampling = self.checkpoint.text_encoder, details.sampling
         found = cut_warning(encoder, inputs.job.prompt)
-        if len(sampling.branches) > 1:
+        if sampling.negates:
             found += cut_warning(encoder, sampling.negative_prompt, "the negative prompt")
         return found + step_cache.warnings(sampling.step_cache, self.checkpoint.folder)
 
@@ -145,14 +140,11 @@ class WanI2VPipeline(ClipPipeline):
         # One process runs the text encoder: it is the largest part next to the transformer, and may be on the host.
         words = [prompt, sampling.negative_prompt]
         text = team.broadcast(lambda: checkpoint.text_encoder.encode(words).features, self.device)
-        own = tuple(self.parallel.own(sampling.branches))
-        groups = (own,) if sampling.batched else tuple((branch,) for branch in own)
         pixels = to_video(image[None]).to(self._vae.device)
         pictures = checkpoint.image_encoder
         return VideoConditions(
             sampling=sampling,
-            groups=groups,
-            texts=tuple(torch.stack([text[0 if branch.text else 1] for branch in group]) for group in groups),
+            text=text,
             first=self._vae.encode(pixels),
             pixels=pixels,
             image=None if pictures is None else pictures.features(image[None]).to(self.device),
@@ -217,10 +209,16 @@ class WanI2VPipeline(ClipPipeline):
     ) -> Tensor:
         """Latents [1, C, frames, H, W] of a clip, float32."""
         sampling, model, parallel, device = conditions.sampling, self.checkpoint.transformer, self.parallel, self.device
-        encoded = [
-            model.encode_conditions(self.inputs(conditions, clip, text, branches), context=parallel.context)
-            for text, branches in zip(conditions.texts, conditions.groups, strict=True)
-        ]
+        needed = [sampling.branches(step) for step in range(sampling.steps)]
+        most = sampling.predictions
+        breaks = changes_of(needed)
+
+        def groups(branches: tuple[Branch, ...]) -> list[tuple[Branch, ...]]:
+            """The predictions of each forward pass of a step."""
+            # Where there are too few for all processes, each makes all of them.
+            own = tuple(parallel.own(branches)) if len(branches) == most else branches
+            return [own] if sampling.batched else [(branch,) for branch in own]
+
         solver = flow_solver(sampling.solver, sampling.steps, sampling.shift, device)
         channels, _, height, width = conditions.first.shape[1:]
         # One process draws, for devices may differ in how they do.
@@ -229,9 +227,25 @@ class WanI2VPipeline(ClipPipeline):
         held = None if clip.held is None else clip.held.to(device)
         given = 0 if held is None else held.shape[2]
         steps = step_cache.cached_steps(
-            model, solver.timesteps, len(encoded), sampling.step_cache, self.checkpoint.folder, self.recorder
+            model,
+            solver.timesteps,
+            max(len(groups(branches)) for branches in needed),
+            sampling.step_cache,
+            self.checkpoint.folder,
+            self.recorder,
+            breaks,
         )
+        passes: list[tuple[int, WanI2VConditions]] = []  # samples and conditions of each
         for step, timestep in enumerate(solver.timesteps):
+            branches = needed[step]
+            if step == 0 or step in breaks:
+                passes = [
+                    (
+                        len(group),
+                        model.encode_conditions(self.inputs(conditions, clip, group), context=parallel.context),
+                    )
+                    for group in groups(branches)
+                ]
             if held is not None:
                 x[:, :, :given] = held
             times = timestep.float().expand(1, frames).clone()
@@ -239,17 +253,18 @@ class WanI2VPipeline(ClipPipeline):
             predictions = torch.cat(
                 [
                     model(
-                        x.expand(len(branches), *x.shape[1:]),
-                        (times if given else times[:, 0]).expand(len(branches), *times.shape[1 : 1 + bool(given)]),
+                        x.expand(samples, *x.shape[1:]),
+                        (times if given else times[:, 0]).expand(samples, *times.shape[1 : 1 + bool(given)]),
                         condition,
                         context=parallel.context,
                         cache=cache,
                     )
-                    for branches, condition, cache in zip(conditions.groups, encoded, steps.begin(step), strict=True)
+                    for (samples, condition), cache in zip(passes, steps.begin(step, len(passes)), strict=True)
                 ]
             )
-            predictions = parallel.exchange(predictions, len(conditions.weights))
-            velocity = sum(w * p for w, p in zip(conditions.weights, predictions.float().split(1), strict=True))
+            if len(branches) == most:
+                predictions = parallel.exchange(predictions, most)
+            velocity = sum(b.weight * p for b, p in zip(branches, predictions.float().split(1), strict=True))
             x = solver.step(velocity, timestep, x, return_dict=False)[0]
             parallel.team.raise_if_interrupted()
             if progress is not None:
@@ -259,9 +274,7 @@ class WanI2VPipeline(ClipPipeline):
             x[:, :, :given] = held
         return x
 
-    def inputs(
-        self, conditions: VideoConditions, clip: ClipInputs, text: Tensor, branches: Sequence[Branch]
-    ) -> WanI2VInputs:
+    def inputs(self, conditions: VideoConditions, clip: ClipInputs, branches: Sequence[Branch]) -> WanI2VInputs:
         """What the model is given for the predictions of one forward pass."""
 
         def repeated(x: Tensor) -> Tensor:
@@ -272,7 +285,7 @@ class WanI2VPipeline(ClipPipeline):
             present = torch.tensor([float(branch.audio) for branch in branches], device=self.device)
             audio = repeated(clip.audio).float() * present.view(-1, *[1] * (clip.audio.dim() - 1))
         return WanI2VInputs(
-            text,
+            torch.stack([conditions.text[0 if branch.text else 1] for branch in branches]),
             condition=repeated(clip.condition),
             image=None if conditions.image is None else repeated(conditions.image),
             extra=tuple(ExtraTokens(repeated(extra.latents), extra.times) for extra in conditions.extra),

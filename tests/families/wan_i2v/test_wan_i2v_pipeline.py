@@ -56,7 +56,7 @@ def test_what_is_known_is_said_as_the_official_program_says_it(pipeline, image):
 
 def test_predictions_are_weighted_and_batching_changes_nothing(pipeline, image):
     given = conditions(pipeline, image, guidance=3.0)
-    assert given.weights == [3.0, -2.0]
+    assert [branch.weight for branch in given.sampling.branches(0)] == [3.0, -2.0]
     apart = conditions(pipeline, image, guidance=3.0, sequential=True)
     both = pipeline.clip(given, 0, last=True).frames
     torch.testing.assert_close(pipeline.clip(apart, 0, last=True).frames, both, atol=1e-4, rtol=1e-3)
