@@ -16,18 +16,16 @@ import pytest
 
 from talkingdit.errors import UserError
 from talkingdit.media.files import VideoWriter, read_video
-from talkingdit.pipelines.resume import WatchedOnly
+from talkingdit.pipelines import resume
 
 NOISE = np.random.default_rng(0).integers(0, 255, (64, 64, 64, 3), dtype=np.uint8)
 
 
 def test_a_live_file_that_is_removed_is_told_at_once(tmp_path: Path) -> None:
-    with (
-        pytest.raises(UserError, match="removed or replaced"),
-        VideoWriter(tmp_path / "a.mp4", 16, (64, 64), live=True) as video,
-    ):
-        video.write(NOISE[:32])
-        (tmp_path / "a.mp4").unlink()
+    video = VideoWriter(tmp_path / "a.mp4", 16, (64, 64), live=True)
+    video.write(NOISE[:32])
+    (tmp_path / "a.mp4").unlink()
+    with pytest.raises(UserError, match="removed or replaced"):
         video.write(NOISE[32:])
     assert not list(tmp_path.iterdir())
 
@@ -111,8 +109,20 @@ def test_a_reader_that_stalls_is_not_waited_for_where_there_is_hurry() -> None:
 
 
 def test_two_live_videos_of_spoken_voices_do_not_meet(tmp_path: Path) -> None:
-    first = WatchedOnly(tmp_path / "a.mp4")
+    first = resume.WatchedOnly(tmp_path / "a.mp4")
     with pytest.raises(UserError, match="another run"):
-        WatchedOnly(tmp_path / "a.mp4")
+        resume.WatchedOnly(tmp_path / "a.mp4")
     first.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_at_the_beginning_is_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(UserError, match="No space left"):
+        resume.ClipStore(tmp_path / "a.mp4", {})
     assert not list(tmp_path.iterdir())
