@@ -70,8 +70,12 @@ class WholeFile:
         self._release()
 
     def abort(self) -> None:
-        """Remove what was written; the target stays what it was. Nothing happens where it is finished."""
-        self.path.unlink(missing_ok=True)
+        """Remove what was written; the target stays what it was. Nothing happens where it is finished.
+
+        Raises nothing: what has gone wrong before is told, and the next run of the target removes what is left.
+        """
+        with contextlib.suppress(OSError):
+            self.path.unlink()
         self._release()
 
     def _release(self) -> None:

@@ -64,8 +64,7 @@ class RunLock:
             if not _is(handle, self.file):  # its holder has just removed it
                 return None
             if first:
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, json.dumps(self._mine).encode() + b"\n", 0)
+                self._sign(handle)
                 if run and not _flock(handle, fcntl.LOCK_SH):
                     return None
             self._handle, handle = handle, -1
@@ -73,6 +72,15 @@ class RunLock:
         finally:
             if handle >= 0:
                 os.close(handle)
+
+    def _sign(self, handle: int) -> None:
+        """Say who has the lock. A full disk leaves no file that says nothing."""
+        try:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(self._mine).encode() + b"\n", 0)
+        except OSError:
+            self.file.unlink(missing_ok=True)
+            raise
 
     def release(self) -> None:
         """Give the lock up; the last of a run removes the file."""

@@ -159,6 +159,11 @@ class VideoWriter:
             self._container.mux(self._video.encode(shown))
             if self._sound is not None:
                 self._sound.send(self.frames / self._fps, last=False)
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._live:
+            self._growing.pass_on()
 
     def close(self) -> None:
         """Finish the file and move it to its name.
@@ -188,6 +193,12 @@ class VideoWriter:
             self._sound.send(self.frames / self._fps, last=True)
             self._sound.close()
         self._container.close()
+        self._pass_on()
+
+    def hurry(self) -> None:
+        """Wait no longer for a reader that reads nothing (`Pipe.hurry`); said from any thread while another writes."""
+        if self._live:
+            self._growing.hurry()
 
     def abort(self) -> None:
         """Give up: remove what was written so far, and an older file at the target stays; end it where it is live."""
@@ -195,6 +206,7 @@ class VideoWriter:
 
         if self._over:
             return
+        self.hurry()
         try:
             if self._live and self.frames:
                 with contextlib.suppress(av.FFmpegError, OSError, ValueError):

@@ -37,7 +37,7 @@ from talkingdit.pipelines.inputs import Inputs, Outline, check_heard
 from talkingdit.pipelines.live import LiveSound
 from talkingdit.pipelines.long_video import ClipPipeline, DenoisedClip, StepDone, generate_denoised
 from talkingdit.pipelines.memory import out_of_memory
-from talkingdit.pipelines.resume import ClipStore, NoStore, SharedClipStore
+from talkingdit.pipelines.resume import ClipStore, NoStore, SharedClipStore, WatchedOnly
 from talkingdit.pipelines.write import PreviewCurves, ShownFrames, VideoSink
 
 
@@ -123,17 +123,36 @@ def make_video(
     store = _open_store(inputs, outline, pipeline, talk, variant)
     with _kept(store, outline), _shown(inputs, outline, curves, started, store) as shown:
         with _in_memory(outline.when_too_large), _aside(pipeline) as aside:
-            awaited = inputs.job.live and not store.finished
-            for clip in _made(pipeline, inputs, outline, store, talk, aside):
-                if awaited:  # by who watches: the first frames are not decoded beside the next clip
-                    aside.wait()
-                    team.on_rank_0(functools.partial(shown.show, next(clip.pieces)))
-                    awaited = False
-                aside.do(functools.partial(_finish, clip, shown, store, aside))
+            _make_clips(pipeline, inputs, outline, store, talk, shown, aside)
         frames, first_after = team.on_rank_0(shown.finish)
         store.remove()
     took = time.monotonic() - started
     return Result(inputs.job.output, frames, outline.fps, took, first_after if inputs.job.live else None)
+
+
+def _make_clips(
+    pipeline: ClipPipeline,
+    inputs: Inputs,
+    outline: Outline,
+    store: SharedClipStore,
+    talk: Talk,
+    shown: _Shown,
+    aside: Aside,
+) -> None:
+    """Denoise the clips that are not finished yet, and have each decoded, written and kept."""
+    awaited = inputs.job.live and not store.finished
+    try:
+        for clip in _made(pipeline, inputs, outline, store, talk, aside):
+            if awaited:  # by who watches: the first frames are not decoded beside the next clip
+                aside.wait()
+                store.team.on_rank_0(functools.partial(shown.show, next(clip.pieces)))
+                awaited = False
+            aside.do(functools.partial(_finish, clip, shown, store, aside))
+        aside.wait()
+    except BaseException:  # before anybody waits for what is done aside, which may be waiting for who watches
+        if shown.sink is not None:
+            shown.sink.hurry()
+        raise
 
 
 @contextmanager
@@ -297,8 +316,10 @@ def _open_store(inputs: Inputs, outline: Outline, pipeline: ClipPipeline, talk: 
     """The finished clips of an earlier run of this job, or an empty store."""
 
     def opened() -> ClipStore | NoStore:
-        if inputs.job.spoken or inputs.job.pipe is not None:
+        if inputs.job.pipe is not None:
             return NoStore()
+        if inputs.job.spoken:
+            return WatchedOnly(inputs.job.output)
         store = ClipStore(
             inputs.job.output, _fingerprint(inputs, outline, pipeline, variant), talk.warn, inputs.job.resume
         )

@@ -38,6 +38,7 @@ from talkingdit.checkpoints.saving import save_tensors
 from talkingdit.distributed.team import ALONE, Team
 from talkingdit.errors import UserError
 from talkingdit.lock import RunLock
+from talkingdit.media.checks import reason_of
 from talkingdit.media.opening import SCALER_THREADS, as_target
 from talkingdit.pipelines.long_video import Carry
 
@@ -71,46 +72,25 @@ class ClipStore:
         warn: Callable[[str], None] | None = None,
         keep: bool = False,
     ):
-        # Whoever writes through a link meets those who write to the file.
-        output = Path(os.path.realpath(output)) if output.is_symlink() else output
-        self.folder = output.with_name(output.name + ".parts")
+        self.folder = _folder_of(output)
         self.finished = 0
         self._size: list[int] | None = None if "size" not in settings else list(settings["size"])
         self._lock: RunLock | None = None
         try:
-            self._lock = self._make()
+            self._lock = _entered(self.folder)
             try:
                 self._open(json.loads(json.dumps(settings)), warn, keep)
             except KeyboardInterrupt:
                 self.remove_if_empty()
                 raise
         except OSError as error:
+            if self._lock is not None:
+                self.remove_if_empty()
             self.close()
             raise UserError(f"{self.folder}: cannot be written ({error.strerror or error}).") from error
         except BaseException:
             self.close()
             raise
-
-    def _make(self) -> RunLock:
-        """The folder, once it is known that nobody else's files are in it, and nobody else is."""
-        while True:
-            self.folder.mkdir(exist_ok=True)
-            self._refuse(path for path in self.folder.iterdir() if not _known(path))
-            try:
-                lock = RunLock(self.folder / LOCK, self.folder, "talkingdit generate")
-            except FileNotFoundError:
-                continue  # another run has just finished and removed the folder
-            try:
-                inside = [path for path in self.folder.iterdir() if not path.name.startswith(".")]
-                self._refuse(path for path in inside if path.is_symlink() or path.is_dir())
-            except BaseException:
-                lock.release()
-                raise
-            return lock
-
-    def _refuse(self, foreign: Iterator[Path]) -> None:
-        if found := sorted(path.name for path in foreign):
-            raise UserError(f"{self.folder}: expected clips of an unfinished video, got {found[0]!r}; move it away.")
 
     def close(self) -> None:
         """Let other runs go on from here."""
@@ -180,7 +160,7 @@ class ClipStore:
             if index:
                 self._carry(index - 1).unlink(missing_ok=True)
         except (OSError, av.FFmpegError) as error:
-            raise UserError(f"{self.folder}: clip {index} cannot be written ({error}).") from error
+            raise UserError(f"{self.folder}: clip {index} cannot be written ({reason_of(error)}).") from error
 
     def carry(self) -> Carry | None:
         """What the last finished clip hands on; None where there is none.
@@ -236,8 +216,9 @@ class ClipStore:
         return found
 
     def remove(self) -> None:
-        """Throw all clips away: the video is finished."""
-        self._clear()
+        """Throw all clips away: the video is finished. Raises nothing where they cannot be removed, or are gone."""
+        with contextlib.suppress(OSError):
+            self._clear()
         self.close()
         with contextlib.suppress(OSError):  # a file of somebody else is in it, or another run has begun there
             self.folder.rmdir()
@@ -274,6 +255,36 @@ class NoStore:
         """There is nothing."""
 
     remove_if_empty = close = remove
+
+
+class WatchedOnly(NoStore):
+    """In the place of a `ClipStore` where a file grows with a voice that nobody can hear again: no other run may write
+    the file meanwhile.
+
+    Args:
+        output: the video that is being made.
+
+    Raises:
+        UserError: another run is at work there, or the folder in which runs meet cannot be made.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self._place = _folder_of(output)
+        try:
+            self._lock = _entered(self._place)
+        except OSError as error:
+            raise UserError(f"{self._place}: cannot be written ({error.strerror or error}).") from error
+
+    def close(self) -> None:
+        """Let other runs write the file."""
+        self._lock.release()
+        with contextlib.suppress(OSError):  # clips of a recording are kept there, or another run has begun
+            self._place.rmdir()
+
+    def remove(self) -> None:
+        """No clips are kept."""
+
+    remove_if_empty = remove
 
 
 class SharedClipStore:
@@ -336,6 +347,44 @@ class SharedClipStore:
         """See `ClipStore.close`."""
         if self._store is not None:
             self._store.close()
+
+
+def _folder_of(output: Path) -> Path:
+    """Where clips of a video are kept. Whoever writes through a link meets those who write to the file."""
+    output = Path(os.path.realpath(output)) if output.is_symlink() else output
+    return output.with_name(output.name + ".parts")
+
+
+def _entered(folder: Path) -> RunLock:
+    """Make the folder and have it alone, once it is known that nobody else's files are in it.
+
+    Raises:
+        UserError: it holds something else, or another run is at work there.
+        OSError: it cannot be made; nothing is left of it.
+    """
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            _refuse(folder, (path for path in folder.iterdir() if not _known(path)))
+            lock = RunLock(folder / LOCK, folder, "talkingdit generate")
+        except FileNotFoundError:
+            continue  # another run has just finished and removed the folder
+        except OSError:
+            with contextlib.suppress(OSError):  # clips are kept there
+                folder.rmdir()
+            raise
+        try:
+            inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
+            _refuse(folder, (path for path in inside if path.is_symlink() or path.is_dir()))
+        except BaseException:
+            lock.release()
+            raise
+        return lock
+
+
+def _refuse(folder: Path, foreign: Iterator[Path]) -> None:
+    if found := sorted(path.name for path in foreign):
+        raise UserError(f"{folder}: expected clips of an unfinished video, got {found[0]!r}; move it away.")
 
 
 def _known(path: Path) -> bool:

@@ -150,6 +150,10 @@ class VideoSink:
         else:
             self.abort()
 
+    def hurry(self) -> None:
+        """See `VideoWriter.hurry`."""
+        self._writer.hurry()
+
     def abort(self) -> None:
         """See `VideoWriter.abort`."""
         self._writer.abort()
