@@ -64,4 +64,4 @@ plain=$("$folder/venv/bin/python" "$folder/stream.py" OSError 2>/dev/null)
 interrupt=$("$folder/venv/bin/python" "$folder/stream.py" KeyboardInterrupt 2>/dev/null)
 echo "OSError: $plain"
 echo "KeyboardInterrupt: $interrupt"
-[ "$plain" = "told OSError, frames after it: no" ] && [ "$interrupt" = "told nothing, writes after it: yes" ]
+[ "$plain" = "told OSError, frames after it: no" ] && [ "$interrupt" = "told nothing, frames after it: yes" ]
