@@ -36,6 +36,7 @@ RESULTS = _ROOT / "bench" / "results" / "ablations.json"
 # Modules with a `STUDY`.
 STUDIES = {
     "gloria": "bench.gloria_rows",
+    "gloria_silent": "bench.gloria_silent",
     "skyreels_audio": "bench.skyreels_rows",
     "hunyuan_avatar": "bench.avatar_rows",
 }
@@ -115,7 +116,7 @@ class Study:
     """The ablations of a family.
 
     Args:
-        name: of the family.
+        name: of the family, or of more of its claims.
         config: file of training/configs that all rows start from.
         rows, claims: what is trained and measured.
         prepare: writes what training reads into a folder; called again, it goes on.

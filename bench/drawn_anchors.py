@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clips of the drawn world with content anchors, for models that take them: drawn, encoded, kept as shards.
 
-A video is some shots of one character. A clip is a part of one: the frame before it, its frames, its sound. The words
-say the mood and from where the character is seen, and nothing of their looks. In most clips they are seen from
-elsewhere in the frame before, so that looks can only be known from anchors. Anchors of every kind are there twice: a
-frame of the clip where it shows the kind, and one of another shot, with another background, mouth and mood.
-Expressions are cut around the head and have a size of their own.
+A video is some shots of one character. A clip is a part of one: the frame before it, its frames, its sound. Words say
+all of a scene, or nothing of looks (`Telling`). In some clips the character is seen from elsewhere in the frame before;
+where words are silent too, looks can only be known from anchors. Anchors of every kind are there twice: a frame of the
+clip where it shows the kind, and one of another shot, with another background, mouth and mood. Expressions are cut
+around the head and have a size of their own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from talkingdit.puppets.world import BACKGROUND, EXPRESSIONS, VIEWPOINTS, Charac
 SIZE, FPS = 96, 16
 HEAD_BOX, HEAD_SIDE = (0.18, 0.08, 0.82, 0.72), 64  # part of a frame that an expression shows, and its side in pixels
 KIND_OF = {name: {"surprised": "surprise"}.get(name, name) for name in EXPRESSIONS}  # as the paper calls them
-TURNED = 0.7  # share of clips whose frame before shows another side
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,26 @@ class AnchorClip:
     start: int  # of its sound in the voice, in frames
 
 
-def words(scene: Scene) -> str:
-    """What is said of a scene: all that anchors do not show."""
+def silent_words(scene: Scene) -> str:
+    """What is said of a scene where anchors show the looks: mood, side and whether the background moves."""
     backdrop = "moving" if scene.moving_background else "still"
     return f"a person, {scene.expressions[0]}, {scene.viewpoint} view, talking, {backdrop} background"
+
+
+@dataclass(frozen=True)
+class Telling:
+    """What a model can know of a clip without anchors.
+
+    Args:
+        words: of a scene.
+        turned: share of clips whose frame before shows another side.
+    """
+
+    words: Callable[[Scene], str]
+    turned: float
+
+
+TOLD, SILENT = Telling(Scene.caption, 0.5), Telling(silent_words, 0.7)
 
 
 def talking(scene: Scene, opening: FloatArray, width: FloatArray, rng: np.random.Generator) -> Image:
@@ -77,18 +92,21 @@ def other_shot(scene: Scene, rng: np.random.Generator, **changes: Any) -> Scene:
     return replace(scene, **{**free, **changes})
 
 
-def draw_clip(rng: np.random.Generator, voice: Any, latents: int, split: Any = "train") -> AnchorClip:
+def draw_clip(
+    rng: np.random.Generator, voice: Any, latents: int, split: Any = "train", turned: float = TOLD.turned
+) -> AnchorClip:
     """A clip of a random character.
 
     Args:
         voice: its mouth by frames, as `Voice` or `Visemes` have it.
         latents: of the clip, four frames each.
         split: of characters.
+        turned: see `Telling`.
     """
     count = 4 * latents
     scene = Scene.random(rng, split, viewpoint=VIEWPOINTS[int(rng.choice(4, p=(0.55, 0.15, 0.15, 0.15)))])
     before = scene
-    if rng.random() < TURNED:
+    if rng.random() < turned:
         before = scene.with_viewpoint(str(rng.choice([view for view in VIEWPOINTS if view != scene.viewpoint])))  # type: ignore[arg-type]
     start = int(rng.integers(len(voice.opening) - count))
     opening = np.concatenate([[rng.random() * (rng.random() < 0.3)], voice.opening[start : start + count]])
@@ -145,7 +163,13 @@ class Encoder:
 
 
 def write_clips(
-    folder: Path, encoder: Encoder, read: Callable[[], Sequence[Voice]], count: int, latents: int, seed: int = 0
+    folder: Path,
+    encoder: Encoder,
+    read: Callable[[], Sequence[Voice]],
+    count: int,
+    latents: int,
+    seed: int = 0,
+    telling: Telling = TOLD,
 ) -> None:
     """Draw and encode so many clips; what an earlier call has written stays.
 
@@ -153,6 +177,7 @@ def write_clips(
         folder: of the shards.
         read: gives the voices to train on, of which every clip has one.
         latents: per clip.
+        telling: what words say, and how often the frame before is of another side.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "done.txt"
@@ -164,13 +189,16 @@ def write_clips(
         for index in range(begin, min(begin + part, count)):
             rng = np.random.default_rng((seed, index))
             voice = voices[int(rng.integers(len(voices)))]
-            clip = draw_clip(rng, voice, latents)
-            writer.add(_sample(index, clip, encoder, voice.features, rng), {"fps": FPS}, torch.bfloat16)
+            clip = draw_clip(rng, voice, latents, turned=telling.turned)
+            caption = telling.words(clip.scene)
+            writer.add(_sample(index, clip, caption, encoder, voice.features, rng), {"fps": FPS}, torch.bfloat16)
         writer.finish()
         done.write_text(str(min(begin + part, count)))
 
 
-def _sample(index: int, clip: AnchorClip, encoder: Encoder, features: torch.Tensor, rng: np.random.Generator) -> Sample:
+def _sample(
+    index: int, clip: AnchorClip, caption: str, encoder: Encoder, features: torch.Tensor, rng: np.random.Generator
+) -> Sample:
     whole = encoder.latents(clip.frames)
     anchors = anchors_of(clip, rng)
     outside: dict[str, torch.Tensor] = {}
@@ -185,8 +213,8 @@ def _sample(index: int, clip: AnchorClip, encoder: Encoder, features: torch.Tens
         latents=whole[:, 1:],
         reference=whole[:, :1],
         audio=features[:, :, clip.start : clip.start + len(clip.frames) - 1],
-        caption=words(clip.scene),
-        text=encoder.text(words(clip.scene)),
+        caption=caption,
+        text=encoder.text(caption),
         outside=outside,
         inside={kind: torch.tensor([float(own) for _, own in frames]) for kind, frames in anchors.items()},
     )

@@ -67,14 +67,16 @@ def ways(builds: Sequence[str], cores: int) -> list[Way]:
 def configuration(voices: Path, folder: Path, way: Way, steps: int) -> str:
     """puppets.toml with so many steps on few videos, kept under `folder`."""
     lines = (_ROOT / "training" / "configs" / "puppets.toml").read_text().splitlines()
-    kept = [line for line in lines if line.partition(" ")[0] not in ("out", "minutes", "voices", "vae", "shipped_vae")]
+    replaced = ("out", "minutes", "voices", "vae", "shipped_vae", "shard", "replicate")
+    kept = [line for line in lines if line.partition(" ")[0] not in replaced]
     ours = {
         "[run]": [f'out = "{folder / way.name}"', f"steps = {steps}", f"threads = {way.threads}"],
         "[data]": [
             *(f'voices = "{voices}"', f'vae = "{_VAE}"', f'shipped_vae = "{_VAE}"'),
             *(f'cache = "{folder / way.build}-data"', "long_videos = 2", "short_videos = 4"),
         ],
-        "[sample]": [],
+        # What the file says is for any number of processes, but older builds do not know it.
+        "[parallel]": ["shard = 1", f"replicate = {way.processes}"],
     }
     text = [line for one in kept for line in (one, *ours.get(one, []))]
     text = [line for line in text if not line.startswith("every")]

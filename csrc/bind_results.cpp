@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Memory for large results on the CPU. The C library hands large blocks back to the system when they are freed, and
-// the next result pays for the pages again: zeroing them costs as much as writing a result. Here a few freed blocks are
-// kept, as large as one that was in use, and given out again. Tensors own their block through DLPack.
+// the next result pays for the pages again: zeroing them costs as much as writing a result. Here freed blocks are kept,
+// within bounds, and given out again. Tensors own their block through DLPack.
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -45,7 +45,7 @@ void* map_block(size_t bytes) {
 // Blocks that were freed, the latest first. Never destroyed: tensors may outlive every static object.
 class Stock {
  public:
-  static constexpr int kBlocks = 4;
+  static constexpr int kBlocks = 32;
 
   Stock() : most_(size_t(sysconf(_SC_PHYS_PAGES)) / 32 * size_t(sysconf(_SC_PAGESIZE))) {}
 

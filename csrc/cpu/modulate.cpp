@@ -121,20 +121,41 @@ TD_INLINE void norm_backward_row(const ModulateGradArgs& args, int64_t b, int64_
   });
 }
 
-// A gated sum alone: grad_y = gate * grad, and grad * y added to the sums, in one pass over the row.
+// A gated sum alone, of tokens [begin, end) of a group: grad_y = gate * grad, and grad * y added to the sums, token by
+// token. Some rows go together, so that sums and gate are read once for all of them.
 template <bool Stream, class C>
-TD_INLINE void gate_backward_row(const ModulateGradArgs& args, int64_t b, int64_t n, const C* gate, C* gate_sums) {
+void gate_backward_rows(const ModulateGradArgs& args, int64_t b, int64_t begin, int64_t end, const C* gate,
+                        C* gate_sums) {
+  constexpr int kTogether = 4;
   dispatch_storage<C>(args.grad_residual.dtype, [&](auto grad_tag) {
-    const auto* grad = row_pointer<typename decltype(grad_tag)::type>(args.grad_residual, b, n);
+    using G = typename decltype(grad_tag)::type;
     dispatch_storage<C>(args.y.dtype, [&](auto y_tag) {
       using Y = typename decltype(y_tag)::type;
-      const Y* y = row_pointer<Y>(args.y, b, n);
-      Y* target = row_pointer<Y>(args.grad_y, b, n);
-      for_vectors<C>(args.dim, [&](int i, auto part) {
-        const Vec<C> g = load(grad + i, part);
-        put(gate_sums + i, load(gate_sums + i, part) + g * load(y + i, part), part);
-        put<Stream>(target + i, g * load(gate + i, part), part);
-      });
+      const auto rows = [&](int64_t first, auto count) {
+        constexpr int R = decltype(count)::value;
+        const G* grad[R];
+        const Y* y[R];
+        Y* target[R];
+        for (int r = 0; r < R; ++r) {
+          grad[r] = row_pointer<G>(args.grad_residual, b, first + r);
+          y[r] = row_pointer<Y>(args.y, b, first + r);
+          target[r] = row_pointer<Y>(args.grad_y, b, first + r);
+        }
+        for_vectors<C>(args.dim, [&](int i, auto part) {
+          const Vec<C> factor = load(gate + i, part);
+          Vec<C> total = load(gate_sums + i, part);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) {
+            const Vec<C> g = load(grad[r] + i, part);
+            total += g * load(y[r] + i, part);
+            put<Stream>(target[r] + i, g * factor, part);
+          }
+          put(gate_sums + i, total, part);
+        });
+      };
+      int64_t n = begin;
+      for (; n + kTogether <= end; n += kTogether) rows(n, std::integral_constant<int, kTogether>{});
+      for (; n < end; ++n) rows(n, std::integral_constant<int, 1>{});
     });
   });
 }
@@ -148,8 +169,7 @@ void backward_chunk(const ModulateGradArgs& args, int64_t b, int64_t chunk) {
   int64_t g, begin, end;
   args.chunks.locate(args.groups, chunk, g, begin, end);
   if (args.y.data && !args.grad_out.data && !args.grad_x.data && args.grad_y.dtype == args.y.dtype) {
-    const C* gate = row_pointer<C>(args.gate, b, g);
-    for (int64_t n = begin; n < end; ++n) gate_backward_row<Stream>(args, b, n, gate, sums + 2 * dim);
+    gate_backward_rows<Stream>(args, b, begin, end, row_pointer<C>(args.gate, b, g), sums + 2 * dim);
     return;
   }
   for (int64_t n = begin; n < end; ++n) {

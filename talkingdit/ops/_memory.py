@@ -26,7 +26,7 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
     """``torch.empty`` on the device of ``like``, with its dtype unless told otherwise.
 
     A large result on the CPU costs more in page faults than in arithmetic: it is made of huge pages, and of those of an
-    earlier result where one is no longer in use. A few are kept, a 32nd of the machine's memory at most.
+    earlier result where one is no longer in use. Of these a 32nd of the machine's memory is kept at most.
     """
     dtype = dtype or like.dtype
     code = _CODES.get(dtype)

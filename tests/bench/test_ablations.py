@@ -14,9 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-from bench import ablations, avatar_rows, drawn_voices, gloria_rows
+from bench import ablations, avatar_rows, drawn_voices, gloria_rows, gloria_silent
 from bench.ablations import Budget, Claim, Row, Study, change, run, study
-from bench.drawn_anchors import SIZE, anchors_of, draw_clip, head_of, held_out_scene, other_shot, still, talking, words
+from bench.drawn_anchors import (
+    SIZE,
+    anchors_of,
+    draw_clip,
+    head_of,
+    held_out_scene,
+    other_shot,
+    silent_words,
+    still,
+    talking,
+)
 from talkingdit.families.gloria.anchors import KINDS
 from talkingdit.families.hunyuan_avatar.load import load as load_avatar
 from talkingdit.models import PEOPLE_NAME, find_checkpoint
@@ -99,19 +109,20 @@ def test_a_copied_anchor_has_no_distance_and_a_right_video_has() -> None:
     right = talking(scene, rng.random(8).astype(np.float32), np.full(8, 0.5, np.float32), rng)
     anchors = [first, shot, face]
     copied = np.stack([shot, first, cv2.resize(face, (SIZE, SIZE))])
-    assert gloria_rows.anchor_distance(copied, anchors) == 0
-    assert gloria_rows.anchor_distance(right, anchors) > 0.02
+    assert gloria_silent.anchor_distance(copied, anchors) == 0
+    assert gloria_silent.anchor_distance(right, anchors) > 0.02
     # Of the nearest one, in the range of pixels.
-    assert gloria_rows.anchor_distance(np.zeros_like(right), [np.full((8, 8, 3), c, np.uint8) for c in (255, 51)]) == (
-        pytest.approx(0.2)
-    )
+    assert gloria_silent.anchor_distance(
+        np.zeros_like(right), [np.full((8, 8, 3), c, np.uint8) for c in (255, 51)]
+    ) == (pytest.approx(0.2))
 
 
 def test_measures_of_right_videos_are_what_a_perfect_row_would_have() -> None:
     """Through the same code as rows that are trained; what the autoencoder costs, a frame of 17, is all they lack."""
-    rows = {row.name: row for row in gloria_rows.STUDY.rows}
-    assert all("right_videos" in claim.rows for claim in gloria_rows.STUDY.claims)
-    found = gloria_rows.tell_apart(rows["right_videos"], Path("nowhere"), QUICK)
+    rows = {row.name: row for row in gloria_silent.STUDY.rows}
+    for one in (gloria_rows.STUDY, gloria_silent.STUDY):
+        assert all("right_videos" in claim.rows for claim in one.claims)
+    found = gloria_silent.tell_apart(rows["right_videos"], Path("nowhere"), QUICK)
     assert found["identity"] == 1
     assert found["copy_rate"] == 0
     assert min(found["logo_right"], found["expression_right"]) > 0.9
@@ -125,8 +136,8 @@ def test_a_row_that_copies_an_anchor_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     def copies(row: Row, model: Path) -> Any:
         return lambda ask: np.repeat(ask.anchors[1].image[None], ask.frames, axis=0)
 
-    monkeypatch.setattr(gloria_rows, "maker", copies)
-    found = gloria_rows.use_anchors(Row("full"), Path("nowhere"), QUICK)
+    monkeypatch.setattr(gloria_silent, "maker", copies)
+    found = gloria_silent.use_anchors(Row("full"), Path("nowhere"), QUICK)
     assert found["copy_rate"] == 1
     assert found["anchor_distance"] == 0 < 0.02 < found["right_distance"]
 
@@ -183,9 +194,9 @@ def test_captions_say_nothing_of_looks() -> None:
     one, other = (held_out_scene(seed)[0] for seed in (3, 4))
     assert one.characters != other.characters
     other = replace(other, expressions=one.expressions, moving_background=one.moving_background)
-    assert words(one) == words(other) != words(one.with_viewpoint("back"))
-    assert text.unknown_words(words(one)) == []
-    assert {one.viewpoint, *one.expressions} <= set(text.words(words(one)))
+    assert silent_words(one) == silent_words(other) != silent_words(one.with_viewpoint("back"))
+    assert text.unknown_words(silent_words(one)) == []
+    assert {one.viewpoint, *one.expressions} <= set(text.words(silent_words(one)))
 
 
 def test_a_row_without_view_anchors_is_not_given_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,9 +209,9 @@ def test_a_row_without_view_anchors_is_not_given_them(monkeypatch: pytest.Monkey
 
         return make
 
-    monkeypatch.setattr(gloria_rows, "maker", looks)
+    monkeypatch.setattr(gloria_silent, "maker", looks)
     for name in ("full", "no_view_anchor"):
-        gloria_rows.use_anchors(gloria_rows.STUDY.row(name), Path("nowhere"), QUICK)
+        gloria_silent.use_anchors(gloria_silent.STUDY.row(name), Path("nowhere"), QUICK)
     assert given == [["global", "view/front"], ["global"]]
 
 

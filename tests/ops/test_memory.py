@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 from pathlib import Path
 
@@ -45,15 +46,18 @@ def test_pages_of_a_dropped_result_are_given_out_again_and_no_others() -> None:
     assert empty((LARGE[0], 2), like).data_ptr() != place  # more than a fifth would lie idle
 
 
-def test_few_blocks_are_kept() -> None:
-    """What a program needed once does not stay: of ten results four."""
-    results = [empty(LARGE, like) for _ in range(10)]
+def test_no_more_is_kept_than_a_32nd_of_the_machine() -> None:
+    """What a program needed once does not stay: the blocks that were dropped last do, as far as there is room."""
+    room = os.sysconf("SC_PHYS_PAGES") // 32 * os.sysconf("SC_PAGESIZE")
+    shape = (-(-room // 5 // 4096), 4096 // like.element_size())
+    results = [empty(shape, like) for _ in range(10)]
     places = [one.data_ptr() for one in results]
     while results:
         del results[0]
     maps = Path("/proc/self/maps").read_text()
     ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps.splitlines()]
-    assert [place for place in places if any(low <= place < high for low, high in ranges)] == places[-4:]
+    kept = [place for place in places if any(low <= place < high for low, high in ranges)]
+    assert kept == places[-4:]  # a fifth would be a page too much
 
 
 def test_results_are_made_and_dropped_in_many_threads() -> None:
@@ -74,14 +78,15 @@ def test_results_are_made_and_dropped_in_many_threads() -> None:
 
 
 def _child() -> None:
-    assert (empty(LARGE, like).fill_(2) == 2).all()
+    part = empty(LARGE, like)[:10].fill_(2)  # small: torch's threads do not survive a fork
+    assert (part == 2).all()
 
 
 def test_a_forked_process_has_results_of_its_own() -> None:
     kept = empty(LARGE, like).fill_(1)
     del kept
     kept = empty(LARGE, like).fill_(1)
-    child = multiprocessing.get_context("fork").Process(target=_child)
+    child = multiprocessing.get_context("fork").Process(target=_child, daemon=True)
     child.start()
     child.join(60)
     assert child.exitcode == 0
