@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -170,7 +168,6 @@ def qk_norm_rope3d(
     return out
 
 
-@functools.lru_cache(maxsize=16)
 def _unturned(dim: int, wide: torch.dtype) -> tuple[int, Tensor, Tensor]:
     """Heads that `dim` channels are cut into, and the tables of a layout in which no token is turned, however many."""
     heads = next(n for n in range(-(-dim // _MOST_CHANNELS), dim) if dim % (2 * n) == 0)
