@@ -47,7 +47,12 @@ def test_the_same_video(folder: Path, dtype: torch.dtype) -> None:
     want = video(full)
     assert len(want) == 12
     assert want.std() > 1
-    assert np.array_equal(video(bare), want)
+    if dtype == torch.float32:  # the autoencoders convolve in another order: a pixel may be rounded to its neighbour
+        away = np.abs(video(bare).astype(int) - want.astype(int))
+        assert away.max() <= 1
+        assert away.mean() < 1e-3
+    else:
+        assert np.array_equal(video(bare), want)
 
 
 def test_the_transformer_of_diffusers_is_one(folder: Path, tmp_path: Path) -> None:
