@@ -70,16 +70,23 @@ def test_a_live_file_on_a_full_disk_ends_with_a_whole_fragment(tmp_path: Path, m
 def test_an_interruption_in_a_write_is_not_lost(tmp_path: Path) -> None:
     """It comes while the encoder is at work, so that the next Python that runs meets it."""
     out, into = os.pipe()
-    begun = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
-    begun.start()
     video = VideoWriter("pipe", 16, (64, 64), live=into)
+    timers = [
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)),
+        threading.Timer(15.0, video.hurry),  # else it would wait for ever
+    ]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where many tests run
     start = time.monotonic()
     try:
+        for timer in timers:
+            timer.start()
         with pytest.raises(KeyboardInterrupt):
             video.write(NOISE)  # more than the pipe holds, and nobody reads
         video.abort()
     finally:
-        begun.cancel()
+        for timer in timers:
+            timer.cancel()
+        signal.signal(signal.SIGINT, before)
         os.close(out)
         os.close(into)
     assert time.monotonic() - start < 30
