@@ -86,7 +86,7 @@ def test_a_pipe_takes_the_video_and_its_reader_may_go_away() -> None:
             read.append(data)
         os.close(end)
 
-    thread = threading.Thread(target=reader, args=(20_000,))
+    thread = threading.Thread(target=reader, args=(100_000,))  # some fragments
     thread.start()
     noise = np.random.default_rng(0)
 

@@ -112,4 +112,4 @@ def test_the_native_functions_refuse_what_is_no_tensor() -> None:
     with pytest.raises(TypeError, match="incompatible function arguments"):
         native.qk_norm_rope3d_chunks("two")
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        native.advise_huge_pages([1.0, 2.0])
+        native.fresh_result("two", 2, 32)
