@@ -99,4 +99,7 @@ def test_a_pipe_takes_the_video_and_its_reader_may_go_away() -> None:
         write()
     thread.join()
     os.close(begin)
-    assert decoded(b"".join(read)) > 0
+    whole, data = 0, b"".join(read)
+    while whole + 8 <= len(data) and whole + (size := int.from_bytes(data[whole : whole + 4], "big")) <= len(data):
+        whole += size
+    assert decoded(data[:whole]) > 0  # boxes; the last one that was read may be cut
