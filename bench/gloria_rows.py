@@ -154,7 +154,7 @@ def backdrop(frames: Image) -> np.ndarray:
     return np.median(corners.reshape(len(frames), -1, 3), axis=1)
 
 
-def hold_identity(row: Row, model: Path, budget: Budget) -> Measured:
+def hold_identity(row: Row, model: Path, budget: Budget, words: Callable[[Scene], str] = Scene.caption) -> Measured:
     """Share of frames with the right character, and likeness of the background, in the first and the last tenth."""
     make = maker(row, model)
     frames = max(8, round(budget.video_minutes * 60 * FPS))
@@ -162,7 +162,7 @@ def hold_identity(row: Row, model: Path, budget: Budget) -> Measured:
     for case in range(max(1, budget.cases // 4)):
         scene, who = held_out_scene(1000 + case)
         first = still(scene, np.random.default_rng(case))
-        video = make(VideoCase(first, scene, scene.caption(), global_anchor(first, row), frames, budget.seed + case))
+        video = make(VideoCase(first, scene, words(scene), global_anchor(first, row), frames, budget.seed + case))
         tenth = max(4, len(video) // 10)
         for name, part in (("start", video[:tenth]), ("end", video[-tenth:])):
             found.setdefault(f"identity_{name}", []).append(probe(part).identity_share(0, who))

@@ -9,6 +9,7 @@ anchors are used, not copied the first frame shows the back, the words ask for t
                              not in the video, and is no frame nearer to an anchor than a right one would be? The
                              row "no_view_anchor" is the full model without that anchor.
 weak condition               the same with an anchor of an expression beside it: are both right?
+anchors hold it alone        the long video of `bench.gloria_rows`, of somebody whom words do not describe
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ import numpy as np
 
 from bench.ablations import Budget, Claim, Measured, Row, Study
 from bench.drawn_anchors import KIND_OF, SILENT, head_of, held_out_scene, other_shot, silent_words, still
-from bench.gloria_rows import CLIP_LATENTS, VideoCase, backdrop, global_anchor, maker, prepare, right_video
+from bench.gloria_rows import (
+    CLIP_LATENTS,
+    VideoCase,
+    backdrop,
+    global_anchor,
+    hold_identity,
+    maker,
+    prepare,
+    right_video,
+)
 from talkingdit.families.gloria.outline import AnchorImage
 from talkingdit.puppets.probe import measure_logo, probe
 from talkingdit.puppets.render import Image
@@ -111,6 +121,13 @@ STUDY = Study(
             ("full", "equal_offsets", "right_videos"),
             tell_apart,
             {"logo_right": True, "expression_right": True},
+        ),
+        Claim(
+            "anchors_hold_identity_alone",
+            "a global anchor keeps somebody over minutes whom words do not describe",
+            ("full", "no_superset", "right_videos"),
+            functools.partial(hold_identity, words=silent_words),
+            {"identity_end": True, "background_end": True},
         ),
     ),
     prepare=functools.partial(prepare, NAME, SILENT),
