@@ -52,12 +52,12 @@ TD_INLINE void dot_keys(const T* const* rows, const K* keys, int64_t key_stride,
   Vec<C> parts[KC][groups];
 #pragma GCC unroll 4
   for (int g = 0; g < groups; ++g) {
-    if (next != nullptr) {
-      for (int t = 0; t < group; ++t)
-        for (int d = 0; d < dim; d += 64 / int(sizeof(T))) __builtin_prefetch(next[g * group + t] + d, 0, 2);
-    }
     Vec<C> acc[KC][group] = {};
     for (int d = 0; d < dim; d += Step::width) {
+      if (next != nullptr && d % (64 / int(sizeof(T))) == 0) {
+#pragma GCC unroll 4
+        for (int t = 0; t < group; ++t) __builtin_prefetch(next[g * group + t] + d, 0, 2);
+      }
       Register x[group];
 #pragma GCC unroll 4
       for (int t = 0; t < group; ++t) x[t] = Step::read(rows[g * group + t] + d);
@@ -130,7 +130,8 @@ TD_INLINE void mix_columns(const C* p, int count, const C* keys, int64_t key_str
         store_part(out[t + r] + d, acc[r][0], part);
       } else {
 #pragma GCC unroll 4
-        for (int i = 0; i < DV; ++i) put<Stream>(out[t + r] + d + i * lanes, acc[r][i]);
+        for (int i = 0; i + 2 <= DV; i += 2) put_two<Stream>(out[t + r] + d + i * lanes, acc[r][i], acc[r][i + 1]);
+        if constexpr (DV % 2 == 1) put<Stream>(out[t + r] + d + (DV - 1) * lanes, acc[r][DV - 1]);
       }
     }
   }

@@ -46,23 +46,6 @@ TD_INLINE void store_row(const Rows& rows, int64_t b, int64_t n, const C* source
   });
 }
 
-// term(i, part) is summed over the row; four chains hide the latency of the addition.
-template <class C, class Term>
-TD_INLINE C sum_row(int dim, const Term& term) {
-  constexpr int lanes = kLanes<C>;
-  Vec<C> s0{}, s1{}, s2{}, s3{};
-  int i = 0;
-  for (; i + 4 * lanes <= dim; i += 4 * lanes) {
-    s0 += term(i, Whole{});
-    s1 += term(i + lanes, Whole{});
-    s2 += term(i + 2 * lanes, Whole{});
-    s3 += term(i + 3 * lanes, Whole{});
-  }
-  for (; i + lanes <= dim; i += lanes) s0 += term(i, Whole{});
-  if (i < dim) s1 += term(i, Part{dim - i});
-  return sum((s0 + s1) + (s2 + s3));
-}
-
 // The lanes of `v` that a part has, zero in the others.
 template <class C>
 TD_INLINE Vec<C> keep(Vec<C> v, Whole) {
@@ -80,21 +63,34 @@ struct RowStats {
   C mean, inverse_deviation;
 };
 
-// Mean and 1 / sqrt(variance + eps) of a row in one pass. Sums are taken of x - pivot, where the pivot is the mean of k
-// elements spread over the row: it is within sqrt(n / k) deviations of the mean whatever the data, so little can
-// cancel.
+// The mean of k elements spread over the row: within sqrt(n / k) deviations of the row's mean whatever the data, so
+// little can cancel in sums of x - pivot.
+template <class T>
+TD_INLINE compute_t<T> row_pivot(const T* row, int dim) {
+  using C = compute_t<T>;
+  constexpr int lanes = kLanes<C>;
+  if (dim >= 4 * lanes) {
+    const int step = (dim - lanes) / 3;
+    return sum((load(row) + load(row + step)) + (load(row + 2 * step) + load(row + 3 * step))) / C(4 * lanes);
+  }
+  C pivot = C(0);
+  for (int i = 0; i < dim; ++i) pivot += C(row[i]);
+  return pivot / C(dim);
+}
+
+// From the mean and the mean square of x - pivot.
+template <class C>
+TD_INLINE RowStats<C> stats_of(C pivot, C offset, C square, double eps) {
+  const C variance = square - offset * offset;
+  return {pivot + offset, C(1) / std::sqrt((variance > C(0) ? variance : C(0)) + C(eps))};
+}
+
+// Mean and 1 / sqrt(variance + eps) of a row in one pass.
 template <class T>
 TD_INLINE RowStats<compute_t<T>> row_stats(const T* row, int dim, double eps) {
   using C = compute_t<T>;
   constexpr int lanes = kLanes<C>;
-  C pivot = C(0);
-  if (dim >= 4 * lanes) {
-    const int step = (dim - lanes) / 3;
-    pivot = sum((load(row) + load(row + step)) + (load(row + 2 * step) + load(row + 3 * step))) / C(4 * lanes);
-  } else {
-    for (int i = 0; i < dim; ++i) pivot += C(row[i]);
-    pivot /= C(dim);
-  }
+  const C pivot = row_pivot(row, dim);
   const Vec<C> center = splat(pivot);
   Vec<C> s0{}, s1{}, q0{}, q1{};
   int i = 0;
@@ -110,9 +106,7 @@ TD_INLINE RowStats<compute_t<T>> row_stats(const T* row, int dim, double eps) {
     s0 += a;
     q0 += a * a;
   });
-  const C offset = sum(s0 + s1) / C(dim);
-  const C variance = sum(q0 + q1) / C(dim) - offset * offset;
-  return {pivot + offset, C(1) / std::sqrt((variance > C(0) ? variance : C(0)) + C(eps))};
+  return stats_of(pivot, sum(s0 + s1) / C(dim), sum(q0 + q1) / C(dim), eps);
 }
 
 // Whole registers of every row can bypass the caches: everything is aligned, and the rows are too many to stay in them.

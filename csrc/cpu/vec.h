@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "core/dtype.h"
 #if defined(__AVX2__)
@@ -47,7 +48,7 @@ constexpr int kLanes = TD_VEC_BYTES / int(sizeof(C));
 
 template <class C>
 TD_INLINE Vec<C> splat(C value) {
-  return Vec<C>{} + value;
+  return value - Vec<C>{};  // x - 0 is x whatever its sign, so that a broadcast is left of it; x + 0 is an addition
 }
 
 // ---- loads: kLanes elements of a storage type, unaligned ----
@@ -179,6 +180,25 @@ TD_INLINE void put(T* target, V v) {
   } else {
     store(target, v);
   }
+}
+
+// Two registers of results that lie side by side: numbers of 16 bits go in one store, a whole line where registers have
+// 64 bytes.
+template <bool Stream, class T, class V>
+TD_INLINE void put_two(T* target, V low, V high) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    if constexpr (Stream) {
+      stream_bytes(target, &both, 64);
+    } else {
+      std::memcpy(static_cast<void*>(target), &both, 64);
+    }
+    return;
+  }
+#endif
+  put<Stream>(target, low);
+  put<Stream>(target + kLanes<compute_t<T>>, high);
 }
 
 // ---- the first `count` < kLanes elements; the rest reads as zero ----
