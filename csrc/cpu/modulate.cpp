@@ -13,6 +13,16 @@ namespace {
 constexpr int64_t kParallelElements = 16 << 10;  // work worth a thread of its own
 constexpr int kTogether = 4;                     // tokens of a backward pass
 
+// Bytes of all results of a call: they are in the caches together.
+template <class Args>
+int64_t bytes_of(const Args& args, std::initializer_list<const Rows*> results) {
+  int64_t bytes = 0;
+  for (const Rows* rows : results) {
+    if (rows->data != nullptr) bytes += args.batch * args.tokens * args.dim * item_size(rows->dtype);
+  }
+  return bytes;
+}
+
 // Statistics need a whole row before its first result: the next one comes from memory meanwhile.
 TD_INLINE void prefetch(const void* address) {
   __builtin_prefetch(address, 0, 2);
@@ -91,10 +101,10 @@ void forward(const ModulateArgs& args) {
 
 template <class C>
 void run_forward(const ModulateArgs& args) {
-  const int64_t elements = args.batch * args.tokens * args.dim, threshold = stream_threshold();
+  const int64_t bytes = bytes_of(args, {&args.residual, &args.out}), threshold = stream_threshold();
   const auto can_stream = [&](const Rows& rows) {
-    return rows.data == nullptr || (rows.data != args.x.data && rows.data != args.y.data &&
-                                    rows_can_stream<C>(rows, elements * item_size(rows.dtype), threshold));
+    return rows.data == nullptr ||
+           (rows.data != args.x.data && rows.data != args.y.data && rows_can_stream<C>(rows, bytes, threshold));
   };
   can_stream(args.residual) && can_stream(args.out) ? forward<C, true>(args) : forward<C, false>(args);
 }
@@ -141,6 +151,16 @@ struct GradRows {
   int64_t next_residual, next_grad_out;  // how far the rows are that the next tokens normalise; 0: not worth a look
 };
 
+// One register or two that lie side by side.
+template <bool Stream, int V, class T, class C, class Portion>
+TD_INLINE void put_all(T* target, const C* vectors, Portion part) {
+  if constexpr (V == 2) {
+    put_two<Stream>(target, vectors[0], vectors[1]);
+  } else {
+    put<Stream>(target, vectors[0], part);
+  }
+}
+
 // The gradients of tokens of one group, that go together so that sums, scale and gate are read once for all of them;
 // what they add to the sums is added token by token.
 template <bool Stream, bool Norm, bool Gated, class C, class S, class B, int R>
@@ -181,15 +201,15 @@ void grad_rows(const GradRows<S, B, R>& rows, const C* gate, const C* scale, C* 
           shift_sum[v] += g;
           total[v] += (g + g * scaling[v] - splat(terms[r].gradient) - normal * splat(terms[r].product)) * deviation;
         }
-        if (kept) put<Stream>(rows.grad_x[r] + at, total[v], part);
       }
+      if (kept) put_all<Stream, V>(rows.grad_x[r] + i, total, part);
       if constexpr (Gated) {
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
-          const int at = i + v * lanes;
-          gate_sum[v] += total[v] * load(rows.y[r] + at, part);
-          put<Stream>(rows.grad_y[r] + at, total[v] * gating[v], part);
+          gate_sum[v] += total[v] * load(rows.y[r] + i + v * lanes, part);
+          total[v] *= gating[v];
         }
+        put_all<Stream, V>(rows.grad_y[r] + i, total, part);
       }
     }
     for (int v = 0; v < V; ++v) {
@@ -358,9 +378,9 @@ void backward(const ModulateGradArgs& args) {
 
 template <class C>
 void run_backward(const ModulateGradArgs& args) {
-  const int64_t elements = args.batch * args.tokens * args.dim, threshold = stream_threshold();
+  const int64_t bytes = bytes_of(args, {&args.grad_x, &args.grad_y}), threshold = stream_threshold();
   const auto can_stream = [&](const Rows& rows) {
-    return rows.data == nullptr || rows_can_stream<C>(rows, elements * item_size(rows.dtype), threshold);
+    return rows.data == nullptr || rows_can_stream<C>(rows, bytes, threshold);
   };
   can_stream(args.grad_x) && can_stream(args.grad_y) ? backward<true, C>(args) : backward<false, C>(args);
 }
