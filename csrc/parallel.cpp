@@ -82,8 +82,7 @@ int max_threads() {
 }
 
 int64_t stream_threshold() {
-  // A large last cache is that of many cores, and few of them find all of it free: on a server that tells 300 MiB to
-  // two threads, results of 36 MiB are written and read again sooner past it, those of 18 MiB are not.
+  // A large last cache is that of many cores, and a few of them never find all of it free.
   static const int64_t bytes = std::min<int64_t>(last_cache_bytes() / 2, 32 << 20);
   return bytes;
 }

@@ -246,7 +246,7 @@ bool can_stream(const AudioAttentionArgs& args) {
   const int64_t bytes = args.batch * args.tokens * args.heads * args.dim * int64_t(sizeof(T));
   uint64_t offsets = reinterpret_cast<uint64_t>(args.out) | uint64_t(args.dim) * sizeof(T);
   for (const int64_t stride : args.out_strides) offsets |= uint64_t(stride) * sizeof(T);
-  return bytes >= stream_threshold() && offsets % (kLanes<compute_t<T>> * sizeof(T)) == 0;
+  return bytes >= stream_threshold() && offsets % kLineBytes == 0;
 }
 
 template <class T, bool Stream>

@@ -104,7 +104,7 @@ void run_forward(const ModulateArgs& args) {
   const int64_t bytes = bytes_of(args, {&args.residual, &args.out}), threshold = stream_threshold();
   const auto can_stream = [&](const Rows& rows) {
     return rows.data == nullptr ||
-           (rows.data != args.x.data && rows.data != args.y.data && rows_can_stream<C>(rows, bytes, threshold));
+           (rows.data != args.x.data && rows.data != args.y.data && rows_can_stream(rows, bytes, threshold));
   };
   can_stream(args.residual) && can_stream(args.out) ? forward<C, true>(args) : forward<C, false>(args);
 }
@@ -380,7 +380,7 @@ template <class C>
 void run_backward(const ModulateGradArgs& args) {
   const int64_t bytes = bytes_of(args, {&args.grad_x, &args.grad_y}), threshold = stream_threshold();
   const auto can_stream = [&](const Rows& rows) {
-    return rows.data == nullptr || rows_can_stream<C>(rows, bytes, threshold);
+    return rows.data == nullptr || rows_can_stream(rows, bytes, threshold);
   };
   can_stream(args.grad_x) && can_stream(args.grad_y) ? backward<true, C>(args) : backward<false, C>(args);
 }

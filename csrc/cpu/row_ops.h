@@ -109,13 +109,12 @@ TD_INLINE RowStats<compute_t<T>> row_stats(const T* row, int dim, double eps) {
   return stats_of(pivot, sum(s0 + s1) / C(dim), sum(q0 + q1) / C(dim), eps);
 }
 
-// Whole registers of every row can bypass the caches: everything is aligned, and the rows are too many to stay in them.
-template <class C>
+// Rows can bypass the caches: every one begins with a line, and all results of the call, `bytes`, are too many to stay.
 TD_INLINE bool rows_can_stream(const Rows& rows, int64_t bytes, int64_t threshold) {
   const int64_t size = item_size(rows.dtype);
   const uint64_t offsets =
       reinterpret_cast<uint64_t>(rows.data) | uint64_t(rows.batch_stride * size) | uint64_t(rows.token_stride * size);
-  return rows.data != nullptr && bytes >= threshold && offsets % uint64_t(kLanes<C> * size) == 0;
+  return rows.data != nullptr && bytes >= threshold && offsets % kLineBytes == 0;
 }
 
 }  // namespace td::TD_ISA

@@ -141,7 +141,9 @@ TD_INLINE void store(fp16* target, FloatVec v) {
 }
 
 // ---- stores that bypass the caches, for results larger than the last one; `target` is aligned to the bytes stored
-// ---- (a loop over them ends with stream_fence()). Elsewhere than on x86 they are ordinary stores.
+// ---- (a loop over them ends with stream_fence()), which are a line at most. Elsewhere than on x86 they are ordinary
+// ---- stores.
+constexpr int kLineBytes = 64;
 TD_INLINE void stream_bytes(void* target, const void* source, int bytes) {
 #if defined(__AVX512F__)
   if (bytes == 64) return _mm512_stream_si512(static_cast<__m512i*>(target), *static_cast<const __m512i*>(source));
@@ -190,9 +192,9 @@ TD_INLINE void put_two(T* target, V low, V high) {
   if constexpr (std::is_same_v<T, bf16>) {
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
     if constexpr (Stream) {
-      stream_bytes(target, &both, 64);
+      stream_bytes(target, &both, kLineBytes);
     } else {
-      std::memcpy(static_cast<void*>(target), &both, 64);
+      std::memcpy(static_cast<void*>(target), &both, kLineBytes);
     }
     return;
   }

@@ -66,6 +66,20 @@ def test_a_few_huge_channels_do_not_cost_accuracy() -> None:
     assert relative(ours, exact) <= 2 * relative(eager, exact)
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [37, 100, 1536])
+def test_gradients_of_a_float32_stream_with_16_bit_layers(half: torch.dtype, dim: int) -> None:
+    x, y, gate, scale, shift = inputs_of(torch.float32, 2, dim, modulation=torch.float32)
+    inputs = [x, y.to(half), gate, scale, shift]
+    ours = with_gradients(lambda *v: ops.gate_residual_norm_modulate(*v, [9, 20], dtype=half), inputs)
+    exact = with_gradients(
+        lambda *v: ops.gate_residual_norm_modulate_reference(*v, [9, 20]), [v.double() for v in inputs]
+    )
+    assert [v.dtype for v in ours[-5:]] == [v.dtype for v in inputs]
+    for a, truth in zip(ours, exact, strict=True):
+        assert relative(a, truth) < torch.finfo(half).eps
+
+
 def test_float32_stream_with_bfloat16_layers() -> None:
     """Residual stream and modulation in float32, results of layers and their inputs in bfloat16."""
     x, y, gate, scale, shift = inputs_of(torch.float32, 2, modulation=torch.float32)

@@ -62,6 +62,29 @@ def test_large_results_of_token_ops_equal_those_of_their_shards(dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [48, 80])
+def test_large_results_whose_rows_begin_within_a_line_are_right(dtype: torch.dtype, dim: int) -> None:
+    """Stores past the caches must be aligned to a line; rows of these lengths are not."""
+    tokens = beyond_the_caches(dim * dtype.itemsize) // PER_FRAME * PER_FRAME + PER_FRAME
+    x = torch.randn(1, tokens, dim).to(dtype).requires_grad_()
+    gate, scale, shift = torch.randn(3, 1, 1, dim)
+    k, v = torch.randn(2, 1, tokens // PER_FRAME, 3, 1, dim).to(dtype).unbind(0)
+    functions = {
+        "norm_modulate": lambda x, at: ops.norm_modulate(x, scale, shift, tokens, token_offset=at),
+        "both": lambda x, at: ops.gate_residual_norm_modulate(x, x, gate, scale, shift, tokens, token_offset=at)[1],
+        "audio_attention": lambda x, at: ops.audio_attention(x.unsqueeze(2), k, v, PER_FRAME, token_offset=at),
+    }
+    for name, function in functions.items():
+        whole = function(x, 0)
+        (gradient,) = torch.autograd.grad(whole, x, whole.detach())
+        for at, part in halves(tokens):
+            leaf = x.detach()[:, part].requires_grad_()
+            result = function(leaf, at)
+            assert torch.equal(whole[:, part], result), name
+            assert torch.equal(gradient[:, part], torch.autograd.grad(result, leaf, result.detach())[0]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_large_fused_video_equals_its_channels_fused_alone(dtype: torch.dtype) -> None:
     channels, height, width = 16, 24, 12  # a row of a plane is no whole number of registers
     length = beyond_the_caches(channels * height * width * dtype.itemsize)
