@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from training.parallel import reshard
+from training.parallel import local_tensor, reshard
 
 
 class Ema:
@@ -54,8 +53,8 @@ class Ema:
         if self._swapped:
             raise RuntimeError("Ema: the averages are in the networks; nothing to learn from there")
         keep = min(self.decay, (1 + step) / (10 + step))
-        averages = [_local(average) for average in self._averages.values()]
-        now = [_local(p).to(a) for p, a in zip(self._parameters.values(), averages, strict=True)]
+        averages = [local_tensor(average) for average in self._averages.values()]
+        now = [local_tensor(p).to(a) for p, a in zip(self._parameters.values(), averages, strict=True)]
         if averages:
             torch._foreach_lerp_(averages, now, 1 - keep)
 
@@ -68,7 +67,7 @@ class Ema:
         if self._swapped:
             raise RuntimeError("Ema: the averages are in the networks already")
         waiting = {
-            name: _local(p.detach()).to(device=_local(self._averages[name]).device, copy=True)
+            name: local_tensor(p.detach()).to(device=local_tensor(self._averages[name]).device, copy=True)
             for name, p in self._parameters.items()
         }
         self._swapped = True
@@ -83,7 +82,7 @@ class Ema:
     def _put(self, values: Mapping[str, Tensor]) -> None:
         reshard(self._networks)  # parameters that stay gathered after a forward would keep the old values
         for name, value in values.items():
-            _local(self._parameters[name].detach()).copy_(_local(value))
+            local_tensor(self._parameters[name].detach()).copy_(local_tensor(value))
 
     def state_dict(self) -> dict[str, Any]:
         """The averages by parameter name, sharded tensors; distributed checkpoints save and load them in place."""
@@ -102,8 +101,4 @@ class Ema:
         for name, value in state.items():
             average = self._averages[name]
             if average is not value:
-                _local(average).copy_(_local(value))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                local_tensor(average).copy_(local_tensor(value))

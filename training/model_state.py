@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from training.checkpoint import CheckpointError, PreparedState
+from training.parallel import local_tensor
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # of activation checkpointing and of torch.compile
 
@@ -86,7 +87,7 @@ class OptimizerState(PreparedState):
                     if not isinstance(value, Tensor):
                         state[key] = value
                     elif value is not state[key]:
-                        _local(state[key]).copy_(_local(value))
+                        local_tensor(state[key]).copy_(local_tensor(value))
         for index, groups in state_dict["groups"].items():
             for position, settings in groups.items():
                 self._optimizers[index].param_groups[position].update(settings)
@@ -167,10 +168,6 @@ def _make_states(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> 
         group.update(old)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _portable(value: Any) -> Any:
     """The value as DCP can cut it anew for any layout.
 
@@ -180,7 +177,7 @@ def _portable(value: Any) -> Any:
     """
     if not isinstance(value, Tensor):
         return value
-    local = _local(value)
+    local = local_tensor(value)
     block = getattr(local, "block_size", None)
     if block is None or not hasattr(local, "dequantize") or (value.ndim > 1 and value.shape[1:].numel() % block == 0):
         return value

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from talkingdit._native_loader import build_info
 from talkingdit.errors import UserError
+from talkingdit.nn.bfloat16_attention import multiplies_bfloat16
 from talkingdit.nn.units import large_prefixes
 from training.networks import Networks
+from training.parallel import local_tensor
 from training.sections import OptimConfig
 from training.stages import TRANSFORMER, matches, plain_name
 
@@ -99,7 +100,7 @@ def _kind(config: OptimConfig) -> tuple[Any, dict[str, Any]]:
     """Class of the optimiser of everything but Muon's matrices, and its arguments besides parameters and lr."""
     common = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
     if config.name in ("adamw", "muon"):
-        return torch.optim.AdamW, common | {"fused": True} | config.options
+        return _AdamW, common | {"fused": True} | config.options
     if config.name == "adamw8bit":
         try:
             from torchao.optim import AdamW8bit
@@ -116,6 +117,19 @@ def _kind(config: OptimConfig) -> tuple[Any, dict[str, Any]]:
         ) from error
     taken = inspect.signature(make).parameters
     return make, {key: value for key, value in common.items() if key in taken} | config.options
+
+
+class _AdamW(torch.optim.AdamW):
+    """AdamW that works on what this process holds, as all of it is elementwise.
+
+    PyTorch's own asks for every call how tensors are cut, which takes a second at the first step of a small model.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        complex_numbers = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = map(local_tensor, tensors)
+        return bool(complex_numbers)
 
 
 # ---- Learning rate ---------------------------------------------------------------------------------------------------
@@ -202,21 +216,18 @@ class Muon(torch.optim.Optimizer):
             for parameter in parameters:
                 if "momentum_buffer" not in self.state[parameter]:
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            gradients = [_local(parameter.grad) for parameter in parameters]
-            means = [_local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+            gradients = [local_tensor(parameter.grad) for parameter in parameters]
+            means = [local_tensor(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
             torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, means, group["momentum"])
             torch._foreach_mul_(
-                [_local(parameter) for parameter in parameters], 1 - group["lr"] * group["weight_decay"]
+                [local_tensor(parameter) for parameter in parameters], 1 - group["lr"] * group["weight_decay"]
             )
             for parameter, update in zip(parameters, _orthogonal(parameters, updates, group["ns_steps"]), strict=True):
                 scale = 0.2 * math.sqrt(max(parameter.shape))
-                _local(parameter).add_(update.to(parameter.dtype).to(parameter.device), alpha=-group["lr"] * scale)
+                mine = local_tensor(parameter)
+                mine.add_(update.to(mine.device, mine.dtype), alpha=-group["lr"] * scale)
         return loss
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 _TOGETHER = 1 << 22  # elements of small matrices that a process works on at once
@@ -298,7 +309,7 @@ def newton_schulz(
         matrices: [..., rows, columns].
     """
     a, b, c = coefficients
-    x = matrices.bfloat16() if _multiplies_bf16(matrices.device) else matrices.float()
+    x = matrices.bfloat16() if multiplies_bfloat16(matrices.device) else matrices.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).view(-1, *x.shape[-2:])
@@ -307,7 +318,3 @@ def newton_schulz(
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     x = x.mT if tall else x
     return x.view(matrices.shape)
-
-
-def _multiplies_bf16(device: torch.device) -> bool:
-    return device.type == "cuda" or (device.type == "cpu" and build_info()["cpu_isa"] == "avx512_bf16")

@@ -279,7 +279,14 @@ def _repeated_blocks(model: nn.Module) -> list[Any]:
 def clip_gradients(networks: nn.Module, max_norm: float) -> float:
     """Scale all gradients so that their common norm, over all processes, is at most `max_norm`; the norm before."""
     parameters = [parameter for parameter in networks.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not any(isinstance(g, DTensor) and g.device_mesh.size(g.device_mesh.ndim - 1) > 1 for g in gradients):
+        # Every process has all of them: no need to ask for every call how tensors are cut.
+        whole = [local_tensor(gradient) for gradient in gradients]
+        norm = torch.nn.utils.get_total_norm(whole)
+        torch._foreach_mul_(whole, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm.item()
+    norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
@@ -287,6 +294,11 @@ def clip_gradients(networks: nn.Module, max_norm: float) -> float:
 
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor; it shares memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_part(tensor: Tensor, like: DTensor) -> Tensor:

@@ -71,7 +71,7 @@ def test_muon_is_that_of_torch_but_for_rounding():
 @pytest.mark.parametrize("shape", [(24, 24), (40, 10), (10, 40)])
 @pytest.mark.parametrize(("bf16", "aside"), [(False, 1e-4), (True, 0.03)])
 def test_newton_schulz_keeps_singular_vectors_and_evens_out_singular_values(shape, bf16, aside, monkeypatch):
-    monkeypatch.setattr(optim, "_multiplies_bf16", lambda device: bf16)
+    monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device: bf16)
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
     together = newton_schulz(matrices, 5)
     each = torch.stack([newton_schulz(matrix, 5) for matrix in matrices])
@@ -281,3 +281,19 @@ def test_adapters_decay():
     names = {p: n for n, p in networks.named_parameters()}
     decays = {names[p] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert {n for n in names.values() if ".lora_" in n} <= decays
+
+
+ADAMW = {"lr": 0.01, "betas": (0.9, 0.98), "weight_decay": 0.1, "fused": True}
+
+
+def adamw_in_shards():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",))
+    found = steps(lambda p: optim._AdamW(p, **ADAMW), lambda t: distribute_tensor(t, mesh, [Shard(0)]))
+    return [p.full_tensor() for p in found]
+
+
+def test_adamw_on_shards_is_that_of_torch_on_whole_tensors(processes):
+    wanted = steps(lambda p: torch.optim.AdamW(p, **ADAMW), torch.clone)
+    for results in processes(2, adamw_in_shards):
+        for got, want in zip(results, wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)

@@ -80,7 +80,7 @@ def freeze(networks, parts):
 
 
 # Muon's roundings to bfloat16 would grow from step to step.
-in_float32 = mock.patch.object(optim, "_multiplies_bf16", return_value=False)
+in_float32 = mock.patch.object(optim, "multiplies_bfloat16", return_value=False)
 
 
 def train_in_layouts(cases):
@@ -310,6 +310,24 @@ def alone():
     yield
     stop()
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e9])
+def test_gradients_are_clipped_as_torch_clips_them(alone, max_norm):
+    """Whether they are tensors or, cut into one piece each, DTensors."""
+
+    def clipped(clip, cut):
+        networks = make_networks()
+        backward(networks, 0, *((sharded(networks),) if cut else ()))
+        norm = clip(networks)
+        return norm, [whole(p.grad) for p in networks.parameters() if p.grad is not None]
+
+    want, gradients = clipped(lambda n: float(torch.nn.utils.clip_grad_norm_(n.parameters(), max_norm)), False)
+    for cut in (False, True):
+        norm, got = clipped(lambda n: clip_gradients(n, max_norm), cut)
+        assert norm == pytest.approx(want, rel=1e-6)
+        for a, b in zip(got, gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_a_process_on_its_own_needs_no_torchrun(alone):
