@@ -27,6 +27,10 @@ int64_t bytes_of(const Args& args, std::initializer_list<const Rows*> results) {
 TD_INLINE void prefetch(const void* address) {
   __builtin_prefetch(address, 0, 2);
 }
+// So does a line that will be written: without stores that bypass the caches it is read first.
+TD_INLINE void prefetch_target(const void* address) {
+  __builtin_prefetch(address, 1, 2);
+}
 
 // out = (row - mean) / deviation * (1 + scale) + shift. The next row of the same is `next` elements away.
 template <bool Stream, class T, class C>
@@ -148,7 +152,8 @@ struct GradRows {
   const B *grad_out[R], *y[R];
   S* grad_x[R];
   B* grad_y[R];
-  int64_t next_residual, next_grad_out;  // how far the rows are that the next tokens normalise; 0: not worth a look
+  // How far the rows of the next tokens are; 0: not worth a look.
+  int64_t next_residual, next_grad_residual, next_grad_out, next_y, next_grad_x, next_grad_y;
 };
 
 // One register or two that lie side by side.
@@ -191,10 +196,16 @@ void grad_rows(const GradRows<S, B, R>& rows, const C* gate, const C* scale, C* 
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
         const int at = i + v * lanes;
+        // A line of 16-bit numbers is both registers.
+        const bool branch_line = v == 0, stream_line = v == 0 || sizeof(S) == sizeof(C);
+        if (added && stream_line) prefetch(rows.grad_residual[r] + rows.next_grad_residual + at);
+        if (Gated && branch_line) prefetch(rows.y[r] + rows.next_y + at);
+        if (!Stream && kept && stream_line) prefetch_target(rows.grad_x[r] + rows.next_grad_x + at);
+        if (!Stream && Gated && branch_line) prefetch_target(rows.grad_y[r] + rows.next_grad_y + at);
         total[v] = added ? load(rows.grad_residual[r] + at, part) : Vec<C>{};
         if constexpr (Norm) {
-          if (v == 0 || sizeof(S) == sizeof(C)) prefetch(rows.residual[r] + rows.next_residual + at);
-          if (v == 0) prefetch(rows.grad_out[r] + rows.next_grad_out + at);
+          if (stream_line) prefetch(rows.residual[r] + rows.next_residual + at);
+          if (branch_line) prefetch(rows.grad_out[r] + rows.next_grad_out + at);
           const Vec<C> g = load(rows.grad_out[r] + at, part), deviation = splat(terms[r].inverse_deviation);
           const Vec<C> normal = (load(rows.residual[r] + at, part) - splat(terms[r].mean)) * deviation;
           scale_sum[v] += g * normal;
@@ -248,7 +259,11 @@ void grad_tokens(const ModulateGradArgs& args, int64_t b, int64_t begin, int64_t
       at(args.grad_y, rows.grad_y[r]);
     }
     rows.next_residual = R * args.residual.token_stride;
+    rows.next_grad_residual = R * args.grad_residual.token_stride;
     rows.next_grad_out = R * args.grad_out.token_stride;
+    rows.next_y = R * args.y.token_stride;
+    rows.next_grad_x = R * args.grad_x.token_stride;
+    rows.next_grad_y = R * args.grad_y.token_stride;
     grad_rows<Stream, Norm, Gated>(rows, gate, scale, sums, args.dim, args.eps);
   };
   int64_t n = begin;
@@ -269,6 +284,10 @@ void grad_converted_tokens(const ModulateGradArgs& args, int64_t b, int64_t begi
                                {place(3, args.y)},
                                {place(4, args.grad_x)},
                                {place(5, args.grad_y)},
+                               0,
+                               0,
+                               0,
+                               0,
                                0,
                                0};
   for (int64_t n = begin; n < end; ++n) {

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from talkingdit import families
 from talkingdit.cli.flags import Group, read
 from talkingdit.errors import UserError
-from talkingdit.families.flag import SIDES, Flag
+from talkingdit.families.flag import INTERVAL, SIDES, Flag
 from talkingdit.models import find_checkpoint
+from talkingdit.pipelines.schedules import ALL_STEPS, Interval, read_interval
 from talkingdit.plan.clip import check_sides, latents_of
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class GenerationFlags:
     """one prediction of guidance after the other"""
     plain: bool = False
     """no guidance: one prediction per step"""
+    guidance_interval: Annotated[str, INTERVAL] = "0-1"
+    """guidance in these shares of the steps only"""
     memory: Annotated[str, Flag("SWITCHES")] = ""
     """e.g. offload=block,text_encoder=cpu"""
     precision: Literal["fp8", "int8"] | None = None
@@ -87,6 +90,12 @@ class GenerationFlags:
 
     def __post_init__(self) -> None:
         _check(self, "steps", speeds=("seconds",))
+        try:
+            interval = read_interval(self.guidance_interval)
+        except ValueError as error:
+            raise ValueError(f"plan: guidance_interval {error}") from error
+        if self.plain and interval != ALL_STEPS:
+            raise ValueError("plan: guidance_interval says nothing where --plain leaves guidance out")
         if self.seconds is not None and self.audio is not None:
             raise ValueError("plan: seconds must be left to the voice where --audio is given")
         if self.seconds is not None and not 0.1 <= self.seconds <= LONGEST:
@@ -202,15 +211,23 @@ def _seconds(how: GenerationFlags) -> float | None:
 def _clip(flags: ClipFlags, how: GenerationFlags, default: ClipShape) -> ClipShape:
     """The family's usual clip with what was said about it."""
     height, width = flags.size or (default.height, default.width)
+    steps = how.steps or default.steps
+    interval = read_interval(how.guidance_interval)
+    guided = None
+    if interval != ALL_STEPS:
+        if default.branches == 1:
+            raise UserError("plan: --guidance-interval says nothing here: the model makes one prediction per step.")
+        guided = sum(Interval(1.0, *interval, outside=0.0)(step, steps) > 0 for step in range(steps))
     return replace(
         default,
         height=height,
         width=width,
         latents=default.latents if flags.frames is None else latents_of(flags.frames),
-        steps=how.steps or default.steps,
+        steps=steps,
         branches=1 if how.plain else default.branches,
         batched=not how.sequential and not how.plain and default.branches > 1,
         pose=flags.pose,
+        guided=guided,
     )
 
 

@@ -19,6 +19,7 @@ class ClipShape:
         steps: denoising steps.
         branches: predictions per step, 2 with guidance.
         batched: all branches in one forward.
+        guided: steps with all branches, the others have one prediction; None: all.
         pose: with a pose video.
 
     Raises:
@@ -33,6 +34,7 @@ class ClipShape:
     branches: int = 1
     batched: bool = False
     pose: bool = False
+    guided: int | None = None
 
     def __post_init__(self) -> None:
         check_sides(self.height, self.width)

@@ -139,21 +139,34 @@ def predict(
     phases = {"denoise": denoise, **cost.autoencoder(config, clip, memory, weights.frozen.width)}
     if voice is not None and voice.hearing:
         phases["speech"] = voice.hearing
-    work = clip.branches * transformer.flops(clip, memory)
+    one = transformer.flops(clip, memory)
+
+    def step(branches: int) -> float:
+        """Seconds of a step with so many predictions."""
+        timed = branches * one
+        if memory.precision != "native":
+            attention = branches * cost.attention_flops(config, clip)
+            timed = attention + (timed - attention) / EIGHT_BIT_SPEED
+        seconds = timed / ((tflops or math.inf) * 1e12 * EFFICIENCY)
+        if memory.offload != "none":
+            forwards = 1 if clip.batched else branches
+            moved = _resident(transformer, weights, replace(memory, offload="none"))["transformer"]
+            seconds = max(seconds, forwards * moved / HOST_TO_DEVICE)
+        return seconds
+
     seconds = None
     if tflops is not None:
-        timed = work
-        if memory.precision != "native":
-            attention = clip.branches * cost.attention_flops(config, clip)
-            timed = attention + (work - attention) / EIGHT_BIT_SPEED
-        step = timed / (tflops * 1e12 * EFFICIENCY)
-        if memory.offload != "none":
-            forwards = 1 if clip.batched else clip.branches
-            moved = _resident(transformer, weights, replace(memory, offload="none"))["transformer"]
-            step = max(step, forwards * moved / HOST_TO_DEVICE)
-        seconds = clip.steps * step
+        guided = clip.steps if clip.guided is None else clip.guided
+        seconds = guided * step(clip.branches) + (clip.steps - guided) * step(1)
     return GenerationPlan(
-        _resident(transformer, weights, memory), conditions, phases, work, seconds, memory, clip, voice
+        _resident(transformer, weights, memory),
+        conditions,
+        phases,
+        clip.branches * one,
+        seconds,
+        memory,
+        clip,
+        voice,
     )
 
 

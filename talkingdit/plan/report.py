@@ -45,9 +45,10 @@ def generation_report(plan: GenerationPlan, card: float, speed: float | None, be
     """
     clip = plan.clip
     once = " in one pass" if clip.batched and clip.branches > 1 else ""
+    inside = "" if clip.guided is None else f" in {clip.guided} of them, else 1"
     lines = [
         f"clip        {clip.width} x {clip.height}, {clip.frames} frames, {clip.steps} steps, "
-        f"{clip.branches} prediction{'s' * (clip.branches > 1)} per step{once}",
+        f"{clip.branches} prediction{'s' * (clip.branches > 1)} per step{once}{inside}",
         f"switches    {str(plan.memory) or 'none'}",
     ]
     lines += [] if plan.voice is None else _voice(plan.voice)

@@ -347,6 +347,21 @@ def test_time_is_work_by_speed_or_the_way_of_the_weights():
     assert released().seconds_per_clip is None
 
 
+def test_steps_outside_the_interval_of_guidance_take_one_prediction():
+    every, some = released(tflops=100), released(clip_of(guided=10), tflops=100)
+    assert some.seconds_per_clip == pytest.approx((10 * 2 + 30) / (40 * 2) * every.seconds_per_clip)
+    assert (some.peak, some.flops_per_step) == (every.peak, every.flops_per_step)
+    kept, moved = released(tflops=1e9, memory=Memory(offload="block")), Memory(offload="block")
+    offloaded = released(clip_of(guided=10), tflops=1e9, memory=moved)
+    assert offloaded.seconds_per_clip == pytest.approx((10 * 2 + 30) / (40 * 2) * kept.seconds_per_clip)
+
+
+def test_the_command_plans_for_an_interval_of_guidance(capsys):
+    plan = ["plan", "--preset", "wan_s2v_14b", "--card", "h100", "--steps", "10"]
+    assert cli.main([*plan, "--guidance-interval", "0.2-0.8"]) == 0
+    assert "10 steps, 2 predictions per step in one pass in 6 of them, else 1" in capsys.readouterr().out
+
+
 def test_cards():
     assert card_of("24GB") == card_of("24") == (24 * 2**30, None)
     assert card_of("RTX4090") == (24 * 2**30, 165)
@@ -470,6 +485,11 @@ def test_a_checkpoint_folder_is_read_and_not_loaded(tmp_path, capsys):
         (["--preset", "wan_s2v_14b", "--seconds", "1e12"], "seconds must be 0.1 to 10000000"),
         (["--preset", "wan_s2v_14b", "--audio", "nowhere.wav"], "audio 'nowhere.wav': expected an existing file"),
         (["--preset", "wan_s2v_14b", "--audio", "a.wav", "--seconds", "5"], "where --audio is given"),
+        (
+            ["--preset", "wan_s2v_14b", "--guidance-interval", "0.8"],
+            "--guidance-interval must be BEGIN-END, shares of",
+        ),
+        (["--preset", "wan_s2v_14b", "--plain", "--guidance-interval", "0-0.5"], "where --plain leaves guidance out"),
         (["--preset", "puppet_tiny", "--pose"], "this model takes no pose video"),
     ],
 )
