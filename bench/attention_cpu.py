@@ -3,6 +3,8 @@
 
     python -m bench.attention_cpu [--tokens 512 2048] [--heads 12] [--dim 128] [--out bench/results]
 
+Then the same with gradients, where whole products in bfloat16 compete too (`talkingdit.nn.bfloat16_attention`).
+
 Contestants take turns, the fastest turn counts: run it on a machine at rest.
 """
 
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import record
+from talkingdit.nn import bfloat16_attention
 
 _RESULTS = Path(__file__).resolve().parent / "results"
 _SCORES = 1 << 22  # elements of the matrix of weights that plain products have at once
@@ -45,6 +48,37 @@ CONTESTANTS: dict[str, Contestant] = {
     "flash, float32 copies": widened,
     "products in slices": products,
 }
+
+
+def whole_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What `talkingdit` takes where gradients are recorded and all weights fit."""
+    return bfloat16_attention.attend(*(x.transpose(1, 2) for x in (q, k, v)), None).transpose(1, 2)
+
+
+TRAINED: dict[str, Contestant] = {
+    "flash": F.scaled_dot_product_attention,
+    "flash, float32 copies": widened,
+    "whole products": whole_products,
+}
+TRAINED_SHAPES = ((4, 385, 2, 64), (1, 1024, 12, 128))  # samples, tokens, heads, channels: puppets.toml, and larger
+
+
+def run_trained(turns: int = 15) -> list[dict[str, Any]]:
+    """Milliseconds of a forward and a backward of every contestant, in bfloat16."""
+    rows = []
+    for batch, tokens, heads, dim in TRAINED_SHAPES:
+        q, k, v = (x.requires_grad_() for x in torch.randn(3, batch, heads, tokens, dim).bfloat16().unbind())
+        grad = torch.randn(batch, heads, tokens, dim).bfloat16()
+        best = dict.fromkeys(TRAINED, float("inf"))
+        for _ in range(turns):
+            for name, function in TRAINED.items():
+                begin = time.perf_counter()
+                torch.autograd.grad(function(q, k, v), (q, k, v), grad)
+                best[name] = min(best[name], time.perf_counter() - begin)
+        shape = {"batch": batch, "tokens": tokens, "heads": heads, "dim": dim, "gradients": True}
+        rows.append({**shape, **{n: round(1e3 * s, 3) for n, s in best.items()}})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    return rows
 
 
 @torch.no_grad()
@@ -75,7 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", default=_RESULTS)
     options = parser.parse_args(arguments)
     path = options.out / "cpu-attention_cpu.json"
-    record.write(path, json.dumps(run(options.tokens, options.heads, options.dim), indent=1) + "\n")
+    result = run(options.tokens, options.heads, options.dim)
+    result["rows"] += run_trained()
+    record.write(path, json.dumps(result, indent=1) + "\n")
     print(path)
     return 0
 
