@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention with gradients on processors that multiply bfloat16 themselves: PyTorch's flash kernel does not there.
+"""Attention in half precision with gradients on processors.
 
-Its backward is slower in bfloat16 than in float32. Products of whole matrices, which fit for sequences of a thousand
-tokens or so, are two to three times faster than that.
+The backward of PyTorch's flash kernel is slow there in bfloat16 unless there are many tokens, even where the processor
+multiplies it itself. Products of whole matrices, which fit for a few hundred tokens, are faster (docs/attention.md).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from talkingdit._native_loader import build_info
 
-_FEWEST = 128  # queries and keys: calls of small products take longer than what they save
-_MOST_SCORES = 1 << 24  # of a call: 64 MiB in float32, half of which waits for the backward
+_FEWEST_SCORES = 1 << 16  # fewer are no work
+_MOST_SCORES = 1 << 23  # 32 MiB in float32; half of it waits for the backward
+_MANY_KEYS = 256  # from which on the kernel's backward is faster in bfloat16
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -24,12 +25,15 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and build_info()["cpu_isa"] == "avx512_bf16")
 
 
-def takes(q: Tensor, k: Tensor) -> bool:
-    """Whether `attend` is what to do with q [B, N, H, D] and k [B, M, H, D] that need gradients."""
-    if not q.is_cpu or q.dtype != torch.bfloat16 or not multiplies_bfloat16(q.device):
-        return False
+def way(q: Tensor, k: Tensor) -> Literal["products", "kernel", "float32"]:
+    """How q [B, N, H, D] and k [B, M, H, D] of 16 bits, on a processor, attend where gradients are recorded: by
+    `attend`, by PyTorch's kernel, or by it in float32."""
+    if q.dtype != torch.bfloat16 or not multiplies_bfloat16(q.device):
+        return "float32"
     batch, tokens, heads, _ = q.shape
-    return min(tokens, k.shape[1]) >= _FEWEST and batch * heads * tokens * k.shape[1] <= _MOST_SCORES
+    if _FEWEST_SCORES <= batch * heads * tokens * k.shape[1] <= _MOST_SCORES:
+        return "products"
+    return "kernel" if k.shape[1] >= _MANY_KEYS else "float32"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -57,12 +57,13 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bac
     if choice in attention_backends.LIBRARIES:
         with torch.autocast(q.device.type, enabled=False):
             return attention_backends.attend(choice, q, k, v)[0]
-    if gradients and choice == "torch" and bfloat16_attention.takes(q, k):
-        with torch.autocast("cpu", enabled=False):
-            return bfloat16_attention.attend(q, k, v, mask)
     if q.is_cpu and dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
-        # The CPU's backward in half precision is slower than in float32, seven times with few keys.
-        q, k, v = q.float(), k.float(), v.float()
+        way = bfloat16_attention.way(q, k)
+        if way == "products" and gradients and choice == "torch":
+            with torch.autocast("cpu", enabled=False):
+                return bfloat16_attention.attend(q, k, v, mask)
+        if way != "kernel":
+            q, k, v = q.float(), k.float(), v.float()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if mask is not None:
         mask = mask[:, None, None, :]

@@ -53,19 +53,24 @@ def test_results_and_gradients_are_as_near_to_float64_as_those_of_the_kernel(mas
 
 
 @pytest.mark.parametrize(
-    ("q", "k", "taken"),
+    ("tokens", "keys", "expected"),
     [
-        ((2, 150, 3, 32), (2, 201, 3, 32), True),
-        ((2, 150, 3, 32), (2, 36, 3, 32), False),  # a text
-        ((1, 6000, 3, 32), (1, 6000, 3, 32), False),  # weights of 200 MB
+        (150, 201, "products"),
+        (2000, 36, "products"),
+        (150, 36, "float32"),  # no work
+        (6000, 6000, "kernel"),  # weights of 200 MB
+        (60_000, 200, "float32"),  # few keys, for which the kernel's backward is slow
     ],
 )
-def test_it_is_for_sequences_of_which_all_weights_fit(
-    q: tuple[int, ...], k: tuple[int, ...], taken: bool, monkeypatch: pytest.MonkeyPatch
+def test_the_way_goes_by_the_number_of_weights(
+    tokens: int, keys: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    q, k = (torch.empty(2, length, 3, 8, dtype=torch.bfloat16) for length in (tokens, keys))
     monkeypatch.setattr(bfloat16_attention, "multiplies_bfloat16", lambda device: True)
-    assert bfloat16_attention.takes(torch.empty(q, dtype=torch.bfloat16), torch.empty(k, dtype=torch.bfloat16)) is taken
-    assert not bfloat16_attention.takes(torch.empty(q), torch.empty(k))
+    assert bfloat16_attention.way(q, k) == expected
+    assert bfloat16_attention.way(q.half(), k.half()) == "float32"
+    monkeypatch.setattr(bfloat16_attention, "multiplies_bfloat16", lambda device: False)
+    assert bfloat16_attention.way(q, k) == "float32"
 
 
 def test_attention_goes_through_it_for_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +81,8 @@ def test_attention_goes_through_it_for_gradients_alone(monkeypatch: pytest.Monke
     with torch.no_grad():
         torch.testing.assert_close(attention(q, k, v), kernel(q, k, v, None), rtol=0, atol=0)
     torch.testing.assert_close(attention(q, k, v.requires_grad_()), ours, rtol=0, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):  # does not reach into the scores
+        torch.testing.assert_close(attention(q, k, v), ours, rtol=0, atol=0)
 
 
 def test_a_processor_multiplies_bfloat16_where_its_instructions_do() -> None:
