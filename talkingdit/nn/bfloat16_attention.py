@@ -7,6 +7,7 @@ multiplies it itself. Products of whole matrices, which fit for a few hundred to
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -22,13 +23,19 @@ _MANY_KEYS = 256  # from which on the kernel's backward is faster in bfloat16
 
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether products of bfloat16 are faster on this device than those of float32."""
-    return device.type == "cuda" or (device.type == "cpu" and build_info()["cpu_isa"] == "avx512_bf16")
+    return device.type == "cuda" or (device.type == "cpu" and _instructions() == "avx512_bf16")
+
+
+@cache
+def _instructions() -> str:
+    return str(build_info()["cpu_isa"])
 
 
 def way(q: Tensor, k: Tensor) -> Literal["products", "kernel", "float32"]:
     """How q [B, N, H, D] and k [B, M, H, D] of 16 bits, on a processor, attend where gradients are recorded: by
     `attend`, by PyTorch's kernel, or by it in float32."""
-    if q.dtype != torch.bfloat16 or not multiplies_bfloat16(q.device):
+    # A compiled graph has no place for a function with a backward of its own.
+    if q.dtype != torch.bfloat16 or torch.compiler.is_compiling() or not multiplies_bfloat16(q.device):
         return "float32"
     batch, tokens, heads, _ = q.shape
     if _FEWEST_SCORES <= batch * heads * tokens * k.shape[1] <= _MOST_SCORES:

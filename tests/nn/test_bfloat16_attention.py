@@ -89,3 +89,10 @@ def test_a_processor_multiplies_bfloat16_where_its_instructions_do() -> None:
     expected = build_info()["cpu_isa"] == "avx512_bf16"
     assert bfloat16_attention.multiplies_bfloat16(torch.device("cpu")) is expected
     assert bfloat16_attention.multiplies_bfloat16(torch.device("cuda"))
+
+
+def test_compiled_attention_stays_one_graph() -> None:
+    given = [x.requires_grad_() for x in tensors(1.0)]
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    got, want = compiled(*given), kernel(*(x.double() for x in given), None)
+    assert (got.double() - want).norm() < 0.01 * want.norm()
