@@ -298,14 +298,22 @@ class _Shown:
 def _shown(
     inputs: Inputs, outline: Outline, curves: PreviewCurves | None, started: float, store: SharedClipStore
 ) -> Iterator[_Shown]:
-    """See `_Shown`. An error leaves a live video that plays as far as it was made, and no other."""
-    shown = _Shown(inputs, outline, store)
+    """See `_Shown`. An error leaves a live video that plays as far as it was made, and no other.
+
+    Raises:
+        KeyboardInterrupt: with a sentence where such a video is all that is kept.
+    """
+    shown, job = _Shown(inputs, outline, store), inputs.job
     try:
         store.team.on_rank_0(lambda: shown.open(curves, started))
         yield shown
-    except BaseException:
+    except BaseException as error:
         if shown.sink is not None:
             shown.sink.abort()
+            alone = job.live and store.folder is None and shown.sink.seen > 0
+            if alone and isinstance(error, KeyboardInterrupt) and not str(error):
+                place = "the pipe" if job.pipe is not None else job.output
+                raise KeyboardInterrupt(f"interrupted; {place} has the video as far as it was made.") from None
         raise
 
 

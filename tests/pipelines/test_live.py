@@ -117,6 +117,29 @@ def put(descriptor: int, data: bytes) -> None:
         data = data[os.write(descriptor, data) :]
 
 
+def test_an_interrupt_tells_that_what_was_watched_is_there(
+    portrait: Path,
+    either: tuple[Path, Any, int],
+    voice: NDArray[np.int16],
+    spoken: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A voice in a pipe is heard once: no clips of it are kept, but the video is."""
+    checkpoint, pipeline, _ = either
+    denoised = pipeline.denoised
+
+    def interrupted(self: Any, conditions: Any, index: int, *given: Any, **more: Any) -> Any:
+        if index == 2:
+            raise KeyboardInterrupt
+        return denoised(self, conditions, index, *given, **more)
+
+    monkeypatch.setattr(pipeline, "denoised", interrupted)
+    spoken(lambda pipe: put(pipe, voice.tobytes()))
+    with pytest.raises(KeyboardInterrupt, match=r"interrupted; .*live\.mp4 has the video as far as it was made\."):
+        generate(portrait, "-", "live.mp4", checkpoint, audio_rate=RATE, live=True)
+    assert len(read_video(portrait.with_name("live.mp4"))[0]) > 0
+
+
 @pytest.mark.parametrize("threads", [1, 2])  # with two, a clip is written while the next one is denoised
 def test_a_live_video_is_the_video_and_grows_clip_by_clip(
     portrait: Path,
