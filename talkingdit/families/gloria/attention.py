@@ -41,6 +41,8 @@ class AnchorAttention:
         self._counts = [extra.tokens for extra in conditions.extra]
         self._sum: Tensor | None = None
         self._times = 0
+        self._timestep: float | None = None
+        self._first = False  # prediction of a step
         self._hooks: list[Any] = []
 
     def __enter__(self) -> AnchorAttention:
@@ -48,6 +50,7 @@ class AnchorAttention:
             block.self_attn.register_forward_pre_hook(self._watch)  # type: ignore[union-attr]
             for block in self._model.blocks
         ]
+        self._hooks.append(self._model.register_forward_pre_hook(self._begin))
         return self
 
     def __exit__(
@@ -61,12 +64,17 @@ class AnchorAttention:
         """[anchors, latent frames] in 0..1; None where they could not be seen."""
         return None if self._sum is None else self._sum / self._times
 
+    def _begin(self, model: Any, given: tuple[Tensor, ...]) -> None:
+        """Predictions of a step may come one after the other: all but the first find its timestep."""
+        timestep = float(given[1].max())
+        self._first, self._timestep = timestep != self._timestep, timestep
+
     @torch.no_grad()
     def _watch(self, attention: Any, given: tuple[Tensor, BlockInputs]) -> None:
         x, inputs = given
         shard = inputs.shard
         assert shard is not None
-        if shard.context is not None:
+        if shard.context is not None or not self._first:
             return
         q, k = (linear(x)[:1].unflatten(-1, (attention.num_heads, -1)) for linear in (attention.q, attention.k))
         weights = lend(attention.norm_q)[0], lend(attention.norm_k)[0]
