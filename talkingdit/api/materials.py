@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from talkingdit.api.road import scratch_folder
 from talkingdit.errors import UserError
+from talkingdit.scratch import ScratchFolder
 
 MOST_CHANNELS = 64  # of a sound; more are taken for samples in the wrong order
 
@@ -25,7 +25,7 @@ class Materials:
     @property
     def folder(self) -> Path:
         if self._held is None:
-            self._held = scratch_folder()
+            self._held = ScratchFolder()
         return Path(self._held.name)
 
     def close(self) -> None:

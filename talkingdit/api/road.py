@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +49,3 @@ def made(
     pipeline = family.pipeline.open_pipeline(checkpoint, parallel)
     curves = None if family.preview is None else family.preview.Curves()
     return make_video(inputs, outline, pipeline, curves=curves, talk=talk, variant=variant)
-
-
-def scratch_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder for large files that goes with its owner: on a disk, where that for temporary files may be in memory."""
-    large = Path("/var/tmp")
-    return tempfile.TemporaryDirectory(prefix="talkingdit-", dir=large if large.is_dir() else None)

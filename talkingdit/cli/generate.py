@@ -201,9 +201,9 @@ def _target(flags: Flags) -> tuple[Path, int | None]:
 
 def _scratch() -> Path:
     """A folder that goes with this process."""
-    from talkingdit.api.road import scratch_folder
+    from talkingdit.scratch import ScratchFolder
 
-    folder = scratch_folder()
+    folder = ScratchFolder()
     atexit.register(folder.cleanup)
     return Path(folder.name)
 

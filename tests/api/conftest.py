@@ -52,7 +52,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     folder = tmp_path / "scratch"
     folder.mkdir()
-    monkeypatch.setattr("talkingdit.api.materials.scratch_folder", lambda: tempfile.TemporaryDirectory(dir=folder))
+    monkeypatch.setattr("talkingdit.api.materials.ScratchFolder", lambda: tempfile.TemporaryDirectory(dir=folder))
     return folder
 
 
