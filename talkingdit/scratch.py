@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders for large files of a run, that go with it: at its end, or with the next run if it was killed.
 
-Each has a file that its process keeps locked (`flock`), which the operating system gives up however a process ends; a
-folder whose file nobody has locked is one of a run that is no more.
+Its process keeps it locked (`flock`), which the operating system gives up however a process ends; a folder that nobody
+has locked is one of a run that is no more.
 """
 
 from __future__ import annotations
@@ -34,12 +34,10 @@ class ScratchFolder:
         _sweep(place)
         self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=place)
         self.name = self._folder.name
-        # The file gets its name when it is locked, or another run would take the folder for one that was left.
-        new = Path(self.name, _HELD + ".new")
-        self._lock = new.open("w")  # open as long as this object lives
+        self._lock = _Directory(self.name)  # open as long as this object lives
         with contextlib.suppress(OSError):  # a file system without locks: then none is swept there
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            new.rename(Path(self.name, _HELD))
+            fcntl.flock(self._lock.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            Path(self.name, _HELD).touch()  # only what was locked is swept
 
     def cleanup(self) -> None:
         """Remove the folder and what is in it."""
@@ -47,16 +45,24 @@ class ScratchFolder:
         self._lock.close()
 
 
+class _Directory:
+    """A folder, opened."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        handle, self.handle = self.handle, -1
+        if handle >= 0:
+            os.close(handle)
+
+    __del__ = close
+
+
 def _sweep(place: Path) -> None:
     """Remove folders of this user's runs that were killed."""
     for held in place.glob(f"{_PREFIX}*/{_HELD}"):
-        with contextlib.suppress(OSError):
-            lock = os.open(held, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                if os.fstat(lock).st_uid != os.getuid():
-                    continue
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not held.parent.is_symlink():
-                    shutil.rmtree(held.parent, ignore_errors=True)
-            finally:
-                os.close(lock)
+        with contextlib.suppress(OSError), contextlib.closing(_Directory(held.parent)) as folder:
+            if os.fstat(folder.handle).st_uid == os.getuid():
+                fcntl.flock(folder.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(held.parent, ignore_errors=True)
