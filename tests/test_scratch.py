@@ -37,7 +37,7 @@ def test_the_next_run_removes_what_a_killed_one_left_and_nothing_else(tmp_path: 
         assert not Path(folder.name).exists()
 
 
-def test_a_folder_goes_with_its_object(tmp_path: Path) -> None:
+def test_a_folder_is_removed_once(tmp_path: Path) -> None:
     folder = ScratchFolder(tmp_path)
     name = Path(folder.name)
     assert name.parent == tmp_path

@@ -120,10 +120,7 @@ def _kind(config: OptimConfig) -> tuple[Any, dict[str, Any]]:
 
 
 class _AdamW(torch.optim.AdamW):
-    """AdamW that works on what this process holds, as all of it is elementwise.
-
-    PyTorch's own asks for every call how tensors are cut, which takes a second at the first step of a small model.
-    """
+    """AdamW that works on what this process holds, as all of it is elementwise: nobody asks how tensors are cut."""
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         complex_numbers = super()._init_group(group, *lists)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from talkingdit import families
 from talkingdit.cli.flags import Group, read
 from talkingdit.errors import UserError
-from talkingdit.families.flag import INTERVAL, SIDES, Flag
+from talkingdit.families.flag import INTERVAL, SIDES, Flag, check_guidance_interval
 from talkingdit.models import find_checkpoint
 from talkingdit.pipelines.schedules import ALL_STEPS, Interval, read_interval
 from talkingdit.plan.clip import check_sides, latents_of
@@ -90,11 +90,8 @@ class GenerationFlags:
 
     def __post_init__(self) -> None:
         _check(self, "steps", speeds=("seconds",))
-        try:
-            interval = read_interval(self.guidance_interval)
-        except ValueError as error:
-            raise ValueError(f"plan: guidance_interval {error}") from error
-        if self.plain and interval != ALL_STEPS:
+        check_guidance_interval(self.guidance_interval, "plan")
+        if self.plain and read_interval(self.guidance_interval) != ALL_STEPS:
             raise ValueError("plan: guidance_interval says nothing where --plain leaves guidance out")
         if self.seconds is not None and self.audio is not None:
             raise ValueError("plan: seconds must be left to the voice where --audio is given")

@@ -97,8 +97,8 @@ class GenerationOptions:
 INTERVAL = Flag("BEGIN-END")
 
 
-def check_guidance_interval(words: str) -> None:
-    """Of the families that have one.
+def check_guidance_interval(words: str, verb: str = "generate") -> None:
+    """Of the families that have one, and of their plans.
 
     Raises:
         ValueError: an interval that is none.
@@ -106,7 +106,7 @@ def check_guidance_interval(words: str) -> None:
     try:
         read_interval(words)
     except ValueError as error:
-        raise ValueError(f"generate: guidance_interval {error}") from error
+        raise ValueError(f"{verb}: guidance_interval {error}") from error
 
 
 def check_step_cache(threshold: float) -> None:

@@ -141,13 +141,13 @@ def predict(
         phases["speech"] = voice.hearing
     one = transformer.flops(clip, memory)
 
-    def step(branches: int) -> float:
+    def step(branches: int, tflops: float) -> float:
         """Seconds of a step with so many predictions."""
         timed = branches * one
         if memory.precision != "native":
             attention = branches * cost.attention_flops(config, clip)
             timed = attention + (timed - attention) / EIGHT_BIT_SPEED
-        seconds = timed / ((tflops or math.inf) * 1e12 * EFFICIENCY)
+        seconds = timed / (tflops * 1e12 * EFFICIENCY)
         if memory.offload != "none":
             forwards = 1 if clip.batched else branches
             moved = _resident(transformer, weights, replace(memory, offload="none"))["transformer"]
@@ -157,7 +157,7 @@ def predict(
     seconds = None
     if tflops is not None:
         guided = clip.steps if clip.guided is None else clip.guided
-        seconds = guided * step(clip.branches) + (clip.steps - guided) * step(1)
+        seconds = guided * step(clip.branches, tflops) + (clip.steps - guided) * step(1, tflops)
     return GenerationPlan(
         _resident(transformer, weights, memory),
         conditions,

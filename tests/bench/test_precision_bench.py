@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from bench import attention_cpu
 from bench.precision import Variant, Videos, run
 
@@ -18,3 +20,10 @@ def test_rows_tell_what_eight_bits_cost() -> None:
 def test_attention_on_a_processor_is_measured_and_right() -> None:
     (row,) = attention_cpu.run([33], 2, 16, turns=1)["rows"]
     assert all(row[name] > 0 for name in attention_cpu.CONTESTANTS)
+
+
+def test_attention_on_a_processor_is_measured_with_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_cpu, "TRAINED_SHAPES", ((2, 33, 17, 2, 16),))
+    (row,) = attention_cpu.run_trained(turns=1)
+    assert (row["tokens"], row["keys"]) == (33, 17)
+    assert all(row[name] > 0 for name in attention_cpu.TRAINED)
