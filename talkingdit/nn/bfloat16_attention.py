@@ -18,7 +18,6 @@ from talkingdit._native_loader import build_info
 
 _FEWEST_SCORES = 1 << 16  # fewer are no work
 _MOST_SCORES = 1 << 23  # 32 MiB in float32; half of it waits for the backward
-_MANY_KEYS = 256  # from which on the kernel's backward is faster in bfloat16
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -38,9 +37,10 @@ def way(q: Tensor, k: Tensor) -> Literal["products", "kernel", "float32"]:
     if q.dtype != torch.bfloat16 or torch.compiler.is_compiling() or not multiplies_bfloat16(q.device):
         return "float32"
     batch, tokens, heads, _ = q.shape
-    if _FEWEST_SCORES <= batch * heads * tokens * k.shape[1] <= _MOST_SCORES:
-        return "products"
-    return "kernel" if k.shape[1] >= _MANY_KEYS else "float32"
+    scores = batch * heads * tokens * k.shape[1]
+    if scores < _FEWEST_SCORES:
+        return "float32"
+    return "products" if scores <= _MOST_SCORES else "kernel"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
