@@ -21,62 +21,64 @@ AudioWorkspace workspace(const AudioAttentionArgs& args, bool backward) {
                         args.slots, backward);
 }
 
-// Keys are packed as type K.
-template <class T, class K, bool Stream>
+// `InSteps`: rows are multiplied as they are stored, in the steps of DotStep<T>.
+template <class T, bool InSteps, bool Stream>
 void forward_heads(const AudioAttentionArgs& args, AudioScratch<T>& scratch, int64_t b, int64_t first, int64_t end,
                    int64_t first_head, int64_t end_head) {
   using C = compute_t<T>;
   constexpr int lanes = kLanes<C>;
   const PackedAudio<T>& packed = scratch.packed;
-  const int keys = int(packed.count), dim = int((args.dim + lanes - 1) / lanes) * lanes;
-  // Few keys read a row once or twice; more are worth converting it once for all of them.
-  const bool direct = dim == args.dim && (std::is_same_v<T, K> || keys <= 2 * kKeyBlock);
-  RowBlock<T> block;
+  const int keys = int(packed.count);
   T* out[lanes];
-  for (int64_t n = first; n < end; n += lanes) {
-    const int count = end - n < lanes ? int(end - n) : lanes;
+  constexpr int64_t kTokens = 2 * lanes;  // that meet the keys of a head before the next head's take their place
+  for (int64_t from = first; from < end; from += kTokens) {
     // While the heads are worked on, the rows of the next block are fetched in the order they lie in memory.
-    const T* upcoming = static_cast<const T*>(args.q) + b * args.q_strides[0] + (n + lanes) * args.q_strides[1];
+    const T* upcoming = static_cast<const T*>(args.q) + b * args.q_strides[0] + (from + kTokens) * args.q_strides[1];
     int64_t row_ahead = 0, head_ahead = first_head;
     for (int64_t h = first_head; h < end_head; ++h) {
       const int64_t at = (h - first_head) * packed.count * packed.stride;
-      const T* q =
-          static_cast<const T*>(args.q) + b * args.q_strides[0] + n * args.q_strides[1] + h * args.q_strides[2];
-      if (direct) {
-        const T *rows[lanes], *next[lanes];
-        for (int t = 0; t < lanes; ++t) {
-          rows[t] = q + (t < count ? t : count - 1) * args.q_strides[1];
-          next[t] = upcoming + row_ahead * args.q_strides[1] + head_ahead * args.q_strides[2];
-          if (++head_ahead == end_head) {
-            head_ahead = first_head;
-            ++row_ahead;
+      for (int64_t n = from; n < from + kTokens && n < end; n += lanes) {
+        const int count = end - n < lanes ? int(end - n) : lanes;
+        const T* q =
+            static_cast<const T*>(args.q) + b * args.q_strides[0] + n * args.q_strides[1] + h * args.q_strides[2];
+        if constexpr (InSteps) {
+          const T *rows[lanes], *next[lanes];
+          for (int t = 0; t < lanes; ++t) {
+            rows[t] = q + (t < count ? t : count - 1) * args.q_strides[1];
+            next[t] = upcoming + row_ahead * args.q_strides[1] + head_ahead * args.q_strides[2];
+            if (++head_ahead == end_head) {
+              head_ahead = first_head;
+              ++row_ahead;
+            }
           }
+          dot_rows(rows, packed.keys + at, packed.stride, keys, int(args.dim), C(args.scale), next, scratch.scores);
+        } else {
+          RowBlock<T> block;
+          block.set(q, args.q_strides[1], count, args.dim, packed.stride, scratch.staging);
+          const int padded = int((args.dim + lanes - 1) / lanes) * lanes;
+          dot_rows<C>(block.rows, packed.keys + at, packed.stride, keys, padded, C(args.scale), nullptr,
+                      scratch.scores);
         }
-        dot_rows(rows, packed.template keys_as<K>() + at, packed.stride, keys, dim, C(args.scale), next,
-                 scratch.scores);
-      } else {
-        block.set(q, args.q_strides[1], count, args.dim, packed.stride, scratch.staging);
-        dot_rows<C>(block.rows, packed.keys + at, packed.stride, keys, dim, C(args.scale), nullptr, scratch.scores);
-      }
-      int64_t begin = 0;
-      for (int64_t p = 0; p < args.speakers; ++p) {
-        softmax_keys(scratch.scores, begin, packed.speaker_end[p]);
-        if (args.weights != nullptr) {
-          const Vec<C> weight = speaker_weights<C>(args, b, p, n, count);
-          for (int64_t a = begin; a < packed.speaker_end[p]; ++a)
-            store(scratch.scores + a * lanes, load(scratch.scores + a * lanes) * weight);
+        int64_t begin = 0;
+        for (int64_t p = 0; p < args.speakers; ++p) {
+          softmax_keys(scratch.scores, begin, packed.speaker_end[p]);
+          if (args.weights != nullptr) {
+            const Vec<C> weight = speaker_weights<C>(args, b, p, n, count);
+            for (int64_t a = begin; a < packed.speaker_end[p]; ++a)
+              store(scratch.scores + a * lanes, load(scratch.scores + a * lanes) * weight);
+          }
+          begin = packed.speaker_end[p];
         }
-        begin = packed.speaker_end[p];
+        for (int t = 0; t < count; ++t)
+          out[t] = static_cast<T*>(args.out) + b * args.out_strides[0] + (n + t) * args.out_strides[1] +
+                   h * args.out_strides[2];
+        mix_rows<Stream>(scratch.scores, keys, packed.values + at, packed.stride, args.dim, out, count);
       }
-      for (int t = 0; t < count; ++t)
-        out[t] = static_cast<T*>(args.out) + b * args.out_strides[0] + (n + t) * args.out_strides[1] +
-                 h * args.out_strides[2];
-      mix_rows<Stream>(scratch.scores, keys, packed.values + at, packed.stride, args.dim, out, count);
     }
   }
 }
 
-template <class T, class K, bool Stream>
+template <class T, bool InSteps, bool Stream>
 void forward(const AudioAttentionArgs& args) {
   const int64_t total = args.batch * args.tokens, slots = used_slots(args, total * args.heads);
   const AudioWorkspace sizes = workspace(args, false);
@@ -91,8 +93,8 @@ void forward(const AudioAttentionArgs& args) {
         if (stop - n > end - at) stop = n + end - at;
         for (int64_t h = 0; h < args.heads; h += sizes.head_group) {
           const int64_t end_head = h + sizes.head_group < args.heads ? h + sizes.head_group : args.heads;
-          scratch.packed.template fill<K>(args, b, frame, h, end_head);
-          forward_heads<T, K, Stream>(args, scratch, b, n, stop, h, end_head);
+          scratch.packed.template fill<InSteps>(args, b, frame, h, end_head);
+          forward_heads<T, InSteps, Stream>(args, scratch, b, n, stop, h, end_head);
         }
         at += stop - n;
       }
@@ -251,10 +253,8 @@ bool can_stream(const AudioAttentionArgs& args) {
 
 template <class T, bool Stream>
 void forward_as(const AudioAttentionArgs& args) {
-  if constexpr (kStoredDots<T>) {
-    if (args.dim % DotStep<T, T>::width == 0) return forward<T, T, Stream>(args);
-  }
-  forward<T, compute_t<T>, Stream>(args);
+  if (args.dim % DotStep<T>::width == 0) return forward<T, true, Stream>(args);
+  forward<T, false, Stream>(args);
 }
 
 }  // namespace

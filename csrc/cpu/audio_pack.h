@@ -46,11 +46,6 @@ struct PackedAudio {
   int64_t count;   // keys per head
   int64_t speaker_end[kMaxSpeakers];
 
-  template <class K>
-  TD_INLINE K* keys_as() const {
-    return reinterpret_cast<K*>(keys);
-  }
-
   TD_INLINE void count_keys(const AudioAttentionArgs& args, int64_t b, int64_t frame) {
     const FrameRange range = audio_frames(args, frame);
     count = 0;
@@ -60,8 +55,8 @@ struct PackedAudio {
     }
   }
 
-  // Keys are of type K: in compute precision, or as they are stored.
-  template <class K = C>
+  // `InSteps`: keys lie in the order in which DotStep<T> reads rows.
+  template <bool InSteps = false>
   TD_INLINE void fill(const AudioAttentionArgs& args, int64_t b, int64_t frame, int64_t first_head, int64_t end_head) {
     count_keys(args, b, frame);
     const FrameRange range = audio_frames(args, frame);
@@ -73,8 +68,8 @@ struct PackedAudio {
           const T* v = static_cast<const T*>(args.v) + offset(args.v_strides, b, p, f, h);
           const int64_t len = audio_len(args, b, p, f);
           for (int64_t a = 0; a < len; ++a, at += stride) {
-            copy(k + a * args.k_strides[3], keys_as<K>() + at, args.dim);
-            copy(v + a * args.v_strides[3], values + at, args.dim);
+            copy<InSteps>(k + a * args.k_strides[3], keys + at, args.dim);
+            copy<false>(v + a * args.v_strides[3], values + at, args.dim);
           }
         }
       }
@@ -85,10 +80,16 @@ struct PackedAudio {
   static TD_INLINE int64_t offset(const int64_t* strides, int64_t b, int64_t p, int64_t f, int64_t h) {
     return b * strides[0] + p * strides[1] + f * strides[2] + h * strides[4];
   }
-  template <class K>
-  TD_INLINE void copy(const T* source, K* target, int64_t dim) const {
+  template <bool InSteps>
+  TD_INLINE void copy(const T* source, C* target, int64_t dim) const {
     constexpr int lanes = kLanes<C>;
     int64_t d = 0;
+    if constexpr (InSteps) {
+      using Step = DotStep<T>;
+      for (; d < dim; d += Step::width)
+        for (int part = 0; part < Step::parts; ++part) store(target + d + part * lanes, Step::read(source + d, part));
+      return;
+    }
     for (; d + lanes <= dim; d += lanes) store(target + d, load(source + d));
     if (d < dim) {
       store(target + d, load_part(source + d, int(dim - d)));

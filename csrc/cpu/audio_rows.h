@@ -13,41 +13,30 @@ constexpr int kKeyBlock = 6, kRowBlock = 4;
 constexpr int kKeyBlock = 2, kRowBlock = 2;
 #endif
 
-// What a dot product takes in one step: kLanes elements of rows and keys in compute precision, or twice as many
-// bfloat16 elements where the CPU multiplies these itself (exact products, sums in float32).
-template <class T, class K>
+// What a dot product takes in one step of `width` elements: `parts` registers of a row against as many of a key. A
+// register has two bfloat16 per lane: the even ones are a shift away and the odd ones a mask, and keys are stored in
+// that order. (AVX-512's product of such pairs takes as long as four of float32 on the processors measured.)
+template <class T>
 struct DotStep {
-  using Sum = Vec<compute_t<K>>;
-  static constexpr int width = kLanes<K>;
-  template <class E>
-  static TD_INLINE Sum read(const E* source) {
-    return load(source);
-  }
-  static TD_INLINE Sum add(Sum sum, Sum x, Sum key) { return sum + x * key; }
+  using C = compute_t<T>;
+  static constexpr int parts = 1, width = kLanes<C>;
+  static TD_INLINE Vec<C> read(const T* source, int) { return load(source); }
 };
-#if defined(__AVX512BF16__)
 template <>
-struct DotStep<bf16, bf16> {
-  static constexpr int width = 2 * kLanes<float>;
-  static TD_INLINE __m512bh read(const bf16* source) { return (__m512bh)_mm512_loadu_si512(source); }
-  static TD_INLINE FloatVec add(FloatVec sum, __m512bh x, __m512bh key) {
-    return (FloatVec)_mm512_dpbf16_ps((__m512)sum, x, key);
+struct DotStep<bf16> {
+  static constexpr int parts = 2, width = 2 * kLanes<float>;
+  static TD_INLINE FloatVec read(const bf16* source, int part) {
+    WordVec pair;
+    std::memcpy(&pair, source, sizeof pair);
+    return (FloatVec)(part == 0 ? pair << 16 : pair & 0xffff0000u);
   }
 };
-// Whether rows of type T are multiplied with keys as they are stored.
-template <class T>
-constexpr bool kStoredDots = std::is_same_v<T, bf16>;
-#else
-template <class T>
-constexpr bool kStoredDots = false;
-#endif
 
 // scores[c][t] = scale * rows[t] . keys[c] for KC keys. `next`: rows to fetch meanwhile, or null.
-template <int KC, class T, class K, class C>
-TD_INLINE void dot_keys(const T* const* rows, const K* keys, int64_t key_stride, int dim, C scale, const T* const* next,
+template <int KC, class T, class C>
+TD_INLINE void dot_keys(const T* const* rows, const C* keys, int64_t key_stride, int dim, C scale, const T* const* next,
                         C* scores) {
-  using Step = DotStep<T, K>;
-  using Register = decltype(Step::read(rows[0]));
+  using Step = DotStep<T>;
   constexpr int lanes = kLanes<C>, group = lanes < 4 ? lanes : 4, groups = lanes / group;
   Vec<C> parts[KC][groups];
 #pragma GCC unroll 4
@@ -58,14 +47,17 @@ TD_INLINE void dot_keys(const T* const* rows, const K* keys, int64_t key_stride,
 #pragma GCC unroll 4
         for (int t = 0; t < group; ++t) __builtin_prefetch(next[g * group + t] + d, 0, 2);
       }
-      Register x[group];
+#pragma GCC unroll 2
+      for (int part = 0; part < Step::parts; ++part) {
+        Vec<C> x[group];
 #pragma GCC unroll 4
-      for (int t = 0; t < group; ++t) x[t] = Step::read(rows[g * group + t] + d);
+        for (int t = 0; t < group; ++t) x[t] = Step::read(rows[g * group + t] + d, part);
 #pragma GCC unroll 8
-      for (int c = 0; c < KC; ++c) {
-        const Register key = Step::read(keys + c * key_stride + d);
+        for (int c = 0; c < KC; ++c) {
+          const Vec<C> key = load(keys + c * key_stride + d + part * lanes);
 #pragma GCC unroll 4
-        for (int t = 0; t < group; ++t) acc[c][t] = Step::add(acc[c][t], x[t], key);
+          for (int t = 0; t < group; ++t) acc[c][t] += x[t] * key;
+        }
       }
     }
 #pragma GCC unroll 8
@@ -76,11 +68,11 @@ TD_INLINE void dot_keys(const T* const* rows, const K* keys, int64_t key_stride,
 }
 
 // scores[a][t] = scale * rows[t] . keys[a] for all `count` keys. Rows and keys hold `dim` elements in full registers.
-template <class T, class K, class C>
-void dot_rows(const T* const* rows, const K* keys, int64_t key_stride, int count, int dim, C scale,
+template <class T, class C>
+void dot_rows(const T* const* rows, const C* keys, int64_t key_stride, int count, int dim, C scale,
               const T* const* next, C* scores) {
   for (int a = 0; a < count; a += kKeyBlock, next = nullptr) {
-    const K* key = keys + a * key_stride;
+    const C* key = keys + a * key_stride;
     C* target = scores + a * kLanes<C>;
     switch (count - a) {
       case 1:
