@@ -216,13 +216,11 @@ def run_once(which: str, device: torch.device) -> None:
         return
     for name in cases.names():
         benchmark = cases.load(name)
-        for case in () if benchmark.block else benchmark.cases(_first_shape(benchmark, device), torch.bfloat16, device):
-            make = harness.backward_call if case.direction == "backward" else harness.forward_call
-            make(case.ours, case.inputs())()
-
-
-def _first_shape(benchmark: cases.Benchmark, device: torch.device) -> Any:
-    return benchmark.shapes["cuda" if device.type == "cuda" else "quick"][0]
+        shapes = benchmark.shapes["cuda" if device.type == "cuda" else "quick"]
+        for shape in () if benchmark.block else shapes[:1]:
+            for case in benchmark.cases(shape, torch.bfloat16, device):
+                make = harness.backward_call if case.direction == "backward" else harness.forward_call
+                make(case.ours, case.inputs())()
 
 
 def _cuda_tool(name: str) -> str | None:

@@ -111,13 +111,6 @@ __global__ void __launch_bounds__(kScalarThreads) rescale_kernel(const __grid_co
   }
 }
 
-template <class F>
-void dispatch_narrow(DType dtype, const F& fn) {
-  if (dtype == DType::float32) return fn(type_tag<float>{});
-  if (dtype == DType::bfloat16) return fn(type_tag<bf16>{});
-  fn(type_tag<fp16>{});
-}
-
 template <class T, Activation A>
 void launch_rows(const QuantiseRowsArgs& args, cudaStream_t stream) {
   const unsigned blocks = unsigned(args.rows < kMaxBlocks ? args.rows : kMaxBlocks);

@@ -147,4 +147,22 @@ bool dispatch_float(DType dtype, F&& fn) {
   }
 }
 
+// The same of the types that compute in float.
+template <class F>
+bool dispatch_narrow(DType dtype, F&& fn) {
+  switch (dtype) {
+    case DType::float32:
+      fn(type_tag<float>{});
+      return true;
+    case DType::bfloat16:
+      fn(type_tag<bf16>{});
+      return true;
+    case DType::float16:
+      fn(type_tag<fp16>{});
+      return true;
+    default:
+      return false;
+  }
+}
+
 }  // namespace td

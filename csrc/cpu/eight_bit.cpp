@@ -10,20 +10,12 @@ namespace {
 
 constexpr int64_t kParallelElements = 16 << 10;  // work worth a thread of its own
 
-// gelu(x) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + 0.044715 x^3). The exponential is taken of -|2 u|, which
-// cannot overflow: for u < 0 both sides of the fraction are multiplied with exp(2 u).
-TD_INLINE FloatVec gelu(FloatVec x) {
-  const FloatVec u = (x + x * x * x * 0.044715f) * 1.5957691216057308f;  // 2 sqrt(2 / pi)
-  const FloatVec e = exp_negative(u > 0.0f ? -u : u);
-  const FloatVec result = (u < 0.0f ? x * e : x) / (e + 1.0f);
-  return x != x ? x : result;
-}
-
-template <class T>
+// Active: the type of what the activation gives.
+template <class T, class Active>
 void quantise(const QuantiseRowsArgs& args) {
   const int dim = int(args.dim);
   parallel_for(args.rows, 1 + kParallelElements / (dim + 1), [&](int64_t begin, int64_t end) {
-    alignas(64) float active[kMaxEightBitDim];
+    alignas(64) Active active[kMaxEightBitDim];
     for (int64_t n = begin; n < end; ++n) {
       const T* row = static_cast<const T*>(args.x) + n * args.x_stride;
       if (!args.gelu) {
@@ -55,18 +47,13 @@ void rescale_rows(const RescaleArgs& args) {
   });
 }
 
-// fn(type_tag<T>{}) for the storage types that compute in float.
-template <class F>
-void dispatch_narrow(DType dtype, const F& fn) {
-  if (dtype == DType::float32) return fn(type_tag<float>{});
-  if (dtype == DType::bfloat16) return fn(type_tag<bf16>{});
-  fn(type_tag<fp16>{});
-}
-
 }  // namespace
 
 void quantise_rows(const QuantiseRowsArgs& args) {
-  dispatch_narrow(args.dtype, [&](auto tag) { quantise<typename decltype(tag)::type>(args); });
+  dispatch_narrow(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    args.codes.exact ? quantise<T, T>(args) : quantise<T, float>(args);
+  });
 }
 
 void rescale(const RescaleArgs& args) {

@@ -36,6 +36,27 @@ TD_INLINE DoubleVec exp_negative(DoubleVec x) {
   return x;
 }
 
+// gelu(x) = x / (1 + exp(-v)), v = 2 sqrt(2 / pi) (x + 0.044715 x^3). The exponential is taken of -|v|, which cannot
+// overflow: for v < 0 both sides of the fraction are multiplied with exp(v).
+constexpr float kGeluFactor = 1.5957691216057308f, kGeluCubic = 0.044715f;
+TD_INLINE FloatVec gelu(FloatVec x) {
+  const FloatVec v = (x + x * x * x * kGeluCubic) * kGeluFactor;
+  const FloatVec e = exp_negative(v > 0.0f ? -v : v);
+  const FloatVec result = (v < 0.0f ? x * e : x) / (e + 1.0f);
+  return x != x ? x : result;
+}
+// Its derivative s + x s (1 - s) v', where s = 1 / (1 + exp(-v)). Beyond 20 it is 0 or 1, and there x^2 may overflow.
+TD_INLINE FloatVec gelu_slope(FloatVec x) {
+  const FloatVec near = x > 20.0f ? splat(20.0f) : x < -20.0f ? splat(-20.0f) : x;
+  const FloatVec square = near * near;
+  const FloatVec v = (near + near * square * kGeluCubic) * kGeluFactor;
+  const FloatVec e = exp_negative(v > 0.0f ? -v : v);
+  const FloatVec inverse = 1.0f / (e + 1.0f);
+  const FloatVec steep = near * (square * (3.0f * kGeluCubic) + 1.0f) * kGeluFactor;  // x v'
+  const FloatVec result = ((v < 0.0f ? e : splat(1.0f)) + steep * e * inverse) * inverse;
+  return x != x ? x : result;
+}
+
 namespace detail {
 template <int W, class V, int... I>
 TD_INLINE V fold(V a, V b, std::integer_sequence<int, I...>) {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from talkingdit import ops
+from talkingdit.nn.layers import GeluTanh
 from talkingdit.nn.units import FFN_TOKENS
 from talkingdit.ops import EightBitRows
 
@@ -70,10 +71,10 @@ def _plain_layers(
     if len(children) != 3 or not _unwrapped(network, kind):
         return None
     first, activation, second = children
-    if not (_unwrapped(first, nn.Linear) and _unwrapped(activation, nn.GELU) and _unwrapped(second, nn.Linear)):
+    if not (_unwrapped(first, nn.Linear) and _unwrapped(activation, GeluTanh) and _unwrapped(second, nn.Linear)):
         return None
     weights: list[Any] = [first.weight, first.bias, second.weight, second.bias]
-    if activation.approximate != "tanh" or any(not _like(weight, y) for weight in weights):
+    if any(not _like(weight, y) for weight in weights):
         return None
     if first.in_features != y.shape[-1] or second.out_features != y.shape[-1]:
         return None

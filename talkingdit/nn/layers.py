@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from talkingdit.ops.gelu_tanh import gelu_tanh
 from talkingdit.ops.qk_norm_rope3d import rms_norm
 
 
@@ -36,6 +37,17 @@ def lend(layer: nn.Module) -> tuple[Any, Any]:
     if hasattr(layer, "_diffusers_hook"):
         return layer(None)
     return layer.weight, getattr(layer, "bias", None)
+
+
+class GeluTanh(nn.GELU):
+    """`nn.GELU(approximate="tanh")` by `talkingdit.ops.gelu_tanh`."""
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape -> that shape."""
+        return gelu_tanh(input)
 
 
 class Lends(nn.Module):

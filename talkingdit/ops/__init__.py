@@ -13,6 +13,7 @@ from talkingdit.ops.audio_rope import *
 from talkingdit.ops.eight_bit import *
 from talkingdit.ops.frame_linear import *
 from talkingdit.ops.framepack import *
+from talkingdit.ops.gelu_tanh import *
 from talkingdit.ops.linear_gelu import *
 from talkingdit.ops.modulate import *
 from talkingdit.ops.qk_norm_rope3d import *

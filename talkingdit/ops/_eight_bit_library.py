@@ -19,7 +19,6 @@ from talkingdit.ops._memory import empty
 
 KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 SUMS = 1 << 27  # bytes of int32 sums of a product that there are at once
-_CHUNK = 1 << 16  # elements that go through an exact activation on the CPU at once, to stay in its caches
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -37,15 +36,7 @@ def _fake_rows(shape: Any, kind: str, like: Tensor) -> tuple[Tensor, Tensor]:
 
 def _quantise(x: Tensor, kind: str, gelu: bool, exact: bool) -> tuple[Tensor, Tensor]:
     codes, scale = codes_for(x.shape, x)
-    if gelu and exact and x.device.type == "cpu":
-        # Bits of PyTorch's activation are made by PyTorch, few rows at a time.
-        step = max(1, _CHUNK // max(1, x.shape[1]))
-        for begin in range(0, len(x), step):
-            part = slice(begin, begin + step)
-            active = F.gelu(x[part], approximate="tanh")
-            native.quantise_rows(rows(active), codes[None, part], scale[None, part], kind, False, True)
-    else:
-        native.quantise_rows(rows(x), codes[None], scale[None], kind, gelu, exact)
+    native.quantise_rows(rows(x), codes[None], scale[None], kind, gelu, exact)
     return codes.view(KINDS[kind]), scale
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from talkingdit.ops import modulate
 from talkingdit.ops._checks import check_dims, check_same, check_shape
 from talkingdit.ops._eight_bit_library import KINDS, both_op, both_out_op, linear_op, norm_op, quantise_rows_op
+from talkingdit.ops.gelu_tanh import gelu_tanh
 
 __all__ = [
     "EightBitRows",
@@ -85,7 +86,7 @@ def quantise_rows(x: Tensor, kind: str, activation: str | None = None, contract:
     Args:
         x: [..., K] float32, bfloat16 or float16, K at most 65,536.
         kind: "int8" or "fp8".
-        activation: None, or "gelu_tanh": ``F.gelu(x, approximate="tanh")``.
+        activation: None, or "gelu_tanh", the op of that name.
         contract: of the activation, see above.
 
     Raises:
@@ -216,7 +217,7 @@ def quantise_rows_reference(
     """:func:`quantise_rows` in plain PyTorch."""
     dtype = x.dtype
     if activation is not None:
-        x = F.gelu(x if contract == "exact" else x.float(), approximate="tanh")
+        x = gelu_tanh(x if contract == "exact" else x.float())
     wide, most = x.float(), MOST[kind]
     largest = wide.abs().amax(-1).clamp(min=_LEAST)
     factor = torch.full_like(largest, most) / largest  # `most / largest` would be rounded twice

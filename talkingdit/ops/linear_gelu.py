@@ -10,6 +10,7 @@ from torch import Tensor
 from talkingdit.ops import _matrix_kernels as matrix_kernels
 from talkingdit.ops._checks import check_dims, check_float, check_same, check_shape, check_tensor
 from talkingdit.ops._library import register
+from talkingdit.ops.gelu_tanh import overwrite_with_gelu_tanh
 
 __all__ = ["linear_gelu"]
 
@@ -18,8 +19,7 @@ KERNELS = ("auto", "general", "epilogue")
 
 def _two_passes(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The product, and GELU over it in place."""
-    result: Tensor = torch.ops.aten.gelu_.default(F.linear(x, weight, bias), approximate="tanh")
-    return result
+    return overwrite_with_gelu_tanh(F.linear(x, weight, bias))
 
 
 def _one_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, kernel: str = "auto"
         x: [M, K].
         weight: [N, K], dtype of x.
         bias: [N], dtype of x.
-        kernel: "general" is the product and GELU over its result, in place: what two layers give, bit for bit.
+        kernel: "general" is the product and :func:`gelu_tanh` over its result, in place, bit for bit.
             "epilogue" is one product in bfloat16 and float16 on a GPU, cuBLASLt's, whose sums GELU is taken of before
             they are rounded; other dtypes and devices go the general way. "auto" takes the epilogue where
             a measurement says so, and the general way everywhere else.

@@ -15,7 +15,7 @@ from talkingdit.families.hunyuan_avatar.sequence import SequenceShard
 from talkingdit.families.hunyuan_avatar.text_refiner import Mlp
 from talkingdit.nn.attention import attention
 from talkingdit.nn.feed_forward import feed_forward, overwrites
-from talkingdit.nn.layers import Float32Linear, RMSNorm, lend
+from talkingdit.nn.layers import Float32Linear, GeluTanh, RMSNorm, lend
 
 EPS = 1e-6  # of all norms of the blocks
 
@@ -89,7 +89,7 @@ class DoubleBlock(nn.Module):
             self.add_module(f"{name}_attn_q_norm", RMSNorm(dim // num_heads, EPS))
             self.add_module(f"{name}_attn_k_norm", RMSNorm(dim // num_heads, EPS))
             self.add_module(f"{name}_attn_proj", nn.Linear(dim, dim))
-            self.add_module(f"{name}_mlp", Mlp(dim, mlp_dim, nn.GELU(approximate="tanh")))
+            self.add_module(f"{name}_mlp", Mlp(dim, mlp_dim, GeluTanh()))
 
     def forward(self, image: Tensor, text: Tensor, vec: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor]:
         """One block on both residual streams.
@@ -165,9 +165,9 @@ class SingleBlock(nn.Module):
         if inplace:  # the values lie in front of the feed-forward's part: attention goes there, and nothing is copied
             both = wide[..., 2 * self.dim :]
             both[..., : self.dim] = y
-            torch.ops.aten.gelu_.default(both[..., self.dim :], approximate="tanh")
+            ops.overwrite_with_gelu_tanh(both[..., self.dim :])
         else:
-            both = torch.cat([y, F.gelu(wide[..., 3 * self.dim :], approximate="tanh")], dim=-1)
+            both = torch.cat([y, ops.gelu_tanh(wide[..., 3 * self.dim :])], dim=-1)
         del y
         return ops.gate_residual(x, self.linear2(both), gate, *place, out=x if inplace else None)
 

@@ -32,7 +32,7 @@ from talkingdit.families.wan_s2v.diffusers_model import WanDiffusersModel
 from talkingdit.families.wan_s2v.timesteps import StepTime, clip_time
 from talkingdit.nn.context_parallel import ContextParallel
 from talkingdit.nn.hooks import like_forward
-from talkingdit.nn.layers import Float32Linear, PatchConv3d, wide
+from talkingdit.nn.layers import Float32Linear, GeluTanh, PatchConv3d, wide
 
 if TYPE_CHECKING:
     from talkingdit.pipelines.step_cache import BlockCache
@@ -93,7 +93,7 @@ class WanI2VModel(WanDiffusersModel):
         super().__init__()
         check_config(type(self).__name__, self.config)
         self.patch_embedding = PatchConv3d(in_dim, dim, (1, 2, 2))
-        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), GeluTanh(), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(Float32Linear(freq_dim, dim), nn.SiLU(), Float32Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Float32Linear(dim, 6 * dim))
         self.img_emb = ImageEmbedding(image_dim, dim) if image_dim else None

@@ -16,7 +16,7 @@ from talkingdit.nn.attention import attention
 from talkingdit.nn.audio_cross_attention import CrossAttention
 from talkingdit.nn.eight_bit import NormOptions, gate_residual_norm_modulate, norm_modulate
 from talkingdit.nn.feed_forward import feed_forward, overwrites
-from talkingdit.nn.layers import Float32Linear, LayerNorm, RMSNorm, lend
+from talkingdit.nn.layers import Float32Linear, GeluTanh, LayerNorm, RMSNorm, lend
 from talkingdit.ops import EightBitRows, RopeLayout
 
 Groups = int | list[int]  # tokens per group, or where groups end
@@ -122,7 +122,7 @@ class WanBlock(nn.Module):
         self.self_attn = SelfAttention(dim, num_heads, eps)
         self.norm3 = LayerNorm(dim, eps)
         self.cross_attn = TextCrossAttention(dim, num_heads, eps) if cross_attn is None else cross_attn
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), GeluTanh(), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim).mul_(dim**-0.5))
 
     def forward(

@@ -23,7 +23,7 @@ from talkingdit.nn.configured import BareModel, configured
 from talkingdit.nn.context_parallel import ContextParallel
 from talkingdit.nn.framepack import FramePacker
 from talkingdit.nn.hooks import like_forward
-from talkingdit.nn.layers import Float32Linear, PatchConv3d, wide
+from talkingdit.nn.layers import Float32Linear, GeluTanh, PatchConv3d, wide
 from talkingdit.nn.ranges import scatter_ranges, take_ranges
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class WanS2VNetwork(WanTrunk):
         super().__init__()
         check_config(self.config)
         self.patch_embedding = PatchConv3d(in_dim, dim, (1, 2, 2))
-        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), GeluTanh(), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(Float32Linear(freq_dim, dim), nn.SiLU(), Float32Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Float32Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList([WanBlock(dim, ffn_dim, num_heads, eps) for _ in range(num_layers)])
