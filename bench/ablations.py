@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,6 +197,12 @@ def steps_taken(log: Path) -> int:
     return max(int(json.loads(line)["step"]) for line in log.read_text().splitlines())
 
 
+def seconds_taken(log: Path) -> float:
+    """Seconds of all steps of a finished run, by its log; those that were taken again count once."""
+    logged = {int(entry["step"]): float(entry["speed/seconds_per_step"]) for entry in map(json.loads, log.open())}
+    return sum((step - before) * logged[step] for before, step in pairwise([0, *sorted(logged)]))
+
+
 def change(section: Any, key: str, value: Any) -> None:
     """Set a value within a configuration: `change(config, "conditions.anchors.of", "clip")`; parts may be tables.
 
@@ -307,7 +314,11 @@ def run(names: Sequence[str], folder: Path, budget: Budget, results: Path | None
             if row.trained:
                 chosen.prepare(folder, budget)
             model = train(chosen, row, folder, budget)
-            said["steps"] = steps_taken(model.parent / "log.jsonl") if row.trained else None
+            log = model.parent / "log.jsonl"
+            said["steps"] = steps_taken(log) if row.trained else None
+            said["training"] = (
+                {"row": row.model or name, "seconds": round(seconds_taken(log), 1)} if row.trained else None
+            )
             began = time.monotonic()
             found = dict(claim.measure(row, model, budget))
             said["seconds"] = round(time.monotonic() - began, 1)

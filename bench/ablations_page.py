@@ -53,6 +53,20 @@ def table(cells: Cells) -> str:
     return "\n".join(lines)
 
 
+def effort(cells: Cells) -> str:
+    """Hours that the rows of the table took: each model once, and every cell; a thread each, so of one core."""
+    models = {
+        (key.split("/")[0], cell["training"]["row"], key.split("/")[-1]): cell["training"]["seconds"]
+        for key, cell in cells.items()
+        if cell.get("training") is not None
+    }
+    training, measuring = sum(models.values()) / 3600, sum(cell.get("seconds", 0.0) for cell in cells.values()) / 3600
+    return (
+        f"Training of the {len(models)} models of this table took {training:.1f} hours of one core, measuring its "
+        f"{len(cells)} rows {measuring:.1f}: {(training + measuring) / 2:.1f} hours of two cores, after the clips are drawn."
+    )
+
+
 def figure(cells: Cells) -> str:
     """Bars of the first measure of every claim, as SVG."""
     parts, y = [], 24
@@ -86,7 +100,7 @@ def _text(x: int, y: int, words: str, weight: str = "normal", anchor: str = "sta
 
 def main() -> int:
     cells = json.loads(RESULTS.read_text())
-    insert(PAGE, table(cells))
+    insert(PAGE, f"{table(cells)}\n\n{effort(cells)}")
     write(FIGURE, figure(cells))
     return 0
 

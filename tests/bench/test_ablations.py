@@ -65,7 +65,7 @@ def test_a_table_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytes
     fake = Study("fake", "", (Row("full"), Row("without", model="full")), (claim,), lambda folder, budget: None)
     monkeypatch.setattr(ablations, "STUDIES", {"fake": "nowhere"})
     monkeypatch.setattr(ablations, "study", lambda name: fake)
-    finished(tmp_path / "fake_full", 7)
+    finished(tmp_path / "fake_full", 70)
     with pytest.raises(KeyboardInterrupt):
         run((), tmp_path, QUICK, tmp_path / "results.json")
     assert list(json.loads((tmp_path / "results.json").read_text())) == ["fake/c/full/0"]
@@ -78,7 +78,9 @@ def test_a_table_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytes
 def finished(folder: Path, steps: int) -> None:
     """A training that is over, as far as a table looks at it."""
     (folder / "model").mkdir(parents=True)
-    (folder / "log.jsonl").write_text(f'{{"step": 1}}\n{{"step": {steps}}}\n')
+    logged = ((10, 5.0), (1, 2.0), (steps, 0.5))  # stopped after the tenth step, gone on from the first
+    lines = [json.dumps({"step": step, "speed/seconds_per_step": seconds}) for step, seconds in logged]
+    (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def test_cells_say_how_long_their_model_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +99,8 @@ def test_cells_say_how_long_their_model_was_trained(tmp_path: Path, monkeypatch:
     finished(tmp_path / "fake_full", 1412)
     cells = run((), tmp_path, QUICK, None).cells
     assert [cell["steps"] for cell in cells.values()] == [1412, 1412, None]
+    training = {"row": "full", "seconds": 2.0 + 9 * 5.0 + 1402 * 0.5}
+    assert [cell["training"] for cell in cells.values()] == [training, training, None]
     assert all(cell["seconds"] >= 0 for cell in cells.values())
     assert len(prepared) == 2  # nothing is drawn to train what trains nothing
 

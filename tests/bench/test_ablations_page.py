@@ -14,13 +14,23 @@ from bench import ablations_page
 CELLS = {
     "fake/rope/full/0": {
         "steps": 1412,
+        "training": {"row": "full", "seconds": 5400.0},
+        "seconds": 1800.0,
         "measured": {"sync": 0.74, "lag": 0.0},
         "says": "a & b",
         "better": {"sync": True},
     },
     "fake/rope/no_rope/0": {"measured": {"sync": -0.05, "lag": 3.5}, "says": "a & b", "better": {"sync": True}},
+    "fake/guidance/strong/0": {
+        "training": {"row": "full", "seconds": 5400.0},
+        "seconds": 3600.0,
+        "measured": {"sync": 0.8},
+        "says": "more",
+        "better": {"sync": True},
+    },
     "fake/rope/right_videos/0": {
         "steps": None,
+        "training": None,
         "measured": {"sync": 1.0, "lag": 0.0},
         "says": "a & b",
         "better": {"sync": True},
@@ -41,10 +51,14 @@ def test_a_line_per_row_and_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "|  | no rope |  | sync ↑ -0.05, lag 3.5 |" in text
     assert "|  | right videos |  | sync ↑ 1, lag 0 |" in text
     assert "old" not in text
+    assert (
+        "Training of the 1 models of this table took 1.5 hours of one core, measuring its 4 rows 1.5: 1.5 hours of two"
+        in text
+    )
     assert text.startswith("before")
     assert text.endswith("after\n")
     shapes = ElementTree.parse(tmp_path / "figure.svg").iter("{http://www.w3.org/2000/svg}rect")
-    _, full, without, _ = (one.attrib["width"] for one in shapes)  # behind the paper
+    _, full, without, *_ = (one.attrib["width"] for one in shapes)  # behind the paper
     assert float(full) > 100
     assert float(without) == 0
 
@@ -53,4 +67,5 @@ def test_what_was_measured_stands_on_the_page() -> None:
     """Whoever commits results makes the page anew."""
     cells = json.loads(ablations_page.RESULTS.read_text())
     assert ablations_page.table(cells) in ablations_page.PAGE.read_text()
+    assert ablations_page.effort(cells) in ablations_page.PAGE.read_text()
     assert ablations_page.figure(cells) == ablations_page.FIGURE.read_text()
