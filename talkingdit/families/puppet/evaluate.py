@@ -24,7 +24,7 @@ import numpy as np
 
 from talkingdit.atomic import write_whole
 from talkingdit.errors import UserError
-from talkingdit.lock import changing
+from talkingdit.lock import alone, changing
 from talkingdit.media.files import SPEECH_RATE
 from talkingdit.puppets.measure import (
     Generator,
@@ -188,9 +188,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.clips < 2:
         parser.error("--clips must be at least 2, to compare with another voice")
     try:
-        result = run(options)
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(options.out, (json.dumps(result, indent=1) + "\n").encode())
+        with alone([options.out], "an evaluation"):
+            result = run(options)
+            write_whole(options.out, (json.dumps(result, indent=1) + "\n").encode())
         print(table(result))
         if options.report:
             insert_report(PAGE, table(result))
