@@ -240,10 +240,13 @@ class Table:
         return self.own | (_cells(self.results) if self.results is not None else {})
 
     def add(self, key: str, cell: dict[str, Any]) -> None:
-        self.own[key] = cell
-        record.write(self.file, json.dumps(self.own, indent=1) + "\n")
+        """Keep a cell, beside those that other runs have measured meanwhile."""
+        with record.adding_to(self.file):
+            self.own |= _cells(self.file) | {key: cell}
+            record.write(self.file, json.dumps(self.own, indent=1) + "\n")
         if self.results is not None:
-            record.write(self.results, json.dumps(_cells(self.results) | {key: cell}, indent=1) + "\n")
+            with record.adding_to(self.results):
+                record.write(self.results, json.dumps(_cells(self.results) | {key: cell}, indent=1) + "\n")
 
 
 def _cells(file: Path) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from bench import record
 from talkingdit.autoencoders.streaming import encode, to_video
 from talkingdit.data.sample import Sample
 from talkingdit.data.shards import ShardWriter
@@ -193,7 +194,7 @@ def write_clips(
             caption = telling.words(clip.scene)
             writer.add(_sample(index, clip, caption, encoder, voice.features, rng), {"fps": FPS}, torch.bfloat16)
         writer.finish()
-        done.write_text(str(min(begin + part, count)))
+        record.write(done, str(min(begin + part, count)))
 
 
 def _sample(

@@ -265,8 +265,12 @@ def videos(minutes: Sequence[float], steps: int, path: Path) -> dict[str, Any]:
     there = {(row["minutes"], row["steps"]) for row in result["videos"]}
     for length in sorted(minutes):
         if (length, steps) not in there:
-            result["videos"].append(make_long(length, steps))
-            record.write(path, json.dumps(result, indent=1) + "\n")
+            made = make_long(length, steps)
+            with record.adding_to(path):  # another run may have made others meanwhile
+                if path.exists():
+                    result["videos"] = json.loads(path.read_text())["videos"]
+                result["videos"].append(made)
+                record.write(path, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -7,7 +7,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 import talkingdit
 from talkingdit.atomic import write_whole
+from talkingdit.lock import changing
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,6 +74,14 @@ def write(path: Path, text: str) -> None:
     """All of the file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text.encode())
+
+
+@contextmanager
+def adding_to(path: Path) -> Iterator[None]:
+    """For a block that reads a file and writes it with more in it: others wait, so that no row of theirs is lost."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with changing(path, "bench"):
+        yield
 
 
 def save(result: Mapping[str, Any], folder: Path, device: str) -> Path:

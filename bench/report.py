@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from bench import cases, chart
-from bench.record import write
+from bench.record import adding_to, write
 from bench.shapes import TOKENS
 from talkingdit.ops._matrix_kernels import ProductRequest
 
@@ -290,7 +291,14 @@ def publish(results: Sequence[Result], root: Path) -> None:
     alt = "Bars: how many times faster each op is than the fastest of its baselines"
     short = f"{short_table(results)}\n\n![{alt}]({FIGURE})\n\nEvery row is in [{PAGE}]({PAGE})."
     pages = {root / PAGE: table(results), root / README: short}
-    pages = {document: _inserted(document, content) for document, content in pages.items()}
+    with ExitStack() as held:
+        for document in pages:
+            held.enter_context(adding_to(document))
+        _publish(results, root, {document: _inserted(document, content) for document, content in pages.items()})
+
+
+def _publish(results: Sequence[Result], root: Path, pages: Mapping[Path, str]) -> None:
+    """Write pages and chart, while nobody else changes the pages."""
     group = _shown(results)
     chart.save(root / FIGURE, chart.draw(_rows(group, block=False), _place(group)))
     for document, text in pages.items():

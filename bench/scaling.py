@@ -122,8 +122,7 @@ def row(case: ScalingCase) -> dict[str, Any]:
 
 def run(path: Path, only: str) -> None:
     """Count the cases that a file lacks, and write it after each."""
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": []}
-    done = {tuple(asdict(case_of(r)).values()) for r in found["rows"]}
+    done = {tuple(asdict(case_of(r)).values()) for r in _read(path)["rows"]}
     order = {tuple(asdict(case).values()): i for i, case in enumerate(cases())}
     for case in cases():
         key = tuple(asdict(case).values())
@@ -131,10 +130,17 @@ def run(path: Path, only: str) -> None:
             continue
         header = record.header("scaling", torch.device("cpu"), quick=False)
         del header["device"], header["threads"]  # of no device: the README's tables are of files that name one
-        found = {**header, "rows": [*found["rows"], row(case)]}
-        found["rows"].sort(key=lambda r: order.get(tuple(asdict(case_of(r)).values()), len(order)))
-        record.write(path, json.dumps(found, indent=1) + "\n")
+        counted = row(case)
+        with record.adding_to(path):  # another run may have counted others meanwhile
+            there = _read(path)["rows"]
+            rows = [r for r in there if tuple(asdict(case_of(r)).values()) != key] + [counted]
+            rows.sort(key=lambda r: order.get(tuple(asdict(case_of(r)).values()), len(order)))
+            record.write(path, json.dumps({**header, "rows": rows}, indent=1) + "\n")
         print(case, file=sys.stderr)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {"rows": []}
 
 
 def case_of(row: Mapping[str, Any]) -> ScalingCase:

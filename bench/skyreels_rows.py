@@ -22,7 +22,7 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from bench import drawn_voices
+from bench import drawn_voices, record
 from bench.ablations import Budget, Claim, Measured, Row, Study
 from bench.drawn_anchors import FPS, SIZE, Encoder, held_out_scene, still
 from talkingdit.autoencoders.streaming import to_frames
@@ -105,7 +105,7 @@ def write_clips(folder: Path, read: Callable[[], Sequence[Voice]], budget: Budge
             voice = voices[int(rng.integers(len(voices)))]
             writer.add(_sample(index, encoder, voice, rng), {"fps": FPS}, torch.bfloat16)
         writer.finish()
-        done.write_text(str(min(begin + part, budget.clips)))
+        record.write(done, str(min(begin + part, budget.clips)))
 
 
 def _sample(index: int, encoder: Encoder, voice: Voice, rng: np.random.Generator) -> Sample:

@@ -17,6 +17,8 @@ import os
 import socket
 import time
 import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +37,23 @@ class RunLock:
         place: what the sentence to another run calls what is locked.
         work: what is done there, for that sentence: "talkingdit generate".
         run: name of a run whose processes share the lock; "" for a process that is alone.
+        patience: seconds to wait for another run that has it.
 
     Raises:
-        UserError: another run has it.
+        UserError: another run has it, and keeps it.
         OSError: the file cannot be made.
     """
 
-    def __init__(self, file: Path, place: object, work: str, run: str = ""):
+    def __init__(self, file: Path, place: object, work: str, run: str = "", patience: float = 0.0):
         self.file = file
         self._handle: int | None = None
         self._mine = {"host": socket.gethostname(), "process": os.getpid(), "work": work, "run": run}
-        deadline = time.monotonic() + _PATIENCE
+        begun = time.monotonic()
         while (taken := self._try()) is not True:
             holder = _read(file)
             # Another process of this run may just be writing down that it is one, or have given the lock up.
-            if (taken is False and not (run and holder.get("run", run) == run)) or time.monotonic() > deadline:
+            own = taken is None or bool(run and holder.get("run", run) == run)
+            if time.monotonic() - begun > max(patience, _PATIENCE if own else 0.0):
                 raise UserError(f"{place}: {_told(holder)} is at work there; wait for it, or end it first.")
             time.sleep(0.01)
         _held.add(self)
@@ -105,6 +109,47 @@ class RunLock:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+
+def lock_of(target: str | os.PathLike[str], work: str, patience: float = 0.0) -> RunLock:
+    """A lock of one file, by whatever links it is reached; it lies beside the file, hidden.
+
+    Args:
+        target: the file, which need not be there.
+        work, patience: see `RunLock`.
+
+    Raises:
+        UserError: another run has it, or the lock cannot be made.
+    """
+    real = Path(os.path.realpath(target))
+    try:
+        return RunLock(real.with_name(f".{real.name}.lock"), target, work, patience=patience)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror or error}).") from error
+
+
+@contextmanager
+def alone(targets: Iterable[str | os.PathLike[str]], work: str) -> Iterator[None]:
+    """No other run that asks writes these files until the block ends: for results of long work.
+
+    Raises:
+        UserError: another run is about to write one of them, or a lock cannot be made.
+    """
+    with contextlib.ExitStack() as held:
+        for target in sorted(map(Path, targets)):
+            held.enter_context(lock_of(target, work))
+        yield
+
+
+@contextmanager
+def changing(target: str | os.PathLike[str], work: str) -> Iterator[None]:
+    """One at a time: for a block that reads a file and writes it anew with something more in it. Others wait.
+
+    Raises:
+        UserError: another run takes longer than a minute, or the lock cannot be made.
+    """
+    with lock_of(target, work, patience=60.0):
+        yield
 
 
 def name_of_torchrun() -> str:

@@ -18,7 +18,7 @@ import pytest
 
 from talkingdit import lock as locks
 from talkingdit.errors import UserError
-from talkingdit.lock import RunLock
+from talkingdit.lock import RunLock, changing, lock_of
 
 HOLD = """
 import sys, time
@@ -27,6 +27,20 @@ from talkingdit.lock import RunLock
 lock = RunLock(Path(sys.argv[1]), "there", "holding", sys.argv[2])
 print("has it", flush=True)
 time.sleep(600)
+"""
+
+
+ADD = """
+import sys
+from pathlib import Path
+from talkingdit.atomic import write_whole
+from talkingdit.lock import changing
+table, name = Path(sys.argv[1]), sys.argv[2]
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(40):
+    with changing(table, "adding"):
+        write_whole(table, table.read_bytes() + f"{name} {number}\\n".encode())
 """
 
 
@@ -153,4 +167,37 @@ def test_who_gets_it_among_many_at_once_is_one(tmp_path: Path) -> None:
     )
     takers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
     assert [taker.wait(120) for taker in takers] == [0, 0, 0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_two_processes_add_to_one_table_at_once_are_all_there(tmp_path: Path) -> None:
+    """Each reads the table and writes it whole: without a lock the last one to write drops what the others added."""
+    table = tmp_path / "table"
+    table.write_text("head\n")
+    (tmp_path / "link").symlink_to(table)
+    names = ("table", "link")
+    adding = [
+        subprocess.Popen(
+            [sys.executable, "-c", ADD, str(tmp_path / name), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for name in names
+    ]
+    for process in adding:
+        assert process.stdout.readline() == b"ready\n"
+    for process in adding:
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    assert [process.wait(60) for process in adding] == [0, 0]
+    rows = table.read_text().splitlines()
+    assert sorted(rows) == sorted(["head", *(f"{name} {number}" for name in names for number in range(40))])
+    assert {path.name for path in tmp_path.iterdir()} == {"table", "link"}
+
+
+def test_the_lock_of_a_file_is_waited_for_as_long_as_is_said(tmp_path: Path, hold: Callable) -> None:
+    process = hold(tmp_path / ".table.lock")
+    with pytest.raises(UserError, match=rf"table: another run \(holding, process {process.pid} on"):
+        lock_of(tmp_path / "table", "adding", patience=0.2)
+    process.kill()
+    with changing(tmp_path / "table", "adding"):
+        assert (tmp_path / ".table.lock").exists()
     assert list(tmp_path.iterdir()) == []

@@ -178,7 +178,7 @@ def _start_wandb(folder: Path, project: str, config: dict[str, Any]) -> Any:
     # One folder is one run, also after it was interrupted.
     file = folder / "wandb_id"
     if not file.exists():
-        file.write_text(secrets.token_hex(4))
+        write_whole(file, secrets.token_hex(4).encode())
     return wandb.init(project=project, dir=str(folder), id=file.read_text(), resume="allow", config=config)
 
 

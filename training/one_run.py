@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from talkingdit.distributed.team import from_rank_0
 from talkingdit.errors import UserError
-from talkingdit.lock import RunLock
+from talkingdit.lock import RunLock, lock_of
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def written(target: Path, write: Callable[[], None], work: str) -> None:
     def alone() -> None:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with RunLock(target.with_name(f".{target.name}.lock"), target, work):
+            with lock_of(target, work):
                 write()
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from talkingdit import families
-from talkingdit.atomic import whole_file
+from talkingdit.atomic import whole_file, write_whole
 from talkingdit.checkpoints.saving import save_model
 from talkingdit.puppets.render import mouth_boxes, render
 from talkingdit.puppets.visemes import Visemes
@@ -269,7 +269,7 @@ def main(config: VaeConfig) -> None:
     save_model(averaged, config.out / "vae")
     record = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     record |= {"steps": step, "seconds": elapsed}
-    (config.out / "vae" / "training.json").write_text(json.dumps(record, indent=1))
+    write_whole(config.out / "vae" / "training.json", json.dumps(record, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, W
 from torch import Tensor
 from tqdm import tqdm
 
+from talkingdit.atomic import write_whole
 from talkingdit.autoencoders.streaming import FRAMES_PER_LATENT
 from talkingdit.checkpoints.saving import save_model
 from training.vae import Mouths, reconstruction_loss, sample_clip
@@ -131,7 +132,7 @@ def main(config: StreamConfig) -> None:
     bar.close()
     save_model(averaged, config.out)
     record = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()} | {"steps": step}
-    (config.out / "training.json").write_text(json.dumps(record, indent=1))
+    write_whole(config.out / "training.json", json.dumps(record, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -84,23 +84,25 @@ def calibrate(argv: Sequence[str]) -> None:
     if outline.steps < 3:
         raise UserError(f"calibrate: a fit takes at least 3 steps, got {outline.steps}.")
 
+    from talkingdit.lock import alone
     from talkingdit.pipelines.long_video import generate_clips
     from talkingdit.pipelines.step_cache import Fitted, Recorder, fit, write_fitted
     from talkingdit.pipelines.tuning import open_device, usual_device, weights_dtype
 
-    device = open_device(flags.device or usual_device(options.small), "calibrate")
-    checkpoint = family.checkpoint.load_checkpoint(folder, weights_dtype(flags.dtype, device), device)
-    pipeline = family.pipeline.open_pipeline(checkpoint)
-    if not hasattr(pipeline, "recorder"):
-        raise UserError(f"calibrate: {family.title} has no step cache.")
-    pipeline.recorder = recorder = Recorder()
-    # Where a video is denoised as a whole, in stages, all of them are measured.
-    clips = sum(steps > 0 for steps in outline.work) or min(flags.measured_clips, outline.clips)
-    for clip in generate_clips(pipeline, pipeline.encode(inputs, outline), outline.clips):
-        warn(f"clip {clip.index + 1} of {clips} is measured.")
-        if clip.index + 1 == clips:
-            break
-    coefficients = fit(recorder.changes_in, recorder.changes_out)
-    origin = {"steps": outline.steps, "clips": clips, "pairs": len(recorder.changes_in)}
-    write_fitted(target, Fitted(tuple(coefficients)), **origin)
-    sys.stdout.write(f"{target}: {len(coefficients)} coefficients of {len(recorder.changes_in)} pairs of changes\n")
+    with alone([target], COMMAND):
+        device = open_device(flags.device or usual_device(options.small), "calibrate")
+        checkpoint = family.checkpoint.load_checkpoint(folder, weights_dtype(flags.dtype, device), device)
+        pipeline = family.pipeline.open_pipeline(checkpoint)
+        if not hasattr(pipeline, "recorder"):
+            raise UserError(f"calibrate: {family.title} has no step cache.")
+        pipeline.recorder = recorder = Recorder()
+        # Where a video is denoised as a whole, in stages, all of them are measured.
+        clips = sum(steps > 0 for steps in outline.work) or min(flags.measured_clips, outline.clips)
+        for clip in generate_clips(pipeline, pipeline.encode(inputs, outline), outline.clips):
+            warn(f"clip {clip.index + 1} of {clips} is measured.")
+            if clip.index + 1 == clips:
+                break
+        coefficients = fit(recorder.changes_in, recorder.changes_out)
+        origin = {"steps": outline.steps, "clips": clips, "pairs": len(recorder.changes_in)}
+        write_fitted(target, Fitted(tuple(coefficients)), **origin)
+        sys.stdout.write(f"{target}: {len(coefficients)} coefficients of {len(recorder.changes_in)} pairs of changes\n")

@@ -137,14 +137,15 @@ def _calibrate(flags: Flags, values: Values) -> None:
         values.refuse("the following arguments are required: --out/-o")
     from talkingdit.atomic import write_whole
     from talkingdit.eval.calibration import calibrate, figure
+    from talkingdit.lock import RunLock
 
     with _told(flags.out):
         flags.out.mkdir(parents=True, exist_ok=True)
-    curves = calibrate()
-    rows = [dataclasses.asdict(one) | {"ordered": one.ordered} for one in curves]
-    with _told(flags.out):
-        write_whole(flags.out / "calibration.json", (json.dumps(rows, indent=1) + "\n").encode())
-        write_whole(flags.out / "calibration.svg", figure(curves).encode())
+        with RunLock(flags.out / LOCK, flags.out, COMMAND):
+            curves = calibrate()
+            rows = [dataclasses.asdict(one) | {"ordered": one.ordered} for one in curves]
+            write_whole(flags.out / "calibration.json", (json.dumps(rows, indent=1) + "\n").encode())
+            write_whole(flags.out / "calibration.svg", figure(curves).encode())
     wrong = [one for one in curves if not one.ordered]
     told = "; ".join(f"{one.metric} does not follow {one.fault}" for one in wrong)
     sys.stdout.write(f"{flags.out / 'calibration.svg'}: {len(curves) - len(wrong)} of {len(curves)} in order\n")

@@ -110,6 +110,7 @@ class Outline:
             shows no frames, is a stage of the work on a video that is denoised as a whole.
         marks: boxes that the preview shows.
         details: the family's own.
+        beside: files that the family writes beside the video and its preview.
     """
 
     size: tuple[int, int]
@@ -129,6 +130,7 @@ class Outline:
     work: tuple[int, ...] = ()
     marks: tuple[Mark, ...] = ()
     details: Any = None
+    beside: tuple[Path, ...] = ()
 
 
 def read_inputs(job: Job, others: Mapping[str, Path] | None = None) -> Inputs:

@@ -18,7 +18,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -29,8 +29,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from talkingdit.autoencoders.streaming import to_frames
+from talkingdit.distributed.team import Team
 from talkingdit.encoders.speech import Sound, pieces
 from talkingdit.errors import UserError
+from talkingdit.lock import alone
 from talkingdit.media.sound import SPEECH_RATE
 from talkingdit.pipelines.aside import Aside, half_of_the_threads
 from talkingdit.pipelines.inputs import Inputs, Outline, check_heard
@@ -111,7 +113,8 @@ def make_video(
         variant: how the models were changed after loading; clips made with another one are not gone on from.
 
     Raises:
-        UserError: a file is not good, memory runs out, or the video cannot be written.
+        UserError: a file is not good, memory runs out, the video cannot be written, or another run makes one of the
+            results.
         KeyboardInterrupt: with a sentence about what is kept.
         OtherRankError: where something went wrong on another rank.
     """
@@ -120,12 +123,13 @@ def make_video(
     talk = Talk() if talk is None or team.rank else talk
     talk.say((*outline.warnings, *pipeline.warnings(inputs, outline)))
     check_heard(inputs.job, outline)
-    store = _open_store(inputs, outline, pipeline, talk, variant)
-    with _kept(store, outline), _shown(inputs, outline, curves, started, store) as shown:
-        with _in_memory(outline.when_too_large), _aside(pipeline) as aside:
-            _make_clips(pipeline, inputs, outline, store, talk, shown, aside)
-        frames, first_after = team.on_rank_0(shown.finish)
-        store.remove()
+    with _alone(inputs, outline, team):
+        store = _open_store(inputs, outline, pipeline, talk, variant)
+        with _kept(store, outline), _shown(inputs, outline, curves, started, store) as shown:
+            with _in_memory(outline.when_too_large), _aside(pipeline) as aside:
+                _make_clips(pipeline, inputs, outline, store, talk, shown, aside)
+            frames, first_after = team.on_rank_0(shown.finish)
+            store.remove()
     took = time.monotonic() - started
     return Result(inputs.job.output, frames, outline.fps, took, first_after if inputs.job.live else None)
 
@@ -209,6 +213,8 @@ def _made(
 ) -> Iterator[DenoisedClip]:
     """The clips that are not finished yet, from what all clips share on."""
     if store.finished >= outline.clips:
+        if again := getattr(pipeline, "write_beside", None):
+            again(outline, store.carry)
         return
     with _in_memory("what all clips share: the portrait, the words and the voice"):
         conditions = pipeline.encode(inputs, outline)
@@ -320,6 +326,23 @@ def _shown(
 # ---- Resume, around the road -----------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _alone(inputs: Inputs, outline: Outline, team: Team) -> Iterator[None]:
+    """No other run writes what is made beside the video, whose own lock lies with its clips.
+
+    Raises:
+        UserError: another run is about to.
+    """
+    sheet = inputs.job.sheet
+    with ExitStack() as held:
+
+        def take() -> None:
+            held.enter_context(alone([*outline.beside, *([] if sheet is None else [sheet])], "talkingdit generate"))
+
+        team.on_rank_0(take)
+        yield
+
+
 def _open_store(inputs: Inputs, outline: Outline, pipeline: ClipPipeline, talk: Talk, variant: str) -> SharedClipStore:
     """The finished clips of an earlier run of this job, or an empty store."""
 
@@ -385,8 +408,7 @@ def _fingerprint(inputs: Inputs, outline: Outline, pipeline: ClipPipeline, varia
     """What finished clips depend on, by names that a person knows. What saves memory or time is left out."""
     checkpoint = pipeline.checkpoint
     model, folder = checkpoint.transformer, checkpoint.folder
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listing = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    listing = sorted(_listing(folder))
     return {
         "format": 2,
         "image": _digest(inputs.image),
@@ -398,6 +420,14 @@ def _fingerprint(inputs: Inputs, outline: Outline, pipeline: ClipPipeline, varia
         "precision": f"{model.dtype} {variant}".strip(),
         "device": model.device.type,
     }
+
+
+def _listing(folder: Path) -> Iterator[tuple[str, int, int]]:
+    """Files of a checkpoint with sizes and times. Hidden ones, of file systems, downloads and locks, are none of it."""
+    for file in folder.rglob("*"):
+        name = file.relative_to(folder)
+        if not any(part.startswith(".") for part in name.parts) and file.is_file():
+            yield str(name), file.stat().st_size, file.stat().st_mtime_ns
 
 
 def _digest(array: NDArray[Any]) -> str:

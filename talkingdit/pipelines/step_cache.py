@@ -254,8 +254,15 @@ def borrowed(folder: Path, backbone: str) -> tuple[str, ...]:
 
 
 def write_fitted(file: Path, fitted: Fitted, **origin: Any) -> None:
-    """Whole or not at all; ``origin`` says how the numbers were found."""
-    write_whole(file, (json.dumps(asdict(fitted) | origin, indent=1) + "\n").encode())
+    """Whole or not at all; ``origin`` says how the numbers were found.
+
+    Raises:
+        UserError: the disk is full, or the file cannot be written.
+    """
+    try:
+        write_whole(file, (json.dumps(asdict(fitted) | origin, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror or error}).") from error
 
 
 # ---- The steps of a clip ---------------------------------------------------------------------------------------------

@@ -258,6 +258,17 @@ def test_results_of_another_folder_stay(tmp_path: Path) -> None:
     assert json.loads(results.read_text())["fake/other/full/0"] == newer["fake/other/full/0"]
 
 
+def test_two_runs_in_one_folder_keep_the_cells_of_each_other(tmp_path: Path) -> None:
+    """A cell may have taken hours of training."""
+    results = tmp_path / "results.json"
+    one, other = (ablations.Table.open(tmp_path, results) for _ in range(2))
+    one.add("fake/a/full/0", {"measured": {}})
+    other.add("fake/b/full/0", {"measured": {}})
+    one.add("fake/c/full/0", {"measured": {}})
+    for file in (tmp_path / "cells.json", results):
+        assert set(json.loads(file.read_text())) == {f"fake/{name}/full/0" for name in "abc"}
+
+
 def test_rows_of_injections_begin_without_the_picture(tmp_path: Path) -> None:
     """Else a row would be ahead by what the shipped model has learned of its own way."""
     chosen, shipped = study("hunyuan_avatar"), load_avatar(find_checkpoint(PEOPLE_NAME))

@@ -104,6 +104,21 @@ def test_counting_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     assert found["versions"]["torch"] == torch.__version__
 
 
+def test_two_runs_keep_the_counts_of_each_other(tmp_path, monkeypatch):
+    cases = [scaling.ScalingCase(ulysses=8), scaling.ScalingCase(shard=8)]
+    monkeypatch.setattr(scaling, "cases", lambda: iter(cases))
+    path = tmp_path / "scaling.json"
+
+    def row(case):  # while one counts the first case, another run counts the second
+        if case == cases[0]:
+            scaling.run(path, str(cases[1]))
+        return asdict(case)
+
+    monkeypatch.setattr(scaling, "row", row)
+    scaling.run(path, str(cases[0]))
+    assert [scaling.case_of(r) for r in json.loads(path.read_text())["rows"]] == cases
+
+
 def test_the_table_has_a_line_per_count(tmp_path):
     document = tmp_path / "page.md"
     document.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -16,8 +17,11 @@ from forked import run
 from tiny_i2v import make_i2v
 
 from talkingdit.cli.main import main
+from talkingdit.families.gloria import attention
+from talkingdit.lock import alone
 from talkingdit.media.files import read_video
 from talkingdit.pipelines.resume import ClipStore
+from talkingdit.pipelines.write import VideoSink
 
 SECONDS = 1.4  # 23 frames, 7 latents: chunks of 4 latents that share 2 begin at 0, 2 and 4
 
@@ -103,6 +107,46 @@ def test_a_run_that_was_killed_goes_on_to_the_same_video(
     assert "going on after 2 of 3 clips" in capsys.readouterr().err
     np.testing.assert_array_equal(read_video(tmp_path / "out.mp4")[0], read_video(whole / "out.mp4")[0])
     assert (tmp_path / "seen.csv").read_text() == (whole / "seen.csv").read_text()
+
+
+def killed_before_the_video_has_its_name(words: list[str]) -> int:
+    def killed(self: VideoSink) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    VideoSink.finish = killed  # type: ignore[method-assign]
+    return main(words)
+
+
+def test_a_figure_under_another_name_is_drawn_also_when_all_chunks_are_finished(
+    folder: Path, media: Path, whole: Path, tmp_path: Path
+) -> None:
+    words = arguments(media, folder, tmp_path / "out.mp4", *anchored(media), "--attention-figure")
+    assert run(killed_before_the_video_has_its_name, [*words, str(tmp_path / "seen.png")]) == -signal.SIGKILL
+    assert main([*words, str(tmp_path / "other.png")]) == 0
+    np.testing.assert_array_equal(read_video(tmp_path / "out.mp4")[0], read_video(whole / "out.mp4")[0])
+    assert (tmp_path / "other.csv").read_bytes() == (whole / "seen.csv").read_bytes()
+    assert (tmp_path / "other.png").read_bytes() == (whole / "seen.png").read_bytes()
+
+
+def test_a_figure_that_another_run_makes_is_refused_and_a_full_disk_told(
+    folder: Path, media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The picture of one run would stand beside the numbers of another."""
+    words = arguments(media, folder, tmp_path / "out.mp4", *anchored(media), "--attention-figure")
+    with alone([tmp_path / "seen.csv"], "talkingdit generate"):
+        assert main([*words, str(tmp_path / "seen.png")]) == 2
+    assert f"{tmp_path / 'seen.csv'}: another run (talkingdit generate, process" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(attention, "write_whole", full)
+    assert main([*words, str(tmp_path / "seen.png")]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == (
+        f"talkingdit: {tmp_path / 'seen.csv'}: cannot be written ({os.strerror(errno.ENOSPC)})."
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"out.mp4.parts"}
 
 
 def test_other_anchors_are_another_video(folder: Path, media: Path, whole: Path, tmp_path: Path) -> None:

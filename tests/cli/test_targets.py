@@ -225,6 +225,58 @@ def test_a_calibration_takes_no_file_of_others(
     assert before == (config.read_bytes(), (work / "voice.wav").read_bytes())
 
 
+@pytest.mark.parametrize("verb", ["generate", "calibrate"])
+def test_two_runs_do_not_make_one_preview_or_calibration(
+    work: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """Of two videos with one preview that of the first would be gone; the second is told before it computes."""
+    files = ["--image", "face.png", "--audio", "voice.wav", "--checkpoint", str(checkpoint), "--steps", "3"]
+    targets = {"generate": ["-o", "second.mp4", "--sheet", "link.png"], "calibrate": ["-o", "link.json"]}[verb]
+    (work / "link.png").symlink_to("result.png")
+    (work / "link.json").symlink_to("result.json")
+    first = {"generate": ["-o", "first.mp4", "--sheet", "result.png"], "calibrate": ["-o", "result.json"]}[verb]
+    denoised, said = PuppetPipeline.denoised, []
+
+    def met(self: Any, conditions: Any, index: int, *given: Any, **more: Any) -> Any:
+        if not said:
+            said.append("")
+            assert main([verb, *files, *targets]) == 2  # on its way another run comes by
+            said.append(capsys.readouterr().err.strip().splitlines()[-1])
+        return denoised(self, conditions, index, *given, **more)
+
+    monkeypatch.setattr(PuppetPipeline, "denoised", met)
+    assert main([verb, *files, *first]) == 0
+    assert said[1].startswith(f"talkingdit: {targets[-1]}: another run (talkingdit {verb}, process {os.getpid()} on ")
+    made = {"generate": {"first.mp4", "result.png"}, "calibrate": {"result.json"}}[verb]
+    assert left(work) == {"face.png", "voice.wav", "link.png", "link.json"} | made
+
+
+def test_what_is_hidden_in_a_checkpoint_throws_no_clips_away(
+    work: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file browser, a download or a calibration leaves such files there while a video waits to be gone on with."""
+    clip = PuppetPipeline.denoised
+
+    def ended(self: Any, conditions: Any, index: int, *given: Any, **more: Any) -> Any:
+        if index == 2:
+            raise KeyboardInterrupt
+        return clip(self, conditions, index, *given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PuppetPipeline, "denoised", ended)
+        assert call(checkpoint, output="out.mp4") == 130
+    hidden = [checkpoint / ".DS_Store", checkpoint / ".cache" / "huggingface" / "download.metadata"]
+    for file in hidden:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("theirs")
+    try:
+        assert call(checkpoint, "--resume", output="out.mp4") == 0
+        assert "going on after 2 of 4 clips" in capsys.readouterr().err
+    finally:
+        for file in hidden:
+            file.unlink()
+
+
 def test_every_file_among_the_options_counts(tmp_path: Path) -> None:
     from talkingdit.families.wan_s2v.options import Options
 

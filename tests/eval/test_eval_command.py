@@ -308,3 +308,25 @@ def test_the_page_says_what_protocols_do_differently() -> None:
     from talkingdit.eval.tables import deviations_markdown
 
     assert deviations_markdown() in (Path(__file__).parents[2] / "docs" / "eval.md").read_text()
+
+
+def test_two_calibrations_into_one_folder_do_not_meet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers of one would stand beside the figure of the other."""
+    from talkingdit.eval import calibration
+
+    met = []
+
+    def measured() -> list:  # the other one comes by while this one measures
+        if not met:
+            met.append(None)
+            met.append(main(["eval", "--calibrate", "-o", str(tmp_path)]))
+        return []
+
+    monkeypatch.setattr(calibration, "calibrate", measured)
+    monkeypatch.setattr(calibration, "figure", lambda curves: "<svg/>")
+    assert main(["eval", "--calibrate", "-o", str(tmp_path)]) == 0
+    assert met[1] == 2
+    assert f"talkingdit: {tmp_path}: another run (talkingdit eval, process" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"calibration.json", "calibration.svg"}

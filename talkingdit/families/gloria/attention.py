@@ -12,6 +12,7 @@ from torch import Tensor
 
 from talkingdit import ops
 from talkingdit.atomic import write_whole
+from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.blocks import BlockInputs
 from talkingdit.nn.layers import lend
 
@@ -102,6 +103,9 @@ def draw_figure(path: Path, weights: Tensor | None, names: Sequence[str], fps: f
         weights: [anchors, latents]; None where they could not be seen.
         names: of the anchors.
         fps: frames per second; a latent is four frames.
+
+    Raises:
+        UserError: the disk is full, or a file cannot be written.
     """
     from talkingdit.media.lines import line_chart
 
@@ -113,6 +117,10 @@ def draw_figure(path: Path, weights: Tensor | None, names: Sequence[str], fps: f
         ",".join([f"{time:.4f}", *(f"{value:.6f}" for value in column)])
         for time, column in zip(seconds, weights.T.tolist(), strict=True)
     ]
-    write_whole(path.with_suffix(".csv"), ("\n".join(rows) + "\n").encode())
+    numbers = path.with_suffix(".csv")
+    try:
+        write_whole(numbers, ("\n".join(rows) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{numbers}: cannot be written ({error.strerror or error}).") from error
     curves = {name: row.numpy() for name, row in zip(names, weights, strict=True)}
     line_chart(curves, seconds, "share of self-attention that goes to each anchor", path)

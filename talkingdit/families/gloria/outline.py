@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -99,6 +100,7 @@ def outline(inputs: Inputs, settings: GloriaSettings, options: Options) -> Outli
             f"generate: chunk_latents must be more than the {settings.prefix_latents} that chunks share, "
             f"got {sampling.chunk_latents}."
         )
+    beside: tuple[Path, ...] = ()
     if options.attention_figure is not None:
         figure, job = options.attention_figure, inputs.job
         written = {"attention_figure": figure, "attention_figure's numbers": figure.with_suffix(".csv")}
@@ -106,6 +108,7 @@ def outline(inputs: Inputs, settings: GloriaSettings, options: Options) -> Outli
         check_apart({"output": job.output, "sheet": job.sheet, **written}, read)
         for target in written.values():
             check_writable(target)
+        beside = tuple(written.values())
     plan = chunk_plan(sampling.chunk_latents, settings.prefix_latents)
     latents = latents_of_frames(video_frames(inputs, settings.fps, options))
     chunks = len(list(plan.stages(latents)))
@@ -120,6 +123,7 @@ def outline(inputs: Inputs, settings: GloriaSettings, options: Options) -> Outli
         overlap_frames=FRAMES_PER_LATENT * (plan.overlap - 1) + 1,
         settings={**plain.settings, "anchors": kept, "attention figure": options.attention_figure is not None},
         details=Details(sampling, options, latents, anchors, plan),
+        beside=beside,
     )
 
 

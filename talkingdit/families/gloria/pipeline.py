@@ -13,7 +13,7 @@ A chunk hands on to the next, as its carry:
 
     tail       [C, 4, H, W] latents that the next one begins with
     past       [1, C, n, H, W] those before them that the decoder still looks at
-    attention  [anchors, latents so far] where a figure was asked for
+    attention  [anchors, latents so far] where a figure was asked for; all that the last one hands on
 
 Of a voice that is still being spoken the length is asked for anew by every chunk. A chunk that is not the last is the
 same whatever it is; before the last one the voice has ended.
@@ -191,10 +191,17 @@ class GloriaPipeline(WanI2VPipeline):
         if last:
             if conditions.figure is not None and self.parallel.team.rank == 0:
                 draw_figure(conditions.figure, seen, conditions.anchors, self.settings.fps)
-            return DenoisedClip(index, shown, None)
+            return DenoisedClip(index, shown, None if seen is None else {"attention": seen})
         looked = torch.cat([past, final], dim=2)[:, :, -lookback(self.checkpoint.vae) :]
         handed = {"tail": x[0, :, count:], "past": looked}
         return DenoisedClip(index, shown, handed if seen is None else {**handed, "attention": seen})
+
+    def write_beside(self, outline: Outline, carry: Carry | None) -> None:
+        """Draw the figure from what an earlier run has kept, which may have drawn it under another name."""
+        details: Details = outline.details
+        if details.options.attention_figure is not None and carry is not None and self.parallel.team.rank == 0:
+            names = tuple(anchor.name for anchor in details.anchors)
+            draw_figure(details.options.attention_figure, carry.get("attention"), names, self.settings.fps)
 
     @torch.no_grad()
     def _decoded(self, conditions: GloriaConditions, index: int, past: Tensor, latents: Tensor) -> Iterator[Tensor]:

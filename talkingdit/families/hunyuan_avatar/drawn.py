@@ -13,7 +13,7 @@ Videos are drawn once, in parts, so that an interrupted run goes on.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from talkingdit.families.hunyuan_avatar.samples import EMOTION, NOT_OF_THE_CLIP,
 from talkingdit.families.hunyuan_avatar.windows import still_places
 from talkingdit.families.puppet.drawn import Voice, mouth_cells, read_voices
 from talkingdit.families.training import TrainRun
+from talkingdit.lock import RunLock
 from talkingdit.puppets.render import mouth_boxes
 from talkingdit.puppets.scenes import Play, face_boxes, plain_caption, portrait_of
 from talkingdit.puppets.world import EXPRESSIONS, Character, Motion, Scene
@@ -170,7 +171,7 @@ def precompute(scenes: DrawnScenes, seed: int = 0) -> None:
     """Draw and encode all videos into the cache, those that are not there yet for these settings.
 
     Raises:
-        UserError: there are no voices or no autoencoder.
+        UserError: there are no voices or no autoencoder, or another run draws into the cache.
     """
     weights = scenes.vae / "diffusion_pytorch_model.safetensors"
     if not weights.is_file():
@@ -185,13 +186,25 @@ def precompute(scenes: DrawnScenes, seed: int = 0) -> None:
     }
     stamp = scenes.cache / "stamp.json"
     scenes.cache.mkdir(parents=True, exist_ok=True)
-    if not stamp.exists() or json.loads(stamp.read_text()) != wanted:
-        for old in scenes.cache.glob("part-*.safetensors"):
-            old.unlink()
-        write_whole(stamp, json.dumps(wanted).encode())
-    missing = [number for number in range(scenes.parts) if not scenes.part(number).exists()]
-    if not missing:
+
+    def there() -> bool:
+        return stamp.exists() and json.loads(stamp.read_text()) == wanted
+
+    def lacking() -> list[int]:
+        return [number for number in range(scenes.parts) if not scenes.part(number).exists()]
+
+    if there() and not lacking():
         return
+    with RunLock(scenes.cache / ".lock", scenes.cache, "drawing of training videos"):
+        if not there():
+            for old in scenes.cache.glob("part-*.safetensors"):
+                old.unlink()
+            write_whole(stamp, json.dumps(wanted).encode())
+        _fill(scenes, seed, lacking())
+
+
+def _fill(scenes: DrawnScenes, seed: int, missing: Sequence[int]) -> None:
+    """Draw and encode parts of the cache."""
     model = AutoencoderKLWan.from_pretrained(scenes.vae).eval()
     voices = read_voices(scenes.voices, "train", scenes.fps)
     for number in tqdm(missing, desc="drawing scenes"):

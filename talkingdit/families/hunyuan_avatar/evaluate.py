@@ -37,6 +37,7 @@ from talkingdit.families.hunyuan_avatar.options import Options
 from talkingdit.families.hunyuan_avatar.speakers import Speaker
 from talkingdit.families.hunyuan_avatar.truth import Ask, true_generator
 from talkingdit.families.puppet.evaluate import machine, read_voices
+from talkingdit.lock import alone
 from talkingdit.media.boxes import Box
 from talkingdit.media.files import SPEECH_RATE
 from talkingdit.puppets.measure import HeldOutVoice, correlation, truth_of
@@ -408,11 +409,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of scenes and videos (%(default)s)")
     options = parser.parse_args(arguments)
     try:
-        if options.sheet is not None:
-            draw_example(options)
-            return 0
-        result = run(options)
-        print(table(result["rows"]))
+        target = options.out if options.sheet is None else options.sheet
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with alone([target], "an evaluation"):
+            if options.sheet is not None:
+                draw_example(options)
+                return 0
+            print(table(run(options)["rows"]))
     except UserError as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2

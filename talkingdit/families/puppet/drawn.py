@@ -27,6 +27,7 @@ from talkingdit.data.sample import ClipRequest, Sample, Shape
 from talkingdit.encoders.log_mel import SpeechFeatures, normalise_loudness
 from talkingdit.errors import UserError
 from talkingdit.families.training import TrainRun
+from talkingdit.lock import RunLock
 from talkingdit.puppets.render import mouth_boxes, render
 from talkingdit.puppets.visemes import Visemes, visemes_from_audio
 from talkingdit.puppets.world import Motion, Scene
@@ -142,7 +143,11 @@ def _draw(rng: np.random.Generator, voices: list[Voice], frames: int, size: int)
 
 @torch.no_grad()
 def precompute(videos: DrawnVideos, seed: int = 0) -> None:
-    """Draw and encode all training videos into the cache, unless they are there already for these settings."""
+    """Draw and encode all training videos into the cache, unless they are there already for these settings.
+
+    Raises:
+        UserError: another run draws into the cache.
+    """
     wanted = {
         "long": videos.long_videos,
         "short": videos.short_videos,
@@ -154,8 +159,15 @@ def precompute(videos: DrawnVideos, seed: int = 0) -> None:
     stamp = videos.cache / "stamp.json"
     if stamp.exists() and json.loads(stamp.read_text()) == wanted:
         return
-    stamp.unlink(missing_ok=True)
     videos.cache.mkdir(parents=True, exist_ok=True)
+    with RunLock(videos.cache / ".lock", videos.cache, "drawing of training videos"):
+        _fill(videos, seed)
+        write_whole(stamp, json.dumps(wanted).encode())
+
+
+def _fill(videos: DrawnVideos, seed: int) -> None:
+    """Draw and encode anew; what is there counts for nothing meanwhile."""
+    (videos.cache / "stamp.json").unlink(missing_ok=True)
     vae = AutoencoderKLWan.from_pretrained(videos.vae).eval()
     voices = read_voices(videos.voices, "train", videos.fps)
     for kind, count in (("long", videos.long_videos), ("short", videos.short_videos)):
@@ -170,7 +182,6 @@ def precompute(videos: DrawnVideos, seed: int = 0) -> None:
             captions.append(drawn["caption"])
         tensors = {"latents": torch.stack(latents), "cells": torch.stack(cells), "audio": torch.stack(audio)}
         save_tensors(tensors, videos.cache / f"{kind}.safetensors", {"captions": json.dumps(captions)})
-    write_whole(stamp, json.dumps(wanted).encode())
 
 
 class Puppets:

@@ -24,6 +24,7 @@ import numpy as np
 
 from talkingdit.atomic import write_whole
 from talkingdit.errors import UserError
+from talkingdit.lock import alone, changing
 from talkingdit.media.files import SPEECH_RATE
 from talkingdit.puppets.measure import (
     Generator,
@@ -86,15 +87,16 @@ def insert_report(page: Path, text: str) -> None:
     Raises:
         UserError: there is no such page, or it has no such marks.
     """
-    try:
-        content = page.read_text()
-    except OSError as error:
-        raise UserError(f"{page}: not a readable page to put the table into ({error}).") from error
-    before, start, rest = content.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not start or not end:
-        raise UserError(f"{page}: has no lines {MARKS[0]} and {MARKS[1]} to put the table between.")
-    write_whole(page, f"{before}{start}\n{text}\n{end}{after}".encode())
+    with changing(page, "puppets evaluate"):
+        try:
+            content = page.read_text()
+        except OSError as error:
+            raise UserError(f"{page}: not a readable page to put the table into ({error}).") from error
+        before, start, rest = content.partition(MARKS[0])
+        _, end, after = rest.partition(MARKS[1])
+        if not start or not end:
+            raise UserError(f"{page}: has no lines {MARKS[0]} and {MARKS[1]} to put the table between.")
+        write_whole(page, f"{before}{start}\n{text}\n{end}{after}".encode())
 
 
 def machine() -> dict[str, Any]:
@@ -186,9 +188,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.clips < 2:
         parser.error("--clips must be at least 2, to compare with another voice")
     try:
-        result = run(options)
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(options.out, (json.dumps(result, indent=1) + "\n").encode())
+        with alone([options.out], "an evaluation"):
+            result = run(options)
+            write_whole(options.out, (json.dumps(result, indent=1) + "\n").encode())
         print(table(result))
         if options.report:
             insert_report(PAGE, table(result))

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from talkingdit.data.sample import ClipRequest, flaw
 from talkingdit.errors import UserError
-from talkingdit.families.hunyuan_avatar import evaluate
+from talkingdit.families.hunyuan_avatar import drawn, evaluate
 from talkingdit.families.hunyuan_avatar.drawn import PEOPLE, DrawnScenes, Scenes, box_mask, draw_video, precompute
 from talkingdit.families.hunyuan_avatar.samples import emotion_track
 from talkingdit.families.puppet.drawn import read_voices
@@ -191,3 +191,48 @@ def test_borders_are_those_of_the_last_step() -> None:
     """Windows of 3 latents that move on by 1, three steps: the last ones begin at latents 1 and 4."""
     assert evaluate.borders(25, window=3, shift=1, steps=3) == [1, 13]
     assert evaluate.borders(25, window=3, shift=1, steps=1) == [9, 21]
+
+
+def test_two_runs_do_not_draw_into_one_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of the one under the settings of the other would be trained on without a word."""
+    scenes = DrawnScenes(tmp_path, MODEL / "vae", tmp_path / "cache", videos=4, latents=3, size=64, fps=16)
+    others, drawing = DrawnScenes(**{**vars(scenes), "size": 128}), []
+
+    def read(*given: object) -> None:  # the other run comes by while this one draws
+        drawing.append(given)
+        if len(drawing) == 1:
+            with pytest.raises(UserError, match=r"cache: another run \(drawing of training videos, process"):
+                precompute(others)
+            assert json.loads((scenes.cache / "stamp.json").read_text())["size"] == 64
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(drawn, "read_voices", read)
+    for mine in (scenes, others):  # once the first is gone, the other one's turn comes
+        with pytest.raises(KeyboardInterrupt):
+            precompute(mine)
+    assert len(drawing) == 2
+    assert {path.name for path in scenes.cache.iterdir()} == {"stamp.json"}
+
+
+@pytest.mark.parametrize("made", ["rows.json", "two.png"])
+def test_two_evaluations_do_not_write_one_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, made: str
+) -> None:
+    """Each writes it whole, after every row: rows of the other would be gone."""
+    asked = ["--checkpoint", str(MODEL), "--voices", str(tmp_path), "--out", str(tmp_path / "rows.json")]
+    asked += ["--sheet", str(tmp_path / "two.png")] if made == "two.png" else []
+    met = []
+
+    def measured(options: object) -> dict[str, dict]:  # the other one comes by while this one measures
+        met.append(options)
+        if len(met) == 1:
+            assert evaluate.main(asked) == 2
+        return {"rows": {}}
+
+    monkeypatch.setattr(evaluate, "run", measured)
+    monkeypatch.setattr(evaluate, "draw_example", measured)
+    monkeypatch.setattr(evaluate, "table", lambda rows: "")
+    assert evaluate.main(asked) == 0
+    assert len(met) == 1
+    assert f"evaluate: {tmp_path / made}: another run (an evaluation, process" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Puppets as a source: videos are drawn once, and every clip comes with its own audio, past, mouth and words."""
 
+import dataclasses
 import json
 import pickle
 from collections import Counter
@@ -12,8 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from talkingdit.data.sample import ClipRequest
+from talkingdit.errors import UserError
 from talkingdit.families.puppet import drawn
 from talkingdit.families.puppet.drawn import DrawnVideos, Puppets, encode_video, mouth_cells, precompute, read_voices
+from talkingdit.puppets import MODEL
 from training.loader import Loader
 from training.sections import BatchConfig, ConditionsConfig, StageConfig
 from training.vae import VaeConfig, make_vae
@@ -208,3 +211,24 @@ def test_missing_voices_get_one_sentence(tmp_path):
     (tmp_path / "index.jsonl").write_text("")
     with pytest.raises(ValueError, match="lists no voice of split 'train'"):
         read_voices(tmp_path, "train", 16)
+
+
+def test_two_runs_do_not_draw_into_one_cache(tmp_path, monkeypatch):
+    """Videos of the one under the settings of the other would be trained on without a word."""
+    places = {"voices": tmp_path, "vae": MODEL / "vae", "cache": tmp_path / "cache"}
+    videos = DrawnVideos(**places, long_videos=1, short_videos=1, size=48, fps=16)
+    others, drawing = dataclasses.replace(videos, size=64), []
+
+    def read(*given):  # the other run comes by while this one draws
+        drawing.append(given)
+        if len(drawing) == 1:
+            with pytest.raises(UserError, match=r"cache: another run \(drawing of training videos, process"):
+                precompute(others)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(drawn, "read_voices", read)
+    for mine in (videos, others):  # once the first is gone, the other one's turn comes
+        with pytest.raises(KeyboardInterrupt):
+            precompute(mine)
+    assert len(drawing) == 2
+    assert list((tmp_path / "cache").iterdir()) == []
