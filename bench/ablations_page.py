@@ -63,7 +63,8 @@ def effort(cells: Cells) -> str:
     training, measuring = sum(models.values()) / 3600, sum(cell.get("seconds", 0.0) for cell in cells.values()) / 3600
     return (
         f"Training of the {len(models)} models of this table took {training:.1f} hours of one core, measuring its "
-        f"{len(cells)} rows {measuring:.1f}: {(training + measuring) / 2:.1f} hours of two cores, after the clips are drawn."
+        f"{len(cells)} rows {measuring:.1f}: {(training + measuring) / 2:.1f} hours of two cores, after the clips "
+        "are drawn."
     )
 
 
