@@ -72,7 +72,7 @@ class Activations:
     """What one rank keeps and sends of one micro-batch in training.
 
     Args:
-        stream: of the residual stream, which is kept before each unit of the walk.
+        streams: by unit of the walk, of the residual stream that it is given, which is kept for its backward.
         kept: by unit of the walk, what it keeps for its backward besides.
         working: by unit of the walk, what is alive in its backward beyond the stream and what it keeps.
         conditions: inputs and what is made of them before the first unit.
@@ -81,7 +81,7 @@ class Activations:
         output: what the rank's tokens give in the end.
     """
 
-    stream: float
+    streams: Mapping[str, float]
     kept: Mapping[str, float]
     working: Mapping[str, float]
     conditions: float

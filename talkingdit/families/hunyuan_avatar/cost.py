@@ -281,7 +281,7 @@ def activations(config: Mapping[str, Any], run: TrainingRun, mesh: MeshSizes, si
     )
     refined = (config["refiner_depth"] * 16 + 4) * text_tokens(config) * dim * size
     return Activations(
-        stream=stream,
+        streams=dict.fromkeys(kept, stream),
         kept=kept,
         working=working,
         conditions=inputs + refined + 3 * only_video,

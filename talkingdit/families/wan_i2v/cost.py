@@ -231,7 +231,7 @@ class WanCost:
         area, text = run.clip.pixels / 64, config["text_len"]
         found = 4 * area * run.clip.latents * (2 * config["out_dim"] + config["in_dim"])
         return Activations(
-            stream=stream,
+            streams=dict.fromkeys(kinds, stream),
             kept=kept,
             working={path: kind.whole - kept[path] for path, kind in kinds.items()},
             conditions=found + 4 * text * config["text_dim"] + 4 * size * dim * text,

@@ -290,9 +290,10 @@ def activations(config: Mapping[str, Any], run: TrainingRun, mesh: MeshSizes, si
     block = Kept((saved + hidden * wide) * narrow + 2 * stream, (9 + wide) * narrow, whole)
     injection = Kept(4 * only_noisy, 3 * only_noisy, 8 * only_noisy + 2 * stream)
     kinds = {path: block if path.startswith("blocks.") else injection for path in walk(config)}
+    given = {path: stream if kind is block else min(noisy, local) * dim * 4 for path, kind in kinds.items()}
     kept = {path: kind.kept(run.checkpointing) for path, kind in kinds.items()}
     return Activations(
-        stream=stream,
+        streams=given,
         kept=kept,
         working={path: kind.whole - kept[path] for path, kind in kinds.items()},
         conditions=_training_conditions(config, run.clip, size),
