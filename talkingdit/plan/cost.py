@@ -75,6 +75,8 @@ class Activations:
         streams: by unit of the walk, of the residual stream that it is given, which is kept for its backward.
         kept: by unit of the walk, what it keeps for its backward besides.
         working: by unit of the walk, what is alive in its backward beyond the stream and what it keeps.
+        multiplying: of that, what is alive while one of its frozen matrices multiplies.
+        again: by unit of the walk, what it has beyond what it keeps when it was made again for its backward.
         conditions: inputs and what is made of them before the first unit.
         attending: units of the walk whose attention is over the whole sequence.
         exchanged: one of q, k, v of the rank's tokens in one of them.
@@ -84,6 +86,8 @@ class Activations:
     streams: Mapping[str, float]
     kept: Mapping[str, float]
     working: Mapping[str, float]
+    multiplying: Mapping[str, float]
+    again: Mapping[str, float]
     conditions: float
     attending: frozenset[str]
     exchanged: float

@@ -72,20 +72,20 @@ def moments(
     # A matrix in eight bits is made wide in float32 and then narrower; where it waits on the host its codes come too.
     widened = (4 + size + (run.offload or run.swap > 0)) * sizes.largest_eight
     rounded = 0.0 if run.float8 == "off" else _rounded(*sizes.widest, transformer.tokens(run.clip)[1] / mesh.context)
-    again = run.float8 == "rowwise" or run.checkpointing != "off"  # a backward rounds, too, or makes a block again
     kept = sum(waiting[name] + activations.kept[name] for name in back)
     done = sum(gradient.values()) if several else sum(gradient[name] for name in sizes.last)
     # What the unit before this one is still reducing.
     before = sum(4.0 * sizes.units[name].elements(ranks, trained=True) for name in sizes.last)
-    forward = {"gradients": done if several else 0.0, "gathered": always, "kept": kept, "at work": rounded}
-    found = [forward]  # as it ends
+    found = []
     for i in range(len(back) - 1, -1, -1):
         name, unit = back[i], sizes.units[back[i]]
         following = sizes.units[back[i - 1]] if i and ranks > 1 else UnitSize()
         first = size * max(unit.matrices, default=0)  # the first gradient, before it is part of what is reduced
         gathered = always + size * (unit.elements(ranks) + following.elements(ranks)) + before + first
         restored = activations.streams[name] if run.inputs != "float32" else 0.0  # from what waited
-        working = activations.working[name] + restored + widened + again * rounded
+        # Rounding takes most as the block is made (again), whose backward has not begun.
+        made = activations.again[name] + rounded if rounded else 0.0
+        working = restored + max(activations.working[name], activations.multiplying[name] + widened, made)
         found.append({"gradients": done, "gathered": gathered, "kept": kept, "at work": working})
         kept -= waiting[name] + activations.kept[name]
         before = 4.0 * unit.elements(ranks, trained=True)

@@ -30,6 +30,7 @@ from training.sections import LoraConfig, ModelConfig, OptimConfig, ParallelConf
 
 WIDTH = dict(dim=512, ffn_dim=1408, num_heads=8, text_dim=64, text_len=16, audio_dim=32, audio_layers=3)
 SMALL = Transformer.of(families.get("wan_s2v"), {**WIDTH, "num_layers": 3, "audio_inject_layers": (0, 2)})
+ALONE = MeshSizes()
 CLIP = ClipShape(704, 1024, 12, history=19, pose=True)
 WHICH = {
     "all": lambda name: True,
@@ -38,7 +39,7 @@ WHICH = {
 }
 
 
-def step_of(run, layout=MeshSizes(), gpus=1, config=SMALL.config):
+def step_of(run, layout=ALONE, gpus=1, config=SMALL.config):
     sizes = {name: getattr(layout, name) for name in ("replicate", "shard", "ring", "ulysses")}
     switches = {name: getattr(run, name) for name in ("inputs", "offload", "float8")}
     return CountedStep(
@@ -103,7 +104,7 @@ CASES = {
     "lora": (TrainingRun(CLIP, trains="lora"), MeshSizes(ring=2, ulysses=2), 4),
     "audio-two-nodes": (TrainingRun(CLIP, trains="audio"), MeshSizes(ulysses=8), 4),
     "lora-bf16": (TrainingRun(CLIP, trains="lora", frozen="bf16", inputs="bf16"), MeshSizes(ulysses=2), 2),
-    **{name: (run, MeshSizes(), 1) for name, run in ONE_CARD.items()},
+    **{name: (run, ALONE, 1) for name, run in ONE_CARD.items()},
 }
 
 
