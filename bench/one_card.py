@@ -67,7 +67,7 @@ def cases() -> Iterator[OneCardCase]:
     yield OneCardCase("float32, all of it offloaded", frozen="float32", inputs="float32", offload=True, pose=True)
     yield OneCardCase("proposed for 24 GB: exact", offload=True)
     yield OneCardCase("proposed for 24 GB and a host of 36 GB", swap=26, **eight)
-    shipped = {"height": 704, "width": 528, "pose": True, "micro_batches": 4, "swap": 32}
+    shipped = {"height": 528, "width": 704, "pose": True, "micro_batches": 4, "swap": 32}
     yield OneCardCase("`wan_s2v_lora_24gb.toml`", **shipped, **eight)
 
 

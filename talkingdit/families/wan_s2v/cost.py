@@ -292,7 +292,9 @@ def activations(config: Mapping[str, Any], run: TrainingRun, mesh: MeshSizes, si
     block = Kept((saved + hidden * wide) * narrow + 2 * stream, (9 + wide) * narrow, whole)
     injection = Kept(4 * only_noisy, 3 * only_noisy, 8 * only_noisy + 2 * stream)
     kinds = {path: block if path.startswith("blocks.") else injection for path in walk(config)}
-    given = {path: stream if kind is block else min(noisy, local) * dim * 4 for path, kind in kinds.items()}
+    # An injection is given a view, the noisy tokens: as it is it keeps the whole stream, a copy is only as large.
+    part = stream if run.inputs == "float32" else min(noisy, local) * dim * 4
+    given = {path: stream if kind is block else part for path, kind in kinds.items()}
     kept = {path: kind.kept(run.checkpointing) for path, kind in kinds.items()}
     scaled = {
         path: (wide - 1) * narrow if run.trains == "lora" and kind is block else 0 for path, kind in kinds.items()
