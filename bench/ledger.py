@@ -53,19 +53,24 @@ _KINDS = {
 }
 
 
+_CPU = torch.device("cpu")
+
+
 class Ledger(TorchDispatchMode):
     """Within the context, every storage that comes, changes its size or goes, and every collective.
 
     Args:
         gpus: ranks per node.
+        card: device of the tensors that lie on the card; those of any other lie on the host.
     """
 
-    def __init__(self, gpus: int) -> None:
+    def __init__(self, gpus: int, card: torch.device = _CPU) -> None:
         super().__init__()
-        self.gpus = gpus
+        self.gpus, self.card = gpus, card
         self.events: list[tuple[int, int]] = []  # (number of a storage, change of its bytes)
         self.marks: dict[str, int] = {}  # name of a moment: events before it
         self.whole: set[int] = set()  # storages of gathered parameters, and of gradients on their way
+        self.host: set[int] = set()  # storages that lie on the host
         self.sent: dict[tuple[str, int, int], SentByRank] = {}
         self._size: dict[int, int] = {}
         self._number: dict[int, int] = {}
@@ -98,6 +103,8 @@ class Ledger(TorchDispatchMode):
         if key not in self._number:
             number = self._number[key] = len(self._size)
             self._size[number] = 0
+            if tensor.device != self.card:
+                self.host.add(number)
             self._change(number, storage.nbytes())
             weakref.finalize(storage, self._gone, key, number).atexit = False
         return self._number[key]

@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,7 @@ from talkingdit.plan.transformer import Transformer
 from talkingdit.plan.units import UnitSizes, unit_sizes
 
 _RESULTS = Path(__file__).resolve().parent / "results" / "scaling.json"
+Case = TypeVar("Case")
 GPUS = 8  # per node
 NODES = Cluster()  # an H100 node of 8, with 400 Gb/s of network per GPU
 
@@ -122,19 +123,35 @@ def row(case: ScalingCase) -> dict[str, Any]:
 
 def run(path: Path, only: str) -> None:
     """Count the cases that a file lacks, and write it after each."""
-    done = {tuple(asdict(case_of(r)).values()) for r in _read(path)["rows"]}
-    order = {tuple(asdict(case).values()): i for i, case in enumerate(cases())}
-    for case in cases():
-        key = tuple(asdict(case).values())
-        if key in done or only not in str(case):
+    fill("scaling", path, [case for case in cases() if only in str(case)], case_of, row, list(cases()))
+
+
+def fill(
+    name: str,
+    path: Path,
+    wanted: Iterable[Case],
+    case_of: Callable[[Mapping[str, Any]], Case],
+    row: Callable[[Case], dict[str, Any]],
+    order: Sequence[Case],
+) -> None:
+    """Add a row for every wanted case that a file of results lacks, and write the file after each.
+
+    Args:
+        name: of the results.
+        case_of: the case that a row is of.
+        row: what is found of a case.
+        order: of the rows; those of other cases come last.
+    """
+    done = [case_of(r) for r in _read(path)["rows"]]
+    for case in wanted:
+        if case in done:
             continue
-        header = record.header("scaling", torch.device("cpu"), quick=False)
+        header = record.header(name, torch.device("cpu"), quick=False)
         del header["device"], header["threads"]  # of no device: the README's tables are of files that name one
         counted = row(case)
         with record.adding_to(path):  # another run may have counted others meanwhile
-            there = _read(path)["rows"]
-            rows = [r for r in there if tuple(asdict(case_of(r)).values()) != key] + [counted]
-            rows.sort(key=lambda r: order.get(tuple(asdict(case_of(r)).values()), len(order)))
+            rows = [r for r in _read(path)["rows"] if case_of(r) != case] + [counted]
+            rows.sort(key=lambda r: order.index(case_of(r)) if case_of(r) in order else len(order))
             record.write(path, json.dumps({**header, "rows": rows}, indent=1) + "\n")
         print(case, file=sys.stderr)
 

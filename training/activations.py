@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import talkingdit.ops.audio_attention  # noqa: F401  (registers an operation that is named below)
+from training.host import HOST
 from training.sections import ParallelConfig
 
-# Whose results "selective" keeps. All else in a block is cheap to compute again.
+# Whose results "selective" keeps. All else in a block is cheap to compute again, and so are products over few columns:
+# those of adapters' second matrices are as wide as the layer's own, and computed about as fast as they would be read.
+_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+_FEW = 128  # columns
 _KEPT = {
     getattr(namespace, name).default
     for namespace, names in (
-        (torch.ops.aten, ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu")),
-        (torch.ops.aten, ("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")),
-        (torch.ops.aten, ("_scaled_dot_product_cudnn_attention",)),
+        (torch.ops.aten, ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")),
+        (torch.ops.aten, ("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")),
         (torch.ops.talkingdit, ("audio_attention",)),
     )
     for name in names
@@ -59,10 +62,11 @@ class Waiting:
     def _put_away(self, x: Tensor) -> Tensor:
         if self._narrow:
             x = x.bfloat16()
-        if not self._host or x.device.type == "cpu":
+        if not self._host or x.device == HOST:
             return x
         # Pinned, and on the stream that computes: the copy is done before the room of `x` is used again.
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+        pinned = x.device.type == "cuda"
+        return torch.empty(x.shape, dtype=x.dtype, device=HOST, pin_memory=pinned).copy_(x, non_blocking=True)
 
 
 def checkpoint_activations(model: Any, blocks: list[Any], config: ParallelConfig) -> None:
@@ -102,4 +106,5 @@ def _run_with_kept_input(
 
 
 def _policy(context: Any, op: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = op in _KEPT or (op in _PRODUCTS and arguments[-1].shape[-2] > _FEW)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

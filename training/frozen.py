@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from talkingdit.errors import UserError
 from talkingdit.nn.units import Units, modules_of, unit_of
+from training.host import HOST
 from training.sections import ModelConfig
 from training.stages import TRANSFORMER, plain_name
 
@@ -112,13 +113,12 @@ def narrow(
     how = model.frozen
     if how == "float32":
         return
-    host = torch.device("cpu")
     if how in EIGHT_BITS:
         swapped = units.walk(transformer.config)[: None if swap else model.swap]
         for path, layer in _frozen_matrices(transformer, units, trained):
             parent, _, name = path.rpartition(".")
-            where = host if unit_of(path, units.UNITS)[0] in swapped else home
-            pinned = where == host and home.type == "cuda"
+            where = HOST if unit_of(path, units.UNITS)[0] in swapped else home
+            pinned = where == HOST and home.type == "cuda"
             setattr(transformer.get_submodule(parent), name, FrozenLinear(layer, how, where, pinned))
     for name, parameter in transformer.named_parameters():
         plain = plain_name(name)

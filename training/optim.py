@@ -239,7 +239,9 @@ def _orthogonal(parameters: Sequence[Tensor], updates: Sequence[Tensor], steps: 
         return
     mesh = first.device_mesh
     for begin, end in _portions(parameters, mesh.size(mesh.ndim - 1)):
-        mine = [update.to(mesh.device_type) for update in updates[begin:end]]
+        # Offloaded ones go to the card, the others stay on theirs.
+        given = updates[begin:end]
+        mine = [update if update.device.type == mesh.device_type else update.to(mesh.device_type) for update in given]
         yield from _exchanged(parameters[begin:end], mine, steps, mesh.get_group(mesh.ndim - 1))
 
 

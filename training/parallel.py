@@ -51,6 +51,7 @@ from talkingdit.nn.context_parallel import ContextParallel
 from talkingdit.nn.units import modules_of
 from training.activations import checkpoint_activations
 from training.frozen import frozen_layers
+from training.host import HOST
 from training.networks import Networks
 from training.sections import ParallelConfig
 
@@ -157,7 +158,7 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
-        return torch.device("cpu")
+        return HOST
     if name != "cuda":
         raise UserError(f"device: must be 'auto', 'cpu' or 'cuda', got {name!r}.")
     number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -218,7 +219,7 @@ def shard(networks: Networks, mesh: ProcessMesh, config: ParallelConfig, narrow:
     usual = precise if config.precision == "fp32" else mixed
     # On processors that share nothing but gradients units save no memory, nor would one be on its way while another
     # computes; they cost a cast of their own each, and a word with the other processes.
-    apart = mesh.device.type != "cpu" or mesh.fsdp.size(mesh.fsdp.ndim - 1) > 1
+    apart = mesh.device != HOST or mesh.fsdp.size(mesh.fsdp.ndim - 1) > 1
     layers = [(layer, unit) for _, layer, unit in modules_of(model, units.UNITS)]
     for layer, unit in layers:
         policy = precise if unit.float32 else usual
@@ -235,7 +236,7 @@ def shard(networks: Networks, mesh: ProcessMesh, config: ParallelConfig, narrow:
     for layer, following in pairwise(in_order):  # backward prefetch, in reverse, is what FSDP2 does by itself
         layer.set_modules_to_forward_prefetch([following])
 
-    home = torch.device("cpu") if config.offload else mesh.device
+    home = HOST if config.offload else mesh.device
     networks._apply(lambda tensor: torch.full_like(tensor, torch.nan, device=home) if tensor.is_meta else tensor)
 
 

@@ -72,18 +72,22 @@ class Activations:
     """What one rank keeps and sends of one micro-batch in training.
 
     Args:
-        stream: of the residual stream, which is kept before each unit of the walk.
+        streams: by unit of the walk, of the residual stream that it is given, which is kept for its backward.
         kept: by unit of the walk, what it keeps for its backward besides.
         working: by unit of the walk, what is alive in its backward beyond the stream and what it keeps.
+        multiplying: of that, what is alive while one of its frozen matrices multiplies.
+        again: by unit of the walk, what it has beyond what it keeps when it was made again for its backward.
         conditions: inputs and what is made of them before the first unit.
         attending: units of the walk whose attention is over the whole sequence.
         exchanged: one of q, k, v of the rank's tokens in one of them.
         output: what the rank's tokens give in the end.
     """
 
-    stream: float
+    streams: Mapping[str, float]
     kept: Mapping[str, float]
     working: Mapping[str, float]
+    multiplying: Mapping[str, float]
+    again: Mapping[str, float]
     conditions: float
     attending: frozenset[str]
     exchanged: float

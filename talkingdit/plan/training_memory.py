@@ -7,6 +7,7 @@ ulysses ranks, tokens over ring x ulysses. Tests hold it against counts of the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from talkingdit.plan.run import INPUTS, MeshSizes, TrainingRun
 from talkingdit.plan.transformer import Transformer
 from talkingdit.plan.units import UnitSize, UnitSizes
 
+MUON_TOGETHER = 1 << 22  # elements of small matrices that Muon works on at once
 SIDE = ("gradients", "gathered")  # what is allocated in streams beside the main one
 
 
@@ -26,13 +28,23 @@ def states(sizes: UnitSizes, run: TrainingRun, ranks: int) -> dict[str, float]:
     """Bytes per GPU (or, offloaded, per GPU's part of the host) between steps, without gradients."""
     trained = sizes.total(ranks, trained=True) / ranks
     muon = sizes.matrices / ranks if run.optimizer == "muon" else 0.0
-    # 8 bits per moment and a float32 scale for every 256 of them.
-    moments = 2 * (1 + 4 / 256) if run.optimizer == "adamw8bit" else 8
+    eight = run.optimizer == "adamw8bit"
     return {
         "weights": sum(unit.stored(ranks, run.frozen) for unit in sizes.units.values()) + sizes.eight_bytes(False),
-        "optimiser": moments * (trained - muon) + 4 * muon,
+        "optimiser": _eight_bit_moments(sizes, ranks) if eight else 8 * (trained - muon) + 4 * muon,
         "averages": 4 * trained if run.averages else 0.0,
     }
+
+
+def _eight_bit_moments(sizes: UnitSizes, ranks: int) -> float:
+    """Bytes of torchao's: 8 bits per moment, a float32 scale for every 256 of them, and for every parameter a table of
+    what 256 codes mean. Small and odd parameters have float32."""
+    found = 0.0
+    for unit in sizes.units.values():
+        for shape, trains in unit.shapes:
+            mine = -(-shape[0] // ranks) * math.prod(shape[1:]) if trains else 0
+            found += 2 * (mine + mine / 64 + 1024) if mine >= 4096 and mine % 256 == 0 else 8 * mine
+    return found
 
 
 def memory(
@@ -56,12 +68,11 @@ def moments(
     several = run.per_rank(mesh) > 1  # gradients of earlier micro-batches are there already
     back = sizes.back
     width, away = INPUTS[run.inputs]
-    stream = 0.0 if away else activations.stream * width / 4  # of what waits
-    restored = activations.stream if run.inputs != "float32" else 0.0  # that of the block at work
+    waiting = {name: 0.0 if away else stream * width / 4 for name, stream in activations.streams.items()}
     # A matrix in eight bits is made wide in float32 and then narrower; where it waits on the host its codes come too.
     widened = (4 + size + (run.offload or run.swap > 0)) * sizes.largest_eight
     rounded = 0.0 if run.float8 == "off" else _rounded(*sizes.widest, transformer.tokens(run.clip)[1] / mesh.context)
-    kept = sum(stream + activations.kept[name] for name in back)
+    kept = sum(waiting[name] + activations.kept[name] for name in back)
     done = sum(gradient.values()) if several else sum(gradient[name] for name in sizes.last)
     # What the unit before this one is still reducing.
     before = sum(4.0 * sizes.units[name].elements(ranks, trained=True) for name in sizes.last)
@@ -71,12 +82,15 @@ def moments(
         following = sizes.units[back[i - 1]] if i and ranks > 1 else UnitSize()
         first = size * max(unit.matrices, default=0)  # the first gradient, before it is part of what is reduced
         gathered = always + size * (unit.elements(ranks) + following.elements(ranks)) + before + first
-        working = activations.working[name] + restored + widened + rounded
+        restored = activations.streams[name] if run.inputs != "float32" else 0.0  # from what waited
+        # Rounding takes most as the block is made (again), whose backward has not begun.
+        made = activations.again[name] + rounded if rounded else 0.0
+        working = restored + max(activations.working[name], activations.multiplying[name] + widened, made)
         found.append({"gradients": done, "gathered": gathered, "kept": kept, "at work": working})
-        kept -= stream + activations.kept[name]
+        kept -= waiting[name] + activations.kept[name]
         before = 4.0 * unit.elements(ranks, trained=True)
         done += 0.0 if several else gradient[name]
-    found.append({"gradients": sum(gradient.values()), **_update(sizes, run, ranks)})
+    found.append({"gradients": sum(gradient.values()), **({} if run.offload else _update(sizes, run, ranks))})
     return [{**moment, "gradients": 0.0} for moment in found] if run.offload else found
 
 
@@ -146,17 +160,20 @@ def host(
     found = {"shards, gradients, optimiser": sum(held.values()) + trained} if run.offload else {}
     if run.offload and run.validates and run.averages:
         found["weights that wait"] = trained
+    if run.offload:
+        found |= {name: value for name, value in _update(sizes, run, ranks).items() if value}
     if swapped := sizes.eight_bytes(True):
         found["swapped weights"] = swapped
     width, away = INPUTS[run.inputs]
     if away:
         activations = transformer.cost.activations(transformer.config, run, mesh, size)
-        found["inputs of blocks"] = len(sizes.back) * activations.stream * width / 4
+        found["inputs of blocks"] = sum(activations.streams[name] for name in sizes.back) * width / 4
     return found | ({"copy of a checkpoint": saved} if run.asynchronous else {})
 
 
 def _update(sizes: UnitSizes, run: TrainingRun, ranks: int) -> dict[str, float]:
     """Bytes that the optimiser needs beyond what it holds: Muon all updates, and one whole matrix several times."""
-    if run.optimizer != "muon" or run.offload:
+    if run.optimizer != "muon":
         return {}
-    return {"at work": 4 * sizes.matrices / ranks + 16 * sizes.largest_matrix}
+    together = max(sizes.largest_matrix, min(MUON_TOGETHER, sizes.matrices))
+    return {"at work": 4 * sizes.matrices / ranks + 16 * together}

@@ -2,27 +2,35 @@
 """Predictions of training against counts of the real step on fake tensors and a fake process group."""
 
 import json
-from dataclasses import replace
+import math
+from contextlib import nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import scaling
-from bench.counted_step import CountedStep, count
+from bench import one_card, scaling
+from bench.counted_step import CountedStep, as_on_the_host, count
 from talkingdit import families
 from talkingdit.cli import main as cli
 from talkingdit.plan import training as planner
+from talkingdit.plan.cards import needed
 from talkingdit.plan.clip import ClipShape
 from talkingdit.plan.communication import communication
-from talkingdit.plan.run import Cluster, MeshSizes, TrainingRun
-from talkingdit.plan.training_memory import memory, states
+from talkingdit.plan.run import CHECKPOINTING, FLOAT8, FROZEN, INPUTS, OPTIMIZERS, Cluster, MeshSizes, TrainingRun
+from talkingdit.plan.training_memory import host, memory, states
 from talkingdit.plan.transformer import Transformer
 from talkingdit.plan.units import unit_sizes
+from training import plan as command
+from training.config import read_toml
+from training.host import HOST
 from training.lora import add_adapters
 from training.sections import LoraConfig, ModelConfig, OptimConfig, ParallelConfig
 
 WIDTH = dict(dim=512, ffn_dim=1408, num_heads=8, text_dim=64, text_len=16, audio_dim=32, audio_layers=3)
 SMALL = Transformer.of(families.get("wan_s2v"), {**WIDTH, "num_layers": 3, "audio_inject_layers": (0, 2)})
+ALONE = MeshSizes()
 CLIP = ClipShape(704, 1024, 12, history=19, pose=True)
 WHICH = {
     "all": lambda name: True,
@@ -31,53 +39,122 @@ WHICH = {
 }
 
 
-def counted(run, layout, gpus):
+def step_of(run, layout=ALONE, gpus=1, config=SMALL.config):
     sizes = {name: getattr(layout, name) for name in ("replicate", "shard", "ring", "ulysses")}
-    return count(
-        CountedStep(
-            SMALL.config,
-            run.clip,
-            ParallelConfig(**sizes, activation_checkpointing=run.checkpointing, inputs=run.inputs),
-            layout.data * layout.context,
-            gpus,
-            OptimConfig(name=run.optimizer),
-            model=ModelConfig(frozen=run.frozen),
-            micro_batches=run.micro_batches // layout.data,
-            averages=run.averages,
-            trains=WHICH[run.trains],
-            prepare=lambda model: add_adapters(model, LoraConfig(rank=32)) if run.trains == "lora" else None,
-        )
+    switches = {name: getattr(run, name) for name in ("inputs", "offload", "float8")}
+    return CountedStep(
+        config,
+        run.clip,
+        ParallelConfig(**sizes, activation_checkpointing=run.checkpointing, **switches),
+        layout.data * layout.context,
+        gpus,
+        OptimConfig(name=run.optimizer),
+        model=ModelConfig(frozen=run.frozen, swap=run.swap),
+        micro_batches=run.micro_batches // layout.data,
+        averages=run.averages,
+        trains=WHICH[run.trains],
+        prepare=lambda model: add_adapters(model, LoraConfig(rank=run.lora_rank)) if run.trains == "lora" else None,
     )
 
 
-@pytest.mark.parametrize(
-    ("run", "layout", "gpus"),
-    [
-        (TrainingRun(CLIP), MeshSizes(ulysses=8), 8),
-        (TrainingRun(CLIP, 2, checkpointing="off", averages=False), MeshSizes(shard=2, ring=2, ulysses=4), 8),
-        (TrainingRun(CLIP, 8, "muon", "selective"), MeshSizes(replicate=2, shard=2, ulysses=2), 4),
-        (TrainingRun(CLIP, trains="lora"), MeshSizes(ring=2, ulysses=2), 4),
-        (TrainingRun(CLIP, trains="audio"), MeshSizes(ulysses=8), 4),
-        (TrainingRun(CLIP, trains="lora", frozen="bf16", inputs="bf16"), MeshSizes(ulysses=2), 2),
-        (TrainingRun(CLIP, trains="lora", frozen="int8", inputs="bf16", averages=False), MeshSizes(), 1),
-    ],
-    ids=[
-        *("ulysses", "fsdp-ring-ulysses-off", "hsdp-muon-selective-two-micro-batches", "lora", "audio-two-nodes"),
-        *("lora-bf16", "lora-int8-one-card"),
-    ],
-)
+ADAPTERS = replace(TrainingRun(CLIP, asynchronous=False, validates=False), trains="lora")
+ONE_CARD = {
+    "lora-int8-one-card": replace(ADAPTERS, frozen="int8", inputs="bf16", averages=False),
+    "as-proposed-for-24-gb": replace(
+        ADAPTERS, frozen="int8", inputs="host_bf16", swap=2, optimizer="adamw8bit", micro_batches=2
+    ),
+    "exact-offloaded": replace(ADAPTERS, frozen="bf16", inputs="host", offload=True),
+    "fp8-swapped-selective": replace(ADAPTERS, frozen="fp8", inputs="host", swap=5, checkpointing="selective"),
+    "fp8-offloaded-two-micro-batches": replace(ADAPTERS, frozen="fp8", offload=True, micro_batches=2),
+    "lora-selective-low-rank": replace(ADAPTERS, checkpointing="selective", lora_rank=8, optimizer="adamw8bit"),
+    "float8-rowwise": replace(ADAPTERS, float8="rowwise"),
+    "float8-forward-off": replace(ADAPTERS, float8="forward", checkpointing="off", frozen="bf16"),
+    "muon-offloaded": TrainingRun(CLIP, optimizer="muon", offload=True, asynchronous=False, validates=False),
+}
+
+
+def test_every_switch_has_a_counted_row():
+    """A new value of a switch would else be planned by a formula that nothing holds to the program."""
+    counted = [parameters[0] for parameters in CASES.values()]
+    switches = {
+        "optimizer": OPTIMIZERS,
+        "checkpointing": CHECKPOINTING,
+        "frozen": FROZEN,
+        "inputs": INPUTS,
+        "float8": FLOAT8,
+        "offload": (False, True),
+        "averages": (False, True),
+        "trains": WHICH,
+    }
+    for name, values in switches.items():
+        assert {getattr(run, name) for run in counted} == set(values), name
+    assert {bool(run.swap) for run in counted} == {False, True}
+    fixed = {"clip", "micro_batches", "swap", "lora_rank", "asynchronous", "validates"}
+    assert {entry.name for entry in fields(TrainingRun)} == fixed | set(switches)
+
+
+CASES = {
+    "ulysses": (TrainingRun(CLIP), MeshSizes(ulysses=8), 8),
+    "fsdp-ring-ulysses-off": (
+        *(TrainingRun(CLIP, 2, checkpointing="off", averages=False), MeshSizes(shard=2, ring=2, ulysses=4), 8),
+    ),
+    "hsdp-muon-selective-two-micro-batches": (
+        *(TrainingRun(CLIP, 8, "muon", "selective"), MeshSizes(replicate=2, shard=2, ulysses=2), 4),
+    ),
+    "lora": (TrainingRun(CLIP, trains="lora"), MeshSizes(ring=2, ulysses=2), 4),
+    "audio-two-nodes": (TrainingRun(CLIP, trains="audio"), MeshSizes(ulysses=8), 4),
+    "lora-bf16": (TrainingRun(CLIP, trains="lora", frozen="bf16", inputs="bf16"), MeshSizes(ulysses=2), 2),
+    **{name: (run, ALONE, 1) for name, run in ONE_CARD.items()},
+}
+
+
+@pytest.mark.parametrize(("run", "layout", "gpus"), CASES.values(), ids=CASES)
 def test_memory_and_communication_are_those_of_the_real_step(run, layout, gpus):
-    real = counted(run, layout, gpus)
+    real = count(step_of(run, layout, gpus))
     sizes = unit_sizes(SMALL, run)
     assert sum(memory(SMALL, sizes, run, layout).values()) == pytest.approx(real.peak_bytes, rel=0.07)
-    held = states(sizes, run, layout.sharded)
-    assert held["weights"] == real.held["parameters"]
-    assert held["optimiser"] == pytest.approx(real.held["optimiser"], rel=1e-3)
-    assert held["averages"] == real.held.get("averages", 0)
+    waits = host(SMALL, sizes, replace(run, asynchronous=False, validates=False), layout)
+    # A few numbers that are no part of a card's work lie there too, such as an optimiser's count of steps.
+    assert sum(waits.values()) == pytest.approx(sum(real.host.values()), rel=0.07, abs=3e5)
+    assert real.host.get("parameters", 0) == (held := states(sizes, run, layout.sharded))["weights"] * run.offload + (
+        sizes.eight_bytes(True)
+    )
+    place = real.host if run.offload else real.held
+    assert held["optimiser"] == pytest.approx(place["optimiser"], rel=1e-3)
+    assert held["averages"] == place.get("averages", 0)
+    assert real.held.get("parameters", 0) == (0 if run.offload else held["weights"])
     sent = communication(SMALL, sizes, run, layout, gpus)
     assert sum(part.bytes for part in sent.values()) == pytest.approx(sum(s.bytes for s in real.sent), rel=1e-3)
     assert sum(part.outside for part in sent.values()) == pytest.approx(sum(s.outside for s in real.sent), rel=1e-3)
 
+
+# ---- Executed --------------------------------------------------------------------------------------------------------
+
+
+def allocated(step):
+    """The most bytes at once that PyTorch's allocator has given out while a step, and all before it, really runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        ran = count(step, HOST, nullcontext)
+    live = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most, ran
+
+
+@pytest.mark.parametrize("name", ["as-proposed-for-24-gb", "exact-offloaded", "lora-int8-one-card"])
+def test_what_is_counted_without_storage_is_what_a_step_allocates(name):
+    """On the processor, which is host and card in one: what waits for a card stays where it is, in both."""
+    run = replace(ONE_CARD[name], clip=ClipShape(128, 192, 8, history=19, pose=True), lora_rank=8)
+    step = step_of(run, config={**SMALL.config, "dim": 128, "ffn_dim": 352, "num_heads": 4})
+    without = count(step, HOST, as_on_the_host)
+    most, ran = allocated(step)
+    assert (ran.peak, ran.held, ran.moment) == (without.peak, without.held, without.moment)
+    assert without.peak_bytes == pytest.approx(most, rel=0.03)  # the rest are what kernels need inside
+
+
+# ---- Released size ---------------------------------------------------------------------------------------------------
 
 ROWS = json.loads((Path(__file__).parents[2] / "bench" / "results" / "scaling.json").read_text())["rows"]
 
@@ -109,6 +186,38 @@ def test_predictions_of_the_14b_model_are_what_was_counted(row, released_sizes):
     for what in ("bytes", "outside"):
         predicted = sum(getattr(part, what) for part in sent.values())
         assert predicted == pytest.approx(sum(entry[what] for entry in row["sent"]), rel=1e-3)
+
+
+ONE_CARD_ROWS = json.loads(one_card.RESULTS.read_text())["rows"]
+
+
+@pytest.mark.parametrize("row", ONE_CARD_ROWS, ids=[row["what"] for row in ONE_CARD_ROWS])
+def test_predictions_of_adapters_on_one_card_are_what_was_counted(row):
+    card, beside = one_card.predicted(one_card.case_of(row))
+    assert card == pytest.approx(sum(row["peak"].values()), rel=0.03)
+    assert beside == pytest.approx(sum(row["host"].values()), rel=0.03)
+
+
+def test_what_is_proposed_for_24_gb_was_counted():
+    """Of the plan for a card, and of the configuration that ships: no row of other switches stands for them."""
+    counted = [one_card.case_of(row).run for row in ONE_CARD_ROWS]
+    assert [one_card.case_of(row) for row in ONE_CARD_ROWS] == list(one_card.cases())
+    clip = ClipShape(448, 832, 20, history=19)
+    cluster = Cluster(1, 1, 24 * 2**30, 165)
+    for limit in (math.inf, 36e9):
+        found, fits = planner.best(RELEASED, TrainingRun(clip, trains="lora"), replace(cluster, host=limit))
+        assert fits
+        assert replace(found.run, asynchronous=False, validates=False) in counted
+    config = read_toml(Path(__file__).parents[2] / "training" / "configs" / "wan_s2v_lora_24gb.toml")
+    _, shipped = command.planned(config, cluster, RELEASED)
+    assert replace(shipped.run, asynchronous=False, validates=False) in counted
+
+
+def test_adapters_take_half_the_host_of_what_they_took_and_24_gb():
+    """Counted: the step of the configuration that ships against float32 on the host."""
+    before, *_, shipped = ONE_CARD_ROWS
+    assert needed(sum(shipped["peak"].values())) <= 24e9
+    assert sum(shipped["host"].values()) <= 0.5 * sum(before["host"].values())
 
 
 @pytest.mark.parametrize("frames", [48, 80])

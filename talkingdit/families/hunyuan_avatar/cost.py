@@ -267,23 +267,25 @@ def activations(config: Mapping[str, Any], run: TrainingRun, mesh: MeshSizes, si
     saved = 12 + 3 * (mesh.ulysses > 1) + 2 * ring * (ring > 1) + 3 * ratio
     selective = (9 + ratio) * narrow
     whole = (saved + 2 + ratio) * narrow + 3 * stream
-    kept, working = {}, {}
+    kept, working, again = {}, {}, {}
     for path in walk(config):
         is_block = path.split(".")[0] in ("double_blocks", "single_blocks")
         off = saved * narrow + 2 * stream if is_block else 3 * only_video + stream
         alive = whole if is_block else 6 * only_video + 3 * stream
         partly = selective if is_block else 2 * only_video
         kept[path] = {"off": off, "selective": partly, "full": 0.0}[run.checkpointing]
-        working[path] = alive - kept[path]
+        working[path], again[path] = alive - kept[path], off - kept[path]
     area = run.clip.pixels / 64
     inputs = (
         4 * area * run.clip.latents * 3 * config["in_channels"] + 4 * text_tokens(config) * config["text_states_dim"]
     )
     refined = (config["refiner_depth"] * 16 + 4) * text_tokens(config) * dim * size
     return Activations(
-        stream=stream,
+        streams=dict.fromkeys(kept, stream),
         kept=kept,
         working=working,
+        multiplying=working,
+        again=again,
         conditions=inputs + refined + 3 * only_video,
         attending=frozenset(path for path in walk(config) if "adapter" not in path),
         exchanged=narrow,

@@ -230,10 +230,13 @@ class WanCost:
         kept = {path: kind.kept(run.checkpointing) for path, kind in kinds.items()}
         area, text = run.clip.pixels / 64, config["text_len"]
         found = 4 * area * run.clip.latents * (2 * config["out_dim"] + config["in_dim"])
+        working = {path: kind.whole - kept[path] for path, kind in kinds.items()}
         return Activations(
-            stream=stream,
+            streams=dict.fromkeys(kinds, stream),
             kept=kept,
-            working={path: kind.whole - kept[path] for path, kind in kinds.items()},
+            working=working,
+            multiplying=working,
+            again={path: kind.kept("off") - kept[path] for path, kind in kinds.items()},
             conditions=found + 4 * text * config["text_dim"] + 4 * size * dim * text,
             attending=frozenset(kinds),
             exchanged=narrow,

@@ -274,7 +274,8 @@ def activations(config: Mapping[str, Any], run: TrainingRun, mesh: MeshSizes, si
 
     In units of tokens x dim a block keeps for its backward, besides the residual stream at its input and two more of
     it: 15 and 2 times ffn_dim / dim. Where a sequence is shared 13, the exchanged q, k and v (3), and gathered keys and
-    values (2 per place of the ring). Frozen linear layers keep no inputs.
+    values (2 per place of the ring). Frozen linear layers keep no inputs. Adapters keep what is between their matrices,
+    of 8 over the tokens; behind the feed-forward's first layer they scale a gradient as wide as it.
     """
     dim, wide, ring = config["dim"], config["ffn_dim"] / config["dim"], mesh.ring
     noisy, total = tokens(config, run.clip)
@@ -284,17 +285,27 @@ def activations(config: Mapping[str, Any], run: TrainingRun, mesh: MeshSizes, si
     hidden = 1 if run.trains == "audio" else 2  # ffn_dim wide tensors that are kept
     saved -= 2 if run.trains == "audio" else 0
     # All that is alive in a block's backward beyond its input: in its feed-forward, or in the attention of a long ring.
+    saved += 8 * run.lora_rank / dim if run.trains == "lora" else 0
     whole = (saved + (hidden + 1) * wide) * narrow + 3 * stream
     if ring > 1:
         whole = max(whole, (4 * ring + 8) * narrow + 2 * stream)
     block = Kept((saved + hidden * wide) * narrow + 2 * stream, (9 + wide) * narrow, whole)
     injection = Kept(4 * only_noisy, 3 * only_noisy, 8 * only_noisy + 2 * stream)
     kinds = {path: block if path.startswith("blocks.") else injection for path in walk(config)}
+    # An injection is given a view, the noisy tokens: as it is it keeps the whole stream, a copy is only as large.
+    part = stream if run.inputs == "float32" else min(noisy, local) * dim * 4
+    given = {path: stream if kind is block else part for path, kind in kinds.items()}
     kept = {path: kind.kept(run.checkpointing) for path, kind in kinds.items()}
+    scaled = {
+        path: (wide - 1) * narrow if run.trains == "lora" and kind is block else 0 for path, kind in kinds.items()
+    }
+    multiplying = {path: kind.whole - kept[path] for path, kind in kinds.items()}
     return Activations(
-        stream=stream,
+        streams=given,
         kept=kept,
-        working={path: kind.whole - kept[path] for path, kind in kinds.items()},
+        working={path: multiplying[path] + scaled[path] for path in kinds},
+        multiplying=multiplying,
+        again={path: kind.kept("off") - kept[path] for path, kind in kinds.items()},
         conditions=_training_conditions(config, run.clip, size),
         attending=frozenset(path for path, kind in kinds.items() if kind is block),
         exchanged=narrow,
