@@ -39,12 +39,33 @@ TD_INLINE WordVec float8_codes(FloatVec v) {
   return (bits >> 24 & 0x80u) | (magnitude < 0x3c800000u ? small : large);
 }
 
+// The lowest byte of every lane. (As a conversion of vectors GCC 12 takes them out one by one.)
+TD_INLINE ByteVec low_bytes(WordVec v) {
+#if defined(__AVX512F__)
+  return (ByteVec)_mm512_cvtepi32_epi8((__m512i)v);
+#elif defined(__AVX2__)
+  const __m256i first =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+  const __m256i each = _mm256_shuffle_epi8((__m256i)v, first);  // four bytes at the begin of either half
+  const int64_t both =
+      _mm_cvtsi128_si64(_mm_unpacklo_epi32(_mm256_castsi256_si128(each), _mm256_extracti128_si256(each, 1)));
+  return (ByteVec)both;
+#elif defined(__SSE2__)
+  const __m128i low = _mm_and_si128((__m128i)v, _mm_set1_epi32(0xff));
+  const __m128i words = _mm_packs_epi32(low, low);
+  const int32_t bytes = _mm_cvtsi128_si32(_mm_packus_epi16(words, words));
+  return (ByteVec)bytes;
+#else
+  return __builtin_convertvector(v, ByteVec);
+#endif
+}
+
 TD_INLINE void store_codes(uint8_t* target, WordVec codes, Whole) {
-  const ByteVec bytes = __builtin_convertvector(codes, ByteVec);
+  const ByteVec bytes = low_bytes(codes);
   std::memcpy(target, &bytes, sizeof bytes);
 }
 TD_INLINE void store_codes(uint8_t* target, WordVec codes, Part part) {
-  const ByteVec bytes = __builtin_convertvector(codes, ByteVec);
+  const ByteVec bytes = low_bytes(codes);
   std::memcpy(target, &bytes, size_t(part.count));
 }
 
