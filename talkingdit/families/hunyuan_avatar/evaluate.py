@@ -409,12 +409,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of scenes and videos (%(default)s)")
     options = parser.parse_args(arguments)
     try:
-        target = options.out if options.sheet is None else options.sheet
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with alone([target], "an evaluation"):
-            if options.sheet is not None:
-                draw_example(options)
-                return 0
+        if options.sheet is not None:  # which the making of its video locks
+            options.sheet.parent.mkdir(parents=True, exist_ok=True)
+            draw_example(options)
+            return 0
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with alone([options.out], "an evaluation"):
             print(table(run(options)["rows"]))
     except UserError as error:
         print(f"evaluate: {error}", file=sys.stderr)
