@@ -126,28 +126,7 @@ struct type_tag {
   using type = T;
 };
 
-// Calls fn(type_tag<T>{}) with the storage type of a floating dtype; false when it is not one.
-template <class F>
-bool dispatch_float(DType dtype, F&& fn) {
-  switch (dtype) {
-    case DType::float32:
-      fn(type_tag<float>{});
-      return true;
-    case DType::float64:
-      fn(type_tag<double>{});
-      return true;
-    case DType::bfloat16:
-      fn(type_tag<bf16>{});
-      return true;
-    case DType::float16:
-      fn(type_tag<fp16>{});
-      return true;
-    default:
-      return false;
-  }
-}
-
-// The same of the types that compute in float.
+// Calls fn(type_tag<T>{}) with the storage type of a dtype that computes in float; false when it is not one.
 template <class F>
 bool dispatch_narrow(DType dtype, F&& fn) {
   switch (dtype) {
@@ -163,6 +142,14 @@ bool dispatch_narrow(DType dtype, F&& fn) {
     default:
       return false;
   }
+}
+
+// The same with double among them.
+template <class F>
+bool dispatch_float(DType dtype, F&& fn) {
+  if (dtype != DType::float64) return dispatch_narrow(dtype, fn);
+  fn(type_tag<double>{});
+  return true;
 }
 
 }  // namespace td

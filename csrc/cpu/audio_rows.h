@@ -15,7 +15,7 @@ constexpr int kKeyBlock = 2, kRowBlock = 2;
 
 // What a dot product takes in one step of `width` elements: `parts` registers of a row against as many of a key. A
 // register has two bfloat16 per lane: the even ones are a shift away and the odd ones a mask, and keys are stored in
-// that order. (AVX-512's product of such pairs takes as long as four of float32 on the processors measured.)
+// that order. (AVX-512's product of such pairs took as long as four of float32 on the one processor measured.)
 template <class T>
 struct DotStep {
   using C = compute_t<T>;

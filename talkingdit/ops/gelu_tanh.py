@@ -24,7 +24,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:
-    """All as [rows, dim], one row where all are contiguous; the last one is only looked at in another shape."""
+    """All as [rows, dim], one row where all are contiguous. The last one is written to, and must be contiguous."""
     if all(t.is_contiguous() for t in tensors):
         return [t.view(1, -1) for t in tensors]
     *given, result = tensors
@@ -33,8 +33,6 @@ def _rows(*tensors: Tensor) -> list[Tensor]:
 
 
 def _run(x: Tensor) -> Tensor:
-    if not _own(x):
-        return F.gelu(x, approximate="tanh")
     out = empty(x.shape, x)
     given, result = _rows(x, out)
     _native.gelu_tanh(given, None, result)
@@ -42,8 +40,6 @@ def _run(x: Tensor) -> Tensor:
 
 
 def _run_backward(grad: Tensor, x: Tensor) -> Tensor:
-    if not _own(x):
-        return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
     out = empty(x.shape, x)
     gradient, given, result = _rows(grad, x, out)
     _native.gelu_tanh(given, gradient, result)
@@ -51,9 +47,7 @@ def _run_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _overwrite(x: Tensor) -> None:
-    if not _own(x):
-        torch.ops.aten.gelu_.default(x, approximate="tanh")
-    elif x.is_contiguous() or (x.stride(-1) == 1 and _has_one_stride(x)):
+    if x.is_contiguous() or (x.stride(-1) == 1 and _has_one_stride(x)):
         rows = x.view(1, -1) if x.is_contiguous() else x.view(-1, x.shape[-1])
         _native.gelu_tanh(rows, None, rows)
     else:
@@ -61,6 +55,7 @@ def _overwrite(x: Tensor) -> None:
 
 
 def _own(x: Tensor) -> bool:
+    """Is it for the kernel? Else the public functions call PyTorch's."""
     return x.device.type == "cpu" and x.dtype in _DTYPES
 
 
@@ -106,7 +101,14 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 def overwrite_with_gelu_tanh(x: Tensor) -> Tensor:
-    """:func:`gelu_tanh` of x, to the bit, written over x, which is returned; for inference."""
+    """:func:`gelu_tanh` of x, to the bit, written over x; for inference, it has no gradient.
+
+    Args:
+        x: floating, any shape and strides.
+
+    Returns:
+        x.
+    """
     if _own(x):
         _overwriting_op(x)
     else:
