@@ -44,7 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("bench: --device cuda needs a CUDA device, and torch finds none", file=sys.stderr)
         return 1
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
-    setting = harness.Setting(torch.device(options.device), options.quick, not options.no_compile)
+    setting = harness.Setting(
+        torch.device(options.device),
+        options.quick,
+        not options.no_compile,
+        apart=options.device == "cpu" and not options.quick,
+    )
     for name in cases.names() if options.what == "all" else (options.what,):
         result = harness.run(name, cases.load(name), setting)
         folder = options.out or (None if options.quick else _RESULTS)

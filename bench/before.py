@@ -52,6 +52,7 @@ torch.set_num_threads(int(sys.argv[1]))
 setting = harness.Setting(torch.device("cpu"), sys.argv[2] == "quick", False)
 forward = getattr(harness, "forward_call", None) or harness._forward_call
 backward = getattr(harness, "backward_call", None) or harness._backward_call
+found = getattr(harness, "cases_of", None) or harness._cases
 def load(name):
     try:
         from bench import cases
@@ -62,7 +63,7 @@ for line in sys.stdin:
     word, _, rest = line.strip().partition(" ")
     if word == "cases":
         torch.manual_seed(0)
-        known = list(harness._cases(load(rest), setting))
+        known = list(found(load(rest), setting))
         said = [[c.op, c.shape, str(c.dtype).removeprefix("torch."), c.direction] for c in known]
     elif word == "open":
         case = known[int(rest)]

@@ -2,7 +2,9 @@
 """Fair timing: everybody warmed up, on the same inputs, in turns, in one run together with a plain copy.
 
 A turn on the CPU is two calls, and the second is timed: caches and free memory are then as the same call left them, not
-as another contestant did. A turn on a GPU is timed with events, over calls on several sets of inputs with results of
+as another contestant did. For memory that takes more: what one contestant frees, the C library may give to another,
+whose large result then costs no page faults, as it would in a program of its own. So in full runs each has a process of
+its own (`bench.apart`). A turn on a GPU is timed with events, over calls on several sets of inputs with results of
 their own that together are several times its L2 cache, and the cache is overwritten before it.
 
 A row compares the op with a fresh result (``median_us``) and with a preallocated one (``out_us``), and baselines with
@@ -15,11 +17,13 @@ from __future__ import annotations
 
 import gc
 import math
+import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +31,7 @@ import torch._functorch.config as functorch_config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from bench.apart import Apart, Timed
 from bench.cases import Benchmark, Case, size
 from bench.record import header
 
@@ -49,6 +54,7 @@ class Setting:
         deadline: of `time.monotonic`; cases that would begin later are left out, and named in the result.
         keep_going: what fails is left out and named too.
         shapes: which of a benchmark's, as a slice of their list.
+        apart: every contestant in a process of its own; on the CPU, for benchmarks that are files of this folder.
     """
 
     device: torch.device
@@ -59,6 +65,7 @@ class Setting:
     deadline: float = math.inf
     keep_going: bool = False
     shapes: slice = field(default_factory=lambda: slice(None))
+    apart: bool = False
 
 
 Call = Callable[[], Any]
@@ -129,7 +136,7 @@ def contestants(case: Case, setting: Setting, left_out: dict[str, str] | None = 
     sets = [first, *(case.inputs() for _ in range(count - 1))]
     compiled = _compiled(case, setting)
     plain = {} if setting.compile == "only" else {**case.baselines, **case.optional}
-    make = backward_call if case.direction == "backward" else forward_call
+    make = _maker(case)
     calls: dict[str, list[Call]] = {"ours": [make(case.ours, inputs) for inputs in sets]}
     expected = [t.double() for t in tree_leaves(calls["ours"][0]())]
     for name, function in {**plain, **compiled}.items():
@@ -143,20 +150,41 @@ def contestants(case: Case, setting: Setting, left_out: dict[str, str] | None = 
                 raise
             left_out[name] = f"{type(problem).__name__}: {problem}"[:300]
     del expected
+    return calls | _preallocated(case, setting, sets)
+
+
+def calls_alone(case: Case, setting: Setting, name: str) -> dict[str, list[Call]]:
+    """The calls of one contestant on the CPU; with ours, those whose results are there already."""
+    make, inputs = _maker(case), case.inputs()
+    if name == "ours":
+        return {name: [make(case.ours, inputs)]} | _preallocated(case, setting, [inputs])
+    function = (_compiled(case, setting) | {**case.baselines, **case.optional})[name]
+    return {name: [make(function, inputs)]}
+
+
+def _maker(case: Case) -> Callable[..., Call]:
+    return backward_call if case.direction == "backward" else forward_call
+
+
+def _preallocated(case: Case, setting: Setting, sets: Sequence[tuple[Tensor, ...]]) -> dict[str, list[Call]]:
+    """Ours into a given result, where it takes one, and the copy."""
+    calls: dict[str, list[Call]] = {}
     if case.direction != "backward" and case.has_out:
-        calls["out"] = [forward_call(case.ours, inputs, out=_like(calls["ours"][0]())) for inputs in sets]
-    pairs = [torch.rand(2, max(1, case.bytes // 8), device=setting.device).unbind(0) for _ in range(count)]
+        calls["out"] = [forward_call(case.ours, inputs, out=_like(case.ours(*inputs))) for inputs in sets]
+    pairs = [torch.rand(2, max(1, case.bytes // 8), device=setting.device).unbind(0) for _ in sets]
     calls["copy"] = [lambda a=a, b=b: b.copy_(a) for a, b in pairs]  # type: ignore[misc]
     return calls
 
 
-def _time(calls: Sequence[Call], device: torch.device, scratch: Tensor) -> float:
-    """Microseconds per call. Results are kept until the clock stops, so that each is a fresh one."""
+def time_calls(calls: Sequence[Call], device: torch.device, scratch: Tensor) -> Timed:
+    """Per call. Results are kept until the clock stops, so that each is a fresh one."""
     if device.type == "cpu":
         calls[0]()
+        before = _page_faults()
         begin = time.perf_counter_ns()
         kept = [call() for call in calls]
         elapsed = (time.perf_counter_ns() - begin) / 1e3
+        faults = _page_faults() - before
     else:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -167,26 +195,49 @@ def _time(calls: Sequence[Call], device: torch.device, scratch: Tensor) -> float
         kept = [call() for call in calls]
         end.record()
         end.synchronize()
-        elapsed = start.elapsed_time(end) * 1e3
+        elapsed, faults = start.elapsed_time(end) * 1e3, 0
     del kept
-    return elapsed / len(calls)
+    return Timed(elapsed / len(calls), faults)
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def measure(calls: Mapping[str, Sequence[Call]], setting: Setting) -> dict[str, list[float]]:
-    """Samples in microseconds, taken in turns."""
+    """Samples in microseconds, taken in turns in this process."""
     cuda = setting.device.type == "cuda"
     cache = torch.cuda.get_device_properties(setting.device).L2_cache_size if cuda else 0
     scratch = torch.empty(2 * cache, dtype=torch.uint8, device=setting.device)
-    for group in calls.values():
-        _time(group, setting.device, scratch)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    timers = {name: partial(time_calls, group, setting.device, scratch) for name, group in calls.items()}
+    taken = _turns(timers, {name: len(group) for name, group in calls.items()}, setting)
+    return {name: [timed.us for timed in samples] for name, samples in taken.items()}
+
+
+def _turns(
+    timers: Mapping[str, Callable[[], Timed]], calls: Mapping[str, int], setting: Setting
+) -> dict[str, list[Timed]]:
+    """Samples by contestant, who makes so many calls for one."""
+    for timer in timers.values():
+        timer()
+    samples: dict[str, list[Timed]] = {name: [] for name in timers}
     gc.collect()
     for _ in range(3 if setting.quick else 40):
-        for name, group in calls.items():
+        for name, timer in timers.items():
             taken = samples[name]
-            if len(taken) < _FEW or sum(taken) * len(group) < setting.seconds * 1e6:
-                taken.append(_time(group, setting.device, scratch))
+            if len(taken) < _FEW or sum(timed.us for timed in taken) * calls[name] < setting.seconds * 1e6:
+                taken.append(timer())
     return samples
+
+
+def _measure_apart(
+    benchmark: str, number: int, names: Sequence[str], setting: Setting
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Samples in microseconds and medians of page faults, of contestants in processes of their own."""
+    with Apart(benchmark, number, names, setting) as timers:
+        taken = _turns(timers, dict.fromkeys(timers, 1), setting)
+    faults = {name: statistics.median(timed.page_faults for timed in samples) for name, samples in taken.items()}
+    return {name: [timed.us for timed in samples] for name, samples in taken.items()}, faults
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
@@ -203,10 +254,17 @@ def _peak_bytes(call: Call) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def run_case(case: Case, setting: Setting) -> dict[str, Any]:
+def run_case(case: Case, setting: Setting, benchmark: str = "", number: int = 0) -> dict[str, Any]:
+    """A row. `benchmark` and the number of the case in it are for contestants in processes of their own."""
     left_out: dict[str, str] = {}
     calls = contestants(case, setting, left_out)
-    samples = measure(calls, setting)
+    faults: dict[str, float] = {}
+    if setting.apart:
+        names = [name for name in calls if name not in ("out", "copy")]
+        calls.clear()  # agreed on; the memory is theirs
+        samples, faults = _measure_apart(benchmark, number, names, setting)
+    else:
+        samples = measure(calls, setting)
     medians = {name: statistics.median(taken) for name, taken in samples.items()}
     ours = sorted(samples["ours"])
     median, copy = medians.pop("ours"), medians.pop("copy")
@@ -232,6 +290,8 @@ def run_case(case: Case, setting: Setting) -> dict[str, Any]:
         row.update(peak_bytes=_peak_bytes(calls["ours"][0]), sets=len(calls["ours"]))
     if left_out:
         row["left_out"] = left_out
+    if faults:
+        row["page_faults"] = faults
     row["baselines"] = medians
     return {name: _round(value) for name, value in row.items()}
 
@@ -242,10 +302,16 @@ def _round(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def _cases(benchmark: Benchmark, setting: Setting) -> Iterator[Case]:
+def cases_of(benchmark: Benchmark, setting: Setting) -> Iterator[Case]:
     for shape in benchmark.shapes["quick" if setting.quick else setting.device.type][setting.shapes]:
         for dtype in setting.dtypes:
             yield from benchmark.cases(shape, dtype, setting.device)
+
+
+def prepare() -> None:
+    """The state of a process that times contestants."""
+    torch.manual_seed(0)
+    functorch_config.donated_buffer = False  # graphs are kept and run backward many times
 
 
 def run(
@@ -255,17 +321,16 @@ def run(
 
     ``progress`` is given the result after every row.
     """
-    torch.manual_seed(0)
-    functorch_config.donated_buffer = False  # graphs are kept and run backward many times
+    prepare()
     result: dict[str, Any] = {**header(name, setting.device, setting.quick), "copy_gbps": math.nan, "rows": []}
     rows, problems = result["rows"], []
-    for case in _cases(benchmark, setting):
+    for number, case in enumerate(cases_of(benchmark, setting)):
         label = f"{case.op} {case.shape} {str(case.dtype).removeprefix('torch.')} {case.direction}"
         if time.monotonic() > setting.deadline:
             problems.append(f"{label}: no time was left")
             continue
         try:
-            row = run_case(case, setting)
+            row = run_case(case, setting, name, number)
         except Exception as problem:
             if not setting.keep_going:
                 raise

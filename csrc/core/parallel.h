@@ -9,7 +9,7 @@ namespace td {
 int max_threads();                // what torch.get_num_threads() says in this thread
 const char* threading_runtime();  // "openmp" or "std::thread"
 
-// Results of at least this many bytes leave the last cache before anybody reads them: half of its size, 32 MiB at most.
+// Results of at least this many bytes leave the last cache before anybody reads them: half of its size, 8 MiB at most.
 int64_t stream_threshold();
 
 namespace detail {

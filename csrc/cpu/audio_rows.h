@@ -7,11 +7,10 @@
 
 namespace td::TD_ISA {
 
-#if TD_VEC_BYTES == 64  // 32 registers
-constexpr int kKeyBlock = 6, kRowBlock = 4;
-#else
-constexpr int kKeyBlock = 2, kRowBlock = 2;
-#endif
+// Keys and tokens of a block of dot products: their sums, the rows and a key are in registers together. Rows are read
+// once for all keys of a block.
+constexpr int kKeyBlock = 6, kTokenBlock = TD_VEC_BYTES == 64 ? 4 : 2;
+constexpr int kRowBlock = TD_VEC_BYTES == 64 ? 4 : 2;
 
 // What a dot product takes in one step of `width` elements: `parts` registers of a row against as many of a key. A
 // register has two bfloat16 per lane: the even ones are a shift away and the odd ones a mask, and keys are stored in
@@ -37,7 +36,7 @@ template <int KC, class T, class C>
 TD_INLINE void dot_keys(const T* const* rows, const C* keys, int64_t key_stride, int dim, C scale, const T* const* next,
                         C* scores) {
   using Step = DotStep<T>;
-  constexpr int lanes = kLanes<C>, group = lanes < 4 ? lanes : 4, groups = lanes / group;
+  constexpr int lanes = kLanes<C>, group = lanes < kTokenBlock ? lanes : kTokenBlock, groups = lanes / group;
   Vec<C> parts[KC][groups];
 #pragma GCC unroll 4
   for (int g = 0; g < groups; ++g) {
@@ -78,7 +77,6 @@ void dot_rows(const T* const* rows, const C* keys, int64_t key_stride, int count
       case 1:
         dot_keys<1>(rows, key, key_stride, dim, scale, next, target);
         break;
-#if TD_VEC_BYTES == 64
       case 2:
         dot_keys<2>(rows, key, key_stride, dim, scale, next, target);
         break;
@@ -91,7 +89,6 @@ void dot_rows(const T* const* rows, const C* keys, int64_t key_stride, int count
       case 5:
         dot_keys<5>(rows, key, key_stride, dim, scale, next, target);
         break;
-#endif
       default:
         dot_keys<kKeyBlock>(rows, key, key_stride, dim, scale, next, target);
     }

@@ -11,7 +11,8 @@ namespace td::TD_ISA {
 namespace {
 
 constexpr int64_t kParallelElements = 16 << 10;  // work worth a thread of its own
-constexpr int kTogether = 4;                     // tokens of a backward pass
+// Tokens of a backward pass: with more, small registers leave too many lines of the results open.
+constexpr int kTogether = TD_VEC_BYTES == 64 ? 4 : 2;
 
 // Bytes of all results of a call: they are in the caches together.
 template <class Args>
@@ -23,11 +24,7 @@ int64_t bytes_of(const Args& args, std::initializer_list<const Rows*> results) {
   return bytes;
 }
 
-// Statistics need a whole row before its first result: the next one comes from memory meanwhile.
-TD_INLINE void prefetch(const void* address) {
-  __builtin_prefetch(address, 0, 2);
-}
-// So does a line that will be written: without stores that bypass the caches it is read first.
+// A line that will be written: without stores that bypass the caches it is read first.
 TD_INLINE void prefetch_target(const void* address) {
   __builtin_prefetch(address, 1, 2);
 }
@@ -156,13 +153,14 @@ struct GradRows {
   int64_t next_residual, next_grad_residual, next_grad_out, next_y, next_grad_x, next_grad_y;
 };
 
-// One register or two that lie side by side.
-template <bool Stream, int V, class T, class C, class Portion>
-TD_INLINE void put_all(T* target, const C* vectors, Portion part) {
-  if constexpr (V == 2) {
-    put_two<Stream>(target, vectors[0], vectors[1]);
-  } else {
+// Registers that lie side by side; a part is one of them.
+template <bool Stream, int V, class T, class VecC, class Portion>
+TD_INLINE void put_all(T* target, const VecC* vectors, Portion part) {
+  if constexpr (V == 1) {
     put<Stream>(target, vectors[0], part);
+  } else {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v += 2) put_two<Stream>(target + v * kLanes<compute_t<T>>, vectors[v], vectors[v + 1]);
   }
 }
 
@@ -193,11 +191,11 @@ void grad_rows(const GradRows<S, B, R>& rows, const C* gate, const C* scale, C* 
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         const int at = i + v * lanes;
-        // A line of 16-bit numbers is both registers.
-        const bool branch_line = v == 0, stream_line = v == 0 || sizeof(S) == sizeof(C);
+        const bool branch_line = v * lanes * int(sizeof(B)) % kLineBytes == 0;
+        const bool stream_line = v * lanes * int(sizeof(S)) % kLineBytes == 0;
         if (added && stream_line) prefetch(rows.grad_residual[r] + rows.next_grad_residual + at);
         if (Gated && branch_line) prefetch(rows.y[r] + rows.next_y + at);
         if (!Stream && kept && stream_line) prefetch_target(rows.grad_x[r] + rows.next_grad_x + at);
@@ -215,7 +213,7 @@ void grad_rows(const GradRows<S, B, R>& rows, const C* gate, const C* scale, C* 
       }
       if (kept) put_all<Stream, V>(rows.grad_x[r] + i, total, part);
       if constexpr (Gated) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
           gate_sum[v] += total[v] * load(rows.y[r] + i + v * lanes, part);
           total[v] *= gating[v];
@@ -232,8 +230,9 @@ void grad_rows(const GradRows<S, B, R>& rows, const C* gate, const C* scale, C* 
       if constexpr (Gated) put(gate_sums + at, gate_sum[v], part);
     }
   };
-  // A stored line of 16-bit numbers is two registers: stores that bypass the caches fill one before they begin another.
-  constexpr int kLine = sizeof(B) < sizeof(C) ? 2 : 1;
+  // Stores that bypass the caches fill a line before they begin another: with half of eight lines open, an AVX2
+  // processor wrote at a third of its bandwidth.
+  constexpr int registers = kLineBytes / (kLanes<C> * int(sizeof(B))), kLine = registers < 4 ? registers : 4;
   int i = 0;
   for (; i + kLine * kLanes<C> <= dim; i += kLine * kLanes<C>) {
     columns(i, Whole{}, std::integral_constant<int, kLine>{});

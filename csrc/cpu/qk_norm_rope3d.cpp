@@ -7,27 +7,31 @@
 namespace td::TD_ISA {
 namespace {
 
-template <class T>
-TD_INLINE compute_t<T> sum_of_squares(const T* x, int dim) {
-  using C = compute_t<T>;
-  Vec<C> total{};
-  for_vectors<C>(dim, [&](int d, auto part) {
-    const Vec<C> v = load(x + d, part);
-    total += v * v;
-  });
-  return sum(total);
-}
-
-// 1 / rms over `heads` heads of one token, beginning with head `first`.
+// 1 / rms over `heads` heads of one token, beginning with head `first`. It needs all of them before the first result:
+// whoever comes next is fetched while results are made.
 template <class T>
 TD_INLINE compute_t<T> inverse_rms(const RopeArgs& args, int64_t b, int64_t n, int64_t first, int64_t heads,
                                    double eps) {
   using C = compute_t<T>;
-  C squares = C(0);
+  constexpr int lanes = kLanes<C>;
+  Vec<C> squares{};
   for (int64_t h = first; h < first + heads; ++h) {
-    squares += sum_of_squares(rope_head<const T>(args.x, args.x_strides, b, n, h), args.dim);
+    const T* x = rope_head<const T>(args.x, args.x_strides, b, n, h);
+    // Heads are summed apart, which rounds less, in two sums, of which neither waits for itself.
+    Vec<C> even{}, odd{};
+    int d = 0;
+    for (; d + 2 * lanes <= args.dim; d += 2 * lanes) {
+      const Vec<C> low = load(x + d), high = load(x + d + lanes);
+      even += low * low;
+      odd += high * high;
+    }
+    for_vectors<C>(args.dim - d, [&](int i, auto part) {
+      const Vec<C> rest = load(x + d + i, part);
+      even += rest * rest;
+    });
+    squares += even + odd;
   }
-  return C(1) / std::sqrt(squares / C(heads * args.dim) + C(eps));
+  return C(1) / std::sqrt(sum(squares) / C(heads * args.dim) + C(eps));
 }
 
 template <class T, bool Stream>
@@ -39,6 +43,7 @@ void forward(const QkNormRopeArgs& all) {
   parallel_for(args.tokens, 1 + kParallelBytes / (bytes_per_token + 1), [&](int64_t begin, int64_t end) {
     RopeRow<C> row(args, begin);
     for (int64_t n = begin; n < end; ++n) {
+      const int64_t next = n + 1 < end ? args.x_strides[1] : 0;
       for (int64_t b = 0; b < args.batch; ++b) {
         Vec<C> factor{};
         for (int64_t h = 0; h < args.heads; ++h) {
@@ -46,8 +51,10 @@ void forward(const QkNormRopeArgs& all) {
           const T* x = rope_head<const T>(args.x, args.x_strides, b, n, h);
           T* out = rope_head<T>(args.out, args.out_strides, b, n, h);
           const C* weight = static_cast<const C*>(all.weight) + (all.per_head ? 0 : h * args.dim);
-          row.rotate([&](int d, auto part) { return load(x + d, part) * factor * load(weight + d, part); },
-                     [&](int d, auto v, auto part) { put<Stream>(out + d, v, part); });
+          row.template rotate_into<Stream>(out, [&](int d, auto part) {
+            prefetch(x + next + d);
+            return load(x + d, part) * factor * load(weight + d, part);
+          });
         }
       }
       if (n + 1 < end) row.advance();
@@ -57,13 +64,14 @@ void forward(const QkNormRopeArgs& all) {
 }
 
 // With g the gradient rotated back: dx = r (w g - x r^2 mean(w g x)), dw = sum over tokens of g x r.
-template <class T>
+template <class T, bool Stream>
 TD_INLINE void backward_token(const QkNormRopeGradArgs& grads, const RopeRow<compute_t<T>>& row, int64_t b, int64_t n,
-                              compute_t<T>* weight_sums) {
+                              bool last, compute_t<T>* weight_sums) {
   using C = compute_t<T>;
   const QkNormRopeArgs& all = grads.forward;
   const RopeArgs& args = all.rope;
   const int64_t domain = all.per_head ? 1 : args.heads;
+  const int64_t next = last ? 0 : args.x_strides[1], next_grad = last ? 0 : grads.grad_strides[1];
   for (int64_t first = 0; first < args.heads; first += domain) {
     const C r = inverse_rms<T>(args, b, n, first, domain, all.eps);
     const Vec<C> factor = splat(r);
@@ -87,15 +95,21 @@ TD_INLINE void backward_token(const QkNormRopeGradArgs& grads, const RopeRow<com
       T* grad_x = rope_head<T>(args.out, args.out_strides, b, n, h);
       const T* grad = rope_head<const T>(grads.grad, grads.grad_strides, b, n, h);
       const C* weight = static_cast<const C*>(all.weight) + (all.per_head ? 0 : h * args.dim);
-      row.rotate([&](int d, auto part) { return load(grad + d, part); },
-                 [&](int d, auto g, auto part) {
-                   put(grad_x + d, factor * (g * load(weight + d, part) - load(x + d, part) * pull), part);
-                 });
+      row.template rotate_into<Stream>(
+          grad_x,
+          [&](int d, auto part) {
+            prefetch(grad + next_grad + d);
+            return load(grad + d, part);
+          },
+          [&](int d, auto g, auto part) {
+            prefetch(x + next + d);
+            return factor * (g * load(weight + d, part) - load(x + d, part) * pull);
+          });
     }
   }
 }
 
-template <class T>
+template <class T, bool Stream>
 void backward(const QkNormRopeGradArgs& grads) {
   using C = compute_t<T>;
   const QkNormRopeArgs& all = grads.forward;
@@ -113,10 +127,11 @@ void backward(const QkNormRopeGradArgs& grads) {
       std::memset(static_cast<void*>(sums), 0, size_t(width) * sizeof(C));
       RopeRow<C> row(back, begin);
       for (int64_t n = begin; n < end; ++n) {
-        backward_token<T>(grads, row, b, n, sums);
+        backward_token<T, Stream>(grads, row, b, n, n + 1 == end, sums);
         if (n + 1 < end) row.advance();
       }
     }
+    if constexpr (Stream) stream_fence();
   });
   C* total = static_cast<C*>(grads.grad_weight);
   std::memset(static_cast<void*>(total), 0, size_t(width) * sizeof(C));
@@ -137,7 +152,11 @@ void qk_norm_rope3d(const QkNormRopeArgs& args) {
 }
 
 void qk_norm_rope3d_backward(const QkNormRopeGradArgs& args) {
-  dispatch_float(args.forward.rope.dtype, [&](auto tag) { backward<typename decltype(tag)::type>(args); });
+  dispatch_float(args.forward.rope.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const RopeArgs& rope = args.forward.rope;
+    rope_can_stream<T>(rope) && rope.out != args.grad ? backward<T, true>(args) : backward<T, false>(args);
+  });
 }
 
 }  // namespace td::TD_ISA

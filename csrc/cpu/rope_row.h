@@ -25,22 +25,50 @@ class RopeRow {
   // register is read before it is written, so both may work on the same memory.
   template <class Get, class Put>
   TD_INLINE void rotate(const Get& get, const Put& put) const {
-    if (args_.interleaved) {  // pairs are (x[2i], x[2i+1])
-      for_vectors<C>(args_.dim, [&](int d, auto part) {
-        const Vec<C> v = get(d, part);
-        put(d, v * load(cos_ + d) + swap_pairs(v) * load(sin_ + d), part);
-      });
-    } else {  // pairs are (x[i], x[i + dim / 2])
-      const int half = args_.dim / 2;
-      for_vectors<C>(half, [&](int d, auto part) {
-        const Vec<C> a = get(d, part), b = get(half + d, part), c = load(cos_ + d), s = load(sin_ + d);
-        put(d, a * c - b * s, part);
-        put(half + d, b * c + a * s, part);
-      });
+    if (args_.interleaved) {
+      for_vectors<C>(args_.dim, [&](int d, auto part) { put(d, swapped(get, d, part), part); });
+    } else {
+      rotate_halves(get, put);
     }
   }
 
+  // The same where finish(d, v, part) is what is stored: registers that lie side by side go together.
+  template <bool Stream, class T, class Get, class Finish>
+  TD_INLINE void rotate_into(T* out, const Get& get, const Finish& finish) const {
+    const auto keep = [&](int d, auto v, auto part) { put<Stream>(out + d, finish(d, v, part), part); };
+    if (!args_.interleaved) return rotate_halves(get, keep);
+    constexpr int lanes = kLanes<C>;
+    int d = 0;
+    for (; d + 2 * lanes <= args_.dim; d += 2 * lanes) {
+      const Vec<C> low = finish(d, swapped(get, d, Whole{}), Whole{});
+      const Vec<C> high = finish(d + lanes, swapped(get, d + lanes, Whole{}), Whole{});
+      put_two<Stream>(out + d, low, high);
+    }
+    for_vectors<C>(args_.dim - d, [&](int i, auto part) { keep(d + i, swapped(get, d + i, part), part); });
+  }
+  template <bool Stream, class T, class Get>
+  TD_INLINE void rotate_into(T* out, const Get& get) const {
+    rotate_into<Stream>(out, get, [](int, auto v, auto) { return v; });
+  }
+
  private:
+  // Pairs are (x[2i], x[2i+1]).
+  template <class Get, class Portion>
+  TD_INLINE Vec<C> swapped(const Get& get, int d, Portion part) const {
+    const Vec<C> v = get(d, part);
+    return v * load(cos_ + d) + swap_pairs(v) * load(sin_ + d);
+  }
+  // Pairs are (x[i], x[i + dim / 2]).
+  template <class Get, class Put>
+  TD_INLINE void rotate_halves(const Get& get, const Put& put) const {
+    const int half = args_.dim / 2;
+    for_vectors<C>(half, [&](int d, auto part) {
+      const Vec<C> a = get(d, part), b = get(half + d, part), c = load(cos_ + d), s = load(sin_ + d);
+      put(d, a * c - b * s, part);
+      put(half + d, b * c + a * s, part);
+    });
+  }
+
   // Copies the rows of the last `axes` axes into the buffers. Interleaved: every cos twice, and (-sin, sin).
   TD_INLINE void refresh(int axes) {
     int at = args_.dim / 2;

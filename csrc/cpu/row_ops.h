@@ -64,14 +64,20 @@ struct RowStats {
 };
 
 // The mean of k elements spread over the row: within sqrt(n / k) deviations of the row's mean whatever the data, so
-// little can cancel in sums of x - pivot.
+// little can cancel in sums of x - pivot. As many elements for small registers as for large ones.
 template <class T>
 TD_INLINE compute_t<T> row_pivot(const T* row, int dim) {
   using C = compute_t<T>;
-  constexpr int lanes = kLanes<C>;
-  if (dim >= 4 * lanes) {
-    const int step = (dim - lanes) / 3;
-    return sum((load(row) + load(row + step)) + (load(row + 2 * step) + load(row + 3 * step))) / C(4 * lanes);
+  constexpr int lanes = kLanes<C>, registers = 256 / TD_VEC_BYTES;
+  if (dim >= registers * lanes) {
+    const int step = (dim - lanes) / (registers - 1);
+    Vec<C> total[2] = {load(row), load(row + step)};
+#pragma GCC unroll 8
+    for (int i = 2; i < registers; i += 2) {
+      total[0] += load(row + i * step);
+      total[1] += load(row + (i + 1) * step);
+    }
+    return sum(total[0] + total[1]) / C(registers * lanes);
   }
   C pivot = C(0);
   for (int i = 0; i < dim; ++i) pivot += C(row[i]);
@@ -92,21 +98,29 @@ TD_INLINE RowStats<compute_t<T>> row_stats(const T* row, int dim, double eps) {
   constexpr int lanes = kLanes<C>;
   const C pivot = row_pivot(row, dim);
   const Vec<C> center = splat(pivot);
-  Vec<C> s0{}, s1{}, q0{}, q1{};
+  constexpr int chains = TD_VEC_BYTES == 64 ? 2 : 4;  // small registers hold fewer sums, and long ones round more
+  Vec<C> s[chains]{}, q[chains]{};
   int i = 0;
-  for (; i + 2 * lanes <= dim; i += 2 * lanes) {
-    const Vec<C> a = load(row + i) - center, b = load(row + i + lanes) - center;
-    s0 += a;
-    s1 += b;
-    q0 += a * a;
-    q1 += b * b;
+  for (; i + chains * lanes <= dim; i += chains * lanes) {
+#pragma GCC unroll 4
+    for (int c = 0; c < chains; ++c) {
+      const Vec<C> a = load(row + i + c * lanes) - center;
+      s[c] += a;
+      q[c] += a * a;
+    }
   }
   for_vectors<C>(dim - i, [&](int j, auto part) {
     const Vec<C> a = keep<C>(load(row + i + j, part) - center, part);
-    s0 += a;
-    q0 += a * a;
+    s[0] += a;
+    q[0] += a * a;
   });
-  return stats_of(pivot, sum(s0 + s1) / C(dim), sum(q0 + q1) / C(dim), eps);
+  for (int c = chains / 2; c > 0; c /= 2) {
+    for (int j = 0; j < c; ++j) {
+      s[j] += s[j + c];
+      q[j] += q[j + c];
+    }
+  }
+  return stats_of(pivot, sum(s[0]) / C(dim), sum(q[0]) / C(dim), eps);
 }
 
 // Rows can bypass the caches: every one begins with a line, and all results of the call, `bytes`, are too many to stay.

@@ -88,6 +88,21 @@ TD_INLINE FloatVec load(const fp16* source) {
 }
 
 // ---- conversion of a float vector to 16-bit storage, rounded to nearest even ----
+// As bfloat16 in the low halves of words; of numbers alone, or of NaN too.
+TD_INLINE WordVec bf16_numbers(FloatVec v) {
+  const WordVec word = (WordVec)v;
+  return (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+}
+TD_INLINE WordVec bf16_words(FloatVec v) {
+  const WordVec nan = ((WordVec)v >> 16) | 0x40u;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256 is_nan = _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
+  return (WordVec)_mm256_blendv_ps((__m256)bf16_numbers(v), (__m256)nan, is_nan);
+#else
+  const WordVec is_nan = (WordVec)(v != v);
+  return (is_nan & nan) | (~is_nan & bf16_numbers(v));
+#endif
+}
 TD_INLINE HalfVec to_bf16(FloatVec v) {
 #if defined(__AVX512BF16__)
   return (HalfVec)_mm512_cvtneps_pbh((__m512)v);
@@ -98,18 +113,11 @@ TD_INLINE HalfVec to_bf16(FloatVec v) {
   const __mmask16 is_nan512 = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
   const __m512i safe = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), is_nan512, _mm512_set1_epi32(0x7fc0));
   return (HalfVec)_mm512_cvtepi32_epi16(safe);
+#elif defined(__AVX2__)
+  const __m256i result = (__m256i)bf16_words(v);
+  return (HalfVec)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(result, result), 0xd8));
 #else
-  const WordVec word = (WordVec)v;
-  const WordVec rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
-  const WordVec nan = (word >> 16) | 0x40u;
-  const WordVec is_nan = (WordVec)(v != v);
-  const WordVec result = (is_nan & nan) | (~is_nan & rounded);
-#if defined(__AVX2__)
-  const __m256i packed = _mm256_packus_epi32((__m256i)result, (__m256i)result);
-  return (HalfVec)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0xd8));
-#else
-  return __builtin_convertvector(result, HalfVec);
-#endif
+  return __builtin_convertvector(bf16_words(v), HalfVec);
 #endif
 }
 TD_INLINE HalfVec to_fp16(FloatVec v) {
@@ -122,6 +130,11 @@ TD_INLINE HalfVec to_fp16(FloatVec v) {
   for (int i = 0; i < kLanes<float>; ++i) half[i] = fp16(v[i]).bits;
   return half;
 #endif
+}
+
+// Asks for memory that will be read soon.
+TD_INLINE void prefetch(const void* address) {
+  __builtin_prefetch(address, 0, 2);
 }
 
 // ---- stores ----
@@ -184,17 +197,26 @@ TD_INLINE void put(T* target, V v) {
   }
 }
 
-// Two registers of results that lie side by side: numbers of 16 bits go in one store, a whole line where registers have
-// 64 bytes.
+// Two registers of results that lie side by side: bfloat16 goes in one store, a whole line where registers have 64
+// bytes.
 template <bool Stream, class T, class V>
 TD_INLINE void put_two(T* target, V low, V high) {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || (defined(__AVX2__) && !defined(__AVX512F__))
   if constexpr (std::is_same_v<T, bf16>) {
+#if defined(__AVX512BF16__)
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+#else
+    // One look for NaN at both.
+    const bool nan = _mm256_movemask_ps(_mm256_cmp_ps((__m256)low, (__m256)high, _CMP_UNORD_Q)) != 0;
+    const __m256i words[2] = {(__m256i)(__builtin_expect(nan, 0) ? bf16_words(low) : bf16_numbers(low)),
+                              (__m256i)(__builtin_expect(nan, 0) ? bf16_words(high) : bf16_numbers(high))};
+    // Packing takes the halves of registers one by one.
+    const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(words[0], words[1]), 0xd8);
+#endif
     if constexpr (Stream) {
-      stream_bytes(target, &both, kLineBytes);
+      stream_bytes(target, &both, sizeof both);
     } else {
-      std::memcpy(static_cast<void*>(target), &both, kLineBytes);
+      std::memcpy(static_cast<void*>(target), &both, sizeof both);
     }
     return;
   }

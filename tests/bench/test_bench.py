@@ -71,6 +71,19 @@ def _same_threads():
     torch.set_num_threads(threads)
 
 
+def test_contestants_apart_time_themselves():
+    """A large result of one must not take the memory that another has freed: each has a process of its own."""
+    quick = harness.Setting(torch.device("cpu"), quick=True, dtypes=(torch.bfloat16,), apart=True)
+    backward = list(harness.cases_of(cases.load("rope3d"), quick))[1]
+    row = harness.run_case(backward, quick, "rope3d", 1)
+    assert row["direction"] == "backward"
+    assert set(row["baselines"]) == {"eager", "official"}
+    assert set(row["page_faults"]) == {"ours", "copy", "eager", "official"}
+    assert 0 < row["median_us"] < row["baselines"]["official"]
+    with pytest.raises(RuntimeError, match="the process of a contestant must answer, it ended"):
+        harness.run_case(backward, quick, "rope3d", 7)
+
+
 def save(folder: Path, **changes: object) -> None:
     result = {**RESULT, **changes}
     record.save(result, folder, "cpu")

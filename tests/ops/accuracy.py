@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from talkingdit import build_info
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def usable_isas() -> list[str]:
+    """The instruction sets that this build has and this processor can run, the smallest first."""
+    info = build_info()
+    built: list[str] = info["cpu_isa_built"]
+    return built[: built.index(info["cpu_isa"]) + 1]
 
 
 def relative(a: Tensor, b: Tensor) -> float:

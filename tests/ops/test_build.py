@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accuracy import usable_isas
 
 import talkingdit
 from talkingdit import ops
@@ -29,6 +30,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     special = torch.tensor([float("inf"), float("-inf"), float("nan"), 65504.0, 6e-8, -0.0, 1e-40, 3.4e38])
     zero = torch.zeros(1, 1, 8)
     results.append(ops.gate_residual(special.to(dtype).view(1, 1, 8), zero.to(dtype), zero))
+    numbers = torch.cat([torch.randn(64), special, torch.randn(56)]).to(dtype)  # some registers have only numbers
+    places = ops.RopeLayout([ops.Segment(range(2), range(1), range(1))], split=(44, 42, 42))
+    results.append(ops.rope3d(numbers.expand(1, 2, 1, 128), places))
 torch.save(results, sys.argv[1])
 """
 
@@ -64,8 +68,7 @@ def test_ops_use_the_threads_of_torch() -> None:
 
 
 def test_instruction_sets_agree(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    built = talkingdit.build_info()["cpu_isa_built"]
-    usable = built[: built.index(talkingdit.build_info()["cpu_isa"]) + 1]
+    usable = usable_isas()
     results = {}
     for isa in usable:
         done = run(isa, str(tmp_path / isa))
