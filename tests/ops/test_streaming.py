@@ -55,7 +55,7 @@ def test_large_results_of_token_ops_equal_those_of_their_shards(dtype: torch.dty
         result = functions[name](leaf, at)
         return torch.autograd.grad(result, leaf, result.detach())[0]
 
-    for name in ("rope3d", "norm_modulate", "gate_residual"):
+    for name in ("rope3d", "qk_norm_rope3d", "norm_modulate", "gate_residual"):
         whole = gradient(name, x, 0)
         for at, part in halves(tokens):
             assert torch.equal(whole[:, part], gradient(name, x[:, part], at)), name
