@@ -15,6 +15,7 @@ from talkingdit.autoencoders.latents import patchify, unpatchify
 from talkingdit.autoencoders.streaming import StreamingDecoder, encode
 from talkingdit.autoencoders.tail import decode_after, lookback
 from talkingdit.autoencoders.wan_network import BareAutoencoderKLWan
+from talkingdit.nn.bfloat16_attention import multiplies_bfloat16
 
 SMALL = {"dim_mult": [1, 2, 2, 2], "temperal_downsample": [False, True, True], "num_res_blocks": 1, "base_dim": 4}
 
@@ -31,11 +32,15 @@ def pair(kind: str, dtype: torch.dtype) -> tuple[AutoencoderKLWan, BareAutoencod
     return theirs.to(dtype).eval(), ours.to(dtype).eval()
 
 
-def same(got: Tensor, want: Tensor) -> bool:
-    """Up to rounding in float32, where convolutions are summed in another order; else to the last bit."""
-    if got.dtype == want.dtype == torch.float32 and not torch.equal(got, want):
-        return float((got - want).norm() / want.norm()) < 1e-5
-    return torch.equal(got, want)
+def same(got: Tensor, want: Tensor, network: torch.dtype = torch.float32) -> bool:
+    """Up to rounding where convolutions are summed in another order: in float32, and in bfloat16 on processors that do
+    not multiply it (its results are some 3 % from those of float32, ours as theirs); else to the last bit."""
+    if got.dtype != want.dtype or torch.equal(got, want):
+        return torch.equal(got, want)
+    near = {torch.float32: 1e-5}
+    if not multiplies_bfloat16(torch.device("cpu")):
+        near[torch.bfloat16] = 4 * torch.finfo(torch.bfloat16).eps
+    return float((got.float() - want.float()).norm() / want.float().norm()) < near.get(network, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -46,15 +51,15 @@ def test_the_same(kind: str, dtype: torch.dtype) -> None:
     assert (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
     video = torch.rand(2, 3, 13, 32, 48) * 2 - 1
     latents = encode(theirs, video)
-    assert same(encode(ours, video), latents)
+    assert same(encode(ours, video), latents, dtype)
     assert latents.shape == (2, 16, 4, 4, 6)
     streams = StreamingDecoder(theirs), StreamingDecoder(ours)
     for piece in latents.split([1, 2, 1], dim=2):
         want, got = (stream(piece) for stream in streams)
         assert want.std() > 1e-3
-        assert same(got, want)
+        assert same(got, want, dtype)
     assert lookback(ours) == lookback(theirs)
-    assert same(decode_after(ours, latents, latents), decode_after(theirs, latents, latents))
+    assert same(decode_after(ours, latents, latents), decode_after(theirs, latents, latents), dtype)
 
 
 @torch.no_grad()
