@@ -101,14 +101,14 @@ class RopeRow {
   alignas(64) C sin_[kMaxHeadDim + kLanes<C>] = {};
 };
 
-// Registers of the result can bypass the caches: all of them are aligned (half a head lies between two registers in
-// half-split pairing), and the result is too large to stay.
+// The result can bypass the caches: heads, and their halves in half-split pairing, begin with a line (registers may be
+// stored two at a time), and it is too large to stay.
 template <class T>
 bool rope_can_stream(const RopeArgs& args) {
   const int64_t bytes = args.batch * args.tokens * args.heads * args.dim * int64_t(sizeof(T));
   uint64_t offsets = reinterpret_cast<uint64_t>(args.out) | uint64_t(args.dim / 2) * sizeof(T);
   for (const int64_t stride : args.out_strides) offsets |= uint64_t(stride) * sizeof(T);
-  return bytes >= stream_threshold() && args.out != args.x && offsets % (kLanes<compute_t<T>> * sizeof(T)) == 0;
+  return bytes >= stream_threshold() && args.out != args.x && offsets % kLineBytes == 0;
 }
 
 }  // namespace td::TD_ISA

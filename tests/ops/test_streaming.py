@@ -68,11 +68,16 @@ def test_large_results_whose_rows_begin_within_a_line_are_right(dtype: torch.dty
     tokens = beyond_the_caches(dim * dtype.itemsize) // PER_FRAME * PER_FRAME + PER_FRAME
     x = torch.randn(1, tokens, dim).to(dtype).requires_grad_()
     gate, scale, shift = torch.randn(3, 1, 1, dim)
+    layout = ops.RopeLayout([ops.Segment(range(tokens), range(1), range(1))], split=(dim - 32, 16, 16))
     k, v = torch.randn(2, 1, tokens // PER_FRAME, 3, 1, dim).to(dtype).unbind(0)
     functions = {
         "norm_modulate": lambda x, at: ops.norm_modulate(x, scale, shift, tokens, token_offset=at),
         "both": lambda x, at: ops.gate_residual_norm_modulate(x, x, gate, scale, shift, tokens, token_offset=at)[1],
         "audio_attention": lambda x, at: ops.audio_attention(x.unsqueeze(2), k, v, PER_FRAME, token_offset=at),
+        "rope3d": lambda x, at: ops.rope3d(x.unsqueeze(2), layout, token_offset=at),
+        "qk_norm_rope3d": lambda x, at: ops.qk_norm_rope3d(
+            x.unsqueeze(2), -x.unsqueeze(2), gate.flatten(), gate.flatten(), layout, token_offset=at
+        )[0],
     }
     for name, function in functions.items():
         whole = function(x, 0)
