@@ -38,7 +38,7 @@ class Apart:
         contestants: as `harness.contestants` names them; "ours" brings "out" (where there is one) and "copy" along.
 
     Raises:
-        RuntimeError: a process ended, or said what nobody asked for; with its last words.
+        RuntimeError: a process has ended.
     """
 
     def __init__(self, benchmark: str, number: int, contestants: Sequence[str], setting: Setting) -> None:

@@ -230,8 +230,7 @@ void grad_rows(const GradRows<S, B, R>& rows, const C* gate, const C* scale, C* 
       if constexpr (Gated) put(gate_sums + at, gate_sum[v], part);
     }
   };
-  // Stores that bypass the caches fill a line before they begin another: with half of eight lines open, an AVX2
-  // processor wrote at a third of its bandwidth.
+  // Stores that bypass the caches fill a line before they begin another: too many half full are written in parts.
   constexpr int registers = kLineBytes / (kLanes<C> * int(sizeof(B))), kLine = registers < 4 ? registers : 4;
   int i = 0;
   for (; i + kLine * kLanes<C> <= dim; i += kLine * kLanes<C>) {
