@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contestants of a case on the CPU, each in a process of its own, which times itself when it is told to."""
+"""Contestants of a case on the CPU, each in a process of its own (`bench.contestant`), timed when it is asked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,7 +58,7 @@ class Apart:
             for what in self._what:
                 self._processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "bench.apart", json.dumps(what)],
+                        [sys.executable, "-m", "bench.contestant", json.dumps(what)],
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
                         text=True,
@@ -92,31 +91,3 @@ def _read(process: subprocess.Popen[str]) -> Any:
     if not line:
         raise RuntimeError(f"bench: the process of a contestant must answer, it ended ({process.args})")
     return json.loads(line)
-
-
-def serve(what: dict[str, Any]) -> None:
-    """Times the calls whose names come in, line by line."""
-    from bench import cases, harness
-
-    setting = harness.Setting(
-        torch.device("cpu"),
-        quick=what["quick"],
-        compile=what["compile"],
-        dtypes=tuple(getattr(torch, name) for name in what["dtypes"]),
-        shapes=slice(*what["shapes"]),
-    )
-    torch.set_num_threads(what["threads"])
-    harness.prepare()
-    found = harness.cases_of(cases.load(what["benchmark"]), setting)
-    case = next(islice(found, what["number"], None))
-    calls = harness.calls_alone(case, setting, what["contestant"])
-    scratch = torch.empty(0)
-    for group in calls.values():
-        harness.time_calls(group, setting.device, scratch)  # all there is to compile is compiled
-    print(json.dumps(list(calls)), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(harness.time_calls(calls[line.strip()], setting.device, scratch)), flush=True)
-
-
-if __name__ == "__main__":
-    serve(json.loads(sys.argv[1]))
