@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -30,6 +31,7 @@ from talkingdit.api.output import TalkingOutput
 from talkingdit.api.pipeline import TalkingPipeline
 from talkingdit.api.source import find_folder
 from talkingdit.atomic import whole_file
+from talkingdit.autoencoders.wan import exchange_layers
 from talkingdit.errors import UserError
 from talkingdit.models import load_checkpoint
 
@@ -174,9 +176,14 @@ class TalkingDiffusionPipeline(DiffusionPipeline):
 
     @property
     def talking(self) -> TalkingPipeline:
-        """The parts, as they are now, as our own pipeline: it streams, too."""
+        """The parts, as they are now, as our own pipeline: it streams, too.
+
+        An autoencoder that diffusers has loaded gets our layers, with its weights, for the frames of all other ways.
+        """
         folder = self._folder
         parts = {name: getattr(self, name) for name in PARTS}
+        if isinstance(self.vae, AutoencoderKLWan):
+            exchange_layers(self.vae)
         settings = families.of_folder(folder).checkpoint.read_settings(folder)
         return TalkingPipeline(SimpleNamespace(**parts, settings=settings, folder=folder))
 

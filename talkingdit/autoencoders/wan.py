@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Wan 2.1 video autoencoder as diffusers' `AutoencoderKLWan`, also from the official .pth."""
+"""The Wan 2.1 video autoencoder as diffusers' `AutoencoderKLWan`, also from the official .pth.
+
+Users load, save, tile and offload it as diffusers' own. Its layers are those of `wan_network`, which compute the same,
+in float32 on CPUs in less time: so the Python API, whose models are diffusers', makes the frames of the command line.
+"""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from talkingdit.checkpoints.fill import build_empty, fill
-from talkingdit.checkpoints.folder import load_part
+from talkingdit.autoencoders.wan_network import BareAutoencoderKLWan, WanEncoder3d, plain
+from talkingdit.checkpoints.fill import build_empty, fill, without_memory
+from talkingdit.checkpoints.folder import check_class
 from talkingdit.checkpoints.weights import Weights, open_weights
 from talkingdit.errors import UserError
 
@@ -123,15 +129,50 @@ def _levels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[list[int]], lis
 def load_vae(source: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> AutoencoderKLWan:
     """The autoencoder from the official .pth file, or from a folder of diffusers (config.json, *.safetensors).
 
+    It is diffusers', with the layers of `wan_network` where that has them.
+
     Raises:
         UserError: files that are missing or damaged, or weights that do not fit.
     """
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     if source.is_dir():
-        return load_part(AutoencoderKLWan, source, dtype, device)
-    weights = open_weights(source)
-    config = vae_config(weights)
-    model = build_empty(lambda: AutoencoderKLWan(**config), source)
-    weights = weights.renamed(lambda name: vae_name(name, config["num_res_blocks"]))
-    return fill(model, weights, dtype, device, what="the Wan 2.1 autoencoder")
+        check_class(source, (AutoencoderKLWan.__name__,))
+        weights, what = open_weights(source), AutoencoderKLWan.__name__
+        config = AutoencoderKLWan.load_config(source, local_files_only=True)
+    else:
+        weights, what = open_weights(source), "the Wan 2.1 autoencoder"
+        config = vae_config(weights)
+        blocks = config["num_res_blocks"]
+        weights = weights.renamed(lambda name: vae_name(name, blocks))
+
+    def make() -> AutoencoderKLWan:
+        model: Any = AutoencoderKLWan.from_config(dict(config))
+        exchange_layers(model)
+        return model
+
+    return fill(build_empty(make, source), weights, dtype, device, what=what)
+
+
+def exchange_layers(vae: AutoencoderKLWan) -> None:
+    """Give diffusers' autoencoder the layers of `wan_network`, of the same names, around the weights that it has.
+
+    Nothing is done where those cannot compute the same, and where a library has hooks on layers.
+    """
+    parts = dict(vae.named_children())
+    hooked = any(
+        "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
+        for part in parts.values()
+        for layer in part.modules()
+    )
+    if hooked or isinstance(vae.encoder, WanEncoder3d) or not plain(vae.config):
+        return
+    known = inspect.signature(BareAutoencoderKLWan).parameters
+    with without_memory():
+        layers = BareAutoencoderKLWan(**{name: value for name, value in vae.config.items() if name in known})
+    weights = dict(vae.named_parameters())
+    for name, weight in layers.named_parameters():
+        weight.requires_grad_(weights[name].requires_grad)  # torch makes the one that it is given as the one before
+    layers.load_state_dict(weights, assign=True)
+    for name, part in layers.train(vae.training).named_children():
+        setattr(vae, name, part)

@@ -3,8 +3,9 @@
 
 diffusers is the library for this autoencoder, and what is trained, saved, tiled or shared by processes is of its class.
 To import it takes longer than a small model takes to make a video, so a video of a small model is made by this one.
-Names of layers and parameters, and the caches of a stream, are those of diffusers; `streaming.py` and `tail.py` use
-either.
+Where diffusers' class is loaded for use it has these layers (`talkingdit.autoencoders.wan.exchange_layers`), so that
+all ways make the same frames. Names of layers and parameters, and the caches of a stream, are those of diffusers;
+`streaming.py` and `tail.py` use either.
 
 Results are diffusers' to the last bit, but for float32 on a CPU. There a convolution over time is a sum of convolutions
 of frames whose channels lie together, and equal up to rounding: torch 2.13 takes six times as long for the one as for

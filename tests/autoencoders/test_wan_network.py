@@ -14,6 +14,7 @@ from torch import Tensor
 from talkingdit.autoencoders.latents import patchify, unpatchify
 from talkingdit.autoencoders.streaming import StreamingDecoder, encode
 from talkingdit.autoencoders.tail import decode_after, lookback
+from talkingdit.autoencoders.wan import exchange_layers
 from talkingdit.autoencoders.wan_network import BareAutoencoderKLWan
 from talkingdit.nn.bfloat16_attention import multiplies_bfloat16
 
@@ -88,6 +89,56 @@ def test_whole_videos_of_diffusers_come_out() -> None:
     with torch.no_grad():
         want = theirs.decode(latents * std + mean).sample
     assert same(StreamingDecoder(ours)(latents), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exchanged_layers_have_the_weights_of_those_before(dtype: torch.dtype) -> None:
+    """diffusers' class stays: its loops, tiles and saving go on; a weight that is moved or trained is the same one."""
+    theirs, ours = pair("wan", dtype)
+    theirs.decoder.requires_grad_(False)
+    weights = dict(theirs.named_parameters())
+    frozen = {name for name, weight in weights.items() if not weight.requires_grad}
+    x = torch.randn(1, 16, 3, 4, 6, dtype=dtype)
+    with torch.no_grad():
+        want, want_tiled = theirs.decode(x).sample, tiled(theirs, x)
+        exchange_layers(theirs)
+        assert isinstance(theirs.decoder, type(ours.decoder))
+        assert same(theirs.decode(x).sample, want, dtype)
+        assert same(tiled(theirs, x), want_tiled, dtype)
+    assert torch.equal(StreamingDecoder(theirs)(x), StreamingDecoder(ours)(x))
+    now = dict(theirs.named_parameters())
+    assert now.keys() == weights.keys()
+    assert all(now[name] is weights[name] for name in weights)
+    assert {name for name, weight in now.items() if not weight.requires_grad} == frozen
+    assert not theirs.training
+
+
+def tiled(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Decoded in overlapping tiles by diffusers."""
+    vae.enable_tiling(16, 16, 8, 8)
+    frames = vae.decode(latents).sample
+    vae.disable_tiling()
+    return frames
+
+
+def test_layers_with_hooks_are_kept() -> None:
+    """A library that moves weights to another device and back has hooks on layers."""
+    theirs, _ = pair("wan", torch.float32)
+    decoder = theirs.decoder
+    handle = decoder.conv_in.register_forward_pre_hook(lambda *_: None)
+    exchange_layers(theirs)
+    assert theirs.decoder is decoder
+    handle.remove()
+    exchange_layers(theirs)
+    assert theirs.decoder is not decoder
+
+
+@pytest.mark.parametrize("changed", [{"is_residual": True, "decoder_base_dim": 4}, {"attn_scales": [0.5]}])
+def test_other_layers_are_kept(changed: dict[str, Any]) -> None:
+    theirs = AutoencoderKLWan(**SMALL | changed)
+    decoder = theirs.decoder
+    exchange_layers(theirs)
+    assert theirs.decoder is decoder
 
 
 @pytest.mark.parametrize("changed", [{"is_residual": True}, {"attn_scales": [0.5]}, {"dropout": 0.1}])

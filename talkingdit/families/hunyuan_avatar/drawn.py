@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from talkingdit.atomic import write_whole
 from talkingdit.autoencoders.codec import codec, still
 from talkingdit.autoencoders.latents import FRAMES_PER_LATENT
 from talkingdit.autoencoders.streaming import to_video
+from talkingdit.autoencoders.wan import load_vae
 from talkingdit.checkpoints.saving import save_tensors
 from talkingdit.data.sample import ClipRequest, Sample, Shape
 from talkingdit.encoders.log_mel import SpeechFeatures
@@ -205,7 +205,7 @@ def precompute(scenes: DrawnScenes, seed: int = 0) -> None:
 
 def _fill(scenes: DrawnScenes, seed: int, missing: Sequence[int]) -> None:
     """Draw and encode parts of the cache."""
-    model = AutoencoderKLWan.from_pretrained(scenes.vae).eval()
+    model = load_vae(scenes.vae)
     voices = read_voices(scenes.voices, "train", scenes.fps)
     for number in tqdm(missing, desc="drawing scenes"):
         tensors: dict[str, list[Tensor]] = {}

@@ -145,8 +145,8 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device | str
         UserError: something is missing, does not load, or the parts do not fit each other.
     """
     import torch
-    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
+    from talkingdit.autoencoders.wan import load_vae
     from talkingdit.checkpoints.folder import load_part
     from talkingdit.families.puppet.text import PromptEncoder
     from talkingdit.families.wan_s2v.load import load
@@ -156,7 +156,7 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device | str
             raise UserError(f"{folder}: not a checkpoint, the folder {part}/ is missing in it.")
     settings = read_settings(folder)
     transformer = load(folder / "transformer", dtype, device)
-    vae = load_part(AutoencoderKLWan, folder / "vae", dtype, device)
+    vae = load_vae(folder / "vae", dtype, device)
     text_encoder = load_part(PromptEncoder, folder / "text_encoder", torch.float32, device)
     checkpoint = PuppetCheckpoint(transformer, vae, text_encoder, settings, folder)
     _check_fit(checkpoint)

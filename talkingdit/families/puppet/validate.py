@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
+from talkingdit.autoencoders.wan import load_vae
 from talkingdit.families.puppet.checkpoint import PuppetCheckpoint, PuppetSettings
 from talkingdit.families.puppet.drawn import read_voices
 from talkingdit.families.puppet.options import Options
@@ -43,7 +44,7 @@ class PuppetValidator:
 
     def __init__(self, run: TrainRun) -> None:
         self._run = run
-        self._vae = AutoencoderKLWan.from_pretrained(run.data["shipped_vae"] or run.data["vae"]).eval()
+        self._vae = load_vae(Path(run.data["shipped_vae"] or run.data["vae"]))
         rng = np.random.default_rng(run.seed + 77)
         folder, fps, seconds = run.data["voices"], run.data["fps"], run.validation.seconds
         frames = int(seconds * fps)
