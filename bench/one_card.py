@@ -78,7 +78,12 @@ def row(case: OneCardCase) -> dict[str, Any]:
     from training.sections import LoraConfig, ModelConfig, OptimConfig, ParallelConfig
 
     run, transformer = case.run, scaling.transformer()
-    parallel: Any = {"activation_checkpointing": run.checkpointing, "inputs": run.inputs, "offload": run.offload}
+    parallel: Any = {
+        "precision": "bf16",
+        "activation_checkpointing": run.checkpointing,
+        "inputs": run.inputs,
+        "offload": run.offload,
+    }
     frozen: Any = run.frozen
     counted = count(
         CountedStep(

@@ -33,7 +33,15 @@ from training.metrics import Means, Meter, Writer, stated_speed, sum_over_ranks,
 from training.model_state import ModelState, OptimizerState
 from training.objective import losses
 from training.optim import LearningRate, build_optimizers
-from training.parallel import ProcessMesh, clip_gradients, last_micro_batch, reshard, trainable_changed
+from training.parallel import (
+    ProcessMesh,
+    clip_gradients,
+    computes_in,
+    last_micro_batch,
+    reshard,
+    slow_in_bfloat16,
+    trainable_changed,
+)
 from training.profiling import Profile
 from training.signals import Stop
 from training.sources import open_sources
@@ -58,6 +66,7 @@ class Trainer:
         self.held = held_items(self.sources, config.held_out)
         saved = self.checkpoints.peek()
         self.networks = sharded_networks(config, mesh, resumes=saved is not None)
+        self.say_dtype()
         self.trained = trained_names(config, self.networks)
         kept = set() if saved is None else set(saved.get("averages") or ())  # also where none are asked for any more
         self.ema = Ema(self.networks, 0.0, averaged_names(config, self.trained) | kept)
@@ -257,6 +266,18 @@ class Trainer:
 
     def save(self) -> None:
         self.checkpoints.save(self.progress.total, self.state())
+
+    def say_dtype(self) -> None:
+        """Where it is not what one would expect, or takes much longer than it has to."""
+        precision = self.config.parallel.precision
+        dtype = computes_in(precision, self.mesh)
+        if precision == "auto" and dtype == torch.float32:
+            self.say("computes in float32, which is faster than bfloat16 on a processor without instructions for it")
+        elif dtype == torch.bfloat16 and slow_in_bfloat16(self.mesh):
+            self.say(
+                "computes in bfloat16, for which this processor has no instructions: "
+                'parallel.precision = "auto" takes float32, which is several times faster here'
+            )
 
     def say(self, text: str) -> None:
         """Print a line, once and not through the progress bar."""

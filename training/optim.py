@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from talkingdit.errors import UserError
-from talkingdit.nn.bfloat16_attention import multiplies_bfloat16
+from talkingdit.nn.bfloat16 import multiplies_bfloat16
 from talkingdit.nn.units import large_prefixes
 from training.networks import Networks
 from training.parallel import local_tensor

@@ -47,6 +47,7 @@ from talkingdit.checkpoints.fill import check_names
 from talkingdit.checkpoints.weights import Weights, open_weights
 from talkingdit.distributed.restart import arguments_of_restart
 from talkingdit.errors import UserError
+from talkingdit.nn.bfloat16 import multiplies_bfloat16
 from talkingdit.nn.context_parallel import ContextParallel
 from talkingdit.nn.units import modules_of
 from training.activations import checkpoint_activations
@@ -174,12 +175,32 @@ def _device(name: str) -> torch.device:
 # ---- The model in shards ---------------------------------------------------------------------------------------------
 
 
+def computes_in(precision: str, mesh: ProcessMesh) -> torch.dtype:
+    """The dtype that units multiply in: "auto" is bfloat16 unless the processor of any process is slower in it.
+
+    All processes call it together.
+    """
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    slower = slow_in_bfloat16(mesh)
+    if mesh.world > 1:
+        found = torch.tensor(float(slower), device=mesh.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        slower = bool(found.item())
+    return torch.float32 if slower else torch.bfloat16
+
+
+def slow_in_bfloat16(mesh: ProcessMesh) -> bool:
+    """Is this process on a processor that multiplies float32 faster?"""
+    return mesh.device.type == "cpu" and not multiplies_bfloat16(mesh.device)
+
+
 def shard(networks: Networks, mesh: ProcessMesh, config: ParallelConfig, narrow: bool = False) -> None:
     """Cut all parameters over the processes, and prepare the model for training: nothing large stays whole.
 
     Each block and each other large layer is a unit of its own, which is gathered for its forward and for its backward
-    and else exists in shards only; where nothing is cut, on processors, all are one unit. With precision "bf16" units
-    compute in bfloat16 from float32 shards and gradients are summed in float32; layers that must be float32 stay so.
+    and else exists in shards only; where nothing is cut, on processors, all are one unit. Where units compute in
+    bfloat16 (`computes_in`) shards are float32 and gradients are summed in it; layers that must be float32 stay so.
     Parameters with values are first made those of rank 0; those on the meta device get memory for their shards, and
     are NaN until `load_weights`. Frozen parameters may have any dtype, those that train must share one.
 
@@ -216,7 +237,7 @@ def shard(networks: Networks, mesh: ProcessMesh, config: ParallelConfig, narrow:
     mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {"mesh": mesh.fsdp, "offload_policy": offload}
     units = networks.family.units
-    usual = precise if config.precision == "fp32" else mixed
+    usual = mixed if computes_in(config.precision, mesh) == torch.bfloat16 else precise
     # On processors that share nothing but gradients units save no memory, nor would one be on its way while another
     # computes; they cost a cast of their own each, and a word with the other processes.
     apart = mesh.device != HOST or mesh.fsdp.size(mesh.fsdp.ndim - 1) > 1

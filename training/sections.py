@@ -58,7 +58,7 @@ class ParallelConfig:
     ulysses: int = 1  # context parallelism by all-to-all over heads
     ring: int = 1  # context parallelism over the sequence
     ring_mode: Literal["gather", "ring"] = "gather"
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16, but fp32 on processors that would be slower in it
     float8: Literal["off", "forward", "rowwise"] = (
         "off"  # products of large layers: of the forward, of inputs' gradients too
     )

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from talkingdit import families
 from talkingdit.atomic import whole_file, write_whole
 from talkingdit.checkpoints.saving import save_model
+from talkingdit.nn.bfloat16 import bfloat16_products
 from talkingdit.puppets.render import mouth_boxes, render
 from talkingdit.puppets.visemes import Visemes
 from talkingdit.puppets.world import Motion, Scene
@@ -242,7 +243,7 @@ def main(config: VaeConfig) -> None:
         decay = 1.0 if share < 0.4 else 0.5 * (1 + math.cos(math.pi * (share - 0.4) / 0.6))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * warmup * max(decay, 0.005)
-        with torch.autocast("cpu", torch.bfloat16):
+        with bfloat16_products():
             posterior = vae.encode(video).latent_dist
             output = vae.decode(posterior.sample()).sample.float()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from talkingdit.atomic import write_whole
 from talkingdit.autoencoders.streaming import FRAMES_PER_LATENT
 from talkingdit.checkpoints.saving import save_model
+from talkingdit.nn.bfloat16 import bfloat16_products
 from training.vae import Mouths, reconstruction_loss, sample_clip
 
 WINDOW = 4  # latents decoded between two steps of the optimiser
@@ -58,7 +59,7 @@ class DecodingStream:
         frames = 1 + FRAMES_PER_LATENT * int(rng.integers(8, 41))
         drawn, box = sample_clip(rng, frames, config.size, mouths)
         self.video = torch.from_numpy(drawn).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), bfloat16_products():
             self.latents = vae.encode(self.video).latent_dist.mode().float()
         spread = torch.tensor(vae.config["latents_std"]).view(1, -1, 1, 1, 1)
         self.latents = self.latents + config.latent_noise * rng.random() * spread * torch.randn_like(self.latents)
@@ -79,7 +80,7 @@ class DecodingStream:
         self.caches = [cache.detach() if isinstance(cache, Tensor) else cache for cache in self.caches]
         end = min(self.place + WINDOW, self.latents.shape[2])
         frames = []
-        with torch.autocast("cpu", torch.bfloat16):
+        with bfloat16_products():
             hidden = vae.post_quant_conv(self.latents[:, :, self.place : end])
             for i in range(end - self.place):
                 part = hidden[:, :, i : i + 1]

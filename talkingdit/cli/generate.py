@@ -328,11 +328,14 @@ def _generate(request: GenerationRequest, team: Team) -> None:
 
 def _load(request: GenerationRequest, family: Family, team: Team) -> Any:
     """The checkpoint on the device of this process."""
+    from talkingdit.nn.bfloat16 import multiplies_bfloat16
     from talkingdit.pipelines.tuning import load_tuned, open_device, usual_device, weights_dtype
 
     flags = request.flags
     device = open_device(team.device(flags.device or usual_device(request.options.small)))
     dtype = weights_dtype(flags.dtype, device)
+    if device.type == "cpu" and flags.dtype == "bfloat16" and not multiplies_bfloat16(device) and not rank():
+        warn("--dtype bfloat16: this processor has no instructions for it, float32 is several times faster.")
     load = family.checkpoint.load_checkpoint
     if not _changed(request) and processes() == 1:
         load = getattr(family.checkpoint, "load_bare", load)

@@ -26,10 +26,11 @@ def info(argv: Sequence[str]) -> None:
     read("talkingdit info", "What was built and what was found.", [Group(Flags)], argv).refuse_unknown()
 
     import talkingdit
-    from talkingdit.nn import attention_backends
+    from talkingdit.nn import attention_backends, bfloat16
     from talkingdit.pipelines import aside
 
-    found = {**talkingdit.build_info(), **aside.report(), "threads wait": waiting(), **attention_backends.report()}
+    found = {**talkingdit.build_info(), **aside.report(), "threads wait": waiting(), **bfloat16.report()}
+    found |= attention_backends.report()
     width = max(len(name) for name in found)
     for name, value in found.items():
         if isinstance(value, bool):

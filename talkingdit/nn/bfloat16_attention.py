@@ -7,27 +7,16 @@ multiplies it itself. Products of whole matrices, which fit for a few hundred to
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from talkingdit._native_loader import build_info
+from talkingdit.nn.bfloat16 import multiplies_bfloat16
 
 _FEWEST_SCORES = 1 << 16  # fewer are no work
 _MOST_SCORES = 1 << 23  # 32 MiB in float32; half of it waits for the backward
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether products of bfloat16 are faster on this device than those of float32."""
-    return device.type == "cuda" or (device.type == "cpu" and _instructions() == "avx512_bf16")
-
-
-@cache
-def _instructions() -> str:
-    return str(build_info()["cpu_isa"])
 
 
 def way(q: Tensor, k: Tensor) -> Literal["products", "kernel", "float32"]:

@@ -16,7 +16,7 @@ from talkingdit.autoencoders.streaming import StreamingDecoder, encode
 from talkingdit.autoencoders.tail import decode_after, lookback
 from talkingdit.autoencoders.wan import exchange_layers
 from talkingdit.autoencoders.wan_network import BareAutoencoderKLWan
-from talkingdit.nn.bfloat16_attention import multiplies_bfloat16
+from talkingdit.nn.bfloat16 import multiplies_bfloat16
 
 SMALL = {"dim_mult": [1, 2, 2, 2], "temperal_downsample": [False, True, True], "num_res_blocks": 1, "base_dim": 4}
 

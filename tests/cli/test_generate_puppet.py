@@ -261,8 +261,21 @@ def test_an_interrupt_is_one_line_and_leaves_whole_clips_at_most(
 def test_info_says_what_was_built(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     said = capsys.readouterr().out
-    for word in ("version", "torch", "cpu isa", "cuda", "threads"):
+    for word in ("version", "torch", "cpu isa", "cuda", "threads", "bfloat16 on the CPU"):
         assert re.search(rf"^{word} +\S", said, re.MULTILINE), word
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_dtype_that_takes_several_times_as_long_is_said(
+    work: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fast: bool
+) -> None:
+    monkeypatch.setattr("talkingdit.nn.bfloat16._instructions", lambda: "avx512_bf16" if fast else "avx2")
+    given = ["--image", str(work / "portrait.png"), "--audio", str(work / "voice.wav"), "--checkpoint", str(checkpoint)]
+    for dtype in ("bfloat16", "float32"):
+        more = ["--output", str(work / f"{dtype}.mp4"), "--steps", "1", "--dtype", dtype]
+        assert main(["generate", *given, *more]) == 0
+        said = "--dtype bfloat16: this processor has no instructions for it" in capsys.readouterr().err
+        assert said == (dtype == "bfloat16" and not fast)
 
 
 def test_a_spoken_voice_becomes_a_video_on_standard_output(work: Path, checkpoint: Path) -> None:

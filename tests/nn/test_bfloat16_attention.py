@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from talkingdit import build_info
 from talkingdit.nn import attention, bfloat16_attention
 
 SHAPE = {"q": (2, 150, 3, 32), "k": (2, 201, 3, 32), "v": (2, 201, 3, 32)}
@@ -83,12 +82,6 @@ def test_attention_goes_through_it_for_gradients_alone(monkeypatch: pytest.Monke
     torch.testing.assert_close(attention(q, k, v.requires_grad_()), ours, rtol=0, atol=0)
     with torch.autocast("cpu", torch.bfloat16):  # does not reach into the scores
         torch.testing.assert_close(attention(q, k, v), ours, rtol=0, atol=0)
-
-
-def test_a_processor_multiplies_bfloat16_where_its_instructions_do() -> None:
-    expected = build_info()["cpu_isa"] == "avx512_bf16"
-    assert bfloat16_attention.multiplies_bfloat16(torch.device("cpu")) is expected
-    assert bfloat16_attention.multiplies_bfloat16(torch.device("cuda"))
 
 
 def test_compiled_attention_stays_one_graph() -> None:

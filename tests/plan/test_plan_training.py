@@ -45,7 +45,7 @@ def step_of(run, layout=ALONE, gpus=1, config=SMALL.config):
     return CountedStep(
         config,
         run.clip,
-        ParallelConfig(**sizes, activation_checkpointing=run.checkpointing, **switches),
+        ParallelConfig(**sizes, precision="bf16", activation_checkpointing=run.checkpointing, **switches),
         layout.data * layout.context,
         gpus,
         OptimConfig(name=run.optimizer),

@@ -116,7 +116,7 @@ def test_with_adapters_stages_train_these_alone_unless_they_say_otherwise(tmp_pa
         ("[optim]\nbetas = [0.9]", r"optim\.betas must be \[a number, a number\], got \[0\.9\]"),
         ("[batch]\nsize = 1.5", r"batch\.size must be a whole number, got 1\.5"),
         ("[batch]\nsize = true", r"batch\.size must be a whole number, got True"),
-        ("[parallel]\nprecision = 'fp8'", r"parallel\.precision must be one of 'bf16', 'fp32', got 'fp8'"),
+        ("[parallel]\nprecision = 'fp8'", r"parallel\.precision must be one of 'auto', 'bf16', 'fp32', got 'fp8'"),
         ("[data.sources]\na = 3", r"data\.sources\.a must be a table, got 3"),
         ("[data]\nsources = { a = { kind = 'zip' } }", r"data\.sources\.a\.kind must be one of 'puppets', "),
         ("optim = 3", "optim must be a table, got 3"),

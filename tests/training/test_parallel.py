@@ -17,10 +17,13 @@ from torch.distributed.tensor import DTensor
 
 from talkingdit.errors import UserError
 from talkingdit.families.wan_s2v.conditions import WanInputs
-from training import optim
+from training import optim, parallel
+from training.config import Config
+from training.loop import Trainer
 from training.optim import build_optimizers
 from training.parallel import (
     clip_gradients,
+    computes_in,
     last_micro_batch,
     load_weights,
     shard,
@@ -135,6 +138,47 @@ def alone_results():
         return known[key]
 
     return find
+
+
+def dtypes_where_one_is_slow(slow):
+    """What layers get in a run that chooses its dtype, and what it is said to compute in."""
+    seen = []
+    with mock.patch.object(parallel, "multiplies_bfloat16", return_value=dist.get_rank() != slow):
+        networks = make_networks()
+        mesh = sharded(networks, precision="auto", shard=2)
+        layer = networks.transformer.blocks[0].ffn[0]
+        layer.register_forward_pre_hook(lambda module, given: seen.extend([given[0].dtype, module.weight.dtype]))
+        backward(networks, 0, mesh)
+        return seen, computes_in("auto", mesh)
+
+
+@pytest.mark.parametrize(("slow", "expected"), [(None, torch.bfloat16), (1, torch.float32)])
+def test_a_run_that_chooses_computes_in_what_is_fast_for_all(processes, slow, expected):
+    """Processes that computed in different dtypes would send each other what they cannot read."""
+    for seen, dtype in processes(2, dtypes_where_one_is_slow, slow):
+        assert set(seen) == {expected}
+        assert dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("precision", "fast", "expected"),
+    [
+        ("auto", True, ""),
+        ("auto", False, "computes in float32, which is faster"),
+        ("bf16", True, ""),
+        ("bf16", False, 'parallel.precision = "auto" takes float32, which is several times faster here'),
+        ("fp32", False, ""),
+    ],
+)
+def test_a_dtype_that_is_slow_or_unexpected_is_said(precision, fast, expected, capsys):
+    trainer = object.__new__(Trainer)
+    trainer.config, trainer.mesh = Config(), start(ParallelConfig(), "cpu")
+    trainer.config.parallel.precision = precision
+    with mock.patch.object(parallel, "multiplies_bfloat16", return_value=fast):
+        trainer.say_dtype()
+    said = capsys.readouterr().out
+    assert expected in said
+    assert bool(expected) == bool(said)
 
 
 def two_micro_batches():

@@ -38,6 +38,7 @@ from talkingdit.families.hunyuan_avatar.windows import still_places
 from talkingdit.families.puppet.drawn import Voice, mouth_cells, read_voices
 from talkingdit.families.training import TrainRun
 from talkingdit.lock import RunLock
+from talkingdit.nn.bfloat16 import bfloat16_products
 from talkingdit.puppets.render import mouth_boxes
 from talkingdit.puppets.scenes import Play, face_boxes, plain_caption, portrait_of
 from talkingdit.puppets.world import EXPRESSIONS, Character, Motion, Scene
@@ -225,7 +226,7 @@ def encode_drawn(model: Any, drawn: DrawnVideo, scenes: DrawnScenes) -> Mapping[
     one = codec(model)
 
     def encoded(video: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with bfloat16_products():
             return one.encode(video)[0].to(torch.bfloat16)
 
     cells = scenes.size // SPATIAL

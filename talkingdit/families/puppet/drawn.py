@@ -11,26 +11,30 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import soundfile
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from talkingdit.atomic import write_whole
+from talkingdit.autoencoders.wan import load_vae
 from talkingdit.checkpoints.saving import save_tensors
 from talkingdit.data.sample import ClipRequest, Sample, Shape
 from talkingdit.encoders.log_mel import SpeechFeatures, normalise_loudness
 from talkingdit.errors import UserError
 from talkingdit.families.training import TrainRun
 from talkingdit.lock import RunLock
+from talkingdit.nn.bfloat16 import bfloat16_products
 from talkingdit.puppets.render import mouth_boxes, render
 from talkingdit.puppets.visemes import Visemes, visemes_from_audio
 from talkingdit.puppets.world import Motion, Scene
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 FRAMES = {"long": 169, "short": 49}  # of a video, by file
 HISTORY = 19  # latents of history the model packs
@@ -168,14 +172,14 @@ def precompute(videos: DrawnVideos, seed: int = 0) -> None:
 def _fill(videos: DrawnVideos, seed: int) -> None:
     """Draw and encode anew; what is there counts for nothing meanwhile."""
     (videos.cache / "stamp.json").unlink(missing_ok=True)
-    vae = AutoencoderKLWan.from_pretrained(videos.vae).eval()
+    vae = load_vae(videos.vae)
     voices = read_voices(videos.voices, "train", videos.fps)
     for kind, count in (("long", videos.long_videos), ("short", videos.short_videos)):
         frames = FRAMES[kind]
         latents, cells, audio, captions = [], [], [], []
         for index in tqdm(range(count), desc=f"drawing {kind} videos"):
             drawn = _draw(np.random.default_rng((seed, frames, index)), voices, frames, videos.size)
-            with torch.autocast("cpu", torch.bfloat16):
+            with bfloat16_products():
                 latents.append(encode_video(vae, drawn["frames"]).to(torch.bfloat16))
             cells.append(drawn["cells"])
             audio.append(drawn["audio"].to(torch.float16))
