@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from talkingdit.checkpoints.weights import check_index, read_bounded, some
 from talkingdit.encoders.text import TextFeatures
 from talkingdit.errors import UserError
+from talkingdit.nn.bfloat16 import fast_products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,12 +91,13 @@ class LlavaEncoder(nn.Module):
         pictures = [self.model.config.image_token_id] * self.image_tokens
         merged = torch.tensor([*ids[:place], *pictures, *ids[place + 1 :]], device=device)[None]
         seen = torch.tensor([*mask[:place], *[1] * self.image_tokens, *mask[place + 1 :]], device=device)[None]
-        output = self.model.model(
-            input_ids=merged,
-            attention_mask=seen,
-            pixel_values=llava_pixels(image, self.image_size).to(device, dtype),
-            output_hidden_states=True,
-        )
+        with fast_products(device):
+            output = self.model.model(
+                input_ids=merged,
+                attention_mask=seen,
+                pixel_values=llava_pixels(image, self.image_size).to(device, dtype),
+                output_hidden_states=True,
+            )
         features = output.hidden_states[-(SKIPPED_LAYERS + 1)][:, self.instruction :]
         if self.released_mask:
             seen = torch.tensor([*mask, *[1] * (self.image_tokens - 1)], device=device)[None]
@@ -144,7 +146,8 @@ class ClipPooled(nn.Module):
         )
         device = self.model.device
         ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
-        return self.model(input_ids=ids, attention_mask=mask).pooler_output
+        with fast_products(device):
+            return self.model(input_ids=ids, attention_mask=mask).pooler_output
 
 
 def llava_pixels(image: NDArray[np.uint8], side: int = 336) -> Tensor:

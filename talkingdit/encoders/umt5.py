@@ -16,6 +16,7 @@ from talkingdit.checkpoints.fill import build_empty, fill
 from talkingdit.checkpoints.weights import Weights, open_weights, read_bounded
 from talkingdit.encoders.text import TextFeatures
 from talkingdit.errors import UserError
+from talkingdit.nn.bfloat16 import fast_products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
@@ -186,5 +187,6 @@ class UMT5Encoder(nn.Module):
         )
         device = self.model.shared.weight.device
         mask = tokens["attention_mask"].to(device)
-        features = self.model(input_ids=tokens["input_ids"].to(device), attention_mask=mask).last_hidden_state
+        with fast_products(device):
+            features = self.model(input_ids=tokens["input_ids"].to(device), attention_mask=mask).last_hidden_state
         return TextFeatures(features * mask[..., None].to(features.dtype), mask.bool())

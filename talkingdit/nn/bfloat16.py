@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where bfloat16 is worth computing in.
 
-A processor without instructions for it has to widen every number: torch 2.13's products are seven to ten times slower
-there than in float32, and whole training steps follow (`bench/results/cpu-avx2-puppet_steps.json`).
+A processor without instructions for it has to widen every number. PyTorch does not widen whole products: they take
+many times as long there as in float32 (`findings/bfloat16_products_avx2.sh`), and training steps with them
+(`bench/results/cpu-avx2-puppet_steps.json`). So what can choose its dtype chooses float32 (`multiplies_bfloat16`,
+`bfloat16_products`), and large models that are in bfloat16 to need less memory widen a layer at a time
+(`fast_products`).
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from talkingdit._native_loader import build_info
 
@@ -34,3 +42,37 @@ def report() -> dict[str, str]:
 def bfloat16_products() -> torch.autocast:
     """A context in which processors multiply in bfloat16, if they do so themselves; else nothing changes."""
     return torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16(torch.device("cpu")))
+
+
+def fast_products(device: torch.device) -> AbstractContextManager[Any]:
+    """A context for a model in bfloat16 without gradients: products take float32 where that is faster, a copy of each
+    layer's weights at a time, and results are rounded to bfloat16. Sums are as wide as those of PyTorch's kernels.
+
+    Args:
+        device: where the model computes.
+    """
+    return nullcontext() if device.type != "cpu" or multiplies_bfloat16(device) else _Widened()
+
+
+_PRODUCTS = {
+    *(F.linear, F.conv1d, F.conv2d, F.scaled_dot_product_attention),
+    *(torch.matmul, torch.bmm, torch.mm, torch.addmm, torch.baddbmm),
+    *(Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm),
+}
+
+
+class _Widened(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _PRODUCTS or not _is_narrow(args[0]):
+            return func(*args, **kwargs)
+        wide = func(*map(_widen, args), **{name: _widen(value) for name, value in kwargs.items()})
+        return wide.to(torch.bfloat16)
+
+
+def _is_narrow(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bfloat16 and value.device.type == "cpu"
+
+
+def _widen(value: Any) -> Any:
+    return value.float() if _is_narrow(value) else value

@@ -123,6 +123,22 @@ def test_the_last_product_is_float32_only_where_it_overflows(
     assert model(input_ids=torch.tensor([[3, 1]])).last_hidden_state.isfinite().all()
 
 
+def test_prompts_on_a_processor_without_bfloat16_are_as_near_to_the_truth(
+    encoder: UMT5Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept on the host for the card's sake, the encoder stays in bfloat16, and multiplies in what is fast there."""
+    torch.save(t5_state(32, len(pieces())), tmp_path / T5_FILE)
+    short = UMT5Encoder(load_umt5(tmp_path / T5_FILE, torch.bfloat16), encoder.tokenizer).eval()
+    truth = encoder.encode(["a person talks"]).features
+    errors = {}
+    for instructions in ("avx2", "avx512_bf16"):
+        monkeypatch.setattr("talkingdit.nn.bfloat16._instructions", lambda found=instructions: found)
+        features = short.encode(["a person talks"]).features
+        assert features.dtype == torch.bfloat16
+        errors[instructions] = float((features - truth).norm() / truth.norm())
+    assert 0 < errors["avx2"] < 1.5 * errors["avx512_bf16"] < 0.1
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     state = t5_state(32, 10)
     del state["blocks.1.ffn.fc2.weight"]
