@@ -11,7 +11,7 @@
 # What to do: compute in float32 there; or widen in front of each product and round behind it.
 #
 # Seen (one thread, medians of turns; bfloat16 over widened by hand):
-#     SEEN
+#     linear 5.9, bmm 10.7, conv2d 22.0
 # The script fails where this changes; on other processors there is nothing to see.
 set -euo pipefail
 if ! grep -qw avx2 /proc/cpuinfo || grep -qw avx512f /proc/cpuinfo; then
