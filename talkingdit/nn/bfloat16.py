@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from talkingdit._native_loader import build_info
@@ -64,10 +64,16 @@ _PRODUCTS = {
 class _Widened(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _PRODUCTS or not _is_narrow(args[0]):
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        narrow = any(_is_narrow(tensor) for tensor in tensors)
+        # Quantised weights and the like have products of their own.
+        if func not in _PRODUCTS or not narrow or "out" in kwargs or not all(type(x) in _PLAIN for x in tensors):
             return func(*args, **kwargs)
         wide = func(*map(_widen, args), **{name: _widen(value) for name, value in kwargs.items()})
         return wide.to(torch.bfloat16)
+
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def _is_narrow(value: Any) -> bool:

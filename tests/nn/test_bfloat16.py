@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,28 @@ def test_products_that_are_widened_are_rounded_once(name: str, monkeypatch: pyte
     assert found.dtype == torch.bfloat16
     error = (found.double() - truth).abs() - 1e-5 * truth.abs().max()
     assert (error <= truth.abs() * torch.finfo(torch.bfloat16).eps / 2).all()
+
+
+def test_results_that_are_given_and_weights_of_other_kinds_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counted(Tensor):
+        """Of a library, with products of its own."""
+
+        products = 0
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            cls.products += func is F.linear
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    monkeypatch.setattr(bfloat16, "_instructions", lambda: "avx2")
+    x, weight = torch.randn(4, 6).bfloat16(), torch.randn(5, 6).bfloat16()
+    out = torch.zeros(4, 5, dtype=torch.bfloat16)
+    with bfloat16.fast_products(torch.device("cpu")):
+        torch.mm(x, weight.T, out=out)
+        assert F.linear(x, weight.as_subclass(Counted)).dtype == torch.bfloat16
+        torch.testing.assert_close(F.linear(input=x, weight=weight), out)
+    assert out.abs().sum() > 0
+    assert Counted.products == 1
 
 
 def test_processors_that_multiply_bfloat16_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
