@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 from talkingdit.autoencoders.streaming import StreamingDecoder
+from talkingdit.nn.bfloat16 import bfloat16_products
 from training.vae import Mouths, make_vae
 from training.vae import VaeConfig as FirstStage
 from training.vae_stream import DecodingStream, StreamConfig
@@ -21,6 +22,6 @@ def test_windows_join_to_the_whole_stream_with_every_frame_as_its_target():
         outputs.append(output.detach())
         targets.append(target)
     assert torch.equal(torch.cat(targets, 2), stream.video)
-    with torch.autocast("cpu", torch.bfloat16):
+    with bfloat16_products():
         whole = StreamingDecoder(vae)(stream.latents)
     torch.testing.assert_close(torch.cat(outputs, 2).clamp(-1, 1), whole, atol=0.02, rtol=0)
