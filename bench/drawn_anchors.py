@@ -25,6 +25,7 @@ from talkingdit.autoencoders.streaming import encode, to_video
 from talkingdit.data.sample import Sample
 from talkingdit.data.shards import ShardWriter
 from talkingdit.families.puppet.drawn import Voice
+from talkingdit.nn.bfloat16 import bfloat16_products
 from talkingdit.puppets.render import Image, render
 from talkingdit.puppets.world import BACKGROUND, EXPRESSIONS, VIEWPOINTS, Character, FloatArray, Motion, Scene
 
@@ -147,14 +148,14 @@ class Encoder:
     @torch.no_grad()
     def latents(self, frames: Image) -> torch.Tensor:
         """[C, 1 + n, h, w] of frames [1 + 4 n, S, S, 3]."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with bfloat16_products():
             return encode(self.vae, to_video(frames))[0].float()
 
     @torch.no_grad()
     def stills(self, images: list[Image]) -> torch.Tensor:
         """[C, n, h, w] of images [S, S, 3] of one size, each encoded alone."""
         video = torch.cat([to_video(image[None]) for image in images])
-        with torch.autocast("cpu", torch.bfloat16):
+        with bfloat16_products():
             return encode(self.vae, video)[:, :, 0].transpose(0, 1).float()
 
     @torch.no_grad()
