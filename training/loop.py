@@ -268,7 +268,7 @@ class Trainer:
         self.checkpoints.save(self.progress.total, self.state())
 
     def say_dtype(self) -> None:
-        """Where it is not what one would expect, or takes much longer than it has to."""
+        """Say what blocks compute in, where that is not bfloat16 by itself or takes much longer than it has to."""
         precision = self.config.parallel.precision
         dtype = computes_in(precision, self.mesh)
         if precision == "auto" and dtype == torch.float32:

@@ -64,16 +64,13 @@ _PRODUCTS = {
 class _Widened(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        narrow = any(_is_narrow(tensor) for tensor in tensors)
-        # Quantised weights and the like have products of their own.
-        if func not in _PRODUCTS or not narrow or "out" in kwargs or not all(type(x) in _PLAIN for x in tensors):
-            return func(*args, **kwargs)
-        wide = func(*map(_widen, args), **{name: _widen(value) for name, value in kwargs.items()})
-        return wide.to(torch.bfloat16)
-
-
-_PLAIN = (Tensor, nn.Parameter)
+        if func in _PRODUCTS and "out" not in kwargs:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            # Quantised weights and the like have products of their own.
+            if any(map(_is_narrow, tensors)) and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors):
+                wide = func(*map(_widen, args), **{name: _widen(value) for name, value in kwargs.items()})
+                return wide.to(torch.bfloat16)
+        return func(*args, **kwargs)
 
 
 def _is_narrow(value: Any) -> bool:

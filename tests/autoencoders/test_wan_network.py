@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from talkingdit.autoencoders.latents import patchify, unpatchify
 from talkingdit.autoencoders.streaming import StreamingDecoder, encode
 from talkingdit.autoencoders.tail import decode_after, lookback
-from talkingdit.autoencoders.wan import exchange_layers
+from talkingdit.autoencoders.wan import exchange_layers, load_vae
 from talkingdit.autoencoders.wan_network import BareAutoencoderKLWan
 from talkingdit.nn.bfloat16 import multiplies_bfloat16
 
@@ -111,6 +112,20 @@ def test_exchanged_layers_have_the_weights_of_those_before(dtype: torch.dtype) -
     assert all(now[name] is weights[name] for name in weights)
     assert {name for name, weight in now.items() if not weight.requires_grad} == frozen
     assert not theirs.training
+
+
+def test_what_is_loaded_for_use_has_our_layers(tmp_path: Path) -> None:
+    theirs, ours = pair("wan", torch.float32)
+    theirs.save_pretrained(tmp_path)
+    loaded = load_vae(tmp_path)
+    assert isinstance(loaded, AutoencoderKLWan)
+    assert not loaded.training
+    latents = torch.randn(1, 16, 2, 4, 4)
+    assert torch.equal(StreamingDecoder(loaded)(latents), StreamingDecoder(ours)(latents))
+    assert type(loaded.decoder) is type(ours.decoder)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoencoderKLWan.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(StreamingDecoder(again)(latents), StreamingDecoder(theirs)(latents))
 
 
 def tiled(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:

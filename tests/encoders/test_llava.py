@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 from tiny_avatar import POOLED_DIM, TEXT_DIM, make_clip, make_llava, make_tokenizer, save_encoders
+from torch import Tensor
 
 from talkingdit.encoders.llava import ClipPooled, LlavaEncoder, llava_pixels, load_clip, load_llava
 from talkingdit.errors import UserError
+from talkingdit.nn import bfloat16
 
 
 def picture() -> np.ndarray:
@@ -81,6 +83,26 @@ def test_pooled_features_are_those_of_transformers() -> None:
     found = ClipPooled(model, tokenizer).encode("a man")
     assert found.shape == (1, POOLED_DIM)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["llava", "pooled"])
+def test_prompts_in_bfloat16_are_multiplied_in_what_is_fast(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(dtype: torch.dtype) -> Tensor:
+        if kind == "pooled":
+            return ClipPooled(make_clip().to(dtype), make_tokenizer()).encode("a man")
+        encoder = LlavaEncoder(make_llava().to(dtype), make_tokenizer(), text_len=80, instruction=20)
+        return encoder.encode("a man", picture()).features
+
+    truth = encode(torch.float32)
+    widened: list[Tensor] = []
+    widen = bfloat16._widen
+    monkeypatch.setattr(bfloat16, "_widen", lambda value: (widened.append(value), widen(value))[1])
+    for instructions in ("avx512_bf16", "avx2"):
+        monkeypatch.setattr(bfloat16, "_instructions", lambda found=instructions: found)
+        found = encode(torch.bfloat16)
+        assert bool(widened) == (instructions == "avx2")
+        assert found.dtype == torch.bfloat16
+        assert (found - truth).norm() < 0.05 * truth.norm()
 
 
 def test_folders_load_and_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ import torch
 from official import T5_FILE, pieces, t5_state, write_tokenizer
 from safetensors import safe_open
 from torch import Tensor
+from torch.overrides import _get_current_function_mode
 from transformers import UMT5Config, UMT5EncoderModel
 
 from talkingdit.checkpoints.weights import TensorEntry, Weights
 from talkingdit.encoders.umt5 import UMT5Encoder, clean, load_tokenizer, load_umt5, umt5_config, umt5_name
 from talkingdit.errors import UserError
+from talkingdit.nn import bfloat16
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "wan_vae_t5.safetensors"
 
@@ -130,12 +132,16 @@ def test_prompts_on_a_processor_without_bfloat16_are_as_near_to_the_truth(
     torch.save(t5_state(32, len(pieces())), tmp_path / T5_FILE)
     short = UMT5Encoder(load_umt5(tmp_path / T5_FILE, torch.bfloat16), encoder.tokenizer).eval()
     truth = encoder.encode(["a person talks"]).features
-    errors = {}
+    errors, seen = {}, []
+    short.model.encoder.block[0].layer[0].register_forward_hook(
+        lambda *_: seen.append(isinstance(_get_current_function_mode(), bfloat16._Widened))
+    )
     for instructions in ("avx2", "avx512_bf16"):
-        monkeypatch.setattr("talkingdit.nn.bfloat16._instructions", lambda found=instructions: found)
+        monkeypatch.setattr(bfloat16, "_instructions", lambda found=instructions: found)
         features = short.encode(["a person talks"]).features
         assert features.dtype == torch.bfloat16
         errors[instructions] = float((features - truth).norm() / truth.norm())
+    assert seen == [True, False]
     assert 0 < errors["avx2"] < 1.5 * errors["avx512_bf16"] < 0.1
 
 
